@@ -1,0 +1,105 @@
+"""The engine of the rules: from an op, its primal values and input tangents to the output tangents.
+
+The same function serves the compiled graph (fake tensors, recorded op by op) and the op-by-op mode (real tensors).
+Zeros are None throughout. Rules come from the table, else they are derived, else the op is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from jvpgraph.rules.derived import NotDerivable, derive
+from jvpgraph.rules.registry import TABLE, Rule
+
+__all__ = ["NoRule", "bind", "has_tangent", "tangents_of"]
+
+
+class NoRule(Exception):
+    """Neither the table nor PyTorch has a forward derivative for this call."""
+
+
+def has_tangent(value: Any) -> bool:
+    """Whether a value is a tensor that can carry a tangent at all."""
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def bind(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All schema arguments by name, defaults filled in, in schema order."""
+    bound = {}
+    for i, argument in enumerate(op._schema.arguments):
+        if i < len(args) and not argument.kwarg_only:
+            bound[argument.name] = args[i]
+        else:
+            bound[argument.name] = kwargs.get(argument.name, argument.default_value)
+    return bound
+
+
+def tangents_of(op: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[str, Any]) -> tuple[Any, str]:
+    """The tangents of ``out = op(**arguments)`` and where the rule came from.
+
+    Args:
+        op: the op that was run.
+        out: its primal output: a tensor, or a tuple or list of them.
+        arguments: every schema argument by name (see :func:`bind`).
+        dots: tangents of the active arguments by name; a list with None for tensor lists. At least one.
+
+    Returns:
+        ``(out_dot, source)``: None for a zero, or with the structure of ``out``; source is "table" or "derived".
+
+    Raises:
+        NoRule: there is no forward derivative; the message gives the reason.
+    """
+    rule = TABLE.get(op)
+    if rule is not None and rule.applies(arguments):
+        inactive_only = [name for name in dots if rule.terms and name not in rule.wrt]
+        if not inactive_only:
+            return _conform(op, out, _sum_of_terms(rule, out, arguments, dots)), "table"
+    try:
+        return _conform(op, out, derive(op, out, arguments, dots)), "derived"
+    except NotDerivable as reason:
+        raise NoRule(str(reason)) from reason
+
+
+def _sum_of_terms(rule: Rule, out: Any, arguments: dict[str, Any], dots: dict[str, Any]) -> Any:
+    total: Any = None
+    values = (out, *arguments.values())
+    for term in rule.terms:
+        given = {dot: dots[name] for dot, name in zip(term.dots, term.wrt) if dots.get(name) is not None}
+        if given:
+            total = _plus(total, term.fn(*values[: term.takes], **given))
+    return total
+
+
+def _plus(a: Any, b: Any) -> Any:
+    if a is None or b is None:
+        return a if b is None else b
+    if isinstance(a, (tuple, list)):
+        return [_plus(x, y) for x, y in zip(a, b)]
+    return a + b
+
+
+def _conform(op: OpOverload, out: Any, out_dot: Any) -> Any:
+    """Broadcast and promote a tangent to its primal, and check that it fits."""
+    if out_dot is None:
+        return None
+    if isinstance(out, (tuple, list)):
+        if len(out) != len(out_dot):
+            raise AssertionError(f"the rule of {op} gave {len(out_dot)} tangents for {len(out)} outputs")
+        return [_conform(op, o, d) for o, d in zip(out, out_dot)]
+    if not has_tangent(out):
+        return None
+    if out_dot.dtype != out.dtype:
+        if out_dot.is_complex() and not out.is_complex():
+            raise AssertionError(f"the rule of {op} gave a complex tangent for a {out.dtype} output")
+        out_dot = out_dot.to(out.dtype)
+    if out_dot.dim() != out.dim() or any(a is not b and a != b for a, b in zip(out_dot.shape, out.shape)):
+        try:
+            out_dot = out_dot.expand(out.shape)
+        except RuntimeError as error:
+            shapes = f"{tuple(out_dot.shape)} for an output of shape {tuple(out.shape)}"
+            raise AssertionError(f"the rule of {op} gave a tangent of shape {shapes}") from error
+    return out_dot
