@@ -1,0 +1,1 @@
+"""Tiny random-weight configurations of every diffusers transformer, and what their tangents should be."""

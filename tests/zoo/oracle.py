@@ -1,0 +1,120 @@
+"""What a model's tangent and parameter gradients should be, by means that share nothing with jvpgraph."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+Inputs = dict[str, Any]
+
+
+def leaf(inputs: Any, path: str) -> Any:
+    """The item of nested dicts, lists and tuples at a dotted path such as "x.0"."""
+    for key in path.split("."):
+        inputs = inputs[key if isinstance(inputs, Mapping) else int(key)]
+    return inputs
+
+
+def with_leaves(inputs: Inputs, leaves: Mapping[str, Any]) -> Inputs:
+    """A copy of inputs with the items at the given paths replaced; what is not on a path is shared."""
+    for path, value in leaves.items():
+        inputs = _replace(inputs, path.split("."), value)
+    return inputs
+
+
+def _replace(tree: Any, keys: list[str], value: Any) -> Any:
+    if not keys:
+        return value
+    if isinstance(tree, Mapping):
+        return {**tree, keys[0]: _replace(tree[keys[0]], keys[1:], value)}
+    i = int(keys[0])
+    return type(tree)([*tree[:i], _replace(tree[i], keys[1:], value), *tree[i + 1 :]])
+
+
+def random_tangents(inputs: Inputs, paths: tuple[str, ...], seed: int = 0) -> dict[str, Tensor]:
+    """A standard normal tangent for each path."""
+    generator = torch.Generator().manual_seed(seed + 77)
+    return {p: torch.randn(leaf(inputs, p).shape, generator=generator, dtype=torch.float64) for p in paths}
+
+
+def float_leaves(output: Any) -> list[Tensor]:
+    """The floating tensors of a model's output, in pytree order."""
+    return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+class AllDouble(TorchFunctionMode):
+    """Turns a model's own casts to float32 into float64, so that small differences are not rounded away."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.float:
+            func = Tensor.double
+        swap = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
+        return func(*map(swap, args), **{k: swap(v) for k, v in (kwargs or {}).items()})
+
+
+def oracle(
+    model: nn.Module, inputs: Inputs, tangents: dict[str, Tensor]
+) -> tuple[list[Tensor], list[Tensor], str]:
+    """Outputs, their tangents, and their source: "forward AD" or, where that raises, "differences".
+
+    Both run in float64 with the math attention. Forward AD does the model's own arithmetic: where the model
+    casts to float32 it is good to about 1e-6. Differences run without those casts and are good to about 1e-8.
+    """
+    try:
+        return *forward_ad(model, inputs, tangents), "forward AD"
+    except (RuntimeError, NotImplementedError):
+        return *differences(model, inputs, tangents), "differences"
+
+
+def forward_ad(
+    model: nn.Module, inputs: Inputs, tangents: dict[str, Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    paths = list(tangents)
+
+    def f(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return tuple(float_leaves(model(**with_leaves(inputs, dict(zip(paths, leaves))))))
+
+    primals = tuple(leaf(inputs, p) for p in paths)
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch scripts its own rules on first use
+        y, y_dot = torch.func.jvp(f, primals, tuple(tangents.values()))
+    return list(y), list(y_dot)
+
+
+def differences(
+    model: nn.Module, inputs: Inputs, tangents: dict[str, Tensor], step: float = 1e-5
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Central differences at step, step/2 and step/4, extrapolated to an error of order step**6."""
+
+    def f(h: float) -> list[Tensor]:
+        moved = {p: leaf(inputs, p) + h * x_dot for p, x_dot in tangents.items()}
+        return float_leaves(model(**with_leaves(inputs, moved)))
+
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        y = float_leaves(model(**inputs))
+        with AllDouble():
+            slopes = [
+                [(a.double() - b.double()) / (2 * h) for a, b in zip(f(h), f(-h))]
+                for h in (step, step / 2, step / 4)
+            ]
+    d0, d1, d2 = ([torch.as_tensor(d) for d in row] for row in slopes)
+    r0 = [(4 * b - a) / 3 for a, b in zip(d0, d1)]
+    r1 = [(4 * b - a) / 3 for a, b in zip(d1, d2)]
+    return y, [(16 * b - a) / 15 for a, b in zip(r0, r1)]
+
+
+def oracle_grads(model: nn.Module, inputs: Inputs, seed: int = 0) -> dict[str, Tensor]:
+    """Gradients of sum(y * w), w standard normal, for every parameter that the eager model reaches."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = sum(
+        (y * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum()
+        for y in float_leaves(model(**inputs))
+    )
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {n: g for n, g in zip(named, grads) if g is not None}
