@@ -1,0 +1,466 @@
+"""Attention, its JVP and its backward in blocks of plain torch: memory linear in the sequence length, on any
+device.
+
+Math
+    s = scale q k' + bias,  p = softmax(s),  o = p v,  lse = log sum exp(s)
+    s_dot = scale (q_dot k' + q k_dot') + bias_dot,  h = p * s_dot,  r = rowsum(h)
+    o_dot = p v_dot + h v - r * o,  lse_dot = r
+    backward: p = exp(s - lse),  dv = p' do,  ds = p * (do v' - rowsum(do * o) + dlse),  dq = scale ds k,  dk
+        = scale ds' q,
+    dbias = ds summed over the dims that bias broadcasts
+Streaming form
+    Over key blocks: running row maximum m, row sum l, and accumulators for o, for p v_dot + h v and for r,
+    all rescaled by exp(m_old - m_new) (FlashAttention's online softmax). s_dot is one product, [q_dot, q]
+    [k, k_dot]', and is centred: o_dot does not change when a constant per row is subtracted from s_dot, so
+    the mean over keys of [k, k_dot] is taken out first, which keeps r * o from cancelling against h v where
+    a tangent is common to all keys; lse_dot gets it back. A block holds TILE_ELEMENTS scores; batch entries
+    and heads share a block while they fit, so a small problem is one block and takes no rescaling. Query
+    heads of a group are stacked as rows, so grouped keys and values are never repeated.
+Shapes
+    q [B, H, Lq, Dqk], k [B, Hkv, Lkv, Dqk], v [B, Hkv, Lkv, Dv], bias [B | 1, H | 1, Lq | 1, Lkv | 1], lse
+    [B, H, Lq]. o and the gradients of q, k, v lie in memory as B, L, H, D.
+Precision
+    float32 inside for float16 and bfloat16, else the dtype of the inputs; lse likewise. Without tangents a
+    CPU uses ATen's own flash kernel where that computes the same thing, so the primal is then bit for bit
+    what the unchanged model gives.
+Refuses
+    Nothing: jvpgraph.kernels.attention checks the arguments first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["attention", "attention_backward", "attention_jvp"]
+
+aten = torch.ops.aten
+
+# Scores per block. The two score blocks of a JVP (2 MiB) should stay in the cache of a CPU; elsewhere
+# launches cost.
+TILE_ELEMENTS = {"cpu": 1 << 18}
+TILE_ELEMENTS_ELSEWHERE = 1 << 25
+# Keys per block: long enough for an efficient matmul, short enough to leave rows in the block.
+BLOCK_K = {"cpu": 512}
+BLOCK_K_ELSEWHERE = 4096
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Batch entries [batch, +batches) and key heads [head, +heads), each with `group` query heads."""
+
+    batch: int
+    batches: int
+    head: int
+    heads: int
+    group: int
+
+    def narrow(self, x: Tensor, heads_are_queries: bool = False) -> Tensor:
+        """This chunk of x [B | 1, H | 1, ...]; dims of size one broadcast and stay."""
+        times = self.group if heads_are_queries else 1
+        x = _narrow_unless_one(x, 0, self.batch, self.batches)
+        return _narrow_unless_one(x, 1, self.head * times, self.heads * times)
+
+    def keys(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, Hkv, L, D] -> [batches * heads, L, D]"""
+        return self.narrow(x).to(dtype).reshape(self.batches * self.heads, x.shape[2], x.shape[3])
+
+    def queries(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, H, L, ...] -> [batches * heads, group, L, ...]"""
+        x = self.narrow(x, heads_are_queries=True).to(dtype)
+        return x.reshape(self.batches * self.heads, self.group, *x.shape[2:])
+
+    def bias(self, bias: Tensor, i: int, bq: int, j: int, bk: int) -> Tensor:
+        """A block of bias as [batches | 1, heads | 1, group | 1, bq | 1, bk | 1]."""
+        bias = self.narrow(bias, heads_are_queries=True)
+        bias = _narrow_unless_one(_narrow_unless_one(bias, 2, i, bq), 3, j, bk)
+        if bias.shape[1] == 1:
+            return bias.unsqueeze(2)
+        return bias.unflatten(1, (self.heads, self.group))
+
+    def scores(self, s: Tensor, bq: int) -> Tensor:
+        """[batches * heads, group * bq, bk] viewed so that a block of bias broadcasts to it."""
+        return s.view(self.batches, self.heads, self.group, bq, s.shape[-1])
+
+    def store(self, out: Tensor, rows: Tensor, i: int, bq: int) -> None:
+        """Write rows [batches * heads, group * bq, ...] to queries [i, i + bq) of out [B, H, Lq, ...]."""
+        part = _narrow(self.narrow(out, heads_are_queries=True), 2, i, bq)
+        part.copy_(rows.reshape(part.shape))
+
+
+def _narrow(x: Tensor, dim: int, start: int, length: int) -> Tensor:
+    return x if x.shape[dim] == length else x.narrow(dim, start, length)
+
+
+def _narrow_unless_one(x: Tensor, dim: int, start: int, length: int) -> Tensor:
+    return x if x.shape[dim] == 1 else _narrow(x, dim, start, length)
+
+
+def _rows(x: Tensor, i: int, bq: int) -> Tensor:
+    """Queries [i, i + bq) of x [n, group, L, ...] as [n, group * bq, ...]."""
+    return _narrow(x, 2, i, bq).flatten(1, 2)
+
+
+def _blocks(length: int, block: int) -> Iterator[tuple[int, int]]:
+    """(start, size) of each block of a dim."""
+    for start in range(0, length, block):
+        yield start, min(block, length - start)
+
+
+def _plan(
+    q: Tensor, k: Tensor, block_q: int | None, block_k: int | None
+) -> tuple[Iterator[_Chunk], int, int]:
+    """The chunks of batch and heads, and the block sizes within each."""
+    budget = TILE_ELEMENTS.get(q.device.type, TILE_ELEMENTS_ELSEWHERE)
+    batch, heads, n_q = q.shape[:3]
+    kv_heads, n_k = k.shape[1:3]
+    group = heads // kv_heads
+    bk = min(
+        n_k, block_k or max(BLOCK_K.get(q.device.type, BLOCK_K_ELSEWHERE), budget // max(1, n_q * group))
+    )
+    bq = min(n_q, block_q or max(16, budget // (bk * group)))
+    fit = max(1, budget // (bk * bq * group))
+    batches, heads_each = (min(batch, fit // kv_heads), kv_heads) if fit >= kv_heads else (1, fit)
+    chunks = (
+        _Chunk(b, nb, h, nh, group)
+        for b, nb in _blocks(batch, batches)
+        for h, nh in _blocks(kv_heads, heads_each)
+    )
+    return chunks, bq, bk
+
+
+def _mask_scores(
+    s: Tensor, chunk: _Chunk, bias: Tensor | None, is_causal: bool, i: int, bq: int, j: int, bk: int
+) -> None:
+    """Apply bias (boolean: inverted, True hides) and the causal mask to a block of scores, in place."""
+    if bias is not None:
+        block = chunk.bias(bias, i, bq, j, bk)
+        if bias.dtype == torch.bool:
+            chunk.scores(s, bq).masked_fill_(block, -math.inf)
+        else:
+            chunk.scores(s, bq).add_(block)
+    if is_causal and j + bk > i + 1:
+        future = torch.ones(bq, bk, dtype=torch.bool, device=s.device).triu_(i - j + 1)
+        chunk.scores(s, bq).masked_fill_(future, -math.inf)
+
+
+def _dtype_inside(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _empty_rows(like: Tensor, heads: int, length: int, dim: int) -> Tensor:
+    """[B, H, L, D] that lies in memory as B, L, H, D."""
+    return like.new_empty(like.shape[0], length, heads, dim).transpose(1, 2)
+
+
+def _hides(bias: Tensor | None) -> Tensor | None:
+    """Boolean bias says who attends; masked_fill wants who does not."""
+    return ~bias if bias is not None and bias.dtype == torch.bool else bias
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    *,
+    block_q: int | None = None,
+    block_k: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(o, lse). block_q and block_k override the block sizes, for tests."""
+    if block_q is None and block_k is None and _flash_applies(q, k, v, bias, is_causal):
+        return _flash(q, k, v, bias, is_causal, scale)
+    return _attend(q, k, v, (None, None, None, None), bias, is_causal, scale, block_q, block_k)[:2]
+
+
+def attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    bias: Tensor | None,
+    bias_dot: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    *,
+    block_q: int | None = None,
+    block_k: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o, lse, o_dot, lse_dot). A tangent given as None is zero and costs nothing."""
+    dots = (q_dot, k_dot, v_dot, bias_dot)
+    o, lse, o_dot, lse_dot = _attend(q, k, v, dots, bias, is_causal, scale, block_q, block_k)
+    return (
+        o,
+        lse,
+        torch.zeros_like(o) if o_dot is None else o_dot,
+        torch.zeros_like(lse) if lse_dot is None else lse_dot,
+    )
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dots: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    block_q: int | None,
+    block_k: int | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    q_dot, k_dot, v_dot, bias_dot = dots
+    dtype = _dtype_inside(q)
+    heads, n_q, n_k, dim_v = q.shape[1], q.shape[2], k.shape[2], v.shape[3]
+    s_moves = q_dot is not None or k_dot is not None or bias_dot is not None
+
+    o = _empty_rows(q, heads, n_q, dim_v)
+    lse = q.new_empty(q.shape[:3], dtype=dtype)
+    o_dot = _empty_rows(q, heads, n_q, dim_v) if s_moves or v_dot is not None else None
+    lse_dot = torch.empty_like(lse) if s_moves else None
+    if q.numel() == 0 or k.numel() == 0 or dim_v == 0:
+        for x in (o, o_dot, lse_dot):
+            if x is not None:
+                x.zero_()
+        lse.fill_(-math.inf)
+        return o, lse, o_dot, lse_dot
+
+    hides = _hides(bias)
+    chunks, block_q, block_k = _plan(q, k, block_q, block_k)
+    for chunk in chunks:
+        q_c = chunk.queries(q, dtype) * scale  # [n, group, Lq, Dqk]
+        k_c = chunk.keys(k, dtype)  # [n, Lkv, Dqk]
+        v_c = chunk.keys(v, dtype)  # [n, Lkv, Dv]
+        left, right = _score_tangent_operands(chunk, q_c, k_c, q_dot, k_dot, scale)
+        values = v_c if v_dot is None else torch.cat((v_c, chunk.keys(v_dot, dtype)), dim=-1)
+        centre = None
+        if right is not None:
+            centre = right.mean(1, keepdim=True)  # [n, 1, D]
+            right = right - centre
+
+        for i, bq in _blocks(n_q, block_q):
+            q_i = _rows(q_c, i, bq)  # [n, group * bq, Dqk]
+            left_i = None if left is None else _rows(left, i, bq)
+            n_seen = min(n_k, i + bq) if is_causal else n_k
+            m = l = acc = acc_dot = r = None
+            for j, bk in _blocks(n_seen, block_k):
+                s = torch.bmm(q_i, _narrow(k_c, 1, j, bk).mT)
+                _mask_scores(s, chunk, hides, is_causal, i, bq, j, bk)
+                m_new = s.amax(-1, keepdim=True)
+                if m is not None:
+                    m_new = torch.maximum(m, m_new)
+                # exp(-inf - 0) = 0 where no key has been seen yet
+                m_safe = m_new if bias is None else m_new.masked_fill(m_new == -math.inf, 0)
+                p = s.sub_(m_safe).exp_()
+                if m is not None:
+                    alpha = torch.exp(m - m_safe)
+                    l = l.mul_(alpha).add_(p.sum(-1, keepdim=True))
+                    acc = acc.mul_(alpha).baddbmm_(p, _narrow(values, 1, j, bk))
+                else:
+                    l = p.sum(-1, keepdim=True)
+                    acc = torch.bmm(p, _narrow(values, 1, j, bk))
+                if s_moves:
+                    h = _score_tangent(chunk, left_i, right, bias_dot, s.shape, dtype, q, i, bq, j, bk).mul_(
+                        p
+                    )
+                    v_j = _narrow(v_c, 1, j, bk)
+                    if m is not None:
+                        r = r.mul_(alpha).add_(h.sum(-1, keepdim=True))
+                        acc_dot = acc_dot.mul_(alpha).baddbmm_(h, v_j)
+                    else:
+                        r = h.sum(-1, keepdim=True)
+                        acc_dot = torch.bmm(h, v_j)
+                m = m_new
+
+            empty = None if bias is None else l == 0  # no key at all
+            inverse = (l if empty is None else l.masked_fill(empty, 1)).reciprocal()
+            o_i = acc[..., :dim_v] * inverse
+            chunk.store(o, o_i, i, bq)
+            chunk.store(lse, m + l.log(), i, bq)
+            if o_dot is None:
+                continue
+            total = acc_dot
+            if v_dot is not None:
+                total = acc[..., dim_v:] if acc_dot is None else acc_dot.add_(acc[..., dim_v:])
+            o_dot_i = total * inverse
+            if lse_dot is not None:
+                r = r.mul_(inverse)
+                o_dot_i.addcmul_(r, o_i, value=-1)
+                if centre is not None:
+                    r = torch.baddbmm(r, left_i, centre.mT)
+                chunk.store(lse_dot, r if empty is None else r.masked_fill(empty, 0), i, bq)
+            chunk.store(o_dot, o_dot_i, i, bq)
+    return o, lse, o_dot, lse_dot
+
+
+def _score_tangent_operands(
+    chunk: _Chunk, q_c: Tensor, k_c: Tensor, q_dot: Tensor | None, k_dot: Tensor | None, scale: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """left [n, group, Lq, D] and right [n, Lkv, D] with left right' = scale (q_dot k' + q k_dot')."""
+    lefts, rights = [], []
+    if q_dot is not None:
+        lefts.append(chunk.queries(q_dot, q_c.dtype) * scale)
+        rights.append(k_c)
+    if k_dot is not None:
+        lefts.append(q_c)
+        rights.append(chunk.keys(k_dot, q_c.dtype))
+    if len(lefts) == 2:
+        return torch.cat(lefts, dim=-1), torch.cat(rights, dim=-1)
+    return (lefts[0], rights[0]) if lefts else (None, None)
+
+
+def _score_tangent(
+    chunk: _Chunk,
+    left_i: Tensor | None,
+    right: Tensor | None,
+    bias_dot: Tensor | None,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    like: Tensor,
+    i: int,
+    bq: int,
+    j: int,
+    bk: int,
+) -> Tensor:
+    """A block of s_dot, less its mean over keys."""
+    if left_i is None or right is None:
+        s_dot = like.new_zeros(shape, dtype=dtype)
+    else:
+        s_dot = torch.bmm(left_i, _narrow(right, 1, j, bk).mT)
+    if bias_dot is not None:
+        chunk.scores(s_dot, bq).add_(chunk.bias(bias_dot, i, bq, j, bk))
+    return s_dot
+
+
+def attention_backward(
+    o_grad: Tensor,
+    lse_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    bias_needs_grad: bool,
+    *,
+    block_q: int | None = None,
+    block_k: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv, dbias) from the forward's o and lse; dbias is None unless asked for."""
+    if (
+        block_q is None
+        and block_k is None
+        and lse_grad is None
+        and not bias_needs_grad
+        and _flash_applies(q, k, v, bias, is_causal)
+    ):
+        return *_flash_backward(o_grad, q, k, v, bias, o, lse, is_causal, scale), None
+    dtype = _dtype_inside(q)
+    heads, kv_heads, n_q, n_k = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+    dq = _empty_rows(q, heads, n_q, q.shape[3])
+    dk = _empty_rows(k, kv_heads, n_k, k.shape[3])
+    dv = _empty_rows(v, kv_heads, n_k, v.shape[3])
+    dbias = bias.new_zeros(bias.shape, dtype=dtype) if bias is not None and bias_needs_grad else None
+    if q.numel() == 0 or k.numel() == 0 or v.shape[3] == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), dbias
+
+    hides = _hides(bias)
+    delta = (o_grad.to(dtype) * o.to(dtype)).sum(-1)  # [B, H, Lq]
+    if lse_grad is not None:
+        delta = delta - lse_grad
+    if bias is not None:
+        lse = lse.masked_fill(lse == -math.inf, math.inf)  # makes p = 0 in a fully masked row
+    chunks, block_q, block_k = _plan(q, k, block_q, block_k)
+    for chunk in chunks:
+        q_c = chunk.queries(q, dtype) * scale
+        k_c, v_c = chunk.keys(k, dtype), chunk.keys(v, dtype)
+        o_grad_c = chunk.queries(o_grad, dtype)
+        delta_c, lse_c = chunk.queries(delta, dtype), chunk.queries(lse, dtype)
+        dk_c, dv_c = torch.zeros_like(k_c), torch.zeros_like(v_c)
+        for i, bq in _blocks(n_q, block_q):
+            q_i, o_grad_i = _rows(q_c, i, bq), _rows(o_grad_c, i, bq)
+            delta_i, lse_i = _rows(delta_c, i, bq).unsqueeze(-1), _rows(lse_c, i, bq).unsqueeze(-1)
+            dq_i = None
+            n_seen = min(n_k, i + bq) if is_causal else n_k
+            for j, bk in _blocks(n_seen, block_k):
+                k_j, v_j = _narrow(k_c, 1, j, bk), _narrow(v_c, 1, j, bk)
+                s = torch.bmm(q_i, k_j.mT)
+                _mask_scores(s, chunk, hides, is_causal, i, bq, j, bk)
+                p = s.sub_(lse_i).exp_()
+                _narrow(dv_c, 1, j, bk).baddbmm_(p.mT, o_grad_i)
+                ds = torch.bmm(o_grad_i, v_j.mT).sub_(delta_i).mul_(p)
+                _narrow(dk_c, 1, j, bk).baddbmm_(ds.mT, q_i)
+                dq_i = torch.bmm(ds, k_j) if dq_i is None else dq_i.baddbmm_(ds, k_j)
+                if dbias is not None:
+                    part = chunk.bias(dbias, i, bq, j, bk)
+                    part.add_(chunk.scores(ds, bq).sum_to_size(part.shape))
+            chunk.store(dq, dq_i.mul_(scale), i, bq)
+        # keys that no query sees under a causal mask keep their zeros
+        for out, part in ((dk, dk_c), (dv, dv_c)):
+            target = chunk.narrow(out)
+            target.copy_(part.view(target.shape))
+    return dq, dk, dv, dbias
+
+
+def _flash_applies(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool) -> bool:
+    """Whether ATen's CPU flash kernel computes exactly this, and takes these arguments."""
+    return (
+        q.device.type == "cpu"
+        and q.shape[1] == k.shape[1]
+        and q.shape[3] == v.shape[3]
+        and not (is_causal and bias is not None)
+        and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        and q.numel() > 0
+        and k.numel() > 0
+    )
+
+
+def _additive(q: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """bias as the flash kernel takes it, and which rows see no key at all [B | 1, H | 1, Lq | 1]."""
+    if bias is None:
+        return None, None
+    if bias.dtype == torch.bool:
+        return bias.new_zeros(bias.shape, dtype=q.dtype).masked_fill_(~bias, -math.inf), ~bias.any(-1)
+    return bias, bias.amax(-1) == -math.inf
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    additive, empty = _additive(q, bias)
+    o, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, is_causal, attn_mask=additive, scale=scale
+    )
+    if empty is not None:
+        lse = lse.masked_fill(empty, -math.inf)  # the kernel says 0
+    return o, lse.contiguous()
+
+
+def _flash_backward(
+    o_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    additive, _ = _additive(q, bias)
+    if bias is not None:
+        lse = lse.masked_fill(lse == -math.inf, 0)
+    if o_grad.stride(-1) != 1:
+        o_grad = o_grad.contiguous()
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        o_grad, q, k, v, o, lse, 0.0, is_causal, attn_mask=additive, scale=scale
+    )
