@@ -1,7 +1,7 @@
 """The engine of the rules: from an op, its primal values and input tangents to the output tangents.
 
-The same function serves the compiled graph (fake tensors, recorded op by op) and the op-by-op mode (real tensors).
-Zeros are None throughout. Rules come from the table, else they are derived, else the op is refused.
+The same function serves the compiled graph (fake tensors, recorded op by op) and the op-by-op mode (real
+tensors). Zeros are None throughout. Rules come from the table, else they are derived, else the op is refused.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def tangents_of(op: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[
         dots: tangents of the active arguments by name; a list with None for tensor lists. At least one.
 
     Returns:
-        ``(out_dot, source)``: None for a zero, or with the structure of ``out``; source is "table" or "derived".
+        ``(out_dot, source)``: None for a zero, or with the structure of ``out``; source is "table" or
+        "derived".
 
     Raises:
         NoRule: there is no forward derivative; the message gives the reason.

@@ -1,8 +1,8 @@
 """Derived rules: PyTorch's own forward formulas, borrowed one op at a time.
 
 For an op that is not in the table, ``torch.func.jvp`` of that single call gives the tangent; run under the
-recorder it leaves the formula's ops in the graph. Only ATen's ops qualify: each of them has a formula or refuses,
-whereas over a custom op functorch returns a zero without a word.
+recorder it leaves the formula's ops in the graph. Only ATen's ops qualify: each of them has a formula or
+refuses, whereas over a custom op functorch returns a zero without a word.
 """
 
 from __future__ import annotations

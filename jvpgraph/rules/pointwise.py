@@ -1,1 +1,152 @@
-"""Rules: pointwise."""
+"""Pointwise ops: one line of calculus each.
+
+Formulas are written so that half precision does not overflow before the result does. Where ATen has a fused
+backward kernel it serves as forward rule: the Jacobian of a pointwise function is diagonal, hence its own
+transpose, and the kernel computes in float32 whatever the inputs have. At kinks and ties the convention is
+PyTorch's (relu'(0) = 0, a clamp passes its bounds, equal operands of a maximum share).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jvpgraph.rules.registry import bilinear, jvp, linear, no_tangent
+
+__all__ = ["times"]
+
+aten = torch.ops.aten
+
+
+def times(c: Any, x: Tensor) -> Tensor:
+    """``c * x``, without a kernel for the usual ``c = 1``."""
+    return x if c == 1 else c * x
+
+
+def real(x: Tensor, *_: Any) -> bool:
+    return not x.is_complex()
+
+
+def positive(x: Any, *_: Any) -> bool:
+    return not isinstance(x, complex) and x > 0
+
+
+# Piecewise constant, constant, or random
+no_tangent(aten.floor.default, aten.ceil.default, aten.trunc.default, aten.sign.default)
+no_tangent(aten.round.default, aten.round.decimals, aten.floor_divide.default)
+no_tangent(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)
+no_tangent(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
+no_tangent(aten.zero.default, aten.fill.Scalar)
+no_tangent(aten.rand_like.default, aten.randn_like.default, aten.bernoulli.default, aten.bernoulli.p)
+
+# Arithmetic
+linear(aten.neg.default, aten.mul.Scalar, aten.div.Scalar)
+bilinear(aten.mul.Tensor)
+
+jvp(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)(lambda y, a, *_, a_dot: a_dot)
+jvp(aten.add.Tensor)(lambda y, a, b, alpha, *, b_dot: times(alpha, b_dot))
+jvp(aten.sub.Tensor)(lambda y, a, b, alpha, *, b_dot: times(-alpha, b_dot))
+jvp(aten.rsub.Scalar)(lambda y, a, b, alpha, *, a_dot: times(-alpha, a_dot))
+jvp(aten.remainder.Scalar, aten.fmod.Scalar)(lambda y, x, n, *, x_dot: x_dot)
+jvp(aten.div.Tensor)(lambda y, a, b, *, a_dot: a_dot / b)
+jvp(aten.div.Tensor)(lambda y, a, b, *, b_dot: -y * (b_dot / b))
+jvp(aten.reciprocal.default)(lambda y, x, *, x_dot: -y * (x_dot * y))
+
+
+@jvp(aten.div.Tensor_mode)
+def div_rounded(y, a, b, rounding_mode, *, a_dot=None, b_dot=None):
+    """Constant between the jumps: only the unrounded mode has a tangent."""
+    if rounding_mode is not None:
+        return None
+    numerator = 0 if a_dot is None else a_dot
+    return (numerator if b_dot is None else numerator - y * b_dot) / b
+
+
+jvp(aten.addcmul.default)(lambda y, a, b, c, value, *, a_dot: a_dot)
+jvp(aten.addcmul.default)(lambda y, a, b, c, value, *, b_dot: times(value, b_dot * c))
+jvp(aten.addcmul.default)(lambda y, a, b, c, value, *, c_dot: times(value, b * c_dot))
+jvp(aten.addcdiv.default)(lambda y, a, b, c, value, *, a_dot: a_dot)
+jvp(aten.addcdiv.default)(lambda y, a, b, c, value, *, b_dot: times(value, b_dot / c))
+jvp(aten.addcdiv.default)(lambda y, a, b, c, value, *, c_dot: times(-value, (b / c) * (c_dot / c)))
+jvp(aten.lerp.Scalar, aten.lerp.Tensor)(lambda y, a, b, w, *, a_dot: a_dot * (1 - w))
+jvp(aten.lerp.Scalar, aten.lerp.Tensor)(lambda y, a, b, w, *, b_dot: b_dot * w)
+jvp(aten.lerp.Tensor)(lambda y, a, b, w, *, w_dot: w_dot * (b - a))
+
+# Powers, exponentials, logarithms
+jvp(aten.sqrt.default)(lambda y, x, *, x_dot: x_dot / (2 * y))
+jvp(aten.rsqrt.default)(lambda y, x, *, x_dot: -0.5 * y * (x_dot / x))
+jvp(aten.exp.default)(lambda y, x, *, x_dot: x_dot * y)
+jvp(aten.exp2.default)(lambda y, x, *, x_dot: x_dot * y * math.log(2))
+jvp(aten.expm1.default)(lambda y, x, *, x_dot: x_dot * x.exp())
+jvp(aten.log.default)(lambda y, x, *, x_dot: x_dot / x)
+jvp(aten.log2.default)(lambda y, x, *, x_dot: x_dot / (x * math.log(2)))
+jvp(aten.log10.default)(lambda y, x, *, x_dot: x_dot / (x * math.log(10)))
+jvp(aten.log1p.default)(lambda y, x, *, x_dot: x_dot / (1 + x))
+jvp(aten.pow.Tensor_Scalar)(lambda y, x, n, *, x_dot: None if n == 0 else x_dot * (n * x ** (n - 1)))
+jvp(aten.pow.Scalar, when=positive)(lambda y, x, n, *, n_dot: n_dot * y * math.log(x))
+jvp(aten.pow.Tensor_Tensor)(lambda y, x, n, *, x_dot: torch.where(n == 0, 0, x_dot * n * x ** (n - 1)))
+jvp(aten.pow.Tensor_Tensor)(
+    lambda y, x, n, *, n_dot: torch.where((x == 0) & (n >= 0), 0, n_dot * y * x.log())
+)
+
+# Trigonometry
+jvp(aten.sin.default)(lambda y, x, *, x_dot: x_dot * x.cos())
+jvp(aten.cos.default)(lambda y, x, *, x_dot: -x_dot * x.sin())
+jvp(aten.tan.default)(lambda y, x, *, x_dot: x_dot * (1 + y * y))
+jvp(aten.asin.default)(lambda y, x, *, x_dot: x_dot * (1 - x * x).rsqrt())
+jvp(aten.acos.default)(lambda y, x, *, x_dot: -x_dot * (1 - x * x).rsqrt())
+jvp(aten.atan.default)(lambda y, x, *, x_dot: x_dot / (1 + x * x))
+jvp(aten.atan2.default)(lambda y, a, b, *, a_dot: a_dot * b / (a * a + b * b))
+jvp(aten.atan2.default)(lambda y, a, b, *, b_dot: -b_dot * a / (a * a + b * b))
+jvp(aten.sinh.default)(lambda y, x, *, x_dot: x_dot * x.cosh())
+jvp(aten.cosh.default)(lambda y, x, *, x_dot: x_dot * x.sinh())
+jvp(aten.erf.default)(lambda y, x, *, x_dot: x_dot * (2 / math.sqrt(math.pi)) * (-x * x).exp())
+
+# Activations
+jvp(aten.sigmoid.default, when=real)(lambda y, x, *, x_dot: aten.sigmoid_backward(x_dot, y))
+jvp(aten.tanh.default, when=real)(lambda y, x, *, x_dot: aten.tanh_backward(x_dot, y))
+jvp(aten.relu.default)(lambda y, x, *, x_dot: aten.threshold_backward(x_dot, y, 0))
+jvp(aten.silu.default, when=real)(lambda y, x, *, x_dot: aten.silu_backward(x_dot, x))
+jvp(aten.gelu.default)(lambda y, x, a, *, x_dot: aten.gelu_backward(x_dot, x, approximate=a))
+jvp(aten.mish.default)(lambda y, x, *, x_dot: aten.mish_backward(x_dot, x))
+jvp(aten.softplus.default)(lambda y, x, b, t, *, x_dot: aten.softplus_backward(x_dot, x, b, t))
+jvp(aten.log_sigmoid_forward.default)(lambda out, x, *, x_dot: (x_dot * (-x).sigmoid(), None))
+jvp(aten.leaky_relu.default)(lambda y, x, slope, *, x_dot: aten.leaky_relu_backward(x_dot, x, slope, False))
+jvp(aten.elu.default)(lambda y, x, a, s, i, *, x_dot: aten.elu_backward(x_dot, a, s, i, False, x))
+jvp(aten.hardtanh.default)(lambda y, x, low, high, *, x_dot: aten.hardtanh_backward(x_dot, x, low, high))
+jvp(aten.hardsigmoid.default)(lambda y, x, *, x_dot: aten.hardsigmoid_backward(x_dot, x))
+jvp(aten.hardswish.default)(lambda y, x, *, x_dot: aten.hardswish_backward(x_dot, x))
+
+# Choice
+linear(aten.where.self, wrt="self other")
+linear(aten.masked_fill.Tensor, wrt="self value")
+linear(aten.masked_scatter.default, wrt="self source")
+jvp(aten.masked_fill.Scalar)(lambda y, x, mask, value, *, x_dot: x_dot.masked_fill(mask, 0))
+jvp(aten.abs.default, when=real)(lambda y, x, *, x_dot: x_dot * x.sign())
+jvp(
+    *(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default),
+    *(aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor),
+)(lambda y, x, *_, x_dot: torch.where(y == x, x_dot, 0))
+jvp(aten.maximum.default, aten.minimum.default)(lambda y, a, b, *, a_dot: _share(y == a, a == b, a_dot))
+jvp(aten.maximum.default, aten.minimum.default)(lambda y, a, b, *, b_dot: _share(y == b, a == b, b_dot))
+
+
+def _share(wins: Tensor, tie: Tensor, x_dot: Tensor) -> Tensor:
+    return torch.where(tie, 0.5 * x_dot, torch.where(wins, x_dot, 0))
+
+
+@jvp(aten.native_dropout.default)
+def dropout(outs, x, p, train, *, x_dot):
+    """The mask that the primal drew, and its scale."""
+    return (x_dot if train is False or p == 0 else x_dot * outs[1] * (0 if p == 1 else 1 / (1 - p)), None)
+
+
+# Complex numbers
+linear(aten._conj.default, aten.view_as_real.default)
+linear(aten.complex.default, wrt="real imag")
+jvp(aten.view_as_complex.default)(lambda y, x, *, x_dot: torch.view_as_complex(x_dot.contiguous()))
+jvp(aten.polar.default)(lambda y, r, angle, *, r_dot: torch.polar(r_dot, angle))
+jvp(aten.polar.default)(lambda y, r, angle, *, angle_dot: 1j * y * angle_dot)

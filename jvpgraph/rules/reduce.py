@@ -1,1 +1,125 @@
-"""Rules: reduce."""
+"""Reductions: sums, means, extrema, softmax and what is made of them.
+
+Statistics of half-precision inputs are formed in float32, as ATen's own kernels do. Where several elements
+attain an extremum they share its tangent; where the op says which one it took, the tangent is read there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jvpgraph.rules.registry import jvp, linear
+
+__all__ = ["in_float32"]
+
+aten = torch.ops.aten
+
+
+def in_float32(x: Tensor) -> Tensor:
+    """``x`` in float32, unless it is wider than that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def kept(y: Tensor, x: Tensor, dim: Any, keepdim: bool) -> Tensor:
+    """A reduction ``y`` of ``x`` over ``dim`` (none: all), with its reduced dims as size 1."""
+    for d in [] if keepdim else sorted(d % x.dim() for d in dim or range(x.dim())):
+        y = y.unsqueeze(d)
+    return y
+
+
+linear(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.cumsum.default)
+
+
+@jvp(aten._softmax.default, aten._safe_softmax.default)
+def softmax(p, x, dim, _, *, x_dot):
+    """p_dot = p * x_dot - p * sum(p * x_dot): a symmetric Jacobian, so ATen's backward kernel is the rule."""
+    return aten._softmax_backward_data(x_dot.to(p.dtype), p, dim, p.dtype)
+
+
+@jvp(aten._log_softmax.default)
+def log_softmax(y, x, dim, _, *, x_dot):
+    """y_dot = x_dot - sum(p * x_dot)."""
+    return x_dot - (in_float32(y).exp() * x_dot).sum(dim, keepdim=True)
+
+
+@jvp(aten.logsumexp.default)
+def logsumexp(y, x, dim, keepdim, *, x_dot):
+    """y_dot = sum(p * x_dot)."""
+    p = (in_float32(x) - kept(y, x, dim, keepdim)).exp()
+    return (p * x_dot).sum(dim, keepdim)
+
+
+# Second moments
+def half_spread(x: Tensor, dim: Any, correction: Any, keepdim: bool, x_dot: Tensor) -> Tensor:
+    """Half the tangent of the variance: sum((x - mean(x)) * x_dot) / (n - correction)."""
+    dims = dim or range(x.dim())
+    n = math.prod(x.shape[d] for d in dims)
+    x = in_float32(x)
+    centred = x - x.mean(dim or None, keepdim=True)
+    return (centred * x_dot).sum(dim or None, keepdim) / (n - (1 if correction is None else correction))
+
+
+def real(x: Tensor, *_: Any) -> bool:
+    return not x.is_complex()
+
+
+def real_two_norm(x: Tensor, order: Any, *_: Any) -> bool:
+    return order == 2 and real(x)
+
+
+@jvp(aten.var.correction, when=real)
+def var(y, x, dim, correction, keepdim, *, x_dot):
+    return 2 * half_spread(x, dim, correction, keepdim, x_dot)
+
+
+@jvp(aten.var_mean.correction, when=real)
+def var_mean(outs, x, dim, correction, keepdim, *, x_dot):
+    return 2 * half_spread(x, dim, correction, keepdim, x_dot), x_dot.mean(dim or None, keepdim)
+
+
+@jvp(aten.std.correction, when=real)
+def std(y, x, dim, correction, keepdim, *, x_dot):
+    """As PyTorch: zero where the deviation is."""
+    return torch.where(y == 0, 0, half_spread(x, dim, correction, keepdim, x_dot) / y)
+
+
+@jvp(aten.linalg_vector_norm.default, when=real_two_norm)
+def two_norm(y, x, order, dim, keepdim, dtype, *, x_dot):
+    """y_dot = sum(x * x_dot) / y, and zero at the origin, as PyTorch."""
+    return torch.where(y == 0, 0, (in_float32(x) * x_dot).sum(dim, keepdim) / y)
+
+
+# Extrema
+@jvp(aten.amax.default, aten.amin.default)
+def extremum(y, x, dim, keepdim, *, x_dot):
+    attained = x == kept(y, x, dim, keepdim)
+    return torch.where(attained, x_dot, 0).sum(dim, keepdim) / attained.sum(dim, keepdim)
+
+
+@jvp(aten.max.default, aten.min.default)
+def extremum_of_all(y, x, *, x_dot):
+    attained = x == y
+    return torch.where(attained, x_dot, 0).sum() / attained.sum()
+
+
+@jvp(aten.max.dim, aten.min.dim)
+def selected(outs, x, dim, keepdim, *, x_dot):
+    index = outs[1] if keepdim else outs[1].unsqueeze(dim)
+    value_dot = x_dot.gather(dim, index)
+    return (value_dot if keepdim else value_dot.squeeze(dim)), None
+
+
+jvp(aten.topk.default)(lambda outs, x, k, dim, *_, x_dot: (x_dot.gather(dim, outs[1]), None))
+jvp(aten.sort.default)(lambda outs, x, dim, *_, x_dot: (x_dot.gather(dim, outs[1]), None))
+jvp(aten.sort.stable)(lambda outs, x, stable, dim, *_, x_dot: (x_dot.gather(dim, outs[1]), None))
+
+
+@jvp(aten.max_pool2d_with_indices.default)
+def max_pool2d(outs, x, *_, x_dot):
+    """The index counts within each plane."""
+    index = outs[1]
+    return x_dot.flatten(-2).gather(-1, index.flatten(-2)).view(index.shape), None

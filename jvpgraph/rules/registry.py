@@ -1,7 +1,7 @@
 """The rule table: which op has which forward-mode derivative.
 
-A rule returns tangents only. It never sees a zero: the engine (:mod:`jvpgraph.rules.apply`) leaves out the terms
-of inactive inputs, adds the others up, and brings the sum to the shape and dtype of the primal output.
+A rule returns tangents only. It never sees a zero: the engine (:mod:`jvpgraph.rules.apply`) leaves out the
+terms of inactive inputs, adds the others up, and brings the sum to the shape and dtype of the primal output.
 
 Four ways to state a rule, keyed by OpOverload::
 
@@ -11,7 +11,7 @@ Four ways to state a rule, keyed by OpOverload::
     no_tangent(aten.ge.Scalar)            # the output never has a tangent
 
     @jvp(aten.div.Tensor)
-    def div(y, a, b, *, a_dot):           # the primal output, then every schema argument; tangents keyword-only
+    def div(y, a, b, *, a_dot):           # the primal output, every schema argument, one tangent by keyword
         return a_dot / b
 
     @jvp(aten.div.Tensor)
@@ -42,7 +42,7 @@ When = Callable[..., bool]
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a tangent: ``fn(out, *schema_args, **{name_dot: ...})``, linear in the tangents of ``wrt``."""
+    """One summand of a tangent: ``fn(out, *schema_args, **{name_dot: ...})``, linear in those tangents."""
 
     fn: Callable[..., Any]
     wrt: tuple[str, ...]  # schema argument names
@@ -85,7 +85,8 @@ def _add(op: OpOverload, term: Term | None, when: When | None) -> None:
     if rule is None:
         rule = TABLE[op] = Rule(op, when=when)
     elif term is None or not rule.terms or set(term.wrt) & set(rule.wrt):
-        raise ValueError(f"{op} already has a rule for {', '.join(rule.wrt) or 'every argument (no tangent)'}")
+        covered = ", ".join(rule.wrt) or "every argument (no tangent)"
+        raise ValueError(f"{op} already has a rule for {covered}")
     elif when is not rule.when:
         raise ValueError(f"the terms of {op} state different preconditions")
     if term is not None:
@@ -139,9 +140,10 @@ def no_tangent(*ops: OpOverload) -> None:
 def jvp(*ops: OpOverload, when: When | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as rule, or as one more term of the rule, of each op.
 
-    The function's positional parameters are the primal output (a tuple where the op has several) and the schema
-    arguments in order; its keyword-only parameters are the tangents, named after its own positional parameters
-    with ``_dot`` appended. It returns the tangent of the output, or a tuple with None where there is none.
+    The function's positional parameters are the primal output (a tuple where the op has several) and the
+    schema arguments in order; its keyword-only parameters are the tangents, named after its own positional
+    parameters with ``_dot`` appended. It returns the tangent of the output, or a tuple with None where there
+    is none.
     """
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,16 +155,17 @@ def jvp(*ops: OpOverload, when: When | None = None) -> Callable[[Callable[..., A
             raise ValueError(f"{fn.__name__} names no tangent: add a keyword-only parameter such as *, x_dot")
         joint = all(p.default is None for p in tangents)
         if not joint and len(tangents) > 1:
-            raise ValueError(f"{fn.__name__}: several tangents need the default None each, for inactive inputs")
+            raise ValueError(f"{fn.__name__}: each of several tangents needs the default None (inactive)")
         for op in ops:
             schema = [a.name for a in op._schema.arguments]
             if not variadic and len(positional) != 1 + len(schema):
-                raise ValueError(f"{fn.__name__} must take the output and {len(schema)} arguments: {op._schema}")
+                raise ValueError(f"{fn.__name__} must take the output and {len(schema)} arguments of {op}")
             position = {f"{name}_dot": i for i, name in enumerate(positional)}
             try:
                 wrt = tuple(schema[position[p.name] - 1] for p in tangents)
             except KeyError as missing:
-                raise ValueError(f"{fn.__name__}: {missing} is not the tangent of one of {positional[1:]}") from None
+                message = f"{fn.__name__}: {missing} is not the tangent of one of {positional[1:]}"
+                raise ValueError(message) from None
             dots = tuple(p.name for p in tangents)
             _add(op, Term(fn, wrt, dots, None if variadic else len(positional), joint), when)
         return fn

@@ -1,1 +1,85 @@
-"""Rules: shape."""
+"""Views, indexing, joining, padding, resampling: the op on the tangent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jvpgraph.rules.registry import jvp, linear
+
+aten = torch.ops.aten
+
+# Views. A tangent has the shape of its primal but not always its strides, hence reshape where view is strict.
+jvp(aten.view.default, aten._unsafe_view.default)(lambda y, x, size, *, x_dot: x_dot.reshape(size))
+jvp(aten._reshape_alias.default)(lambda y, x, size, stride, *, x_dot: x_dot.reshape(size))
+linear(
+    *(aten.permute.default, aten.transpose.int, aten.t.default, aten.expand.default),
+    *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default),
+    *(aten.slice.Tensor, aten.select.int, aten.diagonal.default, aten.unfold.default, aten.unbind.int),
+    *(aten.split.Tensor, aten.split_with_sizes.default),
+)
+
+
+def dense(x: Tensor, *_: Any) -> bool:
+    return x.is_contiguous() and x.storage_offset() == 0
+
+
+@jvp(aten.as_strided.default, when=dense)
+def as_strided(y, x, size, stride, offset, *, x_dot):
+    """Strides and offset count in memory, so the tangent has to be laid out as the primal is."""
+    return x_dot.clone(memory_format=torch.contiguous_format).as_strided(size, stride, offset)
+
+
+# Copies. detach cuts the backward, not the derivative along the tangent: the markers themselves are detached.
+linear(aten.clone.default, aten.alias.default, aten.detach.default, aten._to_copy.default)
+linear(aten.lift_fresh_copy.default)
+
+
+@jvp(aten.copy.default)
+def copy(y, x, src, *_, x_dot=None, src_dot=None):
+    """What is overwritten does not matter."""
+    return None if src_dot is None else src_dot.to(y)
+
+
+@jvp(aten.fill.Tensor)
+def fill(y, x, value, *, x_dot=None, value_dot=None):
+    return None if value_dot is None else value_dot.to(y)
+
+
+# Joining and repeating
+linear(aten.cat.default, aten.stack.default)
+linear(aten.repeat.default, aten.roll.default, aten.flip.default)
+linear(aten.tril.default, aten.triu.default, aten.diag_embed.default)
+
+# Reading by index
+linear(aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_select.default, aten.gather.default)
+linear(aten.embedding.default)  # in the table; the ids never have a tangent
+
+# Writing by index
+linear(aten.select_scatter.default, aten.slice_scatter.default, aten.diagonal_scatter.default, wrt="self src")
+linear(aten.scatter.src, aten.scatter_add.default, wrt="self src")
+linear(aten.scatter_reduce.two, wrt="self src", when=lambda x, d, i, src, reduce, *_: reduce == "sum")
+linear(aten.index_put.default, aten._unsafe_index_put.default, wrt="self values")
+linear(aten.index_add.default, aten.index_copy.default, wrt="self source")
+jvp(aten.scatter.value)(lambda y, x, dim, index, value, *, x_dot: x_dot.scatter(dim, index, 0))
+jvp(aten.index_fill.int_Scalar)(lambda y, x, dim, index, value, *, x_dot: x_dot.index_fill(dim, index, 0))
+
+# Padding
+jvp(aten.constant_pad_nd.default)(lambda y, x, pad, value, *, x_dot: aten.constant_pad_nd(x_dot, pad, 0))
+linear(aten.reflection_pad1d.default, aten.reflection_pad2d.default, aten.reflection_pad3d.default)
+linear(aten.replication_pad1d.default, aten.replication_pad2d.default, aten.replication_pad3d.default)
+
+# Patches and resampling
+linear(aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.im2col.default, aten.col2im.default)
+linear(aten.avg_pool2d.default, aten.avg_pool3d.default)
+linear(aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default)
+linear(aten.upsample_nearest1d.default, aten.upsample_nearest2d.default, aten.upsample_nearest3d.default)
+linear(aten._upsample_nearest_exact2d.default, aten._upsample_nearest_exact3d.default)
+linear(aten.upsample_linear1d.default, aten.upsample_bilinear2d.default, aten.upsample_trilinear3d.default)
+linear(aten.upsample_bicubic2d.default)
+linear(aten._upsample_bilinear2d_aa.default, aten._upsample_bicubic2d_aa.default)
+
+# Fourier
+linear(aten._fft_r2c.default, aten._fft_c2c.default, aten._fft_c2r.default)
