@@ -1,0 +1,223 @@
+"""The front door: transform a model, or a function, into one that also computes its tangent."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jvpgraph.backend import COMPILERS, Backend
+from jvpgraph.capture import own_errors
+from jvpgraph.config import Config
+from jvpgraph.explain import Explanation, explain
+from jvpgraph.finite import check_finite
+from jvpgraph.markers import make_dual, tangent_of
+from jvpgraph.op_by_op import OpByOp
+from jvpgraph.structure import leaves, map_leaves
+from jvpgraph.tangents import Inputs, match_tangents
+
+__all__ = ["BACKENDS", "DualModule", "jvp", "transform"]
+
+BACKENDS = (*COMPILERS, "op_by_op")
+KEPT_FUNCTIONS = 64  # graphs of plain functions that jvp keeps, least recently used first out
+
+
+def transform(
+    model: nn.Module,
+    *,
+    regions: None = None,
+    backend: str = "inductor",
+    dynamic: bool | None = None,
+    config: Config | None = None,
+) -> DualModule:
+    """A view of ``model`` that also computes tangents, in one compiled graph.
+
+    ``dual(*args, **kwargs)`` is the model. ``dual(*args, tangents={name: x_dot}, **kwargs)`` returns
+    ``(y, y_dot)`` with ``y_dot = sum over names of (d model / d input) * x_dot``; both have the structure of the
+    model's output. ``y`` keeps its autograd history, ``y_dot`` is detached.
+
+    Args:
+        model: any nn.Module. Its parameters, buffers, submodules and hooks are shared, not copied.
+        regions: reserved for capturing block by block; only None is accepted so far.
+        backend: "inductor" compiles; "eager" makes the same graph and runs it without Inductor; "op_by_op" runs
+            any Python code, one op at a time.
+        dynamic: as in torch.compile: True for symbolic sizes from the start, None to find out by recompiling once.
+        config: settings, see :class:`jvpgraph.Config`.
+
+    Raises:
+        ValueError: an argument is not one of those named here.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"transform takes an nn.Module, not {type(model).__name__}; for functions use jvpgraph.jvp")
+    if isinstance(model, DualModule):
+        raise ValueError("this model is transformed already")
+    if regions is not None:
+        raise ValueError("regions are not available yet: pass regions=None to capture the model as one graph")
+    return DualModule(model, _Dual(model, backend, dynamic, config or Config()))
+
+
+def jvp(
+    fn: Callable[..., Any],
+    primals: tuple[Any, ...],
+    tangents: tuple[Any, ...],
+    *,
+    has_aux: bool = False,
+    backend: str = "inductor",
+    dynamic: bool | None = None,
+    config: Config | None = None,
+) -> tuple[Any, ...]:
+    """``torch.func.jvp`` as one compiled graph: ``(fn(*primals), J @ tangents)``, plus aux if ``has_aux``.
+
+    Args:
+        fn: a function of tensors, or of nested tuples, lists and dicts of them. The graphs of the functions used
+            last are kept, so pass the same function object again rather than a new lambda.
+        primals: its positional arguments.
+        tangents: one per primal, with its structure; None for an inactive one, at any depth.
+        has_aux: ``fn`` returns ``(output, aux)``; aux has no tangent.
+        backend, dynamic, config: as for :func:`transform`.
+
+    Returns:
+        ``(out, out_dot)`` or ``(out, out_dot, aux)``. Unlike with torch.func.jvp, ``out`` carries autograd and
+        ``out_dot`` is detached.
+
+    Raises:
+        ValueError: a tangent does not fit its primal.
+    """
+    if not isinstance(primals, tuple) or not isinstance(tangents, tuple):
+        raise ValueError("primals and tangents must be tuples")
+    if len(primals) != len(tangents):
+        raise ValueError(f"{len(primals)} primals but {len(tangents)} tangents")
+    dual = _dual_of_function(fn, backend, dynamic, config or Config())
+    out, out_dot = dual(primals, {}, match_tangents(dict(enumerate(tangents)), Inputs.positional(primals)))
+    return (out[0], out_dot[0], out[1]) if has_aux else (out, out_dot)
+
+
+class DualModule(nn.Module):
+    """What :func:`transform` returns: the model itself, which also takes ``tangents=``.
+
+    Parameters, buffers, submodules, hooks and ``state_dict`` names are the model's own, and attributes that this
+    class does not have are looked up there. ``dual.model`` is the model.
+    """
+
+    def __init__(self, model: nn.Module, dual: _Dual):
+        super().__init__()
+        # One set of registries for both objects: what is registered, moved or swapped in one is so in the other.
+        for name, registry in vars(model).items():
+            if name in vars(self) and isinstance(registry, (dict, set)):
+                vars(self)[name] = registry
+        vars(self).update(model=model, _dual=dual, training=model.training)
+
+    def __call__(self, *args: Any, tangents: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        """The model's output; with ``tangents``, a pair ``(out, out_dot)``.
+
+        Args:
+            *args, **kwargs: the model's own arguments.
+            tangents: for each active input its name and its tangent, of the same shape, dtype and device. Names
+                are the parameters of the model's ``forward``; a tensor inside a nested input is reached by a
+                nested tangent (``{"cond": {"text": text_dot}}``) or by a dotted name (``{"cond.text": text_dot}``).
+
+        Returns:
+            ``out_dot`` has the structure of ``out``, with None in place of what is not a floating tensor, and zeros
+            where an output does not depend on the active inputs. It is detached; ``out`` is not.
+
+        Raises:
+            ValueError: a tangent's name, shape, dtype or device does not fit; the message lists what would.
+            UnsupportedOp: ops on the tangent path have no derivative rule.
+            CaptureError: the model cannot be captured as one graph.
+            NonFiniteTangent: with ``Config(check_finite=True)``.
+        """
+        if tangents is None:
+            return self.model(*args, **kwargs)
+        return self._dual(args, kwargs, match_tangents(tangents, Inputs.of(self.model, args, kwargs)))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward, without its hooks."""
+        return self.model.forward(*args, **kwargs)
+
+    def explain(self, *args: Any, tangents: Mapping[str, Any], dynamic: bool = True, **kwargs: Any) -> Explanation:
+        """What transform does to the model for these inputs, without running it: print the result.
+
+        Args:
+            dynamic: count FLOPs for symbolic sizes where the model allows it.
+        """
+        dots = match_tangents(tangents, Inputs.of(self.model, args, kwargs))
+        return explain(self.model, dual_forward(self.model), args, kwargs, dots, dynamic, self._dual.config)
+
+    def train(self, mode: bool = True) -> DualModule:
+        self.model.train(mode)
+        self.training = mode
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.load_state_dict(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "model" not in vars(self):
+                raise
+            return getattr(self.model, name)
+
+    def __repr__(self) -> str:
+        return f"Dual{self.model!r}"
+
+
+class _Dual:
+    """Computes ``(out, out_dot)`` of a callable by one of the backends."""
+
+    def __init__(self, call: Callable[..., Any], backend: str, dynamic: bool | None, config: Config):
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
+        self.call, self.config = call, config
+        self.forward = dual_forward(call)
+        self.backend = None if backend == "op_by_op" else Backend(backend, config)
+        if self.backend is not None:
+            self._compiled = torch.compile(self.forward, backend=self.backend, fullgraph=True, dynamic=dynamic)
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dots: dict[str, Tensor]) -> tuple[Any, Any]:
+        if self.backend is None:
+            with OpByOp():
+                out, flat_dots = self.forward(args, kwargs, dots)
+        else:
+            with own_errors():
+                out, flat_dots = self._compiled(args, kwargs, dots)
+        if self.config.check_finite:
+            check_finite(self.forward, (args, kwargs, dots), flat_dots)
+        remaining = iter(flat_dots)
+        return out, map_leaves(out, lambda _path, leaf: next(remaining) if _is_active_type(leaf) else None)
+
+
+def dual_forward(call: Callable[..., Any]) -> Callable[..., tuple[Any, list[Tensor]]]:
+    """The function that is compiled: mark the inputs, call the model, ask for the tangent of each output leaf."""
+
+    def forward(args: Any, kwargs: Any, dots: dict[str, Tensor]) -> tuple[Any, list[Tensor]]:
+        def mark(path: str, leaf: Any) -> Any:
+            return make_dual(leaf, dots[path]) if path in dots else leaf
+
+        args, kwargs = map_leaves(args, mark), map_leaves(kwargs, mark)
+        out = call(*args, **kwargs)
+        return out, [tangent_of(leaf) for _path, leaf in leaves(out) if _is_active_type(leaf)]
+
+    # Dynamo counts recompilations per code object: every transform gets its own.
+    forward.__code__ = forward.__code__.replace(co_name=f"dual_forward_{next(_serial)}")
+    return forward
+
+
+_serial = itertools.count()
+
+
+@functools.lru_cache(maxsize=KEPT_FUNCTIONS)
+def _dual_of_function(fn: Callable[..., Any], backend: str, dynamic: bool | None, config: Config) -> _Dual:
+    return _Dual(fn, backend, dynamic, config)
+
+
+def _is_active_type(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())

@@ -1,0 +1,101 @@
+"""The Dynamo backend: attention is swapped on the torch-level graph, the rest happens on the joint ATen graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from functorch.compile import default_partition, make_boxed_func
+from torch import fx
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
+
+from jvpgraph.config import Config
+from jvpgraph.passes.context import Context, Report
+from jvpgraph.passes.pipeline import Pipeline
+from jvpgraph.passes.recognize_attention import recognize_attention
+from jvpgraph.passes.swap_attention import active_nodes, swap_attention
+
+__all__ = ["COMPILERS", "Backend", "backend"]
+
+Compiled = Callable[..., Any]
+COMPILERS = ("inductor", "eager")
+
+
+class Backend:
+    """A backend for ``torch.compile`` that understands the markers.
+
+    Attributes:
+        reports: what was done to each graph captured so far.
+    """
+
+    def __init__(self, compiler: str = "inductor", config: Config | None = None):
+        if compiler not in COMPILERS:
+            raise ValueError(f"unknown compiler {compiler!r}: choose one of {', '.join(map(repr, COMPILERS))}")
+        self.compiler = compiler
+        self.config = config or Config()
+        self.reports: list[Report] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        report = Report()
+        active = active_nodes(gm)
+        if self.config.swap_attention:
+            report.attention.append(swap_attention(gm, active))
+            if self.config.recognize_attention:
+                report.attention.append(recognize_attention(gm, active_nodes(gm)))
+        self.reports.append(report)
+        return _COMPILE[self.compiler](gm, example_inputs, Context(self.config, report))
+
+
+def backend(compiler: str = "inductor", config: Config | None = None) -> Backend:
+    """A backend for ``torch.compile`` in which ``make_dual`` and ``tangent_of`` may be used.
+
+    Args:
+        compiler: "inductor", or "eager" to run the same passes and then the graph as it is.
+        config: settings; ``swap_attention`` and the others mean what they mean for ``transform``.
+    """
+    return Backend(compiler, config)
+
+
+def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], context: Context) -> Compiled:
+    patches = {**context.config.inductor, "joint_custom_pre_pass": Pipeline(context)}
+    with torch._inductor.config.patch(dict(context.config.inductor)):
+        context.decompositions = dict(select_decomp_table())
+    # Rules are written for the ops that PyTorch differentiates: decomposing comes last in our own pipeline.
+    return compile_fx(gm, list(example_inputs), config_patches=patches, decompositions={})
+
+
+def _eager(gm: fx.GraphModule, example_inputs: Sequence[Any], context: Context) -> Compiled:
+    pipeline = Pipeline(context)
+
+    def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        pipeline(joint.graph)
+        joint.recompile()
+        return default_partition(joint, inputs, **kwargs)
+
+    def inference(graph: fx.GraphModule, _inputs: Any) -> Compiled:
+        pipeline(graph.graph)
+        graph.recompile()
+        return make_boxed_func(graph.forward)
+
+    def as_it_is(graph: fx.GraphModule, _inputs: Any) -> Compiled:
+        return make_boxed_func(graph.forward)
+
+    return aot_module_simplified(
+        gm,
+        example_inputs,
+        fw_compiler=as_it_is,
+        bw_compiler=as_it_is,
+        inference_compiler=inference,
+        partition_fn=partition,
+        decompositions={},
+        keep_inference_input_mutations=True,
+    )
+
+
+_COMPILE: dict[str, Callable[[fx.GraphModule, Sequence[Any], Context], Compiled]] = {
+    "inductor": _inductor,
+    "eager": _eager,
+}

@@ -1,0 +1,38 @@
+"""What Dynamo raises, told as ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+
+from jvpgraph.errors import CaptureError, JvpgraphError
+
+__all__ = ["first_cause", "own_errors"]
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Errors of ours come out as they were raised, Dynamo's as a CaptureError."""
+    try:
+        yield
+    except TorchDynamoException as error:
+        cause = first_cause(error, JvpgraphError)
+        if cause is not None:
+            raise cause.with_traceback(None) from None
+        if isinstance(error, BackendCompilerFailed):
+            raise
+        raise CaptureError(
+            f"the model cannot be captured as one graph: {error}\n"
+            'Move data-dependent Python out of the model, or use transform(model, backend="op_by_op").'
+        ) from error
+
+
+def first_cause(error: BaseException | None, kind: type[Exception]) -> Exception | None:
+    """The first exception of this kind in the chain that led to ``error``."""
+    while error is not None:
+        if isinstance(error, kind):
+            return error
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return None

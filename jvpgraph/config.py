@@ -1,0 +1,37 @@
+"""The settings of a transform."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Config"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a model is transformed. The defaults suit every model; each field says what it is for."""
+
+    swap_attention: bool = True
+    """Replace scaled_dot_product_attention on the tangent path by the fused, memory-linear op."""
+
+    recognize_attention: bool = True
+    """Recognise softmax(q k') v written by hand, too."""
+
+    check_finite: bool = False
+    """After each call, raise NonFiniteTangent naming the first module whose tangent is NaN or infinite. Costs one
+    reduction and a device synchronisation per output, and an op-by-op run when it fires."""
+
+    verify: bool = True
+    """Check the graph's invariants after every pass (milliseconds)."""
+
+    skip_passes: tuple[str, ...] = ()
+    """Names of optional passes to leave out, to find out what one of them does; an unknown name is an error."""
+
+    dump: str | None = field(default_factory=lambda: os.environ.get("JVPGRAPH_DUMP"))
+    """Folder for one readable file per pass. Default: the environment variable JVPGRAPH_DUMP."""
+
+    inductor: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Settings for torch._inductor.config during compilation, as in torch.compile(options=...)."""

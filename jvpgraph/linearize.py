@@ -1,0 +1,229 @@
+"""Forward mode as a graph transformation: each active node gets its tangent right behind it.
+
+Before::
+
+    x = make_dual(x_in, x_dot);  y = sin(x);  y_dot = tangent_of(y)
+
+After::
+
+    y = sin(x_in);  mul = cos(x_in) * x_dot          # named sin_dot
+
+Works on ATen graphs as AOTAutograd makes them, inference or joint. Only nodes on a path from a ``make_dual`` to a
+``tangent_of`` are looked at, so the backward half of a joint graph is left alone, and the primal half stays what it
+was, node for node.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from jvpgraph.errors import UnsupportedNode, UnsupportedOp
+from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
+from jvpgraph.rules import NoRule, tangents_of
+from jvpgraph.rules.apply import bind, has_tangent
+from jvpgraph.trace import Recorder, value_of
+
+__all__ = ["Linearization", "linearize", "source_line"]
+
+TANGENT_META = "jvpgraph_tangent_of"  # on a tangent node: the name of its primal
+INSERTED_META = "jvpgraph_inserted"  # on every node that linearize inserted
+
+
+@dataclass
+class Linearization:
+    """What linearize did, for ``explain()``."""
+
+    rules: dict[str, Counter[str]] = field(default_factory=lambda: {"table": Counter(), "derived": Counter()})
+    active: int = 0  # nodes with a tangent
+    inactive: int = 0  # other ATen nodes of the forward half
+
+
+def linearize(graph: fx.Graph) -> Linearization:
+    """Insert the tangents and erase the markers. Without markers, the graph is left alone.
+
+    Raises:
+        UnsupportedOp: ops on the tangent path have no rule; all of them, with the user's source lines.
+    """
+    done = Linearization()
+    starts = graph.find_nodes(op="call_function", target=MAKE_DUAL)
+    ends = graph.find_nodes(op="call_function", target=TANGENT_OF)
+    if not starts and not ends:
+        return done
+    path = _reachable(starts, lambda n: n.users) & _reachable(ends, lambda n: n.all_input_nodes)
+    recorder = Recorder(graph)
+    tangent: dict[fx.Node, Any] = {}  # node -> tangent node, None for zero, a list for several outputs
+    refused: list[UnsupportedNode] = []
+
+    for node in list(graph.nodes):
+        if node.target is MAKE_DUAL:
+            tangent[node] = node.args[1]
+        elif node.target is TANGENT_OF:
+            _answer(node, tangent.get(node.args[0]), recorder)
+        elif node in path:
+            try:
+                tangent[node] = _tangent_of_node(node, tangent, recorder, done)
+            except NoRule as reason:
+                refused.append(_unsupported(node, tangent, str(reason)))
+                tangent[node] = None
+    if refused:
+        raise UnsupportedOp(refused)
+
+    forward = _reachable(ends, lambda n: n.all_input_nodes)
+    done.active = sum(1 for dot in tangent.values() if dot is not None)
+    done.inactive = sum(1 for n in forward if isinstance(n.target, OpOverload) and tangent.get(n) is None)
+    for node in reversed(ends + starts):
+        if node.target is MAKE_DUAL:
+            node.replace_all_uses_with(_unmarked(node, recorder))
+        graph.erase_node(node)
+    for node in recorder.inserted:
+        node.meta[INSERTED_META] = True
+    return done
+
+
+def _tangent_of_node(
+    node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, done: Linearization
+) -> Any:
+    if node.target is operator.getitem:
+        dots = tangent.get(node.args[0])
+        return dots[node.args[1]] if dots is not None else None
+    if not any(tangent.get(n) is not None for n in node.all_input_nodes):
+        return None
+    if not isinstance(node.target, OpOverload):
+        raise NoRule("a higher-order op" if isinstance(node.target, torch._ops.HigherOrderOperator) else "not an op")
+    if not _any_differentiable(value_of(node)):
+        return None
+    op = node.target
+    arguments = bind(op, node.args, node.kwargs)
+    dots = {name: dot for name, v in arguments.items() if (dot := _argument_tangent(v, tangent)) is not None}
+    with recorder.behind(node):
+        out = recorder.stand_in(node)
+        try:
+            out_dot, source = tangents_of(op, out, recorder.stand_ins(arguments), recorder.stand_ins(dots))
+        except NotImplementedError as reason:
+            raise NoRule(str(reason)) from reason
+        done.rules[source][str(op)] += 1
+        return _name_tangents(node, out_dot, recorder)
+
+
+def _argument_tangent(value: Any, tangent: dict[fx.Node, Any]) -> Any:
+    if isinstance(value, fx.Node):
+        return tangent.get(value)
+    if isinstance(value, (list, tuple)):
+        dots = [_argument_tangent(v, tangent) for v in value]
+        return dots if any(d is not None for d in dots) else None
+    return None
+
+
+def _name_tangents(primal: fx.Node, out_dot: Any, recorder: Recorder) -> Any:
+    if out_dot is None:
+        return None
+    if isinstance(out_dot, (list, tuple)):
+        dots = [_name_tangents(primal, d, recorder) for d in out_dot]
+        return dots if any(d is not None for d in dots) else None
+    node = recorder.node_of(out_dot)
+    if TANGENT_META not in node.meta and node in recorder.inserted[-8:]:
+        node._rename(f"{primal.name}_dot")
+        node.meta[TANGENT_META] = primal.name
+    return node
+
+
+def _answer(marker: fx.Node, dot: fx.Node | None, recorder: Recorder) -> None:
+    """Replace ``tangent_of(y)`` by the tangent, in the layout that the marker promised to its users."""
+    promised = value_of(marker)
+    with recorder.behind(marker):
+        if dot is None:
+            like = recorder.stand_in(marker.args[0])
+            answer = torch.zeros_like(like)
+        else:
+            answer = recorder.stand_in(dot)
+        answer = _in_layout(answer, promised)
+        marker.replace_all_uses_with(recorder.node_of(answer), propagate_meta=False)
+
+
+def _in_layout(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in the strides of ``like``: itself, or a copy."""
+    strides = [s for s, n in zip(zip(x.stride(), like.stride()), x.shape) if n != 1]
+    if all(a == b for a, b in strides):
+        return x
+    order = sorted(range(like.dim()), key=lambda d: -_hint(like.stride(d)))
+    inverse = [order.index(d) for d in range(like.dim())]
+    return x.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
+
+
+def _hint(size: Any) -> int:
+    return size.node.hint if isinstance(size, torch.SymInt) and size.node.hint is not None else int(size)
+
+
+def _unmarked(marker: fx.Node, recorder: Recorder) -> fx.Node:
+    """What replaces ``make_dual(x, x_dot)``: x itself, or a copy where an output of the graph would alias the input.
+
+    AOTAutograd was told that the marker makes a new tensor, so its outputs must not share memory with inputs.
+    """
+    primal = marker.args[0]
+    assert isinstance(primal, fx.Node)
+    if not _escapes(marker):
+        return primal
+    with recorder.behind(marker):
+        copy = recorder.stand_in(primal).clone()
+        return recorder.node_of(copy)
+
+
+def _escapes(node: fx.Node) -> bool:
+    """Whether the node, or a view of it, is an output of the graph."""
+    for user in node.users:
+        if user.op == "output":
+            return True
+        aliases = user.target is operator.getitem or (isinstance(user.target, OpOverload) and user.target.is_view)
+        if (aliases or user.target is torch.ops.aten.detach.default) and _escapes(user):
+            return True
+    return False
+
+
+def _any_differentiable(value: Any) -> bool:
+    return any(has_tangent(v) for v in (value if isinstance(value, (tuple, list)) else (value,)))
+
+
+def _reachable(roots: Iterable[fx.Node], step: Any) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(step(node))
+    return seen
+
+
+def _unsupported(node: fx.Node, tangent: dict[fx.Node, Any], reason: str) -> UnsupportedNode:
+    op = node.target
+    names = [node.name]
+    if isinstance(op, OpOverload):
+        bound = bind(op, node.args, node.kwargs)
+        names = [name for name, v in bound.items() if _argument_tangent(v, tangent) is not None]
+    return UnsupportedNode(str(op), node.name, tuple(names), source_line(node), reason)
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of the user's code that led to a node, as ``file.py:12 in Block.forward``."""
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return "(no source line)"
+    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
+    if not frames:
+        return "(no source line)"
+    path, line, function = (part.strip() for part in frames[-1].split(",", 2))
+    stack = node.meta.get("nn_module_stack") or {}
+    owner = ""
+    if stack:
+        kind = list(stack.values())[-1][1]
+        owner = (kind if isinstance(kind, str) else kind.__name__).rsplit(".", 1)[-1] + "."
+    name = path.removeprefix("File ").strip('"').rsplit("/", 1)[-1]
+    return f"{name}:{line.removeprefix('line ')} in {owner}{function.removeprefix('in ').strip()}"

@@ -1,0 +1,67 @@
+"""The two marker ops: where forward mode starts, and where its result is asked for.
+
+``make_dual(x, x_dot)`` is ``x`` with a tangent; ``tangent_of(y)`` is the tangent that ``y`` has by then. Both are
+opaque to Dynamo and AOTAutograd, and are erased by :mod:`jvpgraph.linearize`. They may be used directly inside a
+function compiled with ``torch.compile(fn, backend=jvpgraph.backend())``; anywhere else they refuse to run, so that
+a marker which nobody linearised can never pass for a zero tangent.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["MAKE_DUAL", "TANGENT_OF", "make_dual", "tangent_of"]
+
+_library = torch.library.Library("jvpgraph", "FRAGMENT")
+_library.define("make_dual(Tensor x, Tensor x_dot) -> Tensor")
+_library.define("tangent_of(Tensor y) -> Tensor")
+
+MAKE_DUAL = torch.ops.jvpgraph.make_dual.default
+TANGENT_OF = torch.ops.jvpgraph.tangent_of.default
+
+
+def make_dual(x: Tensor, x_dot: Tensor) -> Tensor:
+    """``x``, carrying the tangent ``x_dot`` from here on.
+
+    Args:
+        x: any floating or complex tensor.
+        x_dot: its tangent, of the same shape, dtype and device. Detached: gradients flow through ``x`` alone.
+
+    Raises:
+        ValueError: shape, dtype or device differ, or ``x`` is neither floating nor complex.
+    """
+    if not (x.is_floating_point() or x.is_complex()):
+        raise ValueError(f"only floating and complex tensors have tangents, this one is {x.dtype}")
+    for what in ("shape", "dtype", "device"):
+        if getattr(x, what) != getattr(x_dot, what):
+            given, wanted = getattr(x_dot, what), getattr(x, what)
+            raise ValueError(f"the tangent has {what} {given}, its primal has {what} {wanted}")
+    return MAKE_DUAL(x, x_dot.detach())
+
+
+def tangent_of(y: Tensor) -> Tensor:
+    """The tangent of ``y``: zeros where ``y`` does not depend on a marked tensor. Detached from autograd."""
+    return TANGENT_OF(y.detach())
+
+
+def _same_layout(x: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+def _refuse(*_: Tensor) -> Tensor:
+    raise RuntimeError(
+        "a jvpgraph marker was executed: make_dual and tangent_of work inside jvpgraph.transform, jvpgraph.jvp, or "
+        "a function compiled with torch.compile(..., backend=jvpgraph.backend())"
+    )
+
+
+def _make_dual_backward(_ctx: object, grad: Tensor) -> tuple[Tensor, None]:
+    return grad, None
+
+
+torch.library.register_fake("jvpgraph::make_dual", _same_layout, lib=_library)
+torch.library.register_fake("jvpgraph::tangent_of", _same_layout, lib=_library)
+torch.library.register_autograd("jvpgraph::make_dual", _make_dual_backward, lib=_library)
+for _name in ("make_dual", "tangent_of"):
+    _library.impl(_name, _refuse, "CompositeExplicitAutograd")

@@ -1,0 +1,183 @@
+"""Forward mode one op at a time, for any Python code.
+
+Every storage that carries tangents has a shadow: a second storage of the same size that holds, at each place, the
+tangent of what stands there. A view of a tensor is then a view of its shadow, an in-place write is a write into it,
+and no tensor has to be wrapped: modules, hooks and autograd see what they always see. The ops arrive below autograd,
+so the primal records its graph as usual while the tangent records none, and what the backward runs later is not
+shadowed at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from jvpgraph.errors import UnsupportedNode, UnsupportedOp
+from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
+from jvpgraph.rules import NoRule, tangents_of
+from jvpgraph.rules.apply import bind, has_tangent
+
+__all__ = ["OpByOp"]
+
+Observer = Callable[[OpOverload, Any, Any], None]
+SWEEP_EVERY = 256  # ops between two looks for shadows whose storage is gone
+
+
+class OpByOp(TorchDispatchMode):
+    """Within this context, ``make_dual`` and ``tangent_of`` work in eager code.
+
+    Args:
+        observer: called with (op, primal output, tangent output) after each active op.
+
+    Raises (from inside):
+        UnsupportedOp: an op on the tangent path has no rule.
+    """
+
+    def __init__(self, observer: Observer | None = None):
+        super().__init__()
+        self._shadows: dict[StorageWeakRef, torch.UntypedStorage] = {}
+        self._observer = observer
+        self._ops = 0
+
+    def tangent(self, x: Tensor) -> Tensor | None:
+        """A view of the tangent of ``x``; None where it is zero."""
+        shadow = self._shadows.get(_key(x)) if has_tangent(x) else None
+        return _view_of(shadow, x) if shadow is not None else None
+
+    def set_tangent(self, x: Tensor, x_dot: Tensor) -> None:
+        """Give ``x`` a tangent of the same shape."""
+        shadow = self._shadows.get(_key(x))
+        if shadow is None:
+            size = x.untyped_storage().nbytes()
+            shadow = torch.zeros(size, dtype=torch.uint8, device=x.device).untyped_storage()
+            self._shadows[_key(x)] = shadow
+        _view_of(shadow, x).copy_(x_dot)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._ops += 1
+        if self._ops % SWEEP_EVERY == 0:
+            self._shadows = {key: shadow for key, shadow in self._shadows.items() if not key.expired()}
+        if func is MAKE_DUAL:
+            x = args[0].clone()
+            self.set_tangent(x, args[1])
+            return x
+        if func is TANGENT_OF:
+            dot = self.tangent(args[0])
+            return dot.clone() if dot is not None else torch.zeros_like(args[0])
+        if not isinstance(func, OpOverload):
+            return func(*args, **kwargs)
+        return self._run(func, args, kwargs)
+
+    def _run(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        arguments = bind(func, args, kwargs)
+        writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        dots = {name: dot for name, v in arguments.items() if (dot := self._argument_tangent(v)) is not None}
+        if not dots or (not writes and _is_view(func)):
+            return func(*args, **kwargs)
+        if writes:
+            return self._run_in_place(func, args, kwargs, arguments, writes, dots)
+        out = func(*args, **kwargs)
+        self._record(func, out, self._rule(func, out, arguments, dots))
+        return out
+
+    def _run_in_place(
+        self, func: OpOverload, args: Any, kwargs: Any, arguments: dict[str, Any], writes: list[str], dots: Any
+    ) -> Any:
+        """The tangent of the functional form first, from the old values; then the write itself."""
+        targets = [arguments[name] for name in writes]
+        functional = _functional_form(func)
+        if len(targets) != 1 or functional is None:
+            raise UnsupportedOp([_unsupported(func, dots, "it writes to its arguments and has no functional form")])
+        inputs = {a.name for a in functional._schema.arguments}
+        arguments = {name: v for name, v in arguments.items() if name in inputs}
+        dots = {name: dot for name, dot in dots.items() if name in inputs}
+        dot = None
+        if dots:
+            before = functional(**arguments) if func is not torch.ops.aten.copy_.default else targets[0]
+            dot = self._rule(functional, before, arguments, dots)
+        out = func(*args, **kwargs)
+        if dot is None:
+            dot = torch.zeros_like(targets[0])
+        if has_tangent(targets[0]):
+            self._record(func, targets[0], dot)
+        return out
+
+    def _rule(self, func: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[str, Any]) -> Any:
+        if not any(has_tangent(o) for o in (out if isinstance(out, (tuple, list)) else (out,))):
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                return tangents_of(func, out, arguments, dots)[0]
+            except NoRule as reason:
+                raise UnsupportedOp([_unsupported(func, dots, str(reason))]) from None
+
+    def _record(self, func: OpOverload, out: Any, dot: Any) -> None:
+        if dot is None:
+            return
+        if isinstance(out, Tensor):
+            self.set_tangent(out, dot)
+        else:
+            for o, d in zip(out, dot):
+                if d is not None:
+                    self.set_tangent(o, d)
+        if self._observer is not None:
+            self._observer(func, out, dot)
+
+    def _argument_tangent(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.tangent(value)
+        if isinstance(value, (list, tuple)):
+            dots = [self._argument_tangent(v) for v in value]
+            return dots if any(d is not None for d in dots) else None
+        return None
+
+
+def _key(x: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(x.untyped_storage())
+
+
+def _view_of(shadow: torch.UntypedStorage, x: Tensor) -> Tensor:
+    view = torch.empty(0, dtype=x.dtype, device=x.device)
+    view.set_(shadow, x.storage_offset(), x.size(), x.stride())
+    view = view.conj() if x.is_conj() else view
+    return torch._neg_view(view) if x.is_neg() else view
+
+
+def _is_view(func: OpOverload) -> bool:
+    return func.is_view or func is torch.ops.aten.detach.default
+
+
+def _functional_form(func: OpOverload) -> OpOverload | None:
+    name = func._schema.name.split("::")[1].removesuffix("_")
+    packet = getattr(getattr(torch.ops, func.namespace), name, None)
+    overload = func._overloadname
+    for candidate in (overload, overload.removesuffix("_out"), "default"):
+        found = getattr(packet, candidate, None)
+        if found is not None and not found._schema.is_mutable:
+            return found
+    return None
+
+
+def _unsupported(func: OpOverload, dots: dict[str, Any], reason: str) -> UnsupportedNode:
+    return UnsupportedNode(str(func), "op by op", tuple(dots), _user_line(), reason)
+
+
+def _user_line() -> str:
+    """The innermost Python frame outside of torch and this package."""
+    import sys
+
+    frame = sys._getframe()
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith(("torch.", "jvpgraph.")) and module not in ("torch", "jvpgraph"):
+            code = frame.f_code
+            return f"{code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno} in {code.co_qualname}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "(no source line)"

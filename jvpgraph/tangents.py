@@ -1,0 +1,89 @@
+"""Matching the tangents that a caller names to the inputs of the call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from jvpgraph.structure import leaves
+
+__all__ = ["Inputs", "match_tangents"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a call by the name a caller knows them under, and the path they are passed under.
+
+    A positional argument is passed under its index, a keyword argument under its name.
+    """
+
+    tensors: dict[str, Tensor]
+    paths: dict[str, str]
+
+    @staticmethod
+    def of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+        """The inputs of ``model(*args, **kwargs)``, named after the parameters of its forward."""
+        names = []
+        for parameter in inspect.signature(model.forward).parameters.values():
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                names += [f"{parameter.name}.{i}" for i in range(len(args) - len(names))]
+            elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                names.append(parameter.name)
+        named = [(name, f"{i}", value) for i, (name, value) in enumerate(zip(names, args))]
+        return Inputs._collect(named + [(name, name, value) for name, value in kwargs.items()])
+
+    @staticmethod
+    def positional(args: tuple[Any, ...]) -> Inputs:
+        """The inputs of a plain function, named by position."""
+        return Inputs._collect([(f"{i}", f"{i}", value) for i, value in enumerate(args)])
+
+    @staticmethod
+    def _collect(named: list[tuple[str, str, Any]]) -> Inputs:
+        tensors, paths = {}, {}
+        for name, prefix, value in named:
+            for path, leaf in leaves(value):
+                if isinstance(leaf, Tensor):
+                    inner = f".{path}" if path else ""
+                    tensors[name + inner], paths[name + inner] = leaf, prefix + inner
+        return Inputs(tensors, paths)
+
+
+def match_tangents(tangents: Mapping[Any, Any], inputs: Inputs) -> dict[str, Tensor]:
+    """Tangents by the path of their input.
+
+    Raises:
+        ValueError: an unknown name, or a shape, dtype or device that differs from the primal's; the message says
+            which names there are.
+    """
+    if not isinstance(tangents, Mapping):
+        raise ValueError(f"tangents must be a mapping from input names to tensors, not {type(tangents).__name__}")
+    given = {name: dot for name, dot in leaves(tangents) if dot is not None}
+    if not given:
+        raise ValueError(f"no tangent was given; {_valid_names(inputs)}")
+    for name, dot in given.items():
+        primal = inputs.tensors.get(name)
+        if primal is None:
+            raise ValueError(f"there is no input tensor named {name!r}; {_valid_names(inputs)}")
+        if not isinstance(dot, Tensor):
+            raise ValueError(f"the tangent of {name!r} must be a tensor, not {type(dot).__name__}")
+        if not (primal.is_floating_point() or primal.is_complex()):
+            raise ValueError(f"{name!r} is {primal.dtype} and has no tangent; {_valid_names(inputs)}")
+        for what in ("shape", "dtype", "device"):
+            wanted, got = getattr(primal, what), getattr(dot, what)
+            if wanted != got:
+                pair = (tuple(got), tuple(wanted)) if what == "shape" else (got, wanted)
+                raise ValueError(f"the tangent of {name!r} has {what} {pair[0]}, the input has {pair[1]}")
+    return {inputs.paths[name]: dot.detach() for name, dot in given.items()}
+
+
+def _valid_names(inputs: Inputs) -> str:
+    valid = [
+        f"{name} ({str(x.dtype).removeprefix('torch.')} {tuple(x.shape)})"
+        for name, x in inputs.tensors.items()
+        if x.is_floating_point() or x.is_complex()
+    ]
+    return f"tangents can be given for: {', '.join(valid) or 'none of these inputs (none is floating)'}"

@@ -1,0 +1,75 @@
+"""Count the work in a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.utils.flop_counter import flop_registry
+
+from jvpgraph.kernels.attention import OPS
+from jvpgraph.linearize import INSERTED_META
+from jvpgraph.passes.context import Context
+from jvpgraph.rules.apply import bind
+
+__all__ = ["count"]
+
+
+def count(graph: fx.Graph, context: Context) -> None:
+    """Fill in the FLOPs of primal and tangent, as polynomials in the dynamic sizes, and the collectives.
+
+    Leaves the graph as it is. A multiply-add counts 2; pointwise ops count nothing, as is customary.
+    """
+    report = context.report
+    for node in graph.nodes:
+        if not isinstance(node.target, OpOverload):
+            continue
+        if node.target.namespace.startswith("_c10d_functional") and "wait" not in str(node.target):
+            report.collectives[str(node.target)] += 1
+        primal, tangent = _flops(node)
+        report.primal_flops += primal
+        report.tangent_flops += tangent
+    report.sizes = _sizes(graph, report.primal_flops.free_symbols | report.tangent_flops.free_symbols)
+
+
+def _flops(node: fx.Node) -> tuple[Any, Any]:
+    if node.target in (OPS.attention.default, OPS.attention_jvp.default):
+        return _attention_flops(node)
+    formula = flop_registry.get(node.target.overloadpacket)  # type: ignore[union-attr]
+    if formula is None:
+        return 0, 0
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    flops = _expr(formula(*args, **kwargs, out_val=node.meta["val"]))
+    return (0, flops) if INSERTED_META in node.meta else (flops, 0)
+
+
+def _attention_flops(node: fx.Node) -> tuple[Any, Any]:
+    """s and o: two products. s_dot adds one per active q and k; o_dot one for v, and one for h where s_dot is."""
+    bound = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    q, k, v = (bound[name].meta["val"] for name in ("q", "k", "v"))
+    scores = sympy.prod([_expr(n) for n in q.shape[:-1]]) * _expr(k.shape[-2])
+    qk, pv = 2 * scores * _expr(q.shape[-1]), 2 * scores * _expr(v.shape[-1])
+    active = [bound.get(f"{name}_dot") is not None for name in "qkv"]
+    tangent = (active[0] + active[1]) * qk + (active[2] + (active[0] or active[1])) * pv
+    own = 0 if INSERTED_META in node.meta and node.target is OPS.attention.default else qk + pv
+    return own, tangent
+
+
+def _expr(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def _sizes(graph: fx.Graph, symbols: set[Any]) -> dict[sympy.Symbol, tuple[str, int]]:
+    found: dict[sympy.Symbol, tuple[str, int]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        candidates = value.shape if isinstance(value, Tensor) else [value]
+        for size in candidates:
+            if isinstance(size, torch.SymInt) and size.node.expr in symbols:
+                sources = size.node.shape_env.var_to_sources.get(size.node.expr)
+                name = sources[0].name if sources else node.name
+                found[size.node.expr] = (name() if callable(name) else name, int(size.node.hint))
+    return found

@@ -1,0 +1,77 @@
+"""The passes, in order, and the one function that runs them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import jvpgraph.linearize
+from jvpgraph.dump import Dump
+from jvpgraph.passes.context import Context
+from jvpgraph.passes.count import count
+from jvpgraph.passes.decompose import decompose
+from jvpgraph.passes.drop_dead_tangents import drop_dead_tangents
+from jvpgraph.passes.fuse_attention import fuse_attention
+from jvpgraph.verify import verify
+
+__all__ = ["OPTIONAL", "PIPELINE", "Pipeline"]
+
+
+def linearize(graph: fx.Graph, context: Context) -> None:
+    """Insert the tangents, erase the markers: see :mod:`jvpgraph.linearize`."""
+    context.report.linearization = jvpgraph.linearize.linearize(graph)
+
+
+PIPELINE: tuple[Callable[[fx.Graph, Context], None], ...] = (
+    linearize,
+    drop_dead_tangents,
+    fuse_attention,
+    count,
+    decompose,
+)
+OPTIONAL = frozenset({"drop_dead_tangents", "fuse_attention"})
+
+
+class Pipeline(CustomGraphPass):
+    """All passes as one custom pass of Inductor's, on joint and on inference graphs."""
+
+    def __init__(self, context: Context):
+        unknown = set(context.config.skip_passes) - OPTIONAL
+        if unknown:
+            raise ValueError(f"cannot skip {', '.join(sorted(unknown))}: optional passes are {sorted(OPTIONAL)}")
+        self.context = context
+
+    def __call__(self, graph: fx.Graph) -> None:
+        config, report = self.context.config, self.context.report
+        dump = Dump(config.dump)
+        dump.write(graph, "captured")
+        for step in PIPELINE:
+            name = step.__name__
+            if name in config.skip_passes:
+                continue
+            start = time.perf_counter()
+            step(graph, self.context)
+            report.seconds[name] = time.perf_counter() - start
+            if config.verify:
+                verify(graph, after=name)
+            dump.write(graph, name)
+
+    def uuid(self) -> Any:
+        """Identifies the code and the settings that decide what graph comes out, for Inductor's cache."""
+        return f"{_code_hash()}-{sorted(self.context.config.skip_passes)}-{torch.__version__}"
+
+
+def _code_hash() -> str:
+    digest = hashlib.sha256()
+    package = Path(jvpgraph.linearize.__file__).parent
+    for folder in (package, Path(__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
