@@ -29,6 +29,9 @@ PACKAGE = "diffusers.models.transformers"
 QUIET = (
     "ignore:.* is deprecated and will be removed in version:FutureWarning",
     "ignore:Mismatch dtype between input and weight:UserWarning",
+    "ignore:flex_attention called without torch.compile:UserWarning",
+    "ignore:`torch.jit.script:DeprecationWarning",
+    "ignore:_compile flag on create_block_mask:DeprecationWarning",
     "ignore:In CPU autocast, but the target dtype is not supported:UserWarning",
 )
 CASES: dict[str, "Case"] = {}
@@ -113,6 +116,7 @@ class Case:
         draw: (Draw, variant) -> the forward's keyword arguments.
         tangents: paths into those arguments: "timestep", or "x.0" for an item of a list.
         note: what is peculiar about the model.
+        float32: submodules that stay in float32, because the model casts what it feeds them.
     """
 
     name: str
@@ -121,6 +125,7 @@ class Case:
     draw: Callable[[Draw, int], dict[str, Any]]
     tangents: tuple[str, ...]
     note: str = ""
+    float32: tuple[str, ...] = ()
 
     def build(self, seed: int = 0) -> nn.Module:
         """A float64 model in eval mode; the same weights for the same seed."""
@@ -133,6 +138,8 @@ class Case:
                 torch.use_deterministic_algorithms(False)
         model = model.double().eval()
         randomise(model, seed)
+        for name in self.float32:
+            model.get_submodule(name).float()
         return model
 
     def inputs(self, variant: int = 0, seed: int = 0) -> dict[str, Any]:
@@ -143,14 +150,19 @@ class Case:
 
 
 def case(
-    family: str, *, tangents: tuple[str, ...] = ("hidden_states", "timestep"), note: str = "", **config: Any
+    family: str,
+    *,
+    tangents: tuple[str, ...] = ("hidden_states", "timestep"),
+    note: str = "",
+    float32: tuple[str, ...] = (),
+    **config: Any,
 ) -> Callable[[Callable], Callable]:
     """Register the decorated function as the case of the class it is named after."""
 
     def register(draw: Callable[[Draw, int], dict[str, Any]]) -> Callable:
         name = draw.__name__
         assert name not in CASES or CASES[name].draw.__module__ != draw.__module__, f"{name} is defined twice"
-        CASES[name] = Case(name, family, config, draw, tangents, note)
+        CASES[name] = Case(name, family, config, draw, tangents, note, float32)
         return draw
 
     return register

@@ -87,7 +87,7 @@ def Lumina2Transformer2DModel(draw: Draw, variant: int) -> dict:
       num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
       caption_channels=[12, 10], text_emb_dim=14, num_routed_experts=4, num_activated_experts=2, axes_dims_rope=(4, 2, 2),
       max_resolution=(8, 8), llama_layers=[0, 1],
-      note="mixture of experts: tokens are sorted and split by expert in Python; square latents, so no mask")
+      note="mixture of experts: tokens are sorted and split by expert in Python, in eval mode under no_grad")
 def HiDreamImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, L = pick(variant, (2, 8, 5), (3, 4, 7))
     return {
@@ -122,8 +122,8 @@ def OmniGenTransformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("lumina", sample_size=8, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_attention_heads=4,
-      num_kv_heads=2, multiple_of=4, cross_attention_dim=12,
+@case("lumina", sample_size=8, patch_size=2, in_channels=4, hidden_size=32, num_layers=2,
+      num_attention_heads=4, num_kv_heads=2, multiple_of=4, cross_attention_dim=12,
       note="grouped-query attention, complex rotary factors")
 def LuminaNextDiT2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 8, 8, 5), (3, 4, 6, 7))
@@ -134,12 +134,14 @@ def LuminaNextDiT2DModel(draw: Draw, variant: int) -> dict:
         "encoder_hidden_states": draw.normal(B, L, 12),
         "encoder_mask": padding(L, *pick(variant, (5, 3), (7, 2, 5))),
         "image_rotary_emb": torch.polar(torch.ones_like(angles), angles),
+        "cross_attention_kwargs": {},
     }
 
 
-@case("zimage", tangents=("x.0", "x.1", "t"), all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=24,
-      n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=12, axes_dims=[4, 4, 4],
-      axes_lens=[64, 8, 8], note="latents and captions are lists of unequal length, padded to a multiple of 32")
+@case("zimage", tangents=("x.0", "x.1", "t"), all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4,
+      dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=12, axes_dims=[4, 4, 4],
+      axes_lens=[96, 8, 8],
+      note="latents and captions are lists of unequal length, padded to a multiple of 32")
 def ZImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     sizes, lengths = pick(variant, ([(8, 8), (4, 6)], (5, 3)), ([(4, 4), (4, 8)], (7, 34)))
     return {
@@ -150,7 +152,7 @@ def ZImageTransformer2DModel(draw: Draw, variant: int) -> dict:
 
 
 @case("hunyuandit", num_attention_heads=2, attention_head_dim=8, in_channels=4, patch_size=2, sample_size=8,
-      hidden_size=16, num_layers=3, mlp_ratio=2.0, cross_attention_dim=12, cross_attention_dim_t5=8,
+      hidden_size=16, num_layers=4, mlp_ratio=2.0, cross_attention_dim=12, cross_attention_dim_t5=8,
       pooled_projection_dim=10, text_len=3, text_len_t5=4, note="long skips between the blocks")
 def HunyuanDiT2DModel(draw: Draw, variant: int) -> dict:
     B, H, W = pick(variant, (2, 8, 8), (3, 4, 6))
@@ -200,14 +202,16 @@ def sized_inputs(draw: Draw, variant: int) -> dict:
 
 
 @case("cogview", patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-      out_channels=4, text_embed_dim=12, time_embed_dim=10, condition_dim=4, pos_embed_max_size=8, sample_size=8)
+      out_channels=4, text_embed_dim=12, time_embed_dim=10, condition_dim=4, pos_embed_max_size=8,
+      sample_size=8)
 def CogView3PlusTransformer2DModel(draw: Draw, variant: int) -> dict:
     inputs = sized_inputs(draw, variant)
     return inputs | {"original_size": draw.time(*inputs["target_size"].shape)}
 
 
 @case("cogview", patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-      out_channels=4, text_embed_dim=12, time_embed_dim=10, condition_dim=4, sample_size=8, rope_axes_dim=(8, 8))
+      out_channels=4, text_embed_dim=12, time_embed_dim=10, condition_dim=4, sample_size=8,
+      rope_axes_dim=(8, 8))
 def CogView4Transformer2DModel(draw: Draw, variant: int) -> dict:
     inputs = sized_inputs(draw, variant)
     B, L, _ = inputs["encoder_hidden_states"].shape
@@ -218,7 +222,8 @@ def CogView4Transformer2DModel(draw: Draw, variant: int) -> dict:
 
 
 @case("cogview", patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-      out_channels=4, text_embed_dim=12, time_embed_dim=10, condition_dim=4, prior_vq_quantizer_codebook_size=9,
+      out_channels=4, text_embed_dim=12, time_embed_dim=10, condition_dim=4,
+      prior_vq_quantizer_codebook_size=9,
       note="writes zeros into a lookup's output under a boolean index")
 def GlmImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     inputs = sized_inputs(draw, variant)
@@ -227,8 +232,8 @@ def GlmImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     return inputs | {"prior_token_id": prior, "prior_token_drop": draw.ints(2, *prior.shape).bool()}
 
 
-@case("prx", in_channels=4, patch_size=2, context_in_dim=12, hidden_size=16, mlp_ratio=2.0, num_heads=2, depth=2,
-      axes_dim=[4, 4], bottleneck_size=8, resolution_embeds=True)
+@case("prx", in_channels=4, patch_size=2, context_in_dim=12, hidden_size=16, mlp_ratio=2.0, num_heads=2,
+      depth=2, axes_dim=[4, 4], bottleneck_size=8, resolution_embeds=True)
 def PRXTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 8, 8, 5), (3, 4, 6, 7))
     return {

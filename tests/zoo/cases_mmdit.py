@@ -106,8 +106,8 @@ def LongCatImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     return flux_inputs(draw, variant)
 
 
-@case("krea", in_channels=8, num_layers=2, attention_head_dim=12, num_attention_heads=4, num_key_value_heads=2,
-      intermediate_size=24, timestep_embed_dim=8, text_hidden_dim=16, num_text_layers=3,
+@case("krea", in_channels=8, num_layers=2, attention_head_dim=12, num_attention_heads=4,
+      num_key_value_heads=2, intermediate_size=24, timestep_embed_dim=8, text_hidden_dim=16, num_text_layers=3,
       text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=24,
       num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 4, 4),
       note="grouped-query attention")
@@ -165,4 +165,70 @@ def Ideogram4Transformer2DModel(draw: Draw, variant: int) -> dict:
         "position_ids": grid.long().repeat(B, 1, 1),
         "segment_ids": (roles != padded).long(),
         "indicator": roles,
+    }
+
+
+@case("qwen", patch_size=1, in_channels=8, out_channels=8, num_layers=2, attention_head_dim=12,
+      num_attention_heads=2, context_in_dim=12, mlp_ratio=2, axes_dims_rope=(4, 4, 4),
+      note="block-causal attention, one call per text or image segment; segments come from .tolist()")
+def QwenImage21Transformer2DModel(draw: Draw, variant: int) -> dict:
+    B, H, W, L = pick(variant, (2, 4, 4, 6), (3, 2, 4, 7))
+    is_image = torch.arange(L + H * W // 4) >= L
+    is_image[2] = True  # the slot of a 2 x 2 condition image, amid the text
+    return {
+        "hidden_states": draw.normal(B, 4 + H * W, 8),
+        "encoder_hidden_states": draw.normal(B, L, 12),
+        "timestep": draw.time(B, high=1.0),
+        "img_shapes": [[(1, 2, 2), (1, H, W)]] * B,
+        "img_mask": is_image.repeat(B, 1),
+        "encoder_hidden_states_mask": padding(L, *pick(variant, (6, 4), (7, 4, 5))),
+    }
+
+
+@case("nucleus", patch_size=2, in_channels=8, out_channels=2, num_layers=2, attention_head_dim=12,
+      num_attention_heads=4, num_key_value_heads=2, joint_attention_dim=12, axes_dims_rope=(4, 4, 4),
+      mlp_ratio=4.0, dense_moe_strategy="leave_first_block_dense", num_experts=4, moe_intermediate_dim=10,
+      capacity_factors=2.0, note="mixture of experts, grouped-query attention; expert sizes come from .tolist()")
+def NucleusMoEImageTransformer2DModel(draw: Draw, variant: int) -> dict:
+    B, H, W, L = pick(variant, *FLUX_SHAPES)
+    return {
+        "hidden_states": draw.normal(B, H * W, 8),
+        "img_shapes": [(1, H, W)] * B,
+        "encoder_hidden_states": draw.normal(B, L, 12),
+        "encoder_hidden_states_mask": padding(L, *pick(variant, (5, 3), (7, 2, 5))),
+        "timestep": draw.time(B, high=1.0),
+    }
+
+
+JOY_CONFIG = {
+    "in_channels": 4,
+    "hidden_size": 24,
+    "num_attention_heads": 2,
+    "text_dim": 12,
+    "mlp_width_ratio": 2.0,
+    "num_layers": 2,
+    "rope_dim_list": [4, 4, 4],
+}
+
+
+@case("joyimage", **JOY_CONFIG, note="six dims: batch, images, channels, frames, height, width")
+def JoyImageEditTransformer3DModel(draw: Draw, variant: int) -> dict:
+    B, K, H, W, L = pick(variant, (2, 2, 4, 4, 5), (3, 3, 4, 6, 7))
+    return {
+        "hidden_states": draw.normal(B, K, 4, 1, H, W),
+        "timestep": draw.time(B),
+        "encoder_hidden_states": draw.normal(B, L, 12),
+    }
+
+
+@case("joyimage", **JOY_CONFIG)
+def JoyImageEditPlusTransformer3DModel(draw: Draw, variant: int) -> dict:
+    shapes = pick(variant, [[(1, 2, 2)], [(1, 2, 2), (1, 2, 1)]], [[(1, 2, 3)], [(1, 1, 2)], [(1, 2, 4)]])
+    B, N, L = pick(variant, (2, 6, 5), (3, 8, 7))
+    return {
+        "hidden_states": draw.normal(B, N, 4, 1, 2, 2),
+        "timestep": draw.time(B),
+        "encoder_hidden_states": draw.normal(B, L, 12),
+        "encoder_hidden_states_mask": padding(L, *pick(variant, (5, 3), (7, 2, 5))).double(),
+        "shape_list": shapes,
     }

@@ -108,13 +108,16 @@ def differences(
     return y, [(16 * b - a) / 15 for a, b in zip(r0, r1)]
 
 
+def projected(outputs: list[Tensor], seed: int = 0) -> Tensor:
+    """sum(y * w) over the outputs, w standard normal: a scalar that every entry of y takes part in."""
+    generator = torch.Generator().manual_seed(seed)
+    weighted = (y * torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in outputs)
+    return torch.stack([w.sum() for w in weighted]).sum()
+
+
 def oracle_grads(model: nn.Module, inputs: Inputs, seed: int = 0) -> dict[str, Tensor]:
     """Gradients of sum(y * w), w standard normal, for every parameter that the eager model reaches."""
-    generator = torch.Generator().manual_seed(seed)
-    loss = sum(
-        (y * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum()
-        for y in float_leaves(model(**inputs))
-    )
+    loss = projected(float_leaves(model(**inputs)), seed)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {n: g for n, g in zip(named, grads) if g is not None}

@@ -1,0 +1,168 @@
+"""Sweep jvpgraph over the zoo: ``python -m tests.zoo.run [--backend eager] [names]``.
+
+Per model: how it was captured, the relative error of value, tangent and parameter gradients in float64 against
+oracles that share nothing with jvpgraph, and how many ops had a rule of the table and how many a derived one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import sys
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+import jvpgraph
+from jvpgraph.structure import leaves
+from tests.zoo.base import QUIET, Case
+from tests.zoo.cases import CASES, NOT_CONSTRUCTIBLE
+from tests.zoo.oracle import float_leaves, oracle, oracle_grads, projected, random_tangents
+
+TOLERANCE = 1e-9  # relative to the largest entry; central differences get their own
+TOLERANCE_OF = {"forward AD": TOLERANCE, "differences": 1e-5}
+
+
+@dataclass
+class Result:
+    """One model in all its variants."""
+
+    name: str
+    capture: str = "whole"  # whole, needs regions, refused, failed
+    cause: str = ""
+    oracle: str = ""
+    value: float = 0.0
+    tangent: float = 0.0
+    gradient: float = 0.0
+    op_by_op: float | None = None  # error of the tangent in op-by-op mode, where whole-model capture is not to be had
+    table: int = 0
+    derived: int = 0
+    seconds: float = 0.0
+    variants: int = 0
+    derived_ops: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def right(self) -> bool:
+        return self.capture == "whole" and self.agrees
+
+    @property
+    def agrees(self) -> bool:
+        tolerance = TOLERANCE_OF.get(self.oracle, TOLERANCE)
+        return self.value <= TOLERANCE and self.tangent <= tolerance and self.gradient <= TOLERANCE
+
+    def __str__(self) -> str:
+        head = f"{self.name:38s} {self.capture:13s} "
+        if self.capture != "whole":
+            other = "" if self.op_by_op is None else f" (op by op: tangent {self.op_by_op:.0e})"
+            return head + self.cause + other
+        errors = f"value {self.value:.0e}  tangent {self.tangent:.0e}  gradient {self.gradient:.0e}"
+        rules = f"table {self.table:4d}  derived {self.derived:2d}"
+        verdict = "right" if self.right else "WRONG"
+        return f"{head}{verdict}  {errors}  {rules}  {self.oracle}  {self.seconds:.0f} s"
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest deviation relative to the largest entry; infinite where shapes differ or something is not finite."""
+    if got.shape != wanted.shape or not bool(torch.isfinite(got).all()):
+        return float("inf")
+    scale = wanted.abs().max().item() if wanted.numel() else 0.0
+    return (got - wanted).abs().max().item() / max(scale, 1e-300) if scale or bool(got.any()) else 0.0
+
+
+def examine(case: Case, backend: str = "eager", variants: Iterable[int] = (0, 1)) -> Result:
+    """Compare the transformed model with the oracles."""
+    result, start = Result(case.name), time.perf_counter()
+    model = case.build()
+    dual = jvpgraph.transform(model, backend=backend)
+    for variant in variants:
+        inputs = case.inputs(variant)
+        dots = random_tangents(inputs, case.tangents, seed=variant)
+        outs, out_dots, result.oracle = oracle(model, inputs, dots)
+        try:
+            y, y_dot = dual(**inputs, tangents=dots)
+        except jvpgraph.UnsupportedOp as error:
+            result.capture, result.cause = "refused", "; ".join(map(str, error.nodes))
+        except jvpgraph.CaptureError as error:
+            result.capture, result.cause = "needs regions", _first_lines(str(error))
+        if result.capture != "whole":
+            result.op_by_op = _op_by_op(model, inputs, dots, out_dots)
+            break
+        got = float_leaves(y)
+        got_dots = [dot for _, dot in leaves(y_dot) if dot is not None]
+        result.value = max([result.value, *map(relative_error, got, outs)])
+        result.tangent = max([result.tangent, *map(relative_error, got_dots, out_dots)])
+        result.gradient = max(result.gradient, _gradient_error(model, inputs, got))
+        result.variants += 1
+    reports = dual._dual.backend.reports
+    if reports and result.capture == "whole":
+        rules = reports[0].linearization.rules
+        result.table, result.derived = rules["table"].total(), rules["derived"].total()
+        result.derived_ops = dict(rules["derived"])
+    result.seconds = time.perf_counter() - start
+    torch._dynamo.reset()
+    return result
+
+
+def _gradient_error(model: torch.nn.Module, inputs: dict, outputs: list[torch.Tensor]) -> float:
+    wanted = oracle_grads(model, inputs)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [dict(model.named_parameters())[name] for name in names]
+    got = torch.autograd.grad(projected(outputs), parameters, allow_unused=True)
+    errors = [
+        relative_error(g if g is not None else torch.zeros_like(p), wanted[name])
+        for name, g, p in zip(names, got, parameters)
+        if name in wanted
+    ]
+    return max(errors, default=0.0)
+
+
+def _op_by_op(model: torch.nn.Module, inputs: dict, dots: dict, out_dots: list[torch.Tensor]) -> float | None:
+    try:
+        with torch.no_grad():
+            _, y_dot = jvpgraph.transform(model, backend="op_by_op")(**inputs, tangents=dots)
+    except jvpgraph.UnsupportedOp:
+        return None
+    got = [dot for _, dot in leaves(y_dot) if dot is not None]
+    return max(map(relative_error, got, out_dots), default=0.0)
+
+
+def _first_lines(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " | ".join(lines[:3])[:300]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", default="eager", choices=("eager", "inductor"))
+    parser.add_argument("names", nargs="*", help="model classes; default: all")
+    options = parser.parse_args()
+    for quiet in QUIET:
+        action, message, category = quiet.split(":")
+        warnings.filterwarnings(action, message, getattr(builtins, category))
+    unknown = set(options.names) - set(CASES)
+    if unknown:
+        sys.exit(f"no such case: {', '.join(sorted(unknown))}")
+    results = []
+    for name in options.names or CASES:
+        try:
+            result = examine(CASES[name], options.backend)
+        except Exception as error:
+            result = Result(name, "failed", f"{type(error).__name__}: {_first_lines(str(error))}")
+        print(result, flush=True)
+        results.append(result)
+    for name, reason in NOT_CONSTRUCTIBLE.items():
+        if not options.names:
+            print(f"{name:38s} not built     {reason}")
+    right = sum(r.right for r in results)
+    wrong = [r.name for r in results if r.capture == "failed" or (r.capture == "whole" and not r.agrees)]
+    needs = sum(r.capture == "needs regions" for r in results)
+    refused = sum(r.capture == "refused" for r in results)
+    print(f"{right} of {len(results)} right as one graph, {needs} need regions, {refused} refused, {len(wrong)} wrong")
+    sys.exit(f"wrong: {', '.join(wrong)}" if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
