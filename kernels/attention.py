@@ -86,79 +86,74 @@ def _surely(condition: bool | torch.SymBool) -> bool:
     return condition if isinstance(condition, bool) else statically_known_true(condition)
 
 
-def _describe(**tensors: Tensor | None) -> str:
-    return ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in tensors.items() if x is not None)
+def _refusal(what: str, **given: Tensor | None) -> ValueError:
+    shown = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in given.items() if x is not None)
+    return ValueError(f"{what}; got {shown}")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
-    given = f"got {_describe(q=q, k=k, v=v, bias=bias)}"
+    given = {"q": q, "k": k, "v": v, "bias": bias}
     rank = q.dim()
     if rank < 3 or k.dim() != rank or v.dim() != rank:
-        raise ValueError(
-            f"attention needs q, k, v of one rank, [batch, (heads,) length, dim] or more; {given}"
-        )
+        raise _refusal("attention needs q, k, v of one rank, [batch, (heads,) length, dim] or more", **given)
     if q.dtype not in FLOAT_DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"attention needs q, k, v of one dtype among {FLOAT_DTYPES}; {given}")
+        raise _refusal(f"attention needs q, k, v of one dtype among {FLOAT_DTYPES}", **given)
     if k.device != q.device or v.device != q.device:
-        raise ValueError(
-            f"attention needs q, k, v on one device; {given} on {q.device}, {k.device}, {v.device}"
+        raise _refusal(
+            f"attention needs q, k, v on one device, not on {q.device}, {k.device}, {v.device}", **given
         )
     if _surely(q.shape[-1] != k.shape[-1]):
-        raise ValueError(f"attention needs q and k of one head dim; {given}")
+        raise _refusal("attention needs q and k of one head dim", **given)
     if _surely(k.shape[-2] != v.shape[-2]):
-        raise ValueError(f"attention needs k and v of one length; {given}")
-    batch_dims = 1 if rank == 3 else rank - 3
-    for i in range(batch_dims):
+        raise _refusal("attention needs k and v of one length", **given)
+    for i in range(1 if rank == 3 else rank - 3):
         if _surely(q.shape[i] != k.shape[i]) or _surely(q.shape[i] != v.shape[i]):
-            raise ValueError(f"attention does not broadcast batch dims, q, k, v must agree in them; {given}")
+            raise _refusal("attention does not broadcast batch dims: q, k, v must agree in them", **given)
     if rank > 3:
-        heads, kv_heads = q.shape[-3], k.shape[-3]
-        # a head count of zero needs none of this and would divide by zero
-        if _surely(v.shape[-3] != kv_heads) or (_surely(kv_heads != 0) and _surely(heads % kv_heads != 0)):
-            raise ValueError(
-                f"attention needs as many heads in v as in k, and their number to divide that of q; {given}"
-            )
-        if _surely(kv_heads == 0) and _surely(heads != 0):
-            raise ValueError(f"attention needs at least one key head; {given}")
+        _check_heads(q.shape[-3], k.shape[-3], v.shape[-3], given)
     if bias is not None:
         _check_bias(q, k, bias, given)
 
 
-def _check_bias(q: Tensor, k: Tensor, bias: Tensor, given: str) -> None:
-    if bias.dtype != torch.bool and bias.dtype not in FLOAT_DTYPES:
-        raise ValueError(
-            f"attention takes a boolean (True attends) or a floating-point additive bias; {given}"
-        )
+def _check_heads(heads: int, kv_heads: int, v_heads: int, given: dict[str, Tensor | None]) -> None:
+    if _surely(v_heads != kv_heads):
+        raise _refusal("attention needs as many heads in v as in k", **given)
+    if _surely(heads == kv_heads):
+        return
+    if _surely(kv_heads == 0) or _surely(heads % kv_heads != 0):
+        raise _refusal("attention needs the number of heads of k and v to divide that of q", **given)
+
+
+def _check_bias(q: Tensor, k: Tensor, bias: Tensor, given: dict[str, Tensor | None]) -> None:
     if bias.dtype not in (torch.bool, torch.float32, q.dtype):
-        raise ValueError(f"attention takes an additive bias in float32 or the dtype of q; {given}")
+        raise _refusal(
+            "attention needs a boolean bias (True attends), or an additive one in float32 or the dtype of q",
+            **given,
+        )
     if bias.device != q.device:
-        raise ValueError(f"attention needs the bias on {q.device}, it is on {bias.device}; {given}")
+        raise _refusal(f"attention needs the bias on {q.device}, not on {bias.device}", **given)
     target = (*q.shape[:-1], k.shape[-2])
     if bias.dim() > len(target) or any(
         _surely(have != 1) and _surely(have != want) for have, want in zip(bias.shape[::-1], target[::-1])
     ):
-        raise ValueError(f"attention needs a bias that broadcasts to {tuple(target)}; {given}")
+        raise _refusal(f"attention needs a bias that broadcasts to {tuple(target)}", **given)
 
 
-def _check_tangents(
-    primals: dict[str, Tensor | None], dots: dict[str, Tensor | None], bias: Tensor | None
-) -> None:
-    for name, x_dot in dots.items():
-        x = primals[name]
+def _check_tangents(**pairs: tuple[Tensor | None, Tensor | None]) -> None:
+    for name, (x, x_dot) in pairs.items():
         if x_dot is None:
             continue
-        if x is None or (x is bias and x.dtype == torch.bool):
-            raise ValueError(
-                f"attention_jvp got {name}_dot, but {name} is {'absent' if x is None else 'boolean'}"
-            )
+        if x is None or not x.is_floating_point():
+            state = "absent" if x is None else "boolean"
+            raise ValueError(f"attention_jvp got {name}_dot, but {name} is {state}")
         if (
             x_dot.dtype != x.dtype
             or x_dot.dim() != x.dim()
             or any(_surely(a != b) for a, b in zip(x_dot.shape, x.shape))
         ):
-            raise ValueError(
-                f"attention_jvp needs {name}_dot of the shape and dtype of {name}; "
-                f"got {_describe(**{name: x, name + '_dot': x_dot})}"
+            raise _refusal(
+                f"attention_jvp needs {name}_dot of the shape and dtype of {name}",
+                **{name: x, f"{name}_dot": x_dot},
             )
 
 
@@ -332,8 +327,7 @@ def _check_jvp(
     bias_dot: Tensor | None,
 ) -> None:
     _check(q, k, v, bias)
-    dots = {"q": q_dot, "k": k_dot, "v": v_dot, "bias": bias_dot}
-    _check_tangents({"q": q, "k": k, "v": v, "bias": bias}, dots, bias)
+    _check_tangents(q=(q, q_dot), k=(k, k_dot), v=(v, v_dot), bias=(bias, bias_dot))
 
 
 def _attention_backward_fake(

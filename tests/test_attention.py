@@ -1,0 +1,662 @@
+"""The attention ops against their float64 specification, against torch's own derivatives, and under every
+@@
+transform they meet."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from jvpgraph.kernels import attention_blocked as blocked
+from jvpgraph.kernels import reference
+from jvpgraph.kernels.attention import (
+    _bias_to_rank4,
+    attention,
+    attention_backward,
+    attention_jvp,
+    merge_attention,
+)
+
+# Against the float64 reference, in units of the largest value there: a few roundings of the dtype.
+TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float32: 4e-6, torch.float64: 1e-12}
+BIASES = ("none", "bool", "bool_padding", "additive", "additive_padding", "keys", "per_head", "per_query")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def make_bias(kind: str, b: int, h: int, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor | None:
+    return {
+        "none": lambda: None,
+        "bool": lambda: torch.rand(b, h, n_q, n_k) > 0.3,
+        "bool_padding": lambda: torch.rand(b, 1, 1, n_k) > 0.3,
+        "additive": lambda: torch.randn(b, h, n_q, n_k, dtype=dtype),
+        "additive_padding": lambda: torch.zeros(b, 1, 1, n_k, dtype=dtype).masked_fill_(
+            torch.rand(b, 1, 1, n_k) > 0.7, -math.inf
+        ),
+        "keys": lambda: torch.randn(n_k, dtype=dtype),
+        "per_head": lambda: torch.randn(h, n_q, n_k, dtype=dtype),
+        "per_query": lambda: torch.randn(1, h, n_q, 1, dtype=dtype),
+    }[kind]()
+
+
+def make(
+    b: int = 2,
+    h: int = 4,
+    n_q: int = 17,
+    n_k: int = 23,
+    d: int = 8,
+    d_v: int | None = None,
+    kv_heads: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    bias: str = "none",
+) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    """(q, k, v), their tangents, bias, its tangent; in memory as B, L, H, D."""
+
+    def rows(heads: int, n: int, dim: int) -> Tensor:
+        return torch.randn(b, n, heads, dim).to(dtype).transpose(1, 2)
+
+    shapes = ((h, n_q, d), (kv_heads or h, n_k, d), (kv_heads or h, n_k, d_v or d))
+    bias_tensor = make_bias(bias, b, h, n_q, n_k, dtype)
+    floating = bias_tensor is not None and bias_tensor.is_floating_point()
+    return (
+        [rows(*shape) for shape in shapes],
+        [rows(*shape) for shape in shapes],
+        bias_tensor,
+        torch.randn_like(bias_tensor) if floating else None,
+    )
+
+
+def double(x: Tensor | None) -> Tensor | None:
+    return x.double() if x is not None and x.is_floating_point() else x
+
+
+def assert_near(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    assert len(actual) == len(expected)
+    for have, want in zip(actual, expected):
+        assert have.shape == want.shape
+        want = want.double()
+        finite = want[want.isfinite()]
+        size = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
+        torch.testing.assert_close(have.double(), want, rtol=0, atol=TOLERANCE[dtype] * size)
+
+
+def gradients(function, inputs: list[Tensor], o_grad: Tensor, lse_grad: Tensor | None) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    o, lse = function(*leaves)
+    total = (o * o_grad).sum()
+    if lse_grad is not None:
+        total = total + (lse.masked_fill(lse == -math.inf, 0) * lse_grad).sum()
+    return list(torch.autograd.grad(total, leaves))
+
+
+# --------------------------------------------------------------------------------- against the specification
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"n_q": 17, "n_k": 23},
+        {"n_q": 65, "n_k": 63, "kv_heads": 2, "d_v": 12},
+        {"b": 1, "h": 6, "n_q": 1, "n_k": 130, "kv_heads": 1},
+        {"b": 3, "h": 1, "n_q": 130, "n_k": 1},
+    ],
+    ids=lambda shape: "-".join(f"{key}{value}" for key, value in shape.items()),
+)
+def test_blocks_agree_with_reference(shape, bias, is_causal):
+    (q, k, v), dots, bias, bias_dot = make(**shape, bias=bias)
+    scale = 0.3
+    expected = reference.attention_jvp(q, k, v, *dots, bias, bias_dot, is_causal, scale)
+    o_grad, lse_grad = torch.randn_like(expected[0]), torch.randn_like(expected[1])
+    movable = [q, k, v] + ([bias] if bias_dot is not None else [])
+    expected_grads = gradients(
+        lambda q, k, v, b=bias: reference.attention(q, k, v, b, is_causal, scale), movable, o_grad, lse_grad
+    )
+    bias4, bias_dot4 = _bias_to_rank4(q, bias), _bias_to_rank4(q, bias_dot)
+    for block_q, block_k in ((None, None), (7, 5), (16, 64), (64, 16)):
+        blocks = {"block_q": block_q, "block_k": block_k}
+        got = blocked.attention_jvp(q, k, v, *dots, bias4, bias_dot4, is_causal, scale, **blocks)
+        assert_near(got, expected, q.dtype)
+        o, lse = blocked.attention(q, k, v, bias4, is_causal, scale, **blocks)
+        assert_near((o, lse), expected[:2], q.dtype)
+        *grads, dbias = blocked.attention_backward(
+            o_grad, lse_grad, q, k, v, bias4, o, lse, is_causal, scale, bias_dot is not None, **blocks
+        )
+        if dbias is not None:
+            grads.append(dbias.view(bias.shape))
+        if all(x.isfinite().all() for x in expected_grads):  # torch's are NaN where a row is fully masked
+            assert_near(tuple(grads), tuple(expected_grads), q.dtype)
+        assert all(x.isfinite().all() for x in grads)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("d", [72, 80, 96, 112, 192])
+def test_head_dims_and_dtypes(d, dtype):
+    (q, k, v), dots, bias, bias_dot = make(b=1, h=2, n_q=65, n_k=70, d=d, dtype=dtype, bias="additive")
+    expected = reference.attention_jvp(*map(double, (q, k, v, *dots, bias, bias_dot)))
+    assert_near(attention_jvp(q, k, v, *dots, bias, bias_dot), expected, dtype)
+    assert_near(attention(q, k, v, bias), expected[:2], torch.bfloat16 if dtype.itemsize == 2 else dtype)
+    o_grad = torch.randn_like(q)
+    expected_grads = gradients(
+        lambda *a: reference.attention(*a), [double(x) for x in (q, k, v, bias)], o_grad.double(), None
+    )
+    assert_near(tuple(gradients(attention, [q, k, v, bias], o_grad, None)), tuple(expected_grads), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_sum_in_float32(dtype):
+    """With a tangent common to all keys the result is as good as without: s_dot is centred, sums are
+    @@
+        float32."""
+    (q, k, v), (q_dot, k_dot, v_dot), _, _ = make(b=1, h=2, n_q=64, n_k=512, d=64, dtype=dtype)
+    k_dot = k_dot + 30 * torch.randn(1, 2, 1, 64).to(dtype)
+    expected = reference.attention_jvp(*map(double, (q, k, v, q_dot, k_dot, v_dot)))[2]
+    error = attention_jvp(q, k, v, q_dot, k_dot, v_dot)[2].double() - expected
+    assert error.norm() < 0.6 * torch.finfo(dtype).eps * expected.norm()  # one rounding, of the result
+
+
+@pytest.mark.parametrize("bias", ["none", "bool_padding", "additive"])
+def test_every_subset_of_tangents_equals_zeros(bias):
+    (q, k, v), dots, bias, bias_dot = make(bias=bias, kv_heads=2)
+    candidates = (*dots, bias_dot)
+    for chosen in product(*((x, None) if x is not None else (None,) for x in candidates)):
+        zeros = [
+            None if x is None else torch.zeros_like(x) if y is None else y for x, y in zip(candidates, chosen)
+        ]
+        q_dot, k_dot, v_dot, b_dot = chosen
+        sparse = attention_jvp(q, k, v, q_dot, k_dot, v_dot, bias, b_dot)
+        dense = attention_jvp(q, k, v, *zeros[:3], bias, zeros[3])
+        assert_near(sparse, dense, q.dtype)
+
+
+def test_inactive_operands_are_not_multiplied():
+    """Four products instead of six when keys and values do not move; two for the primal alone."""
+    (q, k, v), (q_dot, k_dot, v_dot), _, _ = make()
+
+    def flops(*dots: Tensor | None) -> int:
+        class Count(TorchDispatchMode):
+            total = 0
+
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                a, b = {"bmm": (0, 1), "baddbmm_": (1, 2), "baddbmm": (1, 2)}.get(func._opname, (None, None))
+                if a is not None:
+                    self.total += args[a].numel() * args[b].shape[-1]
+                return func(*args, **(kwargs or {}))
+
+        with Count() as count:
+            blocked.attention_jvp(q, k, v, *dots, None, None, False, 0.3)
+        return count.total
+
+    one = 2 * 4 * 17 * 23 * 8
+    small = 2 * 4 * 17 * 8 * 2  # the mean of s_dot
+    assert flops(None, None, None) == 2 * one
+    assert flops(None, None, v_dot) == 3 * one
+    assert flops(q_dot, None, None) == 4 * one + small // 2
+    assert flops(q_dot, k_dot, v_dot) == 6 * one + small
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    b=st.integers(0, 3),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    n_q=st.integers(0, 40),
+    n_k=st.integers(0, 40),
+    d=st.integers(1, 12),
+    d_v=st.integers(1, 12),
+    bias=st.sampled_from(BIASES),
+    is_causal=st.booleans(),
+    block_q=st.integers(1, 50),
+    block_k=st.integers(1, 50),
+)
+def test_any_shape(b, kv_heads, group, n_q, n_k, d, d_v, bias, is_causal, block_q, block_k):
+    h = kv_heads * group
+    (q, k, v), dots, bias, bias_dot = make(b, h, n_q, n_k, d, d_v, kv_heads, bias=bias)
+    got = blocked.attention_jvp(
+        q,
+        k,
+        v,
+        *dots,
+        _bias_to_rank4(q, bias),
+        _bias_to_rank4(q, bias_dot),
+        is_causal,
+        1 / math.sqrt(d),
+        block_q=block_q,
+        block_k=block_k,
+    )
+    public = attention_jvp(q, k, v, *dots, bias, bias_dot, is_causal)
+    if b and n_q and n_k:
+        expected = reference.attention_jvp(q, k, v, *dots, bias, bias_dot, is_causal)
+        assert_near(got, expected, q.dtype)
+        assert_near(public, expected, q.dtype)
+    o, lse = attention(q, k, v, bias, is_causal)
+    assert_near((o, lse), public[:2], q.dtype)
+    grads = attention_backward(torch.randn_like(o), None, q, k, v, bias, o, lse, is_causal)
+    assert [x.shape for x in grads[:3]] == [q.shape, k.shape, v.shape]
+    assert all(x.isfinite().all() for x in (*grads, *got[2:], *public[2:]))
+
+
+# -------------------------------------------------------------------------------------- against torch itself
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("shape", [{}, {"kv_heads": 2}, {"n_q": 9, "n_k": 30, "d_v": 5}], ids=str)
+def test_agrees_with_torch_func_jvp_and_autograd(shape, is_causal):
+    (q, k, v), dots, _, _ = make(**shape)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected_o, expected_o_dot = torch.func.jvp(sdpa, (q, k, v), tuple(dots))
+        o_grad = torch.randn_like(expected_o)
+        expected_grads = gradients(lambda *a: (sdpa(*a), None), [q, k, v], o_grad, None)
+    o, _, o_dot, _ = attention_jvp(q, k, v, *dots, is_causal=is_causal)
+    assert_near((o, o_dot), (expected_o, expected_o_dot), q.dtype)
+    grads = gradients(lambda *a: attention(*a, is_causal=is_causal), [q, k, v], o_grad, None)
+    assert_near(tuple(grads), tuple(expected_grads), q.dtype)
+
+
+def test_plain_forward_is_bitwise_sdpa():
+    (q, k, v), _, bias, _ = make(n_q=70, n_k=70, d=32, dtype=torch.bfloat16, bias="additive")
+    for mask in (None, bias):
+        assert torch.equal(attention(q, k, v, mask)[0], F.scaled_dot_product_attention(q, k, v, mask))
+
+
+def test_lse_dot_is_the_derivative_of_lse():
+    (q, k, v), dots, bias, bias_dot = make(bias="additive")
+    h = 1e-6
+
+    def lse(t: float) -> Tensor:
+        return attention(q + t * dots[0], k + t * dots[1], v + t * dots[2], bias + t * bias_dot)[1]
+
+    lse_dot = attention_jvp(q, k, v, *dots, bias, bias_dot)[3]
+    torch.testing.assert_close(lse_dot, (lse(h) - lse(-h)) / (2 * h), rtol=1e-6, atol=1e-8)
+
+
+# ---------------------------------------------------------------------------------- masks, ranks and strides
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+@pytest.mark.parametrize("blocks", [None, 3])
+def test_fully_masked_rows(boolean, blocks):
+    (q, k, v), dots, _, _ = make(n_q=6, n_k=7)
+    keep = torch.rand(2, 4, 6, 7) > 0.4
+    keep[0, 1, 2] = False
+    keep[1, :, 5] = False
+    empty = ~keep.any(-1)
+    bias = keep if boolean else torch.zeros(keep.shape, dtype=q.dtype).masked_fill_(~keep, -math.inf)
+    bias_dot = None if boolean else torch.randn_like(bias)
+    sizes = {"block_q": blocks, "block_k": blocks}
+    o, lse, o_dot, lse_dot = blocked.attention_jvp(q, k, v, *dots, bias, bias_dot, False, 0.3, **sizes)
+    plain = blocked.attention(q, k, v, bias, False, 0.3, **sizes)
+    for x in (o, o_dot, lse_dot, plain[0]):
+        assert x.isfinite().all()
+        assert not x[empty].any()
+    assert torch.equal(lse == -math.inf, empty)
+    assert torch.equal(plain[1] == -math.inf, empty)
+    for lse_grad in (None, torch.randn_like(lse)):
+        *grads, dbias = blocked.attention_backward(
+            torch.randn_like(o), lse_grad, q, k, v, bias, o, lse, False, 0.3, not boolean, **sizes
+        )
+        assert all(x.isfinite().all() for x in grads)
+        assert not grads[0][empty].any()
+        assert boolean or not dbias[empty].any()
+
+
+def test_nan_is_not_hidden():
+    (q, k, v), dots, _, _ = make()
+    q[0, 0, 3, 2] = math.nan
+    o, lse, o_dot, _ = attention_jvp(q, k, v, *dots, torch.ones(23, dtype=torch.bool))
+    assert o[0, 0, 3].isnan().all()
+    assert lse[0, 0, 3].isnan()
+    assert o_dot[0, 0, 3].isnan().all()
+    assert o[0, 0, 4].isfinite().all()
+
+
+@pytest.mark.parametrize("lead", [(3,), (2, 3, 4), (2, 1, 3, 4)])
+def test_other_ranks(lead):
+    q, q_dot = torch.randn(2, *lead, 9, 8, dtype=torch.float64)
+    k, k_dot = torch.randn(2, *lead, 11, 8, dtype=torch.float64)
+    v, v_dot = torch.randn(2, *lead, 11, 5, dtype=torch.float64)
+    shapes = [(), (11,), (9, 11), (*lead, 9, 11), (lead[0], *(1,) * (len(lead) - 1), 1, 11)]
+    for shape in shapes:
+        bias = torch.randn(shape, dtype=q.dtype) if shape else None
+        expected = reference.attention_jvp(q, k, v, q_dot, k_dot, v_dot, bias)
+        assert_near(attention_jvp(q, k, v, q_dot, k_dot, v_dot, bias), expected, q.dtype)
+        inputs = [q, k, v] + ([bias] if shape else [])
+        o_grad, lse_grad = torch.randn_like(expected[0]), torch.randn_like(expected[1])
+        assert_near(
+            tuple(gradients(attention, inputs, o_grad, lse_grad)),
+            tuple(gradients(reference.attention, inputs, o_grad, lse_grad)),
+            q.dtype,
+        )
+
+
+@pytest.mark.parametrize("form", ["contiguous", "transposed", "expanded", "sliced", "flipped_dims"])
+def test_strides(form):
+    (q, k, v), dots, _, _ = make(h=4, n_q=10, n_k=10, d=8)
+
+    def lay_out(x: Tensor) -> Tensor:
+        return {
+            "contiguous": lambda: x.contiguous(),
+            "transposed": lambda: x,
+            "expanded": lambda: x[:1, :, :1].expand(x.shape),
+            "sliced": lambda: torch.cat((x, x), dim=-1)[..., ::2],
+            "flipped_dims": lambda: x.mT.contiguous().mT,
+        }[form]()
+
+    q, k, v = map(lay_out, (q, k, v))
+    dots = [lay_out(x) for x in dots]
+    expected = reference.attention_jvp(q, k, v, *dots)
+    got = attention_jvp(q, k, v, *dots)
+    assert_near(got, expected, q.dtype)
+    assert got[0].transpose(1, 2).is_contiguous()
+    o = expected[0]
+    for grad_layout in (o.contiguous(), o.mT.contiguous().mT, o[..., :1].expand_as(v)):
+        assert_near(
+            tuple(gradients(attention, [q, k, v], grad_layout, None)),
+            tuple(gradients(reference.attention, [q, k, v], grad_layout, None)),
+            q.dtype,
+        )
+
+
+def test_bias_gradient_has_the_shape_of_bias():
+    (q, k, v), _, _, _ = make(kv_heads=2)
+    for shape in [(23,), (1,), (17, 1), (1, 23), (4, 1, 23), (2, 1, 1, 23), (2, 4, 17, 23), (1, 4, 1, 1)]:
+        bias = torch.randn(shape, dtype=q.dtype)
+        o_grad, lse_grad = torch.randn_like(q), torch.randn(q.shape[:-1], dtype=q.dtype)
+        expected = gradients(reference.attention, [q, k, v, bias], o_grad, lse_grad)
+        got = gradients(attention, [q, k, v, bias], o_grad, lse_grad)
+        assert got[3].shape == shape
+        assert_near(tuple(got), tuple(expected), q.dtype)
+
+
+# ---------------------------------------------------------------------------------- reverse and forward mode
+
+
+def test_attention_jvp_is_differentiable_in_the_primal_only():
+    (q, k, v), dots, _, _ = make()
+    q.requires_grad_()
+    o, lse, o_dot, lse_dot = attention_jvp(q, k, v, *dots)
+    o_grad = torch.randn_like(o)
+    (expected,) = gradients(lambda q: reference.attention(q, k, v), [q], o_grad, None)
+    (got,) = torch.autograd.grad(o, q, o_grad, retain_graph=True)
+    assert_near((got,), (expected,), q.dtype)
+    for x in (o_dot, lse_dot):
+        with pytest.raises(RuntimeError, match="no gradient; detach"):
+            torch.autograd.grad(x.sum(), q, retain_graph=True)
+    (got,) = torch.autograd.grad(lse.sum(), q)
+    assert got.isfinite().all()
+
+
+def test_second_derivatives_are_refused():
+    (q, k, v), _, _, _ = make()
+    q.requires_grad_()
+    (first,) = torch.autograd.grad(attention(q, k, v)[0].sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        first.sum().backward()
+
+
+def test_forward_mode_of_torch_is_refused():
+    (q, k, v), (q_dot, _, _), bias, _ = make(bias="additive")
+    calls = [
+        lambda q: attention(q, k, v)[0],
+        lambda q: attention(q, q, q)[1],
+        lambda q: attention(k, q, q)[0],
+        lambda q: attention_jvp(q, k, v, q_dot, None, None)[0],
+        lambda q: attention_jvp(k, k, v, None, q[:, :, :1].expand_as(k), None)[2],
+        lambda q: attention(k[:, :, :17], k, v, bias + q.sum())[0],
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"use jvpgraph\.transform"):
+            torch.func.jvp(call, (q,), (q_dot,))
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"use jvpgraph\.transform"):
+            call(forward_ad.make_dual(q, q_dot))
+    with forward_ad.dual_level():  # nothing dual among the arguments: fine
+        assert attention(q, k, v)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_torch_func_jvp_is_refused(backend):
+    (q, k, v), (q_dot, _, _), _, _ = make()
+    compiled = torch.compile(
+        lambda q, q_dot: torch.func.jvp(lambda q: attention(q, k, v)[0], (q,), (q_dot,)), backend=backend
+    )
+    with pytest.raises(Exception, match="has no rule for"):
+        compiled(q, q_dot)
+
+
+# --------------------------------------------------------------------- fakes, tracing, compilation, autocast
+
+
+@pytest.mark.parametrize("bias", ["none", "bool_padding", "per_head"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(bias, requires_grad):
+    (q, k, v), dots, bias, bias_dot = make(n_q=5, n_k=6, kv_heads=2, bias=bias)
+    for x in (q, k, v):
+        x.requires_grad_(requires_grad)
+    ops = torch.ops.jvpgraph
+    torch.library.opcheck(ops.attention.default, (q, k, v, bias, True))
+    if requires_grad:
+        return
+    torch.library.opcheck(ops.attention_jvp.default, (q, k, v, *dots, bias, bias_dot, False, 0.5))
+    torch.library.opcheck(ops.attention_jvp.default, (q, k, v, dots[0], None, None, bias))
+    o, lse = attention(q, k, v, bias)
+    o_grad, lse_grad = torch.randn_like(o), torch.randn_like(lse)
+    args = (o_grad, lse_grad, q, k, v, bias, o, lse, False, None, bias_dot is not None)
+    torch.library.opcheck(ops.attention_backward.default, args)
+
+
+@pytest.mark.parametrize(
+    ("q_shape", "kv_heads"),
+    [
+        ((2, 4, 5, 8), 2),
+        ((1, 1, 5, 8), 1),
+        ((1, 4, 1, 8), 4),
+        ((3, 5, 8), 0),
+        ((1, 1, 8), 0),
+        ((2, 1, 4, 5, 8), 4),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_fakes_have_the_real_strides(q_shape, kv_heads, dtype, with_bias):
+    kv_shape = (*q_shape[:-3], kv_heads, 7) if kv_heads else (q_shape[0], 7)
+
+    def run() -> list[tuple]:
+        q = torch.randn(*q_shape[:-1], q_shape[-1], dtype=dtype).mT.contiguous().mT
+        k, v = torch.randn(*kv_shape, 8, dtype=dtype), torch.randn(*kv_shape, 8, dtype=dtype)
+        bias = torch.randn(q_shape[-2], 7, dtype=dtype) if with_bias else None
+        o, lse = attention(q, k, v, bias)
+        results = [o, lse, *attention_jvp(q, k, v, q, None, v, bias)]
+        for lse_grad in (None, lse):
+            results += attention_backward(o, lse_grad, q, k, v, bias, o, lse, False, None, with_bias)
+        return [(x.shape, x.stride(), x.dtype, x.storage_offset()) for x in results]
+
+    with FakeTensorMode():
+        fake = run()
+    assert fake == run()
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_keeps_the_ops_whole(mode):
+    (q, k, v), dots, _, _ = make(kv_heads=2)
+
+    def call(q, k, v, q_dot, k_dot):
+        o, lse = attention(q, k, v)
+        return (o, lse, *attention_jvp(q, k, v, q_dot, k_dot, None))
+
+    graph = make_fx(call, tracing_mode=mode)(q, k, v, *dots[:2])
+    ops = [str(n.target) for n in graph.graph.nodes if "jvpgraph" in str(n.target)]
+    assert ops == ["jvpgraph.attention.default", "jvpgraph.attention_jvp.default"]
+    assert_near(graph(q, k, v, *dots[:2]), call(q, k, v, *dots[:2]), q.dtype)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_with_dynamic_shapes(backend):
+    def model(q, k, v, q_dot, bias):
+        o, lse = attention(q * 2, k, v, bias)
+        o_dot = attention_jvp(q.detach(), k.detach(), v.detach(), q_dot, None, None, bias)[2]
+        return o.sin() + lse.unsqueeze(-1).cos(), o_dot.exp()
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for n_q, n_k in ((17, 23), (31, 40)):
+        (q, k, v), (q_dot, _, _), bias, _ = make(
+            n_q=n_q, n_k=n_k, kv_heads=2, dtype=torch.float32, bias="bool_padding"
+        )
+        results = []
+        for function in (model, compiled):
+            leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+            out, out_dot = function(*leaves, q_dot, bias)
+            results.append((out, out_dot, *torch.autograd.grad(out.sum(), leaves)))
+        assert_near(results[1], results[0], torch.float32)
+    torch._dynamo.reset()
+
+
+def test_autocast_casts_as_for_sdpa():
+    (q, k, v), dots, bias, _ = make(dtype=torch.float32, bias="per_query")
+    q.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o, lse = attention(q, k, v, bias)
+        expected = F.scaled_dot_product_attention(q, k, v, bias.expand(2, 4, 17, 23))
+        o_dot = attention_jvp(q, k, v, *dots, bias)[2]
+        compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)(q, k, v, bias)[0]
+    assert o.dtype == o_dot.dtype == compiled.dtype == expected.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+    assert torch.equal(o, compiled)
+    assert_near((o,), (expected,), torch.bfloat16)
+    (grad,) = torch.autograd.grad(o.float().sum(), q)
+    assert grad.dtype == torch.float32
+    torch._dynamo.reset()
+
+
+# --------------------------------------------------------------------------------- memory, merging, refusals
+
+
+class PeakMemory(TorchDispatchMode):
+    """Largest number of bytes alive at once in storages made while the mode is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage()._cdata for x in tree_leaves(args) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.track(x.untyped_storage(), known)
+        return out
+
+    def track(self, storage: torch.UntypedStorage, known: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen or key in known:
+            return
+        self.seen.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def freed() -> None:
+            self.seen.discard(key)
+            self.live -= size
+
+        weakref.finalize(storage, freed)
+
+
+def peak_bytes(function, *args) -> int:
+    with PeakMemory() as memory:
+        function(*args)
+    return memory.peak
+
+
+def test_memory_is_linear_in_length():
+    def jvp(n: int) -> int:
+        (q, k, v), dots, _, _ = make(b=1, h=1, n_q=n, n_k=n, d=64, dtype=torch.float32)
+        return peak_bytes(blocked.attention_jvp, q, k, v, *dots, None, None, False, 0.125)
+
+    def quadratic(n: int) -> int:
+        (q, k, v), dots, _, _ = make(b=1, h=1, n_q=n, n_k=n, d=64, dtype=torch.float32)
+        return peak_bytes(reference.attention_jvp, q, k, v, *dots)
+
+    assert quadratic(2048) > 3.5 * quadratic(1024)  # the measure sees what it should
+    small, large = jvp(4096), jvp(8192)
+    assert large <= 2.3 * small
+    assert large < 8192 * 8192 * 4 / 4  # a quarter of one matrix of scores
+
+
+def test_memory_of_backward_and_of_masks_is_linear():
+    def backward(n: int) -> int:
+        (q, k, v), _, bias, _ = make(1, 1, n, n, d=32, dtype=torch.float32, bias="additive_padding")
+        o, lse = attention(q, k, v, bias)
+        return peak_bytes(blocked.attention_backward, o, lse, q, k, v, bias, o, lse, False, 0.2, True)
+
+    assert backward(4096) <= 2.3 * backward(2048)
+
+
+@pytest.mark.parametrize("tangents", [False, True])
+def test_merging_key_splits(tangents):
+    (q, k, v), dots, bias, bias_dot = make(n_k=30, bias="additive_padding")
+    bias[0, ..., 10:20] = -math.inf  # one part that some rows do not see at all
+    bias[1] = -math.inf
+
+    def run(keys: slice) -> tuple[Tensor, ...]:
+        part = (q, k[:, :, keys], v[:, :, keys])
+        if not tangents:
+            return attention(*part, bias[..., keys])
+        k_dot, v_dot = dots[1][:, :, keys], dots[2][:, :, keys]
+        return attention_jvp(*part, dots[0], k_dot, v_dot, bias[..., keys], bias_dot[..., keys])
+
+    parts = [run(slice(i, i + 10)) for i in (0, 10, 20)]
+    assert_near(merge_attention(*parts), run(slice(None)), q.dtype)
+    with pytest.raises(ValueError, match="merge_attention needs"):
+        merge_attention()
+
+
+def test_refusals_name_what_was_given():
+    (q, k, v), (q_dot, k_dot, v_dot), bias, bias_dot = make(bias="additive")
+    mask = bias > 0
+    refused = [
+        ("one rank", lambda: attention(q[0], k, v)),
+        ("one rank", lambda: attention(q[0, 0], k[0, 0], v[0, 0])),
+        ("one dtype", lambda: attention(q.float(), k, v)),
+        ("one dtype", lambda: attention(q.long(), k.long(), v.long())),
+        ("one head dim", lambda: attention(q[..., :7], k, v)),
+        ("one length", lambda: attention(q, k[:, :, 1:], v)),
+        ("batch dims", lambda: attention(q, k[:1], v[:1])),
+        ("divide that of q", lambda: attention(q, k[:, :3], v[:, :3])),
+        ("as many heads in v", lambda: attention(q, k, v[:, :2])),
+        ("broadcasts to \\(2, 4, 17, 23\\)", lambda: attention(q, k, v, bias[..., :22])),
+        ("broadcasts to", lambda: attention(q, k, v, bias[None])),
+        ("boolean bias", lambda: attention(q, k, v, bias.half())),
+        ("boolean bias", lambda: attention(q, k, v, mask.long())),
+        ("q_dot of the shape", lambda: attention_jvp(q, k, v, q_dot[:1], None, None)),
+        ("k_dot of the shape", lambda: attention_jvp(q, k, v, None, k_dot.float(), None)),
+        ("v_dot of the shape", lambda: attention_jvp(q, k, v, None, None, v_dot[0])),
+        ("bias is absent", lambda: attention_jvp(q, k, v, None, None, None, None, bias_dot)),
+        ("bias is boolean", lambda: attention_jvp(q, k, v, None, None, None, mask, bias_dot)),
+    ]
+    for message, call in refused:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match=r"got q \(2, 4, 17, 8\) torch\.float64, k .*bias \(2, 4, 17, 22\)"):
+        attention(q, k, v, bias[..., :22])
