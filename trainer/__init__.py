@@ -1,0 +1,1 @@
+"""Distillation of diffusion transformers with the tangents that `jvpgraph.transform` gives."""

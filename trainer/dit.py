@@ -1,0 +1,111 @@
+"""A small diffusion transformer: DiT (Peebles & Xie 2023), adaLN-zero, RMS-normalised queries and keys.
+
+Shape letters: B images, N tokens, C channels of a token, H heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jvpgraph.trainer.config import DiTConfig
+
+
+def modulate(x_BNC: Tensor, shift_BC: Tensor, scale_BC: Tensor) -> Tensor:
+    return x_BNC * (1 + scale_BC[:, None]) + shift_BC[:, None]
+
+
+class TimeEmbedding(nn.Module):
+    """Time [B] -> [B, C]: waves at log-spaced frequencies, then two layers. Angles are float32 or wider."""
+
+    def __init__(self, width: int, max_frequency: float) -> None:
+        super().__init__()
+        frequencies = torch.logspace(0, math.log10(max_frequency), width // 2)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * (width // 2), width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        assert t_B.dtype in (torch.float32, torch.float64), t_B.dtype
+        angles = t_B[:, None] * self.frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        q_BHND, k_BHND, v_BHND = self.qkv(x_BNC).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        o_BHND = F.scaled_dot_product_attention(self.q_norm(q_BHND), self.k_norm(k_BHND), v_BHND)
+        return self.out(o_BHND.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the condition; the gates start at zero."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, config.mlp_ratio * config.width
+        self.norm_1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attention = Attention(width, config.heads)
+        self.norm_2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
+        )
+        self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x_BNC: Tensor, c_BC: Tensor) -> Tensor:
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(F.silu(c_BC)).chunk(6, dim=-1)
+        x_BNC = x_BNC + gate_1[:, None] * self.attention(modulate(self.norm_1(x_BNC), shift_1, scale_1))
+        return x_BNC + gate_2[:, None] * self.mlp(modulate(self.norm_2(x_BNC), shift_2, scale_2))
+
+
+class DiT(nn.Module):
+    """Predicts one value per pixel from a noisy image, its time and its class."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        tokens, pixels = (config.image_size // config.patch_size) ** 2, config.patch_size**2
+        self.patch_in = nn.Linear(pixels, config.width)
+        self.positions = nn.Parameter(0.02 * torch.randn(tokens, config.width))
+        self.time = TimeEmbedding(config.width, config.max_frequency)
+        self.label = nn.Embedding(config.classes + 1, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(config.width, 2 * config.width)
+        self.patch_out = nn.Linear(config.width, pixels)
+        for layer in (self.modulation, self.patch_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.label.weight, std=0.02)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """x [B, 1, S, S], t [B] (the model's own time), labels [B] in 0..classes -> [B, 1, S, S]."""
+        c_BC = self.time(t) + self.label(labels)
+        h_BNC = self.patch_in(self.patchify(x)) + self.positions
+        for block in self.blocks:
+            h_BNC = block(h_BNC, c_BC)
+        shift, scale = self.modulation(F.silu(c_BC)).chunk(2, dim=-1)
+        return self.unpatchify(self.patch_out(modulate(self.norm(h_BNC), shift, scale)))
+
+    def patchify(self, x: Tensor) -> Tensor:
+        """[B, 1, S, S] -> [B, N, P * P]."""
+        p, n = self.config.patch_size, self.config.image_size // self.config.patch_size
+        return x.reshape(-1, n, p, n, p).transpose(2, 3).reshape(-1, n * n, p * p)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """[B, N, P * P] -> [B, 1, S, S]."""
+        p, n = self.config.patch_size, self.config.image_size // self.config.patch_size
+        return x.reshape(-1, n, n, p, p).transpose(2, 3).reshape(-1, 1, n * p, n * p)

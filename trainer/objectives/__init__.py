@@ -1,0 +1,1 @@
+"""Training objectives, one file each: functions of (student, teacher, batch, rng) that return a loss."""
