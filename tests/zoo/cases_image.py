@@ -85,8 +85,8 @@ def Lumina2Transformer2DModel(draw: Draw, variant: int) -> dict:
 
 @case("hidream", tangents=("hidden_states", "timesteps"), patch_size=2, in_channels=4, out_channels=4,
       num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-      caption_channels=[12, 10], text_emb_dim=14, num_routed_experts=4, num_activated_experts=2, axes_dims_rope=(4, 2, 2),
-      max_resolution=(8, 8), llama_layers=[0, 1],
+      caption_channels=[12, 10], text_emb_dim=14, num_routed_experts=4, num_activated_experts=2,
+      axes_dims_rope=(4, 2, 2), max_resolution=(8, 8), llama_layers=[0, 1],
       note="mixture of experts: tokens are sorted and split by expert in Python, in eval mode under no_grad")
 def HiDreamImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, L = pick(variant, (2, 8, 5), (3, 4, 7))
@@ -102,8 +102,8 @@ def HiDreamImageTransformer2DModel(draw: Draw, variant: int) -> dict:
 @case("omnigen", in_channels=4, patch_size=2, hidden_size=16, num_attention_heads=4, num_key_value_heads=4,
       intermediate_size=24, num_layers=2, pad_token_id=0, vocab_size=20, max_position_embeddings=64,
       original_max_position_embeddings=24,
-      rope_scaling={"short_factor": [1.0, 1.1], "long_factor": [1.5, 2.0]},
-      pos_embed_max_size=8, time_step_dim=8,
+      rope_scaling={"short_factor": [1.0, 1.1], "long_factor": [1.5, 2.0]}, pos_embed_max_size=8,
+      time_step_dim=8,
       note="the rotary factors are chosen by a comparison of tensors, and the buffer inv_freq is reassigned")
 def OmniGenTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 8, 8, 9), (2, 4, 6, 12))
@@ -223,8 +223,7 @@ def CogView4Transformer2DModel(draw: Draw, variant: int) -> dict:
 
 @case("cogview", patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
       out_channels=4, text_embed_dim=12, time_embed_dim=10, condition_dim=4,
-      prior_vq_quantizer_codebook_size=9,
-      note="writes zeros into a lookup's output under a boolean index")
+      prior_vq_quantizer_codebook_size=9, note="writes zeros into a lookup's output under a boolean index")
 def GlmImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     inputs = sized_inputs(draw, variant)
     B, _, H, W = inputs["hidden_states"].shape

@@ -107,8 +107,8 @@ def LongCatImageTransformer2DModel(draw: Draw, variant: int) -> dict:
 
 
 @case("krea", in_channels=8, num_layers=2, attention_head_dim=12, num_attention_heads=4,
-      num_key_value_heads=2, intermediate_size=24, timestep_embed_dim=8, text_hidden_dim=16, num_text_layers=3,
-      text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=24,
+      num_key_value_heads=2, intermediate_size=24, timestep_embed_dim=8, text_hidden_dim=16,
+      num_text_layers=3, text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=24,
       num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 4, 4),
       note="grouped-query attention")
 def Krea2Transformer2DModel(draw: Draw, variant: int) -> dict:
@@ -150,7 +150,7 @@ def ErnieImageTransformer2DModel(draw: Draw, variant: int) -> dict:
 
 @case("ideogram", in_channels=8, num_layers=2, attention_head_dim=12, num_attention_heads=2,
       intermediate_size=24, adaln_dim=8, llm_features_dim=10, mrope_section=(2, 2, 2),
-      note="one packed sequence with per-token roles and a block-diagonal boolean mask; time in 0..1 times 1e4")
+      note="one packed sequence with per-token roles and a block-diagonal boolean mask; time times 1e4")
 def Ideogram4Transformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, *FLUX_SHAPES)
     N = L + H * W
@@ -188,7 +188,8 @@ def QwenImage21Transformer2DModel(draw: Draw, variant: int) -> dict:
 @case("nucleus", patch_size=2, in_channels=8, out_channels=2, num_layers=2, attention_head_dim=12,
       num_attention_heads=4, num_key_value_heads=2, joint_attention_dim=12, axes_dims_rope=(4, 4, 4),
       mlp_ratio=4.0, dense_moe_strategy="leave_first_block_dense", num_experts=4, moe_intermediate_dim=10,
-      capacity_factors=2.0, note="mixture of experts, grouped-query attention; expert sizes come from .tolist()")
+      capacity_factors=2.0,
+      note="mixture of experts, grouped-query attention; expert sizes come from .tolist()")
 def NucleusMoEImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, *FLUX_SHAPES)
     return {

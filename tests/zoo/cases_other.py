@@ -103,7 +103,7 @@ def StableAudioDiTModel(draw: Draw, variant: int) -> dict:
 
 
 @case("audio", io_channels=4, embed_dim=16, depth=2, num_heads=2, cond_token_dim=10, global_cond_dim=6,
-      local_add_cond_dim=5, timestep_features_dim=8, ff_mult=2.0, num_memory_tokens=3,
+      local_add_cond_dim=5, timestep_features_dim=8, ff_mult=2.0, num_memory_tokens=3, tolerance=1e-2,
       note="differential attention: the difference of two softmax attentions")
 def StableAudio3DiTModel(draw: Draw, variant: int) -> dict:
     B, N, L = pick(variant, (2, 12, 5), (3, 9, 7))
@@ -154,7 +154,7 @@ def MiniMaxMusic3RVQDepthDecoder(draw: Draw, variant: int) -> dict:
       feats_seq=("xt_bb_ca", "xt_local_latents", "token_type"),
       feats_cond_seq=("time_emb_bb_ca", "time_emb_local_latents"),
       feats_pair_repr=("xt_bb_ca_pair_dists", "molecule_idx_pair"), update_pair_repr_every_n=1,
-      note="pair-biased attention and triangle updates; distances are binned, which has no tangent; four outputs")
+      note="pair-biased attention and triangle updates; binned distances have no tangent; four outputs")
 def RFD4ProteinaTransformer(draw: Draw, variant: int) -> dict:
     B, N = pick(variant, (2, 5), (3, 7))
     return {

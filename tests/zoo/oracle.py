@@ -47,14 +47,17 @@ def float_leaves(output: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
+NARROW = {torch.float32, torch.bfloat16, torch.float16}
+NARROWING = {Tensor.float, Tensor.bfloat16, Tensor.half}
+
+
 class AllDouble(TorchFunctionMode):
-    """Turns a model's own casts to float32 into float64, so that small differences are not rounded away."""
+    """Turns a model's own casts to narrower types into float64: nothing is rounded away."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.float:
-            func = Tensor.double
-        swap = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
-        return func(*map(swap, args), **{k: swap(v) for k, v in (kwargs or {}).items()})
+        widen = lambda x: torch.float64 if isinstance(x, torch.dtype) and x in NARROW else x  # noqa: E731
+        func = Tensor.double if func in NARROWING else func
+        return func(*map(widen, args), **{k: widen(v) for k, v in (kwargs or {}).items()})
 
 
 def oracle(
@@ -63,7 +66,8 @@ def oracle(
     """Outputs, their tangents, and their source: "forward AD" or, where that raises, "differences".
 
     Both run in float64 with the math attention. Forward AD does the model's own arithmetic: where the model
-    casts to float32 it is good to about 1e-6. Differences run without those casts and are good to about 1e-8.
+    casts to narrower types it rounds as they do, see Case.tolerance. Differences run without those casts and
+    are good to about 1e-7.
     """
     try:
         return *forward_ad(model, inputs, tangents), "forward AD"
@@ -87,7 +91,7 @@ def forward_ad(
 
 
 def differences(
-    model: nn.Module, inputs: Inputs, tangents: dict[str, Tensor], step: float = 1e-5
+    model: nn.Module, inputs: Inputs, tangents: dict[str, Tensor], step: float = 1e-6
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Central differences at step, step/2 and step/4, extrapolated to an error of order step**6."""
 
@@ -117,7 +121,8 @@ def projected(outputs: list[Tensor], seed: int = 0) -> Tensor:
 
 def oracle_grads(model: nn.Module, inputs: Inputs, seed: int = 0) -> dict[str, Tensor]:
     """Gradients of sum(y * w), w standard normal, for every parameter that the eager model reaches."""
-    loss = projected(float_leaves(model(**inputs)), seed)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel keeps its log-sum-exp in float32
+        loss = projected(float_leaves(model(**inputs)), seed)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {n: g for n, g in zip(named, grads) if g is not None}
