@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from jvpgraph.rules.derived import NotDerivable, derive
 from jvpgraph.rules.registry import TABLE, Rule
 
-__all__ = ["NoRule", "bind", "has_tangent", "tangents_of"]
+__all__ = ["NoRule", "apply_rule", "bind", "has_tangent", "tangents_of"]
 
 
 class NoRule(Exception):
@@ -55,14 +55,19 @@ def tangents_of(op: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[
         NoRule: there is no forward derivative; the message gives the reason.
     """
     rule = TABLE.get(op)
-    if rule is not None and rule.applies(arguments):
-        inactive_only = [name for name in dots if rule.terms and name not in rule.wrt]
-        if not inactive_only:
-            return _conform(op, out, _sum_of_terms(rule, out, arguments, dots)), "table"
+    applies = rule is None or rule.applies(arguments)
+    if rule is not None and applies and (not rule.terms or set(dots) <= set(rule.wrt)):
+        return apply_rule(rule, out, arguments, dots), "table"
     try:
         return _conform(op, out, derive(op, out, arguments, dots)), "derived"
     except NotDerivable as reason:
-        raise NoRule(str(reason)) from reason
+        unmet = "" if applies else "the precondition of its rule does not hold, and "
+        raise NoRule(f"{unmet}{reason}") from reason
+
+
+def apply_rule(rule: Rule, out: Any, arguments: dict[str, Any], dots: dict[str, Any]) -> Any:
+    """The tangents of ``out`` by a rule whose preconditions hold and which knows all of ``dots``."""
+    return _conform(rule.op, out, _sum_of_terms(rule, out, arguments, dots))
 
 
 def _sum_of_terms(rule: Rule, out: Any, arguments: dict[str, Any], dots: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jvpgraph.rules.registry import bilinear, jvp, linear, no_tangent
 
-__all__ = ["times"]
+__all__ = ["real", "times"]
 
 aten = torch.ops.aten
 
@@ -41,6 +41,7 @@ no_tangent(aten.zeros_like.default, aten.ones_like.default, aten.full_like.defau
 no_tangent(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
 no_tangent(aten.zero.default, aten.fill.Scalar)
 no_tangent(aten.rand_like.default, aten.randn_like.default, aten.bernoulli.default, aten.bernoulli.p)
+no_tangent(aten.uniform.default, aten.normal_functional.default)
 
 # Arithmetic
 linear(aten.neg.default, aten.mul.Scalar, aten.div.Scalar)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jvpgraph.rules.pointwise import real
 from jvpgraph.rules.registry import jvp, linear
 
 __all__ = ["in_float32"]
@@ -61,10 +62,6 @@ def half_spread(x: Tensor, dim: Any, correction: Any, keepdim: bool, x_dot: Tens
     x = in_float32(x)
     centred = x - x.mean(dim or None, keepdim=True)
     return (centred * x_dot).sum(dim or None, keepdim) / (n - (1 if correction is None else correction))
-
-
-def real(x: Tensor, *_: Any) -> bool:
-    return not x.is_complex()
 
 
 def real_two_norm(x: Tensor, order: Any, *_: Any) -> bool:
@@ -122,4 +119,5 @@ jvp(aten.sort.stable)(lambda outs, x, stable, dim, *_, x_dot: (x_dot.gather(dim,
 def max_pool2d(outs, x, *_, x_dot):
     """The index counts within each plane."""
     index = outs[1]
-    return x_dot.flatten(-2).gather(-1, index.flatten(-2)).view(index.shape), None
+    planes = x_dot.flatten(-2).unsqueeze(-2).expand(*index.shape[:-1], -1)
+    return planes.gather(-1, index), None

@@ -81,19 +81,18 @@ def _tensor_names(op: OpOverload) -> list[str]:
 
 
 def _add(op: OpOverload, term: Term | None, when: When | None) -> None:
-    rule = TABLE.get(op)
-    if rule is None:
-        rule = TABLE[op] = Rule(op, when=when)
-    elif term is None or not rule.terms or set(term.wrt) & set(rule.wrt):
+    rule = TABLE.get(op) or Rule(op, when=when)
+    if op in TABLE and (term is None or not rule.terms or set(term.wrt) & set(rule.wrt)):
         covered = ", ".join(rule.wrt) or "every argument (no tangent)"
         raise ValueError(f"{op} already has a rule for {covered}")
-    elif when is not rule.when:
+    if when is not rule.when:
         raise ValueError(f"the terms of {op} state different preconditions")
     if term is not None:
         unknown = set(term.wrt) - set(_tensor_names(op))
         if unknown:
             raise ValueError(f"{op} has no tensor argument {', '.join(sorted(unknown))}: {op._schema}")
         rule.terms.append(term)
+    TABLE[op] = rule
 
 
 def _substituting(op: OpOverload, wrt: tuple[str, ...]) -> Term:
@@ -160,9 +159,9 @@ def jvp(*ops: OpOverload, when: When | None = None) -> Callable[[Callable[..., A
             schema = [a.name for a in op._schema.arguments]
             if not variadic and len(positional) != 1 + len(schema):
                 raise ValueError(f"{fn.__name__} must take the output and {len(schema)} arguments of {op}")
-            position = {f"{name}_dot": i for i, name in enumerate(positional)}
+            named = {f"{own}_dot": name for own, name in zip(positional[1:], schema)}
             try:
-                wrt = tuple(schema[position[p.name] - 1] for p in tangents)
+                wrt = tuple(named[p.name] for p in tangents)
             except KeyError as missing:
                 message = f"{fn.__name__}: {missing} is not the tangent of one of {positional[1:]}"
                 raise ValueError(message) from None
