@@ -30,7 +30,7 @@ def transform(
     model: nn.Module,
     *,
     regions: None = None,
-    backend: str = "inductor",
+    backend: str | Backend = "inductor",
     dynamic: bool | None = None,
     config: Config | None = None,
 ) -> DualModule:
@@ -44,7 +44,7 @@ def transform(
         model: any nn.Module. Its parameters, buffers, submodules and hooks are shared, not copied.
         regions: reserved for capturing block by block; only None is accepted so far.
         backend: "inductor" compiles; "eager" makes the same graph and runs it without Inductor; "op_by_op" runs
-            any Python code, one op at a time.
+            any Python code, one op at a time. Or an object made by :func:`jvpgraph.backend`, with its own settings.
         dynamic: as in torch.compile: True for symbolic sizes from the start, None to find out by recompiling once.
         config: settings, see :class:`jvpgraph.Config`.
 
@@ -66,7 +66,7 @@ def jvp(
     tangents: tuple[Any, ...],
     *,
     has_aux: bool = False,
-    backend: str = "inductor",
+    backend: str | Backend = "inductor",
     dynamic: bool | None = None,
     config: Config | None = None,
 ) -> tuple[Any, ...]:
@@ -173,12 +173,16 @@ class DualModule(nn.Module):
 class _Dual:
     """Computes ``(out, out_dot)`` of a callable by one of the backends."""
 
-    def __init__(self, call: Callable[..., Any], backend: str, dynamic: bool | None, config: Config):
-        if backend not in BACKENDS:
+    def __init__(self, call: Callable[..., Any], backend: str | Backend, dynamic: bool | None, config: Config):
+        if not isinstance(backend, Backend) and backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
-        self.call, self.config = call, config
+        self.config = config
         self.forward = dual_forward(call)
-        self.backend = None if backend == "op_by_op" else Backend(backend, config)
+        self.backend: Backend | None = None
+        if isinstance(backend, Backend):
+            self.backend = backend
+        elif backend in COMPILERS:
+            self.backend = Backend(backend, config)
         if self.backend is not None:
             self._compiled = torch.compile(self.forward, backend=self.backend, fullgraph=True, dynamic=dynamic)
 
@@ -215,7 +219,7 @@ _serial = itertools.count()
 
 
 @functools.lru_cache(maxsize=KEPT_FUNCTIONS)
-def _dual_of_function(fn: Callable[..., Any], backend: str, dynamic: bool | None, config: Config) -> _Dual:
+def _dual_of_function(fn: Callable[..., Any], backend: str | Backend, dynamic: bool | None, config: Config) -> _Dual:
     return _Dual(fn, backend, dynamic, config)
 
 

@@ -7,6 +7,7 @@ cursor. This is what make_fx does for a whole function, made for a few ops in th
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -232,13 +233,33 @@ class _SymbolicSizes:
         with self._graph.inserting_before(where.next):
             tracer = fx.proxy.GraphAppendingTracer(self._graph)
             proxies = {symbol: fx.Proxy(node, tracer) for symbol, node in symbols.items()}
-            made = sympy_interp(PythonReferenceAnalysis, proxies, expr)
+            made = sympy_interp(_OnProxies, proxies, expr)
         if not isinstance(made, fx.Proxy):
             return made
         _evaluate_new_nodes(made.node, len(self._graph.nodes) - before)
         if inputs_only:
             self._nodes[expr] = made.node
         return made.node
+
+
+class _OnProxies(PythonReferenceAnalysis):
+    """Sympy's functions as graph nodes, where Python's own would look at the value."""
+
+    @staticmethod
+    def trunc_to_int(x: Any, dtype: Any) -> Any:
+        return _call(torch.sym_int, x)
+
+    @staticmethod
+    def floor_to_int(x: Any, dtype: Any) -> Any:
+        return _call(math.floor, x)
+
+    @staticmethod
+    def ceil_to_int(x: Any, dtype: Any) -> Any:
+        return _call(math.ceil, x)
+
+
+def _call(fn: Callable[..., Any], x: Any) -> Any:
+    return x.tracer.create_proxy("call_function", fn, (x,), {}) if isinstance(x, fx.Proxy) else fn(x)
 
 
 def _evaluate_new_nodes(last: fx.Node, count: int) -> None:

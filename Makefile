@@ -1,0 +1,61 @@
+# On a fresh machine: `make demo` and `make test` set everything up themselves.
+PYTHON ?= python3
+VENV   ?= .venv
+# torch from PyPI brings gigabytes of CUDA: constraints.txt pins it for machines without a GPU. To use another
+# torch, run with `make CONSTRAINTS=/dev/null`, or point VENV at an environment that has one already.
+CONSTRAINTS ?= constraints.txt
+OUT    ?= out
+
+BIN   := $(VENV)/bin
+READY := $(VENV)/.ready
+export OMP_NUM_THREADS ?= 2
+export MPLBACKEND := Agg
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint format fuzz zoo bench gpu dump clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[trainer,bench,dev]"
+	touch $@
+
+demo: $(READY)  ## distil a diffusion transformer on handwritten digits: out/demo/samples.png, metrics.json
+	$(BIN)/python -m jvpgraph.trainer.demo --out $(OUT)/demo
+
+test: $(READY)  ## all tests but the long sweeps
+	$(BIN)/python -m pytest -q --durations=15 tests
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+fuzz: $(READY)  ## the property tests, for long
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -m fuzz tests
+
+zoo: $(READY)  ## every transformer class of diffusers against its oracle, in float64, with gradients
+	$(BIN)/python -m tests.zoo.run
+
+bench: $(READY)  ## time and memory beside torch.func.jvp and finite differences
+	$(BIN)/python -m benchmarks.dit --out $(OUT)/bench
+
+gpu: $(READY)  ## the same on a CUDA device, after the attention tests
+	$(BIN)/python -m pytest -q tests/test_attention.py
+	$(BIN)/python -m benchmarks.dit --device cuda --out benchmarks/results
+
+dump: $(READY)  ## the graph of a small Wan transformer after every pass, in out/dump
+	rm -rf $(OUT)/dump
+	JVPGRAPH_DUMP=$(OUT)/dump $(BIN)/python -m examples.explain_wan
+	@ls $(OUT)/dump/*
+
+clean:
+	rm -rf $(VENV) $(OUT)
