@@ -23,7 +23,7 @@ from .oracle import (
 # Transformers of diffusers that have no case, each with the reason.
 NOT_CONSTRUCTIBLE: dict[str, str] = {
     "DualTransformer2DModel": "no model of its own: mixes two Transformer2DModels inside a U-Net",
-    "UVit2DModel": "denoises discrete tokens (a U-Net of diffusers.models.unets): no latent carries a tangent",
+    "UVit2DModel": "a U-Net that denoises discrete tokens: no latent carries a tangent",
 }
 
 
