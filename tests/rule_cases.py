@@ -139,11 +139,11 @@ POINTWISE = [
     *row(aten.new_full.default, call(R(3, 4), [2, 2], 1.5)),
     *row(aten.new_empty.default, kink(R(3, 4), [2, 2])),
     *row(aten.empty_like.default, kink(R(3, 4))),
-    *rows([aten.rand_like.default, aten.randn_like.default], call(R(3, 4)), formula=False),
-    *row(aten.bernoulli.default, call(R(3, 4, low=0.1, high=0.9)), formula=False, reverse=False),
-    *row(aten.bernoulli.p, call(R(3, 4), 0.3), formula=False, reverse=False),
-    *row(aten.uniform.default, call(R(3, 4)), formula=False, reverse=False),
-    *row(aten.normal_functional.default, call(R(3, 4)), formula=False, reverse=False),
+    *rows([aten.rand_like.default, aten.randn_like.default], call(R(3, 4))),
+    *row(aten.bernoulli.default, call(R(3, 4, low=0.1, high=0.9)), reverse=False),
+    *row(aten.bernoulli.p, call(R(3, 4), 0.3), reverse=False),
+    *row(aten.uniform.default, call(R(3, 4)), reverse=False),
+    *row(aten.normal_functional.default, call(R(3, 4)), reverse=False),
     # arithmetic
     *row(aten.neg.default, call(R(3, 4)), call(C(3, 4))),
     *row(aten.mul.Tensor, *BROADCAST, MIXED, call(C(3), C(2, 3)), call(R(3, 4), 2.5)),
@@ -212,7 +212,6 @@ POINTWISE = [
     *row(
         aten.native_dropout.default,
         *(call(R(3, 4), p, train) for p, train in ((0.4, True), (1.0, True), (0.0, True), (0.4, False))),
-        formula=False,
         strided=False,
     ),
     # complex numbers
@@ -422,7 +421,6 @@ ATTENTION = [
         torch.ops.jvpgraph.attention.default,
         *(call(*QKV), call(*QKV, BIAS, False, 0.3), call(*QKV, M(3, 5), False), call(*SELF, None, True)),
         call(R(2, 4, 3, 4), R(2, 2, 5, 4), R(2, 2, 5, 4)),
-        formula=False,
     ),
     *row(
         aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -430,7 +428,6 @@ ATTENTION = [
         primal=lambda q, k, v, p=0.0, causal=False, attn_mask=None, scale=None: attend(
             q, k, v, attn_mask, causal, scale, 0
         ),
-        formula=False,
     ),
     *row(
         aten._scaled_dot_product_flash_attention.default,
@@ -438,7 +435,6 @@ ATTENTION = [
         primal=lambda q, k, v, p=0.0, causal=False, debug=False, scale=None: attend(
             q, k, v, None, causal, scale, 7
         ),
-        formula=False,
     ),
     *row(
         aten._scaled_dot_product_efficient_attention.default,
@@ -446,7 +442,6 @@ ATTENTION = [
         primal=lambda q, k, v, bias, with_lse, p=0.0, causal=False, scale=None: attend(
             q, k, v, bias, causal, scale, 2
         ),
-        formula=False,
         aside=(1,),
     ),
     *row(
@@ -455,7 +450,6 @@ ATTENTION = [
         primal=lambda q, k, v, bias, with_lse, p=0.0, causal=False, debug=False, scale=None: attend(
             q, k, v, bias, causal, scale, 7
         ),
-        formula=False,
         aside=(1,),
     ),
     *row(
@@ -464,14 +458,13 @@ ATTENTION = [
         primal=lambda q, k, v, bias=None, p=0.0, causal=False, debug=False, scale=None: attend(
             q, k, v, bias, causal, scale, 7
         ),
-        formula=False,
         aside=(1,),
     ),
 ]
 
 # Two processes in the world group, which is called "0"; both go through the rows in this order.
 TWO = ([R(4, 3), R(2)],)
-ON_TWO_RANKS = {"group": True, "reverse": False}
+ON_TWO_RANKS = {"group": True, "reverse": False, "strided": False}
 COLLECTIVE = [
     *row(c10d.all_reduce.default, call(R(4, 3), "sum", "0"), **ON_TWO_RANKS),
     *row(c10d.all_reduce_coalesced.default, call(*TWO, "sum", "0"), **ON_TWO_RANKS),

@@ -7,7 +7,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +357,19 @@ def table_without(*ops: OpOverload) -> Iterator[None]:
         TABLE.update(saved)
 
 
+@pytest.mark.parametrize("case", ON_ONE_PROCESS)
+def test_a_term_off_by_a_thousandth_is_caught(case: Case):
+    rule = TABLE[case.op]
+    for i, term in enumerate(rule.terms):
+
+        def scaled(*args: Any, fn: Any = term.fn, **dots: Any) -> Any:
+            return tree_map(lambda x: x * 1.001 if has_tangent(x) else x, fn(*args, **dots))
+
+        terms = [*rule.terms[:i], replace(term, fn=scaled), *rule.terms[i + 1 :]]
+        with pytest.raises(AssertionError):
+            check_rule(case, replace(rule, terms=terms))
+
+
 def row_of(op: OpOverload) -> Case:
     return next(case for case in CASES if case.op is op)
 
@@ -526,5 +539,6 @@ def check_collectives(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_collectives_on_two_processes(tmp_path: Path):
     torch.multiprocessing.spawn(check_collectives, (str(tmp_path),), nprocs=2)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from jvpgraph.rules.registry import linear
+from jvpgraph.rules.registry import When, jvp, linear
 
 __all__ = ["reduces_linearly"]
 
@@ -25,11 +25,32 @@ def existing(namespace: str, *names: str) -> list[OpOverload]:
     return [packet.default for packet in packets if packet is not None]
 
 
-linear(*existing("_c10d_functional", "all_reduce", "all_reduce_coalesced"), when=reduces_linearly)
-linear(
-    *existing("_c10d_functional", "reduce_scatter_tensor", "reduce_scatter_tensor_coalesced"),
+def linear_collective(*ops: OpOverload, when: When | None = None) -> None:
+    """The same collective on the tangent, made contiguous: several insist on it, and their primals are."""
+
+    def register(op: OpOverload) -> None:
+        jvp(op, when=when)(lambda out, x, *how, x_dot: op(_contiguous(x, x_dot), *how))
+
+    for op in ops:
+        register(op)
+
+
+def _contiguous(x: Any, x_dot: Any) -> Any:
+    if isinstance(x_dot, torch.Tensor):
+        return x_dot.contiguous()
+    pairs = zip(x, x_dot, strict=True)
+    return [torch.zeros_like(a).contiguous() if a_dot is None else a_dot.contiguous() for a, a_dot in pairs]
+
+
+c10d = "_c10d_functional"
+linear_collective(
+    *existing(c10d, "all_reduce", "all_reduce_coalesced"),
+    *existing(c10d, "reduce_scatter_tensor", "reduce_scatter_tensor_coalesced"),
     when=reduces_linearly,
 )
-linear(*existing("_c10d_functional", "all_gather_into_tensor", "all_gather_into_tensor_coalesced"))
-linear(*existing("_c10d_functional", "all_to_all_single", "broadcast", "wait_tensor"))
-linear(*existing("_dtensor", "shard_dim_alltoall"))
+linear_collective(
+    *existing(c10d, "all_gather_into_tensor", "all_gather_into_tensor_coalesced"),
+    *existing(c10d, "all_to_all_single", "broadcast"),
+    *existing("_dtensor", "shard_dim_alltoall"),
+)
+linear(*existing(c10d, "wait_tensor"))
