@@ -1,0 +1,31 @@
+"""What every test starts from: a hypothesis profile, a seed, two threads, and at the end of a file an empty Dynamo."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# A random model is drawn and compiled within one example: it may take long without anything being wrong.
+SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    "ci", derandomize=True, max_examples=20, deadline=None, database=None, suppress_health_check=SLOW_IS_FINE
+)
+settings.register_profile("fuzz", max_examples=500, deadline=None, suppress_health_check=SLOW_IS_FINE)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_graphs() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
