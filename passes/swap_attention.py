@@ -134,6 +134,7 @@ def emit_attention(
     Raises:
         ValueError: the op does not take these operands.
     """
+    bias = _unexpanded(bias)
     examples = [None if x is None else x.meta.get("example_value") for x in (q, k, v, bias)]
     if not all(isinstance(x, Tensor) for x in examples[:3]) or (bias is not None and examples[3] is None):
         raise ValueError("the shapes of its operands are not known")
@@ -150,6 +151,15 @@ def emit_attention(
         _inherit(new, origin)
         new.meta["example_value"] = example
     return o
+
+
+def _unexpanded(bias: fx.Node | None) -> fx.Node | None:
+    """bias before it was expanded: the op broadcasts by itself, and a compiler might write out what is
+    @@
+        expanded."""
+    while bias is not None and bias.op == "call_method" and bias.target in ("expand", "expand_as"):
+        bias = bias.args[0]
+    return bias
 
 
 def with_layout_of(origin: fx.Node, o: fx.Node) -> fx.Node:

@@ -120,6 +120,20 @@ def test_sdpa_is_swapped(form):
     assert ("causal" in described) == (form == "causal")
 
 
+def test_expanded_masks_stay_small():
+    def model(x, k, v):
+        mask = MASK.expand(2, 3, 7, 9)
+        return (
+            F.scaled_dot_product_attention(x, k, v, mask)
+            + torch.where(mask, x @ k.mT, -math.inf).softmax(-1) @ v
+        )
+
+    passes = run(model, *qkv())
+    (gm,) = passes.graphs
+    nodes = gm.graph.find_nodes(op="call_function", target=OPS.attention.default)
+    assert [node.args[3].meta["example_value"].shape for node in nodes] == [MASK.shape] * 2
+
+
 def test_new_nodes_say_where_they_come_from():
     passes = run(SDPA["plain"], *qkv())
     (gm,) = passes.graphs
