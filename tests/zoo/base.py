@@ -130,6 +130,7 @@ class Case:
         cast: linear layers that the model feeds with float32 whatever its dtype; they get a cast in front.
         tolerance: how far, relative to the largest element, two right evaluations of the tangent may differ,
             because even a float64 model computes sines of times and rotary factors in float32.
+        prepare: what else the model needs once built.
     """
 
     name: str
@@ -140,6 +141,7 @@ class Case:
     note: str = ""
     cast: tuple[str, ...] = ()
     tolerance: float = 2e-4
+    prepare: Callable[[nn.Module], None] = lambda model: None
 
     def build(self, seed: int = 0) -> nn.Module:
         """A float64 model in eval mode; the same weights for the same seed."""
@@ -154,6 +156,7 @@ class Case:
         randomise(model, seed)
         for name in self.cast:
             model.set_submodule(name, Cast(model.get_submodule(name)))
+        self.prepare(model)
         return model
 
     def inputs(self, variant: int = 0, seed: int = 0) -> dict[str, Any]:
@@ -170,6 +173,7 @@ def case(
     note: str = "",
     cast: tuple[str, ...] = (),
     tolerance: float = 2e-4,
+    prepare: Callable[[nn.Module], None] = lambda model: None,
     **config: Any,
 ) -> Callable[[Callable], Callable]:
     """Register the decorated function as the case of the class it is named after."""
@@ -177,7 +181,7 @@ def case(
     def register(draw: Callable[[Draw, int], dict[str, Any]]) -> Callable:
         name = draw.__name__
         assert name not in CASES or CASES[name].draw.__module__ != draw.__module__, f"{name} is defined twice"
-        CASES[name] = Case(name, family, config, draw, tangents, note, cast, tolerance)
+        CASES[name] = Case(name, family, config, draw, tangents, note, cast, tolerance, prepare)
         return draw
 
     return register
