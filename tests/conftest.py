@@ -1,4 +1,4 @@
-"""What every test starts from: a hypothesis profile, a seed, two threads, and at the end of a file an empty Dynamo."""
+"""What every test starts from: a hypothesis profile, a seed, two threads; and no graph outlives its file."""
 
 from __future__ import annotations
 
