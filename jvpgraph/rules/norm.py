@@ -34,8 +34,9 @@ def standardized(x: Tensor, mean: Tensor, rstd: Tensor, dims: Any, x_dot: Tensor
 
 @jvp(aten.native_layer_norm.default)
 def layer_norm(outs, x, shape, weight, *_, x_dot):
-    x_hat_dot, *stats_dot = standardized(x, *outs[1:], tuple(range(-len(shape), 0)), x_dot)
-    return weighted(x_hat_dot, weight), *stats_dot
+    _, mean, rstd = outs
+    x_hat_dot, mean_dot, rstd_dot = standardized(x, mean, rstd, tuple(range(-len(shape), 0)), x_dot)
+    return weighted(x_hat_dot, weight), mean_dot, rstd_dot
 
 
 @jvp(aten._fused_rms_norm.default)
@@ -52,7 +53,8 @@ def group_norm(outs, x, weight, bias, N, C, HxW, group, eps, *, x_dot):
     def grouped(t: Tensor) -> Tensor:
         return t.reshape(N, group, -1)
 
-    dots = standardized(grouped(x), grouped(outs[1]), grouped(outs[2]), -1, grouped(x_dot))
+    _, mean, rstd = outs
+    dots = standardized(grouped(x), grouped(mean), grouped(rstd), -1, grouped(x_dot))
     x_hat_dot, mean_dot, rstd_dot = dots[0].reshape(x.shape), dots[1].squeeze(-1), dots[2].squeeze(-1)
     per_channel = None if weight is None else weight.view(-1, *[1] * (x.dim() - 2))
     return weighted(x_hat_dot, per_channel), mean_dot, rstd_dot
