@@ -344,7 +344,8 @@ def _attention_backward_fake(
     bias_needs_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dbias = bias.new_empty(bias.shape) if bias is not None and bias_needs_grad else q.new_empty(0)
-    return *(_empty_rows(x, x.shape[-2], x.shape[-1]) for x in (q, k, v)), dbias
+    dq, dk, dv = (_empty_rows(x, x.shape[-2], x.shape[-1]) for x in (q, k, v))
+    return dq, dk, dv, dbias
 
 
 def _attention_backward_real(
@@ -372,8 +373,10 @@ def _attention_backward_real(
         _scale(q, scale),
         bias_needs_grad,
     )
-    grads = tuple(_rows_from_rank4(x, like) for x, like in ((dq, q), (dk, k), (dv, v)))
-    return *grads, q.new_empty(0) if dbias is None else _bias_grad(q, bias, dbias)
+    dq, dk, dv = (_rows_from_rank4(x, like) for x, like in ((dq, q), (dk, k), (dv, v)))
+    if bias is None or dbias is None:
+        return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, _bias_grad(q, bias, dbias)
 
 
 for _name, _real, _fake in (
@@ -448,13 +451,13 @@ def _save(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, keyset, q, k, v, bias, is_causal, scale):
+    def forward(ctx: Any, keyset: Any, q: Any, k: Any, v: Any, bias: Any, is_causal: Any, scale: Any) -> Any:
         o, lse = _below_autograd(OPS.attention.default, keyset, q, k, v, bias, is_causal, scale)
         _save(ctx, (q, k, v, bias), o, lse, is_causal, scale)
         return o, lse
 
     @staticmethod
-    def backward(ctx, o_grad, lse_grad):
+    def backward(ctx: Any, o_grad: Any, lse_grad: Any) -> Any:
         return None, *_gradients(ctx, o_grad, lse_grad), None, None
 
 
@@ -462,14 +465,27 @@ class _AttentionJvp(torch.autograd.Function):
     """Differentiable in o and lse; the tangents are constants to reverse mode, and say so when asked."""
 
     @staticmethod
-    def forward(ctx, keyset, q, k, v, q_dot, k_dot, v_dot, bias, bias_dot, is_causal, scale):
+    def forward(
+        ctx: Any,
+        keyset: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        q_dot: Any,
+        k_dot: Any,
+        v_dot: Any,
+        bias: Any,
+        bias_dot: Any,
+        is_causal: Any,
+        scale: Any,
+    ) -> Any:
         args = (q, k, v, q_dot, k_dot, v_dot, bias, bias_dot, is_causal, scale)
         o, lse, o_dot, lse_dot = _below_autograd(OPS.attention_jvp.default, keyset, *args)
         _save(ctx, (q, k, v, bias), o, lse, is_causal, scale)
         return o, lse, o_dot, lse_dot
 
     @staticmethod
-    def backward(ctx, o_grad, lse_grad, o_dot_grad, lse_dot_grad):
+    def backward(ctx: Any, o_grad: Any, lse_grad: Any, o_dot_grad: Any, lse_dot_grad: Any) -> Any:
         if o_dot_grad is not None or lse_dot_grad is not None:
             raise RuntimeError(
                 "jvpgraph::attention_jvp: the tangents o_dot and lse_dot have no gradient; detach them"
@@ -480,11 +496,11 @@ class _AttentionJvp(torch.autograd.Function):
 
 class _AttentionBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, keyset, *args):
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
         return _below_autograd(OPS.attention_backward.default, keyset, *args)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
             "jvpgraph::attention_backward: second derivatives of attention are not implemented"
         )

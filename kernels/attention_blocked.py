@@ -205,6 +205,40 @@ def attention_jvp(
     )
 
 
+@dataclass
+class _Sums:
+    """What a block of queries has gathered over the key blocks so far, [n, rows, ...], relative to exp(m)."""
+
+    m: Tensor  # [n, rows, 1] running maximum of the scores
+    l: Tensor  # [n, rows, 1] sum of p
+    acc: Tensor  # [n, rows, Dv or 2 Dv] p v, and p v_dot beside it
+    r: Tensor | None  # [n, rows, 1] sum of h
+    acc_dot: Tensor | None  # [n, rows, Dv] h v
+
+
+def _absorb(
+    sums: _Sums | None, s: Tensor, s_dot: Tensor | None, values: Tensor, v: Tensor, may_be_empty: bool
+) -> _Sums:
+    """Sums over one more block of keys; overwrites s and s_dot. values is [v, v_dot], or v again."""
+    m = s.amax(-1, keepdim=True)
+    if sums is not None:
+        m = torch.maximum(sums.m, m)
+    # exp(-inf - 0) = 0 where no key has been seen yet
+    safe = m.masked_fill(m == -math.inf, 0) if may_be_empty else m
+    p = s.sub_(safe).exp_()
+    h = None if s_dot is None else s_dot.mul_(p)
+    l = p.sum(-1, keepdim=True)
+    r = None if h is None else h.sum(-1, keepdim=True)
+    if sums is None:
+        return _Sums(m, l, torch.bmm(p, values), r, None if h is None else torch.bmm(h, v))
+    alpha = torch.exp(sums.m - safe)
+    acc, acc_dot = sums.acc.mul_(alpha).baddbmm_(p, values), None
+    if r is not None and h is not None and sums.r is not None and sums.acc_dot is not None:
+        r.addcmul_(sums.r, alpha)
+        acc_dot = sums.acc_dot.mul_(alpha).baddbmm_(h, v)
+    return _Sums(m, l.addcmul_(sums.l, alpha), acc, r, acc_dot)
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -225,7 +259,7 @@ def _attend(
     lse = q.new_empty(q.shape[:3], dtype=dtype)
     o_dot = _empty_rows(q, heads, n_q, dim_v) if s_moves or v_dot is not None else None
     lse_dot = torch.empty_like(lse) if s_moves else None
-    if q.numel() == 0 or k.numel() == 0 or dim_v == 0:
+    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         for x in (o, o_dot, lse_dot):
             if x is not None:
                 x.zero_()
@@ -238,62 +272,40 @@ def _attend(
         q_c = chunk.queries(q, dtype) * scale  # [n, group, Lq, Dqk]
         k_c = chunk.keys(k, dtype)  # [n, Lkv, Dqk]
         v_c = chunk.keys(v, dtype)  # [n, Lkv, Dv]
-        left, right = _score_tangent_operands(chunk, q_c, k_c, q_dot, k_dot, scale)
         values = v_c if v_dot is None else torch.cat((v_c, chunk.keys(v_dot, dtype)), dim=-1)
-        centre = None
-        if right is not None:
-            centre = right.mean(1, keepdim=True)  # [n, 1, D]
-            right = right - centre
+        left, right, centre = _score_tangent_operands(chunk, q_c, k_c, q_dot, k_dot, scale)
 
         for i, bq in _blocks(n_q, block_q):
             q_i = _rows(q_c, i, bq)  # [n, group * bq, Dqk]
             left_i = None if left is None else _rows(left, i, bq)
-            n_seen = min(n_k, i + bq) if is_causal else n_k
-            m = l = acc = acc_dot = r = None
-            for j, bk in _blocks(n_seen, block_k):
+            sums = None
+            for j, bk in _blocks(min(n_k, i + bq) if is_causal else n_k, block_k):
                 s = torch.bmm(q_i, _narrow(k_c, 1, j, bk).mT)
-                _mask_scores(s, chunk, hides, is_causal, i, bq, j, bk)
-                m_new = s.amax(-1, keepdim=True)
-                if m is not None:
-                    m_new = torch.maximum(m, m_new)
-                # exp(-inf - 0) = 0 where no key has been seen yet
-                m_safe = m_new if bias is None else m_new.masked_fill(m_new == -math.inf, 0)
-                p = s.sub_(m_safe).exp_()
-                if m is not None:
-                    alpha = torch.exp(m - m_safe)
-                    l = l.mul_(alpha).add_(p.sum(-1, keepdim=True))
-                    acc = acc.mul_(alpha).baddbmm_(p, _narrow(values, 1, j, bk))
-                else:
-                    l = p.sum(-1, keepdim=True)
-                    acc = torch.bmm(p, _narrow(values, 1, j, bk))
+                s_dot = None
                 if s_moves:
-                    h = _score_tangent(chunk, left_i, right, bias_dot, s.shape, dtype, q, i, bq, j, bk).mul_(
-                        p
-                    )
-                    v_j = _narrow(v_c, 1, j, bk)
-                    if m is not None:
-                        r = r.mul_(alpha).add_(h.sum(-1, keepdim=True))
-                        acc_dot = acc_dot.mul_(alpha).baddbmm_(h, v_j)
-                    else:
-                        r = h.sum(-1, keepdim=True)
-                        acc_dot = torch.bmm(h, v_j)
-                m = m_new
+                    s_dot = _bmm_or_zeros(s, left_i, right, j, bk)
+                    if bias_dot is not None:
+                        chunk.scores(s_dot, bq).add_(chunk.bias(bias_dot, i, bq, j, bk))
+                _mask_scores(s, chunk, hides, is_causal, i, bq, j, bk)
+                v_j = _narrow(v_c, 1, j, bk)
+                sums = _absorb(sums, s, s_dot, _narrow(values, 1, j, bk), v_j, bias is not None)
+            assert sums is not None  # there is at least one key
 
-            empty = None if bias is None else l == 0  # no key at all
-            inverse = (l if empty is None else l.masked_fill(empty, 1)).reciprocal()
-            o_i = acc[..., :dim_v] * inverse
+            empty = sums.l == 0 if bias is not None else None  # rows that see no key at all
+            inverse = (sums.l if empty is None else sums.l.masked_fill(empty, 1)).reciprocal()
+            o_i = sums.acc[..., :dim_v] * inverse
             chunk.store(o, o_i, i, bq)
-            chunk.store(lse, m + l.log(), i, bq)
+            chunk.store(lse, sums.m + sums.l.log(), i, bq)
             if o_dot is None:
                 continue
-            total = acc_dot
-            if v_dot is not None:
-                total = acc[..., dim_v:] if acc_dot is None else acc_dot.add_(acc[..., dim_v:])
+            total = sums.acc[..., dim_v:]  # p v_dot, empty if v does not move
+            if sums.acc_dot is not None:
+                total = sums.acc_dot if v_dot is None else sums.acc_dot.add_(total)
             o_dot_i = total * inverse
-            if lse_dot is not None:
-                r = r.mul_(inverse)
+            if sums.r is not None and lse_dot is not None:
+                r = sums.r.mul_(inverse)
                 o_dot_i.addcmul_(r, o_i, value=-1)
-                if centre is not None:
+                if left_i is not None and centre is not None:
                     r = torch.baddbmm(r, left_i, centre.mT)
                 chunk.store(lse_dot, r if empty is None else r.masked_fill(empty, 0), i, bq)
             chunk.store(o_dot, o_dot_i, i, bq)
@@ -302,8 +314,12 @@ def _attend(
 
 def _score_tangent_operands(
     chunk: _Chunk, q_c: Tensor, k_c: Tensor, q_dot: Tensor | None, k_dot: Tensor | None, scale: float
-) -> tuple[Tensor | None, Tensor | None]:
-    """left [n, group, Lq, D] and right [n, Lkv, D] with left right' = scale (q_dot k' + q k_dot')."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """left [n, group, Lq, D], right [n, Lkv, D], centre [n, 1, D] with left (right + centre)' = s_dot, but
+    for bias_dot.
+
+    centre is the mean over keys, so left right' has mean zero in every row.
+    """
     lefts, rights = [], []
     if q_dot is not None:
         lefts.append(chunk.queries(q_dot, q_c.dtype) * scale)
@@ -311,32 +327,17 @@ def _score_tangent_operands(
     if k_dot is not None:
         lefts.append(q_c)
         rights.append(chunk.keys(k_dot, q_c.dtype))
-    if len(lefts) == 2:
-        return torch.cat(lefts, dim=-1), torch.cat(rights, dim=-1)
-    return (lefts[0], rights[0]) if lefts else (None, None)
+    if not lefts:
+        return None, None, None
+    left, right = (torch.cat(x, dim=-1) if len(x) > 1 else x[0] for x in (lefts, rights))
+    centre = right.mean(1, keepdim=True)
+    return left, right - centre, centre
 
 
-def _score_tangent(
-    chunk: _Chunk,
-    left_i: Tensor | None,
-    right: Tensor | None,
-    bias_dot: Tensor | None,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    like: Tensor,
-    i: int,
-    bq: int,
-    j: int,
-    bk: int,
-) -> Tensor:
-    """A block of s_dot, less its mean over keys."""
-    if left_i is None or right is None:
-        s_dot = like.new_zeros(shape, dtype=dtype)
-    else:
-        s_dot = torch.bmm(left_i, _narrow(right, 1, j, bk).mT)
-    if bias_dot is not None:
-        chunk.scores(s_dot, bq).add_(chunk.bias(bias_dot, i, bq, j, bk))
-    return s_dot
+def _bmm_or_zeros(like: Tensor, left: Tensor | None, right: Tensor | None, j: int, bk: int) -> Tensor:
+    if left is None or right is None:
+        return torch.zeros_like(like)
+    return torch.bmm(left, _narrow(right, 1, j, bk).mT)
 
 
 def attention_backward(
@@ -372,7 +373,7 @@ def attention_backward(
     dk = _empty_rows(k, kv_heads, n_k, k.shape[3])
     dv = _empty_rows(v, kv_heads, n_k, v.shape[3])
     dbias = bias.new_zeros(bias.shape, dtype=dtype) if bias is not None and bias_needs_grad else None
-    if q.numel() == 0 or k.numel() == 0 or v.shape[3] == 0:
+    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias
 
     hides = _hides(bias)
@@ -391,9 +392,8 @@ def attention_backward(
         for i, bq in _blocks(n_q, block_q):
             q_i, o_grad_i = _rows(q_c, i, bq), _rows(o_grad_c, i, bq)
             delta_i, lse_i = _rows(delta_c, i, bq).unsqueeze(-1), _rows(lse_c, i, bq).unsqueeze(-1)
-            dq_i = None
-            n_seen = min(n_k, i + bq) if is_causal else n_k
-            for j, bk in _blocks(n_seen, block_k):
+            dq_i = torch.zeros_like(q_i)
+            for j, bk in _blocks(min(n_k, i + bq) if is_causal else n_k, block_k):
                 k_j, v_j = _narrow(k_c, 1, j, bk), _narrow(v_c, 1, j, bk)
                 s = torch.bmm(q_i, k_j.mT)
                 _mask_scores(s, chunk, hides, is_causal, i, bq, j, bk)
@@ -401,7 +401,7 @@ def attention_backward(
                 _narrow(dv_c, 1, j, bk).baddbmm_(p.mT, o_grad_i)
                 ds = torch.bmm(o_grad_i, v_j.mT).sub_(delta_i).mul_(p)
                 _narrow(dk_c, 1, j, bk).baddbmm_(ds.mT, q_i)
-                dq_i = torch.bmm(ds, k_j) if dq_i is None else dq_i.baddbmm_(ds, k_j)
+                dq_i.baddbmm_(ds, k_j)
                 if dbias is not None:
                     part = chunk.bias(dbias, i, bq, j, bk)
                     part.add_(chunk.scores(ds, bq).sum_to_size(part.shape))

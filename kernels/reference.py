@@ -40,8 +40,8 @@ def _probabilities(s: Tensor) -> tuple[Tensor, Tensor]:
     return (s - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp(), lse
 
 
-def _repeat_heads(q: Tensor, x: Tensor | None) -> Tensor | None:
-    if x is None or q.dim() < 4 or q.shape[-3] == x.shape[-3]:
+def _repeat_heads(q: Tensor, x: Tensor) -> Tensor:
+    if q.dim() < 4 or q.shape[-3] == x.shape[-3]:
         return x
     return x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3)
 
@@ -74,7 +74,8 @@ def attention_jvp(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(o, lse, o_dot, lse_dot); a tangent given as None is zero."""
-    k, v, k_dot, v_dot = (_repeat_heads(q, x) for x in (k, v, k_dot, v_dot))
+    k, v = _repeat_heads(q, k), _repeat_heads(q, v)
+    k_dot, v_dot = (None if x is None else _repeat_heads(q, x) for x in (k_dot, v_dot))
     s, scale = _scores(q, k, bias, is_causal, scale)
     p, lse = _probabilities(s)
     o = p @ v

@@ -98,9 +98,9 @@ class _Match:
     fills: list[tuple[fx.Node, bool, float]] = field(
         default_factory=list
     )  # (mask, the value that hides, number)
-    v: _Operand | None = None
-    out: fx.Node | None = None  # the second product
-    out_dims: tuple[int, ...] | None = None  # o [..., Lq, Dv] permuted to out
+    v: _Operand = field(init=False)
+    out: fx.Node = field(init=False)  # the second product
+    out_dims: tuple[int, ...] = field(init=False)  # o [..., Lq, Dv] permuted to out
     chain: list[fx.Node] = field(
         default_factory=list
     )  # from the scores to the last form of the probabilities
@@ -190,7 +190,7 @@ def _masked(node: fx.Node, factor: float) -> _Match | None:
         match, bias = _scores(given["input"], node, factor), given["mask"]
         match.fills.append((bias, True, float(given["value"])))
     elif _calls(node, (torch.where,)) and len(node.args) == 3:
-        bias, kept, other = node.args
+        bias, kept, other = _args(node)
         shown = isinstance(kept, fx.Node) and not isinstance(other, fx.Node)
         if not shown and (isinstance(kept, fx.Node) or not isinstance(other, fx.Node)):
             raise _Unlike("where chooses between two tensors")
@@ -207,7 +207,7 @@ def _masked(node: fx.Node, factor: float) -> _Match | None:
 
 def _either(add: fx.Node) -> tuple[_Match, fx.Node]:
     """The operand of a sum that leads to the scores, and the other one."""
-    first, second = add.args
+    first, second = _args(add)
     try:
         return _scores(first, add, 1.0), second
     except _Unlike:
@@ -228,7 +228,7 @@ def _refuse_fill(mask: Any, number: Any, factor: float) -> None:
 def _product(node: fx.Node) -> _Match | None:
     """scores = q k' for one of the products, with what baddbmm does on the way."""
     if _calls(node, MATMUL) and len(node.args) == 2 and not node.kwargs:
-        a, b = node.args
+        a, b = _args(node)
         return _Match(*_matmul_operands(node, a, b), form=f"{_name(node)} softmax")
     if _calls(node, BADDBMM):
         given = {"beta": 1, "alpha": 1} | _arguments(node, "input", "batch1", "batch2")
@@ -260,7 +260,7 @@ def _matmul_operands(node: fx.Node, a: Any, b: Any) -> tuple[_Operand, _Operand]
 
 def _einsum_terms(node: fx.Node) -> tuple[list[str], list[fx.Node], str]:
     """Letters and operands of a two-operand einsum, and the letters of its result."""
-    equation, *operands = node.args
+    equation, *operands = _args(node)
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
     equation = str(equation).replace(" ", "")
@@ -276,7 +276,7 @@ def _einsum_scores(node: fx.Node) -> _Match:
     (a, b), (x, y), result = _einsum_terms(node)
     if result[-1] in a and result[-1] not in b:  # the softmax is over keys, so keys are what comes last
         a, b, x, y = b, a, y, x
-    *batch, query, key = result
+    *batch, query, key = list(result)
     contracted = set(a) - set(result)
     legal = (
         len(contracted) == 1
@@ -319,16 +319,18 @@ def _follow_probabilities(softmax: fx.Node, match: _Match) -> None:
     dims = tuple(range(rank))
     turned = (*dims[:-2], rank - 1, rank - 2)
     match.out = user
+    found = None
     if _calls(user, MATMUL) and len(user.args) == 2 and not user.kwargs:
-        a, b = user.args
+        a, b = _args(user)
         if a is p and b is not p and not flipped and _rank(b) == rank:
-            match.v, match.out_dims = _Operand(b, dims), dims
+            found = _Operand(b, dims), dims
         elif b is p and a is not p and flipped and _rank(a) == rank:
-            match.v, match.out_dims = _Operand(a, turned), turned
+            found = _Operand(a, turned), turned
     elif _calls(user, EINSUM):
-        match.v, match.out_dims = _einsum_values(user, p, flipped)
-    if match.v is None:
+        found = _einsum_values(user, p, flipped)
+    if found is None:
         raise _Unlike(f"the probabilities are used by {_name(user)}")
+    match.v, match.out_dims = found
     match.form += f" {_name(user)}"
 
 
@@ -336,7 +338,7 @@ def _einsum_values(node: fx.Node, p: fx.Node, flipped: bool) -> tuple[_Operand, 
     (a, b), (x, y), result = _einsum_terms(node)
     if y is p:
         a, b, x, y = b, a, y, x
-    *batch, query, key = (*a[:-2], a[-1], a[-2]) if flipped else a
+    *batch, query, key = [*a[:-2], a[-1], a[-2]] if flipped else list(a)
     values = set(b) - {*batch, key}
     if (
         y is p
@@ -436,7 +438,7 @@ def _without_upcast(x: _Operand, dtype: torch.dtype) -> tuple[_Operand, float] |
             dims = tuple({last: last - 1, last - 1: last}.get(d, d) for d in dims)
             node = inner
         elif _cast_dtype(node) is not None or _calls(node, ("contiguous",)):
-            node = node.args[0]
+            node = _args(node)[0]
         else:
             scaled = _scaled(node)
             if scaled is None:
@@ -474,6 +476,10 @@ def _value(node: Any) -> Tensor:
     return value
 
 
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.args)
+
+
 def _rank(node: Any) -> int:
     return _value(node).dim() if isinstance(node, fx.Node) else -1
 
@@ -494,7 +500,7 @@ def _scaled(node: fx.Node) -> tuple[Any, float] | None:
     """(x, c) of c * x, x * c or x / (1 / c), for a number c."""
     if node.kwargs or len(node.args) != 2:
         return None
-    first, second = node.args
+    first, second = _args(node)
     if _calls(node, MULTIPLY) and isinstance(first, (int, float)):
         return second, float(first)
     if not isinstance(second, (int, float)) or isinstance(second, bool):
@@ -523,10 +529,10 @@ def _transposed_of(node: fx.Node) -> fx.Node | None:
     """x if node is x with its last two dims exchanged."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    x, rest = node.args[0], node.args[1:]
+    x, *rest = _args(node)
     rank = node.meta["example_value"].dim() if isinstance(node.meta.get("example_value"), Tensor) else 0
     if _calls(node, (getattr,)):
-        return x if rest == ("mT",) else None
+        return x if rest == ["mT"] else None
     dims: tuple[Any, ...] = tuple(range(rank))
     if _calls(node, TRANSPOSE) and not node.kwargs and len(rest) == 2:
         found = {d % rank for d in rest} if all(isinstance(d, int) for d in rest) else set()

@@ -85,8 +85,8 @@ def swap_attention(gm: fx.GraphModule, active: set[fx.Node]) -> SwapReport:
 
 def _swap(node: fx.Node) -> str:
     """Swap one call, or raise ValueError with the reason why not."""
-    given = dict(zip(SDPA_ARGUMENTS, node.args)) | node.kwargs
-    q, k, v, mask = (given.get(name) for name in SDPA_ARGUMENTS[:4])
+    given: dict[str, Any] = dict(zip(SDPA_ARGUMENTS, node.args)) | node.kwargs
+    q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
     dropout, is_causal = given.get("dropout_p", 0.0), given.get("is_causal", False)
     scale = given.get("scale")
     if not isinstance(dropout, (int, float)) or dropout != 0:
@@ -104,9 +104,8 @@ def _swap(node: fx.Node) -> str:
     with node.graph.inserting_before(node):
         o = emit_attention(node, q, k, v, mask, is_causal, scale, value.dtype)
         if not same_shape(o.meta["example_value"], value):
-            attention = o.args[0]
-            node.graph.erase_node(o)
-            node.graph.erase_node(attention)
+            for unused in (o, *o.all_input_nodes):
+                node.graph.erase_node(unused)
             raise ValueError(f"the result is {tuple(value.shape)}: some dims broadcast")
         o = with_layout_of(node, o)
     node.replace_all_uses_with(o)
@@ -135,7 +134,7 @@ def emit_attention(
         ValueError: the op does not take these operands.
     """
     bias = _unexpanded(bias)
-    examples = [None if x is None else x.meta.get("example_value") for x in (q, k, v, bias)]
+    examples: list[Any] = [None if x is None else x.meta.get("example_value") for x in (q, k, v, bias)]
     if not all(isinstance(x, Tensor) for x in examples[:3]) or (bias is not None and examples[3] is None):
         raise ValueError("the shapes of its operands are not known")
     kinds = {type(x) for x in examples if x is not None}
@@ -153,7 +152,7 @@ def emit_attention(
     return o
 
 
-def _unexpanded(bias: fx.Node | None) -> fx.Node | None:
+def _unexpanded(bias: Any) -> fx.Node | None:
     """bias before it was expanded: the op broadcasts by itself, and a compiler might write out what is
     @@
         expanded."""
@@ -245,10 +244,10 @@ def is_in_place(node: fx.Node) -> bool:
     """Whether node writes to its first argument."""
     if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
         return True
-    if node.op == "call_method":
-        return (node.target.endswith("_") and not node.target.endswith("__")) or node.target == "__setitem__"
-    if node.op != "call_function":
+    if node.op not in ("call_function", "call_method"):
         return False
+    if isinstance(node.target, str):
+        return (node.target.endswith("_") and not node.target.endswith("__")) or node.target == "__setitem__"
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     name = getattr(node.target, "__name__", "")
@@ -264,8 +263,12 @@ def _leaves(args: Any) -> list[Any]:
 
 def emit(origin: fx.Node, target: str | Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """Insert a call of a method (by name) or function at the graph's cursor, with its example value."""
-    make = origin.graph.call_method if isinstance(target, str) else origin.graph.call_function
-    node = make(target, args, kwargs)
+    graph = origin.graph
+    node = (
+        graph.call_method(target, args, kwargs)
+        if isinstance(target, str)
+        else graph.call_function(target, args, kwargs)
+    )
     _inherit(node, origin)
 
     def example(x: Any) -> Any:
