@@ -92,7 +92,9 @@ def jvp(
     if len(primals) != len(tangents):
         raise ValueError(f"{len(primals)} primals but {len(tangents)} tangents")
     dual = _dual_of_function(fn, backend, dynamic, config or Config())
-    out, out_dot = dual(primals, {}, match_tangents(dict(enumerate(tangents)), Inputs.positional(primals)))
+    given = dict(enumerate(tangents))
+    dots = match_tangents(given, Inputs.positional(primals), dual.config.check_finite)
+    out, out_dot = dual(primals, {}, dots)
     return (out[0], out_dot[0], out[1]) if has_aux else (out, out_dot)
 
 
@@ -132,7 +134,8 @@ class DualModule(nn.Module):
         """
         if tangents is None:
             return self.model(*args, **kwargs)
-        return self._dual(args, kwargs, match_tangents(tangents, Inputs.of(self.model, args, kwargs)))
+        inputs = Inputs.of(self.model, args, kwargs)
+        return self._dual(args, kwargs, match_tangents(tangents, inputs, self._dual.config.check_finite))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward, without its hooks."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from functorch.compile import default_partition, make_boxed_func
+from functorch.compile import min_cut_rematerialization_partition, make_boxed_func
 from torch import fx
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._inductor.compile_fx import compile_fx
@@ -14,7 +14,7 @@ from torch._inductor.decomposition import select_decomp_table
 
 from jvpgraph.config import Config
 from jvpgraph.passes.context import Context, Report
-from jvpgraph.passes.pipeline import Pipeline
+from jvpgraph.passes.pipeline import Pipeline, check_config
 from jvpgraph.passes.recognize_attention import recognize_attention
 from jvpgraph.passes.swap_attention import active_nodes, swap_attention
 
@@ -36,6 +36,7 @@ class Backend:
             raise ValueError(f"unknown compiler {compiler!r}: choose one of {', '.join(map(repr, COMPILERS))}")
         self.compiler = compiler
         self.config = config or Config()
+        check_config(self.config)
         self.reports: list[Report] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
@@ -73,7 +74,7 @@ def _eager(gm: fx.GraphModule, example_inputs: Sequence[Any], context: Context) 
     def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         pipeline(joint.graph)
         joint.recompile()
-        return default_partition(joint, inputs, **kwargs)
+        return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
     def inference(graph: fx.GraphModule, _inputs: Any) -> Compiled:
         pipeline(graph.graph)

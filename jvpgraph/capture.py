@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from jvpgraph.errors import CaptureError, JvpgraphError
 
@@ -21,7 +22,7 @@ def own_errors() -> Iterator[None]:
         cause = first_cause(error, JvpgraphError)
         if cause is not None:
             raise cause.with_traceback(None) from None
-        if isinstance(error, BackendCompilerFailed):
+        if isinstance(error, BackendCompilerFailed) and first_cause(error, GuardOnDataDependentSymNode) is None:
             raise
         raise CaptureError(
             f"the model cannot be captured as one graph: {error}\n"

@@ -72,7 +72,7 @@ def linearize(graph: fx.Graph) -> Linearization:
                 tangent[node] = _tangent_of_node(node, tangent, recorder, done)
             except NoRule as reason:
                 refused.append(_unsupported(node, tangent, str(reason)))
-                tangent[node] = None
+                tangent[node] = _pretended(node)  # to go on and find the others
     if refused:
         raise UnsupportedOp(refused)
 
@@ -133,6 +133,14 @@ def _name_tangents(primal: fx.Node, out_dot: Any, recorder: Recorder) -> Any:
         node._rename(f"{primal.name}_dot")
         node.meta[TANGENT_META] = primal.name
     return node
+
+
+def _pretended(node: fx.Node) -> Any:
+    """A wrong tangent of the right shape: the primal itself."""
+    if isinstance(value_of(node), Tensor):
+        return node
+    items = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    return [items.get(i) for i in range(len(value_of(node)))]
 
 
 def _answer(marker: fx.Node, dot: fx.Node | None, recorder: Recorder) -> None:

@@ -42,7 +42,7 @@ def make_dual(x: Tensor, x_dot: Tensor) -> Tensor:
 
 def tangent_of(y: Tensor) -> Tensor:
     """The tangent of ``y``: zeros where ``y`` does not depend on a marked tensor. Detached from autograd."""
-    return TANGENT_OF(y.detach())
+    return TANGENT_OF(y).detach()
 
 
 def _same_layout(x: Tensor, *_: Tensor) -> Tensor:
@@ -56,6 +56,10 @@ def _refuse(*_: Tensor) -> Tensor:
     )
 
 
+def _no_backward(_ctx: object, _grad: Tensor) -> None:
+    return None
+
+
 def _make_dual_backward(_ctx: object, grad: Tensor) -> tuple[Tensor, None]:
     return grad, None
 
@@ -63,5 +67,6 @@ def _make_dual_backward(_ctx: object, grad: Tensor) -> tuple[Tensor, None]:
 torch.library.register_fake("jvpgraph::make_dual", _same_layout, lib=_library)
 torch.library.register_fake("jvpgraph::tangent_of", _same_layout, lib=_library)
 torch.library.register_autograd("jvpgraph::make_dual", _make_dual_backward, lib=_library)
+torch.library.register_autograd("jvpgraph::tangent_of", _no_backward, lib=_library)
 for _name in ("make_dual", "tangent_of"):
     _library.impl(_name, _refuse, "CompositeExplicitAutograd")

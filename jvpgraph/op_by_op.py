@@ -71,6 +71,8 @@ class OpByOp(TorchDispatchMode):
         if func is TANGENT_OF:
             dot = self.tangent(args[0])
             return dot.clone() if dot is not None else torch.zeros_like(args[0])
+        if func is torch.ops.aten.detach.default and self.tangent(args[0]) is not None:
+            return args[0].clone()  # in a storage of its own, which has no shadow: a stop-gradient stops the tangent
         if not isinstance(func, OpOverload):
             return func(*args, **kwargs)
         return self._run(func, args, kwargs)
@@ -79,7 +81,7 @@ class OpByOp(TorchDispatchMode):
         arguments = bind(func, args, kwargs)
         writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         dots = {name: dot for name, v in arguments.items() if (dot := self._argument_tangent(v)) is not None}
-        if not dots or (not writes and _is_view(func)):
+        if not dots or (not writes and func.is_view):
             return func(*args, **kwargs)
         if writes:
             return self._run_in_place(func, args, kwargs, arguments, writes, dots)
@@ -112,7 +114,7 @@ class OpByOp(TorchDispatchMode):
     def _rule(self, func: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[str, Any]) -> Any:
         if not any(has_tangent(o) for o in (out if isinstance(out, (tuple, list)) else (out,))):
             return None
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), _autograd_within_a_mode():
             try:
                 return tangents_of(func, out, arguments, dots)[0]
             except NoRule as reason:
@@ -139,6 +141,14 @@ class OpByOp(TorchDispatchMode):
         return None
 
 
+def _autograd_within_a_mode() -> Any:
+    """Derived rules are forward AD, which is switched off where a mode gets its ops."""
+    keys = torch._C.DispatchKey
+    autograd = torch._C.DispatchKeySet(keys.AutogradFunctionality) | torch._C.DispatchKeySet(keys.ADInplaceOrView)
+    excluded = torch._C._dispatch_tls_local_exclude_set() - autograd
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
 def _key(x: Tensor) -> StorageWeakRef:
     return StorageWeakRef(x.untyped_storage())
 
@@ -148,10 +158,6 @@ def _view_of(shadow: torch.UntypedStorage, x: Tensor) -> Tensor:
     view.set_(shadow, x.storage_offset(), x.size(), x.stride())
     view = view.conj() if x.is_conj() else view
     return torch._neg_view(view) if x.is_neg() else view
-
-
-def _is_view(func: OpOverload) -> bool:
-    return func.is_view or func is torch.ops.aten.detach.default
 
 
 def _functional_form(func: OpOverload) -> OpOverload | None:

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from jvpgraph.errors import NonFiniteTangent
 from jvpgraph.structure import leaves
 
 __all__ = ["Inputs", "match_tangents"]
@@ -52,10 +54,14 @@ class Inputs:
         return Inputs(tensors, paths)
 
 
-def match_tangents(tangents: Mapping[Any, Any], inputs: Inputs) -> dict[str, Tensor]:
+def match_tangents(tangents: Mapping[Any, Any], inputs: Inputs, finite: bool = False) -> dict[str, Tensor]:
     """Tangents by the path of their input.
 
+    Args:
+        finite: require that they are finite.
+
     Raises:
+        NonFiniteTangent: with ``finite``, one is not.
         ValueError: an unknown name, or a shape, dtype or device that differs from the primal's; the message says
             which names there are.
     """
@@ -77,6 +83,8 @@ def match_tangents(tangents: Mapping[Any, Any], inputs: Inputs) -> dict[str, Ten
             if wanted != got:
                 pair = (tuple(got), tuple(wanted)) if what == "shape" else (got, wanted)
                 raise ValueError(f"the tangent of {name!r} has {what} {pair[0]}, the input has {pair[1]}")
+        if finite and not bool(torch.isfinite(dot).all()):
+            raise NonFiniteTangent(f"the tangent given for {name!r} is not finite")
     return {inputs.paths[name]: dot.detach() for name, dot in given.items()}
 
 

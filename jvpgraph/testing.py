@@ -42,8 +42,8 @@ FORWARD_AD_RTOL = 1e-4
 """Farther from the differences than this, forward AD is not believed."""
 
 STEPS = (1e-3, 1e-5)
-"""Of the differences, in units of the tangents: the first for smooth models, the second for fast oscillations
-(a time in [0, 1] that an embedding multiplies by 1000). The one whose extrapolation converged better counts."""
+"""Of the differences, in units of the tangents: the first for smooth models, the second for fast ones (a
+time in [0, 1] that an embedding multiplies by 1000). The one whose extrapolation converged better counts."""
 
 
 class JvpMismatch(JvpgraphError, AssertionError):
@@ -355,7 +355,9 @@ def _forward_ad(wide: _Call) -> _Oracle:
         return None if dot is None else dot.clone()
 
     def dual(path: str, leaf: Any) -> Any:
-        return forward_ad.make_dual(leaf, wide.dots[path]) if path in wide.dots else leaf
+        if path not in wide.dots:
+            return leaf
+        return forward_ad.make_dual(leaf.contiguous(), wide.dots[path])  # PyTorch refuses expanded tensors
 
     with forward_ad.dual_level(), _watched(wide.model, tangent) as events:
         out = _active_leaves(wide(dual))

@@ -116,6 +116,8 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and primal is not None:
             raise NotImplementedError(f"{func} draws random numbers again: forward AD of it is not reproducible")
         out = func(*args, **kwargs)
+        if primal is not None and primal.target is func:
+            _unify_sizes(out, value_of(primal))
         if isinstance(out, Tensor) and id(out) in self._known:
             return out
         if not any(isinstance(leaf, Tensor) for leaf in (out if isinstance(out, (tuple, list)) else (out,))):
@@ -175,7 +177,10 @@ class Recorder(TorchDispatchMode):
                     raise NotImplementedError("a rule used a tensor from outside its arguments")
                 return self.node_of(leaf)
             if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-                return self._symbols.node(leaf, self._cursor)
+                node = self._symbols.node(leaf, self._cursor)
+                if isinstance(node, fx.Node) and self._cursor is not None and self._cursor < node:
+                    self._cursor = node  # made just now, behind the cursor
+                return node
             if isinstance(leaf, (list, tuple)):
                 return type(leaf)(convert(x) for x in leaf)
             if isinstance(leaf, dict):
@@ -284,6 +289,20 @@ def _last_output(node: fx.Node) -> fx.Node:
 def _fresh(value: Tensor, fake_mode: FakeTensorMode) -> Tensor:
     with fake_mode:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _unify_sizes(new: Any, old: Any) -> None:
+    """Data-dependent sizes are drawn anew when an op runs again: say that they are the ones of the first time."""
+    if isinstance(new, (tuple, list)):
+        for x, y in zip(new, old):
+            _unify_sizes(x, y)
+    elif isinstance(new, Tensor) and isinstance(old, Tensor):
+        for a, b in zip(new.shape, old.shape):
+            if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr != b.node.expr:
+                env, drawn = a.node.shape_env, a.node.expr
+                if drawn in env.pending_fresh_unbacked_symbols:
+                    env.pending_fresh_unbacked_symbols.remove(drawn)
+                    env._set_replacement(drawn, b.node.expr, "a tangent has the size of its primal")
 
 
 def _fake_mode_of(graph: fx.Graph) -> FakeTensorMode:

@@ -13,6 +13,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import jvpgraph.linearize
+from jvpgraph.config import Config
 from jvpgraph.dump import Dump
 from jvpgraph.passes.context import Context
 from jvpgraph.passes.count import count
@@ -21,7 +22,7 @@ from jvpgraph.passes.drop_dead_tangents import drop_dead_tangents
 from jvpgraph.passes.fuse_attention import fuse_attention
 from jvpgraph.verify import verify
 
-__all__ = ["OPTIONAL", "PIPELINE", "Pipeline"]
+__all__ = ["OPTIONAL", "PIPELINE", "Pipeline", "check_config"]
 
 
 def linearize(graph: fx.Graph, context: Context) -> None:
@@ -39,13 +40,17 @@ PIPELINE: tuple[Callable[[fx.Graph, Context], None], ...] = (
 OPTIONAL = frozenset({"drop_dead_tangents", "fuse_attention"})
 
 
+def check_config(config: Config) -> None:
+    """Raise ValueError for passes that cannot be skipped, or that there are not."""
+    unknown = set(config.skip_passes) - OPTIONAL
+    if unknown:
+        raise ValueError(f"cannot skip {', '.join(sorted(unknown))}: optional passes are {sorted(OPTIONAL)}")
+
+
 class Pipeline(CustomGraphPass):
     """All passes as one custom pass of Inductor's, on joint and on inference graphs."""
 
     def __init__(self, context: Context):
-        unknown = set(context.config.skip_passes) - OPTIONAL
-        if unknown:
-            raise ValueError(f"cannot skip {', '.join(sorted(unknown))}: optional passes are {sorted(OPTIONAL)}")
         self.context = context
 
     def __call__(self, graph: fx.Graph) -> None:

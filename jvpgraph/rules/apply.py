@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from jvpgraph.rules.derived import NotDerivable, derive
 from jvpgraph.rules.registry import TABLE, Rule
@@ -102,7 +103,7 @@ def _conform(op: OpOverload, out: Any, out_dot: Any) -> Any:
         if out_dot.is_complex() and not out.is_complex():
             raise AssertionError(f"the rule of {op} gave a complex tangent for a {out.dtype} output")
         out_dot = out_dot.to(out.dtype)
-    if out_dot.dim() != out.dim() or any(a is not b and a != b for a, b in zip(out_dot.shape, out.shape)):
+    if out_dot.dim() != out.dim() or any(guard_or_false(a != b) for a, b in zip(out_dot.shape, out.shape)):
         try:
             out_dot = out_dot.expand(out.shape)
         except RuntimeError as error:

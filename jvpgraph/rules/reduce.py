@@ -27,7 +27,7 @@ def in_float32(x: Tensor) -> Tensor:
 
 def kept(y: Tensor, x: Tensor, dim: Any, keepdim: bool) -> Tensor:
     """A reduction ``y`` of ``x`` over ``dim`` (none: all), with its reduced dims as size 1."""
-    for d in [] if keepdim else sorted(d % x.dim() for d in dim or range(x.dim())):
+    for d in [] if keepdim or not x.dim() else sorted(d % x.dim() for d in dim or range(x.dim())):
         y = y.unsqueeze(d)
     return y
 
@@ -57,7 +57,7 @@ def logsumexp(y, x, dim, keepdim, *, x_dot):
 # Second moments
 def half_spread(x: Tensor, dim: Any, correction: Any, keepdim: bool, x_dot: Tensor) -> Tensor:
     """Half the tangent of the variance: sum((x - mean(x)) * x_dot) / (n - correction)."""
-    dims = dim or range(x.dim())
+    dims = (dim or range(x.dim())) if x.dim() else ()  # a scalar may be asked about its dim -1
     n = math.prod(x.shape[d] for d in dims)
     x = in_float32(x)
     centred = x - x.mean(dim or None, keepdim=True)

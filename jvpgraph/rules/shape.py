@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jvpgraph.rules.registry import jvp, linear
+from jvpgraph.rules.registry import jvp, linear, no_tangent
 
 aten = torch.ops.aten
 
@@ -32,8 +32,8 @@ def as_strided(y, x, size, stride, offset, *, x_dot):
     return x_dot.clone(memory_format=torch.contiguous_format).as_strided(size, stride, offset)
 
 
-# Copies. detach cuts the backward, not the derivative along the tangent: the markers themselves are detached.
-linear(aten.clone.default, aten.alias.default, aten.detach.default, aten._to_copy.default)
+linear(aten.clone.default, aten.alias.default, aten._to_copy.default)
+no_tangent(aten.detach.default)  # a stop-gradient stops the tangent too, as in torch.func.jvp
 linear(aten.lift_fresh_copy.default)
 
 
