@@ -45,6 +45,11 @@ class OpByOp(TorchDispatchMode):
         self._observer = observer
         self._ops = 0
 
+    def __enter__(self) -> OpByOp:
+        local = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
+        self._keys_outside = local[0](), local[1]()
+        return super().__enter__()
+
     def tangent(self, x: Tensor) -> Tensor | None:
         """A view of the tangent of ``x``; None where it is zero."""
         shadow = self._shadows.get(_key(x)) if has_tangent(x) else None
@@ -72,14 +77,18 @@ class OpByOp(TorchDispatchMode):
             dot = self.tangent(args[0])
             return dot.clone() if dot is not None else torch.zeros_like(args[0])
         if func is torch.ops.aten.detach.default and self.tangent(args[0]) is not None:
-            return args[0].clone()  # in a storage of its own, which has no shadow: a stop-gradient stops the tangent
+            return args[
+                0
+            ].clone()  # in a storage of its own, which has no shadow: a stop-gradient stops the tangent
         if not isinstance(func, OpOverload):
             return func(*args, **kwargs)
         return self._run(func, args, kwargs)
 
     def _run(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         arguments = bind(func, args, kwargs)
-        writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        writes = [
+            a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
+        ]
         dots = {name: dot for name, v in arguments.items() if (dot := self._argument_tangent(v)) is not None}
         if not dots or (not writes and func.is_view):
             return func(*args, **kwargs)
@@ -90,13 +99,21 @@ class OpByOp(TorchDispatchMode):
         return out
 
     def _run_in_place(
-        self, func: OpOverload, args: Any, kwargs: Any, arguments: dict[str, Any], writes: list[str], dots: Any
+        self,
+        func: OpOverload,
+        args: Any,
+        kwargs: Any,
+        arguments: dict[str, Any],
+        writes: list[str],
+        dots: Any,
     ) -> Any:
         """The tangent of the functional form first, from the old values; then the write itself."""
         targets = [arguments[name] for name in writes]
         functional = _functional_form(func)
         if len(targets) != 1 or functional is None:
-            raise UnsupportedOp([_unsupported(func, dots, "it writes to its arguments and has no functional form")])
+            raise UnsupportedOp(
+                [_unsupported(func, dots, "it writes to its arguments and has no functional form")]
+            )
         inputs = {a.name for a in functional._schema.arguments}
         arguments = {name: v for name, v in arguments.items() if name in inputs}
         dots = {name: dot for name, dot in dots.items() if name in inputs}
@@ -114,7 +131,9 @@ class OpByOp(TorchDispatchMode):
     def _rule(self, func: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[str, Any]) -> Any:
         if not any(has_tangent(o) for o in (out if isinstance(out, (tuple, list)) else (out,))):
             return None
-        with torch.inference_mode(False), torch.no_grad(), _autograd_within_a_mode():
+        # Derived rules are forward AD, and where a mode gets its ops all that is above it is switched off.
+        outside = torch._C._ForceDispatchKeyGuard(*self._keys_outside)
+        with outside, torch._C._DisableAutocast(), torch.inference_mode(False), torch.no_grad():
             try:
                 return tangents_of(func, out, arguments, dots)[0]
             except NoRule as reason:
@@ -139,14 +158,6 @@ class OpByOp(TorchDispatchMode):
             dots = [self._argument_tangent(v) for v in value]
             return dots if any(d is not None for d in dots) else None
         return None
-
-
-def _autograd_within_a_mode() -> Any:
-    """Derived rules are forward AD, which is switched off where a mode gets its ops."""
-    keys = torch._C.DispatchKey
-    autograd = torch._C.DispatchKeySet(keys.AutogradFunctionality) | torch._C.DispatchKeySet(keys.ADInplaceOrView)
-    excluded = torch._C._dispatch_tls_local_exclude_set() - autograd
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 def _key(x: Tensor) -> StorageWeakRef:
