@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from matplotlib.figure import Figure
@@ -46,7 +47,7 @@ class Result:
 
     name: str
     evaluations: int
-    seconds_per_image: float
+    seconds_per_image: float  # median over the batches
     quality: Quality
     samples: Batch
 
@@ -82,14 +83,16 @@ def run(config: DemoConfig) -> list[Result]:
     results: list[Result] = []
     with phases.measure("sampling and metrics"):
         labels = data.labels[: config.samples]
-        for sampler in tqdm(samplers(data, teacher, student, config), desc="samplers"):
+        for sampler in tqdm(samplers(data, teacher, student, config), desc="sampling", unit="sampler"):
             noise = torch.Generator().manual_seed(config.seed)  # the same for every sampler
-            start = time.perf_counter()
-            x0 = torch.cat([sampler.draw(part, rng=noise) for part in labels.split(config.sampling_batch)])
-            seconds = (time.perf_counter() - start) / len(labels)
-            samples = Batch(x0, labels)
+            parts, seconds = [], []
+            for part in labels.split(config.sampling_batch):
+                start = time.perf_counter()
+                parts.append(sampler.draw(part, rng=noise))
+                seconds.append((time.perf_counter() - start) / len(part))
+            samples = Batch(torch.cat(parts), labels)
             quality = evaluate(samples, data.x0, classifier, config.neighbours)
-            results.append(Result(sampler.name, sampler.evaluations, seconds, quality, samples))
+            results.append(Result(sampler.name, sampler.evaluations, median(seconds), quality, samples))
 
     draw_panels(results, data, config.out / "samples.png")
     summary = json.dumps(report(results, phases, config), indent=2, default=str)
@@ -132,14 +135,15 @@ def resample(data: Digits, labels: Tensor, *, rng: torch.Generator) -> Tensor:
 def draw_panels(results: list[Result], data: Digits, path: Path, columns: int = 6) -> None:
     """One panel per sampler, side by side: a row per class, in order, and `columns` samples of it."""
     classes = int(data.labels.max()) + 1
-    figure = Figure(figsize=(2.1 * len(results), 4.2), dpi=130, layout="constrained")
+    figure = Figure(figsize=(2.1 * len(results), 3.7), dpi=130, layout="constrained")
     axes = figure.subplots(1, len(results), squeeze=False)[0]
     for axis, result in zip(axes, results):
         rows = [result.samples.x0[result.samples.labels == c][:columns] for c in range(classes)]
-        axis.imshow(tile(data.grey(torch.stack(rows))), cmap="gray_r", vmin=0, vmax=16)
+        axis.imshow(tile(data.grey(torch.stack(rows))).numpy(), cmap="gray_r", vmin=0, vmax=16)
         axis.set_title(result.name.replace(", resampled", ""), fontsize=10)
         if result is not results[0]:
-            axis.set_xlabel(f"distance {result.quality.frechet_distance:.2f}", fontsize=8)
+            distance, faster = result.quality.frechet_distance, speed_up(result, results)
+            axis.set_xlabel(f"distance {distance:.2f}, speed {faster:.1f}x", fontsize=8)
         axis.set_xticks([])
         axis.set_yticks([9 * c + 4 for c in range(classes)], [str(c) for c in range(classes)], fontsize=8)
         axis.tick_params(length=0)

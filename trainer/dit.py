@@ -21,6 +21,8 @@ def modulate(x_BNC: Tensor, shift_BC: Tensor, scale_BC: Tensor) -> Tensor:
 class TimeEmbedding(nn.Module):
     """Time [B] -> [B, C]: waves at log-spaced frequencies, then two layers. Angles are float32 or wider."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int, max_frequency: float) -> None:
         super().__init__()
         frequencies = torch.logspace(0, math.log10(max_frequency), width // 2)
@@ -31,7 +33,7 @@ class TimeEmbedding(nn.Module):
         assert t_B.dtype in (torch.float32, torch.float64), t_B.dtype
         angles = t_B[:, None] * self.frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
 class Attention(nn.Module):
