@@ -39,6 +39,8 @@ class OpByOp(TorchDispatchMode):
         UnsupportedOp: an op on the tangent path has no rule.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, observer: Observer | None = None):
         super().__init__()
         self._shadows: dict[StorageWeakRef, torch.UntypedStorage] = {}
@@ -81,6 +83,8 @@ class OpByOp(TorchDispatchMode):
                 0
             ].clone()  # in a storage of its own, which has no shadow: a stop-gradient stops the tangent
         if not isinstance(func, OpOverload):
+            if self._argument_tangent([*args, *kwargs.values()]) is not None:
+                raise UnsupportedOp([UnsupportedNode(str(func), "op by op", (), _user_line(), "a higher-order op")])
             return func(*args, **kwargs)
         return self._run(func, args, kwargs)
 

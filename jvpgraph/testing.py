@@ -253,6 +253,26 @@ class _InFloat64(TorchFunctionMode):
         return CASTS.get(func, func)(*args, **kwargs)
 
 
+class _Detached(TorchFunctionMode):
+    """Stop-gradients stop differences too: ``x.detach()`` is what it was in the first run under this mode."""
+
+    def __init__(self, known: list[Tensor], first: bool):
+        super().__init__()
+        self._known, self._first, self._count = known, first, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func not in DETACHING:
+            return out
+        if self._first:
+            self._known.append(out.clone())
+        self._count += 1
+        return self._known[self._count - 1].clone()
+
+
+DETACHING = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+
+
 def _active_leaves(out: Any) -> dict[str, Tensor]:
     return {
         path: x
@@ -370,8 +390,12 @@ def _forward_ad(wide: _Call) -> _Oracle:
 def _differences(wide: _Call) -> _Oracle:
     """The better of two extrapolations of central differences at h, h/2 and h/4, each good to order h**6."""
 
+    detached: list[Tensor] = []
+    with _Detached(detached, first=True):
+        values = {path: y.clone() for path, y in _active_leaves(wide()).items()}
+
     def run(h: float) -> tuple[dict[str, Tensor], list[_Event]]:
-        with _watched(wide.model, Tensor.clone) as events:
+        with _watched(wide.model, torch.clone) as events, _Detached(detached, first=False):
             out = wide(lambda path, leaf: leaf + h * wide.dots[path] if path in wide.dots else leaf)
         return {path: y.clone() for path, y in _active_leaves(out).items()}, events
 
@@ -394,7 +418,6 @@ def _differences(wide: _Call) -> _Oracle:
         return _Oracle({}, {path: best for path, (best, _) in outs.items()}, "differences", events, spread)
 
     best = min((extrapolated(h) for h in STEPS), key=lambda found: found.rtol)
-    values = {path: y.clone() for path, y in _active_leaves(wide()).items()}
     return _Oracle(values, best.dot, best.source, best.events, max(best.rtol, DIFFERENCES_RTOL))
 
 

@@ -52,6 +52,7 @@ class Recorder(TorchDispatchMode):
         self._cursor: fx.Node | None = None
         self._meta: dict[str, Any] = {}
         self._primal: fx.Node | None = None
+        self._recording = True
 
     @contextmanager
     def behind(
@@ -77,7 +78,7 @@ class Recorder(TorchDispatchMode):
         """
         value = value_of(node)
         if isinstance(value, Tensor):
-            return self._remember(_fresh(value, self._fake_mode), node)
+            return self._remember(self._fresh(value), node)
         if isinstance(value, (tuple, list)):
             return [self.stand_in(self._getitem(node, i)) if v is not None else None for i, v in enumerate(value)]
         return value
@@ -92,6 +93,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self._recording:
+            return func(*args, **kwargs)
         if func in self.decompositions:
             with self:
                 out = self.decompositions[func](*args, **kwargs)
@@ -165,6 +168,14 @@ class Recorder(TorchDispatchMode):
         if self._cursor is node:
             self._cursor = item
         return item
+
+    def _fresh(self, like: Tensor) -> Tensor:
+        self._recording = False
+        try:
+            with self._fake_mode:
+                return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+        finally:
+            self._recording = True
 
     def _remember(self, tensor: Tensor, node: fx.Node) -> Tensor:
         self._known[id(tensor)] = (tensor, node)
@@ -284,11 +295,6 @@ def _last_output(node: fx.Node) -> fx.Node:
             last.append(user)
             last = user
     return last
-
-
-def _fresh(value: Tensor, fake_mode: FakeTensorMode) -> Tensor:
-    with fake_mode:
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _unify_sizes(new: Any, old: Any) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
+from jvpgraph.linearize import TANGENT_META
 from jvpgraph.passes.context import Context
 from jvpgraph.trace import Recorder, value_of
 
 __all__ = ["decompose"]
 
-NOT_INHERITED = ("val", "tensor_meta", "original_aten", "from_node", "eager_input_vals")
+NOT_INHERITED = ("val", "tensor_meta", "original_aten", "from_node", "eager_input_vals", TANGENT_META)
 
 
 def decompose(graph: fx.Graph, context: Context) -> None:
