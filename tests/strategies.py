@@ -407,7 +407,8 @@ INDEXING = _templates("""
     {a}[..., torch.arange({a}.shape[-1]).flip(0)]; {a}.index_add({d}, torch.arange({a}.shape[{d}]) * 0, {a})
     {a}.scatter({d}, torch.zeros_like({a}[:1], dtype=torch.long), 0.5); {a}.masked_fill({a} > 1, 0.25)
     {a}.scatter_add({d}, torch.zeros_like({a}, dtype=torch.long), {a}); {a}.gather({d}, {a}.argsort({d}))
-    F.one_hot(({a} > 0).long(), 2) * {a}.unsqueeze(-1); {a}.index_select({d}, {a}.flatten().argmax().clamp(max=0))
+    F.one_hot(({a} > 0).long(), 2) * {a}.unsqueeze(-1)
+    {a}.index_select({d}, {a}.flatten().argmax().clamp(max=0))
 """)
 JOINS = _templates("""
     torch.cat([{a}, {a}.tanh()], {d}); torch.stack([{a}, {b} + {a}], {d}); torch.cat([{a}, {a} * {b}], {d})
