@@ -442,7 +442,7 @@ IN_PLACE = _templates("""
     {y}.transpose(0, -1).add_(1).tanh_(); {y}.select({d}, 0).mul_(3); {y}.narrow({d}, 0, 1).sigmoid_()
     {y} += {a}
     {y}.view(-1)[:1].add_({a}.sum()); {y}.index_fill_({d}, torch.tensor([0]), 0.5); {y}.div_(2 + {b}.abs())
-    {y}.addcmul_({b}, {b}); {y}.lerp_({b}, 0.5); {y}[{y} > 0.5] = 0.1; {y}.neg_()
+    {y}.addcmul_({b}, {b}); {y}.lerp_({b}, 0.5); {y}.view(-1)[{y}.view(-1) > 0.5] = 0.1; {y}.neg_()
     {y}[..., :1] += {y}[..., -1:]
     {y}.unsqueeze(0)[0, ...].sigmoid_(); {y}.fill_(0.5); {y}[...] = {b}; {y}[:1] = {b}
     {y}.scatter_({d}, torch.zeros_like({y}, dtype=torch.long), 2 * {a})
