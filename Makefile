@@ -54,7 +54,7 @@ gpu: $(READY)  ## the same on a CUDA device, after the attention tests
 
 dump: $(READY)  ## the graph of a small Wan transformer after every pass, in out/dump
 	rm -rf $(OUT)/dump
-	JVPGRAPH_DUMP=$(OUT)/dump $(BIN)/python -m examples.explain_wan
+	JVPGRAPH_DUMP=$(OUT)/dump $(BIN)/python -W ignore examples/explain_wan.py --layers 1
 	@ls $(OUT)/dump/*
 
 clean:

@@ -46,8 +46,9 @@ class Backend:
             report.attention.append(swap_attention(gm, active))
             if self.config.recognize_attention:
                 report.attention.append(recognize_attention(gm, active_nodes(gm)))
-        self.reports.append(report)
-        return _COMPILE[self.compiler](gm, example_inputs, Context(self.config, report))
+        compiled = _COMPILE[self.compiler](gm, example_inputs, Context(self.config, report))
+        self.reports.append(report)  # not earlier: Dynamo may break an attempt off and start anew
+        return compiled
 
 
 def backend(compiler: str = "inductor", config: Config | None = None) -> Backend:

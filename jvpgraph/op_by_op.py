@@ -9,6 +9,7 @@ shadowed at all.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -192,8 +193,6 @@ def _unsupported(func: OpOverload, dots: dict[str, Any], reason: str) -> Unsuppo
 
 def _user_line() -> str:
     """The innermost Python frame outside of torch and this package."""
-    import sys
-
     frame = sys._getframe()
     while frame is not None:
         module = frame.f_globals.get("__name__", "")

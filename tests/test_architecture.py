@@ -1,0 +1,114 @@
+"""The structure that the folders promise, checked on the source."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import jvpgraph
+import jvpgraph.rules
+from jvpgraph.passes import pipeline
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"jvpgraph": "jvpgraph", "passes": "jvpgraph.passes", "kernels": "jvpgraph.kernels", "trainer": "jvpgraph.trainer"}
+SOURCES = {
+    ".".join([package, *path.relative_to(ROOT / folder).with_suffix("").parts]).removesuffix(".__init__"): path
+    for folder, package in FOLDERS.items()
+    for path in (ROOT / folder).rglob("*.py")
+}
+
+# Who may import whom: a layer imports from itself and from those further down.
+LAYERS = (
+    ("jvpgraph.trainer",),
+    ("jvpgraph", "jvpgraph.testing"),
+    ("jvpgraph.api", "jvpgraph.explain", "jvpgraph.finite"),
+    ("jvpgraph.backend", "jvpgraph.op_by_op", "jvpgraph.tangents"),
+    ("jvpgraph.passes",),
+    ("jvpgraph.dump", "jvpgraph.verify"),
+    ("jvpgraph.linearize",),
+    ("jvpgraph.trace", "jvpgraph.markers", "jvpgraph.capture", "jvpgraph.structure", "jvpgraph.config"),
+    ("jvpgraph.rules",),
+    ("jvpgraph.kernels",),
+    ("jvpgraph.errors",),
+)
+
+
+def layer_of(module: str) -> int:
+    """Index of the layer with the longest matching prefix."""
+    matches = [
+        (len(prefix), i)
+        for i, layer in enumerate(LAYERS)
+        for prefix in layer
+        if module == prefix or (prefix != "jvpgraph" and module.startswith(prefix + "."))
+    ]
+    assert matches, f"{module} is in no layer: add it to LAYERS"
+    return max(matches)[1]
+
+
+def own_imports(path: Path) -> list[tuple[str, ast.AST]]:
+    tree = ast.parse(path.read_text())
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "jvpgraph":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [(name if name in SOURCES else node.module, node) for name in names]
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, node) for alias in node.names if alias.name.split(".")[0] == "jvpgraph"]
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_imports_go_one_way_and_stand_at_the_top(module):
+    tree = ast.parse(SOURCES[module].read_text())
+    inner = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
+    assert not any(isinstance(n, (ast.Import, ast.ImportFrom)) and id(n) in inner for n in ast.walk(tree)), (
+        f"{module} imports inside a function"
+    )
+    for target, _ in own_imports(SOURCES[module]):
+        assert layer_of(target) >= layer_of(module), f"{module} imports {target}, which is above it"
+
+
+def test_no_import_cycles():
+    edges = {module: {t for t, _ in own_imports(path) if t != module} for module, path in SOURCES.items()}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join([*trail, module])
+        if module not in done:
+            for target in edges.get(module, ()):
+                visit(target, (*trail, module))
+            done.add(module)
+
+    for module in SOURCES:
+        visit(module, ())
+
+
+def test_top_level_folders_are_not_imported_by_their_own_names():
+    """``kernels`` is a package of Hugging Face's that diffusers looks for."""
+    for path in [*SOURCES.values(), *(ROOT / "tests").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = node.module if isinstance(node, ast.ImportFrom) else None
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [name or ""]
+            assert not any(n.split(".")[0] in ("kernels", "passes", "trainer") for n in names), path
+
+
+def test_one_file_and_one_documented_function_per_pass():
+    for step in pipeline.PIPELINE:
+        assert step.__doc__, f"{step.__name__} has no docstring"
+        if step.__module__ != pipeline.__name__:
+            assert step.__module__ == f"jvpgraph.passes.{step.__name__}"
+        assert list(inspect.signature(step).parameters) == ["graph", "context"]
+
+
+def test_public_names_are_documented():
+    for name in jvpgraph.__all__:
+        assert inspect.getdoc(getattr(jvpgraph, name)), name
+
+
+def test_files_fit_in_a_head():
+    lengths = {module: len(path.read_text().splitlines()) for module, path in SOURCES.items()}
+    long = {module: n for module, n in lengths.items() if n > 700}
+    assert not long, f"split these by meaning: {long}"
