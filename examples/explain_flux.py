@@ -19,9 +19,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=19, help="double blocks, and twice as many single ones")
     layers = parser.parse_args().layers
     with torch.device("meta"):
-        model = FluxTransformer2DModel(
-            num_layers=layers, num_single_layers=2 * layers, guidance_embeds=True
-        ).bfloat16()
+        model = FluxTransformer2DModel(num_layers=layers, num_single_layers=2 * layers, guidance_embeds=True).bfloat16()
         inputs = {
             "hidden_states": torch.randn(1, 4096, 64, dtype=torch.bfloat16),
             "encoder_hidden_states": torch.randn(1, 512, 4096, dtype=torch.bfloat16),

@@ -1,7 +1,7 @@
 """Turn any PyTorch diffusion transformer into one fused primal-plus-tangent graph.
 
-    dual = jvpgraph.transform(model)
-    y, y_dot = dual(x, t, tangents={"x": x_dot, "t": t_dot})
+dual = jvpgraph.transform(model)
+y, y_dot = dual(x, t, tangents={"x": x_dot, "t": t_dot})
 """
 
 from jvpgraph.api import DualModule, jvp, transform

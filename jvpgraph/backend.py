@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from functorch.compile import min_cut_rematerialization_partition, make_boxed_func
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import fx
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._inductor.compile_fx import compile_fx
@@ -20,7 +20,7 @@ from jvpgraph.passes.swap_attention import active_nodes, swap_attention
 
 __all__ = ["COMPILERS", "Backend", "backend"]
 
-Compiled = Callable[..., Any]
+Compiled = Any  # what a backend returns: a callable of the graph's inputs
 COMPILERS = ("inductor", "eager")
 
 
@@ -77,13 +77,13 @@ def _eager(gm: fx.GraphModule, example_inputs: Sequence[Any], context: Context) 
         joint.recompile()
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
-    def inference(graph: fx.GraphModule, _inputs: Any) -> Compiled:
-        pipeline(graph.graph)
-        return as_it_is(graph, _inputs)
+    def inference(gm: fx.GraphModule, example_inputs: Any) -> Compiled:
+        pipeline(gm.graph)
+        return as_it_is(gm, example_inputs)
 
-    def as_it_is(graph: fx.GraphModule, _inputs: Any) -> Compiled:
-        _views_to_reshapes(graph)
-        return make_boxed_func(graph.forward)
+    def as_it_is(gm: fx.GraphModule, example_inputs: Any) -> Compiled:
+        _views_to_reshapes(gm)
+        return make_boxed_func(gm.forward)
 
     return aot_module_simplified(
         gm,

@@ -45,8 +45,10 @@ def _statement(node: fx.Node) -> str:
         return f"{node.name}"
     if node.op == "get_attr":
         return f"{node.name} = self.{node.target}"
-    target = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else getattr(
-        node.target, "__name__", str(node.target)
+    target = (
+        str(node.target)
+        if isinstance(node.target, torch._ops.OpOverload)
+        else getattr(node.target, "__name__", str(node.target))
     )
     if target == "getitem":
         return f"{node.name} = {node.args[0]}[{node.args[1]}]"
@@ -79,6 +81,7 @@ class Dump:
 
     def write(self, graph: fx.Graph, name: str) -> None:
         """Write the graph as it is after the pass ``name``."""
+
         def payload() -> str:
             return readable(graph, f"{name}: the graph after this pass")
 

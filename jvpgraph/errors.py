@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["CaptureError", "JvpgraphError", "NonFiniteTangent", "UnsupportedNode", "UnsupportedOp", "VerifyError"]
+__all__ = [
+    "CaptureError",
+    "JvpgraphError",
+    "NonFiniteTangent",
+    "UnsupportedNode",
+    "UnsupportedOp",
+    "VerifyError",
+]
 
 
 class JvpgraphError(Exception):
@@ -56,5 +63,5 @@ class UnsupportedOp(JvpgraphError, NotImplementedError):
             "Register a rule with jvpgraph.rules.jvp, or keep the input out of the tangents."
         )
 
-    def __reduce__(self):  # the message is made from the nodes
+    def __reduce__(self) -> tuple[type, tuple[tuple[UnsupportedNode, ...]]]:  # the message is made from the nodes
         return type(self), (self.nodes,)

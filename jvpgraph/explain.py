@@ -35,8 +35,8 @@ class Explanation:
     swapped: list[Any] = field(default_factory=list)  # (name, source line, form) per attention call
     left: list[Any] = field(default_factory=list)  # (name, source line, reason)
     collectives: Counter[str] = field(default_factory=Counter)
-    primal_flops: sympy.Expr = sympy.Integer(0)  # in the symbols
-    tangent_flops: sympy.Expr = sympy.Integer(0)
+    primal_flops: sympy.Expr = sympy.S.Zero  # in the symbols
+    tangent_flops: sympy.Expr = sympy.S.Zero
     sizes: dict[sympy.Symbol, tuple[str, int]] = field(default_factory=dict)  # symbol -> meaning, value in this call
     unsupported: tuple[UnsupportedNode, ...] = ()
     not_captured: str = ""  # why Dynamo could not capture the model as one graph
@@ -59,7 +59,8 @@ class Explanation:
         lines += [
             f"  nodes            {self.active} active, {self.inactive} inactive",
             f"  rules            {rules}{_names(self.derived)}",
-            f"  attention        {len(self.swapped)} swapped, {self.fused} fused with the tangent, {len(self.left)} left",
+            f"  attention        {len(self.swapped)} swapped, {self.fused} fused with the tangent, "
+            f"{len(self.left)} left",
             *(f"    left: {entry}" for entry in self.left),
             f"  collectives      {self.collectives.total()}{_names(self.collectives)}",
             f"  primal FLOPs     {primal:.3e}".ljust(30) + f" = {sympy.sstr(self.primal_flops)}",

@@ -66,7 +66,7 @@ def linearize(graph: fx.Graph) -> Linearization:
         if node.target is MAKE_DUAL:
             tangent[node] = node.args[1]
         elif node.target is TANGENT_OF:
-            _answer(node, tangent.get(node.args[0]), recorder)
+            _answer(node, tangent.get(node.all_input_nodes[0]), recorder)
         elif node in path:
             try:
                 tangent[node] = _tangent_of_node(node, tangent, recorder, done)
@@ -88,11 +88,9 @@ def linearize(graph: fx.Graph) -> Linearization:
     return done
 
 
-def _tangent_of_node(
-    node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, done: Linearization
-) -> Any:
+def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, done: Linearization) -> Any:
     if node.target is operator.getitem:
-        dots = tangent.get(node.args[0])
+        dots = tangent.get(node.all_input_nodes[0])
         return dots[node.args[1]] if dots is not None else None
     if not any(tangent.get(n) is not None for n in node.all_input_nodes):
         return None
@@ -148,7 +146,7 @@ def _answer(marker: fx.Node, dot: fx.Node | None, recorder: Recorder) -> None:
     promised = value_of(marker)
     with recorder.behind(marker):
         if dot is None:
-            like = recorder.stand_in(marker.args[0])
+            like = recorder.stand_in(marker.all_input_nodes[0])
             answer = torch.zeros_like(like)
         else:
             answer = recorder.stand_in(dot)

@@ -80,9 +80,7 @@ class OpByOp(TorchDispatchMode):
             dot = self.tangent(args[0])
             return dot.clone() if dot is not None else torch.zeros_like(args[0])
         if func is torch.ops.aten.detach.default and self.tangent(args[0]) is not None:
-            return args[
-                0
-            ].clone()  # in a storage of its own, which has no shadow: a stop-gradient stops the tangent
+            return args[0].clone()  # in a storage of its own, which has no shadow: a stop-gradient stops the tangent
         if not isinstance(func, OpOverload):
             if self._argument_tangent([*args, *kwargs.values()]) is not None:
                 raise UnsupportedOp([UnsupportedNode(str(func), "op by op", (), _user_line(), "a higher-order op")])
@@ -91,9 +89,7 @@ class OpByOp(TorchDispatchMode):
 
     def _run(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         arguments = bind(func, args, kwargs)
-        writes = [
-            a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
-        ]
+        writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         dots = {name: dot for name, v in arguments.items() if (dot := self._argument_tangent(v)) is not None}
         if not dots or (not writes and func.is_view):
             return func(*args, **kwargs)
@@ -116,9 +112,7 @@ class OpByOp(TorchDispatchMode):
         targets = [arguments[name] for name in writes]
         functional = _functional_form(func)
         if len(targets) != 1 or functional is None:
-            raise UnsupportedOp(
-                [_unsupported(func, dots, "it writes to its arguments and has no functional form")]
-            )
+            raise UnsupportedOp([_unsupported(func, dots, "it writes to its arguments and has no functional form")])
         inputs = {a.name for a in functional._schema.arguments}
         arguments = {name: v for name, v in arguments.items() if name in inputs}
         dots = {name: dot for name, dot in dots.items() if name in inputs}

@@ -29,7 +29,7 @@ class Inputs:
     @staticmethod
     def of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """The inputs of ``model(*args, **kwargs)``, named after the parameters of its forward."""
-        names = []
+        names: list[str] = []
         for parameter in inspect.signature(model.forward).parameters.values():
             if parameter.kind is parameter.VAR_POSITIONAL:
                 names += [f"{parameter.name}.{i}" for i in range(len(args) - len(names))]

@@ -73,9 +73,7 @@ class Comparison:
     def __str__(self) -> str:
         where = self.where if len(self.where) <= 40 else "..." + self.where[-37:]
         verdict = "" if self.right else "  WRONG"
-        return (
-            f"{self.what:10s} {where:40s} error {self.error:8.1e}  tolerance {self.tolerance:7.0e}{verdict}"
-        )
+        return f"{self.what:10s} {where:40s} error {self.error:8.1e}  tolerance {self.tolerance:7.0e}{verdict}"
 
 
 @dataclass(frozen=True)
@@ -113,12 +111,8 @@ class JvpCheck:
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        verdict = (
-            "right" if self.passed else f"{len(self.wrong)} of {len(self.comparisons)} comparisons are WRONG"
-        )
-        lines = [
-            f"{self.model} in {dtype}, backend {self.backend}, against {self.oracle} in float64: {verdict}"
-        ]
+        verdict = "right" if self.passed else f"{len(self.wrong)} of {len(self.comparisons)} comparisons are WRONG"
+        lines = [f"{self.model} in {dtype}, backend {self.backend}, against {self.oracle} in float64: {verdict}"]
         lines += [f"  {c}" for c in self._shown()]
         if self.deviation is not None:
             lines.append(f"  first deviation: {self.deviation}")
@@ -274,11 +268,7 @@ DETACHING = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[a
 
 
 def _active_leaves(out: Any) -> dict[str, Tensor]:
-    return {
-        path: x
-        for path, x in leaves(out)
-        if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-    }
+    return {path: x for path, x in leaves(out) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())}
 
 
 def _refuse_random(call: _Call) -> None:
@@ -427,9 +417,7 @@ def _differences(wide: _Call) -> _Oracle:
 class _Trial:
     """The comparisons of one call, noted in ``report``."""
 
-    def __init__(
-        self, call: _Call, dual: DualModule, rtol: float | None, atol: float, generator: torch.Generator
-    ):
+    def __init__(self, call: _Call, dual: DualModule, rtol: float | None, atol: float, generator: torch.Generator):
         self.call, self.dual, self.atol, self.generator = call, dual, atol, generator
         self.events, dtype, note = _op_by_op(call)
         self.oracle = _oracle(call, dtype)
@@ -468,9 +456,7 @@ class _Trial:
         backend = self.dual._dual.backend
         if backend is None:
             return True
-        return backend.compiler == "eager" and not any(
-            a.swapped for r in backend.reports for a in r.attention
-        )
+        return backend.compiler == "eager" and not any(a.swapped for r in backend.reports for a in r.attention)
 
     def compare(self, what: str, where: str, got: Tensor | None, wanted: Tensor, tolerance: float) -> None:
         error = float("inf") if got is None else _distance(got, wanted, self.atol)
@@ -482,16 +468,12 @@ class _Trial:
 
     def compare_gradients(self, own: dict[str, Tensor], out: dict[str, Tensor]) -> None:
         named = {name: p for name, p in self.call.model.named_parameters() if p.requires_grad}
-        paths = [
-            path for path, y in own.items() if y.requires_grad and path in out and out[path].requires_grad
-        ]
+        paths = [path for path, y in own.items() if y.requires_grad and path in out and out[path].requires_grad]
         if not named or not paths:
             return
         cotangents = [self.random_like(own[path]) for path in paths]
         wanted, got = (
-            torch.autograd.grad(
-                [y[path] for path in paths], list(named.values()), cotangents, allow_unused=True
-            )
+            torch.autograd.grad([y[path] for path in paths], list(named.values()), cotangents, allow_unused=True)
             for y in (own, out)
         )
         scale = max((float(_norm(w)) for w in wanted if w is not None), default=0.0)
@@ -506,10 +488,7 @@ class _Trial:
 
     def compare_linearity(self, out_dot: dict[str, Tensor]) -> None:
         v = self.call.dots
-        w = {
-            path: self.random_like(x) * (_norm(x) / max(x.numel(), 1) ** 0.5).to(x.dtype)
-            for path, x in v.items()
-        }
+        w = {path: self.random_like(x) * (_norm(x) / max(x.numel(), 1) ** 0.5).to(x.dtype) for path, x in v.items()}
         at_w = self.jvp(w)[1]
         mixed = self.jvp({path: 0.6 * v[path] - 1.7 * w[path] for path in v})[1]
         half = self.jvp({path: v[path] / 2 for path in v})[1]

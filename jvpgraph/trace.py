@@ -55,9 +55,7 @@ class Recorder(TorchDispatchMode):
         self._recording = True
 
     @contextmanager
-    def behind(
-        self, node: fx.Node, meta: Mapping[str, Any] | None = None, reuse: bool = True
-    ) -> Iterator[None]:
+    def behind(self, node: fx.Node, meta: Mapping[str, Any] | None = None, reuse: bool = True) -> Iterator[None]:
         """Record what runs in this context behind ``node`` and the getitem nodes that follow it.
 
         Args:
@@ -223,9 +221,9 @@ class _SymbolicSizes:
             value = node.meta.get("val")
             if isinstance(value, Tensor):
                 for dim, size in enumerate(value.shape):
-                    expr = size.node.expr if isinstance(size, torch.SymInt) else None
-                    if isinstance(expr, sympy.Symbol) and expr not in self._nodes:
-                        self._nodes[expr] = self._size_of(node, dim, size)
+                    symbolic = isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
+                    if symbolic and size.node.expr not in self._nodes:
+                        self._nodes[size.node.expr] = self._size_of(node, dim, size)
 
     def _size_of(self, node: fx.Node, dim: int, size: torch.SymInt) -> fx.Node:
         assert self._last_input is not None

@@ -29,7 +29,10 @@ def tangents_fit_their_primals(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]
         if isinstance(value, Tensor):
             dot: Any = node.meta["val"]
             if dot.dtype != value.dtype or dot.dim() != value.dim():
-                yield node, f"is {dot.dtype} of {dot.dim()} dims, its primal {value.dtype} of {value.dim()} dims"
+                yield (
+                    node,
+                    f"is {dot.dtype} of {dot.dim()} dims, its primal {value.dtype} of {value.dim()} dims",
+                )
 
 
 def no_marker_is_left(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:

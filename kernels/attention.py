@@ -99,9 +99,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
     if q.dtype not in FLOAT_DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise _refusal(f"attention needs q, k, v of one dtype among {FLOAT_DTYPES}", **given)
     if k.device != q.device or v.device != q.device:
-        raise _refusal(
-            f"attention needs q, k, v on one device, not on {q.device}, {k.device}, {v.device}", **given
-        )
+        raise _refusal(f"attention needs q, k, v on one device, not on {q.device}, {k.device}, {v.device}", **given)
     if _surely(q.shape[-1] != k.shape[-1]):
         raise _refusal("attention needs q and k of one head dim", **given)
     if _surely(k.shape[-2] != v.shape[-2]):
@@ -202,9 +200,7 @@ def _bias_to_rank4(q: Tensor, bias: Tensor | None) -> Tensor | None:
 def _bias_grad(q: Tensor, bias: Tensor, dbias: Tensor) -> Tensor:
     """The gradient of a rank-4 bias brought back to the shape and dtype of the caller's."""
     if q.dim() > 4 and dbias.shape[0] != 1:
-        dbias = dbias.unflatten(0, q.shape[:-3]).sum_to_size(
-            (1,) * max(0, q.dim() - bias.dim()) + tuple(bias.shape)
-        )
+        dbias = dbias.unflatten(0, q.shape[:-3]).sum_to_size((1,) * max(0, q.dim() - bias.dim()) + tuple(bias.shape))
     return dbias.reshape(bias.shape).to(bias.dtype).contiguous()
 
 
@@ -439,9 +435,7 @@ def _gradients(
     )
 
 
-def _save(
-    ctx: Any, inputs: tuple[Any, ...], o: Tensor, lse: Tensor, is_causal: bool, scale: float | None
-) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], o: Tensor, lse: Tensor, is_causal: bool, scale: float | None) -> None:
     q, k, v, bias = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, bias, o, lse)
@@ -487,9 +481,7 @@ class _AttentionJvp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, o_grad: Any, lse_grad: Any, o_dot_grad: Any, lse_dot_grad: Any) -> Any:
         if o_dot_grad is not None or lse_dot_grad is not None:
-            raise RuntimeError(
-                "jvpgraph::attention_jvp: the tangents o_dot and lse_dot have no gradient; detach them"
-            )
+            raise RuntimeError("jvpgraph::attention_jvp: the tangents o_dot and lse_dot have no gradient; detach them")
         dq, dk, dv, dbias = _gradients(ctx, o_grad, lse_grad)
         return None, dq, dk, dv, None, None, None, dbias, None, None, None
 
@@ -501,9 +493,7 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "jvpgraph::attention_backward: second derivatives of attention are not implemented"
-        )
+        raise RuntimeError("jvpgraph::attention_backward: second derivatives of attention are not implemented")
 
 
 def _differentiable(op: str, function: type[torch.autograd.Function], defaults: tuple[Any, ...]) -> Any:
@@ -632,9 +622,7 @@ def attention_backward(
     Returns:
         dq, dk, dv shaped as q, k, v; dbias shaped as bias, or an empty tensor unless bias_needs_grad.
     """
-    return OPS.attention_backward.default(
-        o_grad, lse_grad, q, k, v, bias, o, lse, is_causal, scale, bias_needs_grad
-    )
+    return OPS.attention_backward.default(o_grad, lse_grad, q, k, v, bias, o, lse, is_causal, scale, bias_needs_grad)
 
 
 def merge_attention(*parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -651,9 +639,7 @@ def merge_attention(*parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         tangents.
     """
     if not parts or len({len(part) for part in parts}) != 1 or len(parts[0]) not in (2, 4):
-        raise ValueError(
-            "merge_attention needs tuples (o, lse), or tuples (o, lse, o_dot, lse_dot), all of one length"
-        )
+        raise ValueError("merge_attention needs tuples (o, lse), or tuples (o, lse, o_dot, lse_dot), all of one length")
     lses = torch.stack([part[1] for part in parts])
     lse = lses.logsumexp(0)
     weights = (lses - lse.masked_fill(lse == -math.inf, 0)).exp()
@@ -662,7 +648,5 @@ def merge_attention(*parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if len(parts[0]) == 2:
         return o.to(dtype), lse
     lse_dot = sum(w * part[3] for w, part in zip(weights, parts))
-    o_dot = sum(
-        w[..., None] * (part[2] + (part[3] - lse_dot)[..., None] * part[0]) for w, part in zip(weights, parts)
-    )
+    o_dot = sum(w[..., None] * (part[2] + (part[3] - lse_dot)[..., None] * part[0]) for w, part in zip(weights, parts))
     return o.to(dtype), lse, o_dot.to(dtype), lse_dot

@@ -111,24 +111,18 @@ def _blocks(length: int, block: int) -> Iterator[tuple[int, int]]:
         yield start, min(block, length - start)
 
 
-def _plan(
-    q: Tensor, k: Tensor, block_q: int | None, block_k: int | None
-) -> tuple[Iterator[_Chunk], int, int]:
+def _plan(q: Tensor, k: Tensor, block_q: int | None, block_k: int | None) -> tuple[Iterator[_Chunk], int, int]:
     """The chunks of batch and heads, and the block sizes within each."""
     budget = TILE_ELEMENTS.get(q.device.type, TILE_ELEMENTS_ELSEWHERE)
     batch, heads, n_q = q.shape[:3]
     kv_heads, n_k = k.shape[1:3]
     group = heads // kv_heads
-    bk = min(
-        n_k, block_k or max(BLOCK_K.get(q.device.type, BLOCK_K_ELSEWHERE), budget // max(1, n_q * group))
-    )
+    bk = min(n_k, block_k or max(BLOCK_K.get(q.device.type, BLOCK_K_ELSEWHERE), budget // max(1, n_q * group)))
     bq = min(n_q, block_q or max(16, budget // (bk * group)))
     fit = max(1, budget // (bk * bq * group))
     batches, heads_each = (min(batch, fit // kv_heads), kv_heads) if fit >= kv_heads else (1, fit)
     chunks = (
-        _Chunk(b, nb, h, nh, group)
-        for b, nb in _blocks(batch, batches)
-        for h, nh in _blocks(kv_heads, heads_each)
+        _Chunk(b, nb, h, nh, group) for b, nb in _blocks(batch, batches) for h, nh in _blocks(kv_heads, heads_each)
     )
     return chunks, bq, bk
 
@@ -441,9 +435,7 @@ def _flash(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     additive, empty = _additive(q, bias)
-    o, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, is_causal, attn_mask=additive, scale=scale
-    )
+    o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=additive, scale=scale)
     if empty is not None:
         lse = lse.masked_fill(empty, -math.inf)  # the kernel says 0
     return o, lse.contiguous()

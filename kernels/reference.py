@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 
-def _scores(
-    q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: float | None
-) -> tuple[Tensor, float]:
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: float | None) -> tuple[Tensor, float]:
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     s = scale * (q @ k.mT)
     if bias is not None:

@@ -22,8 +22,8 @@ class Report:
     linearization: Linearization = field(default_factory=Linearization)
     fused: int = 0  # attention calls computed together with their tangent
     collectives: Counter[str] = field(default_factory=Counter)
-    primal_flops: sympy.Expr = sympy.Integer(0)
-    tangent_flops: sympy.Expr = sympy.Integer(0)
+    primal_flops: sympy.Expr = sympy.S.Zero
+    tangent_flops: sympy.Expr = sympy.S.Zero
     sizes: dict[sympy.Symbol, tuple[str, int]] = field(default_factory=dict)  # symbol -> where from, value
     seconds: dict[str, float] = field(default_factory=dict)  # per pass
 

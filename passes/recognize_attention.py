@@ -95,15 +95,11 @@ class _Match:
     form: str
     scale: float = 1.0
     biases: list[fx.Node] = field(default_factory=list)  # additive
-    fills: list[tuple[fx.Node, bool, float]] = field(
-        default_factory=list
-    )  # (mask, the value that hides, number)
+    fills: list[tuple[fx.Node, bool, float]] = field(default_factory=list)  # (mask, the value that hides, number)
     v: _Operand = field(init=False)
     out: fx.Node = field(init=False)  # the second product
     out_dims: tuple[int, ...] = field(init=False)  # o [..., Lq, Dv] permuted to out
-    chain: list[fx.Node] = field(
-        default_factory=list
-    )  # from the scores to the last form of the probabilities
+    chain: list[fx.Node] = field(default_factory=list)  # from the scores to the last form of the probabilities
 
 
 def recognize_attention(gm: fx.GraphModule, active: set[fx.Node]) -> SwapReport:
@@ -340,12 +336,7 @@ def _einsum_values(node: fx.Node, p: fx.Node, flipped: bool) -> tuple[_Operand, 
         a, b, x, y = b, a, y, x
     *batch, query, key = [*a[:-2], a[-1], a[-2]] if flipped else list(a)
     values = set(b) - {*batch, key}
-    if (
-        y is p
-        or len(values) != 1
-        or set(b) != {*batch, key, *values}
-        or set(result) != {*batch, query, *values}
-    ):
+    if y is p or len(values) != 1 or set(b) != {*batch, key, *values} or set(result) != {*batch, query, *values}:
         raise _Unlike(f"einsum {node.args[0]} is not a product of probabilities and values")
     (dim,) = values
     o = (*batch, query, dim)

@@ -70,9 +70,7 @@ def swap_attention(gm: fx.GraphModule, active: set[fx.Node]) -> SwapReport:
     """
     report = SwapReport()
     for body, nodes in active_graphs(gm, active):
-        for node in [
-            n for n in body.graph.nodes if n.op == "call_function" and n.target in SDPA and n in nodes
-        ]:
+        for node in [n for n in body.graph.nodes if n.op == "call_function" and n.target in SDPA and n in nodes]:
             try:
                 form = _swap(node)
             except ValueError as refusal:
@@ -165,11 +163,7 @@ def with_layout_of(origin: fx.Node, o: fx.Node) -> fx.Node:
     """o, made contiguous where the original was and a user takes a view that needs it."""
     viewed = any(user.op == "call_method" and user.target == "view" for user in origin.users)
     before, after = origin.meta["example_value"], o.meta["example_value"]
-    return (
-        emit(origin, "contiguous", o)
-        if viewed and before.is_contiguous() and not after.is_contiguous()
-        else o
-    )
+    return emit(origin, "contiguous", o) if viewed and before.is_contiguous() and not after.is_contiguous() else o
 
 
 def same_shape(x: Tensor, y: Tensor) -> bool:

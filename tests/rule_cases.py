@@ -37,9 +37,7 @@ class Drawn:
 
 
 def R(*shape: int, low: float = -2.0, high: float = 2.0, dtype: torch.dtype = torch.float64) -> Drawn:
-    return Drawn(
-        lambda rng: (low + (high - low) * torch.rand(shape, generator=rng, dtype=torch.float64)).to(dtype)
-    )
+    return Drawn(lambda rng: (low + (high - low) * torch.rand(shape, generator=rng, dtype=torch.float64)).to(dtype))
 
 
 def C(*shape: int) -> Drawn:
@@ -281,9 +279,7 @@ SHAPE = [
     *row(aten.unbind.int, call(R(3, 4), -1)),
     *row(aten.split.Tensor, call(R(5, 4), 2), call(R(3, 4), 3, -1)),
     *row(aten.split_with_sizes.default, call(R(5, 4), [2, 3])),
-    *row(
-        aten.as_strided.default, call(R(3, 4), [2, 2], [4, 2], 1), call(R(6), [2, 3], [2, 1]), strided=False
-    ),
+    *row(aten.as_strided.default, call(R(3, 4), [2, 2], [4, 2], 1), call(R(6), [2, 3], [2, 1]), strided=False),
     # copies
     *rows([aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default], call(R(3, 4))),
     *row(
@@ -323,9 +319,7 @@ SHAPE = [
         [aten.index_put.default, aten._unsafe_index_put.default],
         *(call(R(3, 4), [None, Z(4, distinct=True)], R(3, 4)), call(R(3, 4), [Z(5, below=3)], R(4), True)),
     ),
-    *row(
-        aten.index_add.default, call(R(3, 4), 0, Z(5, below=3), R(5, 4)), call(R(3), 0, Z(1), R(1), alpha=2)
-    ),
+    *row(aten.index_add.default, call(R(3, 4), 0, Z(5, below=3), R(5, 4)), call(R(3), 0, Z(1), R(1), alpha=2)),
     *row(aten.index_copy.default, call(R(3, 4), 1, Z(4, distinct=True), R(3, 4))),
     *row(aten.index_fill.int_Scalar, call(R(3, 4), -1, Z(2, below=4), 7.0)),
     # padding
@@ -366,9 +360,7 @@ MATMUL = [
     *row(aten.bmm.default, call(R(2, 2, 3), R(2, 3, 4))),
     *row(aten.mv.default, call(R(2, 3), R(3))),
     *row(aten.dot.default, call(R(3), R(3))),
-    *row(
-        aten.addmm.default, call(R(4), R(2, 3), R(3, 4)), call(R(2, 4), R(2, 3), R(3, 4), beta=2, alpha=0.5)
-    ),
+    *row(aten.addmm.default, call(R(4), R(2, 3), R(3, 4)), call(R(2, 4), R(2, 3), R(3, 4), beta=2, alpha=0.5)),
     *row(aten.addmv.default, call(R(2), R(2, 3), R(3)), call(R(2), R(2, 3), R(3), beta=2, alpha=0.5)),
     *row(
         aten.baddbmm.default,
@@ -406,9 +398,7 @@ NORM = [
 ]
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Any, causal: bool, scale: Any, more: int
-) -> tuple[Any, ...]:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Any, causal: bool, scale: Any, more: int) -> tuple[Any, ...]:
     return *torch.ops.jvpgraph.attention(q, k, v, bias, causal, scale), *[None] * more
 
 
@@ -432,16 +422,12 @@ ATTENTION = [
     *row(
         aten._scaled_dot_product_flash_attention.default,
         *(call(*QKV), call(*SELF, 0.0, True, True, scale=0.3)),
-        primal=lambda q, k, v, p=0.0, causal=False, debug=False, scale=None: attend(
-            q, k, v, None, causal, scale, 7
-        ),
+        primal=lambda q, k, v, p=0.0, causal=False, debug=False, scale=None: attend(q, k, v, None, causal, scale, 7),
     ),
     *row(
         aten._scaled_dot_product_efficient_attention.default,
         *(call(*QKV, BIAS, True), call(*SELF, None, True, 0.0, True, scale=0.3)),
-        primal=lambda q, k, v, bias, with_lse, p=0.0, causal=False, scale=None: attend(
-            q, k, v, bias, causal, scale, 2
-        ),
+        primal=lambda q, k, v, bias, with_lse, p=0.0, causal=False, scale=None: attend(q, k, v, bias, causal, scale, 2),
         aside=(1,),
     ),
     *row(

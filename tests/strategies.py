@@ -240,9 +240,7 @@ class DiT(nn.Module):
         super().__init__()
         self.spec = spec
         C = spec.width
-        self.patchify: nn.Module = (
-            nn.Conv2d(3, C, 2, stride=2) if spec.patchify == "conv" else nn.Linear(12, C)
-        )
+        self.patchify: nn.Module = nn.Conv2d(3, C, 2, stride=2) if spec.patchify == "conv" else nn.Linear(12, C)
         self.time = TimeEmbedding(spec)
         self.blocks = nn.ModuleList([Block(spec) for _ in range(spec.depth)])
         self.join = nn.Linear(2 * C, C) if spec.skip == "long" else None

@@ -13,7 +13,12 @@ import jvpgraph.rules
 from jvpgraph.passes import pipeline
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"jvpgraph": "jvpgraph", "passes": "jvpgraph.passes", "kernels": "jvpgraph.kernels", "trainer": "jvpgraph.trainer"}
+FOLDERS = {
+    "jvpgraph": "jvpgraph",
+    "passes": "jvpgraph.passes",
+    "kernels": "jvpgraph.kernels",
+    "trainer": "jvpgraph.trainer",
+}
 SOURCES = {
     ".".join([package, *path.relative_to(ROOT / folder).with_suffix("").parts]).removesuffix(".__init__"): path
     for folder, package in FOLDERS.items()
@@ -63,7 +68,9 @@ def own_imports(path: Path) -> list[tuple[str, ast.AST]]:
 @pytest.mark.parametrize("module", sorted(SOURCES))
 def test_imports_go_one_way_and_stand_at_the_top(module):
     tree = ast.parse(SOURCES[module].read_text())
-    inner = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
+    inner = {
+        id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)
+    }
     assert not any(isinstance(n, (ast.Import, ast.ImportFrom)) and id(n) in inner for n in ast.walk(tree)), (
         f"{module} imports inside a function"
     )

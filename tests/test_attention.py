@@ -178,9 +178,7 @@ def test_every_subset_of_tangents_equals_zeros(bias):
     (q, k, v), dots, bias, bias_dot = make(bias=bias, kv_heads=2)
     candidates = (*dots, bias_dot)
     for chosen in product(*((x, None) if x is not None else (None,) for x in candidates)):
-        zeros = [
-            None if x is None else torch.zeros_like(x) if y is None else y for x, y in zip(candidates, chosen)
-        ]
+        zeros = [None if x is None else torch.zeros_like(x) if y is None else y for x, y in zip(candidates, chosen)]
         q_dot, k_dot, v_dot, b_dot = chosen
         sparse = attention_jvp(q, k, v, q_dot, k_dot, v_dot, bias, b_dot)
         dense = attention_jvp(q, k, v, *zeros[:3], bias, zeros[3])
@@ -520,9 +518,7 @@ def test_compiles_with_dynamic_shapes(backend):
 
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     for n_q, n_k in ((17, 23), (31, 40)):
-        (q, k, v), (q_dot, _, _), bias, _ = make(
-            n_q=n_q, n_k=n_k, kv_heads=2, dtype=torch.float32, bias="bool_padding"
-        )
+        (q, k, v), (q_dot, _, _), bias, _ = make(n_q=n_q, n_k=n_k, kv_heads=2, dtype=torch.float32, bias="bool_padding")
         results = []
         for function in (model, compiled):
             leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]

@@ -27,9 +27,7 @@ from jvpgraph.rules.derived import NotDerivable, derive
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
-Values = dict[
-    str, Any
-]  # by schema argument: a tensor, a list of them with None for inactive ones, or a constant
+Values = dict[str, Any]  # by schema argument: a tensor, a list of them with None for inactive ones, or a constant
 
 STEP = 1e-6  # of the central differences
 ON_ONE_PROCESS = [pytest.param(case, id=str(case.op)) for case in CASES if not case.group]
@@ -202,9 +200,7 @@ def check_differences(trial: Trial) -> None:
 
 def check_transposed(trial: Trial) -> None:
     """<u, J v> = <J' u, v>, with J' from the backward."""
-    inputs = zipped(
-        lambda x, _: x.clone().requires_grad_(), {n: trial.primals[n] for n in trial.dots}, trial.dots
-    )
+    inputs = zipped(lambda x, _: x.clone().requires_grad_(), {n: trial.primals[n] for n in trial.dots}, trial.dots)
     with torch.enable_grad():
         outs = flat(run(trial.case, trial.primals | inputs))
     live = [i for i, o in enumerate(outs) if has_tangent(o) and o.requires_grad and i not in trial.case.aside]
@@ -270,9 +266,7 @@ def check_layouts(trial: Trial) -> None:
         primals = zipped(lambda x: expanded(x).contiguous(), trial.primals)
         strided = zipped(expanded, trial.primals)
         out_dot = trial.jvp(trial.dots, strided, run(trial.case, strided))
-        trial.agree(
-            "wrong on expanded input", out_dot, trial.jvp(trial.dots, primals, run(trial.case, primals))
-        )
+        trial.agree("wrong on expanded input", out_dot, trial.jvp(trial.dots, primals, run(trial.case, primals)))
 
 
 # ---------------------------------------------------------------------------------------------- the table

@@ -100,9 +100,7 @@ SDPA = {
     "one_key_head": lambda x, k, v: F.scaled_dot_product_attention(x, k[:, :1], v[:, :1]),
     "rank_3": lambda x, k, v: F.scaled_dot_product_attention(x[:, 0], k[:, 0], v[:, 0]),
     "rank_5": lambda x, k, v: F.scaled_dot_product_attention(x[None], k[None], v[None]),
-    "values_active": lambda x, k, v: F.scaled_dot_product_attention(
-        k, k, x.mean(2, keepdim=True).expand_as(k)
-    ),
+    "values_active": lambda x, k, v: F.scaled_dot_product_attention(k, k, x.mean(2, keepdim=True).expand_as(k)),
     "module_view": lambda x, k, v: F.scaled_dot_product_attention(x, k, v).transpose(1, 2).reshape(2, 7, -1),
     "view": lambda x, k, v: F.scaled_dot_product_attention(x[:, 0], k[:, 0], v[:, 0]).view(2, -1),
 }
@@ -123,10 +121,7 @@ def test_sdpa_is_swapped(form):
 def test_expanded_masks_stay_small():
     def model(x, k, v):
         mask = MASK.expand(2, 3, 7, 9)
-        return (
-            F.scaled_dot_product_attention(x, k, v, mask)
-            + torch.where(mask, x @ k.mT, -math.inf).softmax(-1) @ v
-        )
+        return F.scaled_dot_product_attention(x, k, v, mask) + torch.where(mask, x @ k.mT, -math.inf).softmax(-1) @ v
 
     passes = run(model, *qkv())
     (gm,) = passes.graphs
@@ -344,9 +339,7 @@ HAND = {
     "einsum_lengths_first": (
         lambda x, k, v: torch.einsum(
             "bhqk,bkhd->bqhd",
-            torch.softmax(
-                torch.einsum("bkhd,bqhd->bhqk", k.transpose(1, 2), x.transpose(1, 2)) * 0.3, dim=-1
-            ),
+            torch.softmax(torch.einsum("bkhd,bqhd->bhqk", k.transpose(1, 2), x.transpose(1, 2)) * 0.3, dim=-1),
             v.transpose(1, 2),
         ),
         4,

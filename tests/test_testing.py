@@ -39,11 +39,7 @@ def wrong_rule(op: OpOverload, factor: float) -> Iterator[None]:
     def spoilt(fn: Callable[..., Any]) -> Callable[..., Any]:
         def off(*args: Any, **dots: Any) -> Any:
             out = fn(*args, **dots)
-            return (
-                tuple(factor * d if d is not None else None for d in out)
-                if isinstance(out, tuple)
-                else factor * out
-            )
+            return tuple(factor * d if d is not None else None for d in out) if isinstance(out, tuple) else factor * out
 
         return off
 
@@ -55,9 +51,7 @@ def wrong_rule(op: OpOverload, factor: float) -> Iterator[None]:
         TABLE[op] = rule
 
 
-def mismatch(
-    model: nn.Module, inputs: Any, tangents: Any, backend: str = "eager"
-) -> jvpgraph.testing.JvpCheck:
+def mismatch(model: nn.Module, inputs: Any, tangents: Any, backend: str = "eager") -> jvpgraph.testing.JvpCheck:
     with pytest.raises(JvpMismatch) as caught:
         check_jvp(model, (), inputs, tangents, backend=backend)
     assert str(caught.value) == str(caught.value.report)
@@ -93,9 +87,7 @@ def test_transformed_model_is_checked_with_its_own_settings():
     dual = jvpgraph.transform(model, backend="eager", config=jvpgraph.Config(swap_attention=False))
     report = check_jvp(dual, (), inputs, tangents)
     assert report.backend == "eager"
-    assert (
-        next(c for c in report.comparisons if c.what == "value").tolerance == 0
-    )  # no attention was replaced
+    assert next(c for c in report.comparisons if c.what == "value").tolerance == 0  # no attention was replaced
 
 
 def test_expanded_input_nested_output_and_frozen_parameters_pass():

@@ -212,9 +212,7 @@ class ExactDual(nn.Module):
     def forward(self, x: Tensor, t: Tensor, labels: Tensor, tangents: dict[str, Tensor] | None = None):
         if tangents is None:
             return self.model(x, t, labels)
-        _, F_dot = torch.func.jvp(
-            lambda x, t: self.model(x, t, labels), (x, t), (tangents["x"], tangents["t"])
-        )
+        _, F_dot = torch.func.jvp(lambda x, t: self.model(x, t, labels), (x, t), (tangents["x"], tangents["t"]))
         return self.model(x, t, labels), F_dot.detach()
 
 
@@ -401,9 +399,7 @@ def test_few_step_sampling_is_exact_for_the_exact_consistency_function(steps: in
 def test_few_step_sampling_is_reproducible() -> None:
     labels, times = torch.arange(6), few_step_times(2, FewStepConfig())
     model = TrigFlow(DiT(DiTConfig(width=16, depth=1, heads=2)))
-    first, again, other = (
-        sample_few_steps(model, labels, times, seeded(seed), image_size=8) for seed in (0, 0, 1)
-    )
+    first, again, other = (sample_few_steps(model, labels, times, seeded(seed), image_size=8) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 

@@ -392,7 +392,9 @@ class TestErrors:
         return jvpgraph.transform(TinyDiT().double(), backend=backend)(x, t, tangents=tangents)
 
     def test_unknown_name(self):
-        with pytest.raises(ValueError, match=r"no input tensor named 'z'.*x \(float64 \(2, 6, 4\)\), t \(float64 \(2,\)\)"):
+        with pytest.raises(
+            ValueError, match=r"no input tensor named 'z'.*x \(float64 \(2, 6, 4\)\), t \(float64 \(2,\)\)"
+        ):
             self.call({"z": torch.zeros(2)})
 
     def test_shape(self):
@@ -616,7 +618,11 @@ print("HITS", found[0]["fxgraph_cache_hit"] + found[1]["autograd_cache_hit"], "M
 
 @pytest.mark.slow
 def test_a_second_process_starts_warm(tmp_path):
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     lines = []
     for _ in range(2):
         command = [sys.executable, "-W", "ignore", "-c", SECOND_PROCESS]
@@ -632,10 +638,9 @@ def test_primal_is_bit_for_bit_the_model():
     model = TinyDiT().float()
     x, t, x_dot, _ = inputs(dtype=torch.float32)
     config = jvpgraph.Config(swap_attention=False)
-    with torch.no_grad():
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            y, _ = jvpgraph.transform(model, backend="eager", config=config)(x, t, tangents={"x": x_dot})
-            assert torch.equal(y, model(x, t))
+    with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        y, _ = jvpgraph.transform(model, backend="eager", config=config)(x, t, tangents={"x": x_dot})
+        assert torch.equal(y, model(x, t))
 
 
 def test_import_is_quiet():

@@ -98,9 +98,7 @@ def run(config: DemoConfig) -> list[Result]:
     draw_panels(results, data, config.out / "samples.png")
     summary = json.dumps(report(results, phases, config), indent=2, default=str)
     (config.out / "metrics.json").write_text(summary + "\n")
-    print(
-        f"\n{table(results, phases, config)}\n\nwrote {config.out}/samples.png and {config.out}/metrics.json"
-    )
+    print(f"\n{table(results, phases, config)}\n\nwrote {config.out}/samples.png and {config.out}/metrics.json")
     return results
 
 
@@ -202,16 +200,12 @@ def table(results: list[Result], phases: Phases, config: DemoConfig) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m jvpgraph.trainer.demo", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m jvpgraph.trainer.demo", description=__doc__.split("\n")[0])
     default = DemoConfig()
     parser.add_argument("--out", type=Path, default=default.out, help="folder of the picture and the figures")
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    parser.add_argument(
-        "--quick", action="store_true", help="a tiny run that only shows that everything works"
-    )
+    parser.add_argument("--quick", action="store_true", help="a tiny run that only shows that everything works")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

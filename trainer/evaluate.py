@@ -40,9 +40,7 @@ class Classifier(nn.Module):
         return self.body(x.float()).double()
 
 
-def train_classifier(
-    data: Digits, config: ClassifierConfig, classes: int, rng: torch.Generator
-) -> Classifier:
+def train_classifier(data: Digits, config: ClassifierConfig, classes: int, rng: torch.Generator) -> Classifier:
     classifier = Classifier(config.features, classes)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=config.lr)
     for _ in trange(config.steps, desc="classifier", unit="step"):

@@ -17,9 +17,7 @@ def initial_noise(labels: Tensor, image_size: int, rng: torch.Generator) -> Tens
 
 
 @torch.no_grad()
-def sample_euler(
-    teacher: nn.Module, labels: Tensor, steps: int, rng: torch.Generator, *, image_size: int
-) -> Tensor:
+def sample_euler(teacher: nn.Module, labels: Tensor, steps: int, rng: torch.Generator, *, image_size: int) -> Tensor:
     """Equal Euler steps in rectified-flow time s, from 1 (noise) to 0; each moves x_s by (s' - s) u.
 
     The teacher is in TrigFlow coordinates: t = atan2(s, 1 - s), x_t = (cos(t) + sin(t)) x_s, and u = eps - x0
@@ -40,9 +38,7 @@ def sample_euler(
 def few_step_times(steps: int, config: FewStepConfig) -> list[float]:
     """Radians, falling: atan(sigma_max), then the first `steps - 1` middle times."""
     if not 1 <= steps <= 1 + len(config.middle_times):
-        raise ValueError(
-            f"{steps} steps need {steps - 1} middle times, the settings have {config.middle_times}"
-        )
+        raise ValueError(f"{steps} steps need {steps - 1} middle times, the settings have {config.middle_times}")
     return [math.atan(config.sigma_max), *config.middle_times[: steps - 1]]
 
 

@@ -71,9 +71,7 @@ class LossLog:
         return f"{np.mean(recent):.3f}" if recent else "-"
 
 
-def descend(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float | None = None
-) -> None:
+def descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float | None = None) -> None:
     """One update of `model`; with `clip_norm` its gradients are first scaled to at most that L2 norm."""
     optimizer.zero_grad()
     loss.backward()

@@ -49,9 +49,7 @@ class Schedule:
         """time, c_in, c_skip, c_out, f_skip and f_out as expressions in `t`."""
         (time,) = sympy.solve(sympy.simplify(self.sigma / self.alpha) - ratio, s)
         time = tidy(time.subs(sympy.atan(ratio), t).subs(ratio, sin(t) / cos(t)))
-        alpha, sigma, a, b = (
-            tidy(e.subs(s, time)) for e in (self.alpha, self.sigma, self.on_data, self.on_noise)
-        )
+        alpha, sigma, a, b = (tidy(e.subs(s, time)) for e in (self.alpha, self.sigma, self.on_data, self.on_noise))
         c_in = tidy(alpha * cos(t) + sigma * sin(t))  # sqrt(alpha^2 + sigma^2)
         determinant = tidy(alpha * b - sigma * a)
         derived = {
@@ -117,9 +115,7 @@ class TrigFlow(nn.Module):
         time_scale: the network's time at s = 1; 1000 for the public video and image models.
     """
 
-    def __init__(
-        self, net: nn.Module, schedule: Schedule = RECTIFIED_FLOW, *, time_scale: float = 1.0
-    ) -> None:
+    def __init__(self, net: nn.Module, schedule: Schedule = RECTIFIED_FLOW, *, time_scale: float = 1.0) -> None:
         super().__init__()
         self.net = net
         self.time_scale = time_scale

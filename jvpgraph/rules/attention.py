@@ -34,9 +34,7 @@ def no_dropout(position: int) -> Any:
 
 
 @jvp(aten._scaled_dot_product_flash_attention_for_cpu.default, when=no_dropout(3))
-def flash_for_cpu(
-    outs, q, k, v, p, causal, bias, scale, *, q_dot=None, k_dot=None, v_dot=None, bias_dot=None
-):
+def flash_for_cpu(outs, q, k, v, p, causal, bias, scale, *, q_dot=None, k_dot=None, v_dot=None, bias_dot=None):
     dots = {"q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot, "bias_dot": bias_dot}
     return fused(outs, q, k, v, bias, causal, scale, with_lse=True, **dots)
 
@@ -53,18 +51,12 @@ def efficient(outs, q, k, v, bias, _, p, causal, scale, *, q_dot=None, k_dot=Non
 
 
 @jvp(aten._scaled_dot_product_cudnn_attention.default, when=no_dropout(5))
-def cudnn(
-    outs, q, k, v, bias, _, p, causal, debug, scale, *, q_dot=None, k_dot=None, v_dot=None, bias_dot=None
-):
-    return efficient(
-        outs, q, k, v, bias, _, p, causal, scale, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot, bias_dot=bias_dot
-    )
+def cudnn(outs, q, k, v, bias, _, p, causal, debug, scale, *, q_dot=None, k_dot=None, v_dot=None, bias_dot=None):
+    return efficient(outs, q, k, v, bias, _, p, causal, scale, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot, bias_dot=bias_dot)
 
 
 @jvp(aten._scaled_dot_product_fused_attention_overrideable.default, when=no_dropout(4))
-def overrideable(
-    outs, q, k, v, bias, p, causal, debug, scale, *, q_dot=None, k_dot=None, v_dot=None, bias_dot=None
-):
+def overrideable(outs, q, k, v, bias, p, causal, debug, scale, *, q_dot=None, k_dot=None, v_dot=None, bias_dot=None):
     return efficient(
         outs, q, k, v, bias, None, p, causal, scale, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot, bias_dot=bias_dot
     )

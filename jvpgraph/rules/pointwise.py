@@ -89,9 +89,7 @@ jvp(aten.log1p.default)(lambda y, x, *, x_dot: x_dot / (1 + x))
 jvp(aten.pow.Tensor_Scalar)(lambda y, x, n, *, x_dot: None if n == 0 else x_dot * (n * x ** (n - 1)))
 jvp(aten.pow.Scalar, when=positive)(lambda y, x, n, *, n_dot: n_dot * y * math.log(x))
 jvp(aten.pow.Tensor_Tensor)(lambda y, x, n, *, x_dot: torch.where(n == 0, 0, x_dot * n * x ** (n - 1)))
-jvp(aten.pow.Tensor_Tensor)(
-    lambda y, x, n, *, n_dot: torch.where((x == 0) & (n >= 0), 0, n_dot * y * x.log())
-)
+jvp(aten.pow.Tensor_Tensor)(lambda y, x, n, *, n_dot: torch.where((x == 0) & (n >= 0), 0, n_dot * y * x.log()))
 
 # Trigonometry
 jvp(aten.sin.default)(lambda y, x, *, x_dot: x_dot * x.cos())

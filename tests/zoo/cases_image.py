@@ -5,8 +5,17 @@ import torch
 from .base import Draw, case, padding, pick
 
 
-@case("dit", num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
-      sample_size=8, num_embeds_ada_norm=10, norm_num_groups=4)
+@case(
+    "dit",
+    num_attention_heads=2,
+    attention_head_dim=8,
+    in_channels=4,
+    out_channels=8,
+    num_layers=2,
+    sample_size=8,
+    num_embeds_ada_norm=10,
+    norm_num_groups=4,
+)
 def DiTTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H = pick(variant, (2, 8), (3, 4))
     return {
@@ -16,8 +25,18 @@ def DiTTransformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("pixart", num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2,
-      cross_attention_dim=24, sample_size=8, caption_channels=12, use_additional_conditions=True)
+@case(
+    "pixart",
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=8,
+    num_layers=2,
+    cross_attention_dim=24,
+    sample_size=8,
+    caption_channels=12,
+    use_additional_conditions=True,
+)
 def PixArtTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 8, 8, 5), (3, 4, 6, 7))
     return {
@@ -29,10 +48,23 @@ def PixArtTransformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("sana", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
-      num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=12,
-      sample_size=8, interpolation_scale=1.0, guidance_embeds=True, qk_norm="rms_norm_across_heads",
-      note="linear self-attention: matmuls and a division, no softmax")
+@case(
+    "sana",
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=2,
+    num_cross_attention_heads=2,
+    cross_attention_head_dim=8,
+    cross_attention_dim=16,
+    caption_channels=12,
+    sample_size=8,
+    interpolation_scale=1.0,
+    guidance_embeds=True,
+    qk_norm="rms_norm_across_heads",
+    note="linear self-attention: matmuls and a division, no softmax",
+)
 def SanaTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 8, 8, 5), (3, 4, 6, 7))
     return {
@@ -44,9 +76,22 @@ def SanaTransformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("sd3", sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
-      num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10,
-      pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm")
+@case(
+    "sd3",
+    sample_size=8,
+    patch_size=2,
+    in_channels=4,
+    out_channels=4,
+    num_layers=2,
+    attention_head_dim=8,
+    num_attention_heads=2,
+    joint_attention_dim=12,
+    caption_projection_dim=16,
+    pooled_projection_dim=10,
+    pos_embed_max_size=8,
+    dual_attention_layers=(0,),
+    qk_norm="rms_norm",
+)
 def SD3Transformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 8, 8, 5), (3, 4, 6, 7))
     return {
@@ -57,9 +102,20 @@ def SD3Transformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("auraflow", sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1,
-      num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12,
-      caption_projection_dim=16, pos_embed_max_size=64)
+@case(
+    "auraflow",
+    sample_size=8,
+    patch_size=2,
+    in_channels=4,
+    out_channels=4,
+    num_mmdit_layers=1,
+    num_single_dit_layers=1,
+    attention_head_dim=8,
+    num_attention_heads=2,
+    joint_attention_dim=12,
+    caption_projection_dim=16,
+    pos_embed_max_size=64,
+)
 def AuraFlowTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 8, 8, 5), (3, 4, 6, 7))
     return {
@@ -69,10 +125,22 @@ def AuraFlowTransformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("lumina", sample_size=8, patch_size=2, in_channels=4, hidden_size=24, num_layers=1,
-      num_refiner_layers=1, num_attention_heads=4, num_kv_heads=2, multiple_of=4, axes_dim_rope=(2, 2, 2),
-      axes_lens=(32, 16, 16), cap_feat_dim=12,
-      note="caption lengths go through .tolist(): data-dependent Python")
+@case(
+    "lumina",
+    sample_size=8,
+    patch_size=2,
+    in_channels=4,
+    hidden_size=24,
+    num_layers=1,
+    num_refiner_layers=1,
+    num_attention_heads=4,
+    num_kv_heads=2,
+    multiple_of=4,
+    axes_dim_rope=(2, 2, 2),
+    axes_lens=(32, 16, 16),
+    cap_feat_dim=12,
+    note="caption lengths go through .tolist(): data-dependent Python",
+)
 def Lumina2Transformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 8, 8, 5), (3, 4, 6, 7))
     return {
@@ -83,11 +151,25 @@ def Lumina2Transformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("hidream", tangents=("hidden_states", "timesteps"), patch_size=2, in_channels=4, out_channels=4,
-      num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-      caption_channels=[12, 10], text_emb_dim=14, num_routed_experts=4, num_activated_experts=2,
-      axes_dims_rope=(4, 2, 2), max_resolution=(8, 8), llama_layers=[0, 1],
-      note="mixture of experts: tokens are sorted and split by expert in Python, in eval mode under no_grad")
+@case(
+    "hidream",
+    tangents=("hidden_states", "timesteps"),
+    patch_size=2,
+    in_channels=4,
+    out_channels=4,
+    num_layers=1,
+    num_single_layers=1,
+    attention_head_dim=8,
+    num_attention_heads=2,
+    caption_channels=[12, 10],
+    text_emb_dim=14,
+    num_routed_experts=4,
+    num_activated_experts=2,
+    axes_dims_rope=(4, 2, 2),
+    max_resolution=(8, 8),
+    llama_layers=[0, 1],
+    note="mixture of experts: tokens are sorted and split by expert in Python, in eval mode under no_grad",
+)
 def HiDreamImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, L = pick(variant, (2, 8, 5), (3, 4, 7))
     return {
@@ -99,12 +181,24 @@ def HiDreamImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("omnigen", in_channels=4, patch_size=2, hidden_size=16, num_attention_heads=4, num_key_value_heads=4,
-      intermediate_size=24, num_layers=2, pad_token_id=0, vocab_size=20, max_position_embeddings=64,
-      original_max_position_embeddings=24,
-      rope_scaling={"short_factor": [1.0, 1.1], "long_factor": [1.5, 2.0]}, pos_embed_max_size=8,
-      time_step_dim=8,
-      note="the rotary factors are chosen by a comparison of tensors, and the buffer inv_freq is reassigned")
+@case(
+    "omnigen",
+    in_channels=4,
+    patch_size=2,
+    hidden_size=16,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    intermediate_size=24,
+    num_layers=2,
+    pad_token_id=0,
+    vocab_size=20,
+    max_position_embeddings=64,
+    original_max_position_embeddings=24,
+    rope_scaling={"short_factor": [1.0, 1.1], "long_factor": [1.5, 2.0]},
+    pos_embed_max_size=8,
+    time_step_dim=8,
+    note="the rotary factors are chosen by a comparison of tensors, and the buffer inv_freq is reassigned",
+)
 def OmniGenTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 8, 8, 9), (2, 4, 6, 12))
     image_tokens = 4  # of a 4 x 4 condition image, in place of text tokens 2:6 of the first sample
@@ -122,9 +216,19 @@ def OmniGenTransformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("lumina", sample_size=8, patch_size=2, in_channels=4, hidden_size=32, num_layers=2,
-      num_attention_heads=4, num_kv_heads=2, multiple_of=4, cross_attention_dim=12,
-      note="grouped-query attention, complex rotary factors")
+@case(
+    "lumina",
+    sample_size=8,
+    patch_size=2,
+    in_channels=4,
+    hidden_size=32,
+    num_layers=2,
+    num_attention_heads=4,
+    num_kv_heads=2,
+    multiple_of=4,
+    cross_attention_dim=12,
+    note="grouped-query attention, complex rotary factors",
+)
 def LuminaNextDiT2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 8, 8, 5), (3, 4, 6, 7))
     angles = draw.normal(8, 8, 4)
@@ -138,10 +242,22 @@ def LuminaNextDiT2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("zimage", tangents=("x.0", "x.1", "t"), all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4,
-      dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=12, axes_dims=[4, 4, 4],
-      axes_lens=[96, 8, 8],
-      note="latents and captions are lists of unequal length, padded to a multiple of 32")
+@case(
+    "zimage",
+    tangents=("x.0", "x.1", "t"),
+    all_patch_size=(2,),
+    all_f_patch_size=(1,),
+    in_channels=4,
+    dim=24,
+    n_layers=2,
+    n_refiner_layers=1,
+    n_heads=2,
+    n_kv_heads=2,
+    cap_feat_dim=12,
+    axes_dims=[4, 4, 4],
+    axes_lens=[96, 8, 8],
+    note="latents and captions are lists of unequal length, padded to a multiple of 32",
+)
 def ZImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     sizes, lengths = pick(variant, ([(8, 8), (4, 6)], (5, 3)), ([(4, 4), (4, 8)], (7, 34)))
     return {
@@ -151,9 +267,23 @@ def ZImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("hunyuandit", num_attention_heads=2, attention_head_dim=8, in_channels=4, patch_size=2, sample_size=8,
-      hidden_size=16, num_layers=4, mlp_ratio=2.0, cross_attention_dim=12, cross_attention_dim_t5=8,
-      pooled_projection_dim=10, text_len=3, text_len_t5=4, note="long skips between the blocks")
+@case(
+    "hunyuandit",
+    num_attention_heads=2,
+    attention_head_dim=8,
+    in_channels=4,
+    patch_size=2,
+    sample_size=8,
+    hidden_size=16,
+    num_layers=4,
+    mlp_ratio=2.0,
+    cross_attention_dim=12,
+    cross_attention_dim_t5=8,
+    pooled_projection_dim=10,
+    text_len=3,
+    text_len_t5=4,
+    note="long skips between the blocks",
+)
 def HunyuanDiT2DModel(draw: Draw, variant: int) -> dict:
     B, H, W = pick(variant, (2, 8, 8), (3, 4, 6))
     angles = draw.normal(H * W // 4, 4).repeat_interleave(2, dim=1)
@@ -170,11 +300,25 @@ def HunyuanDiT2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("hunyuan", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1,
-      num_single_layers=1, num_refiner_layers=1, mlp_ratio=2.0, patch_size=(2, 2), guidance_embeds=True,
-      text_embed_dim=12, text_embed_2_dim=10, rope_axes_dim=(4, 4), use_meanflow=True,
-      tangents=("hidden_states", "timestep", "timestep_r"),
-      note="a MeanFlow model: two times; boolean indexing sorts text before padding: data-dependent shapes")
+@case(
+    "hunyuan",
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=1,
+    num_single_layers=1,
+    num_refiner_layers=1,
+    mlp_ratio=2.0,
+    patch_size=(2, 2),
+    guidance_embeds=True,
+    text_embed_dim=12,
+    text_embed_2_dim=10,
+    rope_axes_dim=(4, 4),
+    use_meanflow=True,
+    tangents=("hidden_states", "timestep", "timestep_r"),
+    note="a MeanFlow model: two times; boolean indexing sorts text before padding: data-dependent shapes",
+)
 def HunyuanImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 8, 8, 5), (3, 4, 6, 7))
     return {
@@ -201,17 +345,39 @@ def sized_inputs(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("cogview", patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-      out_channels=4, text_embed_dim=12, time_embed_dim=10, condition_dim=4, pos_embed_max_size=8,
-      sample_size=8)
+@case(
+    "cogview",
+    patch_size=2,
+    in_channels=4,
+    num_layers=2,
+    attention_head_dim=8,
+    num_attention_heads=2,
+    out_channels=4,
+    text_embed_dim=12,
+    time_embed_dim=10,
+    condition_dim=4,
+    pos_embed_max_size=8,
+    sample_size=8,
+)
 def CogView3PlusTransformer2DModel(draw: Draw, variant: int) -> dict:
     inputs = sized_inputs(draw, variant)
     return inputs | {"original_size": draw.time(*inputs["target_size"].shape)}
 
 
-@case("cogview", patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-      out_channels=4, text_embed_dim=12, time_embed_dim=10, condition_dim=4, sample_size=8,
-      rope_axes_dim=(8, 8))
+@case(
+    "cogview",
+    patch_size=2,
+    in_channels=4,
+    num_layers=2,
+    attention_head_dim=8,
+    num_attention_heads=2,
+    out_channels=4,
+    text_embed_dim=12,
+    time_embed_dim=10,
+    condition_dim=4,
+    sample_size=8,
+    rope_axes_dim=(8, 8),
+)
 def CogView4Transformer2DModel(draw: Draw, variant: int) -> dict:
     inputs = sized_inputs(draw, variant)
     B, L, _ = inputs["encoder_hidden_states"].shape
@@ -221,9 +387,20 @@ def CogView4Transformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("cogview", patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-      out_channels=4, text_embed_dim=12, time_embed_dim=10, condition_dim=4,
-      prior_vq_quantizer_codebook_size=9, note="writes zeros into a lookup's output under a boolean index")
+@case(
+    "cogview",
+    patch_size=2,
+    in_channels=4,
+    num_layers=2,
+    attention_head_dim=8,
+    num_attention_heads=2,
+    out_channels=4,
+    text_embed_dim=12,
+    time_embed_dim=10,
+    condition_dim=4,
+    prior_vq_quantizer_codebook_size=9,
+    note="writes zeros into a lookup's output under a boolean index",
+)
 def GlmImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     inputs = sized_inputs(draw, variant)
     B, _, H, W = inputs["hidden_states"].shape
@@ -231,8 +408,19 @@ def GlmImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     return inputs | {"prior_token_id": prior, "prior_token_drop": draw.ints(2, *prior.shape).bool()}
 
 
-@case("prx", in_channels=4, patch_size=2, context_in_dim=12, hidden_size=16, mlp_ratio=2.0, num_heads=2,
-      depth=2, axes_dim=[4, 4], bottleneck_size=8, resolution_embeds=True)
+@case(
+    "prx",
+    in_channels=4,
+    patch_size=2,
+    context_in_dim=12,
+    hidden_size=16,
+    mlp_ratio=2.0,
+    num_heads=2,
+    depth=2,
+    axes_dim=[4, 4],
+    bottleneck_size=8,
+    resolution_embeds=True,
+)
 def PRXTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 8, 8, 5), (3, 4, 6, 7))
     return {

@@ -41,9 +41,16 @@ def Flux2Transformer2DModel(draw: Draw, variant: int) -> dict:
     return inputs | {"guidance": draw.time(inputs["hidden_states"].shape[0], high=5.0)}
 
 
-@case("flux", tangents=("hidden_states", "timestep", "target_timestep"), cond_in_channels=6,
-      **FLUX_CONFIG | {"axes_dims_rope": (4, 4, 2, 2)}, timestep_channels=8, mlp_ratio=2.0, flow_map=True,
-      note="a flow map: conditioned on two times, both with a tangent")
+@case(
+    "flux",
+    tangents=("hidden_states", "timestep", "target_timestep"),
+    cond_in_channels=6,
+    **FLUX_CONFIG | {"axes_dims_rope": (4, 4, 2, 2)},
+    timestep_channels=8,
+    mlp_ratio=2.0,
+    flow_map=True,
+    note="a flow map: conditioned on two times, both with a tangent",
+)
 def Flux3Transformer2DModel(draw: Draw, variant: int) -> dict:
     inputs = flux_inputs(draw, variant, axes=4)
     B = inputs["hidden_states"].shape[0]
@@ -54,8 +61,14 @@ def Flux3Transformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("flux", **FLUX_CONFIG, approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=2,
-      note="the mask is an outer product, so rows of padding are fully masked")
+@case(
+    "flux",
+    **FLUX_CONFIG,
+    approximator_num_channels=16,
+    approximator_hidden_dim=16,
+    approximator_layers=2,
+    note="the mask is an outer product, so rows of padding are fully masked",
+)
 def ChromaTransformer2DModel(draw: Draw, variant: int) -> dict:
     inputs = flux_inputs(draw, variant)
     _, N, _ = inputs["hidden_states"].shape
@@ -81,10 +94,26 @@ def BriaFiboTransformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("flux", in_channels=4, patch_size=2, dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=12,
-      injection_layer_ids=(1,), perceiver_num_layers=1, min_num_gist_tokens=2, max_num_gist_tokens=6,
-      gist_step=2, gist_min_text_len=2, gist_max_text_len=8, axes_dims=(4, 4, 4), axes_lens=(16, 16, 16),
-      note="gist counts are computed from text lengths by .tolist(): data-dependent Python")
+@case(
+    "flux",
+    in_channels=4,
+    patch_size=2,
+    dim=24,
+    n_layers=2,
+    n_refiner_layers=1,
+    n_heads=2,
+    cap_feat_dim=12,
+    injection_layer_ids=(1,),
+    perceiver_num_layers=1,
+    min_num_gist_tokens=2,
+    max_num_gist_tokens=6,
+    gist_step=2,
+    gist_min_text_len=2,
+    gist_max_text_len=8,
+    axes_dims=(4, 4, 4),
+    axes_lens=(16, 16, 16),
+    note="gist counts are computed from text lengths by .tolist(): data-dependent Python",
+)
 def BriaFibo2Transformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 8, 8, 5), (3, 4, 6, 7))
     return {
@@ -106,11 +135,25 @@ def LongCatImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     return flux_inputs(draw, variant)
 
 
-@case("krea", in_channels=8, num_layers=2, attention_head_dim=12, num_attention_heads=4,
-      num_key_value_heads=2, intermediate_size=24, timestep_embed_dim=8, text_hidden_dim=16,
-      num_text_layers=3, text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=24,
-      num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 4, 4),
-      note="grouped-query attention")
+@case(
+    "krea",
+    in_channels=8,
+    num_layers=2,
+    attention_head_dim=12,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=24,
+    timestep_embed_dim=8,
+    text_hidden_dim=16,
+    num_text_layers=3,
+    text_num_attention_heads=2,
+    text_num_key_value_heads=1,
+    text_intermediate_size=24,
+    num_layerwise_text_blocks=1,
+    num_refiner_text_blocks=1,
+    axes_dims_rope=(4, 4, 4),
+    note="grouped-query attention",
+)
 def Krea2Transformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, *FLUX_SHAPES)
     return {
@@ -122,8 +165,17 @@ def Krea2Transformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("qwen", patch_size=2, in_channels=8, out_channels=2, num_layers=2, attention_head_dim=12,
-      num_attention_heads=2, joint_attention_dim=12, axes_dims_rope=(4, 4, 4))
+@case(
+    "qwen",
+    patch_size=2,
+    in_channels=8,
+    out_channels=2,
+    num_layers=2,
+    attention_head_dim=12,
+    num_attention_heads=2,
+    joint_attention_dim=12,
+    axes_dims_rope=(4, 4, 4),
+)
 def QwenImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, *FLUX_SHAPES)
     return {
@@ -135,9 +187,19 @@ def QwenImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("ernie", hidden_size=24, num_attention_heads=2, num_layers=2, ffn_hidden_size=32, in_channels=4,
-      out_channels=4, patch_size=2, text_in_dim=12, rope_axes_dim=(4, 4, 4),
-      note="activations are laid out (sequence, batch, width)")
+@case(
+    "ernie",
+    hidden_size=24,
+    num_attention_heads=2,
+    num_layers=2,
+    ffn_hidden_size=32,
+    in_channels=4,
+    out_channels=4,
+    patch_size=2,
+    text_in_dim=12,
+    rope_axes_dim=(4, 4, 4),
+    note="activations are laid out (sequence, batch, width)",
+)
 def ErnieImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 8, 8, 5), (3, 4, 6, 7))
     return {
@@ -148,9 +210,18 @@ def ErnieImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("ideogram", in_channels=8, num_layers=2, attention_head_dim=12, num_attention_heads=2,
-      intermediate_size=24, adaln_dim=8, llm_features_dim=10, mrope_section=(2, 2, 2),
-      note="one packed sequence with per-token roles and a block-diagonal boolean mask; time times 1e4")
+@case(
+    "ideogram",
+    in_channels=8,
+    num_layers=2,
+    attention_head_dim=12,
+    num_attention_heads=2,
+    intermediate_size=24,
+    adaln_dim=8,
+    llm_features_dim=10,
+    mrope_section=(2, 2, 2),
+    note="one packed sequence with per-token roles and a block-diagonal boolean mask; time times 1e4",
+)
 def Ideogram4Transformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, *FLUX_SHAPES)
     N = L + H * W
@@ -168,9 +239,19 @@ def Ideogram4Transformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("qwen", patch_size=1, in_channels=8, out_channels=8, num_layers=2, attention_head_dim=12,
-      num_attention_heads=2, context_in_dim=12, mlp_ratio=2, axes_dims_rope=(4, 4, 4),
-      note="block-causal attention, one call per text or image segment; segments come from .tolist()")
+@case(
+    "qwen",
+    patch_size=1,
+    in_channels=8,
+    out_channels=8,
+    num_layers=2,
+    attention_head_dim=12,
+    num_attention_heads=2,
+    context_in_dim=12,
+    mlp_ratio=2,
+    axes_dims_rope=(4, 4, 4),
+    note="block-causal attention, one call per text or image segment; segments come from .tolist()",
+)
 def QwenImage21Transformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 4, 4, 6), (3, 2, 4, 7))
     is_image = torch.arange(L + H * W // 4) >= L
@@ -185,11 +266,24 @@ def QwenImage21Transformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("nucleus", patch_size=2, in_channels=8, out_channels=2, num_layers=2, attention_head_dim=12,
-      num_attention_heads=4, num_key_value_heads=2, joint_attention_dim=12, axes_dims_rope=(4, 4, 4),
-      mlp_ratio=4.0, dense_moe_strategy="leave_first_block_dense", num_experts=4, moe_intermediate_dim=10,
-      capacity_factors=2.0,
-      note="mixture of experts, grouped-query attention; expert sizes come from .tolist()")
+@case(
+    "nucleus",
+    patch_size=2,
+    in_channels=8,
+    out_channels=2,
+    num_layers=2,
+    attention_head_dim=12,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    joint_attention_dim=12,
+    axes_dims_rope=(4, 4, 4),
+    mlp_ratio=4.0,
+    dense_moe_strategy="leave_first_block_dense",
+    num_experts=4,
+    moe_intermediate_dim=10,
+    capacity_factors=2.0,
+    note="mixture of experts, grouped-query attention; expert sizes come from .tolist()",
+)
 def NucleusMoEImageTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, *FLUX_SHAPES)
     return {

@@ -1,6 +1,5 @@
 """Transformers for sound, proteins and parts of larger networks. B batch, N latent length, L text tokens."""
 
-
 import torch
 
 from .base import Draw, case, padding, pick
@@ -27,8 +26,13 @@ def Transformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("unet block", tangents=("hidden_states",), **UNET_BLOCK, qk_norm="rms_norm",
-      note="a block of a U-Net: time enters elsewhere")
+@case(
+    "unet block",
+    tangents=("hidden_states",),
+    **UNET_BLOCK,
+    qk_norm="rms_norm",
+    note="a block of a U-Net: time enters elsewhere",
+)
 def DreamLiteTransformer2DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 4, 4, 5), (3, 2, 3, 7))
     return {
@@ -38,16 +42,29 @@ def DreamLiteTransformer2DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("unet block", tangents=("hidden_states",), **UNET_BLOCK | {"cross_attention_dim": None},
-      positional_embeddings="sinusoidal", num_positional_embeddings=4,
-      note="attention over the frames of a U-Net: time enters elsewhere")
+@case(
+    "unet block",
+    tangents=("hidden_states",),
+    **UNET_BLOCK | {"cross_attention_dim": None},
+    positional_embeddings="sinusoidal",
+    num_positional_embeddings=4,
+    note="attention over the frames of a U-Net: time enters elsewhere",
+)
 def TransformerTemporalModel(draw: Draw, variant: int) -> dict:
     B, T, H, W = pick(variant, (2, 3, 4, 4), (3, 4, 2, 3))
     return {"hidden_states": draw.normal(B * T, 8, H, W), "num_frames": T}
 
 
-@case("prior", num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=12, num_embeddings=5,
-      additional_embeddings=4, note="predicts an image embedding; a causal additive mask, repeated per head")
+@case(
+    "prior",
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=2,
+    embedding_dim=12,
+    num_embeddings=5,
+    additional_embeddings=4,
+    note="predicts an image embedding; a causal additive mask, repeated per head",
+)
 def PriorTransformer(draw: Draw, variant: int) -> dict:
     B = pick(variant, 2, 3)
     return {
@@ -59,10 +76,21 @@ def PriorTransformer(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("audio", tangents=("hidden_states", "timestep", "timestep_r"), hidden_size=24, intermediate_size=32,
-      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6, in_channels=10,
-      audio_acoustic_hidden_dim=4, patch_size=2, sliding_window=2,
-      note="a flow map: two times; sliding-window mask, grouped-query attention, odd lengths are padded")
+@case(
+    "audio",
+    tangents=("hidden_states", "timestep", "timestep_r"),
+    hidden_size=24,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    in_channels=10,
+    audio_acoustic_hidden_dim=4,
+    patch_size=2,
+    sliding_window=2,
+    note="a flow map: two times; sliding-window mask, grouped-query attention, odd lengths are padded",
+)
 def AceStepTransformer1DModel(draw: Draw, variant: int) -> dict:
     B, N, L = pick(variant, (2, 12, 5), (3, 9, 7))
     return {
@@ -87,9 +115,21 @@ def LongCatAudioDiTTransformer(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("audio", sample_size=16, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-      num_key_value_attention_heads=2, out_channels=4, cross_attention_dim=16, time_proj_dim=8,
-      global_states_input_dim=6, cross_attention_input_dim=10, note="grouped-query attention")
+@case(
+    "audio",
+    sample_size=16,
+    in_channels=4,
+    num_layers=2,
+    attention_head_dim=8,
+    num_attention_heads=4,
+    num_key_value_attention_heads=2,
+    out_channels=4,
+    cross_attention_dim=16,
+    time_proj_dim=8,
+    global_states_input_dim=6,
+    cross_attention_input_dim=10,
+    note="grouped-query attention",
+)
 def StableAudioDiTModel(draw: Draw, variant: int) -> dict:
     B, N, L = pick(variant, (2, 12, 5), (3, 9, 7))
     angles = draw.normal(N + 1, 2).repeat(1, 2)
@@ -102,9 +142,21 @@ def StableAudioDiTModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("audio", io_channels=4, embed_dim=16, depth=2, num_heads=2, cond_token_dim=10, global_cond_dim=6,
-      local_add_cond_dim=5, timestep_features_dim=8, ff_mult=2.0, num_memory_tokens=3, tolerance=1e-2,
-      note="differential attention: the difference of two softmax attentions")
+@case(
+    "audio",
+    io_channels=4,
+    embed_dim=16,
+    depth=2,
+    num_heads=2,
+    cond_token_dim=10,
+    global_cond_dim=6,
+    local_add_cond_dim=5,
+    timestep_features_dim=8,
+    ff_mult=2.0,
+    num_memory_tokens=3,
+    tolerance=1e-2,
+    note="differential attention: the difference of two softmax attentions",
+)
 def StableAudio3DiTModel(draw: Draw, variant: int) -> dict:
     B, N, L = pick(variant, (2, 12, 5), (3, 9, 7))
     return {
@@ -117,8 +169,18 @@ def StableAudio3DiTModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("audio", tangents=("decoder_input_tokens", "decoder_noise_time"), input_dims=4, targets_length=16,
-      d_model=16, num_layers=2, num_heads=2, d_kv=8, d_ff=24, note="positions are a frozen embedding")
+@case(
+    "audio",
+    tangents=("decoder_input_tokens", "decoder_noise_time"),
+    input_dims=4,
+    targets_length=16,
+    d_model=16,
+    num_layers=2,
+    num_heads=2,
+    d_kv=8,
+    d_ff=24,
+    note="positions are a frozen embedding",
+)
 def T5FilmDecoder(draw: Draw, variant: int) -> dict:
     B, N, L = pick(variant, (2, 12, 5), (3, 9, 7))
     mask = padding(L, *pick(variant, (5, 3), (7, 2, 5))).double()
@@ -129,8 +191,17 @@ def T5FilmDecoder(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("minimax", in_channels=4, condition_dim=10, num_layers=2, num_attention_heads=2, attention_head_dim=8,
-      ff_inner_dim=24, rotary_dim=4, fourier_embedding_dim=8)
+@case(
+    "minimax",
+    in_channels=4,
+    condition_dim=10,
+    num_layers=2,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    ff_inner_dim=24,
+    rotary_dim=4,
+    fourier_embedding_dim=8,
+)
 def MiniMaxMusic3Transformer1DModel(draw: Draw, variant: int) -> dict:
     B, N = pick(variant, (2, 12), (3, 9))
     return {
@@ -140,21 +211,44 @@ def MiniMaxMusic3Transformer1DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("minimax", tangents=("inputs_embeds",), hidden_size=16, num_layers=2, num_attention_heads=2,
-      intermediate_size=24, audio_vocab_size=9, num_codebooks=3, max_position_embeddings=8,
-      note="an autoregressive decoder of codes, causal attention; it knows no time")
+@case(
+    "minimax",
+    tangents=("inputs_embeds",),
+    hidden_size=16,
+    num_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    audio_vocab_size=9,
+    num_codebooks=3,
+    max_position_embeddings=8,
+    note="an autoregressive decoder of codes, causal attention; it knows no time",
+)
 def MiniMaxMusic3RVQDepthDecoder(draw: Draw, variant: int) -> dict:
     B, N = pick(variant, (2, 5), (3, 7))
     return {"inputs_embeds": draw.normal(B, N, 16)}
 
 
-@case("protein", tangents=("bb_ca", "local_latents", "bb_ca_time", "local_latents_time"), nlayers=2,
-      token_dim=16, nheads=2, dim_cond=8, pair_repr_dim=12, latent_dim=4, token_type_emb_dim=4, t_emb_dim=8,
-      seq_sep_dim=4, xt_pair_dist_dim=6, tri_mult_c=8, num_sequence_classes=5,
-      feats_seq=("xt_bb_ca", "xt_local_latents", "token_type"),
-      feats_cond_seq=("time_emb_bb_ca", "time_emb_local_latents"),
-      feats_pair_repr=("xt_bb_ca_pair_dists", "molecule_idx_pair"), update_pair_repr_every_n=1,
-      note="pair-biased attention and triangle updates; binned distances have no tangent; four outputs")
+@case(
+    "protein",
+    tangents=("bb_ca", "local_latents", "bb_ca_time", "local_latents_time"),
+    nlayers=2,
+    token_dim=16,
+    nheads=2,
+    dim_cond=8,
+    pair_repr_dim=12,
+    latent_dim=4,
+    token_type_emb_dim=4,
+    t_emb_dim=8,
+    seq_sep_dim=4,
+    xt_pair_dist_dim=6,
+    tri_mult_c=8,
+    num_sequence_classes=5,
+    feats_seq=("xt_bb_ca", "xt_local_latents", "token_type"),
+    feats_cond_seq=("time_emb_bb_ca", "time_emb_local_latents"),
+    feats_pair_repr=("xt_bb_ca_pair_dists", "molecule_idx_pair"),
+    update_pair_repr_every_n=1,
+    note="pair-biased attention and triangle updates; binned distances have no tangent; four outputs",
+)
 def RFD4ProteinaTransformer(draw: Draw, variant: int) -> dict:
     B, N = pick(variant, (2, 5), (3, 7))
     return {

@@ -5,8 +5,17 @@ import torch
 from .base import Draw, case, padding, pick
 
 
-@case("ltx", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
-      cross_attention_dim=16, caption_channels=12, tolerance=1e-3)
+@case(
+    "ltx",
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=2,
+    cross_attention_dim=16,
+    caption_channels=12,
+    tolerance=1e-3,
+)
 def LTXVideoTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 4, 4, 5), (3, 3, 2, 3, 7))
     return {
@@ -20,9 +29,21 @@ def LTXVideoTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("hunyuan", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1,
-      num_single_layers=1, num_refiner_layers=1, mlp_ratio=2.0, guidance_embeds=True, text_embed_dim=12,
-      pooled_projection_dim=10, rope_axes_dim=(2, 4, 2))
+@case(
+    "hunyuan",
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=1,
+    num_single_layers=1,
+    num_refiner_layers=1,
+    mlp_ratio=2.0,
+    guidance_embeds=True,
+    text_embed_dim=12,
+    pooled_projection_dim=10,
+    rope_axes_dim=(2, 4, 2),
+)
 def HunyuanVideoTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 4, 4, 5), (3, 3, 4, 6, 7))
     return {
@@ -35,10 +56,22 @@ def HunyuanVideoTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("cosmos", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
-      mlp_ratio=2.0, text_embed_dim=10, adaln_lora_dim=4, max_size=(4, 8, 8), patch_size=(1, 2, 2),
-      extra_pos_embed_type=None, concat_padding_mask=False,
-      note="left out: learnable positions refuse float64, and concat_padding_mask needs torchvision")
+@case(
+    "cosmos",
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    num_layers=2,
+    mlp_ratio=2.0,
+    text_embed_dim=10,
+    adaln_lora_dim=4,
+    max_size=(4, 8, 8),
+    patch_size=(1, 2, 2),
+    extra_pos_embed_type=None,
+    concat_padding_mask=False,
+    note="left out: learnable positions refuse float64, and concat_padding_mask needs torchvision",
+)
 def CosmosTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 4, 4, 5), (3, 3, 4, 6, 7))
     return {
@@ -50,10 +83,24 @@ def CosmosTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("cogvideox", num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
-      time_embed_dim=8, ofs_embed_dim=8, text_embed_dim=10, num_layers=2, sample_width=8, sample_height=8,
-      sample_frames=9, patch_size=2, patch_size_t=2, max_text_seq_length=5,
-      use_rotary_positional_embeddings=True)
+@case(
+    "cogvideox",
+    num_attention_heads=2,
+    attention_head_dim=16,
+    in_channels=4,
+    out_channels=4,
+    time_embed_dim=8,
+    ofs_embed_dim=8,
+    text_embed_dim=10,
+    num_layers=2,
+    sample_width=8,
+    sample_height=8,
+    sample_frames=9,
+    patch_size=2,
+    patch_size_t=2,
+    max_text_seq_length=5,
+    use_rotary_positional_embeddings=True,
+)
 def CogVideoXTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 4, 4, 5), (3, 4, 4, 6, 7))
     angles = draw.normal(T // 2 * H // 2 * W // 2, 8).repeat_interleave(2, dim=1)
@@ -66,8 +113,17 @@ def CogVideoXTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("mochi", patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2, in_channels=4,
-      pooled_projection_dim=10, text_embed_dim=16, time_embed_dim=8)
+@case(
+    "mochi",
+    patch_size=2,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=2,
+    in_channels=4,
+    pooled_projection_dim=10,
+    text_embed_dim=16,
+    time_embed_dim=8,
+)
 def MochiTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 4, 4, 5), (3, 3, 4, 6, 7))
     return {
@@ -78,10 +134,23 @@ def MochiTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("kandinsky", in_visual_dim=4, in_text_dim=12, in_text_dim2=10, time_dim=8, out_visual_dim=4,
-      model_dim=24, ff_dim=32, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 4, 4), visual_cond=True,
-      cast=("time_embeddings.in_layer",), tolerance=5e-2,
-      note="channels last; rotated queries and keys are rounded to bfloat16 whatever the dtype")
+@case(
+    "kandinsky",
+    in_visual_dim=4,
+    in_text_dim=12,
+    in_text_dim2=10,
+    time_dim=8,
+    out_visual_dim=4,
+    model_dim=24,
+    ff_dim=32,
+    num_text_blocks=1,
+    num_visual_blocks=2,
+    axes_dims=(4, 4, 4),
+    visual_cond=True,
+    cast=("time_embeddings.in_layer",),
+    tolerance=5e-2,
+    note="channels last; rotated queries and keys are rounded to bfloat16 whatever the dtype",
+)
 def Kandinsky5Transformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 4, 4, 5), (3, 3, 4, 6, 7))
     return {
@@ -94,11 +163,26 @@ def Kandinsky5Transformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("kandinsky", tangents=("hidden_states", "timestep", "audio_hidden_states"), in_visual_dim=4,
-      out_visual_dim=4, in_text_dim=12, in_text_dim2=10, time_dim=8, model_dim=24, ff_dim=32,
-      num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 4, 4), in_audio_dim=6, out_audio_dim=6,
-      ca_rope=True, cross_gates=True, visual_token_type_num_embeddings=3,
-      note="video and sound latents; two outputs; channels last")
+@case(
+    "kandinsky",
+    tangents=("hidden_states", "timestep", "audio_hidden_states"),
+    in_visual_dim=4,
+    out_visual_dim=4,
+    in_text_dim=12,
+    in_text_dim2=10,
+    time_dim=8,
+    model_dim=24,
+    ff_dim=32,
+    num_text_blocks=1,
+    num_visual_blocks=2,
+    axes_dims=(4, 4, 4),
+    in_audio_dim=6,
+    out_audio_dim=6,
+    ca_rope=True,
+    cross_gates=True,
+    visual_token_type_num_embeddings=3,
+    note="video and sound latents; two outputs; channels last",
+)
 def Kandinsky6Transformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 4, 4, 5), (3, 3, 4, 6, 7))
     return {
@@ -112,16 +196,37 @@ def Kandinsky6Transformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("kandinsky", in_visual_dim=4, out_visual_dim=4, time_dim=8, model_dim=24, ff_dim=32,
-      num_visual_blocks=2, axes_dims=(4, 4, 4), nabla_threshold=0.5, nabla_window=(1, 1, 1),
-      note="flex attention over blocks of 64 tokens; their mask is computed from q and k by a sort")
+@case(
+    "kandinsky",
+    in_visual_dim=4,
+    out_visual_dim=4,
+    time_dim=8,
+    model_dim=24,
+    ff_dim=32,
+    num_visual_blocks=2,
+    axes_dims=(4, 4, 4),
+    nabla_threshold=0.5,
+    nabla_window=(1, 1, 1),
+    note="flex attention over blocks of 64 tokens; their mask is computed from q and k by a sort",
+)
 def Kandinsky6SRTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W = pick(variant, (2, 2, 8, 8), (1, 1, 8, 16))
     return {"hidden_states": draw.normal(B, T, H, W, 9), "timestep": draw.time(B)}
 
 
-@case("allegro", num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, num_layers=2,
-      cross_attention_dim=24, sample_height=8, sample_width=8, sample_frames=2, caption_channels=10)
+@case(
+    "allegro",
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    num_layers=2,
+    cross_attention_dim=24,
+    sample_height=8,
+    sample_width=8,
+    sample_frames=2,
+    caption_channels=10,
+)
 def AllegroTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 4, 4, 5), (3, 3, 4, 6, 7))
     N = T * H * W // 4
@@ -137,10 +242,24 @@ def AllegroTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("latte", num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
-      cross_attention_dim=16, sample_size=8, patch_size=2, activation_fn="gelu-approximate",
-      num_embeds_ada_norm=10, norm_type="ada_norm_single", norm_elementwise_affine=False, caption_channels=10,
-      video_length=3, note="spatial and temporal attention in turn; the number of frames is fixed")
+@case(
+    "latte",
+    num_attention_heads=2,
+    attention_head_dim=8,
+    in_channels=4,
+    out_channels=8,
+    num_layers=2,
+    cross_attention_dim=16,
+    sample_size=8,
+    patch_size=2,
+    activation_fn="gelu-approximate",
+    num_embeds_ada_norm=10,
+    norm_type="ada_norm_single",
+    norm_elementwise_affine=False,
+    caption_channels=10,
+    video_length=3,
+    note="spatial and temporal attention in turn; the number of frames is fixed",
+)
 def LatteTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, H, W, L = pick(variant, (2, 4, 4, 5), (3, 4, 6, 7))
     return {
@@ -150,9 +269,23 @@ def LatteTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("easyanimate", num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
-      patch_size=2, sample_width=8, sample_height=8, num_layers=2, mmdit_layers=1, time_embed_dim=8,
-      add_norm_text_encoder=True, text_embed_dim=12, text_embed_dim_t5=12, after_norm=True)
+@case(
+    "easyanimate",
+    num_attention_heads=2,
+    attention_head_dim=16,
+    in_channels=4,
+    out_channels=4,
+    patch_size=2,
+    sample_width=8,
+    sample_height=8,
+    num_layers=2,
+    mmdit_layers=1,
+    time_embed_dim=8,
+    add_norm_text_encoder=True,
+    text_embed_dim=12,
+    text_embed_dim_t5=12,
+    after_norm=True,
+)
 def EasyAnimateTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 4, 4, 5), (3, 3, 4, 6, 7))
     return {
@@ -163,12 +296,36 @@ def EasyAnimateTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("cogvideox", num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
-      time_embed_dim=8, text_embed_dim=10, num_layers=2, sample_width=8, sample_height=8, sample_frames=9,
-      max_text_seq_length=5, use_rotary_positional_embeddings=True, is_train_face=True, cross_attn_interval=1,
-      cross_attn_dim_head=8, cross_attn_num_heads=2, LFE_id_dim=10, LFE_vit_dim=12, LFE_depth=2,
-      LFE_dim_head=8, LFE_num_heads=2, LFE_num_id_token=2, LFE_num_querie=3, LFE_output_dim=16, LFE_ff_mult=2,
-      LFE_num_scale=2, note="hand-written softmax attention in the face branch")
+@case(
+    "cogvideox",
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    time_embed_dim=8,
+    text_embed_dim=10,
+    num_layers=2,
+    sample_width=8,
+    sample_height=8,
+    sample_frames=9,
+    max_text_seq_length=5,
+    use_rotary_positional_embeddings=True,
+    is_train_face=True,
+    cross_attn_interval=1,
+    cross_attn_dim_head=8,
+    cross_attn_num_heads=2,
+    LFE_id_dim=10,
+    LFE_vit_dim=12,
+    LFE_depth=2,
+    LFE_dim_head=8,
+    LFE_num_heads=2,
+    LFE_num_id_token=2,
+    LFE_num_querie=3,
+    LFE_output_dim=16,
+    LFE_ff_mult=2,
+    LFE_num_scale=2,
+    note="hand-written softmax attention in the face branch",
+)
 def ConsisIDTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 4, 4, 5), (3, 3, 4, 6, 7))
     angles = draw.normal(T * H // 2 * W // 2, 6).repeat_interleave(2, dim=1)
@@ -182,11 +339,24 @@ def ConsisIDTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("hunyuan", tangents=("hidden_states", "timestep", "timestep_r"), in_channels=4, out_channels=4,
-      num_attention_heads=2, attention_head_dim=8, num_layers=2, num_refiner_layers=1, mlp_ratio=2.0,
-      patch_size=2, text_embed_dim=12, text_embed_2_dim=10, image_embed_dim=6, rope_axes_dim=(2, 4, 2),
-      use_meanflow=True,
-      note="a MeanFlow model: two times; `if torch.all(image == 0)` and boolean indexing are data-dependent")
+@case(
+    "hunyuan",
+    tangents=("hidden_states", "timestep", "timestep_r"),
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=2,
+    num_refiner_layers=1,
+    mlp_ratio=2.0,
+    patch_size=2,
+    text_embed_dim=12,
+    text_embed_2_dim=10,
+    image_embed_dim=6,
+    rope_axes_dim=(2, 4, 2),
+    use_meanflow=True,
+    note="a MeanFlow model: two times; `if torch.all(image == 0)` and boolean indexing are data-dependent",
+)
 def HunyuanVideo15Transformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 4, 4, 5), (3, 3, 4, 6, 7))
     return {
@@ -201,10 +371,24 @@ def HunyuanVideo15Transformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("hunyuan", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1,
-      num_single_layers=1, num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=12, pooled_projection_dim=10,
-      rope_axes_dim=(2, 4, 2), has_image_proj=True, image_proj_dim=6, has_clean_x_embedder=True,
-      note="history frames at three resolutions; with a batch of one the text is cut to its length")
+@case(
+    "hunyuan",
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=1,
+    num_single_layers=1,
+    num_refiner_layers=1,
+    mlp_ratio=2.0,
+    text_embed_dim=12,
+    pooled_projection_dim=10,
+    rope_axes_dim=(2, 4, 2),
+    has_image_proj=True,
+    image_proj_dim=6,
+    has_clean_x_embedder=True,
+    note="history frames at three resolutions; with a batch of one the text is cut to its length",
+)
 def HunyuanVideoFramepackTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 8, 8, 5), (1, 3, 8, 16, 7))
     frames = torch.arange(T + 7)
@@ -226,12 +410,28 @@ def HunyuanVideoFramepackTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("ltx", tangents=("hidden_states", "audio_hidden_states", "timestep", "sigma"), in_channels=4,
-      out_channels=4, num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24, gated_attn=True,
-      cross_attn_mod=True, audio_in_channels=6, audio_out_channels=6, audio_num_attention_heads=2,
-      audio_attention_head_dim=8, audio_cross_attention_dim=16, audio_gated_attn=True,
-      audio_cross_attn_mod=True, num_layers=2, caption_channels=10, tolerance=1e-3,
-      note="video and sound streams that attend to each other; two outputs")
+@case(
+    "ltx",
+    tangents=("hidden_states", "audio_hidden_states", "timestep", "sigma"),
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    cross_attention_dim=24,
+    gated_attn=True,
+    cross_attn_mod=True,
+    audio_in_channels=6,
+    audio_out_channels=6,
+    audio_num_attention_heads=2,
+    audio_attention_head_dim=8,
+    audio_cross_attention_dim=16,
+    audio_gated_attn=True,
+    audio_cross_attn_mod=True,
+    num_layers=2,
+    caption_channels=10,
+    tolerance=1e-3,
+    note="video and sound streams that attend to each other; two outputs",
+)
 def LTX2VideoTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 4, 4, 5), (3, 3, 2, 3, 7))
     mask = padding(L, *pick(variant, (5, 3), (7, 2, 5))).double()
@@ -251,10 +451,22 @@ def LTX2VideoTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("ltx", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12,
-      cross_attention_dim=24, audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2,
-      audio_attention_head_dim=8, audio_cross_attention_dim=16, num_layers=2, caption_channels=10,
-      note="holds the unused sound stream of its parent")
+@case(
+    "ltx",
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    cross_attention_dim=24,
+    audio_in_channels=4,
+    audio_out_channels=4,
+    audio_num_attention_heads=2,
+    audio_attention_head_dim=8,
+    audio_cross_attention_dim=16,
+    num_layers=2,
+    caption_channels=10,
+    note="holds the unused sound stream of its parent",
+)
 def SanaWMLTX2RefinerTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, N, L = pick(variant, (2, 16, 5), (3, 18, 7))
     angles = draw.normal(1, N, 12).repeat_interleave(2, dim=-1)
@@ -267,10 +479,23 @@ def SanaWMLTX2RefinerTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("motif", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1,
-      num_single_layers=2, num_decoder_layers=1, mlp_ratio=2.0, text_embed_dim=12, image_embed_dim=6,
-      rope_axes_dim=(2, 4, 2), enable_text_cross_attention_dual=True, enable_text_cross_attention_single=True,
-      cast=("time_text_embed.timestep_embedder.linear_1",))
+@case(
+    "motif",
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=1,
+    num_single_layers=2,
+    num_decoder_layers=1,
+    mlp_ratio=2.0,
+    text_embed_dim=12,
+    image_embed_dim=6,
+    rope_axes_dim=(2, 4, 2),
+    enable_text_cross_attention_dual=True,
+    enable_text_cross_attention_single=True,
+    cast=("time_text_embed.timestep_embedder.linear_1",),
+)
 def MotifVideoTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 4, 4, 5), (3, 3, 4, 6, 7))
     return {
@@ -282,9 +507,21 @@ def MotifVideoTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("sana", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
-      num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=12,
-      rope_max_seq_len=16, guidance_embeds=True, note="linear self-attention with rotary factors")
+@case(
+    "sana",
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    num_layers=2,
+    num_cross_attention_heads=2,
+    cross_attention_head_dim=12,
+    cross_attention_dim=24,
+    caption_channels=12,
+    rope_max_seq_len=16,
+    guidance_embeds=True,
+    note="linear self-attention with rotary factors",
+)
 def SanaVideoTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 4, 4, 5), (3, 3, 4, 6, 7))
     return {
@@ -296,9 +533,21 @@ def SanaVideoTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("sana", tangents=("hidden_states",), in_channels=4, num_layers=2, hidden_size=32, num_attention_heads=2,
-      softmax_every_n=2, linear_head_dim=16, caption_channels=10, mlp_ratio=2.0, chunk_plucker_channels=6,
-      chunk_plucker_post_attn_blocks=2, note="gated delta rule; rounds the timestep to an integer by .long()")
+@case(
+    "sana",
+    tangents=("hidden_states",),
+    in_channels=4,
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=2,
+    softmax_every_n=2,
+    linear_head_dim=16,
+    caption_channels=10,
+    mlp_ratio=2.0,
+    chunk_plucker_channels=6,
+    chunk_plucker_post_attn_blocks=2,
+    note="gated delta rule; rounds the timestep to an integer by .long()",
+)
 def SanaWMTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 2, 2, 5), (3, 3, 2, 3, 7))
     poses = torch.eye(4, dtype=torch.float64).repeat(B, T, 1, 1)
@@ -314,10 +563,21 @@ def SanaWMTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("cosmos", tangents=("vision_tokens.0", "vision_timesteps"), head_dim=12, hidden_size=24,
-      intermediate_size=32, latent_channel=4, num_attention_heads=4, num_hidden_layers=2,
-      num_key_value_heads=2, patch_latent_dim=16, vocab_size=20, rope_axes_dim=(2, 2, 2),
-      note="packed text and vision without a batch; grouped-query attention, two towers")
+@case(
+    "cosmos",
+    tangents=("vision_tokens.0", "vision_timesteps"),
+    head_dim=12,
+    hidden_size=24,
+    intermediate_size=32,
+    latent_channel=4,
+    num_attention_heads=4,
+    num_hidden_layers=2,
+    num_key_value_heads=2,
+    patch_latent_dim=16,
+    vocab_size=20,
+    rope_axes_dim=(2, 2, 2),
+    note="packed text and vision without a batch; grouped-query attention, two towers",
+)
 def Cosmos3OmniTransformer(draw: Draw, variant: int) -> dict:
     T, H, W, L = pick(variant, (2, 4, 4, 5), (3, 4, 6, 7))
     tokens = H // 2 * W // 2
@@ -338,11 +598,24 @@ def Cosmos3OmniTransformer(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("minimax", tangents=("hidden_states", "audio_hidden_states", "timestep"), num_attention_heads=2,
-      attention_head_dim=12, hidden_size=24, num_layers=2, num_refiner_layers=1, ffn_dim=32, in_channels=4,
-      audio_in_channels=6, text_dim=10, freq_dim=8, time_embed_hidden_dim=16, time_embed_dim=12,
-      rope_freq_dim=2,
-      note="one packed sequence of text, video and sound, with per-token modulation by index")
+@case(
+    "minimax",
+    tangents=("hidden_states", "audio_hidden_states", "timestep"),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    hidden_size=24,
+    num_layers=2,
+    num_refiner_layers=1,
+    ffn_dim=32,
+    in_channels=4,
+    audio_in_channels=6,
+    text_dim=10,
+    freq_dim=8,
+    time_embed_hidden_dim=16,
+    time_embed_dim=12,
+    rope_freq_dim=2,
+    note="one packed sequence of text, video and sound, with per-token modulation by index",
+)
 def MiniMaxH3Transformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (1, 2, 2, 2, 5), (2, 3, 2, 3, 7))
     lengths = L, T * H * W, 2 * T

@@ -44,15 +44,25 @@ def WanTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("wan", **WAN_CONFIG, **IMAGE_CONFIG, rope_temporal_skip_len=4,
-      note="with two frames the second one is placed rope_temporal_skip_len later")
+@case(
+    "wan",
+    **WAN_CONFIG,
+    **IMAGE_CONFIG,
+    rope_temporal_skip_len=4,
+    note="with two frames the second one is placed rope_temporal_skip_len later",
+)
 def ChronoEditTransformer3DModel(draw: Draw, variant: int) -> dict:
     inputs = wan_inputs(draw, variant)
     return inputs | {"encoder_hidden_states_image": draw.normal(inputs["hidden_states"].shape[0], 257, 14)}
 
 
-@case("wan", tangents=("hidden_states", "timestep", "r_timestep"), **WAN_CONFIG, rope_max_seq_len=16,
-      note="a flow map: two times, both per frame")
+@case(
+    "wan",
+    tangents=("hidden_states", "timestep", "r_timestep"),
+    **WAN_CONFIG,
+    rope_max_seq_len=16,
+    note="a flow map: two times, both per frame",
+)
 def AnyFlowTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, *SHAPES)
     return {
@@ -63,9 +73,15 @@ def AnyFlowTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("wan", tangents=("hidden_states", "timestep", "r_timestep"), **WAN_CONFIG, rope_max_seq_len=16,
-      compressed_patch_size=(1, 4, 4), full_chunk_limit=2,
-      note="flex attention with a block mask built in Python; far chunks are compressed")
+@case(
+    "wan",
+    tangents=("hidden_states", "timestep", "r_timestep"),
+    **WAN_CONFIG,
+    rope_max_seq_len=16,
+    compressed_patch_size=(1, 4, 4),
+    full_chunk_limit=2,
+    note="flex attention with a block mask built in Python; far chunks are compressed",
+)
 def AnyFlowFARTransformer3DModel(draw: Draw, variant: int) -> dict:
     chunks = pick(variant, [1, 1, 2], [1, 2, 1])
     B, L = pick(variant, (2, 5), (1, 7))
@@ -79,8 +95,14 @@ def AnyFlowFARTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("wan", **WAN_CONFIG, rope_dim=(4, 4, 4), is_amplify_history=True, history_scale_mode="per_head",
-      note="history frames at three resolutions, which see time zero")
+@case(
+    "wan",
+    **WAN_CONFIG,
+    rope_dim=(4, 4, 4),
+    is_amplify_history=True,
+    history_scale_mode="per_head",
+    note="history frames at three resolutions, which see time zero",
+)
 def HeliosTransformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 8, 8, 5), (3, 3, 8, 16, 7))
     frames = torch.arange(T + 8).repeat(B, 1)
@@ -98,16 +120,27 @@ def HeliosTransformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("wan", **WAN_CONFIG, rope_max_seq_len=16, vace_layers=[0, 1], vace_in_channels=6,
-      note="a second stack of blocks for the control video")
+@case(
+    "wan",
+    **WAN_CONFIG,
+    rope_max_seq_len=16,
+    vace_layers=[0, 1],
+    vace_in_channels=6,
+    note="a second stack of blocks for the control video",
+)
 def WanVACETransformer3DModel(draw: Draw, variant: int) -> dict:
     inputs = wan_inputs(draw, variant)
     B, _, T, H, W = inputs["hidden_states"].shape
     return inputs | {"control_hidden_states": draw.normal(B, 6, T, H, W)}
 
 
-@case("wan", **WAN_CONFIG, **IMAGE_CONFIG, num_frame_per_block=2,
-      note="a causal mask over blocks of frames; diffusion forcing gives every frame its own time")
+@case(
+    "wan",
+    **WAN_CONFIG,
+    **IMAGE_CONFIG,
+    num_frame_per_block=2,
+    note="a causal mask over blocks of frames; diffusion forcing gives every frame its own time",
+)
 def SkyReelsV2Transformer3DModel(draw: Draw, variant: int) -> dict:
     B, T, H, W, L = pick(variant, (2, 2, 4, 4, 5), (3, 4, 4, 6, 7))
     forcing = variant == 1
@@ -120,10 +153,21 @@ def SkyReelsV2Transformer3DModel(draw: Draw, variant: int) -> dict:
     }
 
 
-@case("wan", **{**WAN_CONFIG, "in_channels": 12}, **IMAGE_CONFIG, latent_channels=4, motion_encoder_size=8,
-      motion_encoder_channel_sizes={"4": 4, "8": 4}, motion_style_dim=6, motion_dim=3, motion_encoder_dim=6,
-      face_encoder_hidden_dim=8, face_encoder_num_heads=2, inject_face_latents_blocks=1,
-      note="adds the pose into a slice in place; a QR decomposition on the inactive face branch")
+@case(
+    "wan",
+    **{**WAN_CONFIG, "in_channels": 12},
+    **IMAGE_CONFIG,
+    latent_channels=4,
+    motion_encoder_size=8,
+    motion_encoder_channel_sizes={"4": 4, "8": 4},
+    motion_style_dim=6,
+    motion_dim=3,
+    motion_encoder_dim=6,
+    face_encoder_hidden_dim=8,
+    face_encoder_num_heads=2,
+    inject_face_latents_blocks=1,
+    note="adds the pose into a slice in place; a QR decomposition on the inactive face branch",
+)
 def WanAnimateTransformer3DModel(draw: Draw, variant: int) -> dict:
     inputs = wan_inputs(draw, variant)
     B, _, T, H, W = inputs["hidden_states"].shape
@@ -148,9 +192,21 @@ def fill_mask_cache(model: nn.Module) -> None:
             model.block_masks[frames, tokens] = model.create_mask(frames, tokens, torch.device("cpu"))
 
 
-@case("wan", tangents=("hidden_states.0", "timestep"), prepare=fill_mask_cache, text_len=8, in_dim=8, dim=24,
-      ffn_dim=16, freq_dim=8, text_dim=10, out_dim=4, num_heads=2, num_layers=2,
-      note="lists of latents; flex attention over cached reference keys and values; output in float32")
+@case(
+    "wan",
+    tangents=("hidden_states.0", "timestep"),
+    prepare=fill_mask_cache,
+    text_len=8,
+    in_dim=8,
+    dim=24,
+    ffn_dim=16,
+    freq_dim=8,
+    text_dim=10,
+    out_dim=4,
+    num_heads=2,
+    num_layers=2,
+    note="lists of latents; flex attention over cached reference keys and values; output in float32",
+)
 def WanAnimate2Transformer3DModel(draw: Draw, variant: int) -> dict:
     T, H, W, L = pick(variant, *ANIMATE_SHAPES)
     N = T * H // 2 * W // 2

@@ -60,9 +60,7 @@ class AllDouble(TorchFunctionMode):
         return func(*map(widen, args), **{k: widen(v) for k, v in (kwargs or {}).items()})
 
 
-def oracle(
-    model: nn.Module, inputs: Inputs, tangents: dict[str, Tensor]
-) -> tuple[list[Tensor], list[Tensor], str]:
+def oracle(model: nn.Module, inputs: Inputs, tangents: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor], str]:
     """Outputs, their tangents, and their source: "forward AD" or, where that raises, "differences".
 
     Both run in float64 with the math attention. Forward AD does the model's own arithmetic: where the model
@@ -75,9 +73,7 @@ def oracle(
         return *differences(model, inputs, tangents), "differences"
 
 
-def forward_ad(
-    model: nn.Module, inputs: Inputs, tangents: dict[str, Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
+def forward_ad(model: nn.Module, inputs: Inputs, tangents: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     paths = list(tangents)
 
     def f(*leaves: Tensor) -> tuple[Tensor, ...]:
@@ -103,8 +99,7 @@ def differences(
         y = float_leaves(model(**inputs))
         with AllDouble():
             slopes = [
-                [(a.double() - b.double()) / (2 * h) for a, b in zip(f(h), f(-h))]
-                for h in (step, step / 2, step / 4)
+                [(a.double() - b.double()) / (2 * h) for a, b in zip(f(h), f(-h))] for h in (step, step / 2, step / 4)
             ]
     d0, d1, d2 = ([torch.as_tensor(d) for d in row] for row in slopes)
     r0 = [(4 * b - a) / 3 for a, b in zip(d0, d1)]

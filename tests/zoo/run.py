@@ -68,7 +68,7 @@ class Result:
 
 
 class DoubleBackend(Backend):
-    """Turns a model's own casts to narrower types into float64, as AllDouble does for the oracle: 1e-9 means something."""
+    """Turns a model's own casts to narrower types into float64, as AllDouble does for the oracle."""
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         for module in gm.modules():

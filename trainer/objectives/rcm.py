@@ -27,6 +27,4 @@ def rcm_loss(
     if iteration <= config.tangent_warmup:
         return loss
     steps = 1 + iteration % config.simulation_steps
-    return loss + config.dmd_weight * dmd_loss(
-        student, teacher, batch, rng, fake=fake, config=config, steps=steps
-    )
+    return loss + config.dmd_weight * dmd_loss(student, teacher, batch, rng, fake=fake, config=config, steps=steps)
