@@ -221,8 +221,9 @@ class _SymbolicSizes:
             value = node.meta.get("val")
             if isinstance(value, Tensor):
                 for dim, size in enumerate(value.shape):
-                    symbolic = isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
-                    if symbolic and size.node.expr not in self._nodes:
+                    if not isinstance(size, torch.SymInt) or not isinstance(size.node.expr, sympy.Symbol):
+                        continue
+                    if size.node.expr not in self._nodes:
                         self._nodes[size.node.expr] = self._size_of(node, dim, size)
 
     def _size_of(self, node: fx.Node, dim: int, size: torch.SymInt) -> fx.Node:
