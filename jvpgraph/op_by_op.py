@@ -117,7 +117,7 @@ class OpByOp(TorchDispatchMode):
         arguments = {name: v for name, v in arguments.items() if name in inputs}
         dots = {name: dot for name, dot in dots.items() if name in inputs}
         dot = None
-        if dots:
+        if dots and torch.Tag.nondeterministic_seeded not in functional.tags:
             before = functional(**arguments) if func is not torch.ops.aten.copy_.default else targets[0]
             dot = self._rule(functional, before, arguments, dots)
         out = func(*args, **kwargs)
@@ -171,12 +171,14 @@ def _view_of(shadow: torch.UntypedStorage, x: Tensor) -> Tensor:
 
 
 def _functional_form(func: OpOverload) -> OpOverload | None:
+    """The overload that takes the same arguments, but for ``out``, and writes to none of them."""
     name = func._schema.name.split("::")[1].removesuffix("_")
     packet = getattr(getattr(torch.ops, func.namespace), name, None)
-    overload = func._overloadname
-    for candidate in (overload, overload.removesuffix("_out"), "default"):
-        found = getattr(packet, candidate, None)
-        if found is not None and not found._schema.is_mutable:
+    wanted = [(a.name, str(a.type)) for a in func._schema.arguments if not a.is_out]
+    for overload in packet.overloads() if packet is not None else ():
+        found = getattr(packet, overload)
+        taken = [(a.name, str(a.type)) for a in found._schema.arguments]
+        if taken == wanted and not found._schema.is_mutable:
             return found
     return None
 

@@ -198,6 +198,8 @@ class TestStructure:
     [
         pytest.param(lambda x: x.clone().mul_(2).add_(x).sin_(), id="in-place"),
         pytest.param(lambda x: _write_a_slice(x), id="in-place on a view"),
+        pytest.param(lambda x: x + x.clone().fill_(2).zero_() + x.sin().uniform_(1, 1), id="in-place overwriting"),
+        pytest.param(lambda x: torch.sin(x * 2, out=None) * x.clone().masked_fill_(x > 0, 3), id="in-place masks"),
         pytest.param(lambda x: _fill_a_buffer(x), id="write into a fresh buffer"),
         pytest.param(lambda x: x[torch.argsort(x[:, 0])] * (x > 0), id="integers and booleans"),
         pytest.param(lambda x: torch.view_as_real(torch.polar(x, x.cos()) * (1 + 2j)).sum(-1), id="complex"),
