@@ -13,13 +13,15 @@ from torch import Tensor
 
 __all__ = ["leaves", "map_leaves"]
 
+LEAVES = (Tensor, type(None), bool, int, float, complex, str)
+
 
 def map_leaves(tree: Any, fn: Callable[[str, Any], Any], path: str = "") -> Any:
     """``tree`` with every leaf replaced by ``fn(path, leaf)``; paths are dotted: ``added_cond.text_embeds``, ``x.0``.
 
     Mappings keep their type (diffusers' output classes are mappings), as do named tuples and dataclasses.
     """
-    if isinstance(tree, Tensor):
+    if isinstance(tree, LEAVES):
         return fn(path, tree)
     if isinstance(tree, Mapping):
         return _like(tree, {k: map_leaves(v, fn, _join(path, k)) for k, v in tree.items()})
@@ -42,7 +44,7 @@ def leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _collect(tree: Any, path: str, found: list[tuple[str, Any]]) -> None:
-    if isinstance(tree, Tensor):
+    if isinstance(tree, LEAVES):
         found.append((path, tree))
     elif isinstance(tree, Mapping):
         for k, v in tree.items():
