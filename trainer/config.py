@@ -51,7 +51,7 @@ class TeacherConfig:
 class DistillConfig:
     """rCM: the sCM loss plus `dmd_weight` times the score regulariser (arXiv 2510.08431)."""
 
-    steps: int = 400  # student updates
+    steps: int = 600  # student updates
     batch: int = 64  # images
     lr: float = 3e-4  # student
     lr_fake: float = 3e-4  # fake score
