@@ -13,7 +13,7 @@ from torch.utils.module_tracker import ModuleTracker
 from jvpgraph.errors import NonFiniteTangent
 from jvpgraph.op_by_op import OpByOp
 
-__all__ = ["check_finite", "first_module"]
+__all__ = ["check_finite"]
 
 
 def check_finite(forward: Callable[..., Any], inputs: tuple[Any, ...], dots: list[Tensor]) -> None:
@@ -24,33 +24,21 @@ def check_finite(forward: Callable[..., Any], inputs: tuple[Any, ...], dots: lis
     """
     if all(bool(torch.isfinite(dot).all()) for dot in dots):
         return
-    culprit: list[str] = []
-    with first_module(lambda op, out, dot: not _finite(dot), culprit) as mode, torch.no_grad(), mode:
+    culprit = _first_module(forward, inputs) or "an op that is finite when run alone (the compiled kernel differs)"
+    raise NonFiniteTangent(f"a tangent is NaN or infinite, first in {culprit}")
+
+
+def _first_module(forward: Callable[..., Any], inputs: tuple[Any, ...]) -> str | None:
+    found: list[str] = []
+
+    def observe(op: OpOverload, _out: Any, dot: Any) -> None:
+        if not found and not _finite(dot):
+            module = max(tracker.parents - {"Global"}, key=len, default="the function itself")
+            found.append(f"{module}, op {op}")
+
+    with ModuleTracker() as tracker, torch.no_grad(), OpByOp(observe):
         forward(*inputs)
-    where = culprit[0] if culprit else "an op that is finite when run alone (the compiled kernel differs)"
-    raise NonFiniteTangent(f"a tangent is NaN or infinite, first in {where}")
-
-
-def first_module(matches: Callable[[OpOverload, Any, Any], bool], found: list[str]) -> _Tracked:
-    """A context whose ``OpByOp`` notes in ``found`` the module and op of the first active op that ``matches``."""
-    return _Tracked(matches, found)
-
-
-class _Tracked:
-    def __init__(self, matches: Callable[[OpOverload, Any, Any], bool], found: list[str]):
-        self._matches, self._found, self._tracker = matches, found, ModuleTracker()
-
-    def __enter__(self) -> OpByOp:
-        self._tracker.__enter__()
-        return OpByOp(self._observe)
-
-    def __exit__(self, *error: Any) -> None:
-        self._tracker.__exit__(*error)
-
-    def _observe(self, op: OpOverload, out: Any, dot: Any) -> None:
-        if not self._found and self._matches(op, out, dot):
-            module = max(self._tracker.parents - {"Global"}, key=len, default="the function itself")
-            self._found.append(f"{module}, op {op}")
+    return found[0] if found else None
 
 
 def _finite(dot: Any) -> bool:

@@ -101,6 +101,7 @@ def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recor
     op = node.target
     arguments = bind(op, node.args, node.kwargs)
     dots = {name: dot for name, v in arguments.items() if (dot := _argument_tangent(v, tangent)) is not None}
+    first = len(recorder.inserted)
     with recorder.behind(node):
         out = recorder.stand_in(node)
         try:
@@ -108,7 +109,7 @@ def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recor
         except NotImplementedError as reason:
             raise NoRule(str(reason)) from reason
         done.rules[source][str(op)] += 1
-        return _name_tangents(node, out_dot, recorder)
+        return _name_tangents(node, out_dot, recorder, first)
 
 
 def _argument_tangent(value: Any, tangent: dict[fx.Node, Any]) -> Any:
@@ -120,14 +121,15 @@ def _argument_tangent(value: Any, tangent: dict[fx.Node, Any]) -> Any:
     return None
 
 
-def _name_tangents(primal: fx.Node, out_dot: Any, recorder: Recorder) -> Any:
+def _name_tangents(primal: fx.Node, out_dot: Any, recorder: Recorder, first: int) -> Any:
+    """The nodes of the tangents; those inserted since the ``first`` are named after the primal."""
     if out_dot is None:
         return None
     if isinstance(out_dot, (list, tuple)):
-        dots = [_name_tangents(primal, d, recorder) for d in out_dot]
+        dots = [_name_tangents(primal, d, recorder, first) for d in out_dot]
         return dots if any(d is not None for d in dots) else None
     node = recorder.node_of(out_dot)
-    if TANGENT_META not in node.meta and node in recorder.inserted[-8:]:
+    if TANGENT_META not in node.meta and node in recorder.inserted[first:]:
         node._rename(f"{primal.name}_dot")
         node.meta[TANGENT_META] = primal.name
     return node
