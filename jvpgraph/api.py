@@ -169,8 +169,16 @@ class DualModule(nn.Module):
                 raise
             return getattr(self.model, name)
 
+    def __reduce__(self) -> Any:
+        """Copies and pickles are transformed anew: what was compiled belongs to this model."""
+        return _transform_again, (self.model, self._dual.settings)
+
     def __repr__(self) -> str:
         return f"Dual{self.model!r}"
+
+
+def _transform_again(model: nn.Module, settings: dict[str, Any]) -> DualModule:
+    return transform(model, **settings)
 
 
 class _Dual:
@@ -179,6 +187,7 @@ class _Dual:
     def __init__(self, call: Callable[..., Any], backend: str | Backend, dynamic: bool | None, config: Config):
         if not isinstance(backend, Backend) and backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
+        self.settings = {"backend": backend, "dynamic": dynamic, "config": config}
         self.config = config
         self.forward = dual_forward(call)
         self.backend: Backend | None = None

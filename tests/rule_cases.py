@@ -395,6 +395,18 @@ NORM = [
         aten._native_batch_norm_legit_no_training.default,
         *(call(R(2, 3, 4), w, b, R(3), R(3, low=0.5), 0.1, 1e-5) for w, b in ((R(3), R(3)), (None, None))),
     ),
+    *row(
+        aten.native_batch_norm.default,
+        call(R(2, 3, 4), R(3), R(3), None, None, True, 0.1, 1e-5),
+        call(R(2, 3, 4), None, None, None, None, True, 0.1, 1e-5),
+        constant=(1, 2),
+    ),
+    *row(
+        aten._native_batch_norm_legit_functional.default,
+        call(R(2, 3, 4), R(3), R(3), R(3), R(3, low=0.5), True, 0.1, 1e-5),
+        constant=(1, 2),
+        aside=(3, 4),
+    ),
 ]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -128,6 +130,18 @@ class TestSharedState:
         file.seek(0)
         other.load_state_dict(torch.load(file))
         assert torch.equal(other.head.weight, dual.head.weight)
+
+    @pytest.mark.parametrize("through", [copy.deepcopy, lambda dual: pickle.loads(pickle.dumps(dual))])
+    def test_a_copy_is_independent(self, through):
+        x, t, x_dot, _ = inputs()
+        dual = jvpgraph.transform(TinyDiT().double(), backend="eager")
+        before = dual(x, t, tangents={"x": x_dot})
+        other = through(dual)
+        with torch.no_grad():
+            for p in dual.parameters():
+                p.zero_()
+        assert_close(other(x, t, tangents={"x": x_dot}), before)
+        assert not dual(x, t, tangents={"x": x_dot})[1].any()
 
     def test_the_model_is_freed(self):
         model = TinyDiT()
@@ -334,6 +348,27 @@ class TestPrecision:
         scale = torch.randn(4)
         out, out_dot = jvpgraph.jvp(lambda x: x * scale + x.float().sin(), (x,), (dot,), backend="eager")
         assert out.dtype is out_dot.dtype is torch.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_norm_in_training_updates_its_statistics_once(backend):
+    model = nn.BatchNorm1d(3).double().train()
+    reference = copy.deepcopy(model)
+    x, dot = torch.randn(8, 3).double(), torch.randn(8, 3).double()
+    y, d = jvpgraph.transform(model, backend=backend)(x, tangents={"input": dot})
+    standardize = lambda x: (x - x.mean(0)) / (x.var(0, unbiased=False) + model.eps).sqrt()  # noqa: E731
+    assert_close((y, d), oracle(standardize, (x,), (dot,)), **EXACT)
+    reference(x)
+    assert_close(dict(model.named_buffers()), dict(reference.named_buffers()), **EXACT)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inference_mode(backend):
+    model = TinyDiT().double()
+    x, t, x_dot, t_dot = inputs()
+    with torch.inference_mode():
+        got = jvpgraph.transform(model, backend=backend)(x, t, tangents={"x": x_dot, "t": t_dot})
+    assert_close(got, oracle(model, (x, t), (x_dot, t_dot)), **EXACT)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -49,7 +49,7 @@ def derive(op: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[str, 
         return op(*(values[name] for name in positional), **keywords)
 
     try:
-        with torch.enable_grad():
+        with torch.no_grad():
             return torch.func.jvp(call, tuple(primals), tuple(tangents))[1]
     except NotImplementedError as error:
         raise NotDerivable("PyTorch has no forward formula for it") from error

@@ -65,3 +65,16 @@ def batch_norm_eval(outs, x, weight, bias, running_mean, running_var, momentum, 
     """Fixed statistics make it affine."""
     scale = weighted((running_var + eps).rsqrt(), weight)
     return x_dot * scale.view(-1, *[1] * (x.dim() - 2)), None, None
+
+
+@jvp(aten.native_batch_norm.default, aten._native_batch_norm_legit_functional.default)
+def batch_norm(outs, x, weight, bias, running_mean, running_var, training, momentum, eps, *, x_dot):
+    """In training as a layer norm over all dims but the channel's. Running statistics are state and get no tangent."""
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    scale = None if weight is None else weight.view(shape)
+    if not training:
+        return weighted(x_dot * (running_var + eps).rsqrt().view(shape), scale), *[None] * (len(outs) - 1)
+    dims = [0, *range(2, x.dim())]
+    dots = standardized(x, outs[1].view(shape), outs[2].view(shape), dims, x_dot)
+    x_hat_dot, mean_dot, rstd_dot = dots[0], dots[1].flatten(), dots[2].flatten()
+    return weighted(x_hat_dot, scale), mean_dot, rstd_dot, *[None] * (len(outs) - 3)
