@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= passive  # threads that spin starve their neighbours o
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint format fuzz zoo bench gpu dump clean
+.PHONY: help demo test lint format fuzz zoo bench gpu dump clean
 .DEFAULT_GOAL := help
 
 help:

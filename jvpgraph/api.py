@@ -17,6 +17,7 @@ from jvpgraph.explain import Explanation, explain
 from jvpgraph.finite import check_finite
 from jvpgraph.markers import make_dual, tangent_of
 from jvpgraph.op_by_op import OpByOp
+from jvpgraph.rules.apply import has_tangent
 from jvpgraph.structure import leaves, map_leaves
 from jvpgraph.tangents import Inputs, match_tangents
 
@@ -91,11 +92,11 @@ def jvp(
         raise ValueError("primals and tangents must be tuples")
     if len(primals) != len(tangents):
         raise ValueError(f"{len(primals)} primals but {len(tangents)} tangents")
-    dual = _dual_of_function(fn, backend, dynamic, config or Config())
+    dual = _dual_of_function(fn, backend, dynamic, config or Config(), has_aux)
     given = dict(enumerate(tangents))
     dots = match_tangents(given, Inputs.positional(primals), dual.config.check_finite)
     out, out_dot = dual(primals, {}, dots)
-    return (out[0], out_dot[0], out[1]) if has_aux else (out, out_dot)
+    return (out[0], out_dot, out[1]) if has_aux else (out, out_dot)
 
 
 class DualModule(nn.Module):
@@ -106,12 +107,9 @@ class DualModule(nn.Module):
     """
 
     def __init__(self, model: nn.Module, dual: _Dual):
-        super().__init__()
         # One set of registries for both objects: what is registered, moved or swapped in one is so in the other.
-        for name, registry in vars(model).items():
-            if name in vars(self) and isinstance(registry, (dict, set)):
-                vars(self)[name] = registry
-        vars(self).update(model=model, _dual=dual, training=model.training)
+        registries = {name: vars(model)[name] for name in vars(nn.Module()) if name != "training"}
+        vars(self).update(registries, model=model, _dual=dual)
 
     def __call__(self, *args: Any, tangents: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """The model's output; with ``tangents``, a pair ``(out, out_dot)``.
@@ -150,9 +148,12 @@ class DualModule(nn.Module):
         dots = match_tangents(tangents, Inputs.of(self.model, args, kwargs))
         return explain(self.model, dual_forward(self.model), args, kwargs, dots, dynamic, self._dual.config)
 
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        return self.model.training
+
     def train(self, mode: bool = True) -> DualModule:
         self.model.train(mode)
-        self.training = mode
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -169,6 +170,12 @@ class DualModule(nn.Module):
                 raise
             return getattr(self.model, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.model, name)
+
     def __reduce__(self) -> Any:
         """Copies and pickles are transformed anew: what was compiled belongs to this model."""
         return _transform_again, (self.model, self._dual.settings)
@@ -184,12 +191,19 @@ def _transform_again(model: nn.Module, settings: dict[str, Any]) -> DualModule:
 class _Dual:
     """Computes ``(out, out_dot)`` of a callable by one of the backends."""
 
-    def __init__(self, call: Callable[..., Any], backend: str | Backend, dynamic: bool | None, config: Config):
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        backend: str | Backend,
+        dynamic: bool | None,
+        config: Config,
+        has_aux: bool = False,
+    ):
         if not isinstance(backend, Backend) and backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
         self.settings = {"backend": backend, "dynamic": dynamic, "config": config}
-        self.config = config
-        self.forward = dual_forward(call)
+        self.config, self.has_aux = config, has_aux
+        self.forward = dual_forward(call, has_aux)
         self.backend: Backend | None = None
         if isinstance(backend, Backend):
             self.backend = backend
@@ -198,6 +212,8 @@ class _Dual:
         if self.backend is not None:
             self._compiled = torch.compile(self.forward, backend=self.backend, fullgraph=True, dynamic=dynamic)
 
+    # A graph of its own, also inside a function that is being compiled: its markers must not meet those of another.
+    @torch.compiler.disable(reason="a call with tangents= is compiled on its own")
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dots: dict[str, Tensor]) -> tuple[Any, Any]:
         if self.backend is None:
             with OpByOp():
@@ -208,19 +224,21 @@ class _Dual:
         if self.config.check_finite:
             check_finite(self.forward, (args, kwargs, dots), flat_dots)
         remaining = iter(flat_dots)
-        return out, map_leaves(out, lambda _path, leaf: next(remaining) if _is_active_type(leaf) else None)
+        differentiated = out[0] if self.has_aux else out
+        return out, map_leaves(differentiated, lambda _, leaf: next(remaining) if has_tangent(leaf) else None)
 
 
-def dual_forward(call: Callable[..., Any]) -> Callable[..., tuple[Any, list[Tensor]]]:
+def dual_forward(call: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, list[Tensor]]]:
     """The function that is compiled: mark the inputs, call the model, ask for the tangent of each output leaf."""
 
     def forward(args: Any, kwargs: Any, dots: dict[str, Tensor]) -> tuple[Any, list[Tensor]]:
         def mark(path: str, leaf: Any) -> Any:
             return make_dual(leaf, dots[path]) if path in dots else leaf
 
-        args, kwargs = map_leaves(args, mark), map_leaves(kwargs, mark)
+        args, kwargs = map_leaves(args, mark, "args"), map_leaves(kwargs, mark, "kwargs")
         out = call(*args, **kwargs)
-        return out, [tangent_of(leaf) for _path, leaf in leaves(out) if _is_active_type(leaf)]
+        differentiated = out[0] if has_aux else out
+        return out, [tangent_of(leaf) for _path, leaf in leaves(differentiated) if has_tangent(leaf)]
 
     # Dynamo counts recompilations per code object: every transform gets its own.
     forward.__code__ = forward.__code__.replace(co_name=f"dual_forward_{next(_serial)}")
@@ -231,9 +249,7 @@ _serial = itertools.count()
 
 
 @functools.lru_cache(maxsize=KEPT_FUNCTIONS)
-def _dual_of_function(fn: Callable[..., Any], backend: str | Backend, dynamic: bool | None, config: Config) -> _Dual:
-    return _Dual(fn, backend, dynamic, config)
-
-
-def _is_active_type(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+def _dual_of_function(
+    fn: Callable[..., Any], backend: str | Backend, dynamic: bool | None, config: Config, has_aux: bool
+) -> _Dual:
+    return _Dual(fn, backend, dynamic, config, has_aux)

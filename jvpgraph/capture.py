@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from jvpgraph.errors import CaptureError, JvpgraphError
@@ -18,6 +18,11 @@ def own_errors() -> Iterator[None]:
     """Errors of ours come out as they were raised, Dynamo's as a CaptureError."""
     try:
         yield
+    except FailOnRecompileLimitHit as error:
+        raise CaptureError(
+            "the model was compiled in too many variants (sizes, types, sets of active inputs): pass dynamic=True, or "
+            "raise torch._dynamo.config.recompile_limit"
+        ) from error
     except TorchDynamoException as error:
         cause = first_cause(error, JvpgraphError)
         if cause is not None:

@@ -1,6 +1,6 @@
 """Seeing the graph: one readable Python file per pass, and a diff to the one before.
 
-``JVPGRAPH_DUMP=folder`` (or ``Config(dump=...)``) writes ``folder/000_captured/00_captured.py``,
+``JVPGRAPH_DUMP=folder`` (or ``Config(dump=...)``) writes ``folder/000_graph/00_captured.py``,
 ``01_linearize.py``, ``01_linearize.diff`` and so on, one sub-folder per captured graph. The same texts go to
 torch's structured trace, where ``tlparse`` shows them.
 """

@@ -125,10 +125,10 @@ def _fill(found: Explanation, report: Report, names: dict[str, str]) -> None:
 
 def _readable_source(source: str, names: dict[str, str]) -> str:
     """``L['kwargs']['x'].size()[0]`` as ``x.shape[0]``."""
-    match = re.fullmatch(r"L\['(?:args|kwargs|dots)'\](.*)\.size\(\)\[(\d+)\]", source)
+    match = re.fullmatch(r"L(\[.*)\.size\(\)\[(\d+)\]", source)
     if match is None:
         return source
-    path = ".".join(part.strip("'\"") for part in re.findall(r"\[([^\]]+)\]", match[1]))
+    path = ".".join(part.strip("'\"") for part in re.findall(r"\[([^\]]+)\]", match[1])).removeprefix("dots.")
     return f"{names.get(path, path)}.shape[{match[2]}]"
 
 

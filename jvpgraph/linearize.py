@@ -60,13 +60,14 @@ def linearize(graph: fx.Graph) -> Linearization:
     path = _reachable(starts, lambda n: n.users) & _reachable(ends, lambda n: n.all_input_nodes)
     recorder = Recorder(graph)
     tangent: dict[fx.Node, Any] = {}  # node -> tangent node, None for zero, a list for several outputs
+    taken = {_memory_of(n) for n in graph.output_node().all_input_nodes}  # what outputs already stand for
     refused: list[UnsupportedNode] = []
 
     for node in list(graph.nodes):
         if node.target is MAKE_DUAL:
             tangent[node] = node.args[1]
         elif node.target is TANGENT_OF:
-            _answer(node, tangent.get(node.all_input_nodes[0]), recorder)
+            _answer(node, tangent.get(node.all_input_nodes[0]), recorder, taken)
         elif node in path:
             try:
                 tangent[node] = _tangent_of_node(node, tangent, recorder, done)
@@ -143,8 +144,8 @@ def _pretended(node: fx.Node) -> Any:
     return [items.get(i) for i in range(len(value_of(node)))]
 
 
-def _answer(marker: fx.Node, dot: fx.Node | None, recorder: Recorder) -> None:
-    """Replace ``tangent_of(y)`` by the tangent, in the layout that the marker promised to its users."""
+def _answer(marker: fx.Node, dot: fx.Node | None, recorder: Recorder, taken: set[fx.Node]) -> None:
+    """Replace ``tangent_of(y)`` by the tangent: in memory of its own and in the layout that the marker promised."""
     promised = value_of(marker)
     with recorder.behind(marker):
         if dot is None:
@@ -153,7 +154,18 @@ def _answer(marker: fx.Node, dot: fx.Node | None, recorder: Recorder) -> None:
         else:
             answer = recorder.stand_in(dot)
         answer = _in_layout(answer, promised)
+        memory = _memory_of(recorder.node_of(answer))
+        if memory.op == "placeholder" or memory in taken:
+            answer = answer.clone()
+        taken.add(_memory_of(recorder.node_of(answer)))
         marker.replace_all_uses_with(recorder.node_of(answer), propagate_meta=False)
+
+
+def _memory_of(node: fx.Node) -> fx.Node:
+    """The node whose memory this one is, or is a view of."""
+    while isinstance(node.target, OpOverload) and (node.target.is_view or node.target is torch.ops.aten.detach.default):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _in_layout(x: Tensor, like: Tensor) -> Tensor:

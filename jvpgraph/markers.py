@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jvpgraph.rules.apply import has_tangent
+
 __all__ = ["MAKE_DUAL", "TANGENT_OF", "make_dual", "tangent_of"]
 
 _library = torch.library.Library("jvpgraph", "FRAGMENT")
@@ -31,7 +33,7 @@ def make_dual(x: Tensor, x_dot: Tensor) -> Tensor:
     Raises:
         ValueError: shape, dtype or device differ, or ``x`` is neither floating nor complex.
     """
-    if not (x.is_floating_point() or x.is_complex()):
+    if not has_tangent(x):
         raise ValueError(f"only floating and complex tensors have tangents, this one is {x.dtype}")
     for what in ("shape", "dtype", "device"):
         if getattr(x, what) != getattr(x_dot, what):

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
-from jvpgraph.rules import NoRule, tangents_of
+from jvpgraph.rules import TABLE, NoRule, tangents_of
 from jvpgraph.rules.apply import bind, has_tangent
 
 __all__ = ["OpByOp"]
@@ -93,8 +93,16 @@ class OpByOp(TorchDispatchMode):
         dots = {name: dot for name, v in arguments.items() if (dot := self._argument_tangent(v)) is not None}
         if not dots or (not writes and func.is_view):
             return func(*args, **kwargs)
+        if func not in TABLE and func._can_decompose():  # composite ops come whole under inference mode
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         if writes:
             return self._run_in_place(func, args, kwargs, arguments, writes, dots)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            reason = "a tensor with a tangent becomes a Python number, which has none: keep it a tensor, or detach it"
+            raise UnsupportedOp([_unsupported(func, dots, reason)])
         out = func(*args, **kwargs)
         self._record(func, out, self._rule(func, out, arguments, dots))
         return out

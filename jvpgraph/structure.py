@@ -31,7 +31,7 @@ def map_leaves(tree: Any, fn: Callable[[str, Any], Any], path: str = "") -> Any:
             return type(tree)(*items)
         return tuple(items) if isinstance(tree, tuple) else items
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        names = [f.name for f in dataclasses.fields(tree)]
+        names = [f.name for f in dataclasses.fields(tree) if f.init]
         return dataclasses.replace(tree, **{n: map_leaves(getattr(tree, n), fn, _join(path, n)) for n in names})
     return fn(path, tree)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jvpgraph.errors import NonFiniteTangent
+from jvpgraph.rules.apply import has_tangent
 from jvpgraph.structure import leaves
 
 __all__ = ["Inputs", "match_tangents"]
@@ -20,7 +21,7 @@ __all__ = ["Inputs", "match_tangents"]
 class Inputs:
     """The tensors of a call by the name a caller knows them under, and the path they are passed under.
 
-    A positional argument is passed under its index, a keyword argument under its name.
+    A positional argument is passed under ``args`` and its index, a keyword argument under ``kwargs`` and its name.
     """
 
     tensors: dict[str, Tensor]
@@ -30,18 +31,19 @@ class Inputs:
     def of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """The inputs of ``model(*args, **kwargs)``, named after the parameters of its forward."""
         names: list[str] = []
+        model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         for parameter in inspect.signature(model.forward).parameters.values():
             if parameter.kind is parameter.VAR_POSITIONAL:
                 names += [f"{parameter.name}.{i}" for i in range(len(args) - len(names))]
             elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
                 names.append(parameter.name)
-        named = [(name, f"{i}", value) for i, (name, value) in enumerate(zip(names, args))]
-        return Inputs._collect(named + [(name, name, value) for name, value in kwargs.items()])
+        named = [(name, f"args.{i}", value) for i, (name, value) in enumerate(zip(names, args))]
+        return Inputs._collect(named + [(name, f"kwargs.{name}", value) for name, value in kwargs.items()])
 
     @staticmethod
     def positional(args: tuple[Any, ...]) -> Inputs:
         """The inputs of a plain function, named by position."""
-        return Inputs._collect([(f"{i}", f"{i}", value) for i, value in enumerate(args)])
+        return Inputs._collect([(f"{i}", f"args.{i}", value) for i, value in enumerate(args)])
 
     @staticmethod
     def _collect(named: list[tuple[str, str, Any]]) -> Inputs:
@@ -50,6 +52,8 @@ class Inputs:
             for path, leaf in leaves(value):
                 if isinstance(leaf, Tensor):
                     inner = f".{path}" if path else ""
+                    if name + inner in tensors:
+                        raise ValueError(f"two inputs go by the name {name + inner!r}: rename one of them")
                     tensors[name + inner], paths[name + inner] = leaf, prefix + inner
         return Inputs(tensors, paths)
 
@@ -76,7 +80,7 @@ def match_tangents(tangents: Mapping[Any, Any], inputs: Inputs, finite: bool = F
             raise ValueError(f"there is no input tensor named {name!r}; {_valid_names(inputs)}")
         if not isinstance(dot, Tensor):
             raise ValueError(f"the tangent of {name!r} must be a tensor, not {type(dot).__name__}")
-        if not (primal.is_floating_point() or primal.is_complex()):
+        if not has_tangent(primal):
             raise ValueError(f"{name!r} is {primal.dtype} and has no tangent; {_valid_names(inputs)}")
         for what in ("shape", "dtype", "device"):
             wanted, got = getattr(primal, what), getattr(dot, what)
@@ -92,6 +96,6 @@ def _valid_names(inputs: Inputs) -> str:
     valid = [
         f"{name} ({str(x.dtype).removeprefix('torch.')} {tuple(x.shape)})"
         for name, x in inputs.tensors.items()
-        if x.is_floating_point() or x.is_complex()
+        if has_tangent(x)
     ]
     return f"tangents can be given for: {', '.join(valid) or 'none of these inputs (none is floating)'}"

@@ -41,7 +41,7 @@ def no_marker_is_left(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
             yield node, "is a marker that was not linearised"
 
 
-def only_inputs_are_written(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
+def no_tangent_is_written(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
     for node in graph.nodes:
         if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
             target = node.args[0] if node.args else None
@@ -53,7 +53,7 @@ INVARIANTS: tuple[Callable[[fx.Graph], Iterator[tuple[fx.Node, str]]], ...] = (
     every_node_has_a_value,
     tangents_fit_their_primals,
     no_marker_is_left,
-    only_inputs_are_written,
+    no_tangent_is_written,
 )
 
 

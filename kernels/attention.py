@@ -2,9 +2,9 @@
 device.
 
 Ops
-    jvpgraph::attention           (o, lse): what scaled_dot_product_attention becomes; differentiable in
-    reverse mode jvpgraph::attention_jvp       (o, lse, o_dot, lse_dot): primal and tangent in one pass over
-    the keys jvpgraph::attention_backward  (dq, dk, dv, dbias): from o and lse
+    jvpgraph::attention           (o, lse): what scaled_dot_product_attention becomes; has a backward
+    jvpgraph::attention_jvp       (o, lse, o_dot, lse_dot): primal and tangent in one pass over the keys
+    jvpgraph::attention_backward  (dq, dk, dv, dbias): from o and lse
 Math
     s = scale q k' + bias,  p = softmax(s),  o = p v,  lse = log sum exp(s)
     s_dot = scale (q_dot k' + q k_dot') + bias_dot,  h = p * s_dot,  r = rowsum(h)

@@ -25,7 +25,6 @@ class Report:
     primal_flops: sympy.Expr = sympy.S.Zero
     tangent_flops: sympy.Expr = sympy.S.Zero
     sizes: dict[sympy.Symbol, tuple[str, int]] = field(default_factory=dict)  # symbol -> where from, value
-    seconds: dict[str, float] = field(default_factory=dict)  # per pass
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jvpgraph.passes.count import count
 from jvpgraph.passes.decompose import decompose
 from jvpgraph.passes.drop_dead_tangents import drop_dead_tangents
 from jvpgraph.passes.fuse_attention import fuse_attention
+from jvpgraph.rules import TABLE
 from jvpgraph.verify import verify
 
 __all__ = ["OPTIONAL", "PIPELINE", "Pipeline", "check_config"]
@@ -37,6 +39,8 @@ PIPELINE: tuple[Callable[[fx.Graph, Context], None], ...] = (
     count,
     decompose,
 )
+OWN_NAMESPACES = ("aten", "prims", "jvpgraph", "_c10d_functional")  # whose ops the package has rules for
+PROCESS = uuid.uuid4().hex
 OPTIONAL = frozenset({"drop_dead_tangents", "fuse_attention"})
 
 
@@ -54,25 +58,36 @@ class Pipeline(CustomGraphPass):
         self.context = context
 
     def __call__(self, graph: fx.Graph) -> None:
-        config, report = self.context.config, self.context.report
+        config = self.context.config
         dump = Dump(config.dump)
         dump.write(graph, "captured")
         for step in PIPELINE:
             name = step.__name__
             if name in config.skip_passes:
                 continue
-            start = time.perf_counter()
             step(graph, self.context)
-            report.seconds[name] = time.perf_counter() - start
             if config.verify:
                 verify(graph, after=name)
             dump.write(graph, name)
 
     def uuid(self) -> Any:
         """Identifies the code and the settings that decide what graph comes out, for Inductor's cache."""
-        return f"{_code_hash()}-{sorted(self.context.config.skip_passes)}-{torch.__version__}"
+        return f"{_code_hash()}-{_rules()}-{sorted(self.context.config.skip_passes)}-{torch.__version__}"
 
 
+def _rules() -> list[Any]:
+    """The table as far as the code hash does not cover it: a rule from elsewhere is only good for this process."""
+    foreign: list[Any] = []
+    for op, rule in TABLE.items():
+        functions = [term.fn for term in rule.terms] + ([rule.when] if rule.when is not None else [])
+        if any(not getattr(fn, "__module__", "").startswith("jvpgraph.rules.") for fn in functions):
+            foreign.append((str(op), rule.wrt, PROCESS, [id(fn) for fn in functions]))
+        elif op.namespace not in OWN_NAMESPACES:
+            foreign.append((str(op), rule.wrt))
+    return foreign
+
+
+@functools.cache
 def _code_hash() -> str:
     digest = hashlib.sha256()
     package = Path(jvpgraph.linearize.__file__).parent

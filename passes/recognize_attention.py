@@ -152,7 +152,7 @@ def _scores(node: Any, user: fx.Node, factor: float) -> _Match:
         raise _Unlike("there is no product before the softmax")
     if not all(other is user or _reads_dtype_only(other, node) for other in node.users):
         raise _Unlike(f"the scores ({node.name}) have another user")
-    match = _product(node) or _unary(node, factor) or _masked(node, factor)
+    match = _product(node, factor) or _unary(node, factor) or _masked(node, factor)
     if match is None:
         raise _Unlike(f"the scores pass through {_name(node)}")
     if not match.chain:
@@ -221,7 +221,7 @@ def _refuse_fill(mask: Any, number: Any, factor: float) -> None:
         raise _Unlike("the scores are masked before they are scaled")
 
 
-def _product(node: fx.Node) -> _Match | None:
+def _product(node: fx.Node, factor: float) -> _Match | None:
     """scores = q k' for one of the products, with what baddbmm does on the way."""
     if _calls(node, MATMUL) and len(node.args) == 2 and not node.kwargs:
         a, b = _args(node)
@@ -235,6 +235,8 @@ def _product(node: fx.Node) -> _Match | None:
         match = _Match(*_matmul_operands(node, given["batch1"], given["batch2"]), form="baddbmm softmax")
         match.scale = float(given["alpha"])
         if given["beta"] == 1:
+            if factor != 1:
+                raise _Unlike("a bias is added before the scores are scaled")
             if not _broadcasts(_value(given["input"]), _value(node)):
                 raise _Unlike("the input of baddbmm does not broadcast to the scores")
             match.biases.append(given["input"])

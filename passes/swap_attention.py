@@ -151,9 +151,7 @@ def emit_attention(
 
 
 def _unexpanded(bias: Any) -> fx.Node | None:
-    """bias before it was expanded: the op broadcasts by itself, and a compiler might write out what is
-    @@
-        expanded."""
+    """bias before it was expanded: the op broadcasts by itself, and a compiler might write the copies out."""
     while bias is not None and bias.op == "call_method" and bias.target in ("expand", "expand_as"):
         bias = bias.args[0]
     return bias

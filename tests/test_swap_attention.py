@@ -439,6 +439,12 @@ def written_mask(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return mask.softmax(-1) @ v + mask.sum()
 
 
+def _batched(scores: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+    """softmax(scores) v with the heads in the batch."""
+    x, k, v = (t.flatten(0, 1) for t in operands)
+    return scores(x, k, v).softmax(-1).bmm(v).unflatten(0, operands[0].shape[:2])
+
+
 NOT_ATTENTION = {
     "queries_dim": (lambda x, k, v: torch.softmax(x @ k.mT, dim=-2) @ v, "over dim -2"),
     "probabilities_returned": (probabilities_too, "another user"),
@@ -447,6 +453,10 @@ NOT_ATTENTION = {
     "mask_written": (written_mask, ""),
     "dropout": (lambda x, k, v: F.dropout(torch.softmax(x @ k.mT, -1), 0.5) @ v, "dropped out"),
     "tensor_scale": (lambda x, k, v: torch.softmax(x @ k.mT * v.mean(), -1) @ v, "pass through mul"),
+    "baddbmm_scaled": (
+        lambda x, k, v: _batched(lambda x, k, v: torch.baddbmm(v[:, None, :, 0], x, k.mT) * 0.3, x, k, v),
+        "before the scores are scaled",
+    ),
     "mask_scaled": (
         lambda x, k, v: torch.softmax((x @ k.mT + v.mean(-1).unsqueeze(2)) * 0.3, -1) @ v,
         "scaled",

@@ -106,6 +106,20 @@ class TestSharedState:
         assert not model.training
         assert not model.blocks[0].training
 
+    def test_attributes_are_the_models(self):
+        model = TinyDiT()
+        dual = jvpgraph.transform(model)
+        dual.scale, dual.extra = 3.0, nn.Linear(2, 2)
+        assert model.scale == 3.0
+        assert model.extra is dual.extra
+        assert "extra.weight" in dual.state_dict()
+        del dual.extra
+        assert not hasattr(model, "extra")
+        model.eval()
+        assert not dual.training
+        dual.requires_grad_(False)
+        assert not model.head.weight.requires_grad
+
     def test_hooks_run_once(self):
         model, calls = TinyDiT().double(), []
         dual = jvpgraph.transform(model, backend="op_by_op")
@@ -555,6 +569,95 @@ torch.library.impl("jvpgraph_test::opaque", "CompositeExplicitAutograd")(lambda 
 torch.library.register_fake("jvpgraph_test::opaque", torch.empty_like)
 
 
+class TestComposition:
+    """Calls with tangents inside other compiled code."""
+
+    # Dynamo's own, when it goes on behind a call that it left out.
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+    def test_in_a_compiled_training_step(self):
+        model = TinyDiT().double()
+        dual = jvpgraph.transform(model, backend="eager")
+        x, t, x_dot, t_dot = inputs()
+
+        @torch.compile(backend="eager")
+        def step(x):
+            y, y_dot = dual(x * 2, t, tangents={"x": x_dot, "t": t_dot})
+            return (y * y_dot).sum()
+
+        y0, d0 = oracle(model, (x * 2, t), (x_dot, t_dot))
+        assert_close(step(x).detach(), (y0 * d0).sum(), **EXACT)
+
+    def test_a_jvp_inside_a_transformed_model_is_refused(self):
+        """Forward over forward would need levels: one graph must not mix up two sets of tangents."""
+        inner = jvpgraph.transform(Wrapped(torch.sin), backend="eager")
+        model = Wrapped(lambda x: inner(x, tangents={"x": torch.ones_like(x)})[1])
+        x = torch.randn(3).double()
+        with pytest.raises(jvpgraph.CaptureError, match="compiled on its own"):
+            jvpgraph.transform(model, backend="eager")(x, tangents={"x": x})
+
+    def test_on_top_of_torch_compile(self):
+        model = TinyDiT().double()
+        x, t, x_dot, t_dot = inputs()
+        dual = jvpgraph.transform(torch.compile(model, backend="eager"), backend="eager")
+        got = dual(x, t, tangents={"x": x_dot, "t": t_dot})
+        assert_close(got, oracle(model, (x, t), (x_dot, t_dot)), **EXACT)
+
+
+@pytest.mark.parametrize("backend", ["op_by_op", "eager"])
+def test_tangents_have_memory_of_their_own(backend):
+    """What a caller does to y_dot in place changes neither its x_dot nor the tangent of another output."""
+    x, t = torch.randn(3).double(), torch.randn(3).double()
+    dot = torch.ones(3).double()
+    _, (a_dot, b_dot, c_dot) = jvpgraph.jvp(_shifted, (x, t), (dot, None), backend=backend)
+    a_dot.mul_(100)
+    assert torch.equal(dot, torch.ones_like(dot))
+    assert torch.equal(b_dot, dot)
+    assert torch.equal(c_dot, dot.view(3, 1))
+
+
+def _shifted(x, t):
+    y = x + t
+    return y, y + 1, y.view(3, 1)
+
+
+def test_numbers_from_active_tensors_are_refused_op_by_op():
+    x = torch.randn(3).double()
+    with pytest.raises(jvpgraph.UnsupportedOp, match="becomes a Python number"):
+        jvpgraph.jvp(lambda x: x * float(x.sum()), (x,), (x,), backend="op_by_op")
+
+
+def test_too_many_variants():
+    dual = jvpgraph.transform(Wrapped(torch.sin), backend="eager", dynamic=False)
+    x = torch.randn(9).double()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for n in (2, 3):
+            dual(x[:n], tangents={"x": x[:n]})
+        with pytest.raises(jvpgraph.CaptureError, match="too many variants"):
+            dual(x[:4], tangents={"x": x[:4]})
+
+
+OWN_RULE = """
+import sys, torch, jvpgraph
+from torch._dynamo.utils import counters
+torch.library.define("own::scale", "(Tensor x) -> Tensor")
+torch.library.impl("own::scale", "CompositeExplicitAutograd")(lambda x: x * 2)
+torch.library.register_fake("own::scale", torch.empty_like)
+factor = float(sys.argv[1])
+jvpgraph.rules.jvp(torch.ops.own.scale.default)(lambda y, x, *, x_dot: x_dot * factor)
+one = torch.ones(1)
+print(jvpgraph.jvp(torch.ops.own.scale, (one,), (one,))[1].item())
+"""
+
+
+@pytest.mark.slow
+def test_a_changed_rule_is_not_served_from_the_cache(tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for factor in ("2", "7"):
+        command = [sys.executable, "-W", "ignore", "-c", OWN_RULE, factor]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert float(done.stdout) == float(factor)
+
+
 class TestMarkers:
     def test_inside_the_users_own_compiled_function(self):
         def step(x, x_dot):
@@ -598,12 +701,14 @@ class TestJvp:
         fn = lambda x: (x.sin(), {"mean": x.mean()})  # noqa: E731
         x, dot = torch.randn(3).double(), torch.randn(3).double()
         got = jvpgraph.jvp(fn, (x,), (dot,), has_aux=True, backend="eager")
+        opaque = lambda x: (x.sin(), torch.ops.jvpgraph_test.opaque(x))  # noqa: E731
+        assert_close(jvpgraph.jvp(opaque, (x,), (dot,), has_aux=True, backend="eager")[2], x)
         assert_close(got, torch.func.jvp(fn, (x,), (dot,), has_aux=True), **EXACT)
 
     def test_the_graph_is_kept(self):
         for _ in range(3):
             jvpgraph.jvp(_twice_the_same, (torch.ones(2),), (torch.ones(2),), backend="eager", dynamic=False)
-        kept = api._dual_of_function(_twice_the_same, "eager", False, jvpgraph.Config())
+        kept = api._dual_of_function(_twice_the_same, "eager", False, jvpgraph.Config(), False)
         assert len(kept.backend.reports) == 1
 
     def test_errors(self):

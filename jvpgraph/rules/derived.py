@@ -26,7 +26,9 @@ def derive(op: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[str, 
         NotDerivable: the op has no forward derivative in PyTorch.
     """
     if op.namespace != "aten":
-        raise NotDerivable(f"{op.namespace} is not PyTorch's, so there is no formula to derive from")
+        raise NotDerivable(f"{op.namespace} is not ATen, so there is no formula to derive from")
+    if torch.Tag.nondeterministic_seeded in op.tags:
+        raise NotDerivable("it draws random numbers, and deriving would draw them again")
     primals, tangents, places = [], [], []
     for name, dot in dots.items():
         listed = isinstance(dot, (list, tuple))

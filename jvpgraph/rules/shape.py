@@ -33,6 +33,7 @@ def as_strided(y, x, size, stride, offset, *, x_dot):
 
 
 linear(aten.clone.default, aten.alias.default, aten._to_copy.default)
+linear(torch.ops.prims.convert_element_type.default)
 no_tangent(aten.detach.default)  # a stop-gradient stops the tangent too, as in torch.func.jvp
 linear(aten.lift_fresh_copy.default)
 
