@@ -9,7 +9,8 @@ OUT    ?= out
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
-export OMP_WAIT_POLICY ?= passive  # threads that spin starve their neighbours on a busy machine
+# Threads that spin starve their neighbours on a busy machine.
+export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 

@@ -29,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from jvpgraph.kernels.attention import OPS
 from jvpgraph.linearize import source_line
+from jvpgraph.trace import INHERITED_META
 
 __all__ = [
     "SwapReport",
@@ -44,7 +45,6 @@ __all__ = [
 
 SDPA = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-INHERITED_META = ("stack_trace", "nn_module_stack", "seq_nr")
 IN_PLACE_OPERATORS = (
     *(operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
     *(operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul),
