@@ -211,7 +211,7 @@ class _Call:
     dots: dict[str, Tensor]
 
     def __call__(self, replace: Callable[[str, Any], Any] = lambda path, leaf: leaf) -> Any:
-        return self.model(*map_leaves(self.args, replace), **map_leaves(self.kwargs, replace))
+        return self.model(*map_leaves(self.args, replace, "args"), **map_leaves(self.kwargs, replace, "kwargs"))
 
     def in_float64(self) -> _Call:
         model = copy.deepcopy(self.model)

@@ -138,7 +138,12 @@ POINTWISE = [
     *row(aten.new_empty.default, kink(R(3, 4), [2, 2])),
     *row(aten.empty_like.default, kink(R(3, 4))),
     *row(aten.detach.default, call(R(3, 4)), aside=(0,)),
-    *row(torch.ops.prims.convert_element_type.default, coarse(R(3, 4), torch.float32), formula=False, reverse=False),
+    *row(
+        torch.ops.prims.convert_element_type.default,
+        *(call(R(3, 4), torch.complex128), coarse(R(3, 4), torch.float32)),
+        formula=False,
+        reverse=False,
+    ),
     *rows([aten.rand_like.default, aten.randn_like.default], call(R(3, 4))),
     *row(aten.bernoulli.default, call(R(3, 4, low=0.1, high=0.9)), reverse=False),
     *row(aten.bernoulli.p, call(R(3, 4), 0.3), reverse=False),
