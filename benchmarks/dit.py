@@ -16,6 +16,7 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -139,7 +140,9 @@ def main() -> None:
         o.out.mkdir(parents=True, exist_ok=True)
         device = torch.cuda.get_device_name() if o.device == "cuda" else platform.processor() or platform.machine()
         settings = {k: str(v) for k, v in vars(o).items()}
-        record = {"device": device, "torch": torch.__version__, "settings": settings, "seconds": medians}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        record = {"device": device, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+        record |= {"settings": settings, "seconds": medians}
         record |= {"ratio": {n: v / floor for n, v in medians.items()}, "tangent_error": errors}
         path = o.out / f"dit_{o.device}_{o.dtype}.json"
         path.write_text(json.dumps(record, indent=2) + "\n")
