@@ -41,9 +41,8 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         report = Report()
-        active = active_nodes(gm)
         if self.config.swap_attention:
-            report.attention.append(swap_attention(gm, active))
+            report.attention.append(swap_attention(gm, active_nodes(gm)))
             if self.config.recognize_attention:
                 report.attention.append(recognize_attention(gm, active_nodes(gm)))
         compiled = _COMPILE[self.compiler](gm, example_inputs, Context(self.config, report))

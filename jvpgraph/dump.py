@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch._logging import trace_structured
 
-from jvpgraph.linearize import TANGENT_META, source_line
+from jvpgraph.linearize import NO_SOURCE, TANGENT_META, source_line
 
 __all__ = ["Dump", "readable"]
 
@@ -30,7 +30,7 @@ def readable(graph: fx.Graph, title: str) -> str:
             lines.append(f"    return {node.args[0]}")
             continue
         here = source_line(node)
-        if node.op != "placeholder" and here != where and "no source" not in here:
+        if node.op != "placeholder" and here not in (where, NO_SOURCE):
             lines += ["", f"    # {here}"]
             where = here
         comment = _shape(node.meta.get("val"))

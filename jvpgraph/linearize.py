@@ -28,12 +28,13 @@ from torch._ops import OpOverload
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.rules import NoRule, tangents_of
-from jvpgraph.rules.apply import bind, has_tangent
+from jvpgraph.rules.apply import any_has_tangent, argument_tangent, bind
 from jvpgraph.trace import Recorder, value_of
 
 __all__ = ["Linearization", "linearize", "source_line"]
 
 TANGENT_META = "jvpgraph_tangent_of"  # on a tangent node: the name of its primal
+NO_SOURCE = "(no source line)"
 INSERTED_META = "jvpgraph_inserted"  # on every node that linearize inserted
 
 
@@ -97,7 +98,7 @@ def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recor
         return None
     if not isinstance(node.target, OpOverload):
         raise NoRule("a higher-order op" if isinstance(node.target, torch._ops.HigherOrderOperator) else "not an op")
-    if not _any_differentiable(value_of(node)):
+    if not any_has_tangent(value_of(node)):
         return None
     op = node.target
     arguments = bind(op, node.args, node.kwargs)
@@ -114,12 +115,7 @@ def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recor
 
 
 def _argument_tangent(value: Any, tangent: dict[fx.Node, Any]) -> Any:
-    if isinstance(value, fx.Node):
-        return tangent.get(value)
-    if isinstance(value, (list, tuple)):
-        dots = [_argument_tangent(v, tangent) for v in value]
-        return dots if any(d is not None for d in dots) else None
-    return None
+    return argument_tangent(value, lambda x: tangent.get(x) if isinstance(x, fx.Node) else None)
 
 
 def _name_tangents(primal: fx.Node, out_dot: Any, recorder: Recorder, first: int) -> Any:
@@ -207,10 +203,6 @@ def _escapes(node: fx.Node) -> bool:
     return False
 
 
-def _any_differentiable(value: Any) -> bool:
-    return any(has_tangent(v) for v in (value if isinstance(value, (tuple, list)) else (value,)))
-
-
 def _reachable(roots: Iterable[fx.Node], step: Any) -> set[fx.Node]:
     seen: set[fx.Node] = set()
     stack = list(roots)
@@ -235,10 +227,10 @@ def source_line(node: fx.Node) -> str:
     """The innermost line of the user's code that led to a node, as ``file.py:12 in Block.forward``."""
     trace = node.meta.get("stack_trace")
     if not trace:
-        return "(no source line)"
+        return NO_SOURCE
     frames = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
     if not frames:
-        return "(no source line)"
+        return NO_SOURCE
     path, line, function = (part.strip() for part in frames[-1].split(",", 2))
     stack = node.meta.get("nn_module_stack") or {}
     owner = ""

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.rules import TABLE, NoRule, tangents_of
-from jvpgraph.rules.apply import bind, has_tangent
+from jvpgraph.rules.apply import any_has_tangent, argument_tangent, bind, functional_form, has_tangent
 
 __all__ = ["OpByOp"]
 
@@ -118,7 +118,7 @@ class OpByOp(TorchDispatchMode):
     ) -> Any:
         """The tangent of the functional form first, from the old values; then the write itself."""
         targets = [arguments[name] for name in writes]
-        functional = _functional_form(func)
+        functional = functional_form(func)
         if len(targets) != 1 or functional is None:
             raise UnsupportedOp([_unsupported(func, dots, "it writes to its arguments and has no functional form")])
         inputs = {a.name for a in functional._schema.arguments}
@@ -136,7 +136,7 @@ class OpByOp(TorchDispatchMode):
         return out
 
     def _rule(self, func: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[str, Any]) -> Any:
-        if not any(has_tangent(o) for o in (out if isinstance(out, (tuple, list)) else (out,))):
+        if not any_has_tangent(out):
             return None
         # Derived rules are forward AD, and where a mode gets its ops all that is above it is switched off.
         outside = torch._C._ForceDispatchKeyGuard(*self._keys_outside)
@@ -159,12 +159,7 @@ class OpByOp(TorchDispatchMode):
             self._observer(func, out, dot)
 
     def _argument_tangent(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self.tangent(value)
-        if isinstance(value, (list, tuple)):
-            dots = [self._argument_tangent(v) for v in value]
-            return dots if any(d is not None for d in dots) else None
-        return None
+        return argument_tangent(value, lambda x: self.tangent(x) if isinstance(x, Tensor) else None)
 
 
 def _key(x: Tensor) -> StorageWeakRef:
@@ -176,19 +171,6 @@ def _view_of(shadow: torch.UntypedStorage, x: Tensor) -> Tensor:
     view.set_(shadow, x.storage_offset(), x.size(), x.stride())
     view = view.conj() if x.is_conj() else view
     return torch._neg_view(view) if x.is_neg() else view
-
-
-def _functional_form(func: OpOverload) -> OpOverload | None:
-    """The overload that takes the same arguments, but for ``out``, and writes to none of them."""
-    name = func._schema.name.split("::")[1].removesuffix("_")
-    packet = getattr(getattr(torch.ops, func.namespace), name, None)
-    wanted = [(a.name, str(a.type)) for a in func._schema.arguments if not a.is_out]
-    for overload in packet.overloads() if packet is not None else ():
-        found = getattr(packet, overload)
-        taken = [(a.name, str(a.type)) for a in found._schema.arguments]
-        if taken == wanted and not found._schema.is_mutable:
-            return found
-    return None
 
 
 def _unsupported(func: OpOverload, dots: dict[str, Any], reason: str) -> UnsupportedNode:

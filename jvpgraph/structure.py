@@ -31,8 +31,9 @@ def map_leaves(tree: Any, fn: Callable[[str, Any], Any], path: str = "") -> Any:
             return type(tree)(*items)
         return tuple(items) if isinstance(tree, tuple) else items
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        names = [f.name for f in dataclasses.fields(tree) if f.init]
-        return dataclasses.replace(tree, **{n: map_leaves(getattr(tree, n), fn, _join(path, n)) for n in names})
+        return dataclasses.replace(
+            tree, **{n: map_leaves(getattr(tree, n), fn, _join(path, n)) for n in _field_names(tree)}
+        )
     return fn(path, tree)
 
 
@@ -53,10 +54,15 @@ def _collect(tree: Any, path: str, found: list[tuple[str, Any]]) -> None:
         for i, v in enumerate(tree):
             _collect(v, _join(path, i), found)
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for f in dataclasses.fields(tree):
-            _collect(getattr(tree, f.name), _join(path, f.name), found)
+        for name in _field_names(tree):
+            _collect(getattr(tree, name), _join(path, name), found)
     else:
         found.append((path, tree))
+
+
+def _field_names(tree: Any) -> list[str]:
+    """The fields a dataclass is made of; what it computes from them is left to its constructor."""
+    return [f.name for f in dataclasses.fields(tree) if f.init]
 
 
 def _join(path: str, key: Any) -> str:

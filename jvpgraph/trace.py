@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from jvpgraph.rules.apply import functional_form
+
 __all__ = ["Recorder", "value_of"]
 
 INHERITED_META = ("stack_trace", "nn_module_stack", "seq_nr")
@@ -78,7 +80,8 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, Tensor):
             return self._remember(self._fresh(value), node)
         if isinstance(value, (tuple, list)):
-            return [self.stand_in(self._getitem(node, i)) if v is not None else None for i, v in enumerate(value)]
+            items = (self.stand_in(self._getitem(node, i)) if v is not None else None for i, v in enumerate(value))
+            return tuple(items) if isinstance(value, tuple) else list(items)
         return value
 
     def stand_ins(self, tree: Any) -> Any:
@@ -100,7 +103,7 @@ class Recorder(TorchDispatchMode):
                 return out
         if not isinstance(func, OpOverload) or func.namespace == "prim":
             return func(*args, **kwargs)
-        if torch._C.DispatchKey.CompositeImplicitAutograd in func.py_kernels or func._can_decompose():
+        if func._can_decompose():
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -113,7 +116,7 @@ class Recorder(TorchDispatchMode):
         call = self._as_nodes(args), self._as_nodes(kwargs)
         primal = self._primal
         if primal is not None and primal.target is func and (primal.args, primal.kwargs) == call:
-            return self._same_container(value_of(primal), self.stand_in(primal))
+            return self.stand_in(primal)
         if torch.Tag.nondeterministic_seeded in func.tags and primal is not None:
             raise NotImplementedError(f"{func} draws random numbers again: forward AD of it is not reproducible")
         out = func(*args, **kwargs)
@@ -133,9 +136,7 @@ class Recorder(TorchDispatchMode):
 
     def _run_functionally(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """``x.op_(...)`` as ``x = op(x, ...)``, which is what a functional graph needs."""
-        name = func._schema.name.split("::")[1]
-        packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
-        functional = getattr(packet, func._overloadname, None) if packet is not None else None
+        functional = functional_form(func) if func._schema.name.endswith("_") else None
         target = args[0] if args else None
         if functional is None or not isinstance(target, Tensor) or target._is_view():
             raise NotImplementedError(f"{func} writes in place and has no functional form here")
@@ -198,10 +199,6 @@ class Recorder(TorchDispatchMode):
 
         # The same immutable containers as in a graph, so that two calls compare equal.
         return fx.node.map_aggregate(convert(tree), lambda x: x)
-
-    @staticmethod
-    def _same_container(like: Any, values: Any) -> Any:
-        return tuple(values) if isinstance(like, tuple) else values
 
 
 class _SymbolicSizes:

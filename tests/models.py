@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,17 @@ class TinyDiT(nn.Module):
 class Output:
     sample: Tensor
     index: Tensor | None = None
+
+
+@dataclass
+class Computed:
+    """A field that the constructor computes stands before one that it is given."""
+
+    norm: Tensor = field(init=False)
+    sample: Tensor
+
+    def __post_init__(self) -> None:
+        self.norm = self.sample.norm()
 
 
 def oracle(fn, primals, tangents):

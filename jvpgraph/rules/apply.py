@@ -6,7 +6,7 @@ tensors). Zeros are None throughout. Rules come from the table, else they are de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,16 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from jvpgraph.rules.derived import NotDerivable, derive
 from jvpgraph.rules.registry import TABLE, Rule
 
-__all__ = ["NoRule", "apply_rule", "bind", "has_tangent", "tangents_of"]
+__all__ = [
+    "NoRule",
+    "any_has_tangent",
+    "apply_rule",
+    "argument_tangent",
+    "bind",
+    "functional_form",
+    "has_tangent",
+    "tangents_of",
+]
 
 
 class NoRule(Exception):
@@ -26,6 +35,32 @@ class NoRule(Exception):
 def has_tangent(value: Any) -> bool:
     """Whether a value is a tensor that can carry a tangent at all."""
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def any_has_tangent(out: Any) -> bool:
+    """Whether one of an op's outputs can carry a tangent."""
+    return any(map(has_tangent, out if isinstance(out, (tuple, list)) else (out,)))
+
+
+def argument_tangent(value: Any, tangent_of: Callable[[Any], Any]) -> Any:
+    """The tangent of an op's argument; for a list a list with None for zeros, and None if all of them are."""
+    if isinstance(value, (list, tuple)):
+        dots = [argument_tangent(v, tangent_of) for v in value]
+        return dots if any(d is not None for d in dots) else None
+    return tangent_of(value)
+
+
+def functional_form(op: OpOverload) -> OpOverload | None:
+    """The overload that takes the same arguments, but for ``out``, and writes to none of them."""
+    name = op._schema.name.split("::")[1].removesuffix("_")
+    packet = getattr(getattr(torch.ops, op.namespace), name, None)
+    wanted = [(a.name, str(a.type)) for a in op._schema.arguments if not a.is_out]
+    for overload in packet.overloads() if packet is not None else ():
+        found = getattr(packet, overload)
+        taken = [(a.name, str(a.type)) for a in found._schema.arguments]
+        if taken == wanted and not found._schema.is_mutable:
+            return found
+    return None
 
 
 def bind(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
