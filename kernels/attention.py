@@ -240,6 +240,10 @@ def _lse_to_rank3(q: Tensor, lse: Tensor | None) -> Tensor | None:
 # --------------------------------------------------------------------------- the ops: real tensors and fakes
 
 
+def _empty_o_and_lse(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_rows(q, q.shape[-2], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=_dtype_inside(q))
+
+
 def _attention_fake(
     q: Tensor,
     k: Tensor,
@@ -249,8 +253,7 @@ def _attention_fake(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check(q, k, v, bias)
-    o = _empty_rows(q, q.shape[-2], v.shape[-1])
-    return o, q.new_empty(q.shape[:-1], dtype=_dtype_inside(q))
+    return _empty_o_and_lse(q, v)
 
 
 def _attention_real(
@@ -281,7 +284,7 @@ def _attention_jvp_fake(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_jvp(q, k, v, q_dot, k_dot, v_dot, bias, bias_dot)
-    return *_attention_fake(q, k, v), *_attention_fake(q, k, v)
+    return *_empty_o_and_lse(q, v), *_empty_o_and_lse(q, v)
 
 
 def _attention_jvp_real(
