@@ -20,6 +20,8 @@ import torch
 from sympy import cos, sin
 from torch import Tensor, nn
 
+from jvpgraph.trainer.batch import Condition, expand_condition
+
 Coefficient = Callable[[Tensor], Tensor]
 
 s = sympy.Symbol("s", positive=True)  # a model's own time
@@ -103,45 +105,74 @@ def clean_image(F: Tensor, x: Tensor, t: Tensor) -> Tensor:
     return expand_like(t.cos(), x) * x - expand_like(t.sin(), x) * F
 
 
+Call = Callable[..., Tensor]
+"""(net, x_s, time, cond) -> prediction: how a network is called; with `time_r=` if it takes a second time."""
+
+
+def call_plainly(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    """For networks of the form net(x, time, **cond)."""
+    return net(x, time, **cond)
+
+
 class TrigFlow(nn.Module):
-    """A model in TrigFlow coordinates: x_t [B, ...], t [B] radians, labels [B] -> F [B, ...], float64.
+    """A network in TrigFlow coordinates: x_t [B, ...], t [B] radians, its conditions -> F [B, ...], float64.
 
     The network runs in its own dtype. Coefficients are taken in float64, because float32 loses them near both
     ends of the time axis; the network's time is rounded once, to float32.
 
     Args:
-        net: called as net(x_s, time_scale * s, labels).
+        net: what is trained.
+        call: call(net, x_s, time_scale * s, cond) gives the prediction that `schedule` names.
         schedule: what the network was trained on.
-        time_scale: the network's time at s = 1; 1000 for the public video and image models.
+        time_scale: the network's time at s = 1; 1000 for most public video and image models.
     """
 
-    def __init__(self, net: nn.Module, schedule: Schedule = RECTIFIED_FLOW, *, time_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        call: Call = call_plainly,
+        schedule: Schedule = RECTIFIED_FLOW,
+        *,
+        time_scale: float = 1.0,
+    ) -> None:
         super().__init__()
         self.net = net
+        self.call = call
+        self.schedule = schedule
         self.time_scale = time_scale
         self.s_of_t = schedule.coefficient("time")
         self.c_in = schedule.coefficient("c_in")
         self.f_skip = schedule.coefficient("f_skip")
         self.f_out = schedule.coefficient("f_out")
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Condition, r: Tensor | None = None) -> Tensor:
+        """`r` [B] radians: the second time of an average-velocity network (MeanFlow)."""
         x, t = x.double(), t.double()
         x_s = expand_like(self.c_in(t), x) * x
-        c_noise = self.time_scale * self.s_of_t(t)
-        u = self.net(x_s.to(next(self.net.parameters()).dtype), c_noise.float(), labels)
+        second = {} if r is None else {"time_r": self.network_time(r.double())}
+        u = self.call(self.net, x_s.to(next(self.net.parameters()).dtype), self.network_time(t), cond, **second)
         return expand_like(self.f_skip(t), x) * x + expand_like(self.f_out(t), x) * u.double()
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return (self.time_scale * self.s_of_t(t)).float()
 
 
 class Guided(nn.Module):
-    """Classifier-free guidance: F_no_label + scale (F_label - F_no_label), in one doubled batch."""
+    """Classifier-free guidance: F_negative + scale (F - F_negative); a scale of 1 costs one pass only.
 
-    def __init__(self, model: TrigFlow, scale: float, no_label: int) -> None:
+    Args:
+        negative: the condition of no or a negative prompt, each [1, ...].
+    """
+
+    def __init__(self, model: nn.Module, scale: float, negative: Condition) -> None:
         super().__init__()
         self.model = model
         self.scale = scale
-        self.no_label = no_label
+        self.negative = dict(negative)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        both = torch.cat([labels, torch.full_like(labels, self.no_label)])
-        with_label, without = self.model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return without + self.scale * (with_label - without)
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        F = self.model(x, t, cond)
+        if self.scale == 1:
+            return F
+        F_negative = self.model(x, t, expand_condition(self.negative, len(x)))
+        return F_negative + self.scale * (F - F_negative)
