@@ -1,108 +1,139 @@
-"""Settings of the demo: one frozen dataclass per part, each field with its unit and its source."""
+"""A run's settings: frozen dataclasses, each field with its unit and where its default comes from.
+
+The comments are what `jvpgraph train --help` prints.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
+
+from jvpgraph.trainer.objectives import RCM, Objective
+from jvpgraph.trainer.plug import Plug
+from jvpgraph.trainer.student import LoRA
 
 
 @dataclass(frozen=True)
-class DiTConfig:
-    """The class-conditional diffusion transformer (Peebles & Xie 2023), at the size of an 8x8 image."""
+class StudentConfig:
+    """What is trained: a copy of the teacher's network."""
 
-    image_size: int = 8  # pixels per side
-    patch_size: int = 2  # pixels per side: 16 tokens
-    width: int = 96  # channels of a token
-    depth: int = 4  # blocks
-    heads: int = 4
-    mlp_ratio: int = 4  # DiT
-    classes: int = 10  # label `classes` (10) stands for "no label"
-    max_frequency: float = 64.0  # rad per unit of s; low, so that dF/dt stays tame (sCM, section 4.1)
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None  # of the weights; null: the teacher's
+    lora: LoRA | None = None  # train low-rank adapters only (peft), on the teacher's own weights
+    checkpoint_blocks: bool = False  # save memory: recompute each block's primal in the backward pass
+    backend: Literal["inductor", "eager", "op_by_op"] = "inductor"  # of jvpgraph.transform
+    compile: bool = False  # torch.compile teacher, fake score and calls without tangents too
 
 
 @dataclass(frozen=True)
-class ClassifierConfig:
-    """The small classifier whose penultimate layer is the feature space of every metric."""
+class GuidanceConfig:
+    """The teacher's classifier-free guidance: F_negative + scale (F - F_negative)."""
 
-    features: int = 64
-    steps: int = 400
-    batch: int = 128  # images
-    lr: float = 2e-3
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """Rectified flow with classifier-free guidance: what is distilled."""
-
-    steps: int = 2500
-    batch: int = 64  # images
-    lr: float = 2e-3
-    lr_warmup: int = 100  # steps of linear rise; cosine to zero afterwards
-    weight_decay: float = 0.01
-    label_dropout: float = 0.1  # share of labels replaced by "no label" (Ho & Salimans 2022)
-    time_mean: float = 0.0  # logit-normal times (SD3): s = sigmoid(mean + std * normal)
-    time_std: float = 1.0
-    ema_sigma_rel: float = 0.05  # width of the power-function EMA as a share of the run (Karras et al. 2024)
-    euler_steps: int = 50  # of the reference sampler
-    guidance: float = 1.25  # more moves this teacher away from the data (distance 7 -> 17 at 1.5)
+    scale: float = 1.0  # 1: none; rCM uses 5 for Wan
+    negative: dict[str, Any] = field(default_factory=dict)  # no or a negative prompt: numbers or lists by condition
+    negative_file: Path | None = None  # the same as a safetensors file of tensors without a batch dim
 
 
 @dataclass(frozen=True)
-class DistillConfig:
-    """rCM: the sCM loss plus `dmd_weight` times the score regulariser (arXiv 2510.08431)."""
+class OptimizerConfig:
+    """AdamW."""
 
-    steps: int = 600  # student updates
-    batch: int = 64  # images
-    lr: float = 3e-4  # student
-    lr_fake: float = 3e-4  # fake score
-    betas: tuple[float, float] = (0.0, 0.999)  # both optimisers; the paper
-    weight_decay: float = 0.01  # the paper
-    clip_norm: float | None = None  # L2 norm of all gradients; the paper advises against clipping
-    tangent_warmup: int = 50  # student updates until r = 1; until then sCM alone
-    tangent_floor: float = 0.1  # c in g / (||g|| + c); sCM
-    dmd_weight: float = 0.01  # lambda; the paper's best
-    fake_updates: int = 2  # fake-score updates after each student update; 4 in the paper at 1.3B
-    simulation_steps: int = 4  # backward simulation cycles through 1..simulation_steps steps
-    scm_log_sigma_mean: float = -0.4  # p_G: tan t is log-normal
-    scm_log_sigma_std: float = 1.6
-    dmd_time_shift: float = 1.0  # p_D: shifted uniform rectified-flow time; 5 in the paper, for video
-    ema_sigma_rel: float = 0.1  # the paper's code
+    lr: float = 2e-6  # per update; rCM at 1.3B: 2e-6 student, 4e-7 fake score
+    betas: tuple[float, float] = (0.0, 0.999)  # rCM
+    eps: float = 1e-8  # torch's default
+    weight_decay: float = 0.01  # rCM
+    clip_norm: float | None = None  # L2 norm of all gradients; null: off, which rCM calls crucial
+    warmup: int = 0  # updates of linear rise of lr
+    decay: Literal["constant", "cosine"] = "constant"  # of lr after the rise, over the stage
 
 
 @dataclass(frozen=True)
-class FewStepConfig:
-    """Times of the consistency sampler, in radians of TrigFlow."""
+class StageConfig:
+    """One objective for some steps. Stages run in a row, each on the weights of the one before."""
 
-    sigma_max: float = 80.0  # the first time is atan(sigma_max)
-    middle_times: tuple[float, ...] = (1.3, 1.0, 0.6)  # n steps use the first n - 1; the paper
-    steps: tuple[int, ...] = (1, 2, 4)
+    steps: int  # student updates
+    objective: Objective = field(default_factory=RCM)  # rcm, scm, dmd, dcm, mean_flow, flow_matching
+    batch: int = 64  # samples per forward
+    accumulate: int = 1  # forwards per update, of student and fake score
+    condition_dropout: float = 0.0  # share of conditions replaced by the negative one; 0.1 to train a teacher
+    student: OptimizerConfig = field(default_factory=OptimizerConfig)
+    fake: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=4e-7))  # of the fake score
 
 
 @dataclass(frozen=True)
-class DemoConfig:
-    """The whole demo, from training the classifier to the table."""
+class DataConfig:
+    """Latents and conditions."""
 
-    seed: int = 0
-    model: DiTConfig = field(default_factory=DiTConfig)
-    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
-    few_step: FewStepConfig = field(default_factory=FewStepConfig)
-    samples: int = 1797  # images per sampler: as many as there are real ones
-    sampling_batch: int = 200  # images at a time; the median batch gives the time per image
-    neighbours: int = 3  # k of the precision and recall manifolds (Kynkaanniemi et al. 2019)
-    log_every: int = 25  # steps between looks at the losses
-    out: Path = Path("out/demo")
+    source: Plug = field(default_factory=lambda: Plug("jvpgraph.trainer.data.digits:digits"))  # gives the data set
+    workers: int = 0  # processes that read ahead; 0: read in the training process
 
-    def quick(self) -> DemoConfig:
-        """The same path with a tiny network and a few steps: shows that it runs, not that it learns."""
-        return replace(
-            self,
-            model=replace(self.model, width=16, depth=1, heads=2),
-            classifier=replace(self.classifier, steps=40),
-            teacher=replace(self.teacher, steps=20, batch=32, lr_warmup=5, euler_steps=6),
-            distill=replace(self.distill, steps=6, batch=16, tangent_warmup=2, fake_updates=1),
-            samples=200,
-            sampling_batch=100,
-            log_every=2,
-        )
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """Power-function averages of the weights (Karras et al. 2024)."""
+
+    sigma_rel: tuple[float, ...] = (0.05, 0.1)  # widths as shares of the stage; the first is sampled. rCM: 0.05
+    snapshot_every: int | None = None  # steps between snapshots, from which other widths are made afterwards
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where a run goes on after a stop."""
+
+    every: int = 500  # steps; the last step of a stage is always saved
+    keep: int = 3  # the last so many
+    asynchronous: bool = True  # write while training goes on
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run shows."""
+
+    every: int = 10  # steps between log lines
+    tensorboard: bool = False  # event files in OUT/tensorboard
+    wandb: str | None = None  # project name
+    preview_every: int | None = None  # steps between sample grids in OUT/samples
+    preview_count: int = 16  # samples per grid
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How students and teachers are sampled; times in TrigFlow radians."""
+
+    sigma_max: float = 80.0  # the first time is atan(sigma_max); rCM
+    middle_times: tuple[float, ...] = (1.3, 1.0, 0.6)  # n steps use the first n - 1; rCM
+    steps: tuple[int, ...] = (1, 2, 4)  # what `jvpgraph evaluate` looks at
+    teacher_steps: int = 50  # Euler steps of the teacher
+    shift: float = 1.0  # of the Euler steps in rectified-flow time; 5 for Wan at 720p, 3 at 480p
+    batch: int = 64  # samples at a time
+    decode: Plug | None = None  # a function from latents [B, ...] to images in [0, 1]
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Distances between samples and real data."""
+
+    features: Plug | None = None  # a feature space; see jvpgraph.trainer.features
+    count: int = 10_000  # samples per sampler and seed, at most the size of the data set
+    seeds: tuple[int, ...] = (0, 1, 2)  # sampling seeds, for the spread
+    neighbours: int = 3  # k of precision and recall (Kynkaanniemi et al. 2019)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: `jvpgraph train CONFIG`."""
+
+    out: Path  # folder of checkpoints, logs and samples
+    model: Plug  # gives the teacher, a TrigFlow: jvpgraph.trainer.adapters:diffusers_model or a function of yours
+    stages: tuple[StageConfig, ...]  # one after the other
+    seed: int = 0  # of everything random
+    device: str = "auto"  # auto: cuda if there is one
+    threads: int | None = None  # CPU threads; null: torch's choice
+    student: StudentConfig = field(default_factory=StudentConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

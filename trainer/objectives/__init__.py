@@ -1,1 +1,23 @@
-"""Training objectives, one file each: functions of (student, teacher, batch, rng) that return a loss."""
+"""Training objectives, one file each: settings, and a function of (student, teacher, batch, rng, config)."""
+
+from jvpgraph.trainer.objectives.dcm import DCM
+from jvpgraph.trainer.objectives.dmd import DMD
+from jvpgraph.trainer.objectives.flow import FlowMatching
+from jvpgraph.trainer.objectives.mean_flow import MeanFlow
+from jvpgraph.trainer.objectives.objective import LOSSES, Objective, Terms, loss_of, objective
+from jvpgraph.trainer.objectives.rcm import RCM
+from jvpgraph.trainer.objectives.scm import SCM
+
+__all__ = [
+    "DCM",
+    "DMD",
+    "LOSSES",
+    "RCM",
+    "SCM",
+    "FlowMatching",
+    "MeanFlow",
+    "Objective",
+    "Terms",
+    "loss_of",
+    "objective",
+]

@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import ClassVar
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from jvpgraph.trainer.config import DistillConfig
-from jvpgraph.trainer.data import Batch
-from jvpgraph.trainer.objectives.dmd import dmd_loss
-from jvpgraph.trainer.objectives.scm import scm_loss
+from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.objectives.dmd import DMD, dmd_loss
+from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
+from jvpgraph.trainer.objectives.scm import SCM, scm_loss
 
 
+@dataclass(frozen=True)
+class RCM(Objective):
+    """sCM alone while its tangent warms up, then both."""
+
+    name: ClassVar[str] = "rcm"
+    weight: float = 0.01  # lambda; the paper tried 1, 0.1, 0.01, 0.001. 0 is sCM exactly
+    scm: SCM = field(default_factory=SCM)  # the consistency part
+    dmd: DMD = field(default_factory=DMD)  # the score regulariser
+
+    @property
+    def fake_score(self) -> DMD | None:
+        return self.dmd if self.weight else None
+
+    def fake_updates(self, iteration: int) -> int:
+        return self.dmd.fake_updates_per_step if self.regularises(iteration) else 0
+
+    def regularises(self, iteration: int) -> bool:
+        return self.weight != 0 and iteration > self.scm.tangent_warmup
+
+
+@objective
 def rcm_loss(
     student: nn.Module,
     teacher: nn.Module,
     batch: Batch,
     rng: torch.Generator,
+    config: RCM,
     *,
-    fake: nn.Module,
-    config: DistillConfig,
     iteration: int,
-) -> Tensor:
-    """sCM alone while its tangent warms up, then both; `iteration` counts student updates from 1."""
-    warmup = min(1.0, iteration / max(1, config.tangent_warmup))
-    loss = scm_loss(student, teacher, batch, rng, config=config, warmup=warmup)
-    if iteration <= config.tangent_warmup:
-        return loss
-    steps = 1 + iteration % config.simulation_steps
-    return loss + config.dmd_weight * dmd_loss(student, teacher, batch, rng, fake=fake, config=config, steps=steps)
+    fake: nn.Module | None,
+) -> Terms:
+    """The two losses, float64; arguments as those of `scm_loss` and `dmd_loss`."""
+    terms = scm_loss(student, teacher, batch, rng, config.scm, iteration=iteration)
+    if not config.regularises(iteration):
+        return terms
+    dmd = dmd_loss(student, teacher, batch, rng, config.dmd, iteration=iteration, fake=fake)
+    loss = terms["loss"] + config.weight * dmd["loss"]
+    return {**terms, **dmd, "loss": loss, "scm": terms["loss"], "dmd": dmd["loss"]}

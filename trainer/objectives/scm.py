@@ -11,54 +11,68 @@ cos(t) sin(t) F_T of x and cos(t) sin(t) of t.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from jvpgraph.trainer.config import DistillConfig
-from jvpgraph.trainer.data import Batch
+from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
+from jvpgraph.trainer.times import LogNormal, Times, noise_like
 from jvpgraph.trainer.trigflow import add_noise, expand_like
 
 
-def draw_scm_times(size: int, config: DistillConfig, rng: torch.Generator) -> Tensor:
-    """t [B] radians from p_G: tan(t) is log-normal."""
-    normal = torch.randn(size, generator=rng, dtype=torch.float64)
-    return (config.scm_log_sigma_mean + config.scm_log_sigma_std * normal).exp().atan()
+@dataclass(frozen=True)
+class SCM(Objective):
+    """Continuous-time consistency."""
+
+    name: ClassVar[str] = "scm"
+    times: Times = field(default_factory=LogNormal)  # p_G
+    tangent_warmup: int = 0  # student updates until r = 1; 0: none, which the rCM paper finds enough
+    tangent_floor: float = 0.1  # c in g / (||g|| + c); sCM
 
 
 def tangent_target(F: Tensor, F_dot: Tensor, F_teacher: Tensor, x: Tensor, t: Tensor, r: float) -> Tensor:
-    """g = -cos^2(t) (F - F_T) - r (cos(t) sin(t) x_t + F_dot); images [B, ...], t [B] in radians."""
+    """g = -cos^2(t) (F - F_T) - r (cos(t) sin(t) x_t + F_dot); latents [B, ...], t [B] in radians."""
     cos, sin = expand_like(t.cos(), x), expand_like(t.sin(), x)
     return -(cos**2) * (F - F_teacher) - r * (cos * sin * x + F_dot)
 
 
+@objective
 def scm_loss(
     student: nn.Module,
     teacher: nn.Module,
     batch: Batch,
     rng: torch.Generator,
+    config: SCM,
     *,
-    config: DistillConfig,
-    warmup: float = 1.0,
-) -> Tensor:
-    """Mean over the batch of the sum over pixels of (F - F_sg - g)^2, float64.
+    iteration: int,
+    fake: nn.Module | None = None,
+) -> Terms:
+    """Sum over the latent of (F - F_sg - g)^2, float64.
 
     Args:
         student: the dual of a TrigFlow model; one call gives F with its autograd history and F_dot.
         teacher: gives the velocity F_T, guidance included.
-        batch: real images and their labels.
+        batch: real latents and their conditions.
         rng: times and noise.
-        warmup: r, the share of the tangent that counts.
+        iteration: of the student, from 1; what the tangent's warm-up goes by.
+        fake: not used.
     """
     x0 = batch.x0.double()
-    t = draw_scm_times(len(batch), config, rng)
-    x = add_noise(x0, torch.randn(x0.shape, generator=rng, dtype=torch.float64), t)
+    t = config.times.draw(len(batch), rng)
+    x = add_noise(x0, noise_like(x0, rng), t)
     with torch.no_grad():
-        F_teacher = teacher(x, t, batch.labels)
+        F_teacher = teacher(x, t, batch.cond)
 
     speed = t.cos() * t.sin()
     tangents = {"x": expand_like(speed, x) * F_teacher, "t": speed}
-    F, F_dot = student(x, t, batch.labels, tangents=tangents)
+    F, F_dot = student(x, t, batch.cond, tangents=tangents)
 
-    g = tangent_target(F.detach(), F_dot, F_teacher, x, t, warmup)
-    g = g / (expand_like(g.flatten(1).norm(dim=1), g) + config.tangent_floor)
-    return (F - F.detach() - g).square().flatten(1).sum(1).mean()
+    r = min(1.0, iteration / config.tangent_warmup) if config.tangent_warmup else 1.0
+    g = tangent_target(F.detach(), F_dot, F_teacher, x, t, r)
+    norm = g.flatten(1).norm(dim=1)
+    g = g / expand_like(norm + config.tangent_floor, g)
+    loss = (F - F.detach() - g).square().flatten(1).sum(1)
+    return {"loss": loss, "target_norm": norm, "tangent_norm": F_dot.flatten(1).norm(dim=1)}

@@ -1,0 +1,39 @@
+"""Flow matching (Lipman et al. 2023): trains a teacher, or continues one, on data alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.objectives.dmd import velocity_error
+from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
+from jvpgraph.trainer.times import LogitNormal, Times
+
+
+@dataclass(frozen=True)
+class FlowMatching(Objective):
+    """The velocity of the data, without a teacher."""
+
+    name: ClassVar[str] = "flow_matching"
+    sampler: ClassVar[str] = "flow"
+    with_tangent: ClassVar[bool] = False
+    times: Times = field(default_factory=LogitNormal)  # SD3
+
+
+@objective
+def flow_loss(
+    student: nn.Module,
+    teacher: nn.Module,
+    batch: Batch,
+    rng: torch.Generator,
+    config: FlowMatching,
+    *,
+    iteration: int,
+    fake: nn.Module | None = None,
+) -> Terms:
+    """Sum over the latent of (F - v)^2, float64; teacher, iteration and fake are not used."""
+    return {"loss": velocity_error(student, batch, config.times, rng)}

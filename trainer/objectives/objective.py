@@ -1,0 +1,60 @@
+"""What an objective is: a function that reads like its paper, and a dataclass of its settings.
+
+    @objective
+    def scm_loss(student, teacher, batch, rng, config: SCM, *, iteration, fake) -> Terms: ...
+
+The class of `config` is the key: a stage whose settings are an SCM is trained with scm_loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, TypeVar, get_type_hints
+
+from torch import Tensor
+
+from jvpgraph.trainer.settings import Variants
+
+if TYPE_CHECKING:
+    from jvpgraph.trainer.objectives.dmd import DMD
+
+Terms = dict[str, Tensor]
+"""Per sample [B]: `loss`, whose mean is minimised, and whatever else is worth logging."""
+
+Loss = Callable[..., Terms]
+AnyLoss = TypeVar("AnyLoss", bound=Loss)
+
+
+@dataclass(frozen=True)
+class Objective(Variants):
+    """Base of an objective's settings."""
+
+    sampler: ClassVar[str] = "consistency"  # how what it trains is sampled: consistency, mean_flow or flow
+    second_time: ClassVar[bool] = False  # whether the network takes a second time
+    with_tangent: ClassVar[bool] = True  # whether it asks the student for a tangent
+
+    @property
+    def fake_score(self) -> DMD | None:
+        """Settings of the fake score that is trained beside the student, if there is one."""
+        return None
+
+    def fake_updates(self, iteration: int) -> int:
+        """Updates of the fake score that follow student update `iteration`, counted from 1."""
+        return 0
+
+
+LOSSES: dict[type[Objective], Loss] = {}
+
+
+def objective(loss: AnyLoss) -> AnyLoss:
+    """Registers a loss under the class of its `config`."""
+    settings = get_type_hints(loss)["config"]
+    if settings in LOSSES:
+        raise ValueError(f"{settings.__name__} has a loss already: {LOSSES[settings].__name__}")
+    LOSSES[settings] = loss
+    return loss
+
+
+def loss_of(settings: Objective) -> Loss:
+    return LOSSES[type(settings)]
