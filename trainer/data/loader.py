@@ -1,0 +1,178 @@
+"""One endless shuffled stream of batches whose order is a pure function of (seed, position).
+
+Epoch e is the permutation that (seed, e) gives; the stream is the epochs one after the other.  A position counts
+samples of that stream.  At position p, rank r of R reads samples p + r * B to p + (r + 1) * B - 1, and then all ranks
+go on at p + R * B: every batch is full, every epoch visits every sample exactly once, and a batch may hold the end of
+one epoch and the start of the next.  The state of a loader is therefore one number, the same on every rank, whatever
+the number of workers; with it a run may even go on with another batch size or number of ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.data.sample import BadShard, Dataset, Sample, collate
+
+log = logging.getLogger("jvpgraph.trainer.data")
+
+
+def loader(
+    dataset: Dataset, batch: int, seed: int, *, workers: int = 0, rank: int = 0, ranks: int = 1
+) -> StatefulDataLoader:
+    """An endless loader of full batches of `batch` samples for this rank, read by `workers` processes (0: this one).
+
+    `iter()` goes on where the loader stands; `state_dict()` names the next batch, `load_state_dict()` goes there and
+    holds for the next `iter()`.  Where the data set skips bad samples, the next good ones behind the batch of all
+    ranks take their places (they come again in their own turn), and each bad sample is logged once.
+
+    ValueError for numbers out of range, for a data set smaller than a batch of all ranks, for samples that cannot be
+    stacked, and for a state of another data set or seed; BadShard for a sample that cannot be read.
+    """
+    if batch < 1 or workers < 0 or seed < 0 or not 0 <= rank < ranks:
+        raise ValueError(
+            f"batch={batch}, seed={seed}, workers={workers}, rank={rank}, ranks={ranks}: "
+            "batch and ranks start at 1; seed, workers and rank at 0; rank stays below ranks"
+        )
+    if len(dataset) < batch * ranks:
+        raise ValueError(
+            f"the data set has {len(dataset)} samples, fewer than one batch of {batch} on {ranks} rank(s). "
+            "Take a smaller batch or more data."
+        )
+    return _Loader(_Stream(dataset, batch, seed, rank, ranks), workers)
+
+
+class _Stream:
+    """Position -> this rank's batch there, and the problem of each bad sample that was replaced in it."""
+
+    def __init__(self, dataset: Dataset, batch: int, seed: int, rank: int, ranks: int) -> None:
+        self.dataset, self.batch, self.seed, self.rank, self.ranks = dataset, batch, seed, rank, ranks
+        self.samples = len(dataset)
+        self.step = batch * ranks
+        self.skips = getattr(dataset, "on_bad_shard", "stop") == "skip"
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_epochs": {}}  # a worker makes its own permutations
+
+    def __getitem__(self, position: int) -> tuple[Batch, dict[int, str]]:
+        start = position + self.rank * self.batch
+        index = [self.sample_at(p) for p in range(start, start + self.batch)]
+        if hasattr(self.dataset, "batch"):
+            return self.dataset.batch(torch.tensor(index)), {}
+        samples: list[Sample] = []
+        bad: dict[int, str] = {}
+        spare = itertools.count(position + self.step)
+        for i in index:
+            while (sample := self._read(i, bad)) is None:
+                i = self.sample_at(next(spare))
+            samples.append(sample)
+        return collate(samples), bad
+
+    def _read(self, index: int, bad: dict[int, str]) -> Sample | None:
+        """Sample `index`, or None with its problem added to `bad`."""
+        if index in bad:
+            return None
+        try:
+            return self.dataset[index]
+        except BadShard as error:
+            if not self.skips:
+                raise
+            bad[index] = str(error)
+            if len(bad) == self.samples:
+                raise BadShard(f"all {self.samples} samples are bad, the last one:\n{error}") from error
+        return None
+
+    def sample_at(self, position: int) -> int:
+        """The number in the data set of the sample at a position of the stream."""
+        epoch, place = divmod(position, self.samples)
+        if epoch not in self._epochs:
+            # A batch and its replacements touch two epochs; an older permutation would only take memory.
+            self._epochs = {e: order for e, order in self._epochs.items() if abs(e - epoch) == 1}
+            self._epochs[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.samples)
+        return int(self._epochs[epoch][place])
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the meaning of a position depends on."""
+        return {
+            "samples": self.samples,
+            "fingerprint": getattr(self.dataset, "fingerprint", ""),
+            "seed": self.seed,
+        }
+
+
+class _Positions(Sampler[int]):
+    """The positions from `start` on, each a batch of all ranks behind the last."""
+
+    def __init__(self, step: int) -> None:
+        self.start, self.step = 0, step
+
+    def __iter__(self) -> Iterator[int]:
+        position = self.start
+        while True:
+            yield position
+            position += self.step
+
+
+class _Loader(StatefulDataLoader):
+    """Counts what it has handed out: torchdata's own state depends on the number of workers, a position does not."""
+
+    def __init__(self, stream: _Stream, workers: int) -> None:
+        self._stream, self._positions = stream, _Positions(stream.step)
+        self._reported: set[int] = set()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)  # torchdata 0.11, torch 2.13
+            super().__init__(
+                stream,  # type: ignore[arg-type]
+                batch_size=None,
+                sampler=self._positions,
+                collate_fn=_unchanged,
+                num_workers=workers,
+                generator=torch.Generator(),  # else every iter() would draw from the global one
+            )
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch, bad in super().__iter__():
+            self._positions.start += self._stream.step
+            self._report(bad)
+            yield batch
+
+    def _report(self, bad: dict[int, str]) -> None:
+        for index, problem in bad.items():
+            if index not in self._reported:
+                self._reported.add(index)
+                log.warning(
+                    "%s\n  left out: %d of %d samples so far", problem, len(self._reported), self._stream.samples
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self._positions.start, **self._stream.origin}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """ValueError if the state belongs to another data set or seed."""
+        here = self._stream.origin
+        if missing := [name for name in ("position", *here) if name not in state]:
+            raise ValueError(f"not the state of a loader: it has no {', '.join(missing)}")
+        if state["seed"] != here["seed"]:
+            raise ValueError(f"the state was saved with seed {state['seed']}, this loader has seed {here['seed']}")
+        if changed := [name for name in ("samples", "fingerprint") if state[name] != here[name]]:
+            differences = ", ".join(f"{name} {state[name]} then, {here[name]} now" for name in changed)
+            raise ValueError(
+                f"the data set changed since the state was saved: {differences}. "
+                "Put the same shards back, or start a new loader without this state."
+            )
+        self._positions.start = state["position"]
+
+
+def _unchanged(item: tuple[Batch, dict[int, str]]) -> tuple[Batch, dict[int, str]]:
+    return item

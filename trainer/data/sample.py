@@ -1,0 +1,80 @@
+"""What a data set is to the loader: samples by number, and the error for those that cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from jvpgraph.trainer.batch import Batch
+
+SHOWN = 5  # items that an error lists before it says how many more there are
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clean latent x0 [...] of about unit variance, the network's arguments for it [...], and its name."""
+
+    key: str
+    x0: Tensor
+    cond: dict[str, Tensor]
+
+
+class Dataset(Protocol):
+    """Samples 0 to len - 1, in any order, from any process.
+
+    Three attributes are optional:
+      fingerprint: str                     equal as long as every number still means the same sample
+      on_bad_shard: "stop" | "skip"        whether BadShard from `dataset[index]` ends the run ("stop" if absent)
+      batch(index: Tensor [B]) -> Batch    instead of `len(index)` samples and `collate`, where that is slow
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+class BadShard(ValueError):
+    """A shard or one of its samples cannot be used; the message says which, why, and what to do.
+
+    Made from its message alone, because a DataLoader rebuilds an error of its workers from type and text.
+    """
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples -> Batch of len(samples).  ValueError if their shapes or conditions differ, with the samples' keys."""
+    keys = tuple(sample.key for sample in samples)
+    names = [tuple(sorted(sample.cond)) for sample in samples]
+    if len(set(names)) > 1:
+        raise ValueError(f"the samples of a batch have different conditions: {_list_groups(keys, names)}")
+    cond = {name: _stack(f"condition {name!r}", keys, [s.cond[name] for s in samples]) for name in samples[0].cond}
+    return Batch(_stack("x0", keys, [sample.x0 for sample in samples]), cond, keys)
+
+
+def _stack(name: str, keys: Sequence[str], values: list[Tensor]) -> Tensor:
+    """Tensors [...] -> [B, ...]."""
+    shapes = [(tuple(value.shape), value.dtype) for value in values]
+    if len(set(shapes)) > 1:
+        groups = _list_groups(keys, [f"{list(shape)} {str(dtype)[6:]}" for shape, dtype in shapes])
+        raise ValueError(
+            f"{name} differs within a batch: {groups}. Pad it to one shape (with a mask as a condition of its own) "
+            "when the shards are written, or keep samples of different shape in different data sets."
+        )
+    return torch.stack(values)
+
+
+def _list_groups(keys: Sequence[str], values: Sequence[object]) -> str:
+    """`[7, 16] float32 (a, b), [9, 16] float32 (c)`."""
+    groups: dict[object, list[str]] = {}
+    for key, value in zip(keys, values):
+        groups.setdefault(value, []).append(key)
+    return ", ".join(f"{value} ({shorten(members)})" for value, members in groups.items())
+
+
+def shorten(items: Sequence[str], separator: str = ", ") -> str:
+    """The first few items, and how many more there are."""
+    more = [f"and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return separator.join([*items[:SHOWN], *more])
