@@ -1,0 +1,143 @@
+"""Functions of the user in the settings: models, data sets, decoders, feature spaces."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import pkgutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class PlugError(ValueError):
+    """A function named in the settings does not exist or does not take these options."""
+
+
+@dataclass(frozen=True)
+class Plug:
+    """A function by its name, and its options."""
+
+    load: str  # package.module:function or path/to/file.py:function
+    options: dict[str, Any] = field(default_factory=dict)  # its keyword arguments
+
+    def function(self) -> Callable[..., Any]:
+        """Imports it; modules are looked for in the working folder too. Raises PlugError."""
+        source, colon, names = self.load.rpartition(":")
+        if not colon or not source or not names:
+            raise PlugError(f"{self.load!r}: expected package.module:function or path/to/file.py:function")
+        found: Any = _module_of_file(Path(source)) if source.endswith(".py") else _module_of_name(source)
+        for name in names.split("."):
+            if not hasattr(found, name):
+                raise PlugError(f"{self.load}: {source} has no {name}{_functions_near(name, found)}")
+            found = getattr(found, name)
+        if not callable(found):
+            near = _functions_near(
+                names, _module_of_file(Path(source)) if source.endswith(".py") else _module_of_name(source)
+            )
+            raise PlugError(f"{self.load}: {names} is a {type(found).__name__}, not a function{near}")
+        return found
+
+    def build(self, **extra: Any) -> Any:
+        """What the function returns for the options and `extra`, which the trainer adds.
+
+        Raises:
+            PlugError: there is no such function, or it does not take these options.
+            Exception: whatever the function itself raises.
+        """
+        function = self.function()
+        twice = sorted(self.options.keys() & extra.keys())
+        if twice:
+            raise PlugError(f"{self.load}: the trainer itself gives {', '.join(twice)}; leave it out of options")
+        _check_options(self.load, function, {**self.options, **extra})
+        return function(**self.options, **extra)
+
+
+def _check_options(load: str, function: Callable[..., Any], options: dict[str, Any]) -> None:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # written in C without a signature: it checks its arguments itself
+        return
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    problems = []
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for name in options.keys() - named.keys():
+            near = difflib.get_close_matches(name, named, n=1)
+            allowed = f"allowed: {', '.join(named)}" if named else "it takes none"
+            problems.append(f"unknown option {name}{f'; did you mean {near[0]}?' if near else ''}; {allowed}")
+    missing = [name for name, p in named.items() if p.default is p.empty and name not in options]
+    if missing:
+        problems.append(f"missing options: {', '.join(missing)}")
+    if problems:
+        raise PlugError("\n".join([f"{load} does not take these options", *(f"  {line}" for line in sorted(problems))]))
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    """A file as a module, once per process. The folder can be imported from, as with `python file.py`."""
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        files = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise PlugError(f"{path}: no such file{_near(path.name, files, 'files next to it')}")
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    _import_from(str(path.parent))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None, "a .py file always has a spec"
+    assert spec.loader is not None, "and a loader"
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _module_of_name(name: str) -> ModuleType:
+    _import_from(os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and something that it imports is not
+        parent, _, last = error.name.rpartition(".")
+        if parent:
+            near = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(parent).__path__))
+            hint = _near(last, near, f"modules of {parent}")
+        else:
+            hint = f"; it is neither installed nor in {os.getcwd()}"
+        raise PlugError(f"{name}: there is no module {error.name}{hint}") from None
+    except (TypeError, ValueError) as error:
+        if name.startswith(".") or not name:
+            raise PlugError(f"{name}: expected the full name of a module") from error
+        raise
+
+
+def _import_from(folder: str) -> None:
+    """Last in the search path, so that nothing installed is hidden."""
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
+def _functions_near(name: str, owner: Any) -> str:
+    public = [n for n, value in vars(owner).items() if callable(value) and not n.startswith("_")]
+    if isinstance(owner, ModuleType):
+        own = [n for n in public if getattr(vars(owner)[n], "__module__", "") == owner.__name__]
+        public = own or public
+    return _near(name, public, "functions there")
+
+
+def _near(name: str, known: list[str], what: str) -> str:
+    """The closest names first, at most eight."""
+    close = difflib.get_close_matches(name, known, n=8, cutoff=0.5)
+    shown = [*close, *(other for other in known if other not in close)][:8]
+    mean = f"; did you mean {close[0]}?" if close else ""
+    return f"{mean}; {what}: {', '.join(shown)}{', ...' if len(known) > 8 else ''}" if shown else f"; no {what}"
