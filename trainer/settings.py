@@ -606,7 +606,7 @@ def comments(cls: type) -> dict[str, str]:
         try:
             source = textwrap.dedent(inspect.getsource(base))
         except (OSError, TypeError):  # made at run time
-            found |= dict.fromkeys(base.__dict__.get("__annotations__", {}), "")
+            found |= dict.fromkeys(inspect.get_annotations(base), "")
             continue
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
         by_line = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}

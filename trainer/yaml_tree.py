@@ -15,8 +15,6 @@ FLOAT = (
     rf"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:{EXPONENT})?|\.[0-9]+(?:{EXPONENT})?"
     rf"|[0-9][0-9_]*{EXPONENT}|\.(?:inf|Inf|INF))"
 )
-    rf"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:{EXPONENT})?|\.[0-9]+(?:{EXPONENT})?|[0-9][0-9_]*{EXPONENT}|\.(?:inf|Inf|INF))"
-)
 NUMBER = rf"{INT}|{FLOAT}"
 SCALARS = {  # YAML 1.2's core schema: tag, pattern, first characters
     "null": (r"~|null|Null|NULL|", [*"~nN", ""]),
