@@ -29,3 +29,12 @@ def _seed() -> None:
 def _forget_compiled_graphs() -> Iterator[None]:
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small networks: a second thread would spend its time waiting."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -5,13 +5,32 @@ Shape letters: B images, N tokens, C channels of a token, H heads, D channels of
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from jvpgraph.trainer.config import DiTConfig
+from jvpgraph.trainer.batch import Condition
+from jvpgraph.trainer.trigflow import TrigFlow
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Size of the network; the defaults suit images of 8x8 pixels."""
+
+    image_size: int = 8  # pixels per side
+    patch_size: int = 2  # pixels per side: 16 tokens
+    width: int = 96  # channels of a token
+    depth: int = 4  # blocks
+    heads: int = 4
+    mlp_ratio: int = 4  # DiT
+    classes: int = 10  # label `classes` (10) stands for "no label"
+    max_frequency: float = 64.0  # rad per unit of s; low, so that dF/dt stays tame (sCM, section 4.1)
 
 
 def modulate(x_BNC: Tensor, shift_BC: Tensor, scale_BC: Tensor) -> Tensor:
@@ -81,19 +100,25 @@ class DiT(nn.Module):
         self.patch_in = nn.Linear(pixels, config.width)
         self.positions = nn.Parameter(0.02 * torch.randn(tokens, config.width))
         self.time = TimeEmbedding(config.width, config.max_frequency)
+        self.interval = TimeEmbedding(config.width, config.max_frequency)  # silent until MeanFlow trains it
         self.label = nn.Embedding(config.classes + 1, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(config.width, 2 * config.width)
         self.patch_out = nn.Linear(config.width, pixels)
-        for layer in (self.modulation, self.patch_out):
+        for layer in (self.modulation, self.patch_out, self.interval.mlp[-1]):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         nn.init.normal_(self.label.weight, std=0.02)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """x [B, 1, S, S], t [B] (the model's own time), labels [B] in 0..classes -> [B, 1, S, S]."""
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, r: Tensor | None = None) -> Tensor:
+        """x [B, 1, S, S], t [B] (the model's own time), labels [B] in 0..classes -> [B, 1, S, S].
+
+        `r` [B]: the other end of the interval, for an average velocity (MeanFlow).
+        """
         c_BC = self.time(t) + self.label(labels)
+        if r is not None:
+            c_BC = c_BC + self.interval(t - r)
         h_BNC = self.patch_in(self.patchify(x)) + self.positions
         for block in self.blocks:
             h_BNC = block(h_BNC, c_BC)
@@ -109,3 +134,39 @@ class DiT(nn.Module):
         """[B, N, P * P] -> [B, 1, S, S]."""
         p, n = self.config.patch_size, self.config.image_size // self.config.patch_size
         return x.reshape(-1, n, n, p, p).transpose(2, 3).reshape(-1, 1, n * p, n * p)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """config.json and model.safetensors, as `dit` reads them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        save_file({name: x.contiguous() for name, x in self.state_dict().items()}, folder / "model.safetensors")
+
+
+def call_dit(net: nn.Module, x: Tensor, time: Tensor, cond: Condition, time_r: Tensor | None = None) -> Tensor:
+    return net(x, time, cond["labels"], time_r)
+
+
+def dit(path: Path | str | None = None, seed: int = 0, dtype: str = "float32", **config: int | float) -> TrigFlow:
+    """A DiT that predicts the velocity of rectified flow.
+
+    Args:
+        path: a folder that `save_pretrained` wrote; without one the network starts at random.
+        seed: of the random start.
+        dtype: of the parameters.
+        config: fields of DiTConfig, for a random start.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if path is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = DiT(DiTConfig(**config))  # type: ignore[arg-type]
+    else:
+        file = Path(path) / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist: `path` must be a folder written by save_pretrained")
+        net = DiT(DiTConfig(**json.loads(file.read_text())))
+        net.load_state_dict(load_file(Path(path) / "model.safetensors"))
+    return TrigFlow(net.to(getattr(torch, dtype)), call_dit)

@@ -1,150 +1,265 @@
-"""The two training loops: a rectified-flow teacher, and its distillation with rCM."""
+"""Distillation of one network: `train(config)`, from the data to the last checkpoint.
+
+A step is one update of the student with the stage's objective, the averages of its weights, then some updates of
+the fake score if the objective has one. What it needs to go on after a stop is `Stage.state()`.
+"""
 
 from __future__ import annotations
 
-import copy
-import math
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import trange
 
 import jvpgraph
-from jvpgraph.trainer.config import DemoConfig
-from jvpgraph.trainer.data import Digits
-from jvpgraph.trainer.dit import DiT
+from jvpgraph.trainer.batch import Batch, drop_condition
+from jvpgraph.trainer.checkpoint import Checkpoints
+from jvpgraph.trainer.config import OptimizerConfig, RunConfig
+from jvpgraph.trainer.data.loader import loader
+from jvpgraph.trainer.ema import PowerEMA, save_snapshot
+from jvpgraph.trainer.folder import checkpoint_step, claim_folder
+from jvpgraph.trainer.log import RunLog
+from jvpgraph.trainer.models import (
+    build_guided,
+    build_student,
+    build_teacher,
+    check_stage,
+    device_of,
+    trainable,
+)
+from jvpgraph.trainer.objectives import Terms, loss_of
 from jvpgraph.trainer.objectives.dmd import fake_score_loss
-from jvpgraph.trainer.objectives.rcm import rcm_loss
-from jvpgraph.trainer.trigflow import RECTIFIED_FLOW, Guided, TrigFlow, expand_like
+from jvpgraph.trainer.optim import MasterAdamW, learning_rate
+from jvpgraph.trainer.preview import preview
+from jvpgraph.trainer.trigflow import Guided, TrigFlow
+from jvpgraph.trainer.watch import Compute, not_finite
 
 
-class PowerEMA:
-    """Average of parameters with the power-function profile of Karras et al. 2024 (EDM2, section 3.1).
+def train(config: RunConfig, *, fresh: bool = False) -> Path:
+    """Runs all stages and returns the run's folder; goes on from its last checkpoint if it has one.
 
-    Update k sets avg <- beta avg + (1 - beta) theta with beta = (1 - 1/k)^(gamma + 1). `sigma_rel` is the
-    width of the profile as a share of the run: sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    On one device, a run that was stopped and goes on ends with the same parameters, to the bit, as one that was
+    not stopped.
+
+    Args:
+        config: the whole run.
+        fresh: move an earlier run in the folder aside instead of going on with it.
+
+    Raises:
+        ValueError: the settings do not fit each other, the network or the data, or the folder holds another run.
+        NotFinite: a loss or a gradient is not finite. The last checkpoint is from before it.
+        CheckpointError: a checkpoint could not be written, or does not fit the model.
+        BadShard: a part of the data cannot be read, and the settings say to stop then.
     """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = device_of(config)
+    folder = claim_folder(config, fresh=fresh)
+    torch.manual_seed(config.seed)
+    rng = torch.Generator(device).manual_seed(config.seed)
 
-    def __init__(self, model: nn.Module, sigma_rel: float) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False)
-        self.gamma = power_ema_gamma(sigma_rel)
-        self.updates = 0
+    dataset = config.data.source.build()
+    teacher = build_teacher(config, device)
+    guided = build_guided(teacher, config.guidance, device)
+    student = build_student(teacher, config.student)
+    dual = jvpgraph.transform(student, backend=config.student.backend, dynamic=False)
+    networks = Networks(teacher, guided, student, dual)
+    for stage in config.stages:
+        check_stage(stage, student, guided.negative)
 
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        self.updates += 1
-        beta = (1 - 1 / self.updates) ** (self.gamma + 1)
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - beta)
-
-
-def power_ema_gamma(sigma_rel: float) -> float:
-    """The exponent of a profile of relative width `sigma_rel`: the largest root of a cubic."""
-    inverse = sigma_rel**-2
-    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
-
-
-class LossLog:
-    """Losses of a run. They stay tensors until `check`, so that an ordinary step never waits for a value."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.pending: list[tuple[int, Tensor]] = []
-        self.values: list[float] = []
-
-    def add(self, step: int, loss: Tensor) -> None:
-        self.pending.append((step, loss.detach()))
-
-    def check(self) -> str:
-        """Moves the pending losses to `values` and formats their mean.
-
-        Raises:
-            FloatingPointError: a loss is not finite; the message names the first such step.
-        """
-        for step, loss in self.pending:
-            value = loss.item()
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{self.name} is {value} at step {step}")
-            self.values.append(value)
-        recent = self.values[-max(1, len(self.pending)) :]
-        self.pending.clear()
-        return f"{np.mean(recent):.3f}" if recent else "-"
-
-
-def descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float | None = None) -> None:
-    """One update of `model`; with `clip_norm` its gradients are first scaled to at most that L2 norm."""
-    optimizer.zero_grad()
-    loss.backward()
-    if clip_norm is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    optimizer.step()
-
-
-def train_teacher(data: Digits, config: DemoConfig, rng: torch.Generator) -> TrigFlow:
-    """Rectified flow with label dropout; returns the averaged network in TrigFlow coordinates, frozen."""
-    cfg = config.teacher
-    net = DiT(config.model)
-    ema = PowerEMA(net, cfg.ema_sigma_rel)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / cfg.lr_warmup, 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps)),
+    checkpoints = Checkpoints(
+        folder / "checkpoints", keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
     )
-    log = LossLog("teacher loss")
+    last = checkpoints.latest()
+    done = 0 if last is None else checkpoint_step(last)
+    ends = list(accumulate(stage.steps for stage in config.stages))
+    with RunLog(folder, tensorboard=config.log.tensorboard, wandb=config.log.wandb, total=ends[-1], start=done) as log:
+        for index, end in enumerate(ends):
+            if done > end:
+                continue
+            stage = Stage(index, config, networks, dataset, rng)
+            if last is not None:
+                checkpoints.load(stage.state(), last)
+                last = None
+            elif index == 0:
+                checkpoints.save(0, stage.state())  # so that there is one from before anything goes wrong
+            means = Means()
+            for step in range(done + 1, end + 1):
+                means.add(stage.step(step))
+                if step % config.log.every == 0 or step == end:
+                    log.add(step, means.take())
+                if config.ema.snapshot_every and step % config.ema.snapshot_every == 0:
+                    for ema in stage.emas:
+                        save_snapshot(folder / "ema" / f"stage-{index}", step, ema)
+                if config.log.preview_every and step % config.log.preview_every == 0:
+                    preview(config, index, student, stage.emas[0].parameters, dataset, folder / "samples", step)
+                if step % config.checkpoint.every == 0 or step == end:
+                    checkpoints.save(step, stage.state())
+            done = end
+        checkpoints.wait()
+        log.curves(folder / "curves.png")
+    return folder
 
-    bar = trange(1, cfg.steps + 1, desc="teacher", unit="step")
-    for step in bar:
-        batch = data.draw(cfg.batch, rng)
-        dropped = torch.rand(cfg.batch, generator=rng) < cfg.label_dropout
-        labels = batch.labels.masked_fill(dropped, config.model.classes)
-        eps = torch.randn(batch.x0.shape, generator=rng)
-        s = torch.sigmoid(cfg.time_mean + cfg.time_std * torch.randn(cfg.batch, generator=rng))
-        x_s = torch.lerp(batch.x0, eps, expand_like(s, eps))
-        loss = (net(x_s, s, labels) - (eps - batch.x0)).square().mean()
 
-        descend(net, optimizer, loss)
-        schedule.step()
-        ema.update(net)
-        log.add(step, loss)
-        if step % config.log_every == 0 or step == cfg.steps:
-            bar.set_postfix(loss=log.check(), refresh=False)
-    return TrigFlow(ema.model, RECTIFIED_FLOW)
+@dataclass(frozen=True)
+class Networks:
+    """What is there through all stages."""
+
+    teacher: TrigFlow  # frozen
+    guided: Guided  # the teacher with classifier-free guidance
+    student: TrigFlow
+    dual: jvpgraph.DualModule  # the student with tangents; the same parameters
 
 
-def distill(teacher: TrigFlow, data: Digits, config: DemoConfig, rng: torch.Generator) -> TrigFlow:
-    """rCM: returns the averaged student, frozen.
+class Stage:
+    """The moving parts of a stage: loader, optimisers, averages and the fake score."""
 
-    Student and fake score start as copies of the teacher. Once the tangent has warmed up, `fake_updates`
-    updates of the fake score follow each update of the student.
-    """
-    cfg = config.distill
-    guided = Guided(teacher, config.teacher.guidance, no_label=config.model.classes)
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    fake = copy.deepcopy(teacher).requires_grad_(True)
-    ema = PowerEMA(student, cfg.ema_sigma_rel)
-    dual = jvpgraph.transform(student)
+    def __init__(self, index: int, config: RunConfig, networks: Networks, dataset: Any, rng: torch.Generator) -> None:
+        settings = config.stages[index]
+        self.settings, self.networks, self.rng = settings, networks, rng
+        self.objective, self.loss = settings.objective, loss_of(settings.objective)
+        self.begin = sum(stage.steps for stage in config.stages[:index])
+        self.loader = loader(dataset, settings.batch, config.seed + index, workers=config.data.workers)
+        self.batches = None
 
-    def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
-        return torch.optim.AdamW(model.parameters(), lr=lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+        self.optimizer = adamw(networks.student, settings.student)
+        self.emas = [PowerEMA(self.optimizer.masters, sigma_rel) for sigma_rel in config.ema.sigma_rel]
+        self.fake: TrigFlow | None = None
+        if self.objective.fake_score is not None:
+            self.fake = build_student(networks.teacher, config.student)
+            self.fake_optimizer = adamw(self.fake, settings.fake)
+            if config.student.compile:
+                self.fake.net.compile(dynamic=False)
 
-    student_optimizer, fake_optimizer = adamw(student, cfg.lr), adamw(fake, cfg.lr_fake)
-    student_log, fake_log = LossLog("student loss"), LossLog("fake-score loss")
+    def state(self) -> dict[str, Any]:
+        """Everything that a step reads and changes."""
+        state: dict[str, Any] = {
+            "student": moving(self.networks.student),
+            "optimizer": self.optimizer,
+            "ema": {f"{ema.sigma_rel:g}": ema for ema in self.emas},
+            "random": RandomState(self.rng),
+            "data": self.loader,
+        }
+        if self.fake is not None:
+            state |= {"fake": moving(self.fake), "fake_optimizer": self.fake_optimizer}
+        return state
 
-    bar = trange(1, cfg.steps + 1, desc="student", unit="step")
-    for step in bar:
-        batch = data.draw(cfg.batch, rng)
-        loss = rcm_loss(dual, guided, batch, rng, fake=fake, config=cfg, iteration=step)
-        descend(student, student_optimizer, loss, cfg.clip_norm)
-        ema.update(student)
-        student_log.add(step, loss)
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Step number `step` of the run, counted from 1. Returns means over the batch, still on the device."""
+        iteration = step - self.begin
+        networks, rng = self.networks, self.rng
 
-        for k in range(cfg.fake_updates if step > cfg.tangent_warmup else 0):
-            batch = data.draw(cfg.batch, rng)
-            steps = 1 + (step * cfg.fake_updates + k) % cfg.simulation_steps
-            loss = fake_score_loss(fake, dual, batch, rng, config=cfg, steps=steps)
-            descend(fake, fake_optimizer, loss, cfg.clip_norm)
-            fake_log.add(step, loss)
+        def student_loss(student: nn.Module, batch: Batch) -> Terms:
+            return self.loss(student, networks.guided, batch, rng, self.objective, iteration=iteration, fake=self.fake)
 
-        if step % config.log_every == 0 or step == cfg.steps:
-            bar.set_postfix(student=student_log.check(), fake=fake_log.check(), refresh=False)
-    return ema.model
+        def fake_loss(fake: nn.Module, batch: Batch, *, count: int) -> Terms:
+            return fake_score_loss(fake, networks.dual, batch, rng, self.objective.fake_score, count=count)
+
+        values = self.update(step, "student", networks.dual, student_loss, self.optimizer, self.settings.student)
+        for ema in self.emas:
+            ema.update(self.optimizer.masters)
+
+        updates = self.objective.fake_updates(iteration)
+        for k in range(updates):
+            loss = partial(fake_loss, count=iteration * updates + k)
+            of_fake = self.update(step, "fake", self.fake, loss, self.fake_optimizer, self.settings.fake)
+            values |= {f"fake_{name}": value for name, value in of_fake.items()}
+        return values
+
+    def update(
+        self, step: int, name: str, model: nn.Module, loss: Compute, optimizer: MasterAdamW, settings: OptimizerConfig
+    ) -> dict[str, Tensor]:
+        """One update of `model` on `accumulate` batches; raises NotFinite and changes nothing if it would spoil it."""
+        batches = [self.draw() for _ in range(self.settings.accumulate)]
+        before = self.rng.get_state()
+        optimizer.zero_grad()
+        parts = []
+        for batch in batches:
+            terms = loss(model, batch)
+            (terms["loss"].mean() / len(batches)).backward()
+            parts.append({key: value.detach() for key, value in terms.items()})
+        terms = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        norm = optimizer.gradient_norm()
+
+        # The one value that a step waits for. A NaN that reached the weights could not be taken back.
+        if not torch.isfinite(terms["loss"].sum() + norm):
+            self.rng.set_state(before)
+            raise not_finite(f"{name}, step {step}", terms, batches, self.trained(), name, loss)
+        optimizer.clip(norm)
+        iteration = step - self.begin
+        optimizer.step(learning_rate(iteration, settings.lr, settings.warmup, self.settings.steps, settings.decay))
+        return {**{key: value.mean() for key, value in terms.items()}, "gradient_norm": norm}
+
+    def draw(self) -> Batch:
+        """The next batch, on the device, some of its conditions dropped if the settings say so."""
+        if self.batches is None:
+            self.batches = iter(self.loader)  # not before the loader's state was restored
+        batch = next(self.batches).to(self.rng.device)
+        share = self.settings.condition_dropout
+        if share:
+            cond = drop_condition(batch.cond, self.networks.guided.negative, share, self.rng)
+            batch = replace(batch, cond=cond)
+        return batch
+
+    def trained(self) -> dict[str, nn.Module]:
+        networks = {"student": self.networks.student, "fake": self.fake, "teacher": self.networks.teacher}
+        return {name: network for name, network in networks.items() if network is not None}
+
+
+def adamw(model: nn.Module, settings: OptimizerConfig) -> MasterAdamW:
+    return MasterAdamW(
+        trainable(model),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+    )
+
+
+def moving(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that are trained, and buffers: what is not the teacher's own."""
+    state = model.state_dict()
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
+class RandomState:
+    """Every random stream of the process, for a checkpoint."""
+
+    def __init__(self, rng: torch.Generator) -> None:
+        self.rng = rng
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {"run": self.rng.get_state(), "torch": torch.get_rng_state()}
+        if self.rng.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.rng.device)
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.rng.set_state(state["run"])
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.rng.device)
+
+
+class Means:
+    """Running means of what steps report, on the device until they are taken."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        means = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        return means

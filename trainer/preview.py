@@ -1,0 +1,58 @@
+"""Grids of samples while a run goes on; they take nothing from its random streams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.config import RunConfig, SamplingConfig
+from jvpgraph.trainer.data.sample import collate
+from jvpgraph.trainer.log import grid
+from jvpgraph.trainer.models import with_weights
+from jvpgraph.trainer.sample import sampler_of
+from jvpgraph.trainer.trigflow import TrigFlow
+
+
+def preview(
+    config: RunConfig,
+    stage: int,
+    student: TrigFlow,
+    weights: Mapping[str, Tensor],
+    dataset: Any,
+    folder: Path,
+    step: int,
+) -> Path:
+    """Samples of the averaged student for the data set's first conditions: `folder`/step-N.png."""
+    device = next(student.parameters()).device
+    count = min(config.log.preview_count, len(dataset))
+    batch = first_samples(dataset, count).to(device)
+    steps = max(config.sampling.steps)
+    sample = sampler_of(config.stages[stage].objective.sampler, with_weights(student, weights), steps, config.sampling)
+    latents = torch.cat([sample(part, noise(device, config.seed)) for part in batch.split(config.sampling.batch)])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.png"
+    grid(decode(latents, config.sampling), path, columns=max(1, round(count**0.5)))
+    return path
+
+
+def first_samples(dataset: Any, count: int, start: int = 0) -> Batch:
+    """Samples start..start + count of a data set as one batch."""
+    return collate([dataset[i] for i in range(start, start + count)])
+
+
+def noise(device: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def decode(latents: Tensor, config: SamplingConfig) -> Tensor:
+    """Images in [0, 1] by the plugged-in decoder; without one, up to three channels on their own scale."""
+    if config.decode is not None:
+        return config.decode.build()(latents)
+    shown = latents[:, : 3 if latents.shape[1] >= 3 else 1].float()
+    low, high = shown.amin(), shown.amax()
+    return (shown - low) / (high - low).clamp(min=1e-6)

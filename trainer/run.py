@@ -1,0 +1,196 @@
+"""A finished run: its student, samples of it, how good they are, and its weights as a plain folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jvpgraph.trainer import settings
+from jvpgraph.trainer.adapters import scheduler_for
+from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.checkpoint import Checkpoints
+from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.data.sample import Dataset
+from jvpgraph.trainer.ema import PowerEMA, reconstruct
+from jvpgraph.trainer.evaluate import Quality, evaluate, table
+from jvpgraph.trainer.folder import checkpoint_step
+from jvpgraph.trainer.log import grid
+from jvpgraph.trainer.models import build_guided, build_student, build_teacher, device_of, moving, trainable, with_weights
+from jvpgraph.trainer.preview import decode, first_samples, noise
+from jvpgraph.trainer.sample import Sampler, few_step_times, sampler_of
+from jvpgraph.trainer.student import merged
+from jvpgraph.trainer.trigflow import TrigFlow
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds at one of its checkpoints."""
+
+    config: RunConfig
+    step: int
+    stage: int  # the last one begun
+    teacher: TrigFlow
+    student: TrigFlow  # frozen, with the averaged weights
+
+    @property
+    def sampler(self) -> str:
+        return self.config.stages[self.stage].objective.sampler
+
+
+def load_run(folder: Path, *, ema: float | None = None, step: int | None = None) -> Run:
+    """The student of a run, averaged with relative width `ema` (default: the first of ema.sigma_rel).
+
+    A width that was not tracked is put together from the snapshots of those that were.
+
+    Raises:
+        FileNotFoundError: the folder holds no run, or no checkpoint of that step.
+        ValueError: there are no snapshots that could give this width.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: {folder} is not the folder of a run (the `out` of its settings)")
+    config = settings.load(RunConfig, file)
+    device = device_of(config)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    path = checkpoints.latest() if step is None else checkpoints.at(step)
+    if path is None:
+        raise FileNotFoundError(f"{folder / 'checkpoints'} holds no complete checkpoint")
+    step = checkpoint_step(path)
+    stage = stage_of(config, step)
+
+    teacher = build_teacher(config, device)
+    student = build_student(teacher, config.student)
+    ema = config.ema.sigma_rel[0] if ema is None else ema
+    state: dict = {"student": moving(student)}
+    if ema in config.ema.sigma_rel:
+        average = PowerEMA(trainable(student), ema)
+        checkpoints.load(state | {"ema": {f"{ema:g}": average}}, path, partial=True)
+        weights: Mapping[str, Tensor] = average.parameters
+    else:
+        checkpoints.load(state, path, partial=True)
+        weights = reconstruct(folder / "ema" / f"stage-{stage}", ema, step=step)
+    return Run(config, step, stage, teacher, with_weights(student, weights))
+
+
+def stage_of(config: RunConfig, step: int) -> int:
+    """Index of the stage that step `step` belongs to; step 0 to the first."""
+    end = 0
+    for index, stage in enumerate(config.stages):
+        end += stage.steps
+        if step <= end:
+            return index
+    raise ValueError(f"step {step} is beyond the {end} steps of this run's settings")
+
+
+def sample_run(folder: Path, *, steps: int, count: int, ema: float | None, seed: int, out: Path) -> Path:
+    """Latents for the first `count` conditions of the run's data, as OUT.safetensors, and as a picture OUT.png."""
+    run = load_run(folder, ema=ema)
+    config = run.config
+    batch = first_samples(config.data.source.build(), count).to(device_of(config))
+    sample = sampler_of(run.sampler, run.student, steps, config.sampling)
+    latents = draw(sample, batch, config.sampling.batch, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"latents": latents.float().cpu(), **dict(batch.cond)}, out.with_suffix(".safetensors"))
+    picture = out.with_suffix(".png")
+    grid(decode(latents, config.sampling), picture, columns=max(1, round(count**0.5)))
+    return picture
+
+
+def draw(sample: Sampler, batch: Batch, size: int, seed: int) -> Tensor:
+    """Latents for all conditions of a batch, `size` at a time, from one stream of noise."""
+    rng = noise(batch.x0.device, seed)
+    return torch.cat([sample(part, rng) for part in batch.split(size)])
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures of every sampler, one Quality per seed; `str()` is a table."""
+
+    rows: dict[str, list[Quality]]
+    samples: dict[str, Tensor]  # of the first seed
+
+    def __str__(self) -> str:
+        return table(self.rows)
+
+
+def evaluate_run(
+    folder: Path, *, steps: Sequence[int] = (), seeds: Sequence[int] = (), ema: float | None = None
+) -> Report:
+    """The student in `steps` steps beside its teacher and beside real data drawn again.
+
+    Writes evaluation.json into the run's folder. Defaults are those of the run's settings.
+
+    Raises:
+        ValueError: the run has no feature space.
+    """
+    run = load_run(folder, ema=ema)
+    config = run.config
+    steps, seeds = tuple(steps) or config.sampling.steps, tuple(seeds) or config.evaluation.seeds
+    report = compare(run, samplers_of(run, steps), seeds)
+    figures = {name: [asdict(quality) for quality in qualities] for name, qualities in report.rows.items()}
+    summary = {"step": run.step, "seeds": list(seeds), "samplers": figures}
+    (folder / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return report
+
+
+def samplers_of(run: Run, steps: Sequence[int]) -> dict[str, Sampler]:
+    """The teacher in its many steps, then the student in each of `steps`."""
+    config = run.config
+    guided = build_guided(run.teacher, config.guidance, device_of(config))
+    many = config.sampling.teacher_steps
+    students = {f"student, {n} step{'s' * (n > 1)}": sampler_of(run.sampler, run.student, n, config.sampling) for n in steps}
+    return {f"teacher, {many} steps": sampler_of("flow", guided, many, config.sampling), **students}
+
+
+def compare(run: Run, samplers: Mapping[str, Sampler], seeds: Sequence[int]) -> Report:
+    """Every sampler for the data's own conditions, with each seed."""
+    config = run.config
+    if config.evaluation.features is None:
+        raise ValueError("evaluation.features is not set: name a feature space, see jvpgraph.trainer.features")
+    space = config.evaluation.features.build()
+    data = config.data.source.build()
+    real = first_samples(data, min(config.evaluation.count, len(data)))
+    labels = real.cond.get("labels")
+    real_features = decode(real.x0, config.sampling) if config.sampling.decode else real.x0
+
+    def quality(latents: Tensor) -> Quality:
+        images = decode(latents, config.sampling) if config.sampling.decode else latents
+        return evaluate(
+            images.cpu(), real_features, space, neighbours=config.evaluation.neighbours, labels=labels, real_labels=labels
+        )
+
+    batch = real.to(device_of(config))
+    rows: dict[str, list[Quality]] = {}
+    samples: dict[str, Tensor] = {}
+    for name, sample in tqdm(samplers.items(), desc="sampling", unit="sampler"):
+        for seed in seeds:
+            latents = draw(sample, batch, config.sampling.batch, seed)
+            samples.setdefault(name, latents.cpu())
+            rows.setdefault(name, []).append(quality(latents))
+    return Report(rows, samples)
+
+
+def export_run(folder: Path, out: Path, *, ema: float | None = None, step: int | None = None) -> Path:
+    """The averaged student as its own class saves it, with the scheduler that samples it, and sampling.json.
+
+    Adapters are merged. A diffusers network comes back by `from_pretrained(out)`.
+
+    Raises:
+        ValueError: the folder is taken, or the network has no `save_pretrained`.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: choose another folder")
+    run = load_run(folder, ema=ema, step=step)
+    net = merged(run.student)
+    if not hasattr(net, "save_pretrained"):
+        raise ValueError(f"{type(net).__name__} has no save_pretrained(folder): give it one, or take load_run's student")
+    net.save_pretrained(out)
+    ...
+    return out

@@ -1,0 +1,97 @@
+"""A loss or gradient that is not finite ends the run: which sample, which term, and which module began it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import jvpgraph
+from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.objectives import Terms
+
+Compute = Callable[[nn.Module, Batch], Terms]
+"""(the module that is trained, batch) -> the terms of its loss."""
+
+
+class NotFinite(FloatingPointError):
+    """A loss or a gradient is NaN or infinite; the message says where it began and what to do."""
+
+
+def not_finite(
+    what: str, terms: Terms, batches: Sequence[Batch], networks: Mapping[str, nn.Module], trained: str, compute: Compute
+) -> NotFinite:
+    """The error for an update of `networks[trained]` that went wrong; the update is replayed op by op to find out.
+
+    Args:
+        what: the loss and the step, in words.
+        terms: of all micro-batches, [accumulate * B] each.
+        batches: the micro-batches.
+        networks: every network that takes part, by name.
+        trained: which of them is trained.
+        compute: its loss; random draws must be those of the update.
+    """
+    keys = [key for batch in batches for key in batch.keys or [f"#{i}" for i in range(len(batch))]]
+    bad = {name: (~torch.isfinite(value)).nonzero().flatten().tolist() for name, value in terms.items()}
+    lines = [f"{what}: the {'loss' if bad['loss'] else 'gradient'} is not finite"]
+    lines += [f"  {name}: {named(keys, indices)}" for name, indices in bad.items() if indices]
+    lines.append(f"  began in {first_offender(batches, networks, trained, compute)}")
+    return NotFinite("\n".join(lines))
+
+
+def named(keys: Sequence[str], indices: Sequence[int], most: int = 4) -> str:
+    """Which samples: the first few by name, and how many of how many."""
+    shown = ", ".join(keys[i] for i in indices[:most]) + (", ..." if len(indices) > most else "")
+    return f"{len(indices)} of {len(keys)} samples ({shown})"
+
+
+def first_offender(batches: Sequence[Batch], networks: Mapping[str, nn.Module], trained: str, compute: Compute) -> str:
+    """The first thing that is not finite: data, a parameter, a module's output, a tangent, a gradient."""
+    for batch in batches:
+        for name, value in {"x0": batch.x0, **batch.cond}.items():
+            if not finite(value):
+                rows = [i for i, row in enumerate(value) if not finite(row)]
+                return f"the data: {name} of sample {batch.keys[rows[0]] if batch.keys else rows[0]}"
+    for network, module in networks.items():
+        for name, parameter in module.named_parameters():
+            if not finite(parameter):
+                return f"a parameter: {network}.{name}"
+
+    found: list[str] = []
+
+    def note(where: str, value: Any) -> None:
+        if isinstance(value, Tensor) and not found and not finite(value):
+            found.append(where)
+
+    def watch(module: nn.Module, args: Any, out: Any, *, where: str) -> None:
+        for value in out if isinstance(out, (tuple, list)) else [out]:
+            note(f"the output of {where}", value)
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(partial(note, f"the gradient at the output of {where}"))
+
+    model = networks[trained]
+    by_ops = jvpgraph.transform(model, backend="op_by_op", config=jvpgraph.Config(check_finite=True))
+    with ExitStack() as hooks:
+        for network, module in networks.items():
+            for name, child in module.named_modules():
+                where = f"{network}.{name}" if name else network
+                hooks.callback(child.register_forward_hook(partial(watch, where=where)).remove)
+        for batch in batches:
+            try:
+                terms = compute(by_ops, batch)
+            except jvpgraph.NonFiniteTangent as error:
+                return found[0] if found else f"{trained}: {error}"
+            if not found and not finite(terms["loss"]):
+                return "the loss itself: every module's output and tangent is finite"
+            terms["loss"].mean().backward()
+    for name, parameter in model.named_parameters():
+        note(f"the gradient of {trained}.{name}", parameter.grad)
+    return found[0] if found else "nothing that a second run could find: the error does not repeat itself"
+
+
+def finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())
