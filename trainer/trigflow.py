@@ -11,8 +11,9 @@ the rest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import sympy
@@ -29,6 +30,12 @@ t = sympy.Symbol("t", positive=True)  # TrigFlow time, radians
 ratio = sympy.Symbol("ratio", positive=True)  # sigma / alpha
 
 
+PREDICTIONS = ("velocity", "noise", "data", "v", "F")
+HALF_PI = math.pi / 2
+STEEPEST = math.atan(500.0)
+"""Where noise predictions end and, mirrored, data predictions begin: x0 would be 0 / 0 beyond. 500 = 1 / 0.002."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """x_s = alpha x0 + sigma eps, and a model that predicts u = on_data x0 + on_noise eps; functions of `s`.
@@ -37,39 +44,117 @@ class Schedule:
 
         x0 = (on_noise x_s - sigma u) / W,   eps = (alpha u - on_data x_s) / W,   x_s = c_in x_t,
 
-    which gives x0 = c_skip x_t + c_out u and F = f_skip x_t + f_out u. Nothing divides by sin(t).
+    which gives x0 = c_skip x_t + c_out u and F = f_skip x_t + f_out u. Nothing divides by sin(t) unless the
+    model predicts the data, nor by cos(t) unless it predicts the noise.
+
+    Attributes:
+        predicts: "velocity" dx_s/ds; "noise" eps; "data" x0; "v" alpha eps - sigma x0; or "F" itself.
+        inverse: s as an expression in `t`, where sympy cannot solve sigma / alpha = tan(t) for it.
+        s_range: the times that the model was trained on; None if they reach both ends.
     """
 
     name: str
     alpha: sympy.Expr
     sigma: sympy.Expr
-    on_data: sympy.Expr
-    on_noise: sympy.Expr
+    predicts: str = "velocity"
+    inverse: sympy.Expr | None = None
+    s_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.predicts not in PREDICTIONS:
+            raise ValueError(f"a model predicts one of {', '.join(PREDICTIONS)}, not {self.predicts!r}")
+
+    def predicting(self, what: str) -> Schedule:
+        """The same noise, for a model that predicts `what`."""
+        return replace(self, predicts=what)
+
+    @cached_property
+    def prediction(self) -> tuple[sympy.Expr, sympy.Expr]:
+        """(on_data, on_noise), functions of `s`."""
+        if self.predicts == "velocity":
+            return sympy.diff(self.alpha, s), sympy.diff(self.sigma, s)
+        return linear_prediction(self.predicts, self.alpha, self.sigma, sympy.sqrt(self.alpha**2 + self.sigma**2))
+
+    @cached_property
+    def t_range(self) -> tuple[float, float]:
+        """The first and last TrigFlow time in radians at which the model knows what to do."""
+        first, last = 0.0, HALF_PI
+        if self.s_range is not None:
+            first, last = (
+                math.atan2(float(self.sigma.subs(s, end)), float(self.alpha.subs(s, end))) for end in self.s_range
+            )
+        if self.predicts == "noise":
+            last = min(last, STEEPEST)
+        elif self.predicts == "data":
+            first = max(first, HALF_PI - STEEPEST)
+        return first, last
+
+    @cached_property
+    def preserves_variance(self) -> bool:
+        """alpha^2 + sigma^2 = 1."""
+        return self.sigma == sympy.sqrt(1 - self.alpha**2) or sympy.simplify(self.alpha**2 + self.sigma**2) == 1
 
     @cached_property
     def expressions(self) -> dict[str, sympy.Expr]:
         """time, c_in, c_skip, c_out, f_skip and f_out as expressions in `t`."""
-        (time,) = sympy.solve(sympy.simplify(self.sigma / self.alpha) - ratio, s)
-        time = tidy(time.subs(sympy.atan(ratio), t).subs(ratio, sin(t) / cos(t)))
-        alpha, sigma, a, b = (tidy(e.subs(s, time)) for e in (self.alpha, self.sigma, self.on_data, self.on_noise))
+        if self.inverse is None:
+            (time,) = sympy.solve(sympy.simplify(self.sigma / self.alpha) - ratio, s)
+            time = tidy(time.subs(sympy.atan(ratio), t).subs(ratio, sin(t) / cos(t)))
+        else:
+            time = self.inverse
+        if self.preserves_variance:
+            alpha, sigma = cos(t), sin(t)  # whatever the time, the ratio leaves no other choice
+        else:
+            alpha, sigma = tidy(self.alpha.subs(s, time)), tidy(self.sigma.subs(s, time))
         c_in = tidy(alpha * cos(t) + sigma * sin(t))  # sqrt(alpha^2 + sigma^2)
-        determinant = tidy(alpha * b - sigma * a)
+        if self.predicts == "velocity":
+            a, b = (e.subs(s, time) for e in self.prediction)
+            if self.inverse is None:
+                a, b = tidy(a), tidy(b)
+        else:
+            a, b = linear_prediction(self.predicts, alpha, sigma, c_in)
+        determinant = alpha * b - sigma * a
         derived = {
-            "time": time,
             "c_in": c_in,
             "c_skip": c_in * b / determinant,
             "c_out": -sigma / determinant,
             "f_skip": -c_in * (cos(t) * a + sin(t) * b) / determinant,
             "f_out": (cos(t) * alpha + sin(t) * sigma) / determinant,
         }
-        return {name: tidy(expression) for name, expression in derived.items()}
+        if self.inverse is None or self.predicts != "velocity":  # the lowest terms of a polynomial's are not low
+            derived = {name: tidy(expression) for name, expression in derived.items()}
+        return {"time": time} | derived
 
     def coefficient(self, name: str) -> Coefficient:
-        """One of `expressions` as a function from float64 times to float64 values, both [B]."""
+        """One of `expressions` as a function from float64 times to float64 values, both [B].
+
+        Times outside t_range count as its nearer end: values and tangents stay finite up to pi / 2.
+        """
         expression = self.expressions[name]
-        if expression.is_constant():
+        if not expression.has(t):
             return partial(torch.full_like, fill_value=float(expression))
-        return sympy.lambdify(t, expression, modules=[{"sin": torch.sin, "cos": torch.cos}])
+        function = sympy.lambdify(t, expression, modules=[TORCH], cse=True)
+        first, last = self.t_range
+        if (first, last) == (0.0, HALF_PI):
+            return function
+        return lambda t: function(t.clamp(first, last))
+
+
+TORCH = {name: getattr(torch, name) for name in ("sin", "cos", "tan", "log", "exp", "sqrt")}
+
+
+def linear_prediction(
+    what: str, alpha: sympy.Expr, sigma: sympy.Expr, norm: sympy.Expr
+) -> tuple[sympy.Expr, sympy.Expr]:
+    """(on_data, on_noise) of a prediction that knows no derivative; norm = sqrt(alpha^2 + sigma^2)."""
+    zero, one = sympy.Integer(0), sympy.Integer(1)
+    table = {
+        "noise": (zero, one),
+        "data": (one, zero),
+        "v": (-sigma, alpha),
+        "F": (-sigma / norm, alpha / norm),
+    }
+    return table[what]
 
 
 def tidy(expression: sympy.Expr) -> sympy.Expr:
@@ -77,17 +162,81 @@ def tidy(expression: sympy.Expr) -> sympy.Expr:
     return sympy.cancel(expression).subs(sin(t) ** 2 + cos(t) ** 2, 1)
 
 
-def velocity_schedule(name: str, alpha: sympy.Expr, sigma: sympy.Expr) -> Schedule:
-    """A model that predicts dx_s/ds = alpha'(s) x0 + sigma'(s) eps."""
-    return Schedule(name, alpha, sigma, on_data=sympy.diff(alpha, s), on_noise=sympy.diff(sigma, s))
+def discrete_schedule(name: str, first: float, last: float, power: int, steps: int = 1000) -> Schedule:
+    """The variance-preserving chain of DDPM, whose betas grow like the `power`-th power of a line; s = n / steps.
+
+    After m = n + 1 steps alpha^2 is the product of the 1 - beta_i, so
+
+        -log alpha^2 = sum over i < m of (beta_i + beta_i^2 / 2 + beta_i^3 / 3 + ...),
+
+    a polynomial in m (Faulhaber), which thereby means something between the integers too. It is inverted by
+    Newton's method, started where the integral of beta alone would have it.
+    """
+    i, m, decay = sympy.symbols("i m decay", positive=True)
+    offset, slope = first ** (1 / power), (last ** (1 / power) - first ** (1 / power)) / (steps - 1)
+    beta = (offset + slope * i) ** power
+    series = sympy.Poly(sympy.expand(sum(beta**k / k for k in (1, 2, 3))), i)
+    total = sum(c * power_sum(k, m) for (k,), c in series.terms())
+    rate = sympy.diff(total, m)
+
+    inverse = ((offset ** (power + 1) + (power + 1) * slope * decay) ** sympy.Rational(1, power + 1) - offset) / slope
+    for _ in range(2):  # the start is at most 4 steps off, the first one 5e-3, the second 1e-7
+        inverse = inverse - (total.subs(m, inverse) - decay) / rate.subs(m, inverse)
+
+    alpha = sympy.exp(-total.subs(m, steps * s + 1) / 2)
+    return Schedule(
+        name,
+        alpha=alpha,
+        sigma=sympy.sqrt(1 - alpha**2),
+        predicts="noise",
+        inverse=(inverse.subs(decay, -2 * sympy.log(cos(t))) - 1) / steps,
+        s_range=(0.0, 1 - 1 / steps),
+    )
 
 
-# Flux, SD3, Wan, Cosmos and the digits demo: the model predicts eps - x0
-RECTIFIED_FLOW = velocity_schedule("rectified flow", alpha=1 - s, sigma=s)
+def power_sum(k: int, m: sympy.Symbol) -> sympy.Expr:
+    """0^k + 1^k + ... + (m - 1)^k as a polynomial in m."""
+    return sympy.expand((sympy.bernoulli(k + 1, m) - sympy.bernoulli(k + 1, 0)) / (k + 1))
+
+
+def edm_network(sigma_data: float, first: float = 0.002, last: float = 80.0) -> Schedule:
+    """The network inside Karras et al.'s preconditioning: its input is x_t, its time s = log(noise level) / 4.
+
+    Noise level / sigma_data = tan(t). D = c_skip x + c_out u of their table 1 is sigma_data f(x_t, t) with
+    F = -u: negate what such a network returns.
+    """
+    level = sympy.exp(4 * s)
+    norm = sympy.sqrt(level**2 + sigma_data**2)
+    return Schedule(
+        "edm network",
+        alpha=sigma_data / norm,
+        sigma=level / norm,
+        predicts="F",
+        inverse=sympy.log(sigma_data * sin(t) / cos(t)) / 4,
+        s_range=(math.log(first) / 4, math.log(last) / 4),
+    )
+
+
+# Flux, SD3, Wan, Cosmos 2 and the digits demo: the model predicts eps - x0
+RECTIFIED_FLOW = Schedule("rectified flow", alpha=1 - s, sigma=s)
 # variance preserving: v-prediction up to the factor pi / 2 of its time
-COSINE = velocity_schedule("cosine", alpha=sympy.cos(sympy.pi * s / 2), sigma=sympy.sin(sympy.pi * s / 2))
+COSINE = Schedule("cosine", alpha=sympy.cos(sympy.pi * s / 2), sigma=sympy.sin(sympy.pi * s / 2))
+# DiT and PixArt predict the noise of DDPM's chain; Stable Diffusion's betas are squares of a line
+VP_LINEAR = discrete_schedule("vp linear", 1e-4, 0.02, power=1)
+VP_SCALED_LINEAR = discrete_schedule("vp scaled linear", 0.00085, 0.012, power=2)
 # variance exploding (Karras et al. 2022), s being the noise level: the velocity is eps itself
-EDM = velocity_schedule("EDM", alpha=sympy.Integer(1), sigma=s)
+EDM = Schedule("edm", alpha=sympy.Integer(1), sigma=s, s_range=(0.002, 80.0))
+# Cosmos 1: the same noise as its network sees it
+EDM_NETWORK = edm_network(sigma_data=0.5)
+
+SCHEDULES = {known.name: known for known in (RECTIFIED_FLOW, COSINE, VP_LINEAR, VP_SCALED_LINEAR, EDM, EDM_NETWORK)}
+
+
+def schedule(name: str, predicts: str | None = None) -> Schedule:
+    """schedule("vp linear", predicts="v"): one of SCHEDULES, for what it usually predicts if that is not said."""
+    if name not in SCHEDULES:
+        raise ValueError(f"no schedule is called {name!r}; known are {', '.join(SCHEDULES)}")
+    return SCHEDULES[name] if predicts is None else SCHEDULES[name].predicting(predicts)
 
 
 def expand_like(c: Tensor, x: Tensor) -> Tensor:
