@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import pickle
 import re
 import tarfile
@@ -693,6 +694,27 @@ def test_collate_refuses_different_conditions_and_latents():
 
 
 # ---------------------------------------------------------------- processes
+
+
+def test_workers_end_with_their_iterator_and_with_an_error():
+    others = set(multiprocessing.active_children())
+    stream = iter(loader(Numbers(9), 2, 0, workers=2))
+    next(stream)
+    assert len(set(multiprocessing.active_children()) - others) == 2
+    stream.close()
+    assert set(multiprocessing.active_children()) == others
+    with pytest.raises(BadShard, match=r"hole\.tar"):
+        take(loader(Holes(9, {3}, "stop"), 2, 0, workers=2), 5)
+    assert set(multiprocessing.active_children()) == others
+
+
+def test_a_worker_that_is_killed_ends_the_run():
+    others = set(multiprocessing.active_children())
+    stream = iter(loader(Numbers(9), 2, 0, workers=2))
+    next(stream)
+    next(iter(set(multiprocessing.active_children()) - others)).kill()
+    with pytest.raises(RuntimeError, match=r"worker \(pid.*\) (exited unexpectedly|is killed)"):
+        take(stream, 20)
 
 
 @pytest.mark.slow

@@ -142,10 +142,16 @@ class _Loader(StatefulDataLoader):
             )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch, bad in super().__iter__():
-            self._positions.start += self._stream.step
-            self._report(bad)
-            yield batch
+        source = super().__iter__()
+        try:
+            for batch, bad in source:
+                self._positions.start += self._stream.step
+                self._report(bad)
+                yield batch
+        finally:
+            # Left to the garbage collector, which an error's traceback delays, workers end late or in a later fork.
+            if self.num_workers:
+                source._shutdown_workers()  # type: ignore[attr-defined]
 
     def _report(self, bad: dict[int, str]) -> None:
         for index, problem in bad.items():
