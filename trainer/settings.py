@@ -15,6 +15,7 @@ import difflib
 import inspect
 import io
 import math
+import os
 import re
 import textwrap
 import tokenize
@@ -92,7 +93,17 @@ def to_dict(obj: Any) -> dict[str, Any]:
 def save(obj: Any, path: Path) -> None:
     """Writes the settings as YAML, every default included; `load` gives them back equal."""
     text = yaml.dump(to_dict(obj), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file at once: whoever reads it finds the old or the new one."""
+    draft = path.with_name(f".{path.name}.draft")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
 
 
 def differences(a: Any, b: Any) -> list[str]:
@@ -535,7 +546,7 @@ def _any_of(names: Sequence[str]) -> str:
 
 def _inline(value: Any) -> str:
     """A value as YAML on one line."""
-    text = yaml.dump(_plain(value), Dumper=Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
+    text = yaml.dump(_plain(value), Dumper=Dumper, default_flow_style=True, width=math.inf, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
@@ -563,7 +574,8 @@ def _rows(cls: type, instance: Any, indent: str, shown: set[type]) -> Iterator[R
     for f in fields(cls):
         if f.init:
             default = getattr(instance, f.name) if isinstance(instance, cls) else _default(f)
-            yield f"{indent}{f.name}", *_cells(hints[f.name], default), meanings[f.name]
+            meaning = meanings[f.name] or _summary(type(default))
+            yield f"{indent}{f.name}", *_cells(hints[f.name], default), meaning
             yield from _rows_below(hints[f.name], default, indent + "  ", shown)
 
 
@@ -589,12 +601,18 @@ def _rows_below(tp: Any, default: Any, indent: str, shown: set[type]) -> Iterato
             shown.add(kind)
             for name, variant in kinds.items():
                 if not known or isinstance(default, variant):
-                    yield f"{indent}name: {name}", "", "", (inspect.getdoc(variant) or "").split("\n")[0]
+                    yield f"{indent}name: {name}", "", "", _summary(variant)
                     yield from _rows(variant, default, indent + "  ", shown)
             if known:
                 yield f"{indent}name: ...", "", "", f"{', '.join(kinds)}: see above"
         elif is_dataclass(kind):
             yield from _rows(kind, default, indent, shown)  # type: ignore[arg-type]
+
+
+def _summary(cls: type) -> str:
+    """The first line of a dataclass's own docstring."""
+    text = (vars(cls).get("__doc__") or "") if is_dataclass(cls) else ""
+    return "" if text.startswith(f"{cls.__name__}(") else text.strip().split("\n")[0]  # made by @dataclass
 
 
 def comments(cls: type) -> dict[str, str]:
@@ -606,7 +624,6 @@ def comments(cls: type) -> dict[str, str]:
         try:
             source = textwrap.dedent(inspect.getsource(base))
         except (OSError, TypeError):  # made at run time
-            found |= dict.fromkeys(inspect.get_annotations(base), "")
             continue
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
         by_line = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
@@ -615,4 +632,4 @@ def comments(cls: type) -> dict[str, str]:
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 lines = range(statement.lineno, (statement.end_lineno or statement.lineno) + 1)
                 found[statement.target.id] = " ".join(by_line[line] for line in lines if line in by_line)
-    return found
+    return {f.name: found.get(f.name, "") for f in fields(cls)}

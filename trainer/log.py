@@ -1,0 +1,215 @@
+"""What a run shows: log.jsonl, TensorBoard, wandb, a progress bar, curves and grids of samples.
+
+log.jsonl holds only what the run computes, so that a run that was stopped writes the same file as one that was not.
+Seconds per step and memory go to the bar, TensorBoard and wandb.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import resource
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType, TracebackType
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from torch import Tensor
+from tqdm import tqdm
+
+from jvpgraph.trainer.settings import write_whole
+
+
+class RunLog:
+    """The log of a run in `folder`, from step `start` to `total`.
+
+    Lines of log.jsonl beyond `start`, which a stopped run may have written after its last checkpoint, are dropped.
+
+    Args:
+        folder: the run's folder.
+        tensorboard: whether to write event files to `folder`/tensorboard.
+        wandb: name of a wandb project, or None.
+        total: steps of the whole run.
+        start: the step that the run goes on from.
+
+    Raises:
+        ValueError: TensorBoard or wandb are asked for and not installed, or log.jsonl is damaged.
+    """
+
+    def __init__(self, folder: Path, *, tensorboard: bool, wandb: str | None, total: int, start: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "log.jsonl"
+        self.step = start
+        self.time = time.perf_counter()
+        self.writer = self.wandb = None
+        if tensorboard:
+            module = optional("torch.utils.tensorboard", "tensorboard", "log.tensorboard=false")
+            self.writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        if wandb is not None:
+            module = optional("wandb", "wandb", "log.wandb=null")
+            self.wandb = module.init(project=wandb, id=wandb_id(folder), resume="allow", dir=str(folder))
+        keep = [line for line in read_lines(self.path) if line["step"] <= start]
+        write_whole(self.path, "".join(f"{json.dumps(line)}\n" for line in keep))
+        self.file = self.path.open("a", encoding="utf-8")
+        interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds between redraws: a log file needs fewer
+        self.bar = tqdm(total=total, initial=start, unit="step", mininterval=interval, maxinterval=2 * interval)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of the log: numbers by name, the loss under `loss`. Raises ValueError if steps go back."""
+        if step <= self.step:
+            raise ValueError(f"step {step} was logged after step {self.step}")
+        now = time.perf_counter()
+        seconds = (now - self.time) / (step - self.step)
+        numbers = {name: float(value) for name, value in values.items()}
+        self.file.write(f"{json.dumps({'step': step, **numbers})}\n")
+        self.file.flush()
+        machine = {"seconds_per_step": seconds, "memory_gib": memory_gib()}
+        if self.writer is not None:
+            for name, value in {**numbers, **machine}.items():
+                self.writer.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log({**numbers, **machine}, step=step)
+        shown = {name: value for name, value in numbers.items() if name == "loss" or "tangent" in name}
+        texts = [f"{name} {value:.4g}" for name, value in shown.items()]
+        self.bar.set_postfix_str(
+            ", ".join([*texts, f"{seconds:.3g} s/step", f"{machine['memory_gib']:.1f} GiB"]), refresh=False
+        )
+        self.bar.update(step - self.step)
+        self.step, self.time = step, now
+
+    def curves(self, path: Path) -> None:
+        """A PNG of everything in log.jsonl against the step, earlier parts of the run included."""
+        draw_curves(series(self.path), path)
+
+    def close(self) -> None:
+        """Harmless when repeated."""
+        self.file.close()
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+        self.writer = self.wandb = None
+
+
+def optional(module: str, package: str, without: str) -> ModuleType:
+    """A module that need not be installed. Raises ValueError that says how to install it or do without."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"the settings ask for {package}: pip install {package}, or set {without} ({error})"
+        ) from error
+
+
+def wandb_id(folder: Path) -> str:
+    """Made once per folder, so that a run that goes on does so in wandb too."""
+    path = folder / "wandb.id"
+    if not path.exists():
+        write_whole(path, uuid.uuid4().hex)
+    return path.read_text(encoding="utf-8").strip()
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """The lines of a log; a last line that was cut off is left out. Raises ValueError for other damage."""
+    if not path.exists():
+        return []
+    found = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            entry["step"]
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                raise ValueError(f"{path}:{number} is damaged: repair or remove that line, then go on") from None
+        else:
+            found.append(entry)
+    return found
+
+
+def memory_gib() -> float:
+    """The most memory used so far: of the GPU if CUDA is in use, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def series(path: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Steps and values of each name in a log."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for line in read_lines(path):
+        for name, value in line.items():
+            if name != "step":
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(line["step"])
+                values.append(value)
+    return found
+
+
+def draw_curves(curves: Mapping[str, tuple[list[float], list[float]]], path: Path, columns: int = 3) -> None:
+    """One panel per name; a log scale where all values are positive and span two decades."""
+    columns = max(1, min(columns, len(curves)))
+    rows = max(1, math.ceil(len(curves) / columns))
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), dpi=120, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, (name, (steps, values)) in zip(axes, curves.items()):
+        axis.plot(steps, values, linewidth=1, marker="." if len(steps) < 30 else "")
+        finite = [value for value in values if math.isfinite(value)]
+        if finite and min(finite) > 0 and max(finite) >= 100 * min(finite):
+            axis.set_yscale("log")
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+    for axis in axes[len(curves) :]:
+        axis.set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def grid(images: Tensor, path: Path, columns: int, *, frames: int = 8, gap: int = 2, side: int = 64) -> None:
+    """A PNG of images [N, C, H, W] in [0, 1], C = 1 or 3, `columns` per row; values outside are clamped.
+
+    Videos [N, C, T, H, W] get a row each, with up to `frames` frames from the first to the last. Small images are
+    enlarged by a whole factor, to about `side` pixels.
+
+    Raises:
+        ValueError: another shape, no images, or values that are not finite.
+    """
+    if images.dim() not in (4, 5) or images.shape[1] not in (1, 3) or not images.numel() or columns < 1:
+        shape = f"{tuple(images.shape)} in {columns} columns"
+        raise ValueError(f"expected images [N, 1 or 3, H, W] or videos [N, 1 or 3, T, H, W], got {shape}")
+    if not torch.isfinite(images).all():
+        raise ValueError("cannot draw images that are not finite")
+    if images.dim() == 5:
+        columns = min(frames, images.shape[2])
+        chosen = torch.linspace(0, images.shape[2] - 1, columns).round().long().to(images.device)
+        images = images.index_select(2, chosen).transpose(1, 2).flatten(0, 1)
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    factor = max(1, side // max(pixels.shape[2:]))
+    tiles = pixels.expand(-1, 3, -1, -1).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    height, width = tiles.shape[2:]
+    columns = min(columns, len(tiles))
+    rows = math.ceil(len(tiles) / columns)
+    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for index, tile in enumerate(tiles.permute(0, 2, 3, 1).numpy()):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = tile
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imsave(path, canvas)
