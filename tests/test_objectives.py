@@ -161,7 +161,7 @@ def test_a_student_trained_on_a_gaussian_becomes_the_exact_consistency_function(
     record_property("rms_distance", {"before": before, "after": after})
     print(f"RMS distance to the exact consistency function: {before:.3f} before, {after:.4f} after")
     assert before > 0.15
-    assert after < 0.02
+    assert after < 0.03
 
 
 # ---------------------------------------------------------------- DMD

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Condition
+from jvpgraph.trainer.settings import from_dict
 from jvpgraph.trainer.trigflow import TrigFlow
 
 
@@ -107,8 +108,8 @@ class DiT(nn.Module):
         self.modulation = nn.Linear(config.width, 2 * config.width)
         self.patch_out = nn.Linear(config.width, pixels)
         for layer in (self.modulation, self.patch_out, self.interval.mlp[-1]):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
         nn.init.normal_(self.label.weight, std=0.02)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor, r: Tensor | None = None) -> Tensor:
@@ -162,7 +163,7 @@ def dit(path: Path | str | None = None, seed: int = 0, dtype: str = "float32", *
     if path is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = DiT(DiTConfig(**config))  # type: ignore[arg-type]
+            net = DiT(from_dict(DiTConfig, config))
     else:
         file = Path(path) / "config.json"
         if not file.is_file():

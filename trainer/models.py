@@ -75,9 +75,16 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def moving(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that are trained, and buffers: what is not the teacher's own."""
+    state = model.state_dict()
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
 def with_weights(model: TrigFlow, weights: Mapping[str, Tensor]) -> TrigFlow:
-    """A frozen copy of a student with other values for its trainable parameters, such as an average's."""
-    model = copy.deepcopy(model)
+    """A frozen copy of a student with other values for what is trained of it, such as an average; shares the rest."""
+    model = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in weights.items():

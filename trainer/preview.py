@@ -36,7 +36,7 @@ def preview(
     latents = torch.cat([sample(part, noise(device, config.seed)) for part in batch.split(config.sampling.batch)])
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.png"
-    grid(decode(latents, config.sampling), path, columns=max(1, round(count**0.5)))
+    grid(picture_of(latents, config.sampling), path, columns=max(1, round(count**0.5)))
     return path
 
 
@@ -50,9 +50,14 @@ def noise(device: torch.device, seed: int) -> torch.Generator:
 
 
 def decode(latents: Tensor, config: SamplingConfig) -> Tensor:
-    """Images in [0, 1] by the plugged-in decoder; without one, up to three channels on their own scale."""
+    """Images by the plugged-in decoder; without one the latents themselves."""
+    return latents if config.decode is None else config.decode.build()(latents)
+
+
+def picture_of(latents: Tensor, config: SamplingConfig) -> Tensor:
+    """Something to look at, in [0, 1]: decoded images, or up to three channels of the latents on their own scale."""
     if config.decode is not None:
-        return config.decode.build()(latents)
+        return decode(latents, config).clamp(0, 1)
     shown = latents[:, : 3 if latents.shape[1] >= 3 else 1].float()
     low, high = shown.amin(), shown.amax()
     return (shown - low) / (high - low).clamp(min=1e-6)

@@ -9,22 +9,28 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from jvpgraph.trainer import settings
-from jvpgraph.trainer.adapters import scheduler_for
+from jvpgraph.trainer import evaluate, settings
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.checkpoint import Checkpoints
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.data.sample import Dataset
 from jvpgraph.trainer.ema import PowerEMA, reconstruct
-from jvpgraph.trainer.evaluate import Quality, evaluate, table
+from jvpgraph.trainer.evaluate import Quality, table
 from jvpgraph.trainer.folder import checkpoint_step
 from jvpgraph.trainer.log import grid
-from jvpgraph.trainer.models import build_guided, build_student, build_teacher, device_of, moving, trainable, with_weights
-from jvpgraph.trainer.preview import decode, first_samples, noise
-from jvpgraph.trainer.sample import Sampler, few_step_times, sampler_of
+from jvpgraph.trainer.models import (
+    build_guided,
+    build_student,
+    build_teacher,
+    device_of,
+    moving,
+    trainable,
+    with_weights,
+)
+from jvpgraph.trainer.preview import decode, first_samples, noise, picture_of
+from jvpgraph.trainer.sample import Sampler, sampler_of
 from jvpgraph.trainer.student import merged
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -55,7 +61,9 @@ def load_run(folder: Path, *, ema: float | None = None, step: int | None = None)
     """
     file = folder / "config.yaml"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: {folder} is not the folder of a run (the `out` of its settings)")
+        raise FileNotFoundError(
+            f"{file} does not exist: {folder} is not the folder of a run (the `out` of its settings)"
+        )
     config = settings.load(RunConfig, file)
     device = device_of(config)
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -99,7 +107,7 @@ def sample_run(folder: Path, *, steps: int, count: int, ema: float | None, seed:
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({"latents": latents.float().cpu(), **dict(batch.cond)}, out.with_suffix(".safetensors"))
     picture = out.with_suffix(".png")
-    grid(decode(latents, config.sampling), picture, columns=max(1, round(count**0.5)))
+    grid(picture_of(latents, config.sampling), picture, columns=max(1, round(count**0.5)))
     return picture
 
 
@@ -145,7 +153,9 @@ def samplers_of(run: Run, steps: Sequence[int]) -> dict[str, Sampler]:
     config = run.config
     guided = build_guided(run.teacher, config.guidance, device_of(config))
     many = config.sampling.teacher_steps
-    students = {f"student, {n} step{'s' * (n > 1)}": sampler_of(run.sampler, run.student, n, config.sampling) for n in steps}
+    students = {
+        f"student, {n} step{'s' * (n > 1)}": sampler_of(run.sampler, run.student, n, config.sampling) for n in steps
+    }
     return {f"teacher, {many} steps": sampler_of("flow", guided, many, config.sampling), **students}
 
 
@@ -158,21 +168,24 @@ def compare(run: Run, samplers: Mapping[str, Sampler], seeds: Sequence[int]) -> 
     data = config.data.source.build()
     real = first_samples(data, min(config.evaluation.count, len(data)))
     labels = real.cond.get("labels")
-    real_features = decode(real.x0, config.sampling) if config.sampling.decode else real.x0
+    real_features = space(decode(real.x0, config.sampling))
 
     def quality(latents: Tensor) -> Quality:
-        images = decode(latents, config.sampling) if config.sampling.decode else latents
-        return evaluate(
-            images.cpu(), real_features, space, neighbours=config.evaluation.neighbours, labels=labels, real_labels=labels
+        features = space(decode(latents, config.sampling))
+        found = evaluate.compare(
+            features, real_features, neighbours=config.evaluation.neighbours, labels=labels, real_labels=labels
         )
+        if labels is None or space.classify is None:
+            return found
+        return replace(found, accuracy=(space.labels(features) == labels).double().mean().item())
 
     batch = real.to(device_of(config))
     rows: dict[str, list[Quality]] = {}
     samples: dict[str, Tensor] = {}
     for name, sample in tqdm(samplers.items(), desc="sampling", unit="sampler"):
         for seed in seeds:
-            latents = draw(sample, batch, config.sampling.batch, seed)
-            samples.setdefault(name, latents.cpu())
+            latents = draw(sample, batch, config.sampling.batch, seed).cpu()
+            samples.setdefault(name, latents)
             rows.setdefault(name, []).append(quality(latents))
     return Report(rows, samples)
 
@@ -190,7 +203,8 @@ def export_run(folder: Path, out: Path, *, ema: float | None = None, step: int |
     run = load_run(folder, ema=ema, step=step)
     net = merged(run.student)
     if not hasattr(net, "save_pretrained"):
-        raise ValueError(f"{type(net).__name__} has no save_pretrained(folder): give it one, or take load_run's student")
+        raise ValueError(
+            f"{type(net).__name__} has no save_pretrained(folder): give it one, or take load_run's student"
+        )
     net.save_pretrained(out)
-    ...
     return out

@@ -6,6 +6,7 @@ the fake score if the objective has one. What it needs to go on after a stop is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import jvpgraph
 from jvpgraph.trainer.batch import Batch, drop_condition
-from jvpgraph.trainer.checkpoint import Checkpoints
+from jvpgraph.trainer.checkpoint import Checkpoints, PerRank
 from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
 from jvpgraph.trainer.ema import PowerEMA, save_snapshot
@@ -29,6 +30,7 @@ from jvpgraph.trainer.models import (
     build_teacher,
     check_stage,
     device_of,
+    moving,
     trainable,
 )
 from jvpgraph.trainer.objectives import Terms, loss_of
@@ -124,7 +126,7 @@ class Stage:
         self.objective, self.loss = settings.objective, loss_of(settings.objective)
         self.begin = sum(stage.steps for stage in config.stages[:index])
         self.loader = loader(dataset, settings.batch, config.seed + index, workers=config.data.workers)
-        self.batches = None
+        self.batches: Iterator[Batch] | None = None
 
         self.optimizer = adamw(networks.student, settings.student)
         self.emas = [PowerEMA(self.optimizer.masters, sigma_rel) for sigma_rel in config.ema.sigma_rel]
@@ -141,8 +143,8 @@ class Stage:
             "student": moving(self.networks.student),
             "optimizer": self.optimizer,
             "ema": {f"{ema.sigma_rel:g}": ema for ema in self.emas},
-            "random": RandomState(self.rng),
-            "data": self.loader,
+            "random": PerRank(RandomState(self.rng)),
+            "data": PerRank(self.loader),
         }
         if self.fake is not None:
             state |= {"fake": moving(self.fake), "fake_optimizer": self.fake_optimizer}
@@ -163,11 +165,12 @@ class Stage:
         for ema in self.emas:
             ema.update(self.optimizer.masters)
 
-        updates = self.objective.fake_updates(iteration)
-        for k in range(updates):
-            loss = partial(fake_loss, count=iteration * updates + k)
-            of_fake = self.update(step, "fake", self.fake, loss, self.fake_optimizer, self.settings.fake)
-            values |= {f"fake_{name}": value for name, value in of_fake.items()}
+        if self.fake is not None:
+            updates = self.objective.fake_updates(iteration)
+            for k in range(updates):
+                loss = partial(fake_loss, count=iteration * updates + k)
+                of_fake = self.update(step, "fake", self.fake, loss, self.fake_optimizer, self.settings.fake)
+                values |= {f"fake_{name}": value for name, value in of_fake.items()}
         return values
 
     def update(
@@ -219,13 +222,6 @@ def adamw(model: nn.Module, settings: OptimizerConfig) -> MasterAdamW:
         weight_decay=settings.weight_decay,
         clip_norm=settings.clip_norm,
     )
-
-
-def moving(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters that are trained, and buffers: what is not the teacher's own."""
-    state = model.state_dict()
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    return {name: value for name, value in state.items() if name not in frozen}
 
 
 class RandomState:

@@ -1,0 +1,339 @@
+"""Runs of the trainer: exact resume after kill -9, stages, what stops it, LoRA, samples and export."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from jvpgraph.trainer import settings
+from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.dit import DiT, call_dit, dit
+from jvpgraph.trainer.run import evaluate_run, export_run, load_run, sample_run
+from jvpgraph.trainer.train import train
+from jvpgraph.trainer.trigflow import TrigFlow
+from jvpgraph.trainer.watch import NotFinite
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL: dict[str, Any] = {
+    "model": {
+        "load": "jvpgraph.trainer.dit:dit",
+        "options": {"width": 16, "depth": 1, "heads": 2, "seed": 5},
+    },
+    "student": {"backend": "eager"},
+    "guidance": {"scale": 1.5, "negative": {"labels": 10}},
+    "threads": 1,
+    "device": "cpu",
+    "checkpoint": {"every": 3, "keep": 2},
+    "log": {"every": 1},
+}
+RCM = {"name": "rcm", "weight": 0.1, "scm": {"tangent_warmup": 2}, "dmd": {"fake_updates_per_step": 2}}
+
+
+def stage(objective: Any, steps: int, **more: Any) -> dict[str, Any]:
+    return {"objective": objective, "steps": steps, "batch": 8, "student": {"lr": 1e-3}, "fake": {"lr": 1e-3}, **more}
+
+
+def config_of(out: Path, stages: list[dict[str, Any]], **more: Any) -> RunConfig:
+    return settings.from_dict(RunConfig, {**SMALL, "out": str(out), "stages": stages, **more})
+
+
+def content(checkpoint: Path, scratch: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by its path."""
+    dcp_to_torch_save(checkpoint, scratch)
+    found: dict[str, Tensor] = {}
+
+    def visit(path: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            found[path] = value
+        elif isinstance(value, dict):
+            for key, child in value.items():
+                visit(f"{path}.{key}", child)
+
+    visit("", torch.load(scratch, weights_only=False))
+    return found
+
+
+def last_checkpoint(folder: Path) -> Path:
+    return max((folder / "checkpoints").glob("step-*"))
+
+
+def run_until(config: RunConfig, step: int, folder: Path) -> None:
+    """Trains in a process of its own and kills it with SIGKILL once `step` is in the log."""
+    file = folder / "config-to-run.yaml"
+    settings.save(config, file)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "jvpgraph.trainer.cli", "train", str(file)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+    )
+    log, deadline = config.out / "log.jsonl", time.monotonic() + 240
+    while not (log.exists() and any(json.loads(line)["step"] >= step for line in log.read_text().splitlines(True)[:-1])):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline, "the run did not get there"
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kills", "workers"), [((4, 9), 0), ((7,), 2)], ids=["twice, across stages", "with a loader in two processes"]
+)
+def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, kills: tuple[int, ...], workers: int) -> None:
+    stages = [stage("dcm", 4), stage("scm", 4, accumulate=2), stage(RCM, 6, condition_dropout=0.2)]
+    data = {"workers": workers}
+    whole = train(config_of(tmp_path / "whole", stages, data=data))
+    config = config_of(tmp_path / "killed", stages, data=data)
+    for step in kills:
+        run_until(config, step, tmp_path)
+    train(config)
+
+    for name in ("step-00000012", "step-00000014"):
+        expected, found = (
+            content(folder / "checkpoints" / name, tmp_path / "content.pt") for folder in (whole, config.out)
+        )
+        assert expected.keys() == found.keys()
+        assert any(".fake_optimizer" in key for key in expected)
+        different = [key for key in expected if not torch.equal(expected[key], found[key])]
+        assert not different
+    assert (whole / "log.jsonl").read_text() == (config.out / "log.jsonl").read_text()
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", [stage("dcm", 2)])
+    train(config)
+    before = content(last_checkpoint(config.out), tmp_path / "content.pt")
+    train(config)
+    after = content(last_checkpoint(config.out), tmp_path / "content.pt")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert len((config.out / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_folder_holds_one_run(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", [stage("dcm", 1)])
+    train(config)
+    other = config_of(tmp_path / "run", [stage("dcm", 1, student={"lr": 2e-3})], log={"every": 5})
+    with pytest.raises(ValueError, match=r"stages\.0\.student\.lr") as raised:
+        train(other)
+    assert "log" not in str(raised.value).splitlines()[1]
+    train(other, fresh=True)
+    assert settings.load(RunConfig, tmp_path / "run-1" / "config.yaml") == config
+
+
+def test_stages_go_on_with_the_weights_of_the_one_before(tmp_path: Path) -> None:
+    first = train(config_of(tmp_path / "first", [stage("dcm", 2)], checkpoint={"every": 1, "keep": 9}))
+    both = train(config_of(tmp_path / "both", [stage("dcm", 2), stage("scm", 1)], checkpoint={"every": 1, "keep": 9}))
+    name = "step-00000002"
+    end, begin, after = (
+        content(path, tmp_path / "content.pt")
+        for path in (first / "checkpoints" / name, both / "checkpoints" / name, last_checkpoint(both))
+    )
+    weights = [key for key in end if key.startswith(".student.")]
+    assert all(torch.equal(end[key], begin[key]) for key in weights)
+    moved = max((after[key] - begin[key]).abs().max().item() for key in weights)
+    assert 0 < moved < 2e-3  # one AdamW step with lr 1e-3
+
+
+def test_without_its_weight_rcm_trains_like_scm_to_the_bit(tmp_path: Path) -> None:
+    scm = train(config_of(tmp_path / "scm", [stage("scm", 3)]))
+    rcm = train(config_of(tmp_path / "rcm", [stage({"name": "rcm", "weight": 0.0}, 3)]))
+    expected, found = (content(last_checkpoint(folder), tmp_path / "content.pt") for folder in (scm, rcm))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_the_fake_score_moves_from_its_first_step(tmp_path: Path) -> None:
+    objective = {"name": "dmd", "fake_updates_per_step": 1}
+    config = config_of(tmp_path / "run", [stage(objective, 1)])
+    train(config)
+    state = content(last_checkpoint(config.out), tmp_path / "content.pt")
+    start = dit(width=16, depth=1, heads=2, seed=5).state_dict()
+    moved = [key for key, value in start.items() if not torch.equal(state[f".fake.{key}"], value)]
+    assert "net.patch_out.weight" in moved
+
+
+def test_gradient_clipping_bounds_the_update(tmp_path: Path) -> None:
+    """AdamW does not care for the scale of one gradient, but for that of the second relative to the first."""
+    ends = []
+    for clip in (None, 1e-3):
+        student = {"lr": 1e-3, "clip_norm": clip, "betas": [0.9, 0.999]}
+        config = config_of(tmp_path / f"clip-{clip}", [stage("dcm", 3, student=student)])
+        train(config)
+        ends.append(content(last_checkpoint(config.out), tmp_path / "content.pt"))
+    moments = [end for end in ends[0] if "exp_avg_sq" in end]
+    unclipped, clipped = (sum(end[key].sum().item() for key in moments) for end in ends)
+    assert clipped <= 3 * 1e-3 * 1e-6 * 1.01  # (1 - beta_2) times the sum of three squared norms of at most 1e-3
+    assert unclipped > 100 * clipped
+
+
+# ---------------------------------------------------------------- what stops a run
+
+
+class Fragile(nn.Module):
+    """A DiT whose second block breaks as told: in its value, its tangent, or its gradient."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.dit = dit(width=16, depth=2, heads=2).net
+        nn.init.normal_(self.dit.patch_out.weight, std=0.1)
+        nn.init.normal_(self.dit.blocks[1].modulation.weight, std=0.1)
+        self.dit.blocks[1].mlp.append(Breaks(how))
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.dit(*args)
+
+
+class Breaks(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "value":
+            return x / torch.zeros_like(x)
+        # the square root of zero: its value is fine, its derivative is not
+        spike = (x - x).abs().sqrt() if self.how == "tangent" else 0
+        return x + spike
+
+
+def fragile(how: str) -> TrigFlow:
+    return TrigFlow(Fragile(how), call_dit)
+
+
+@pytest.mark.parametrize(
+    ("how", "objective", "culprit"),
+    [
+        ("value", "dcm", r"the output of \w+\.net\.dit\.blocks\.1\.mlp"),
+        ("tangent", "scm", r"blocks\.1\.mlp.*sqrt"),
+        ("tangent", "dcm", r"the gradient at the output of student\.net\.dit\.blocks\.1\.mlp"),
+    ],
+    ids=["value", "tangent", "gradient"],
+)
+def test_what_is_not_finite_ends_the_run_and_is_named(tmp_path: Path, how: str, objective: str, culprit: str) -> None:
+    model = {"load": "tests.test_train:fragile", "options": {"how": how}}
+    config = config_of(tmp_path / "run", [stage(objective, 3)], model=model)
+    with pytest.raises(NotFinite, match=culprit) as raised:
+        train(config)
+    assert "student, step 1" in str(raised.value)
+    assert last_checkpoint(config.out).name == "step-00000000"
+
+
+def test_data_that_is_not_finite_is_named_by_its_sample(tmp_path: Path) -> None:
+    config = config_of(
+        tmp_path / "run", [stage("flow_matching", 3)], data={"source": {"load": "tests.test_train:spoiled_digits"}}
+    )
+    with pytest.raises(NotFinite, match=r"the data: x0 of sample digits/\d+") as raised:
+        train(config)
+    assert "of 8 samples (digits/" in str(raised.value)
+
+
+def spoiled_digits() -> Any:
+    from jvpgraph.trainer.data.digits import digits
+
+    data = digits()
+    data.x0[::2] = torch.nan
+    return data
+
+
+def test_an_objective_that_does_not_fit_the_network_is_refused(tmp_path: Path) -> None:
+    model = {"load": "tests.test_train:one_time"}
+    with pytest.raises(ValueError, match="mean_flow needs a network with a second time, and the call of DiT"):
+        train(config_of(tmp_path / "run", [stage("mean_flow", 1)], model=model))
+    with pytest.raises(ValueError, match="condition_dropout needs a negative condition"):
+        train(config_of(tmp_path / "other", [stage("dcm", 1, condition_dropout=0.1)], guidance={}))
+    with pytest.raises(ValueError, match=r"guidance\.scale is 2\.0 and there is no negative condition"):
+        train(config_of(tmp_path / "third", [stage("dcm", 1)], guidance={"scale": 2.0}))
+
+
+def one_time() -> TrigFlow:
+    return TrigFlow(dit(width=16, depth=1, heads=2).net, lambda net, x, time, cond: net(x, time, cond["labels"]))
+
+
+# ---------------------------------------------------------------- every objective, LoRA, bf16; what comes after
+
+
+@pytest.mark.parametrize("objective", ["scm", "dmd", RCM, "dcm", "mean_flow", "flow_matching"], ids=str)
+def test_every_objective_trains_and_is_sampled(tmp_path: Path, objective: Any) -> None:
+    config = config_of(
+        tmp_path / "run",
+        [stage(objective, 3)],
+        student={"backend": "eager", "checkpoint_blocks": objective == "scm"},
+        log={"every": 1, "preview_every": 3, "preview_count": 4, "tensorboard": objective == "scm"},
+    )
+    folder = train(config)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line["gradient_norm"] > 0 for line in lines)
+    assert (folder / "samples" / "step-00000003.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "curves.png").exists()
+    picture = sample_run(folder, steps=2, count=3, ema=None, seed=0, out=tmp_path / "samples")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_lora_student_in_bf16_trains_its_adapters_alone_and_is_exported_merged(tmp_path: Path) -> None:
+    lora = {"rank": 2, "alpha": 2.0, "targets": ["qkv", "out"]}
+    model = {**SMALL["model"], "options": {**SMALL["model"]["options"], "dtype": "bfloat16"}}
+    config = config_of(tmp_path / "run", [stage(RCM, 4)], student={"backend": "eager", "lora": lora}, model=model)
+    folder = train(config)
+    state = content(last_checkpoint(folder), tmp_path / "content.pt")
+    trained = [key for key in state if key.startswith(".student.")]
+    assert trained
+    assert all("lora" in key or "frequencies" in key for key in trained)
+
+    exported = dit(path=export_run(folder, tmp_path / "net"), dtype="float32").net
+    base = dit(**model["options"]).net
+    changed = {
+        name for (name, a), b in zip(exported.named_parameters(), base.parameters()) if not torch.equal(a, b.float())
+    }
+    assert changed == {"blocks.0.attention.qkv.weight", "blocks.0.attention.out.weight"}
+
+
+def test_averages_of_other_widths_come_from_snapshots(tmp_path: Path) -> None:
+    ema = {"sigma_rel": [0.05, 0.2], "snapshot_every": 1}
+    config = config_of(tmp_path / "run", [stage("dcm", 8, student={"lr": 1e-2})], ema=ema)
+    folder = train(config)
+    tracked, other, last = (load_run(folder, ema=width).student.net for width in (0.05, 0.1, 0.2))
+    weights = [net.patch_out.weight for net in (tracked, other, last)]
+    assert not torch.equal(weights[0], weights[1])
+    # an average of a width in between lies in between
+    assert (weights[1] - weights[0]).norm() < (weights[2] - weights[0]).norm()
+
+
+def test_evaluation_compares_the_student_with_its_teacher(tmp_path: Path) -> None:
+    evaluation = {"features": {"load": "jvpgraph.trainer.features:pixels"}, "count": 120, "seeds": [0, 1]}
+    config = config_of(
+        tmp_path / "run", [stage("dcm", 1)], evaluation=evaluation, sampling={"steps": [1, 2], "teacher_steps": 3}
+    )
+    folder = train(config)
+    report = evaluate_run(folder)
+    assert list(report.rows) == ["teacher, 3 steps", "student, 1 step", "student, 2 steps"]
+    assert all(len(qualities) == 2 for qualities in report.rows.values())
+    assert "±" in str(report)
+    assert json.loads((folder / "evaluation.json").read_text())["seeds"] == [0, 1]
+
+
+def test_export_comes_back(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", [stage("dcm", 2)])
+    folder = train(config)
+    out = export_run(folder, tmp_path / "net")
+    again, run = dit(path=out).net, load_run(folder)
+    assert isinstance(again, DiT)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), run.student.net.parameters()))
+    with pytest.raises(ValueError, match="is not empty"):
+        export_run(folder, out)
+    with pytest.raises(FileNotFoundError, match="does not exist: the folder of a run"):
+        load_run(tmp_path)
