@@ -518,6 +518,33 @@ def test_a_tar_cut_anywhere_before_its_end_is_bad(tmp_path):
         assert len(webdataset(str(cut), **FIELDS)) == 3
 
 
+def test_a_truncated_member_is_named(tmp_path):
+    path = write(tmp_path / "a.tar", [entry(0), entry(1)])
+    with tarfile.open(path) as tar:
+        member = tar.getmember("000001.latents.npy")
+    path.write_bytes(path.read_bytes()[: member.offset_data + 100])
+    with pytest.raises(BadShard, match=f"{path}, key 000001: truncated: latents.npy ends at byte"):
+        webdataset(str(path), **FIELDS)
+
+
+class Payload:
+    """Unpickled carelessly, it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    item = {"__key__": "one", "latents.npy": latent(0), "text.pt": saved(Payload(tmp_path / "ran"))}
+    path = write(tmp_path / "a.tar", [item])
+    with pytest.raises(BadShard, match=r"key one: text.pt cannot be decoded \(UnpicklingError"):
+        webdataset(str(path), latents="latents.npy", conditions={"text.pt": "text"})
+    assert not (tmp_path / "ran").exists()
+
+
 @given(position=st.integers(0, 10**6), flip=st.integers(1, 255))
 def test_a_damaged_byte_never_gives_anything_but_a_batch_or_bad_shard(tmp_path_factory, position, flip):
     folder = tmp_path_factory.mktemp("damage")
