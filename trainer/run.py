@@ -61,9 +61,7 @@ def load_run(folder: Path, *, ema: float | None = None, step: int | None = None)
     """
     file = folder / "config.yaml"
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} does not exist: {folder} is not the folder of a run (the `out` of its settings)"
-        )
+        raise FileNotFoundError(f"{file} does not exist: the folder of a run, the `out` of its settings, has one")
     config = settings.load(RunConfig, file)
     device = device_of(config)
     checkpoints = Checkpoints(folder / "checkpoints")

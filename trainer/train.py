@@ -7,6 +7,7 @@ the fake score if the objective has one. What it needs to go on after a stop is 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -79,7 +80,11 @@ def train(config: RunConfig, *, fresh: bool = False) -> Path:
     last = checkpoints.latest()
     done = 0 if last is None else checkpoint_step(last)
     ends = list(accumulate(stage.steps for stage in config.stages))
-    with RunLog(folder, tensorboard=config.log.tensorboard, wandb=config.log.wandb, total=ends[-1], start=done) as log:
+    with ExitStack() as stack:
+        stack.callback(checkpoints.wait)  # also when a step fails: what is being written is from before it
+        log = stack.enter_context(
+            RunLog(folder, tensorboard=config.log.tensorboard, wandb=config.log.wandb, total=ends[-1], start=done)
+        )
         for index, end in enumerate(ends):
             if done > end:
                 continue

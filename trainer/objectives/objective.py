@@ -10,14 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from torch import Tensor
 
 from jvpgraph.trainer.settings import Variants
-
-if TYPE_CHECKING:
-    from jvpgraph.trainer.objectives.dmd import DMD
 
 Terms = dict[str, Tensor]
 """Per sample [B]: `loss`, whose mean is minimised, and whatever else is worth logging."""
@@ -35,8 +32,8 @@ class Objective(Variants):
     with_tangent: ClassVar[bool] = True  # whether it asks the student for a tangent
 
     @property
-    def fake_score(self) -> DMD | None:
-        """Settings of the fake score that is trained beside the student, if there is one."""
+    def fake_score(self) -> Any:
+        """Settings (DMD) of the fake score that is trained beside the student, or None."""
         return None
 
     def fake_updates(self, iteration: int) -> int:
