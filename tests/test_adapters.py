@@ -44,7 +44,7 @@ class Case:
     Attributes:
         latent: shape of one sample.
         cond: the conditions [B, ...].
-        by_hand: (net, x_s, s, cond) -> eps - x0, for rectified flows, time in float32.
+        by_hand: (net, x_s, s, cond) -> eps - x0, for rectified flows.
         config: replaces entries of the zoo's configuration.
     """
 
@@ -56,7 +56,7 @@ class Case:
 
 def simply(scale: float, name: str = "timestep") -> Callable[..., Tensor]:
     def by_hand(net: Any, x: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
-        return net(hidden_states=x, **{name: scale * s}, **cond).sample
+        return net(hidden_states=x, **{name: (scale * s).float()}, **cond).sample
 
     return by_hand
 
@@ -67,7 +67,7 @@ def flux_by_hand(net: Any, x: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor
     ids = pipeline._prepare_latent_image_ids(B, H // 2, W // 2, x.device, torch.float32)
     words = torch.zeros(L, 3)
     tokens = pipeline._pack_latents(x, B, C, H, W)
-    u = net(hidden_states=tokens, timestep=s, img_ids=ids, txt_ids=words, **cond).sample
+    u = net(hidden_states=tokens, timestep=s.float(), img_ids=ids, txt_ids=words, **cond).sample
     return pipeline._unpack_latents(u, 8 * H, 8 * W, 8)
 
 
@@ -82,7 +82,9 @@ def flux2_by_hand(net: Any, x: Tensor, s: Tensor, cond: dict[str, Any]) -> Tenso
     patches = pipeline._patchify_latents(x)
     ids = pipeline._prepare_latent_ids(patches)
     words = pipeline._prepare_text_ids(cond["encoder_hidden_states"])
-    u = net(hidden_states=pipeline._pack_latents(patches), timestep=s, img_ids=ids, txt_ids=words, **cond).sample
+    u = net(
+        hidden_states=pipeline._pack_latents(patches), timestep=s.float(), img_ids=ids, txt_ids=words, **cond
+    ).sample
     return pipeline._unpatchify_latents(pipeline._unpack_latents_with_ids(u, ids))
 
 
@@ -90,7 +92,7 @@ def qwen_by_hand(net: Any, x: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor
     pipeline = diffusers.QwenImagePipeline
     _, C, _, H, W = x.shape
     tokens = pipeline._pack_latents(x, B, C, H, W)
-    u = net(hidden_states=tokens, timestep=s, img_shapes=[[(1, H // 2, W // 2)]] * B, **cond).sample
+    u = net(hidden_states=tokens, timestep=s.float(), img_shapes=[[(1, H // 2, W // 2)]] * B, **cond).sample
     return pipeline._unpack_latents(u, 8 * H, 8 * W, 8)
 
 
@@ -98,30 +100,30 @@ def ltx_by_hand(net: Any, x: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
     pipeline = diffusers.LTXPipeline
     _, _, T, H, W = x.shape
     sizes = {"num_frames": T, "height": H, "width": W, "rope_interpolation_scale": (8 / 25, 32, 32)}
-    u = net(hidden_states=pipeline._pack_latents(x), timestep=1000 * s, **sizes, **cond).sample
+    u = net(hidden_states=pipeline._pack_latents(x), timestep=(1000 * s).float(), **sizes, **cond).sample
     return pipeline._unpack_latents(u, T, H, W)
 
 
 def sana_by_hand(net: Any, x: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
-    return net(x, timestep=1000 * s * net.config.timestep_scale, **cond).sample
+    return net(x, timestep=(1000 * net.config.timestep_scale * s).float(), **cond).sample
 
 
 def lumina_by_hand(net: Any, x: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
-    return -net(hidden_states=x, timestep=1 - s, **cond).sample
+    return -net(hidden_states=x, timestep=1 - s.float(), **cond).sample
 
 
 def mochi_by_hand(net: Any, x: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
-    return -net(hidden_states=x, timestep=1000 - 1000 * s, **cond).sample
+    return -net(hidden_states=x, timestep=1000 - (1000 * s).float(), **cond).sample
 
 
 def hidream_by_hand(net: Any, x: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
     states = cond["encoder_hidden_states_llama3"].transpose(0, 1)
     cond = cond | {"encoder_hidden_states_llama3": states}
-    return -net(hidden_states=x, timesteps=1000 * s, **cond).sample
+    return -net(hidden_states=x, timesteps=(1000 * s).float(), **cond).sample
 
 
 def z_image_by_hand(net: Any, x: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
-    out = net([image[:, None] for image in x], 1 - s, list(cond["cap_feats"])).sample
+    out = net([image[:, None] for image in x], 1 - s.float(), list(cond["cap_feats"])).sample
     return -torch.stack([image[:, 0] for image in out])
 
 
@@ -209,12 +211,11 @@ def test_the_clean_image_is_that_of_the_pipeline(name: str) -> None:
     model, x, t, case = build(name), latents(name), times(), TABLE[name]
     s = t.sin() / (t.sin() + t.cos())
     x_s = x / expand_like(t.sin() + t.cos(), x)
-    # 1000 * s is rounded as the wrapper rounds it; below that its sine is noise
-    u = case.by_hand(model.net, x_s, s.float(), case.cond)
+    u = case.by_hand(model.net, x_s, s, case.cond)
     F = model(x, t, case.cond)
     assert F.shape == x.shape
     assert F.dtype == torch.float64
-    torch.testing.assert_close(clean_image(F, x, t), x_s - expand_like(s, x) * u.double(), rtol=1e-3, atol=2e-4)
+    torch.testing.assert_close(clean_image(F, x, t), x_s - expand_like(s, x) * u.double(), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["DiTTransformer2DModel", "PixArtTransformer2DModel"])
@@ -474,7 +475,56 @@ def test_diffusers_samples_a_rectified_flow_student_alike(steps: list[float]) ->
     for t in scheduler.timesteps:
         u = model.net(x, timestep=t.expand(B), **cond, return_dict=False)[0]
         x = scheduler.step(u, t, x, generator=generator, return_dict=False)[0]
-    torch.testing.assert_close(x.double(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(x.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def wan_pipeline(model: TrigFlow, scheduler: Any, text: Tensor, x: Tensor, **common: Any) -> Tensor:
+    missing = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
+    pipeline = diffusers.WanPipeline(transformer=model.net, scheduler=scheduler, **missing)
+    size = {"num_frames": 5, "height": 32, "width": 48}
+    return pipeline(prompt_embeds=text, guidance_scale=1.0, latents=x, **size, **common)[0]
+
+
+def flux_pipeline(model: TrigFlow, scheduler: Any, text: Tensor, x: Tensor, **common: Any) -> Tensor:
+    missing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipeline = diffusers.FluxPipeline(transformer=model.net, scheduler=scheduler, **missing)
+    pooled = torch.ones(1, 10)
+    given = {"prompt_embeds": text, "pooled_prompt_embeds": pooled, "guidance_scale": 3.5, "height": 64, "width": 48}
+    return adapters.unpack(pipeline(latents=adapters.pack(x), **given, **common)[0], 8, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "pipeline", "more", "config"),
+    [
+        ("WanTransformer3DModel", wan_pipeline, {}, {"image_dim": None, "added_kv_proj_dim": None}),
+        (
+            "FluxTransformer2DModel",
+            flux_pipeline,
+            {"pooled_projections": torch.ones(1, 10), "guidance": torch.tensor([3.5])},
+            {},
+        ),
+    ],
+    ids=["wan", "flux"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@torch.no_grad()
+def test_a_pipeline_of_diffusers_samples_the_student_in_four_steps(
+    name: str, pipeline: Callable[..., Tensor], more: dict[str, Tensor], config: dict[str, Any]
+) -> None:
+    model, steps = build(name, "float32", config=config), [math.atan(80.0), 1.3, 1.0, 0.6]
+    text = normal(1, L, 10 if pipeline is wan_pipeline else 12).float()
+    sampling = scheduler_for(model, steps)
+    x = normal(1, *TABLE[name].latent).float()
+    common = {"num_inference_steps": 4, "output_type": "latent", "return_dict": False}
+    torch.manual_seed(5)
+    sampled = pipeline(model, sampling.scheduler, text, sampling.noise_scale * x, **common)
+
+    torch.manual_seed(5)  # the scheduler draws in the shape of the tokens
+    shape = x.shape if pipeline is wan_pipeline else adapters.pack(x).shape
+    fresh = [torch.randn(shape) for _ in steps[1:]]
+    noises = [x, *(n if pipeline is wan_pipeline else adapters.unpack(n, 8, 6) for n in fresh)]
+    expected = consistency_steps(model, {"encoder_hidden_states": text} | more, steps, [n.double() for n in noises])
+    torch.testing.assert_close(sampled.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @STEPS

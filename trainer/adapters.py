@@ -355,7 +355,7 @@ def initialise(name: str, config: dict[str, Any], dtype: torch.dtype, seed: int)
     cls = network_class(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = cls(**config).to(dtype)
+        net = nn.Module.to(cls(**config), dtype)  # diffusers' own warns
     kept = getattr(net, "_keep_in_fp32_modules", None) or ()
     if dtype.itemsize < 4:
         for parameter_name, p in net.named_parameters():
