@@ -72,7 +72,7 @@ def merged(student: TrigFlow) -> nn.Module:
     net: nn.Module = copy.deepcopy(student.net, _shared(student.net))
     for module in net.modules():
         if isinstance(module, CheckpointedBlock):
-            module.__class__ = module.plain_class
+            module.__class__ = module.plain_class  # type: ignore[assignment]
     for name, layer in _adapted_layers(net):
         base, weight = layer.base_layer, layer.base_layer.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
