@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,9 +14,11 @@ from jvpgraph.errors import JvpgraphError
 from jvpgraph.trainer import run
 from jvpgraph.trainer.checkpoint import CheckpointError
 from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.configs import names, ready
 from jvpgraph.trainer.plug import PlugError
 from jvpgraph.trainer.settings import SettingsError, describe, load
 from jvpgraph.trainer.train import train
+from jvpgraph.trainer.yaml_tree import Problem
 
 EXPECTED = (JvpgraphError, ValueError, OSError, FloatingPointError, ImportError)
 """Failures with a message that says what to do; anything else is a bug and keeps its traceback."""
@@ -26,6 +29,7 @@ RESUMES = "The same command goes on from the last checkpoint."
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0 done, 1 failed, 2 wrong usage or settings, 130 stopped."""
     args = parse(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s")  # warnings, such as those of a skipped shard
     try:
         args.run(args)
     except KeyboardInterrupt:
@@ -65,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("train", train_command, "Distil a teacher; goes on by itself with a run that was stopped.")
     sub.epilog = f"settings, as keys of CONFIG or as key=value:\n\n{describe(RunConfig)}"
-    sub.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of settings")
+    sub.add_argument(
+        "config", type=Path, metavar="CONFIG", help=f"YAML file of settings, or ready ones: {', '.join(names())}"
+    )
     sub.add_argument(
         "overrides",
         nargs="*",
@@ -113,7 +119,17 @@ def positive(text: str) -> int:
 
 
 def train_command(args: argparse.Namespace) -> None:
-    train(load(RunConfig, args.config, args.overrides), fresh=args.fresh)
+    train(load(RunConfig, settings_file(args.config), args.overrides), fresh=args.fresh)
+
+
+def settings_file(config: Path) -> Path:
+    """The file itself, or the one of ready settings that have this name."""
+    if config.exists() or config.suffix in (".yaml", ".yml"):
+        return config
+    if str(config) not in names():
+        message = f"no such file, and no ready settings: those are {', '.join(names())}"
+        raise SettingsError([Problem(str(config), "", message)])
+    return ready(str(config))
 
 
 def sample_command(args: argparse.Namespace) -> None:
@@ -135,10 +151,8 @@ def explain(error: Exception, command: str) -> str:
         where = f" ({error.filename})" if error.filename else ""
         advice = f"Free some space. {RESUMES}" if command == "train" else "Free some space and try again."
         return f"the disk is full{where}: {error.strerror}\n{advice}"
-    if isinstance(error, FileNotFoundError) and error.filename:
-        return f"{error.filename} does not exist"
-    if isinstance(error, PermissionError) and error.filename:
-        return f"no permission for {error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
     if isinstance(error, CheckpointError) and command == "train":
         return f"{error}\n{RESUMES}"
     return str(error) or type(error).__name__
