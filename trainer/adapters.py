@@ -5,8 +5,9 @@ the VAE's, scaled to about unit variance and not packed, [B, C, H, W] or [B, C, 
 names of the network's own arguments, [B, ...]; packing, position ids, signs, reversed times and learned
 variances are the adapter's business. Sources: the denoising loops of diffusers.pipelines, version 0.42.
 
-A network keeps its own habits inside: Flux, Flux 2, Chroma and Qwen round the float32 time that they are
-given to their own dtype, as they did in training.
+The Flux family would round the float32 time that it is given to its own dtype: in bfloat16 to steps of 4 of
+1000, which leaves the tangent along t to chance. See keep_time_exact. Qwen does so too, and with the
+frequencies of its embedding, which its weights know by heart: it is left alone and wants float32 parameters.
 """
 
 from __future__ import annotations
@@ -134,17 +135,19 @@ def z_image(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
     return -torch.stack(net(images, 1 - time, captions, return_dict=False)[0]).squeeze(2)
 
 
-def flux(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+def flux(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
     """`guidance` [B]: the scale itself, 3.5 and the like."""
+    net.time_text_embed.time_proj.exact_time = 1000 * time
     H, W = x.shape[-2:]
     text = x.new_zeros(cond["encoder_hidden_states"].shape[1], 3, dtype=torch.float32)
     u = plainly(net, pack(x), time, {**cond, "img_ids": positions(H // 2, W // 2, x.device), "txt_ids": text})
     return unpack(u, H, W)
 
 
-def flux2(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+def flux2(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
     """Four coordinates (time, row, column, word). Latents are normalised by the VAE's batch norm, then unpacked."""
     H, W = x.shape[-2:]
+    net.time_guidance_embed.time_proj.exact_time = 1000 * time
     words = torch.arange(cond["encoder_hidden_states"].shape[1], dtype=torch.float32, device=x.device)
     ids = {
         "img_ids": pad(positions(H // 2, W // 2, x.device), (0, 1)),
@@ -221,6 +224,28 @@ def with_guidance(adapter: Adapter, net: Any) -> Adapter:
     return replace(adapter, needs=(*adapter.needs, "guidance")) if net.config.guidance_embeds else adapter
 
 
+def with_exact_time(adapter: Adapter, net: Any) -> Adapter:
+    embedding = net.time_guidance_embed if hasattr(net, "time_guidance_embed") else net.time_text_embed
+    keep_time_exact(embedding.time_proj)
+    return with_guidance(adapter, net) if "guidance_embeds" in net.config else adapter
+
+
+def keep_time_exact(sinusoids: nn.Module) -> None:
+    """Let the sinusoids of a time embedding see `sinusoids.exact_time` [B] once, whatever the network hands them.
+
+    Their next call, for a guidance scale, and calls by others, a pipeline say, are not touched.
+    """
+    if use_exact_time not in sinusoids._forward_pre_hooks.values():
+        vars(sinusoids)["exact_time"] = None
+        sinusoids.register_forward_pre_hook(use_exact_time)
+
+
+def use_exact_time(sinusoids: Any, rounded: tuple[Tensor]) -> tuple[Tensor]:
+    """A hook without a closure, so that copies of a network have their own."""
+    exact, sinusoids.exact_time = sinusoids.exact_time, None
+    return rounded if exact is None else (exact,)
+
+
 def with_sizes(adapter: Adapter, net: Any) -> Adapter:
     sizes = ("resolution", "aspect_ratio") if net.use_additional_conditions else ()
     return replace(adapter, needs=(*adapter.needs, *sizes))
@@ -247,11 +272,13 @@ ADAPTERS = {
     for adapter in (
         # images
         Adapter("AuraFlowTransformer2DModel", plainly, TEXT, time_scale=1.0),
-        Adapter("ChromaTransformer2DModel", chroma, TEXT, ("attention_mask",), time_scale=1.0),
+        Adapter("ChromaTransformer2DModel", chroma, TEXT, ("attention_mask",),
+                time_scale=1.0, adjust=with_exact_time),
         Adapter("CogView4Transformer2DModel", plainly, (*TEXT, *SIZES), ("attention_mask",)),
         Adapter("DiTTransformer2DModel", without_variance, ("class_labels",), schedule=VP_LINEAR),
-        Adapter("Flux2Transformer2DModel", flux2, TEXT, time_scale=1.0, adjust=with_guidance),
-        Adapter("FluxTransformer2DModel", flux, (*TEXT, "pooled_projections"), time_scale=1.0, adjust=with_guidance),
+        Adapter("Flux2Transformer2DModel", flux2, TEXT, time_scale=1.0, adjust=with_exact_time),
+        Adapter("FluxTransformer2DModel", flux, (*TEXT, "pooled_projections"),
+                time_scale=1.0, adjust=with_exact_time),
         Adapter("HiDreamImageTransformer2DModel", hidream,
                 ("encoder_hidden_states_t5", "encoder_hidden_states_llama3", "pooled_embeds")),
         Adapter("Lumina2Transformer2DModel", from_noise, (*TEXT, *MASK), time_scale=1.0),
