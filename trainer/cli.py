@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from jvpgraph.errors import JvpgraphError
 from jvpgraph.trainer import run
 from jvpgraph.trainer.checkpoint import CheckpointError
@@ -20,7 +22,7 @@ from jvpgraph.trainer.settings import SettingsError, describe, load
 from jvpgraph.trainer.train import train
 from jvpgraph.trainer.yaml_tree import Problem
 
-EXPECTED = (JvpgraphError, ValueError, OSError, FloatingPointError, ImportError)
+EXPECTED = (JvpgraphError, ValueError, OSError, FloatingPointError, ImportError, torch.OutOfMemoryError)
 """Failures with a message that says what to do; anything else is a bug and keeps its traceback."""
 
 RESUMES = "The same command goes on from the last checkpoint."
@@ -151,6 +153,11 @@ def explain(error: Exception, command: str) -> str:
         where = f" ({error.filename})" if error.filename else ""
         advice = f"Free some space. {RESUMES}" if command == "train" else "Free some space and try again."
         return f"the disk is full{where}: {error.strerror}\n{advice}"
+    if isinstance(error, torch.OutOfMemoryError) and command == "train":
+        advice = (
+            "a smaller stages.N.batch with more stages.N.accumulate, student.checkpoint_blocks=true or student.lora"
+        )
+        return f"{error}\nTry {advice}."
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, CheckpointError) and command == "train":

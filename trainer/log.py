@@ -179,6 +179,7 @@ def draw_curves(curves: Mapping[str, tuple[list[float], list[float]]], path: Pat
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes[len(curves) :]:
         axis.set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -323,7 +323,7 @@ def _convert_union(tp: Any, node: Node, path: str, problems: list[Problem], defa
     inside = [
         found
         for found in attempts
-        if any(problem.path != path or "expected" not in problem.message for problem in found)
+        if any(problem.path != path or not problem.message.startswith("expected ") for problem in found)
     ]
     if len(inside) == 1:  # the value has the right form for this one only
         problems.extend(inside[0])
