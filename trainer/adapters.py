@@ -4,6 +4,8 @@ Each function below is call(net, x_s, time, cond) -> u for one or more classes o
 the VAE's, scaled to about unit variance and not packed, [B, C, H, W] or [B, C, T, H, W]; conditions carry the
 names of the network's own arguments, [B, ...]; packing, position ids, signs, reversed times and learned
 variances are the adapter's business. Sources: the denoising loops of diffusers.pipelines, version 0.42.
+All of them are captured as one graph but HiDream and Lumina 2, whose own Python asks for expert and caption
+lengths.
 
 The Flux family would round the float32 time that it is given to its own dtype: in bfloat16 to steps of 4 of
 1000, which leaves the tangent along t to chance. See keep_time_exact. Qwen does so too, and with the

@@ -121,7 +121,7 @@ class Schedule:
             "f_skip": -c_in * (cos(t) * a + sin(t) * b) / determinant,
             "f_out": (cos(t) * alpha + sin(t) * sigma) / determinant,
         }
-        if self.inverse is None or self.predicts != "velocity":  # the lowest terms of a polynomial's are not low
+        if self.inverse is None or self.predicts != "velocity":  # cancelling roots of polynomials takes hours
             derived = {name: tidy(expression) for name, expression in derived.items()}
         return {"time": time} | derived
 
