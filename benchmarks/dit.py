@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jvpgraph
-from jvpgraph.trainer.config import DiTConfig
-from jvpgraph.trainer.dit import DiT
+from benchmarks.record import environment
+from jvpgraph.trainer.dit import DiT, DiTConfig
 
 Step = Callable[[], Tensor]  # runs forward, tangent and backward; returns the tangent
 
@@ -138,11 +136,7 @@ def main() -> None:
         print(f"{name:20s}{1e3 * value:10.1f}{value / floor:10.2f}{error:>24s}")
     if o.out is not None:
         o.out.mkdir(parents=True, exist_ok=True)
-        device = torch.cuda.get_device_name() if o.device == "cuda" else platform.processor() or platform.machine()
-        settings = {k: str(v) for k, v in vars(o).items()}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        record = {"device": device, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
-        record |= {"settings": settings, "seconds": medians}
+        record = environment(o.device) | {"settings": {k: str(v) for k, v in vars(o).items()}, "seconds": medians}
         record |= {"ratio": {n: v / floor for n, v in medians.items()}, "tangent_error": errors}
         path = o.out / f"dit_{o.device}_{o.dtype}.json"
         path.write_text(json.dumps(record, indent=2) + "\n")

@@ -14,6 +14,14 @@ from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.student import LoRA
 
 
+def positive(settings: Any, *names: str) -> None:
+    """Raises ValueError for those of the fields that are neither None nor above zero."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value} and must be above 0")
+
+
 @dataclass(frozen=True)
 class StudentConfig:
     """What is trained: a copy of the teacher's network."""
@@ -46,6 +54,11 @@ class OptimizerConfig:
     warmup: int = 0  # updates of linear rise of lr
     decay: Literal["constant", "cosine"] = "constant"  # of lr after the rise, over the stage
 
+    def __post_init__(self) -> None:
+        positive(self, "lr", "eps", "clip_norm")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {self.betas} and must be in [0, 1)")
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -58,6 +71,11 @@ class StageConfig:
     condition_dropout: float = 0.0  # share of conditions replaced by the negative one; 0.1 to train a teacher
     student: OptimizerConfig = field(default_factory=OptimizerConfig)
     fake: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=4e-7))  # of the fake score
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "batch", "accumulate")
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(f"condition_dropout is {self.condition_dropout} and must be in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,11 @@ class EMAConfig:
     sigma_rel: tuple[float, ...] = (0.05, 0.1)  # widths as shares of the stage; the first is sampled. rCM: 0.05
     snapshot_every: int | None = None  # steps between snapshots, from which other widths are made afterwards
 
+    def __post_init__(self) -> None:
+        positive(self, "snapshot_every")
+        if not self.sigma_rel or not all(0 < sigma < 0.29 for sigma in self.sigma_rel):
+            raise ValueError(f"sigma_rel is {self.sigma_rel}: one or more widths between 0 and 0.28")
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -83,6 +106,9 @@ class CheckpointConfig:
     every: int = 500  # steps; the last step of a stage is always saved
     keep: int = 3  # the last so many
     asynchronous: bool = True  # write while training goes on
+
+    def __post_init__(self) -> None:
+        positive(self, "every", "keep")
 
 
 @dataclass(frozen=True)
@@ -94,6 +120,9 @@ class LogConfig:
     wandb: str | None = None  # project name
     preview_every: int | None = None  # steps between sample grids in OUT/samples
     preview_count: int = 16  # samples per grid
+
+    def __post_init__(self) -> None:
+        positive(self, "every", "preview_every", "preview_count")
 
 
 @dataclass(frozen=True)
@@ -108,6 +137,11 @@ class SamplingConfig:
     batch: int = 64  # samples at a time
     decode: Plug | None = None  # a function from latents [B, ...] to images in [0, 1]
 
+    def __post_init__(self) -> None:
+        positive(self, "sigma_max", "teacher_steps", "shift", "batch")
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError(f"steps is {self.steps}: one or more numbers from 1")
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -117,6 +151,11 @@ class EvaluationConfig:
     count: int = 10_000  # samples per sampler and seed, at most the size of the data set
     seeds: tuple[int, ...] = (0, 1, 2)  # sampling seeds, for the spread
     neighbours: int = 3  # k of precision and recall (Kynkaanniemi et al. 2019)
+
+    def __post_init__(self) -> None:
+        positive(self, "count", "neighbours")
+        if not self.seeds:
+            raise ValueError("seeds is empty: give at least one")
 
 
 @dataclass(frozen=True)
@@ -137,3 +176,8 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        positive(self, "threads")
+        if not self.stages:
+            raise ValueError("stages is empty: a run needs at least one")

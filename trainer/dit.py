@@ -163,7 +163,7 @@ def dit(path: Path | str | None = None, seed: int = 0, dtype: str = "float32", *
     if path is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = DiT(from_dict(DiTConfig, config))
+            net = DiT(from_dict(DiTConfig, config, "model.options"))
     else:
         file = Path(path) / "config.json"
         if not file.is_file():

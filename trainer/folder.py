@@ -21,7 +21,8 @@ def claim_folder(config: RunConfig, *, fresh: bool) -> Path:
     folder, file = config.out, config.out / "config.yaml"
     if fresh and folder.exists():
         folder.rename(unused(folder))
-    if file.exists():
+    begun = any((folder / "checkpoints").glob("step-*"))
+    if begun and file.exists():
         different = [
             line
             for line in settings.differences(settings.load(RunConfig, file), config)
@@ -32,7 +33,7 @@ def claim_folder(config: RunConfig, *, fresh: bool) -> Path:
                 f"{folder} holds a run with other settings:\n  " + "\n  ".join(different) + "\n"
                 "Choose another `out`, give the same settings to go on with that run, or --fresh to move it aside."
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif not file.exists() and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files and no config.yaml: choose another `out`, or --fresh to move it aside")
     folder.mkdir(parents=True, exist_ok=True)
     settings.save(config, file)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Condition
 from jvpgraph.trainer.config import GuidanceConfig, RunConfig, StageConfig, StudentConfig
+from jvpgraph.trainer.data.sample import Dataset, collate
 from jvpgraph.trainer.student import make_student
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
 
@@ -57,6 +58,26 @@ def build_student(teacher: TrigFlow, config: StudentConfig) -> TrigFlow:
     """A trainable copy of the teacher; the fake score is one too."""
     student = make_student(teacher, dtype=config.dtype, lora=config.lora, checkpoint_blocks=config.checkpoint_blocks)
     return student.eval()
+
+
+@torch.no_grad()
+def check_data(guided: Guided, dataset: Dataset, device: torch.device) -> None:
+    """Raises ValueError if the network does not take a sample of the data, or the negative condition."""
+    batch = collate([dataset[0]]).to(device)
+    given = ", ".join(f"{name} {list(x.shape)}" for name, x in {"x0": batch.x0, **batch.cond}.items())
+    if guided.negative and guided.negative.keys() != batch.cond.keys():
+        raise ValueError(
+            f"the negative condition has {', '.join(sorted(guided.negative))}, and the data's samples have "
+            f"{', '.join(sorted(batch.cond)) or 'no conditions'}: give the same names in guidance.negative"
+        )
+    t = torch.full((1,), 0.5, dtype=torch.float64, device=device)
+    for what, cond in (("a sample of the data", batch.cond), ("the negative condition", guided.negative or batch.cond)):
+        try:
+            F = guided.model(batch.x0, t, cond)
+        except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+            raise ValueError(f"the network cannot run with {what} ({given}): {error}") from error
+        if F.shape != batch.x0.shape:
+            raise ValueError(f"the network gives {list(F.shape)} for {what} ({given}): their shapes must be the same")
 
 
 def check_stage(stage: StageConfig, student: TrigFlow, negative: Condition) -> None:

@@ -30,7 +30,7 @@ from jvpgraph.trainer.models import (
     with_weights,
 )
 from jvpgraph.trainer.preview import decode, first_samples, noise, picture_of
-from jvpgraph.trainer.sample import Sampler, sampler_of
+from jvpgraph.trainer.sample import Sampler, few_step_times, sampler_of
 from jvpgraph.trainer.student import merged
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -189,9 +189,10 @@ def compare(run: Run, samplers: Mapping[str, Sampler], seeds: Sequence[int]) -> 
 
 
 def export_run(folder: Path, out: Path, *, ema: float | None = None, step: int | None = None) -> Path:
-    """The averaged student as its own class saves it, with the scheduler that samples it, and sampling.json.
+    """The averaged student as its own class saves it, with the times to sample it at in sampling.json (radians).
 
-    Adapters are merged. A diffusers network comes back by `from_pretrained(out)`.
+    Adapters are merged. A diffusers network comes back by `from_pretrained(out)`, and
+    `jvpgraph.trainer.adapters.scheduler_for` makes the scheduler for it.
 
     Raises:
         ValueError: the folder is taken, or the network has no `save_pretrained`.
@@ -205,4 +206,7 @@ def export_run(folder: Path, out: Path, *, ema: float | None = None, step: int |
             f"{type(net).__name__} has no save_pretrained(folder): give it one, or take load_run's student"
         )
     net.save_pretrained(out)
+    if run.sampler == "consistency":
+        times = {n: few_step_times(n, run.config.sampling) for n in run.config.sampling.steps}
+        (out / "sampling.json").write_text(json.dumps({"times": times}, indent=2) + "\n")
     return out

@@ -21,8 +21,8 @@ from jvpgraph.trainer.trigflow import TrigFlow
 class LoRA:
     """Low-rank adapters W + (alpha / rank) B A on linear layers (Hu et al. 2021), trained in place of W."""
 
-    rank: int = 64
-    alpha: float = 64.0
+    rank: int = 64  # columns of A and B
+    alpha: float = 64.0  # the update is scaled by alpha / rank
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # last parts of dotted names; diffusers' attention
 
 

@@ -29,6 +29,7 @@ from jvpgraph.trainer.models import (
     build_guided,
     build_student,
     build_teacher,
+    check_data,
     check_stage,
     device_of,
     moving,
@@ -71,6 +72,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> Path:
     student = build_student(teacher, config.student)
     dual = jvpgraph.transform(student, backend=config.student.backend, dynamic=False)
     networks = Networks(teacher, guided, student, dual)
+    check_data(guided, dataset, device)
     for stage in config.stages:
         check_stage(stage, student, guided.negative)
 
@@ -94,11 +96,10 @@ def train(config: RunConfig, *, fresh: bool = False) -> Path:
                 last = None
             elif index == 0:
                 checkpoints.save(0, stage.state())  # so that there is one from before anything goes wrong
-            means = Means()
             for step in range(done + 1, end + 1):
-                means.add(stage.step(step))
+                stage.means.add(stage.step(step))
                 if step % config.log.every == 0 or step == end:
-                    log.add(step, means.take())
+                    log.add(step, stage.means.take())
                 if config.ema.snapshot_every and step % config.ema.snapshot_every == 0:
                     for ema in stage.emas:
                         save_snapshot(folder / "ema" / f"stage-{index}", step, ema)
@@ -132,6 +133,7 @@ class Stage:
         self.begin = sum(stage.steps for stage in config.stages[:index])
         self.loader = loader(dataset, settings.batch, config.seed + index, workers=config.data.workers)
         self.batches: Iterator[Batch] | None = None
+        self.means = Means()
 
         self.optimizer = adamw(networks.student, settings.student)
         self.emas = [PowerEMA(self.optimizer.masters, sigma_rel) for sigma_rel in config.ema.sigma_rel]
@@ -150,6 +152,7 @@ class Stage:
             "ema": {f"{ema.sigma_rel:g}": ema for ema in self.emas},
             "random": PerRank(RandomState(self.rng)),
             "data": PerRank(self.loader),
+            "means": PerRank(self.means),
         }
         if self.fake is not None:
             state |= {"fake": moving(self.fake), "fake_optimizer": self.fake_optimizer}
@@ -259,6 +262,12 @@ class Means:
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
 
     def take(self) -> dict[str, float]:
         means = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}

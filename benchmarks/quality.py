@@ -1,0 +1,218 @@
+"""What the objectives give on the digits: one teacher, every objective with equal student steps, several seeds.
+
+    python -m benchmarks.quality [--steps 500] [--seeds 0 1 2] [--jobs 2] [--out DIR] [--record DIR] [--quick]
+
+Frechet distance, precision, recall and diversity in the features of a small classifier, 1797 samples against the 1797
+images, at 1, 2 and 4 steps, beside the teacher's 50. Then rCM over lambda, with lambda = 0 (sCM itself) for the limit.
+A seed is that of the training, of its data and of the samples. Runs that are in DIR already are not repeated.
+Prints tables and what becomes of the claims below; writes quality_digits.json, quality_digits.png.
+
+Claims (rCM, arXiv 2510.08431, in miniature), as means over the seeds:
+  1. rCM in 4 steps is at or below the teacher's distance;
+  2. rCM in 1 step is within 1.5 times of it;
+  3. rCM's recall is above DMD's by at least 0.1, in each number of steps;
+  4. rCM is at least as precise as sCM, for the best lambda, in each number of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, fields
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from benchmarks.record import environment
+from jvpgraph.trainer import settings
+from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.configs import ready
+from jvpgraph.trainer.evaluate import Quality, spread, table
+from jvpgraph.trainer.run import compare, export_run, load_run, samplers_of
+from jvpgraph.trainer.train import train
+
+STEPS = (1, 2, 4)
+LAMBDAS = (0.001, 0.01, 0.1, 1.0)
+SCM = {"name": "scm", "times": {"name": "log_normal", "mean": -0.4, "std": 1.6}, "tangent_warmup": 50}
+DMD = {"name": "dmd", "times": {"name": "shifted_uniform", "shift": 1.0}, "fake_updates_per_step": 2}
+
+
+def rcm(weight: float) -> dict:
+    parts = {key: {k: v for k, v in part.items() if k != "name"} for key, part in (("scm", SCM), ("dmd", DMD))}
+    return {"name": "rcm", "weight": weight, **parts}
+
+
+OBJECTIVES = {
+    **{f"rCM {weight:g}": rcm(weight) for weight in LAMBDAS},
+    "sCM": SCM,
+    "DMD": DMD,
+    "dCM": {"name": "dcm"},
+    "MeanFlow": {"name": "mean_flow", "instant_share": 0.25, "times": {"name": "shifted_uniform", "shift": 1.0}},
+}
+CHOSEN = "rCM 0.01"  # the paper's lambda
+
+Figures = dict[str, list[Quality]]  # sampler -> one Quality per seed
+
+
+def teacher_run(out: Path, steps: int) -> Path:
+    """Trains and exports the teacher unless it is there; gives the exported folder."""
+    net = out / "teacher" / "net"
+    if not net.exists():
+        overrides = (f"out={out / 'teacher'}", f"stages.0.steps={steps}")
+        export_run(train(settings.load(RunConfig, ready("digits_teacher"), overrides)), net)
+    return net
+
+
+def student_run(name: str, seed: int, steps: int, out: Path, net: Path) -> dict[str, Quality]:
+    """Trains one student unless it is there, and evaluates it; beside the chosen one, the teacher with this seed."""
+    torch.set_num_threads(1)
+    folder = out / name.replace(" ", "-") / f"seed-{seed}"
+    done = folder / "quality.json"
+    if not done.exists():
+        overrides = (
+            f"out={folder}",
+            f"seed={seed}",
+            f"model.options.path={net}",
+            f"stages.0.objective={json.dumps(OBJECTIVES[name])}",
+            f"stages.0.steps={steps}",
+            "threads=1",
+        )
+        train(settings.load(RunConfig, ready("digits"), overrides))
+        run = load_run(folder)
+        samplers = samplers_of(run, STEPS)
+        if name != CHOSEN:  # the teacher is slow to sample, and always the same
+            samplers = {key: sampler for key, sampler in samplers.items() if key.startswith("student")}
+        report = compare(run, samplers, seeds=(seed,))
+        done.write_text(json.dumps({sampler: asdict(qualities[0]) for sampler, qualities in report.rows.items()}))
+    return {sampler: Quality(**figures) for sampler, figures in json.loads(done.read_text()).items()}
+
+
+def measure(out: Path, steps: int, teacher_steps: int, seeds: Sequence[int], jobs: int) -> dict[str, Figures]:
+    """objective -> sampler -> one Quality per seed; the teacher's under "teacher"."""
+    net = teacher_run(out, teacher_steps)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        tasks = {(n, s): pool.submit(student_run, n, s, steps, out, net) for s in seeds for n in OBJECTIVES}
+        found = {task: future.result() for task, future in tqdm(tasks.items(), desc="students", unit="run")}
+    figures: dict[str, Figures] = {}
+    for (name, _), rows in found.items():
+        for sampler, quality in rows.items():
+            if sampler.startswith("student"):
+                figures.setdefault(name, {}).setdefault(sampler.removeprefix("student, "), []).append(quality)
+            else:
+                figures.setdefault("teacher", {}).setdefault(sampler.removeprefix("teacher, "), []).append(quality)
+    return figures
+
+
+def mean(figures: Figures, steps: int, metric: str) -> float:
+    return fmean(getattr(quality, metric) for quality in figures[f"{steps} step{'s' * (steps > 1)}"])
+
+
+def claims(figures: dict[str, Figures]) -> dict[str, tuple[bool, str]]:
+    """Claim -> whether the means bear it out, and the means."""
+    teacher = fmean(q.frechet_distance for q in next(iter(figures["teacher"].values())))
+    ours = {n: mean(figures[CHOSEN], n, "frechet_distance") for n in STEPS}
+    recall = {n: mean(figures[CHOSEN], n, "recall") - mean(figures["DMD"], n, "recall") for n in STEPS}
+    gains = {
+        name: {n: mean(figures[name], n, "precision") - mean(figures["sCM"], n, "precision") for n in STEPS}
+        for name in OBJECTIVES
+        if name.startswith("rCM")
+    }
+    best = max(gains, key=lambda name: min(gains[name].values()))
+    listed = "/".join(map(str, STEPS))
+    return {
+        "rCM in 4 steps at or below the teacher's distance": (
+            ours[4] <= teacher,
+            f"{ours[4]:.2f} against {teacher:.2f}",
+        ),
+        "rCM in 1 step within 1.5 times of it": (
+            ours[1] <= 1.5 * teacher,
+            f"{ours[1]:.2f} against {teacher:.2f}, {ours[1] / teacher:.2f} times",
+        ),
+        "rCM's recall above DMD's by 0.1": (
+            min(recall.values()) >= 0.1,
+            f"by {', '.join(f'{v:+.3f}' for v in recall.values())} in {listed} steps",
+        ),
+        f"rCM at least as precise as sCM, best lambda ({best[4:]})": (
+            min(gains[best].values()) >= 0,
+            f"by {', '.join(f'{v:+.3f}' for v in gains[best].values())} in {listed} steps",
+        ),
+    }
+
+
+def draw(figures: dict[str, Figures], path: Path) -> None:
+    """Upper row: each metric against the steps, a line per objective. Lower row: against lambda, a line per steps."""
+    metrics = [f.name for f in fields(Quality) if f.name != "accuracy"]
+    figure = Figure(figsize=(4 * len(metrics), 7), dpi=110, layout="constrained")
+    axes = figure.subplots(2, len(metrics))
+    shown = [name for name in OBJECTIVES if not name.startswith("rCM") or name == CHOSEN]
+    (teacher,) = figures["teacher"].values()
+    for metric, (upper, lower) in zip(metrics, axes.T):
+        level = fmean(getattr(q, metric) for q in teacher)
+        for axis in (upper, lower):
+            axis.axhline(level, color="black", linestyle="--", label="teacher, 50 steps")
+            axis.set_ylabel(metric.replace("_", " "))
+            if metric == "frechet_distance":
+                axis.set_yscale("log")
+        for name in shown:
+            bars(upper, STEPS, [figures[name][key] for key in figures[name]], metric, name)
+        upper.set_xscale("log", base=2)
+        upper.set_xticks(STEPS, [str(n) for n in STEPS])
+        upper.set_xlabel("steps of the student")
+        for key in figures["sCM"]:
+            qualities = [figures["sCM"][key], *(figures[f"rCM {weight:g}"][key] for weight in LAMBDAS)]
+            bars(lower, range(1 + len(LAMBDAS)), qualities, metric, key)
+        lower.set_xticks(range(1 + len(LAMBDAS)), ["0 (sCM)", *(f"{weight:g}" for weight in LAMBDAS)])
+        lower.set_xlabel("lambda of rCM")
+    for row in axes:
+        row[0].legend(fontsize=8)
+    figure.savefig(path)
+
+
+def bars(axis, x: Sequence[float], qualities: Sequence[list[Quality]], metric: str, label: str) -> None:
+    spreads = [spread([getattr(q, metric) for q in of_seeds]) for of_seeds in qualities]
+    axis.errorbar(
+        list(x), [s.mean for s in spreads], [s.half_width for s in spreads], label=label, marker="o", capsize=3
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=500, help="student updates of every objective")
+    parser.add_argument("--teacher-steps", type=int, default=4000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="students at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=Path("out/quality"), help="folder of the runs")
+    parser.add_argument("--record", type=Path, help="folder of the figures; default: that of the runs")
+    parser.add_argument("--quick", action="store_true", help="a few steps of each: shows that it runs")
+    o = parser.parse_args()
+    if o.quick:
+        o.steps, o.teacher_steps, o.seeds = 2, 10, [0, 1]
+
+    figures = measure(o.out, o.steps, o.teacher_steps, o.seeds, o.jobs)
+    rows = {f"{name}, {sampler}": found for name, of in figures.items() for sampler, found in of.items()}
+    verdicts = claims(figures)
+    print(f"\n{table(rows, digits=3)}\n")
+    for claim, (holds, figure) in verdicts.items():
+        print(f"{'confirmed' if holds else 'refuted'}: {claim}: {figure}")
+
+    record = o.record or o.out
+    record.mkdir(parents=True, exist_ok=True)
+    summary = environment() | {
+        "settings": {"steps": o.steps, "teacher_steps": o.teacher_steps, "seeds": o.seeds, "objectives": OBJECTIVES},
+        "claims": {claim: {"holds": holds, "figures": text} for claim, (holds, text) in verdicts.items()},
+        "figures": {row: [asdict(quality) for quality in found] for row, found in rows.items()},
+    }
+    (record / "quality_digits.json").write_text(json.dumps(summary, indent=2) + "\n")
+    draw(figures, record / "quality_digits.png")
+    print(f"\nwritten to {record}/quality_digits.json and quality_digits.png")
+
+
+if __name__ == "__main__":
+    main()
