@@ -14,11 +14,11 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test lint format fuzz zoo bench gpu dump clean
+.PHONY: help demo test lint format fuzz zoo bench bench-quality gpu dump clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -49,6 +49,9 @@ zoo: $(READY)  ## every transformer class of diffusers against its oracle, in fl
 
 bench: $(READY)  ## time and memory beside torch.func.jvp and finite differences
 	$(BIN)/python -m benchmarks.dit --out $(OUT)/bench
+
+bench-quality: $(READY)  ## rCM, sCM, DMD, dCM and MeanFlow on the digits, three seeds: an hour and a half on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality --out $(OUT)/quality
 
 gpu: $(READY)  ## the same on a CUDA device, after the attention tests
 	$(BIN)/python -m pytest -q tests/test_attention.py

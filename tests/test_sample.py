@@ -1,0 +1,138 @@
+"""Samplers against Gaussian data, the digits and their network, the ready settings, the demo."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import jvpgraph
+from jvpgraph.trainer import demo, settings
+from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.config import RunConfig, SamplingConfig
+from jvpgraph.trainer.configs import names, ready
+from jvpgraph.trainer.dit import DiT, DiTConfig, call_dit, dit
+from jvpgraph.trainer.sample import euler_grid, few_step_times, sample_consistency, sample_euler, sample_mean_flow
+from jvpgraph.trainer.times import flow_time
+from jvpgraph.trainer.trigflow import TrigFlow
+from tests.gaussian import STD, GaussianAverage, GaussianConsistency, GaussianFlow, gaussian_batch, seeded
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_few_step_times_follow_the_paper() -> None:
+    assert few_step_times(4, SamplingConfig()) == [math.atan(80.0), 1.3, 1.0, 0.6]
+    assert few_step_times(1, SamplingConfig()) == [math.atan(80.0)]
+    with pytest.raises(ValueError, match="5 steps need 4 middle times"):
+        few_step_times(5, SamplingConfig())
+
+
+def test_the_euler_grid_is_shifted_in_rectified_flow_time() -> None:
+    grid = euler_grid(4, shift=5.0)
+    s = torch.tensor([1, 0.75, 0.5, 0.25, 0], dtype=torch.float64)
+    torch.testing.assert_close(flow_time(grid), 5 * s / (1 + 4 * s))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_consistency_sampling_is_exact_for_the_exact_consistency_function(steps: int) -> None:
+    batch, times = gaussian_batch(2048, seeded(1)), few_step_times(steps, SamplingConfig())
+    x0 = sample_consistency(GaussianConsistency(), batch, times, seeded(25))
+    assert x0.std().item() == pytest.approx(STD, rel=0.02)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_mean_flow_sampling_is_exact_for_the_exact_average_velocity(steps: int) -> None:
+    """Every way from noise to data through exact averages is the flow's own: x0 = STD * noise."""
+    batch = gaussian_batch(16, seeded(1))
+    x0 = sample_mean_flow(GaussianAverage(), batch, euler_grid(steps), seeded(25))
+    noise = torch.randn(batch.x0.shape, generator=seeded(25), dtype=torch.float64)
+    torch.testing.assert_close(x0, STD * noise)
+
+
+def test_euler_sampling_converges_to_the_data() -> None:
+    batch = gaussian_batch(16, seeded(1))
+    noise = torch.randn(batch.x0.shape, generator=seeded(26), dtype=torch.float64)
+    error = [
+        (sample_euler(GaussianFlow(), batch, euler_grid(steps), seeded(26)) - STD * noise).abs().max().item()
+        for steps in (10, 100)
+    ]
+    assert error[1] < 0.05
+    assert error[1] < error[0] / 5
+
+
+def test_sampling_is_reproducible() -> None:
+    batch = Batch(torch.zeros(6, 1, 8, 8), {"labels": torch.arange(6)})
+    model, times = dit(width=16, depth=1, heads=2), few_step_times(2, SamplingConfig())
+    first, again, other = (sample_consistency(model, batch, times, seeded(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+# ---------------------------------------------------------------- the network
+
+
+def test_the_network_starts_at_zero_and_counts_its_parameters() -> None:
+    net = DiT(DiTConfig())
+    assert 0.65e6 < sum(p.numel() for p in net.parameters()) < 0.75e6
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(net.unpatchify(net.patchify(x)), x)
+    assert torch.equal(net(x, torch.rand(2), torch.arange(2)), torch.zeros_like(x))
+
+
+def test_a_second_time_changes_nothing_until_it_is_trained() -> None:
+    net = DiT(DiTConfig(width=16, depth=1, heads=2))
+    nn.init.normal_(net.patch_out.weight)
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.rand(2), torch.arange(2)
+    assert torch.equal(net(x, t, labels), net(x, t, labels, t / 2))
+    nn.init.normal_(net.interval.mlp[-1].weight)
+    nn.init.normal_(net.modulation.weight)
+    assert not torch.equal(net(x, t, labels), net(x, t, labels, t / 2))
+
+
+def test_the_dual_gives_the_tangent_of_the_trigflow_model() -> None:
+    model = TrigFlow(DiT(DiTConfig(width=16, depth=1, heads=2)), call_dit)
+    nn.init.normal_(model.net.patch_out.weight, generator=seeded(31))
+    x, t = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.linspace(0.2, 1.4, 4).double()
+    cond = {"labels": torch.arange(4)}
+    tangents = {"x": torch.randn_like(x), "t": torch.ones_like(t)}
+    F, F_dot = jvpgraph.transform(model, backend="eager")(x, t, cond, tangents=tangents)
+
+    def at(h: float) -> Tensor:
+        return model(x + h * tangents["x"], t + h * tangents["t"], cond)
+
+    with torch.no_grad():
+        torch.testing.assert_close(F, at(0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(F_dot, (at(1e-2) - at(-1e-2)) / 2e-2, rtol=1e-2, atol=1e-2)
+    assert F.requires_grad
+    assert not F_dot.requires_grad
+
+
+# ---------------------------------------------------------------- ready settings, the demo
+
+
+@pytest.mark.parametrize("name", names())
+def test_ready_settings_are_valid(name: str) -> None:
+    config = settings.load(RunConfig, ready(name))
+    config.model.function()
+    config.data.source.function()
+    assert settings.from_dict(RunConfig, settings.to_dict(config)) == config
+
+
+@pytest.mark.slow
+def test_the_quick_demo_writes_its_picture_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    demo.run(tmp_path, seed=1, quick=True)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    kinds = [name.split(",")[0] for name in metrics["samplers"]]
+    assert kinds == ["real", "teacher", "teacher", "student", "student", "student"]
+    for row in metrics["samplers"].values():
+        assert math.isfinite(row["frechet_distance"])
+        assert 0 <= row["precision"] <= 1
+        assert 0 <= row["recall"] <= 1
+    assert metrics["seed"] == 1
+    assert set(metrics["phase_seconds"]) == {"teacher", "student", "sampling and metrics"}
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+    assert "student, 4 steps" in capsys.readouterr().out
