@@ -373,3 +373,33 @@ def test_the_process_ends_with_the_status():
     assert done.returncode == 2
     assert "no such file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_documentation_trains_a_model_of_ones_own(tmp_path, monkeypatch):
+    """The two files of docs/trainer.md, as they stand there, in under 30 lines."""
+    text = (Path(__file__).parents[1] / "docs" / "trainer.md").read_text()
+    section = text[text.index("## A model of your own") : text.index("## Coordinates")]
+    python, yaml = (section.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "yaml"))
+    assert len((python + yaml).splitlines()) < 30
+    monkeypatch.chdir(tmp_path)
+    Path("my_model.py").write_text(python)
+    Path("my_run.yaml").write_text(yaml)
+    short = ("stages.0.steps=2", "stages.1.steps=2", "student.backend=eager", "stages.0.batch=8", "stages.1.batch=8")
+    assert cli.main(["train", "my_run.yaml", *short]) == 0
+    assert sorted(path.name for path in Path("out/mine/checkpoints").iterdir())[-1] == "step-00000004"
+
+
+def test_the_documentation_adds_an_objective(tmp_path, monkeypatch):
+    """The objective of docs/trainer.md, as it stands there."""
+    text = (Path(__file__).parents[1] / "docs" / "trainer.md").read_text()
+    section = text[text.index("## Objectives") : text.index("## What a run does")]
+    code = section.split("```python\n")[1].split("```")[0]
+    (tmp_path / "my_objective.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    stage = "[{objective: direct, steps: 2, batch: 8, student: {lr: 1.0e-3}}]"
+    tiny = "{load: jvpgraph.trainer.dit:dit, options: {width: 16, depth: 1, heads: 2}}"
+    Path("run.yaml").write_text(
+        f"imports: [my_objective.py]\nout: out\nmodel: {tiny}\nstages: {stage}\nstudent: {{backend: eager}}\n"
+    )
+    assert cli.main(["train", "run.yaml"]) == 0
+    assert Path("out/checkpoints/step-00000002").is_dir()

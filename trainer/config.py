@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jvpgraph.trainer.objectives import RCM, Objective
-from jvpgraph.trainer.plug import Plug
+from jvpgraph.trainer.plug import Module, Plug
 from jvpgraph.trainer.student import LoRA
 
 
@@ -158,10 +158,11 @@ class EvaluationConfig:
             raise ValueError("seeds is empty: give at least one")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run: `jvpgraph train CONFIG`."""
 
+    imports: tuple[Module, ...] = ()  # modules or .py files with objectives and time distributions of yours
     out: Path  # folder of checkpoints, logs and samples
     model: Plug  # gives the teacher, a TrigFlow: jvpgraph.trainer.adapters:diffusers_model or a function of yours
     stages: tuple[StageConfig, ...]  # one after the other

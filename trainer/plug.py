@@ -79,6 +79,16 @@ def _check_options(load: str, function: Callable[..., Any], options: dict[str, A
         raise PlugError("\n".join([f"{load} does not take these options", *(f"  {line}" for line in sorted(problems))]))
 
 
+class Module(str):
+    """A module or a .py file by its name, imported when the settings are read. Raises PlugError."""
+
+    __slots__ = ()
+
+    def __new__(cls, name: str) -> Module:
+        _module_of_file(Path(name)) if name.endswith(".py") else _module_of_name(name)
+        return super().__new__(cls, name)
+
+
 def _module_of_file(path: Path) -> ModuleType:
     """A file as a module, once per process. The folder can be imported from, as with `python file.py`."""
     path = path.expanduser().resolve()

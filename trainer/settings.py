@@ -306,6 +306,12 @@ def _convert(tp: Any, node: Node, path: str, problems: list[Problem], default: A
     elif tp in (type(None), bool, int, str):
         if type(value) is tp:
             return value
+    elif isinstance(tp, type) and issubclass(tp, str):  # text with a check of its own
+        if isinstance(value, str):
+            try:
+                return tp(value)
+            except ValueError as error:
+                return fail(str(error))
     else:
         raise TypeError(f"{path}: settings cannot have the type {tp}")
     return fail(f"expected {_allowed(tp)}, got {_given(value)}{_hint(tp, value)}")
@@ -398,9 +404,9 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, Path):
+    if isinstance(value, (Path, str)):
         return str(value)
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or type(value) in (bool, int, float):
         return value
     raise TypeError(f"settings cannot hold a {type(value).__name__}: {value!r}")
 
@@ -472,6 +478,8 @@ WORDS = {
 
 def _allowed(tp: Any) -> str:
     """A type in words: what the reader may write."""
+    if isinstance(tp, type) and issubclass(tp, str):
+        tp = str
     if tp in WORDS:
         return WORDS[tp][0]
     if get_origin(tp) in (Union, types.UnionType):
@@ -492,6 +500,8 @@ def _allowed(tp: Any) -> str:
 
 def _short(tp: Any) -> str:
     """A type as `describe` shows it."""
+    if isinstance(tp, type) and issubclass(tp, str):
+        tp = str
     if tp in WORDS:
         return WORDS[tp][1]
     if get_origin(tp) in (Union, types.UnionType):
