@@ -1,1 +1,10 @@
-"""Distillation of diffusion transformers with the tangents that `jvpgraph.transform` gives."""
+"""Distillation of diffusion transformers with the tangents that `jvpgraph.transform` gives.
+
+what runs        train (the loop), run (a finished run), demo, cli
+what is trained  objectives/, times (where), trigflow (coordinates, noise schedules), batch
+networks         models (built from the settings), student (LoRA, checkpointing), adapters (diffusers), dit (digits)
+data             data/
+state            optim, ema, checkpoint, folder
+settings         config (what there is), settings, yaml_tree, plug (how it is read), configs/ (ready ones)
+looking at it    log, preview, watch (what is not finite), sample, evaluate, features
+"""
