@@ -1,0 +1,604 @@
+# mypy: disallow-untyped-defs=False
+"""Attention and its JVP in one Triton kernel that streams over the keys once.
+
+Math
+    s = scale q k' + bias,  p = softmax(s),  o = p v,  lse = log sum exp(s)
+    s_dot = scale (q_dot k' + q k_dot') + bias_dot,  h = p * s_dot,  r = rowsum(h)
+    o_dot = p v_dot + h v - r * o,  lse_dot = r
+Streaming form
+    Over key blocks: running row maximum m and row sums l of p and r of h, accumulators o for p v and c for
+    p v_dot + h v, all rescaled by 2^(m_old - m_new); scores are in units of log 2, so the exponential is a
+    bare exp2. At the end o /= l, r /= l, o_dot = c / l - r * o, lse = m + log l.
+    h is centred: o_dot does not change when a constant per row is subtracted from s_dot, but what h loses
+    when it is rounded for the product with v does. mu, the mean of s_dot over the first key block, is taken
+    from q and the mean of those keys, and lse_dot = r + mu. Any mu is right; a near one is precise.
+    Key blocks that neither the end of the keys nor the diagonal cuts come first and need no mask.
+    A head dim is cut into two parts of 2^n columns, so 72 is 64 + 16, 96 is 64 + 32 and 192 is 128 + 64; dims
+    in between round up: 112 to 128.
+Shapes
+    q [B, H, Lq, Dqk], k [B, Hkv, Lkv, Dqk], v [B, Hkv, Lkv, Dv], bias [B | 1, H | 1, Lq | 1, Lkv | 1], lse
+    [B, H, Lq]. o and o_dot lie in memory as B, L, H, D. Any strides; a tensor whose last dim is not
+    contiguous is copied. Lengths, batch and heads are run-time values: a new length compiles nothing.
+Precision
+    Sums and accumulators in float32; p and h are rounded to the dtype of v for their products. float32 is
+    multiplied as float32, without tf32. lse in natural log, float32.
+Backward
+    From o and lse by ATen's own kernels where those compute exactly this, else by attention_blocked:
+    see jvpgraph.kernels.aten_backward.
+Refuses
+    Nothing: `supports` says what the kernel takes, and jvpgraph.kernels.attention checks the arguments first.
+Source
+    Dao et al., FlashAttention (2022), and Lu and Song, sCM (2024), appendix F, for the streaming form.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from jvpgraph.kernels import attention_blocked
+from jvpgraph.kernels.aten_backward import attention_backward
+from jvpgraph.kernels.blocks import MAX_HEAD_DIM, Blocks, choose_blocks
+
+__all__ = ["attention", "attention_backward", "attention_jvp", "supports"]
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
+
+NO_BIAS, BOOLEAN_BIAS, ADDITIVE_BIAS = 0, 1, 2
+
+
+# ---------------------------------------------------------------------------------------------------- kernel
+
+
+@triton.jit
+def _base(source, strides, batch, head):
+    return source + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def _load_rows(
+    source,
+    at,
+    stride,
+    dim,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """[ROWS, WIDTH] of source at (batch, head, row, column, length); zero from row `length` on if CHECK, and from
+    column `dim` on if PADDED.
+
+    source is a descriptor of [B, H, L, D], or a pointer to one head.
+    """
+    batch, head, row, column, length = at
+    if BY_DESCRIPTOR:
+        return source.load([batch, head, row, column]).reshape([ROWS, WIDTH])
+    else:
+        rows = tl.arange(0, ROWS)
+        columns = column + tl.arange(0, WIDTH)
+        # an int64 address for the tile, int32 offsets inside it: half the registers
+        address = source + tl.cast(row, tl.int64) * stride
+        address = address + (rows[:, None] * stride + columns[None, :])
+        if PADDED:
+            if CHECK:
+                return tl.load(address, mask=(row + rows < length)[:, None] & (columns < dim)[None, :], other=0.0)
+            else:
+                return tl.load(address, mask=(columns < dim)[None, :], other=0.0)
+        elif CHECK:
+            return tl.load(address, mask=(row + rows < length)[:, None], other=0.0)
+        else:
+            return tl.load(address)
+
+
+@triton.jit
+def _store_rows(target, value, row, column, length, stride, dim, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    rows = tl.arange(0, ROWS)
+    columns = column + tl.arange(0, WIDTH)
+    address = target + tl.cast(row, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+    mask = (row + rows < length)[:, None] & (columns < dim)[None, :]
+    tl.store(address, value.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_bias(
+    source,
+    strides,
+    at,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+):
+    """[BLOCK_Q, BLOCK_K], or [1, BLOCK_K] where all queries share it; zero outside. at: (row, Lq, key, Lkv)."""
+    first_row, length_q, first_key, length_kv = at
+    keys = first_key + tl.arange(0, BLOCK_K)
+    at = source + keys.to(tl.int64)[None, :] * strides[3]
+    mask = (keys < length_kv)[None, :]
+    if HAS_ROWS:
+        rows = first_row + tl.arange(0, BLOCK_Q)
+        at = at + rows.to(tl.int64)[:, None] * strides[2]
+        mask = mask & (rows < length_q)[:, None]
+    return tl.load(at, mask=mask, other=0)
+
+
+@triton.jit
+def _mean_product(a, b, count):
+    """a mean(b over its first count rows)', [rows of a]; the other rows of b are zero."""
+    mean = tl.sum(b.to(tl.float32), 0) / count
+    return tl.sum(a.to(tl.float32) * mean[None, :], 1)
+
+
+@triton.jit(do_not_specialize=["heads", "group", "length_q", "length_kv"])
+def attention_kernel(
+    q,
+    q_dot,
+    k,
+    k_hi,
+    k_dot,
+    k_dot_hi,
+    v,
+    v_hi,
+    v_dot,
+    v_dot_hi,
+    bias,
+    bias_dot,
+    o,
+    lse,
+    o_dot,
+    lse_dot,
+    q_strides,
+    q_dot_strides,
+    k_strides,
+    k_dot_strides,
+    v_strides,
+    v_dot_strides,
+    bias_strides,
+    bias_dot_strides,
+    o_strides,
+    scale,
+    heads,
+    group,
+    length_q,
+    length_kv,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    D_LO: tl.constexpr,
+    D_HI: tl.constexpr,
+    V_LO: tl.constexpr,
+    V_HI: tl.constexpr,
+    V_PARTS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_Q_DOT: tl.constexpr,
+    HAS_K_DOT: tl.constexpr,
+    HAS_V_DOT: tl.constexpr,
+    BIAS: tl.constexpr,
+    BIAS_HAS_ROWS: tl.constexpr,
+    HAS_BIAS_DOT: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    SCALE_IS_POSITIVE: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr,
+):
+    """One block of queries of one head. Strides are (batch, head, row), of a bias (batch, head, row, key).
+
+    BY_DESCRIPTOR: k, v and their tangents are TMA descriptors, one for each part of the head dim; else
+    pointers, and the `_hi` arguments are None. BIAS is one of NO_BIAS, BOOLEAN_BIAS, ADDITIVE_BIAS. V_PARTS programs
+    share the columns of v, V_LO each, where the accumulators of all would not fit the registers.
+    """
+    S_MOVES: tl.constexpr = HAS_Q_DOT or HAS_K_DOT or HAS_BIAS_DOT
+    O_MOVES: tl.constexpr = S_MOVES or HAS_V_DOT
+    # the maximum can be taken before scaling, which then fuses with the subtraction of the maximum
+    SCALE_LATE: tl.constexpr = BIAS == 0 and SCALE_IS_POSITIVE
+
+    PAD_LO: tl.constexpr = D_LO > HEAD_DIM
+    PAD_HI: tl.constexpr = D_LO + D_HI > HEAD_DIM
+    PAD_V_LO: tl.constexpr = V_PARTS * V_LO > HEAD_DIM_V
+    PAD_V_HI: tl.constexpr = V_LO + V_HI > HEAD_DIM_V
+
+    tiles = tl.cdiv(length_q, BLOCK_Q)
+    tile = tl.program_id(0) % tiles
+    if IS_CAUSAL:
+        tile = tiles - 1 - tile  # the longest rows first: the short ones fill the gaps at the end
+    batch_head = tl.program_id(0) // tiles
+    first_column = tl.program_id(1) * V_LO
+    batch = batch_head // heads
+    head = batch_head % heads
+    head_kv = head // group
+    first_row = tile * BLOCK_Q
+    rows = first_row + tl.arange(0, BLOCK_Q)
+
+    queries_at = (0, 0, first_row, 0, length_q)
+    queries_at_hi = (0, 0, first_row, D_LO, length_q)
+    q = _base(q, q_strides, batch, head)
+    q_lo = _load_rows(q, queries_at, q_strides[2], HEAD_DIM, D_LO, PAD_LO, BLOCK_Q, False, True)
+    if D_HI:
+        q_hi = _load_rows(q, queries_at_hi, q_strides[2], HEAD_DIM, D_HI, PAD_HI, BLOCK_Q, False, True)
+    if HAS_Q_DOT:
+        q_dot = _base(q_dot, q_dot_strides, batch, head)
+        q_dot_lo = _load_rows(q_dot, queries_at, q_dot_strides[2], HEAD_DIM, D_LO, PAD_LO, BLOCK_Q, False, True)
+        if D_HI:
+            q_dot_hi = _load_rows(q_dot, queries_at_hi, q_dot_strides[2], HEAD_DIM, D_HI, PAD_HI, BLOCK_Q, False, True)
+    k_stride = 0
+    k_dot_stride = 0
+    v_stride = 0
+    v_dot_stride = 0
+    if not BY_DESCRIPTOR:
+        k = _base(k, k_strides, batch, head_kv)
+        k_hi = k
+        k_stride = k_strides[2]
+        v = _base(v, v_strides, batch, head_kv)
+        v_hi = v
+        v_stride = v_strides[2]
+        if HAS_K_DOT:
+            k_dot = _base(k_dot, k_dot_strides, batch, head_kv)
+            k_dot_hi = k_dot
+            k_dot_stride = k_dot_strides[2]
+        if HAS_V_DOT:
+            v_dot = _base(v_dot, v_dot_strides, batch, head_kv)
+            v_dot_hi = v_dot
+            v_dot_stride = v_dot_strides[2]
+    if BIAS != 0:
+        bias = _base(bias, bias_strides, batch, head)
+    if HAS_BIAS_DOT:
+        bias_dot = _base(bias_dot, bias_dot_strides, batch, head)
+
+    if S_MOVES:
+        start = (batch, head_kv, 0, 0, length_kv)
+        start_hi = (batch, head_kv, 0, D_LO, length_kv)
+        mu = tl.zeros([BLOCK_Q], tl.float32)
+        count = tl.minimum(length_kv, BLOCK_K).to(tl.float32)
+        if HAS_Q_DOT:
+            first = _load_rows(k, start, k_stride, HEAD_DIM, D_LO, PAD_LO, BLOCK_K, BY_DESCRIPTOR, True)
+            mu += _mean_product(q_dot_lo, first, count)
+            if D_HI:
+                first = _load_rows(k_hi, start_hi, k_stride, HEAD_DIM, D_HI, PAD_HI, BLOCK_K, BY_DESCRIPTOR, True)
+                mu += _mean_product(q_dot_hi, first, count)
+        if HAS_K_DOT:
+            first = _load_rows(k_dot, start, k_dot_stride, HEAD_DIM, D_LO, PAD_LO, BLOCK_K, BY_DESCRIPTOR, True)
+            mu += _mean_product(q_lo, first, count)
+            if D_HI:
+                first = _load_rows(
+                    k_dot_hi, start_hi, k_dot_stride, HEAD_DIM, D_HI, PAD_HI, BLOCK_K, BY_DESCRIPTOR, True
+                )
+                mu += _mean_product(q_hi, first, count)
+        mu = mu * scale
+        if HAS_BIAS_DOT:
+            first = _load_bias(
+                bias_dot, bias_dot_strides, (first_row, length_q, 0, length_kv), BLOCK_Q, BLOCK_K, BIAS_HAS_ROWS
+            )
+            mu += tl.sum(first.to(tl.float32), 1) / count
+
+    m = tl.full([BLOCK_Q], -float("inf"), tl.float32)
+    l = tl.zeros([BLOCK_Q], tl.float32)
+    r = tl.zeros([BLOCK_Q], tl.float32)
+    o_lo = tl.zeros([BLOCK_Q, V_LO], tl.float32)
+    c_lo = tl.zeros([BLOCK_Q, V_LO], tl.float32)
+    if V_HI:
+        o_hi = tl.zeros([BLOCK_Q, V_HI], tl.float32)
+        c_hi = tl.zeros([BLOCK_Q, V_HI], tl.float32)
+
+    log2_scale = scale * LOG2E
+    if IS_CAUSAL:
+        end = tl.minimum(length_kv, first_row + BLOCK_Q)
+        uncut = tl.minimum(length_kv, first_row + 1) // BLOCK_K * BLOCK_K
+    else:
+        end = length_kv
+        uncut = length_kv // BLOCK_K * BLOCK_K
+    # twice the same loop: over key blocks that every query of this block sees whole, then over the others
+    for CUT in tl.static_range(2):
+        for first_key in tl.range(uncut if CUT else 0, end if CUT else uncut, BLOCK_K, num_stages=1 if CUT else STAGES):
+            keys_at = (batch, head_kv, first_key, 0, length_kv)
+            keys_at_hi = (batch, head_kv, first_key, D_LO, length_kv)
+            values_at = (batch, head_kv, first_key, first_column, length_kv)
+            values_at_hi = (batch, head_kv, first_key, V_LO, length_kv)
+            scores_at = (first_row, length_q, first_key, length_kv)
+            keys = _load_rows(k, keys_at, k_stride, HEAD_DIM, D_LO, PAD_LO, BLOCK_K, BY_DESCRIPTOR, CUT)
+            s = tl.dot(q_lo, tl.trans(keys), input_precision="ieee")
+            if S_MOVES:
+                s_dot = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+            if HAS_Q_DOT:
+                s_dot = tl.dot(q_dot_lo, tl.trans(keys), s_dot, input_precision="ieee")
+            if D_HI:
+                keys = _load_rows(k_hi, keys_at_hi, k_stride, HEAD_DIM, D_HI, PAD_HI, BLOCK_K, BY_DESCRIPTOR, CUT)
+                s = tl.dot(q_hi, tl.trans(keys), s, input_precision="ieee")
+                if HAS_Q_DOT:
+                    s_dot = tl.dot(q_dot_hi, tl.trans(keys), s_dot, input_precision="ieee")
+            if HAS_K_DOT:
+                keys = _load_rows(k_dot, keys_at, k_dot_stride, HEAD_DIM, D_LO, PAD_LO, BLOCK_K, BY_DESCRIPTOR, CUT)
+                s_dot = tl.dot(q_lo, tl.trans(keys), s_dot, input_precision="ieee")
+                if D_HI:
+                    keys = _load_rows(
+                        k_dot_hi, keys_at_hi, k_dot_stride, HEAD_DIM, D_HI, PAD_HI, BLOCK_K, BY_DESCRIPTOR, CUT
+                    )
+                    s_dot = tl.dot(q_hi, tl.trans(keys), s_dot, input_precision="ieee")
+
+            if not SCALE_LATE:
+                s = s * log2_scale
+            if BIAS != 0:
+                b = _load_bias(bias, bias_strides, scores_at, BLOCK_Q, BLOCK_K, BIAS_HAS_ROWS)
+                if BIAS == 1:
+                    s = tl.where(b != 0, s, -float("inf"))
+                else:
+                    s = s + b.to(tl.float32) * LOG2E
+            if CUT:
+                columns = first_key + tl.arange(0, BLOCK_K)
+                if IS_CAUSAL:
+                    s = tl.where((columns < length_kv)[None, :] & (columns[None, :] <= rows[:, None]), s, -float("inf"))
+                else:
+                    s = tl.where((columns < length_kv)[None, :], s, -float("inf"))
+
+            if SCALE_LATE:
+                m_new = tl.maximum(m, tl.max(s, 1) * log2_scale)
+                p = tl.math.exp2(s * log2_scale - m_new[:, None])
+                alpha = tl.math.exp2(m - m_new)
+            else:
+                m_new = tl.maximum(m, tl.max(s, 1))
+                finite = tl.where(m_new == -float("inf"), 0.0, m_new)  # 2^(-inf - 0) = 0 until a key is seen
+                p = tl.math.exp2(s - finite[:, None])
+                alpha = tl.math.exp2(m - finite)
+            m = m_new
+            l = l * alpha + tl.sum(p, 1)
+            o_lo = o_lo * alpha[:, None]
+            if V_HI:
+                o_hi = o_hi * alpha[:, None]
+            if O_MOVES:
+                c_lo = c_lo * alpha[:, None]
+                if V_HI:
+                    c_hi = c_hi * alpha[:, None]
+            if S_MOVES:
+                if HAS_BIAS_DOT:
+                    b = _load_bias(bias_dot, bias_dot_strides, scores_at, BLOCK_Q, BLOCK_K, BIAS_HAS_ROWS)
+                    h = p * (s_dot * scale + b.to(tl.float32) - mu[:, None])
+                else:
+                    h = p * (s_dot * scale - mu[:, None])
+                r = r * alpha + tl.sum(h, 1)
+
+            values = _load_rows(v, values_at, v_stride, HEAD_DIM_V, V_LO, PAD_V_LO, BLOCK_K, BY_DESCRIPTOR, CUT)
+            p = p.to(values.dtype)
+            o_lo = tl.dot(p, values, o_lo, input_precision="ieee")
+            if S_MOVES:
+                h = h.to(values.dtype)
+                c_lo = tl.dot(h, values, c_lo, input_precision="ieee")
+            if V_HI:
+                values = _load_rows(
+                    v_hi, values_at_hi, v_stride, HEAD_DIM_V, V_HI, PAD_V_HI, BLOCK_K, BY_DESCRIPTOR, CUT
+                )
+                o_hi = tl.dot(p, values, o_hi, input_precision="ieee")
+                if S_MOVES:
+                    c_hi = tl.dot(h, values, c_hi, input_precision="ieee")
+            if HAS_V_DOT:
+                values = _load_rows(
+                    v_dot, values_at, v_dot_stride, HEAD_DIM_V, V_LO, PAD_V_LO, BLOCK_K, BY_DESCRIPTOR, CUT
+                )
+                c_lo = tl.dot(p, values, c_lo, input_precision="ieee")
+                if V_HI:
+                    values = _load_rows(
+                        v_dot_hi, values_at_hi, v_dot_stride, HEAD_DIM_V, V_HI, PAD_V_HI, BLOCK_K, BY_DESCRIPTOR, CUT
+                    )
+                    c_hi = tl.dot(p, values, c_hi, input_precision="ieee")
+
+    seen = rows < tl.where(first_column == 0, length_q, 0)  # one program of V_PARTS writes the row sums
+    if BIAS != 0:
+        blind = m == -float("inf")  # rows that see no key: l, o_lo, c_lo and r are 0 there
+        l = tl.where(blind, 1.0, l)
+        if S_MOVES:
+            mu = tl.where(blind, 0.0, mu)
+    inverse = 1.0 / l
+    log_sum = (m + tl.math.log2(l)) * LN2
+    row_sums = batch_head.to(tl.int64) * length_q + rows
+    tl.store(lse + row_sums, log_sum, mask=seen)
+    o = _base(o, o_strides, batch, head)
+    o_lo = o_lo * inverse[:, None]
+    _store_rows(o, o_lo, first_row, first_column, length_q, o_strides[2], HEAD_DIM_V, V_LO, BLOCK_Q)
+    if V_HI:
+        o_hi = o_hi * inverse[:, None]
+        _store_rows(o, o_hi, first_row, V_LO, length_q, o_strides[2], HEAD_DIM_V, V_HI, BLOCK_Q)
+    if O_MOVES:
+        r = r * inverse
+        c_lo = c_lo * inverse[:, None]
+        if S_MOVES:
+            c_lo = c_lo - r[:, None] * o_lo
+            tl.store(lse_dot + row_sums, r + mu, mask=seen)
+        o_dot = _base(o_dot, o_strides, batch, head)
+        _store_rows(o_dot, c_lo, first_row, first_column, length_q, o_strides[2], HEAD_DIM_V, V_LO, BLOCK_Q)
+        if V_HI:
+            c_hi = c_hi * inverse[:, None]
+            if S_MOVES:
+                c_hi = c_hi - r[:, None] * o_hi
+            _store_rows(o_dot, c_hi, first_row, V_LO, length_q, o_strides[2], HEAD_DIM_V, V_HI, BLOCK_Q)
+
+
+# -------------------------------------------------------------------------------------------- host functions
+
+
+def supports(q: Tensor, v: Tensor) -> bool:
+    """Whether the kernel takes tensors like these: on an NVIDIA GPU from Ampere on, of at most 256 columns."""
+    return (
+        q.is_cuda
+        and torch.version.hip is None
+        and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float, **overrides: Any
+) -> tuple[Tensor, Tensor]:
+    """(o, lse). overrides: blocks and by_descriptor of _attend, for tests and measurements."""
+    return _attend(q, k, v, (None, None, None, None), bias, is_causal, scale, **overrides)[:2]
+
+
+def attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    bias: Tensor | None,
+    bias_dot: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    **overrides: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o, lse, o_dot, lse_dot). A tangent given as None is zero and costs nothing."""
+    dots = (q_dot, k_dot, v_dot, bias_dot)
+    o, lse, o_dot, lse_dot = _attend(q, k, v, dots, bias, is_causal, scale, **overrides)
+    return (
+        o,
+        lse,
+        torch.zeros_like(o) if o_dot is None else o_dot,
+        torch.zeros_like(lse) if lse_dot is None else lse_dot,
+    )
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dots: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    *,
+    blocks: Blocks | None = None,
+    by_descriptor: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
+        return attention_blocked._attend(q, k, v, dots, bias, is_causal, scale, None, None)
+    q, k, v, q_dot, k_dot, v_dot = map(_addressable, (q, k, v, *dots[:3]))
+    bias_dot = dots[3]
+    batch, heads, length_q, head_dim = q.shape
+    kv_heads, length_kv, head_dim_v = v.shape[1:]
+    s_moves = q_dot is not None or k_dot is not None or bias_dot is not None
+    o_moves = s_moves or v_dot is not None
+
+    o = _empty_rows(q, head_dim_v)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    o_dot = _empty_rows(q, head_dim_v) if o_moves else None
+    lse_dot = torch.empty_like(lse) if s_moves else None
+
+    streamed = (k, k_dot, v, v_dot)
+    arch = _arch(q.device)
+    if by_descriptor is None:
+        by_descriptor = arch >= 90 and all(x is None or _fits_descriptor(x) for x in streamed)
+    if blocks is None:
+        blocks = choose_blocks(arch, max(head_dim, head_dim_v), q.dtype, o_moves, by_descriptor)
+    d_lo, d_hi, v_lo, v_hi, v_parts = blocks.split(head_dim, head_dim_v)
+    widths = ((d_lo, d_hi), (d_lo, d_hi), (v_lo, v_hi), (v_lo, v_hi))
+    sources = [
+        _sources(x, *width, blocks.block_k) if by_descriptor else (x, None) for x, width in zip(streamed, widths)
+    ]
+    grid = (triton.cdiv(length_q, blocks.block_q) * batch * heads, v_parts)
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        attention_kernel[grid](
+            q,
+            q_dot,
+            *(part for source in sources for part in source),
+            bias.view(torch.uint8) if bias is not None and bias.dtype == torch.bool else bias,
+            bias_dot,
+            o,
+            lse,
+            o_dot,
+            lse_dot,
+            _strides(q, 3),
+            _strides(q_dot, 3),
+            *(None if by_descriptor else _strides(x, 3) for x in streamed),
+            _strides(bias, 4),
+            _strides(bias_dot, 4),
+            _strides(o, 3),
+            scale,
+            heads,
+            heads // kv_heads,
+            length_q,
+            length_kv,
+            HEAD_DIM=head_dim,
+            HEAD_DIM_V=head_dim_v,
+            D_LO=d_lo,
+            D_HI=d_hi,
+            V_LO=v_lo,
+            V_HI=v_hi,
+            V_PARTS=v_parts,
+            BLOCK_Q=blocks.block_q,
+            BLOCK_K=blocks.block_k,
+            STAGES=blocks.num_stages,
+            HAS_Q_DOT=q_dot is not None,
+            HAS_K_DOT=k_dot is not None,
+            HAS_V_DOT=v_dot is not None,
+            BIAS=_bias_kind(bias),
+            BIAS_HAS_ROWS=bias is not None and bias.shape[2] > 1,
+            HAS_BIAS_DOT=bias_dot is not None,
+            IS_CAUSAL=is_causal,
+            SCALE_IS_POSITIVE=scale > 0,
+            BY_DESCRIPTOR=by_descriptor,
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+    return o, lse, o_dot, lse_dot
+
+
+def _bias_kind(bias: Tensor | None) -> int:
+    if bias is None:
+        return NO_BIAS
+    return BOOLEAN_BIAS if bias.dtype == torch.bool else ADDITIVE_BIAS
+
+
+def _arch(device: torch.device) -> int:
+    """Compute capability, 80 for 8.0; of the interpreter, 0."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _addressable(x: Tensor | None) -> Any:
+    """x, or a copy if its last dim is not contiguous, or a block of its rows spans more than int32 counts."""
+    if x is None or ((x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 1 << 23):
+        return x
+    return x.contiguous()
+
+
+def _empty_rows(q: Tensor, dim: int) -> Tensor:
+    """[B, H, Lq, dim] that lies in memory as B, L, H, D."""
+    batch, heads, length, _ = q.shape
+    return q.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _strides(x: Tensor | None, count: int) -> tuple[int, ...] | None:
+    """The first strides of x; 0 for dims of size one, which broadcast, and whose stride means nothing."""
+    if x is None:
+        return None
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:count], x.stride()))
+
+
+def _fits_descriptor(x: Tensor) -> bool:
+    """What the hardware asks: aligned to 16 bytes, in every row too, and no dim that broadcasts."""
+    size = x.element_size()
+    return x.data_ptr() % 16 == 0 and all(
+        length == 1 or (stride > 0 and stride * size % 16 == 0 and stride * size < 1 << 40)
+        for length, stride in zip(x.shape[:3], x.stride())
+    )
+
+
+def _sources(x: Tensor | None, lo: int, hi: int, block_k: int) -> tuple[Any, Any]:
+    """TMA descriptors of x [B, Hkv, Lkv, D], one for each part of its columns."""
+    if x is None:
+        return None, None
+    # the stride of a dim of size one is never used, but is checked
+    strides = [16 if length == 1 else stride for length, stride in zip(x.shape[:3], x.stride())] + [1]
+    shape = list(x.shape)
+    return (
+        TensorDescriptor(x, shape, strides, [1, 1, block_k, lo]),
+        TensorDescriptor(x, shape, strides, [1, 1, block_k, hi]) if hi else None,
+    )
