@@ -14,6 +14,7 @@ from torch._inductor.decomposition import select_decomp_table
 
 from jvpgraph.config import Config
 from jvpgraph.passes.context import Context, Report
+from jvpgraph.passes.mark_stop_gradients import mark_stop_gradients
 from jvpgraph.passes.pipeline import Pipeline, check_config
 from jvpgraph.passes.recognize_attention import recognize_attention
 from jvpgraph.passes.swap_attention import active_nodes, swap_attention
@@ -45,6 +46,7 @@ class Backend:
             report.attention.append(swap_attention(gm, active_nodes(gm)))
             if self.config.recognize_attention:
                 report.attention.append(recognize_attention(gm, active_nodes(gm)))
+        mark_stop_gradients(gm)
         compiled = _COMPILE[self.compiler](gm, example_inputs, Context(self.config, report))
         self.reports.append(report)  # not earlier: Dynamo may break an attempt off and start anew
         return compiled

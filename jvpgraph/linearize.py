@@ -29,6 +29,7 @@ from jvpgraph.errors import UnsupportedNode, UnsupportedOp
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.rules import NoRule, tangents_of
 from jvpgraph.rules.apply import any_has_tangent, argument_tangent, bind
+from jvpgraph.rules.shape import stops_tangent
 from jvpgraph.trace import Recorder, value_of
 
 __all__ = ["Linearization", "linearize", "source_line"]
@@ -85,6 +86,7 @@ def linearize(graph: fx.Graph) -> Linearization:
         if node.target is MAKE_DUAL:
             node.replace_all_uses_with(_unmarked(node, recorder))
         graph.erase_node(node)
+    _erase_stops(graph)
     for node in recorder.inserted:
         node.meta[INSERTED_META] = True
     return done
@@ -190,6 +192,15 @@ def _unmarked(marker: fx.Node, recorder: Recorder) -> fx.Node:
     with recorder.behind(marker):
         copy = recorder.stand_in(primal).clone()
         return recorder.node_of(copy)
+
+
+def _erase_stops(graph: fx.Graph) -> None:
+    """Take out the marks of mark_stop_gradients, which have done their work."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.expand.default):
+        x, size, *_ = node.args
+        if stops_tangent(value_of(x), fx.node.map_arg(size, value_of), node.kwargs.get("implicit", False)):
+            node.replace_all_uses_with(x, propagate_meta=False)
+            graph.erase_node(node)
 
 
 def _escapes(node: fx.Node) -> bool:

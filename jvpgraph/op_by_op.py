@@ -18,6 +18,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
@@ -45,6 +47,7 @@ class OpByOp(TorchDispatchMode):
     def __init__(self, observer: Observer | None = None):
         super().__init__()
         self._shadows: dict[StorageWeakRef, torch.UntypedStorage] = {}
+        self._stopped = WeakTensorKeyDictionary()  # what detach made and its views: in a storage with a shadow, without
         self._observer = observer
         self._ops = 0
 
@@ -55,7 +58,7 @@ class OpByOp(TorchDispatchMode):
 
     def tangent(self, x: Tensor) -> Tensor | None:
         """A view of the tangent of ``x``; None where it is zero."""
-        shadow = self._shadows.get(_key(x)) if has_tangent(x) else None
+        shadow = self._shadows.get(_key(x)) if has_tangent(x) and x not in self._stopped else None
         return _view_of(shadow, x) if shadow is not None else None
 
     def set_tangent(self, x: Tensor, x_dot: Tensor) -> None:
@@ -79,8 +82,10 @@ class OpByOp(TorchDispatchMode):
         if func is TANGENT_OF:
             dot = self.tangent(args[0])
             return dot.clone() if dot is not None else torch.zeros_like(args[0])
-        if func is torch.ops.aten.detach.default and self.tangent(args[0]) is not None:
-            return args[0].clone()  # in a storage of its own, which has no shadow: a stop-gradient stops the tangent
+        if func is torch.ops.aten.detach.default and _key(args[0]) in self._shadows:
+            out = func(*args, **kwargs)
+            self._stopped[out] = None
+            return out
         if not isinstance(func, OpOverload):
             if self._argument_tangent([*args, *kwargs.values()]) is not None:
                 raise UnsupportedOp([UnsupportedNode(str(func), "op by op", (), _user_line(), "a higher-order op")])
@@ -91,8 +96,16 @@ class OpByOp(TorchDispatchMode):
         arguments = bind(func, args, kwargs)
         writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         dots = {name: dot for name, v in arguments.items() if (dot := self._argument_tangent(v)) is not None}
+        stopped = self._stopped_among(arguments) if self._stopped else []
+        if any(arguments[name] is x for name in writes for x in stopped):
+            reason = "it writes through a detached alias of a tensor with a tangent: detach().clone() first"
+            raise UnsupportedOp([_unsupported(func, dots, reason)])
         if not dots or (not writes and func.is_view):
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            for x in tree_leaves(out) if stopped else ():
+                if isinstance(x, Tensor) and any(_key(x) == _key(of) for of in stopped):
+                    self._stopped[x] = None
+            return out
         if func not in TABLE and func._can_decompose():  # composite ops come whole under inference mode
             with self:
                 out = func.decompose(*args, **kwargs)
@@ -160,6 +173,10 @@ class OpByOp(TorchDispatchMode):
 
     def _argument_tangent(self, value: Any) -> Any:
         return argument_tangent(value, lambda x: self.tangent(x) if isinstance(x, Tensor) else None)
+
+    def _stopped_among(self, arguments: dict[str, Any]) -> list[Tensor]:
+        tensors = [x for x in tree_leaves(list(arguments.values())) if isinstance(x, Tensor)]
+        return [x for x in tensors if x in self._stopped]
 
 
 def _key(x: Tensor) -> StorageWeakRef:

@@ -35,8 +35,11 @@ __all__ = [
     "SwapReport",
     "active_graphs",
     "active_nodes",
+    "bodies",
     "emit",
     "emit_attention",
+    "has_marker",
+    "inputs_of_body",
     "is_in_place",
     "same_shape",
     "swap_attention",
@@ -178,7 +181,7 @@ def active_nodes(gm: fx.GraphModule, inputs: set[fx.Node] | None = None) -> set[
     Mutation counts: what is written to becomes active, with the tensors it is a view of. This errs on the
     side of active.
     """
-    seeds = [n for n in gm.graph.nodes if _is_marker(n) or any(_has_marker(m) for _, m in _bodies(gm, n))]
+    seeds = [n for n in gm.graph.nodes if _is_marker(n) or any(has_marker(m) for _, m in bodies(gm, n))]
     pending, found = [*seeds, *(inputs or ())], set()
     while pending:
         node = pending.pop()
@@ -191,6 +194,7 @@ def active_nodes(gm: fx.GraphModule, inputs: set[fx.Node] | None = None) -> set[
             while isinstance(target, fx.Node):
                 pending.append(target)
                 may_be_view = target.op == "call_method" or target.target in (operator.getitem, getattr)
+                may_be_view &= target.target != "detach"  # has no tangent to hand on: see mark_stop_gradients
                 target = target.args[0] if may_be_view and target.args else None
     return found
 
@@ -202,18 +206,22 @@ def active_graphs(gm: fx.GraphModule, active: set[fx.Node]) -> Iterator[tuple[fx
     for node in gm.graph.nodes:
         if node not in active:
             continue
-        for index, body in _bodies(gm, node):
-            placeholders = body.graph.find_nodes(op="placeholder")
-            operands = [x for x in _leaves(node.args[index + 1 :]) if not isinstance(x, str)]
-            if len(operands) != len(placeholders):  # not known which is which: all of them
-                operands = [node] * len(placeholders)
-            marked = {p for p, x in zip(placeholders, operands) if x in active}
-            inputs.setdefault(body, set()).update(marked)
+        for index, body in bodies(gm, node):
+            inputs.setdefault(body, set()).update(inputs_of_body(node, index, body, active))
     for body, marked in inputs.items():
         yield from active_graphs(body, active_nodes(body, marked))
 
 
-def _bodies(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[int, fx.GraphModule]]:
+def inputs_of_body(node: fx.Node, index: int, body: fx.GraphModule, given: set[fx.Node]) -> set[fx.Node]:
+    """The placeholders of a body, the argument at index of node, for which node passes one of `given`."""
+    placeholders = body.graph.find_nodes(op="placeholder")
+    operands = [x for x in _leaves(node.args[index + 1 :]) if not isinstance(x, str)]
+    if len(operands) != len(placeholders):  # not known which is which: all of them
+        return set(placeholders) if not given.isdisjoint(node.all_input_nodes) else set()
+    return {p for p, x in zip(placeholders, operands) if x in given}
+
+
+def bodies(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[int, fx.GraphModule]]:
     """(position, graph) of each argument of node that is itself a graph."""
     if node.op != "call_function":
         return
@@ -224,8 +232,9 @@ def _bodies(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[int, fx.GraphMo
                 yield index, body
 
 
-def _has_marker(gm: fx.GraphModule) -> bool:
-    return any(_is_marker(n) or any(_has_marker(m) for _, m in _bodies(gm, n)) for n in gm.graph.nodes)
+def has_marker(gm: fx.GraphModule) -> bool:
+    """Whether gm, or a body in it, marks an input."""
+    return any(_is_marker(n) or any(has_marker(m) for _, m in bodies(gm, n)) for n in gm.graph.nodes)
 
 
 def _is_marker(node: fx.Node) -> bool:

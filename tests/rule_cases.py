@@ -137,7 +137,7 @@ POINTWISE = [
     *row(aten.new_full.default, call(R(3, 4), [2, 2], 1.5)),
     *row(aten.new_empty.default, kink(R(3, 4), [2, 2])),
     *row(aten.empty_like.default, kink(R(3, 4))),
-    *row(aten.detach.default, call(R(3, 4)), aside=(0,)),
+    *row(aten.detach.default, call(R(3, 4)), formula=False, reverse=False),  # PyTorch's own stops the tangent
     *row(
         torch.ops.prims.convert_element_type.default,
         *(call(R(3, 4), torch.complex128), coarse(R(3, 4), torch.float32)),

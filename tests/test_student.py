@@ -238,13 +238,6 @@ def run(student: TrigFlow, case: Case, backend: str) -> tuple[Tensor, Tensor, di
     return F.detach(), F_dot, grads, sum(n for where, n in kept.items() if where not in own), backward.ran
 
 
-LOST_TANGENT = pytest.mark.xfail(
-    strict=True,
-    reason="jvpgraph takes the aten.detach that PyTorch's checkpointing puts behind in-place writes (Wan's rotary "
-    "embedding) for the user's, and loses the tangent",
-)
-
-
 @functools.cache
 def measured(model: str, lora: bool, checkpoint_blocks: bool, backend: str = "eager"):
     """The names of the student and what `run` returns; once, because capturing takes seconds."""
@@ -274,7 +267,7 @@ def test_checkpointing_keeps_less_and_recomputes_no_tangent(model, lora):
     assert ran["jvpgraph.attention_backward.default"] == plain["jvpgraph.attention_backward.default"] > 0
 
 
-@pytest.mark.parametrize("model", ["dit", pytest.param("wan", marks=LOST_TANGENT)])
+@pytest.mark.parametrize("model", ["dit", "wan"])
 def test_checkpointing_leaves_the_tangent_alone(model):
     assert torch.equal(measured(model, False, False)[2], measured(model, False, True)[2])
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from jvpgraph.rules.registry import jvp, linear, no_tangent
+from jvpgraph.rules.registry import jvp, linear
 
 aten = torch.ops.aten
 
@@ -15,11 +16,22 @@ aten = torch.ops.aten
 jvp(aten.view.default, aten._unsafe_view.default)(lambda y, x, size, *, x_dot: x_dot.reshape(size))
 jvp(aten._reshape_alias.default)(lambda y, x, size, stride, *, x_dot: x_dot.reshape(size))
 linear(
-    *(aten.permute.default, aten.transpose.int, aten.t.default, aten.expand.default),
+    *(aten.permute.default, aten.transpose.int, aten.t.default, aten.alias.default),
     *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default),
     *(aten.slice.Tensor, aten.select.int, aten.diagonal.default, aten.unfold.default, aten.unbind.int),
     *(aten.split.Tensor, aten.split_with_sizes.default),
 )
+
+
+def stops_tangent(x: Tensor, size: Any, implicit: bool) -> bool:
+    """Whether this expand is a mark of mark_stop_gradients: PyTorch itself, broadcasting, expands by something."""
+    same = all(statically_known_true(s == -1) or statically_known_true(s == n) for s, n in zip(size, x.shape))
+    return implicit and same and len(size) == x.dim()
+
+
+@jvp(aten.expand.default)
+def expand(y, x, size, implicit, *, x_dot):
+    return None if stops_tangent(x, size, implicit) else x_dot.expand(size)
 
 
 def dense(x: Tensor, *_: Any) -> bool:
@@ -32,9 +44,9 @@ def as_strided(y, x, size, stride, offset, *, x_dot):
     return x_dot.clone(memory_format=torch.contiguous_format).as_strided(size, stride, offset)
 
 
-linear(aten.clone.default, aten.alias.default, aten._to_copy.default)
+linear(aten.clone.default, aten._to_copy.default)
 linear(torch.ops.prims.convert_element_type.default)
-no_tangent(aten.detach.default)  # a stop-gradient stops the tangent too, as in torch.func.jvp
+linear(aten.detach.default)  # PyTorch's own: a user's stops the tangent by the mark behind it, or op by op
 linear(aten.lift_fresh_copy.default)
 
 

@@ -1,0 +1,185 @@
+"""Mark the user's own stop-gradients, on the torch-level graph that Dynamo gives out.
+
+Before: ``d = x.detach()``
+After:  ``d = x.detach();  stop = aten.expand(d, [-1, -1], implicit=True)``
+Needs:
+    The graph before AOTAutograd, the last place where a user's detach can be told from those that PyTorch makes for
+    its own ends: activation checkpointing leaves one behind everything that is written in place. Those are aliases
+    and keep the tangent; the marked ones stop it (see ``stops_tangent`` in :mod:`jvpgraph.rules.shape`).
+Keeps:
+    Values, and who shares memory with whom. The mark is a view rather than node metadata, because functionalization
+    takes views anew behind each in-place write, and only views survive that. ``linearize`` erases it.
+Numerics:
+    The same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+
+from jvpgraph.errors import UnsupportedNode, UnsupportedOp
+from jvpgraph.linearize import source_line
+from jvpgraph.passes.swap_attention import (
+    active_graphs,
+    active_nodes,
+    bodies,
+    has_marker,
+    inputs_of_body,
+    is_in_place,
+)
+from jvpgraph.rules.apply import has_tangent
+
+__all__ = ["mark_stop_gradients"]
+
+aten = torch.ops.aten
+GET_DATA = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]  # what Dynamo makes of x.data
+STOPS: tuple[Any, ...] = (
+    *("detach", "detach_", torch.detach, torch.detach_, torch.Tensor.detach, torch.Tensor.detach_),
+    *("new_tensor", torch.Tensor.new_tensor, torch.tensor, aten.detach.default, GET_DATA, torch.Tensor.data.__get__),  # type: ignore[attr-defined]
+)
+IN_PLACE = ("detach_", torch.detach_, torch.Tensor.detach_)
+NAMES = {"detach", "detach_", "data"}  # how Python code spells them
+
+
+def mark_stop_gradients(gm: fx.GraphModule) -> None:
+    """Put the mark behind every stop-gradient in gm and in the bodies of its higher-order ops.
+
+    Args:
+        gm: Dynamo's graph; changed in place. Without a marked input it is left alone.
+    Raises:
+        UnsupportedOp: something is written through a detached alias of what has a tangent.
+    """
+    if not has_marker(gm):
+        return
+    refused = [write for body, active in active_graphs(gm, active_nodes(gm)) for write in _writes(body, active, set())]
+    if refused:
+        raise UnsupportedOp(refused)
+    for body in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
+        for node in list(body.graph.nodes):
+            if node.op in ("call_function", "call_method") and node.target in STOPS:
+                _mark(node)
+            elif node.op == "call_function" and _may_hide_stops(node.target):
+                node.target = _marking(node.target)
+        body.recompile()
+
+
+def _mark(node: fx.Node) -> None:
+    value: Any = node.meta.get("example_value")
+    if not has_tangent(value) or any(_is_mark(user) for user in node.users):
+        return
+    behind = node.next
+    with node.graph.inserting_before(behind):
+        stop = node.graph.call_function(aten.expand.default, (node, [-1] * value.dim()), {"implicit": True})
+    stop.meta.update(node.meta)
+    node.replace_all_uses_with(stop, delete_user_cb=lambda user: user is not stop)
+    if node.target in IN_PLACE:  # from here on the tensor itself is meant
+        x = node.all_input_nodes[0]
+        node.target, node.op = "detach", "call_method"
+        later = _nodes_from(behind)
+        x.replace_all_uses_with(stop, delete_user_cb=lambda user: user in later)
+
+
+def _is_mark(node: fx.Node) -> bool:
+    return node.target is aten.expand.default and node.kwargs.get("implicit", False) is True
+
+
+def _nodes_from(node: fx.Node) -> set[fx.Node]:
+    found = set()
+    while node.op != "root":
+        found.add(node)
+        node = node.next
+    return found
+
+
+# ------------------------------------------------------------------------------- stop-gradients inside functions
+
+
+def _may_hide_stops(target: Any) -> bool:
+    """Whether a function that is one node to Dynamo may detach in its Python code, as F.gumbel_softmax does."""
+    if not isinstance(target, FunctionType):
+        return False
+    foreign = target.__module__.split(".")[0] != "torch"  # what a user allowed in graphs
+    return foreign or not NAMES.isdisjoint(target.__code__.co_names)
+
+
+@functools.cache
+def _marking(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, marking the stop-gradients that it runs."""
+
+    def marking(*args: Any, **kwargs: Any) -> Any:
+        with _Marking():
+            return function(*args, **kwargs)
+
+    # Names of its own, or else the graph's Python code would call the original.
+    marking.__name__ = marking.__qualname__ = f"marking_{function.__name__}_{id(function)}"
+    return marking
+
+
+class _Marking(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, FunctionType):  # one of torch's own in Python: its body is of interest too
+            with self:
+                return _without_overrides(func)(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        below_autograd = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradCPU)
+        if func in STOPS and has_tangent(out) and not below_autograd:  # below it, PyTorch is among itself
+            return aten.expand.default(out, [-1] * out.dim(), implicit=True)
+        return out
+
+
+@functools.cache
+def _without_overrides(function: FunctionType) -> FunctionType:
+    """A copy that does not first ask for modes like the one above, which would call it again without end."""
+    asks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    names = function.__globals__ | dict.fromkeys(asks, lambda *_: False)
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+# ------------------------------------------------------------------------------------- writes through the alias
+
+
+def _writes(gm: fx.GraphModule, active: set[fx.Node], stopped: set[fx.Node]) -> Iterator[UnsupportedNode]:
+    """Writes through ``x.detach()``: they change x under its tangent, and nothing says what that is then.
+
+    `stopped` are the inputs of gm that are detached.
+    """
+    reason = "it writes through a detached alias of a tensor with a tangent: detach().clone() first"
+    for node in gm.graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        if node.target in STOPS:
+            if not active.isdisjoint(node.all_input_nodes):
+                stopped.add(node)
+            continue
+        if node.args and node.args[0] in stopped and is_in_place(node) and node.target != "requires_grad_":
+            yield UnsupportedNode(str(node.target), node.name, (), source_line(node), reason)
+        for index, body in bodies(gm, node):
+            inputs = inputs_of_body(node, index, body, stopped)
+            yield from _writes(body, set(), inputs) if inputs else ()
+        if _shares_memory(node, stopped.intersection(node.all_input_nodes)):
+            stopped.add(node)
+
+
+def _shares_memory(node: fx.Node, others: Iterable[fx.Node]) -> bool:
+    return not _memory(node).isdisjoint(set().union(*map(_memory, others)))
+
+
+def _memory(node: fx.Node) -> set[int]:
+    leaves = torch.utils._pytree.tree_leaves(node.meta.get("example_value"))
+    return {_unwrapped(x).untyped_storage()._cdata for x in leaves if isinstance(x, Tensor)}
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """What is below the levels of vmap and the others."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
