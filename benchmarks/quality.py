@@ -11,7 +11,7 @@ Claims (rCM, arXiv 2510.08431, in miniature), as means over the seeds:
   1. rCM in 4 steps is at or below the teacher's distance;
   2. rCM in 1 step is within 1.5 times of it;
   3. rCM's recall is above DMD's by at least 0.1, in each number of steps;
-  4. rCM is at least as precise as sCM, for the best lambda, in each number of steps.
+  4. rCM is at least as precise as sCM, in each number of steps; lambda chosen on the first seed, judged on the others.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
@@ -33,7 +34,7 @@ from benchmarks.record import environment
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.configs import ready
-from jvpgraph.trainer.evaluate import Quality, spread, table
+from jvpgraph.trainer.evaluate import Quality, Spread, spread, table
 from jvpgraph.trainer.run import compare, export_run, load_run, samplers_of
 from jvpgraph.trainer.train import train
 
@@ -62,9 +63,11 @@ Figures = dict[str, list[Quality]]  # sampler -> one Quality per seed
 
 def teacher_run(out: Path, steps: int) -> Path:
     """Trains and exports the teacher unless it is there; gives the exported folder."""
-    net = out / "teacher" / "net"
-    if not net.exists():
-        overrides = (f"out={out / 'teacher'}", f"stages.0.steps={steps}")
+    folder = out / f"teacher-{steps}"
+    net = folder / "net"
+    if not (net / "model.safetensors").exists():
+        shutil.rmtree(net, ignore_errors=True)
+        overrides = (f"out={folder}", f"stages.0.steps={steps}")
         export_run(train(settings.load(RunConfig, ready("digits_teacher"), overrides)), net)
     return net
 
@@ -72,7 +75,7 @@ def teacher_run(out: Path, steps: int) -> Path:
 def student_run(name: str, seed: int, steps: int, out: Path, net: Path) -> dict[str, Quality]:
     """Trains one student unless it is there, and evaluates it; beside the chosen one, the teacher with this seed."""
     torch.set_num_threads(1)
-    folder = out / name.replace(" ", "-") / f"seed-{seed}"
+    folder = out / f"{name.replace(' ', '-')}-{steps}" / f"seed-{seed}"
     done = folder / "quality.json"
     if not done.exists():
         overrides = (
@@ -89,7 +92,8 @@ def student_run(name: str, seed: int, steps: int, out: Path, net: Path) -> dict[
         if name != CHOSEN:  # the teacher is slow to sample, and always the same
             samplers = {key: sampler for key, sampler in samplers.items() if key.startswith("student")}
         report = compare(run, samplers, seeds=(seed,))
-        done.write_text(json.dumps({sampler: asdict(qualities[0]) for sampler, qualities in report.rows.items()}))
+        figures = {sampler: asdict(qualities[0]) for sampler, qualities in report.rows.items()}
+        settings.write_whole(done, json.dumps(figures))
     return {sampler: Quality(**figures) for sampler, figures in json.loads(done.read_text()).items()}
 
 
@@ -110,40 +114,49 @@ def measure(out: Path, steps: int, teacher_steps: int, seeds: Sequence[int], job
     return figures
 
 
-def mean(figures: Figures, steps: int, metric: str) -> float:
-    return fmean(getattr(quality, metric) for quality in figures[f"{steps} step{'s' * (steps > 1)}"])
+def mean(figures: Figures, steps: int, metric: str, seeds: slice = slice(None)) -> float:
+    return fmean(getattr(quality, metric) for quality in figures[f"{steps} step{'s' * (steps > 1)}"][seeds])
 
 
 def claims(figures: dict[str, Figures]) -> dict[str, tuple[bool, str]]:
-    """Claim -> whether the means bear it out, and the means."""
-    teacher = fmean(q.frechet_distance for q in next(iter(figures["teacher"].values())))
+    """Claim -> whether the means over the seeds bear it out, and the figures with the spread of the differences."""
+    (teacher,) = figures["teacher"].values()
+    level = fmean(q.frechet_distance for q in teacher)
     ours = {n: mean(figures[CHOSEN], n, "frechet_distance") for n in STEPS}
-    recall = {n: mean(figures[CHOSEN], n, "recall") - mean(figures["DMD"], n, "recall") for n in STEPS}
-    gains = {
-        name: {n: mean(figures[name], n, "precision") - mean(figures["sCM"], n, "precision") for n in STEPS}
-        for name in OBJECTIVES
-        if name.startswith("rCM")
-    }
-    best = max(gains, key=lambda name: min(gains[name].values()))
-    listed = "/".join(map(str, STEPS))
+    recall = differences(figures[CHOSEN], figures["DMD"], "recall")
+
+    # lambda is chosen on the first seed and judged on the others: the best of several is flattered by its own figures
+    def gain(name: str, seeds: slice) -> float:
+        precision = ((mean(figures[of], n, "precision", seeds) for n in STEPS) for of in (name, "sCM"))
+        return min(a - b for a, b in zip(*precision))
+
+    best = max((name for name in OBJECTIVES if name.startswith("rCM")), key=lambda name: gain(name, slice(0, 1)))
+    others = slice(1, None)
+    precision = differences(figures[best], figures["sCM"], "precision", others)
     return {
-        "rCM in 4 steps at or below the teacher's distance": (
-            ours[4] <= teacher,
-            f"{ours[4]:.2f} against {teacher:.2f}",
-        ),
+        "rCM in 4 steps at or below the teacher's distance": (ours[4] <= level, f"{ours[4]:.2f} against {level:.2f}"),
         "rCM in 1 step within 1.5 times of it": (
-            ours[1] <= 1.5 * teacher,
-            f"{ours[1]:.2f} against {teacher:.2f}, {ours[1] / teacher:.2f} times",
+            ours[1] <= 1.5 * level,
+            f"{ours[1]:.2f} against {level:.2f}, {ours[1] / level:.2f} times",
         ),
-        "rCM's recall above DMD's by 0.1": (
-            min(recall.values()) >= 0.1,
-            f"by {', '.join(f'{v:+.3f}' for v in recall.values())} in {listed} steps",
-        ),
-        f"rCM at least as precise as sCM, best lambda ({best[4:]})": (
-            min(gains[best].values()) >= 0,
-            f"by {', '.join(f'{v:+.3f}' for v in gains[best].values())} in {listed} steps",
+        "rCM's recall above DMD's by 0.1": (min(s.mean for s in recall.values()) >= 0.1, by_steps(recall)),
+        f"rCM at least as precise as sCM; lambda {best[4:]}, the best on the first seed, on the others": (
+            min(s.mean for s in precision.values()) >= 0,
+            by_steps(precision),
         ),
     }
+
+
+def differences(a: Figures, b: Figures, metric: str, seeds: slice = slice(None)) -> dict[str, Spread]:
+    """Steps -> the metric of `a` less that of `b`, seed by seed."""
+    return {
+        steps: spread([getattr(x, metric) - getattr(y, metric) for x, y in zip(a[steps][seeds], b[steps][seeds])])
+        for steps in a
+    }
+
+
+def by_steps(found: dict[str, Spread]) -> str:
+    return ", ".join(f"{s.format(3).strip()} in {steps}" for steps, s in found.items())
 
 
 def draw(figures: dict[str, Figures], path: Path) -> None:

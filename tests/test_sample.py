@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import io
 import json
 import math
+import tarfile
 from pathlib import Path
 
+import diffusers
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +21,8 @@ from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig, SamplingConfig
 from jvpgraph.trainer.configs import names, ready
 from jvpgraph.trainer.dit import DiT, DiTConfig, call_dit, dit
-from jvpgraph.trainer.sample import euler_grid, few_step_times, sample_consistency, sample_euler, sample_mean_flow
-from jvpgraph.trainer.times import flow_time
+from jvpgraph.trainer.sample import draw, euler_grid, few_step_times, sample_consistency, sample_euler, sample_mean_flow
+from jvpgraph.trainer.times import flow_time, noise_like
 from jvpgraph.trainer.trigflow import TrigFlow
 from tests.gaussian import STD, GaussianAverage, GaussianConsistency, GaussianFlow, gaussian_batch, seeded
 
@@ -120,6 +125,36 @@ def test_ready_settings_are_valid(name: str) -> None:
     config.model.function()
     config.data.source.function()
     assert settings.from_dict(RunConfig, settings.to_dict(config)) == config
+
+
+@pytest.mark.parametrize("name", ["wan_1.3b", "wan_14b"])
+def test_the_ready_settings_for_wan_read_the_shards_they_describe(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for number in range(1000):
+        Path(f"data/wan-480p-{number:06d}.tar").symlink_to("wan-480p-000000.tar" if number else "shard.tar")
+    fields = {"latents": torch.full((16, 2, 2, 2), 1.5), "prompt": torch.zeros(3, 8)}
+    with tarfile.open("data/shard.tar", "w") as shard:
+        for field, value in fields.items():
+            content = safetensors.torch.save({field: value})
+            entry = tarfile.TarInfo(f"000000.{field}.safetensors")
+            entry.size = len(content)
+            shard.addfile(entry, io.BytesIO(content))
+    sample = settings.load(RunConfig, ready(name)).data.source.build()[0]
+    vae = diffusers.AutoencoderKLWan.__init__.__wrapped__
+    default = {key: p.default for key, p in inspect.signature(vae).parameters.items()}
+    mean, std = (torch.tensor(default[key])[:, None, None, None] for key in ("latents_mean", "latents_std"))
+    torch.testing.assert_close(sample.x0, ((1.5 - mean) / std).expand(16, 2, 2, 2), rtol=1e-5, atol=1e-5)
+    assert sample.cond["encoder_hidden_states"].shape == (3, 8)
+
+
+def test_parts_of_a_draw_have_noise_of_their_own() -> None:
+    batch = gaussian_batch(4, seeded(1))
+    parts = draw(lambda part, rng: noise_like(part.x0, rng), batch, 1, seed=0)
+    assert torch.equal(parts, torch.cat([noise_like(batch.x0[:1], rng) for rng in [seeded(0)] for _ in range(4)]))
+    assert len(parts.flatten(1).unique(dim=0)) == 4
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from jvpgraph.trainer import settings
+from jvpgraph.trainer.checkpoint import CheckpointError
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.dit import DiT, call_dit, dit
+from jvpgraph.trainer.folder import locked
 from jvpgraph.trainer.run import evaluate_run, export_run, load_run, sample_run
 from jvpgraph.trainer.train import train
 from jvpgraph.trainer.trigflow import TrigFlow
@@ -81,8 +84,8 @@ def last_checkpoint(folder: Path) -> Path:
     return max((folder / "checkpoints").glob("step-*"))
 
 
-def run_until(config: RunConfig, step: int, folder: Path) -> None:
-    """Trains in a process of its own and kills it with SIGKILL once `step` is in the log."""
+def run_until(config: RunConfig, step: int, folder: Path, delay: float) -> None:
+    """Trains in a process of its own and kills it with SIGKILL, `delay` seconds after `step` is in the log."""
     file = folder / "config-to-run.yaml"
     settings.save(config, file)
     process = subprocess.Popen(
@@ -97,8 +100,9 @@ def run_until(config: RunConfig, step: int, folder: Path) -> None:
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline, "the run did not get there"
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    time.sleep(delay)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run was over before it was killed"
     process.stderr.close()
 
 
@@ -111,8 +115,9 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, kills: tuple[int, 
     data = {"workers": workers}
     whole = train(config_of(tmp_path / "whole", stages, data=data))
     config = config_of(tmp_path / "killed", stages, data=data)
+    at_random = random.Random(0)
     for step in kills:
-        run_until(config, step, tmp_path)
+        run_until(config, step, tmp_path, delay=at_random.uniform(0, 0.15))
     train(config)
 
     for name in ("step-00000012", "step-00000014"):
@@ -139,12 +144,65 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", [stage("dcm", 1)])
     train(config)
-    other = config_of(tmp_path / "run", [stage("dcm", 1, student={"lr": 2e-3})], log={"every": 5})
+    other = config_of(tmp_path / "run", [stage("dcm", 2, student={"lr": 2e-3}), stage("scm", 1)], log={"every": 5})
     with pytest.raises(ValueError, match=r"stages\.0\.student\.lr") as raised:
         train(other)
-    assert "log" not in str(raised.value).splitlines()[1]
+    assert len(str(raised.value).splitlines()) == 3  # neither the log, nor what makes the run longer
+
+    missing = {"load": "tests.test_train:awake", "options": {"height": 8}}
+    with pytest.raises(ValueError, match="height"):
+        train(config_of(tmp_path / "run", [stage("dcm", 1)], model=missing), fresh=True)
+    assert not (tmp_path / "run-1").exists()  # moved aside only when the new run can start
+
     train(other, fresh=True)
     assert settings.load(RunConfig, tmp_path / "run-1" / "config.yaml") == config
+
+
+def test_a_run_can_be_made_longer(tmp_path: Path) -> None:
+    whole = train(config_of(tmp_path / "whole", [stage("dcm", 3), stage("scm", 2)]))
+    train(config_of(tmp_path / "run", [stage("dcm", 2)]))
+    longer = train(config_of(tmp_path / "run", [stage("dcm", 3), stage("scm", 2)]))
+    expected, found = (content(last_checkpoint(folder), tmp_path / "content.pt") for folder in (whole, longer))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_begun_afresh(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", [stage("dcm", 2)])
+    train(config)
+    for file in (config.out / "checkpoints").glob("step-*/*.distcp"):
+        file.write_bytes(file.read_bytes()[:-1])
+    log = (config.out / "log.jsonl").read_text()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
+        train(config)
+    assert (config.out / "log.jsonl").read_text() == log
+
+
+def test_a_folder_is_trained_in_by_one_process(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", [stage("dcm", 1)])
+    train(config)
+    with locked(config.out), pytest.raises(ValueError, match="another process is training in"):
+        train(config)
+
+
+@pytest.mark.slow
+def test_compiled_networks_give_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[type] = []
+    original = nn.Module.compile
+
+    def compile_and_note(module: nn.Module, **settings: Any) -> None:
+        compiled.append(type(module))
+        original(module, backend="aot_eager", **settings)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_and_note)
+    plain, fast = (
+        train(config_of(tmp_path / str(on), [stage(RCM, 4)], student={"backend": "eager", "compile": on}))
+        for on in (False, True)
+    )
+    assert compiled == [TrigFlow] * 3  # teacher, student, fake score
+    expected, found = (content(last_checkpoint(folder), tmp_path / "content.pt") for folder in (plain, fast))
+    assert expected.keys() == found.keys()
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5)
 
 
 def test_stages_go_on_with_the_weights_of_the_one_before(tmp_path: Path) -> None:
@@ -264,7 +322,7 @@ def test_an_objective_that_does_not_fit_the_network_is_refused(tmp_path: Path) -
     model = {"load": "tests.test_train:one_time"}
     with pytest.raises(ValueError, match="mean_flow needs a network with a second time, and the call of DiT"):
         train(config_of(tmp_path / "run", [stage("mean_flow", 1)], model=model))
-    with pytest.raises(ValueError, match="condition_dropout needs a negative condition"):
+    with pytest.raises(ValueError, match="condition_dropout needs a negative condition to drop to"):
         train(config_of(tmp_path / "other", [stage("dcm", 1, condition_dropout=0.1)], guidance={}))
     with pytest.raises(ValueError, match=r"guidance\.scale is 2\.0 and there is no negative condition"):
         train(config_of(tmp_path / "third", [stage("dcm", 1)], guidance={"scale": 2.0}))
@@ -288,9 +346,11 @@ def test_every_objective_trains_and_is_sampled(tmp_path: Path, objective: Any) -
     folder = train(config)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
-    assert lines[-1]["gradient_norm"] > 0  # DMD's first is zero: its fake score starts as the teacher
+    assert lines[-1]["gradient_norm"] > 0
     assert (folder / "samples" / "step-00000003.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "curves.png").exists()
+    with pytest.raises(ValueError, match="1798 samples asked for, and the data set has 1797"):
+        sample_run(folder, steps=1, count=1798, ema=None, seed=0, out=tmp_path / "samples")
     picture = sample_run(folder, steps=2, count=3, ema=None, seed=0, out=tmp_path / "samples")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -303,7 +363,7 @@ def test_a_lora_student_in_bf16_trains_its_adapters_alone_and_is_exported_merged
     state = content(last_checkpoint(folder), tmp_path / "content.pt")
     trained = [key for key in state if key.startswith(".student.")]
     assert trained
-    assert all("lora" in key or "frequencies" in key for key in trained)
+    assert all("lora" in key for key in trained)
 
     exported = dit(path=export_run(folder, tmp_path / "net"), dtype="float32").net
     base = awake(**model["options"]).net
@@ -314,10 +374,13 @@ def test_a_lora_student_in_bf16_trains_its_adapters_alone_and_is_exported_merged
 
 
 def test_averages_of_other_widths_come_from_snapshots(tmp_path: Path) -> None:
-    ema = {"sigma_rel": [0.05, 0.2], "snapshot_every": 1}
+    ema = {"sigma_rel": [0.05, 0.2], "snapshot_every": 3}
     config = config_of(tmp_path / "run", [stage("dcm", 8, student={"lr": 1e-2})], ema=ema)
     folder = train(config)
-    tracked, other, last = (load_run(folder, ema=width).student.net for width in (0.05, 0.1, 0.2))
+    assert export_run(folder, tmp_path / "early", step=6).is_dir()
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5, only of 6, 8"):
+        load_run(folder, step=5)
+    tracked, other, last = (load_run(folder, ema=width).student.net for width in (0.05, 0.15, 0.2))
     weights = [net.patch_out.weight for net in (tracked, other, last)]
     assert not torch.equal(weights[0], weights[1])
     # an average of a width in between lies in between

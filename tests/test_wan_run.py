@@ -52,6 +52,7 @@ def configuration(out: Path, data: Path, dtype: str) -> RunConfig:
     file.write_text(f"""
 out: {out}
 threads: 1
+device: cpu
 model:
   load: jvpgraph.trainer.adapters:diffusers_model
   options: {{name: WanTransformer3DModel, dtype: {dtype}, config: {WAN}}}

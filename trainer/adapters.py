@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from jvpgraph.trainer.batch import Condition
+from jvpgraph.trainer.student import kept_in_float32
 from jvpgraph.trainer.trigflow import (
     EDM_NETWORK,
     RECTIFIED_FLOW,
@@ -34,6 +35,7 @@ from jvpgraph.trainer.trigflow import (
     Call,
     Schedule,
     TrigFlow,
+    to_network,
 )
 from jvpgraph.trainer.trigflow import schedule as schedule_named
 
@@ -77,16 +79,10 @@ class Adapter:
 
 def computing_dtype(net: nn.Module) -> torch.dtype:
     """The dtype of the parameters, leaving aside those that diffusers keeps in float32."""
-    kept = getattr(net, "_keep_in_fp32_modules", None) or ()
     for name, p in net.named_parameters():
-        if not any(part in name for part in kept):
+        if not kept_in_float32(net, name):
             return p.dtype
     return next(net.parameters()).dtype
-
-
-def to_network(c: Tensor, dtype: torch.dtype) -> Tensor:
-    """Embeddings in the network's dtype; labels, masks and one number per sample (a guidance scale) as they are."""
-    return c.to(dtype) if c.is_floating_point() and c.dim() > 1 else c
 
 
 # ---------------------------------------------------------------- calls
@@ -385,10 +381,9 @@ def initialise(name: str, config: dict[str, Any], dtype: torch.dtype, seed: int)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = nn.Module.to(cls(**config), dtype)  # diffusers' own warns
-    kept = getattr(net, "_keep_in_fp32_modules", None) or ()
     if dtype.itemsize < 4:
-        for parameter_name, p in net.named_parameters():
-            if any(part in parameter_name for part in kept):
+        for parameter, p in net.named_parameters():
+            if kept_in_float32(net, parameter):
                 p.data = p.data.float()
     return net
 
@@ -429,7 +424,7 @@ class Sampling:
 
 
 def scheduler_for(model: TrigFlow, times: Sequence[float]) -> Sampling:
-    """The scheduler of diffusers that samples like sample_few_steps: x0 = f(x_t, t), noise to the next time, ...
+    """The scheduler of diffusers that samples like sample_consistency: x0 = f(x_t, t), noise to the next time, ...
 
     A student that predicts the velocity of a rectified flow goes back into its own pipeline with a
     FlowMatchLCMScheduler: assign it and call the pipeline with num_inference_steps = len(times), and with

@@ -24,8 +24,8 @@ class Batch:
         return len(self.x0)
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {name: value.to(device, non_blocking=True) for name, value in self.cond.items()}
-        return Batch(self.x0.to(device, non_blocking=True), moved, self.keys)
+        moved = {name: value.to(device) for name, value in self.cond.items()}
+        return Batch(self.x0.to(device), moved, self.keys)
 
     def split(self, size: int) -> Iterator[Batch]:
         """Parts of at most `size` samples."""

@@ -130,15 +130,40 @@ class Checkpoints:
             future.result()
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that is whole, every byte of it checked; logs a warning for each that is not."""
+        """The newest checkpoint that is whole, every byte of it checked; logs a warning for each that is not.
+
+        Returns:
+            None if there is no checkpoint yet.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is whole.
+        """
         self.wait()
-        for path in self.ranks.agree(lambda: self._candidates(warn=True)):
+        candidates = self.ranks.agree(lambda: self._candidates(warn=True))
+        for path in candidates:
             fault = self._fault(path)
             if fault is None:
                 return path
             if self.ranks.first:
                 log.warning("skipping the checkpoint %s: %s", path, fault)
-        return None
+        if not candidates:
+            return None
+        raise CheckpointError(
+            f"no checkpoint in {self.folder} is whole; the warnings say what is wrong with each. "
+            "Restore one of them from a copy, or start in another folder."
+        )
+
+    def at(self, step: int) -> Path:
+        """The checkpoint of one step.
+
+        Raises:
+            FileNotFoundError: there is none; the message names the steps there are.
+        """
+        path = self.folder / f"step-{step:08d}"
+        if not path.is_dir():
+            steps = ", ".join(str(int(p.name[5:])) for p in reversed(self._candidates()) if not p.suffix)
+            raise FileNotFoundError(f"{self.folder} has no checkpoint of step {step}, only of {steps or 'none'}")
+        return path
 
     def load(self, state: State, path: Path | None = None, *, partial: bool = False) -> int | None:
         """Restores `state` in place from `path`, by default from the newest checkpoint that is whole.
@@ -157,12 +182,7 @@ class Checkpoints:
         if path is None:
             path = self.latest()
             if path is None:
-                if self.ranks.agree(lambda: not self._candidates()):
-                    return None
-                raise CheckpointError(
-                    f"no checkpoint in {self.folder} is whole; the warnings say what is wrong with each. "
-                    "Restore one of them from a copy, or start in another folder."
-                )
+                return None
         else:
             path = Path(path)
             self.wait()

@@ -26,11 +26,11 @@ def positive(settings: Any, *names: str) -> None:
 class StudentConfig:
     """What is trained: a copy of the teacher's network."""
 
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None  # of the weights; null: the teacher's
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None  # of the weights; null: the teacher's
     lora: LoRA | None = None  # train low-rank adapters only (peft), on the teacher's own weights
     checkpoint_blocks: bool = False  # save memory: recompute each block's primal in the backward pass
     backend: Literal["inductor", "eager", "op_by_op"] = "inductor"  # of jvpgraph.transform
-    compile: bool = False  # torch.compile teacher, fake score and calls without tangents too
+    compile: bool = False  # torch.compile the teacher, the fake score and the student's calls without tangents too
 
 
 @dataclass(frozen=True)

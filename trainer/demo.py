@@ -104,7 +104,7 @@ def evaluate_student(folder: Path, seed: int) -> Report:
 def real_again(data: Digits, labels: Tensor, rng: torch.Generator) -> Tensor:
     """Real images of the given classes, with replacement."""
     of_class = [(data.labels == c).nonzero().squeeze(1) for c in range(int(data.labels.max()) + 1)]
-    choice = torch.rand(len(labels), generator=rng)
+    choice = torch.rand(len(labels), generator=rng, device=rng.device)
     index = [of_class[c][int(u * len(of_class[c]))] for c, u in zip(labels.tolist(), choice.tolist())]
     return data.x0[torch.stack(index)]
 

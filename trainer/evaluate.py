@@ -94,20 +94,27 @@ def evaluate(
     labels [M] are the conditions asked for and real_labels [N] those of the real data, integers: with them,
     diversity is taken within each condition, and accuracy where the space has a classifier. Raises ValueError.
     """
-    fake = space(samples)
-    quality = compare(fake, space(real), neighbours=neighbours, labels=labels, real_labels=real_labels)
-    if labels is None or space.classify is None:
-        return quality
-    right = space.labels(fake) == labels.to(fake.device)
-    return replace(quality, accuracy=right.double().mean().item())
+    return compare(
+        space(samples), space(real), neighbours=neighbours, labels=labels, real_labels=real_labels, space=space
+    )
 
 
 def compare(
-    fake: Tensor, real: Tensor, *, neighbours: int = 3, labels: Tensor | None = None, real_labels: Tensor | None = None
+    fake: Tensor,
+    real: Tensor,
+    *,
+    neighbours: int = 3,
+    labels: Tensor | None = None,
+    real_labels: Tensor | None = None,
+    space: FeatureSpace | None = None,
 ) -> Quality:
-    """`evaluate` from features: samples [M, D] against real data [N, D]."""
+    """`evaluate` from features: samples [M, D] against real data [N, D]; accuracy if their space is given."""
     precision, recall = precision_recall(real, fake, neighbours)
-    return Quality(frechet_distance(real, fake), precision, recall, diversity(fake, real, labels, real_labels))
+    quality = Quality(frechet_distance(real, fake), precision, recall, diversity(fake, real, labels, real_labels))
+    if labels is None or space is None or space.classify is None:
+        return quality
+    right = space.labels(fake) == labels.to(fake.device)
+    return replace(quality, accuracy=right.double().mean().item())
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

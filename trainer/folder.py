@@ -2,42 +2,84 @@
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
 
-FREE = ("out", "device", "threads", "data.workers", "checkpoint", "log", "sampling", "evaluation")
-"""Settings that may change between a stop and going on: the parameters do not depend on them."""
+LOCK = ".lock"
+
+FREE = ("out", "threads", "data.workers", "checkpoint", "log", "sampling", "evaluation")
+"""Settings that may change between a stop and going on. Another number of threads may change the last bits."""
+
+
+def check_folder(config: RunConfig) -> None:
+    """Raises ValueError if the folder holds a run with other settings, or something that is no run.
+
+    A run may be made longer: stages may be added, and its last stage may get more steps if its learning rates are
+    constant.
+    """
+    folder, file = config.out, config.out / "config.yaml"
+    if not file.exists():
+        if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+            raise ValueError(
+                f"{folder} holds files and no config.yaml: choose another `out`, or --fresh to move it aside"
+            )
+        return
+    if not any((folder / "checkpoints").glob("step-*")):
+        return  # a start that failed
+    old = settings.load(RunConfig, file)
+    different = [
+        line
+        for line in settings.differences(old, shortened(config, old))
+        if not any(line == free or line.startswith((f"{free}.", f"{free}:")) for free in FREE)
+    ]
+    if different:
+        raise ValueError(
+            f"{folder} holds a run with other settings:\n  " + "\n  ".join(different) + "\n"
+            "Choose another `out`, give the same settings to go on with that run, or --fresh to move it aside."
+        )
+
+
+def shortened(config: RunConfig, old: RunConfig) -> RunConfig:
+    """A run without what it has been made longer by."""
+    stages = config.stages[: len(old.stages)]
+    if len(stages) < len(old.stages):
+        return config
+    last, before = stages[-1], old.stages[-1]
+    if last.steps > before.steps and last.student.decay == last.fake.decay == "constant":
+        stages = (*stages[:-1], replace(last, steps=before.steps))
+    return replace(config, stages=stages)
 
 
 def claim_folder(config: RunConfig, *, fresh: bool) -> Path:
-    """Makes the run's folder and writes its config.yaml, or goes on with the run that is there.
-
-    Raises:
-        ValueError: the folder holds a run with other settings, or something that is no run.
-    """
-    folder, file = config.out, config.out / "config.yaml"
+    """Makes the run's folder and writes its config.yaml; with `fresh`, an earlier run is moved aside first."""
+    folder = config.out
     if fresh and folder.exists():
         folder.rename(unused(folder))
-    begun = any((folder / "checkpoints").glob("step-*"))
-    if begun and file.exists():
-        different = [
-            line
-            for line in settings.differences(settings.load(RunConfig, file), config)
-            if not any(line == free or line.startswith((f"{free}.", f"{free}:")) for free in FREE)
-        ]
-        if different:
-            raise ValueError(
-                f"{folder} holds a run with other settings:\n  " + "\n  ".join(different) + "\n"
-                "Choose another `out`, give the same settings to go on with that run, or --fresh to move it aside."
-            )
-    elif not file.exists() and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds files and no config.yaml: choose another `out`, or --fresh to move it aside")
     folder.mkdir(parents=True, exist_ok=True)
-    settings.save(config, file)
+    settings.save(config, folder / "config.yaml")
     return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of a run's folder while the first one trains in it.
+
+    Raises:
+        ValueError: there is one already.
+    """
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {folder}: wait for it, or choose another `out`") from None
+        yield
 
 
 def unused(folder: Path) -> Path:

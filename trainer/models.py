@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from jvpgraph.trainer.batch import Condition
+from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.config import GuidanceConfig, RunConfig, StageConfig, StudentConfig
-from jvpgraph.trainer.data.sample import Dataset, collate
+from jvpgraph.trainer.data.sample import Dataset, first_samples
+from jvpgraph.trainer.sample import few_step_times
 from jvpgraph.trainer.student import make_student
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
 
@@ -22,9 +23,12 @@ def device_of(config: RunConfig) -> torch.device:
     """Raises ValueError for a device that this machine does not have."""
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {config.device} asked for, and torch {torch.__version__} sees no CUDA device")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise ValueError(f"device: {config.device!r} is none that torch knows: auto, cpu, cuda, cuda:0, ...") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {config.device} asked for; torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -60,36 +64,56 @@ def build_student(teacher: TrigFlow, config: StudentConfig) -> TrigFlow:
     return student.eval()
 
 
-@torch.no_grad()
-def check_data(guided: Guided, dataset: Dataset, device: torch.device) -> None:
-    """Raises ValueError if the network does not take a sample of the data, or the negative condition."""
-    batch = collate([dataset[0]]).to(device)
-    given = ", ".join(f"{name} {list(x.shape)}" for name, x in {"x0": batch.x0, **batch.cond}.items())
-    if guided.negative and guided.negative.keys() != batch.cond.keys():
+def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dataset, device: torch.device) -> None:
+    """Raises ValueError for what would go wrong later: networks, data, negative condition and stages fit each other."""
+    sample = first_samples(dataset, 1).to(device)
+    if guided.negative and guided.negative.keys() != sample.cond.keys():
         raise ValueError(
             f"the negative condition has {', '.join(sorted(guided.negative))}, and the data's samples have "
-            f"{', '.join(sorted(batch.cond)) or 'no conditions'}: give the same names in guidance.negative"
+            f"{', '.join(sorted(sample.cond)) or 'no conditions'}: give the same names in guidance.negative"
         )
-    t = torch.full((1,), 0.5, dtype=torch.float64, device=device)
-    for what, cond in (("a sample of the data", batch.cond), ("the negative condition", guided.negative or batch.cond)):
-        try:
-            F = guided.model(batch.x0, t, cond)
-        except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
-            raise ValueError(f"the network cannot run with {what} ({given}): {error}") from error
-        if F.shape != batch.x0.shape:
-            raise ValueError(f"the network gives {list(F.shape)} for {what} ({given}): their shapes must be the same")
+    try_network("the teacher cannot run with a sample of the data", guided.model, sample.x0, sample.cond)
+    try_network("the student cannot run with a sample of the data", student, sample.x0, sample.cond)
+    if guided.negative:
+        try_network("the teacher cannot run with the negative condition", guided.model, sample.x0, guided.negative)
+    for stage in config.stages:
+        check_stage(stage, student, guided.negative, sample)
+        for steps in config.sampling.steps:
+            if stage.objective.sampler == "consistency":
+                few_step_times(steps, config.sampling)
 
 
-def check_stage(stage: StageConfig, student: TrigFlow, negative: Condition) -> None:
-    """Raises ValueError if the stage cannot train this network."""
+@torch.no_grad()
+def try_network(what: str, model: nn.Module, x0: Tensor, cond: Condition) -> None:
+    given = ", ".join(f"{name} {list(x.shape)} {str(x.dtype)[6:]}" for name, x in {"x0": x0, **cond}.items())
+    t = torch.full((1,), 0.5, dtype=torch.float64, device=x0.device)
+    try:
+        F = model(x0, t, cond)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+        raise ValueError(f"{what} ({given}): {error}") from error
+    if F.shape != x0.shape:
+        raise ValueError(f"{what} ({given}): it gives {list(F.shape)}, not the shape of x0")
+
+
+def check_stage(stage: StageConfig, student: TrigFlow, negative: Condition, sample: Batch) -> None:
+    """Raises ValueError if the stage cannot train this network on data like `sample`."""
     objective = stage.objective
     if objective.second_time and "time_r" not in inspect.signature(student.call).parameters:
         raise ValueError(
             f"objective {objective.name} needs a network with a second time, and the call of "
             f"{type(student.net).__name__} takes none: TrigFlow(net, call=...) with call(net, x, time, cond, time_r)"
         )
-    if stage.condition_dropout and not negative:
-        raise ValueError("condition_dropout needs a negative condition to drop to: give guidance.negative")
+    if stage.condition_dropout:
+        if not negative:
+            raise ValueError("condition_dropout needs a negative condition to drop to: give guidance.negative")
+        for name, value in sample.cond.items():
+            if negative[name].shape != value.shape:
+                raise ValueError(
+                    f"condition_dropout needs a negative condition of the data's shape: {name} is "
+                    f"{list(negative[name].shape[1:])}, and {list(value.shape[1:])} in the data; pad one of them"
+                )
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

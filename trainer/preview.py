@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig, SamplingConfig
-from jvpgraph.trainer.data.sample import collate
+from jvpgraph.trainer.data.sample import first_samples
 from jvpgraph.trainer.log import grid
 from jvpgraph.trainer.models import with_weights
-from jvpgraph.trainer.sample import sampler_of
+from jvpgraph.trainer.sample import draw, sampler_of
 from jvpgraph.trainer.trigflow import TrigFlow
 
 
@@ -33,20 +31,11 @@ def preview(
     batch = first_samples(dataset, count).to(device)
     steps = max(config.sampling.steps)
     sample = sampler_of(config.stages[stage].objective.sampler, with_weights(student, weights), steps, config.sampling)
-    latents = torch.cat([sample(part, noise(device, config.seed)) for part in batch.split(config.sampling.batch)])
+    latents = draw(sample, batch, config.sampling.batch, config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.png"
     grid(picture_of(latents, config.sampling), path, columns=max(1, round(count**0.5)))
     return path
-
-
-def first_samples(dataset: Any, count: int, start: int = 0) -> Batch:
-    """Samples start..start + count of a data set as one batch."""
-    return collate([dataset[i] for i in range(start, start + count)])
-
-
-def noise(device: torch.device, seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
 
 
 def decode(latents: Tensor, config: SamplingConfig) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jvpgraph.trainer import evaluate, settings
-from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.checkpoint import Checkpoints
 from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.data.sample import first_samples
 from jvpgraph.trainer.ema import PowerEMA, reconstruct
 from jvpgraph.trainer.evaluate import Quality, table
 from jvpgraph.trainer.folder import checkpoint_step
@@ -29,8 +29,8 @@ from jvpgraph.trainer.models import (
     trainable,
     with_weights,
 )
-from jvpgraph.trainer.preview import decode, first_samples, noise, picture_of
-from jvpgraph.trainer.sample import Sampler, few_step_times, sampler_of
+from jvpgraph.trainer.preview import decode, picture_of
+from jvpgraph.trainer.sample import Sampler, draw, few_step_times, sampler_of
 from jvpgraph.trainer.student import merged
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -109,12 +109,6 @@ def sample_run(folder: Path, *, steps: int, count: int, ema: float | None, seed:
     return picture
 
 
-def draw(sample: Sampler, batch: Batch, size: int, seed: int) -> Tensor:
-    """Latents for all conditions of a batch, `size` at a time, from one stream of noise."""
-    rng = noise(batch.x0.device, seed)
-    return torch.cat([sample(part, rng) for part in batch.split(size)])
-
-
 @dataclass(frozen=True)
 class Report:
     """Figures of every sampler, one Quality per seed; `str()` is a table."""
@@ -129,7 +123,7 @@ class Report:
 def evaluate_run(
     folder: Path, *, steps: Sequence[int] = (), seeds: Sequence[int] = (), ema: float | None = None
 ) -> Report:
-    """The student in `steps` steps beside its teacher and beside real data drawn again.
+    """The student in `steps` steps beside its teacher.
 
     Writes evaluation.json into the run's folder. Defaults are those of the run's settings.
 
@@ -147,7 +141,7 @@ def evaluate_run(
 
 
 def samplers_of(run: Run, steps: Sequence[int]) -> dict[str, Sampler]:
-    """The teacher in its many steps, then the student in each of `steps`."""
+    """The teacher in its many steps, unless the student is one itself, then the student in each of `steps`."""
     config = run.config
     guided = build_guided(run.teacher, config.guidance, device_of(config))
     many = config.sampling.teacher_steps
@@ -166,16 +160,11 @@ def compare(run: Run, samplers: Mapping[str, Sampler], seeds: Sequence[int]) -> 
     data = config.data.source.build()
     real = first_samples(data, min(config.evaluation.count, len(data)))
     labels = real.cond.get("labels")
-    real_features = space(decode(real.x0, config.sampling))
 
-    def quality(latents: Tensor) -> Quality:
-        features = space(decode(latents, config.sampling))
-        found = evaluate.compare(
-            features, real_features, neighbours=config.evaluation.neighbours, labels=labels, real_labels=labels
-        )
-        if labels is None or space.classify is None:
-            return found
-        return replace(found, accuracy=(space.labels(features) == labels).double().mean().item())
+    def features(latents: Tensor) -> Tensor:
+        return torch.cat([space(decode(part, config.sampling)) for part in latents.split(config.sampling.batch)])
+
+    real_features = features(real.x0)
 
     batch = real.to(device_of(config))
     rows: dict[str, list[Quality]] = {}
@@ -184,7 +173,15 @@ def compare(run: Run, samplers: Mapping[str, Sampler], seeds: Sequence[int]) -> 
         for seed in seeds:
             latents = draw(sample, batch, config.sampling.batch, seed).cpu()
             samples.setdefault(name, latents)
-            rows.setdefault(name, []).append(quality(latents))
+            quality = evaluate.compare(
+                features(latents),
+                real_features,
+                neighbours=config.evaluation.neighbours,
+                labels=labels,
+                real_labels=labels,
+                space=space,
+            )
+            rows.setdefault(name, []).append(quality)
     return Report(rows, samples)
 
 
@@ -205,8 +202,10 @@ def export_run(folder: Path, out: Path, *, ema: float | None = None, step: int |
         raise ValueError(
             f"{type(net).__name__} has no save_pretrained(folder): give it one, or take load_run's student"
         )
-    net.save_pretrained(out)
+    times = {}
     if run.sampler == "consistency":
         times = {n: few_step_times(n, run.config.sampling) for n in run.config.sampling.steps}
+    net.save_pretrained(out)
+    if times:
         (out / "sampling.json").write_text(json.dumps({"times": times}, indent=2) + "\n")
     return out

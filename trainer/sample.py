@@ -34,6 +34,12 @@ def sampler_of(kind: str, model: nn.Module, steps: int, config: SamplingConfig) 
     return sample
 
 
+def draw(sample: Sampler, batch: Batch, size: int, seed: int) -> Tensor:
+    """Latents for all conditions of a batch, `size` at a time, from one stream of noise."""
+    rng = torch.Generator(batch.x0.device).manual_seed(seed)
+    return torch.cat([sample(part, rng) for part in batch.split(size)])
+
+
 def few_step_times(steps: int, config: SamplingConfig) -> list[float]:
     """Radians, falling: atan(sigma_max), then the first `steps - 1` middle times."""
     if not 1 <= steps <= 1 + len(config.middle_times):

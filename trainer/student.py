@@ -96,12 +96,17 @@ def _shared(module: nn.Module) -> dict[int, Any]:
     return {id(t): t for t in (*module.parameters(), *module.buffers())}
 
 
+def kept_in_float32(net: nn.Module, parameter: str) -> bool:
+    """Whether diffusers keeps this parameter in float32 when the network is loaded in a narrower dtype."""
+    kept = getattr(net, "_keep_in_fp32_modules", None) or ()
+    return any(part in parameter.split(".") for part in kept)
+
+
 def _cast_parameters(net: nn.Module, dtype: torch.dtype) -> None:
-    kept = tuple(getattr(net, "_keep_in_fp32_modules", None) or ())
     for name, parameter in net.named_parameters():
         if not parameter.dtype.is_floating_point:
             continue
-        wide = any(part in name.split(".") for part in kept)
+        wide = kept_in_float32(net, name)
         parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32) if wide else dtype)
 
 

@@ -6,6 +6,8 @@ the fake score if the objective has one. What it needs to go on after a stop is 
 
 from __future__ import annotations
 
+import logging
+import random
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,23 +16,23 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import jvpgraph
 from jvpgraph.trainer.batch import Batch, drop_condition
-from jvpgraph.trainer.checkpoint import Checkpoints, PerRank
+from jvpgraph.trainer.checkpoint import CheckpointError, Checkpoints, PerRank
 from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
 from jvpgraph.trainer.ema import PowerEMA, save_snapshot
-from jvpgraph.trainer.folder import checkpoint_step, claim_folder
+from jvpgraph.trainer.folder import check_folder, checkpoint_step, claim_folder, locked
 from jvpgraph.trainer.log import RunLog
 from jvpgraph.trainer.models import (
     build_guided,
     build_student,
     build_teacher,
-    check_data,
-    check_stage,
+    check_run,
     device_of,
     moving,
     trainable,
@@ -42,12 +44,14 @@ from jvpgraph.trainer.preview import preview
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
 from jvpgraph.trainer.watch import Compute, not_finite
 
+logger = logging.getLogger(__name__)
+
 
 def train(config: RunConfig, *, fresh: bool = False) -> Path:
     """Runs all stages and returns the run's folder; goes on from its last checkpoint if it has one.
 
-    On one device, a run that was stopped and goes on ends with the same parameters, to the bit, as one that was
-    not stopped.
+    A run that was stopped and goes on ends with the same parameters as one that was not stopped: to the bit on a
+    CPU, and on a GPU as far as its kernels are deterministic.
 
     Args:
         config: the whole run.
@@ -62,7 +66,8 @@ def train(config: RunConfig, *, fresh: bool = False) -> Path:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = device_of(config)
-    folder = claim_folder(config, fresh=fresh)
+    if not fresh:
+        check_folder(config)
     torch.manual_seed(config.seed)
     rng = torch.Generator(device).manual_seed(config.seed)
 
@@ -70,20 +75,23 @@ def train(config: RunConfig, *, fresh: bool = False) -> Path:
     teacher = build_teacher(config, device)
     guided = build_guided(teacher, config.guidance, device)
     student = build_student(teacher, config.student)
+    check_run(config, student, guided, dataset, device)
+    if config.student.compile:
+        teacher.compile(dynamic=False)
+        student.compile(dynamic=False)
     dual = jvpgraph.transform(student, backend=config.student.backend, dynamic=False)
     networks = Networks(teacher, guided, student, dual)
-    check_data(guided, dataset, device)
-    for stage in config.stages:
-        check_stage(stage, student, guided.negative)
 
-    checkpoints = Checkpoints(
-        folder / "checkpoints", keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
-    )
-    last = checkpoints.latest()
-    done = 0 if last is None else checkpoint_step(last)
+    folder = claim_folder(config, fresh=fresh)
     ends = list(accumulate(stage.steps for stage in config.stages))
     with ExitStack() as stack:
-        stack.callback(checkpoints.wait)  # also when a step fails: what is being written is from before it
+        stack.enter_context(locked(folder))
+        checkpoints = Checkpoints(
+            folder / "checkpoints", keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+        )
+        stack.push(partial(finish, checkpoints))
+        last = checkpoints.latest()
+        done = 0 if last is None else checkpoint_step(last)
         log = stack.enter_context(
             RunLog(folder, tensorboard=config.log.tensorboard, wandb=config.log.wandb, total=ends[-1], start=done)
         )
@@ -100,17 +108,31 @@ def train(config: RunConfig, *, fresh: bool = False) -> Path:
                 stage.means.add(stage.step(step))
                 if step % config.log.every == 0 or step == end:
                     log.add(step, stage.means.take())
-                if config.ema.snapshot_every and step % config.ema.snapshot_every == 0:
+                if due(step, config.ema.snapshot_every) or (config.ema.snapshot_every and step == end):
                     for ema in stage.emas:
                         save_snapshot(folder / "ema" / f"stage-{index}", step, ema)
-                if config.log.preview_every and step % config.log.preview_every == 0:
-                    preview(config, index, student, stage.emas[0].parameters, dataset, folder / "samples", step)
                 if step % config.checkpoint.every == 0 or step == end:
                     checkpoints.save(step, stage.state())
-            done = end
-        checkpoints.wait()
+                if due(step, config.log.preview_every):
+                    preview(config, index, student, stage.emas[0].parameters, dataset, folder / "samples", step)
+            done = max(done, end)
+            del stage  # before the next one takes its memory
         log.curves(folder / "curves.png")
     return folder
+
+
+def due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def finish(checkpoints: Checkpoints, kind: type[BaseException] | None, *_: Any) -> None:
+    """Waits for the last save, also after a failed step: what is being written is from before it."""
+    try:
+        checkpoints.wait()
+    except CheckpointError as error:
+        if kind is None:
+            raise
+        logger.error("%s", error)  # what ended the run matters more
 
 
 @dataclass(frozen=True)
@@ -141,8 +163,10 @@ class Stage:
         if self.objective.fake_score is not None:
             self.fake = build_student(networks.teacher, config.student)
             self.fake_optimizer = adamw(self.fake, settings.fake)
+            first = (i for i in range(1, settings.steps + 1) if self.objective.fake_updates(i))
+            self.fake_begins = next(first, 1) - 1
             if config.student.compile:
-                self.fake.net.compile(dynamic=False)
+                self.fake.compile(dynamic=False)
 
     def state(self) -> dict[str, Any]:
         """Everything that a step reads and changes."""
@@ -175,19 +199,38 @@ class Stage:
 
         if self.fake is not None:
             updates = self.objective.fake_updates(iteration)
-            for k in range(updates):
-                loss = partial(fake_loss, count=iteration * updates + k)
-                of_fake = self.update(step, "fake", self.fake, loss, self.fake_optimizer, self.settings.fake)
-                values |= {f"fake_{name}": value for name, value in of_fake.items()}
+            of_fake = [
+                self.update(
+                    step,
+                    "fake",
+                    self.fake,
+                    partial(fake_loss, count=iteration * updates + k),
+                    self.fake_optimizer,
+                    self.settings.fake,
+                    since=self.fake_begins,
+                )
+                for k in range(updates)
+            ]
+            for name in of_fake[0] if of_fake else ():
+                values[f"fake_{name}"] = torch.stack([each[name] for each in of_fake]).mean()
         return values
 
     def update(
-        self, step: int, name: str, model: nn.Module, loss: Compute, optimizer: MasterAdamW, settings: OptimizerConfig
+        self,
+        step: int,
+        name: str,
+        model: nn.Module,
+        loss: Compute,
+        optimizer: MasterAdamW,
+        settings: OptimizerConfig,
+        since: int = 0,
     ) -> dict[str, Tensor]:
-        """One update of `model` on `accumulate` batches; raises NotFinite and changes nothing if it would spoil it."""
+        """One update of `model` on `accumulate` batches; raises NotFinite and changes nothing if it would spoil it.
+
+        `since`: the iteration of the stage after which the learning rate's schedule begins.
+        """
         batches = [self.draw() for _ in range(self.settings.accumulate)]
         before = self.rng.get_state()
-        optimizer.zero_grad()
         parts = []
         for batch in batches:
             terms = loss(model, batch)
@@ -201,8 +244,9 @@ class Stage:
             self.rng.set_state(before)
             raise not_finite(f"{name}, step {step}", terms, batches, self.trained(), name, loss)
         optimizer.clip(norm)
-        iteration = step - self.begin
-        optimizer.step(learning_rate(iteration, settings.lr, settings.warmup, self.settings.steps, settings.decay))
+        iteration, steps = step - self.begin - since, self.settings.steps - since
+        optimizer.step(learning_rate(iteration, settings.lr, settings.warmup, steps, settings.decay))
+        optimizer.zero_grad()  # frees the gradients until the next update
         return {**{key: value.mean() for key, value in terms.items()}, "gradient_norm": norm}
 
     def draw(self) -> Batch:
@@ -233,20 +277,29 @@ def adamw(model: nn.Module, settings: OptimizerConfig) -> MasterAdamW:
 
 
 class RandomState:
-    """Every random stream of the process, for a checkpoint."""
+    """Every random stream of the process, for a checkpoint: the run's, torch's, NumPy's, Python's."""
 
     def __init__(self, rng: torch.Generator) -> None:
         self.rng = rng
 
-    def state_dict(self) -> dict[str, Tensor]:
-        state = {"run": self.rng.get_state(), "torch": torch.get_rng_state()}
-        if self.rng.device.type == "cuda":
+    def state_dict(self) -> dict[str, Any]:
+        device = self.rng.device.type
+        state = {"device": device, "run": self.rng.get_state(), "torch": torch.get_rng_state()}
+        state |= {"numpy": np.random.get_state(), "python": random.getstate()}
+        if device == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.rng.device)
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["device"] != self.rng.device.type:
+            raise ValueError(
+                f"this run's random numbers were drawn on {state['device']}, so it cannot go on elsewhere: "
+                f"set device to {state['device']}, not {self.rng.device.type}"
+            )
         self.rng.set_state(state["run"])
         torch.set_rng_state(state["torch"])
+        np.random.set_state(state["numpy"])
+        random.setstate(state["python"])
         if "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.rng.device)
 

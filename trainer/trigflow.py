@@ -259,8 +259,13 @@ Call = Callable[..., Tensor]
 
 
 def call_plainly(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
-    """For networks of the form net(x, time, **cond)."""
-    return net(x, time, **cond)
+    """For networks of the form net(x, time, **cond); embeddings come in the dtype of x."""
+    return net(x, time, **{name: to_network(c, x.dtype) for name, c in cond.items()})
+
+
+def to_network(c: Tensor, dtype: torch.dtype) -> Tensor:
+    """Embeddings in the network's dtype; labels, masks and one number per sample (a guidance scale) as they are."""
+    return c.to(dtype) if c.is_floating_point() and c.dim() > 1 else c
 
 
 class TrigFlow(nn.Module):

@@ -54,6 +54,27 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(_stack("x0", keys, [sample.x0 for sample in samples]), cond, keys)
 
 
+def first_samples(dataset: Dataset, count: int) -> Batch:
+    """The first `count` samples of a data set; those that cannot be read are stepped over where it skips them.
+
+    Raises:
+        ValueError: it has not that many.
+        BadShard: a sample cannot be read, and the data set says to stop then.
+    """
+    samples: list[Sample] = []
+    for index in range(len(dataset)):
+        if len(samples) == count:
+            break
+        try:
+            samples.append(dataset[index])
+        except BadShard:
+            if getattr(dataset, "on_bad_shard", "stop") != "skip":
+                raise
+    if len(samples) < count:
+        raise ValueError(f"{count} samples asked for, and the data set has {len(samples)} that can be read")
+    return collate(samples)
+
+
 def _stack(name: str, keys: Sequence[str], values: list[Tensor]) -> Tensor:
     """Tensors [...] -> [B, ...]."""
     shapes = [(tuple(value.shape), value.dtype) for value in values]

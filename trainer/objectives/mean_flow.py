@@ -51,7 +51,7 @@ def mean_flow_loss(
     iteration: int,
     fake: nn.Module | None = None,
 ) -> Terms:
-    """(||u - u_target||^2 weighted by its own size)^(1 - p), float64.
+    """error / sg(error + c)^p, error = sum over the latent of (u - u_target)^2, float64.
 
     The network is differentiated in TrigFlow coordinates, where x = k z and u = a x + k F with k = cos t + sin t and
     a = sin t - cos t. Along the trajectory dz/ds = v, dt/ds = k^2, dk/dt = -a and da/dt = k.
