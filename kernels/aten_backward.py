@@ -149,7 +149,7 @@ def _padded_lse(lse: Tensor) -> Tensor:
 def _additive_aligned(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
     """bias as an additive [B, H, Lq, Lkv] in the dtype of q: broadcast by strides, rows aligned to 16 elements."""
     length = k.shape[2]
-    rows = q.new_zeros(*bias.shape[:3], length + -length % 16)[..., :length]
+    rows = q.new_zeros(*bias.shape[:3], length + -length % 16).narrow(-1, 0, length)
     if bias.dtype == torch.bool:
         rows.masked_fill_(~bias, -math.inf)
     else:

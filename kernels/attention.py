@@ -28,9 +28,10 @@ Source
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from jvpgraph.kernels import attention_blocked
+
+if TYPE_CHECKING or importlib.util.find_spec("triton"):  # there is none but for Linux
+    from jvpgraph.kernels import attention_triton
+else:
+    attention_triton = None
 
 __all__ = ["attention", "attention_backward", "attention_jvp", "implementation", "merge_attention"]
 
@@ -73,8 +79,13 @@ class Implementation(Protocol):
     def attention_backward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]: ...
 
 
-def implementation(q: Tensor) -> Implementation:
-    """The implementation for q's device and dtype: the one place where a kernel is chosen."""
+def implementation(q: Tensor, v: Tensor) -> Implementation:
+    """The implementation for the device, dtype and head dims: the one place where a kernel is chosen.
+
+    Triton on the GPUs and dims that it supports, else attention_blocked.
+    """
+    if attention_triton is not None and attention_triton.supports(q, v):
+        return attention_triton
     return attention_blocked
 
 
@@ -265,7 +276,7 @@ def _attention_real(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check(q, k, v, bias)
-    o, lse = implementation(q).attention(
+    o, lse = implementation(q, v).attention(
         *map(_to_rank4, (q, k, v)), _bias_to_rank4(q, bias), is_causal, _scale(q, scale)
     )
     return _rows_from_rank4(o, q), _lse_from_rank3(lse, q)
@@ -300,7 +311,7 @@ def _attention_jvp_real(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_jvp(q, k, v, q_dot, k_dot, v_dot, bias, bias_dot)
-    o, lse, o_dot, lse_dot = implementation(q).attention_jvp(
+    o, lse, o_dot, lse_dot = implementation(q, v).attention_jvp(
         *map(_to_rank4, (q, k, v, q_dot, k_dot, v_dot)),
         _bias_to_rank4(q, bias),
         _bias_to_rank4(q, bias_dot),
@@ -361,7 +372,7 @@ def _attention_backward_real(
     bias_needs_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(q, k, v, bias)
-    dq, dk, dv, dbias = implementation(q).attention_backward(
+    dq, dk, dv, dbias = implementation(q, v).attention_backward(
         _to_rank4(o_grad),
         _lse_to_rank3(q, lse_grad),
         *map(_to_rank4, (q, k, v)),

@@ -21,7 +21,7 @@ Shapes
     contiguous is copied. Lengths, batch and heads are run-time values: a new length compiles nothing.
 Precision
     Sums and accumulators in float32; p and h are rounded to the dtype of v for their products. float32 is
-    multiplied as float32, without tf32. lse in natural log, float32.
+    multiplied as float32, without tf32, and only up to 64 columns. lse in natural log, float32.
 Backward
     From o and lse by ATen's own kernels where those compute exactly this, else by attention_blocked:
     see jvpgraph.kernels.aten_backward.
@@ -45,7 +45,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from jvpgraph.kernels import attention_blocked
 from jvpgraph.kernels.aten_backward import attention_backward
-from jvpgraph.kernels.blocks import MAX_HEAD_DIM, Blocks, choose_blocks
+from jvpgraph.kernels.blocks import Blocks, choose_blocks, max_head_dim, variant
 
 __all__ = ["attention", "attention_backward", "attention_jvp", "supports"]
 
@@ -120,14 +120,17 @@ def _load_bias(
 ):
     """[BLOCK_Q, BLOCK_K], or [1, BLOCK_K] where all queries share it; zero outside. at: (row, Lq, key, Lkv)."""
     first_row, length_q, first_key, length_kv = at
-    keys = first_key + tl.arange(0, BLOCK_K)
-    at = source + keys.to(tl.int64)[None, :] * strides[3]
-    mask = (keys < length_kv)[None, :]
+    keys = tl.arange(0, BLOCK_K)
+    address = source + tl.cast(first_key, tl.int64) * strides[3]
+    mask = (first_key + keys < length_kv)[None, :]
     if HAS_ROWS:
-        rows = first_row + tl.arange(0, BLOCK_Q)
-        at = at + rows.to(tl.int64)[:, None] * strides[2]
-        mask = mask & (rows < length_q)[:, None]
-    return tl.load(at, mask=mask, other=0)
+        rows = tl.arange(0, BLOCK_Q)
+        address = address + tl.cast(first_row, tl.int64) * strides[2]
+        address = address + (rows[:, None] * strides[2] + keys[None, :] * strides[3])
+        mask = mask & (first_row + rows < length_q)[:, None]
+    else:
+        address = address + keys[None, :] * strides[3]
+    return tl.load(address, mask=mask, other=0)
 
 
 @triton.jit
@@ -422,12 +425,13 @@ def attention_kernel(
 
 
 def supports(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernel takes tensors like these: on an NVIDIA GPU from Ampere on, of at most 256 columns."""
+    """Whether the kernel takes tensors like these: on an NVIDIA GPU from Ampere on, of at most 256 columns in half
+    types and 64 in float32."""
     return (
         q.is_cuda
         and torch.version.hip is None
         and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM
+        and max(q.shape[-1], v.shape[-1]) <= max_head_dim(q.dtype)
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
     )
 
@@ -492,9 +496,10 @@ def _attend(
     streamed = (k, k_dot, v, v_dot)
     arch = _arch(q.device)
     if by_descriptor is None:
-        by_descriptor = arch >= 90 and all(x is None or _fits_descriptor(x) for x in streamed)
+        by_descriptor = 90 <= arch < 120 and all(x is None or _fits_descriptor(x) for x in streamed)
     if blocks is None:
-        blocks = choose_blocks(arch, max(head_dim, head_dim_v), q.dtype, o_moves, by_descriptor)
+        kind = variant(o_moves, bias is not None)
+        blocks = choose_blocks(arch, max(head_dim, head_dim_v), q.dtype, kind, by_descriptor)
     d_lo, d_hi, v_lo, v_hi, v_parts = blocks.split(head_dim, head_dim_v)
     widths = ((d_lo, d_hi), (d_lo, d_hi), (v_lo, v_hi), (v_lo, v_hi))
     sources = [
@@ -544,6 +549,7 @@ def _attend(
             BY_DESCRIPTOR=by_descriptor,
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
+            enable_fp_fusion=True,  # the default until Triton 3.10
         )
     return o, lse, o_dot, lse_dot
 
@@ -583,11 +589,18 @@ def _strides(x: Tensor | None, count: int) -> tuple[int, ...] | None:
 
 
 def _fits_descriptor(x: Tensor) -> bool:
-    """What the hardware asks: aligned to 16 bytes, in every row too, and no dim that broadcasts."""
+    """What the hardware asks: aligned to 16 bytes, in every row too, and no dim that broadcasts.
+
+    float32 does not gain, for its products are not on the matrix units.
+    """
     size = x.element_size()
-    return x.data_ptr() % 16 == 0 and all(
-        length == 1 or (stride > 0 and stride * size % 16 == 0 and stride * size < 1 << 40)
-        for length, stride in zip(x.shape[:3], x.stride())
+    return (
+        x.dtype != torch.float32
+        and x.data_ptr() % 16 == 0
+        and all(
+            length == 1 or (stride > 0 and stride * size % 16 == 0 and stride * size < 1 << 40)
+            for length, stride in zip(x.shape[:3], x.stride())
+        )
     )
 
 

@@ -1,4 +1,8 @@
-"""Block sizes of the attention kernel, as data."""
+"""Block sizes of the attention kernel, as data.
+
+An entry is the largest tile that jvpgraph.kernels.gate compiles without a spill in its loop, with Triton 3.9.0.
+None has run on a GPU yet, so which of two clean tiles is the faster one is a guess.
+"""
 
 from __future__ import annotations
 
@@ -43,5 +47,92 @@ def split_head_dim(dim: int, halves: bool = False) -> tuple[int, int]:
     return (lo // 2, lo // 2) if halves and lo >= 32 else (lo, 0)
 
 
-def choose_blocks(arch: int, head_dim: int, dtype: torch.dtype, moves: bool, by_descriptor: bool) -> Blocks:
-    return Blocks(64, 64, 4, 1)
+class Entry(NamedTuple):
+    """What blocks are for."""
+
+    arch: int
+    head_dim: int  # the largest that they are for
+    dtype: torch.dtype  # bfloat16 stands for both half types
+    variant: str  # "jvp"; "forward", without tangents; "bias", with or without
+
+
+def variant(moves: bool, has_bias: bool) -> str:
+    """The variant of an entry."""
+    return "bias" if has_bias else "jvp" if moves else "forward"
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+# Bytes per program. 80 stands for 86, 89 and 120 too, so its entries fit the 99 KiB that those have.
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+TABLE: dict[Entry, Blocks] = {
+    # Ampere: two accumulators and two query tiles leave little room in 255 registers per thread
+    Entry(80, 64, BF16, "jvp"): Blocks(128, 64, 8, 2),
+    Entry(80, 80, BF16, "jvp"): Blocks(128, 32, 8, 2),
+    Entry(80, 96, BF16, "jvp"): Blocks(128, 32, 8, 2),
+    Entry(80, 128, BF16, "jvp"): Blocks(128, 16, 8, 2, halves=True),
+    Entry(80, 192, BF16, "jvp"): Blocks(64, 16, 4, 2, v_width=64),
+    Entry(80, 256, BF16, "jvp"): Blocks(64, 16, 4, 2, halves=True, v_width=64),
+    Entry(80, 64, BF16, "forward"): Blocks(128, 64, 8, 2),
+    Entry(80, 128, BF16, "forward"): Blocks(128, 64, 8, 2),
+    Entry(80, 256, BF16, "forward"): Blocks(64, 32, 4, 2, v_width=128),
+    Entry(80, 64, BF16, "bias"): Blocks(128, 32, 8, 2),
+    Entry(80, 128, BF16, "bias"): Blocks(128, 16, 8, 2, halves=True),
+    Entry(80, 256, BF16, "bias"): Blocks(64, 16, 4, 2, halves=True, v_width=64),
+    # Hopper: 128 query rows for two warpgroups; fewer would double the traffic from L2
+    Entry(90, 64, BF16, "jvp"): Blocks(128, 128, 8, 2),
+    Entry(90, 80, BF16, "jvp"): Blocks(128, 64, 8, 3),
+    Entry(90, 96, BF16, "jvp"): Blocks(128, 64, 8, 3),
+    Entry(90, 128, BF16, "jvp"): Blocks(128, 64, 8, 2),
+    Entry(90, 192, BF16, "jvp"): Blocks(128, 32, 8, 2, v_width=64),
+    Entry(90, 256, BF16, "jvp"): Blocks(64, 32, 4, 2, v_width=128),
+    Entry(90, 64, BF16, "forward"): Blocks(128, 128, 8, 3),
+    Entry(90, 128, BF16, "forward"): Blocks(128, 128, 8, 2),
+    Entry(90, 256, BF16, "forward"): Blocks(128, 64, 8, 2),
+    Entry(90, 64, BF16, "bias"): Blocks(128, 64, 8, 2),
+    Entry(90, 128, BF16, "bias"): Blocks(128, 32, 8, 2),
+    Entry(90, 256, BF16, "bias"): Blocks(64, 32, 4, 2, v_width=64),
+    # Blackwell: scores and accumulators share 512 columns of tensor memory
+    Entry(100, 64, BF16, "jvp"): Blocks(128, 64, 8, 2),
+    Entry(100, 80, BF16, "jvp"): Blocks(128, 64, 8, 2),
+    Entry(100, 96, BF16, "jvp"): Blocks(128, 64, 8, 2),
+    Entry(100, 128, BF16, "jvp"): Blocks(128, 64, 8, 2),
+    Entry(100, 192, BF16, "jvp"): Blocks(128, 64, 8, 1, v_width=64),
+    Entry(100, 256, BF16, "jvp"): Blocks(128, 32, 8, 1, v_width=128),
+    Entry(100, 64, BF16, "forward"): Blocks(128, 128, 8, 2),
+    Entry(100, 128, BF16, "forward"): Blocks(128, 128, 8, 2),
+    Entry(100, 256, BF16, "forward"): Blocks(128, 64, 8, 2),
+    Entry(100, 64, BF16, "bias"): Blocks(128, 64, 8, 2),
+    Entry(100, 128, BF16, "bias"): Blocks(128, 32, 8, 2),
+    Entry(100, 256, BF16, "bias"): Blocks(128, 32, 8, 1, v_width=64),
+}
+# float32 has no matrix units: each thread holds whole rows of q and q_dot, and beyond 64 columns they spill
+for _arch in SHARED_MEMORY:
+    TABLE[Entry(_arch, 64, FP32, "jvp")] = Blocks(32, 32, 8, 1)
+    TABLE[Entry(_arch, 64, FP32, "forward")] = Blocks(32, 32, 8, 1)
+    TABLE[Entry(_arch, 64, FP32, "bias")] = Blocks(32, 16, 8, 1)
+
+# The interpreter takes as long for a small tile as for a large one.
+INTERPRETER = Blocks(64, 64, 4, 1)
+
+
+def max_head_dim(dtype: torch.dtype) -> int:
+    """The largest head dim that the table has for dtype."""
+    dtype = FP32 if dtype == FP32 else BF16
+    return max(entry.head_dim for entry in TABLE if entry.dtype == dtype)
+
+
+def choose_blocks(capability: int, head_dim: int, dtype: torch.dtype, kind: str, by_descriptor: bool) -> Blocks:
+    """The entry of the next larger head dim, for a compute capability such as 90; 0 is the interpreter.
+
+    Where tensors cannot be loaded by descriptor (TMA), Hopper and Blackwell take the entries of Ampere.
+    """
+    if capability == 0:
+        return INTERPRETER
+    dtype = FP32 if dtype == FP32 else BF16
+    arch = 90 if capability == 90 else 100 if 100 <= capability < 120 else 80
+    if not by_descriptor and dtype != FP32:
+        arch = 80
+    dims = [entry.head_dim for entry in TABLE if entry[0] == arch and entry[2:] == (dtype, kind)]
+    return TABLE[Entry(arch, min(dim for dim in dims if dim >= head_dim), dtype, kind)]

@@ -1,0 +1,328 @@
+"""What the attention kernel becomes on GPUs that are not here: compiled ahead of time, read off the binary.
+
+    python -m jvpgraph.kernels.gate [--arch 90]
+
+Every entry of the block table is compiled by Triton for its architecture and must
+    keep its registers: no load from or store to local memory in the loop over whole key blocks,
+    run its wgmma asynchronously: ptxas says so (C7510 to C7514) where it does not,
+    fit the shared memory, and on Blackwell the tensor memory,
+    issue as many matrix instructions per key block as the products need: none replicated, none on other units.
+The entries for a bias are compiled for the mask of padded keys, which must keep all this, and for a full additive
+bias with a tangent, which must fit the shared memory. The masked loop over the last key blocks runs once per program
+and may spill. Registers and spills depend on the version of ptxas that Triton brings, so this is to be run with the
+version that will run the kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from jvpgraph.kernels.attention_triton import ADDITIVE_BIAS, BOOLEAN_BIAS, NO_BIAS, attention_kernel
+from jvpgraph.kernels.blocks import SHARED_MEMORY, TABLE, Blocks, Entry
+
+__all__ = ["Report", "check", "compile_ahead", "main"]
+
+TENSOR_MEMORY = 512  # columns
+TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+
+
+class Report(NamedTuple):
+    """One compiled variant of the kernel, and what is wrong with it."""
+
+    registers: int
+    spilled: int  # bytes stored, in the whole kernel
+    local: int  # instructions on local memory in the loop over whole key blocks
+    products: int  # matrix instructions in that loop
+    expected: int
+    instructions: int
+    shared: int
+    tensor_memory: int
+    seconds: float
+    violations: tuple[str, ...]
+
+
+class Flags(NamedTuple):
+    """The variant of the kernel: which arguments there are."""
+
+    has_q_dot: bool = True
+    has_k_dot: bool = True
+    has_v_dot: bool = True
+    bias: int = NO_BIAS
+    bias_has_rows: bool = False
+    has_bias_dot: bool = False
+    is_causal: bool = False
+
+
+VARIANTS = {"jvp": Flags(), "forward": Flags(False, False, False), "bias": Flags(bias=BOOLEAN_BIAS)}
+FULL_BIAS = Flags(bias=ADDITIVE_BIAS, bias_has_rows=True, has_bias_dot=True)
+
+
+def compile_ahead(
+    arch: int,
+    head_dim: int,
+    head_dim_v: int,
+    dtype: torch.dtype,
+    blocks: Blocks,
+    flags: Flags,
+    by_descriptor: bool,
+) -> tuple[Any, str]:
+    """The compiled kernel, and what ptxas said."""
+    source = _source(head_dim, head_dim_v, dtype, blocks, flags, by_descriptor)
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages, "enable_fp_fusion": True}
+    log = io.StringIO()
+    with (
+        _knob(triton.knobs.nvidia, "dump_ptxas_log"),
+        _knob(triton.knobs.compilation, "always_compile"),
+        contextlib.redirect_stdout(log),
+    ):
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return compiled, log.getvalue()
+
+
+def check(entry: Entry, blocks: Blocks) -> Report:
+    """Compile one entry of the block table and say what is wrong with it."""
+    started = time.time()
+    flags = VARIANTS[entry.variant]
+    by_descriptor = entry.arch >= 90 and entry.dtype != torch.float32
+    violations = []
+    compiled, log = compile_ahead(entry.arch, entry.head_dim, entry.head_dim, entry.dtype, blocks, flags, by_descriptor)
+    loop = _main_loop(_instructions(compiled.asm["cubin"]))
+    local = sum(opcode.startswith(("LDL", "STL")) for _, opcode, _ in loop)
+    products = sum(_is_product(opcode) for _, opcode, _ in loop)
+    expected = expected_products(entry, blocks, flags)
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    registers = _number(r"Used (\d+) registers", log)
+    if not loop:
+        violations.append("no loop over keys in the binary")
+    if local:
+        violations.append(f"{local} spills in the loop")
+    if notes := sorted(set(re.findall(r"\((C751[0-4])\)", log))):
+        violations.append(f"wgmma is serialised: {', '.join(notes)}")
+    shared = compiled.metadata.shared
+    if flags.bias:
+        largest, _ = compile_ahead(
+            entry.arch, entry.head_dim, entry.head_dim, entry.dtype, blocks, FULL_BIAS, by_descriptor
+        )
+        shared = max(shared, largest.metadata.shared)
+    if shared > SHARED_MEMORY[entry.arch]:
+        violations.append(f"shared memory {shared} of {SHARED_MEMORY[entry.arch]} bytes")
+    if tensor_memory > TENSOR_MEMORY:
+        violations.append(f"tensor memory {tensor_memory} of {TENSOR_MEMORY} columns")
+    if products != expected:
+        violations.append(f"{products} matrix instructions per key block instead of {expected}")
+    return Report(
+        registers,
+        _number(r"(\d+) bytes spill stores", log),
+        local,
+        products,
+        expected,
+        len(loop),
+        shared,
+        tensor_memory,
+        time.time() - started,
+        tuple(violations),
+    )
+
+
+def expected_products(entry: Entry, blocks: Blocks, flags: Flags) -> int:
+    """Matrix instructions that one warp (of sm_90 one warpgroup, of sm_100 the program) issues per key block."""
+    if entry.dtype == torch.float32:
+        return 0  # multiplied as float32, on the ordinary units
+    d_lo, d_hi, v_lo, v_hi, _ = blocks.split(entry.head_dim, entry.head_dim)
+    s_moves = flags.has_q_dot or flags.has_k_dot or flags.has_bias_dot
+    on_keys = 1 + flags.has_q_dot + flags.has_k_dot
+    on_values = 1 + s_moves + flags.has_v_dot
+    depth_d, depth_k = (d_lo + d_hi) // 16, blocks.block_k // 16
+    if entry.arch < 90:  # m16 n8 k16
+        tiles = (blocks.block_k // 8) * depth_d * on_keys + ((v_lo + v_hi) // 8) * depth_k * on_values
+        return blocks.block_q // 16 * tiles // blocks.num_warps
+    parts = 2 if v_hi else 1
+    per_row_block = depth_d * on_keys + parts * depth_k * on_values
+    if entry.arch < 100:  # m64, n as wide as the tile, k16
+        return blocks.block_q // 64 * per_row_block // (blocks.num_warps // 4)
+    return blocks.block_q // min(blocks.block_q, 128) * per_row_block  # m64 or m128, n as wide as the tile, k16
+
+
+# -------------------------------------------------------------------------------------------------- compiling
+
+
+def _source(
+    head_dim: int, head_dim_v: int, dtype: torch.dtype, blocks: Blocks, flags: Flags, by_descriptor: bool
+) -> ASTSource:
+    """The kernel with the types that the host function would pass: absent arguments are None."""
+    d_lo, d_hi, v_lo, v_hi, v_parts = blocks.split(head_dim, head_dim_v)
+    s_moves = flags.has_q_dot or flags.has_k_dot or flags.has_bias_dot
+    pointer = f"*{TYPE[dtype]}"
+
+    def streamed(width: int) -> str | None:
+        if not by_descriptor:
+            return pointer
+        return f"tensordesc<{TYPE[dtype]}[1, 1, {blocks.block_k}, {width}]>" if width else None
+
+    def second(width: int) -> str | None:
+        return streamed(width) if by_descriptor else None
+
+    present = {"q": True, "k": True, "v": True}
+    present |= {"q_dot": flags.has_q_dot, "k_dot": flags.has_k_dot, "v_dot": flags.has_v_dot}
+    types: dict[str, Any] = {
+        "q": pointer,
+        "q_dot": pointer,
+        "k": streamed(d_lo),
+        "k_hi": second(d_hi),
+        "k_dot": streamed(d_lo),
+        "k_dot_hi": second(d_hi),
+        "v": streamed(v_lo),
+        "v_hi": second(v_hi),
+        "v_dot": streamed(v_lo),
+        "v_dot_hi": second(v_hi),
+        "bias": (None, "*u8", "*fp32")[flags.bias],
+        "bias_dot": "*fp32" if flags.has_bias_dot else None,
+        "o": pointer,
+        "lse": "*fp32",
+        "o_dot": pointer if s_moves or flags.has_v_dot else None,
+        "lse_dot": "*fp32" if s_moves else None,
+        "o_strides": ("i32",) * 3,
+        "bias_strides": ("i32",) * 4 if flags.bias else None,
+        "bias_dot_strides": ("i32",) * 4 if flags.has_bias_dot else None,
+        "scale": "fp32",
+        **dict.fromkeys(("heads", "group", "length_q", "length_kv"), "i32"),
+    }
+    for name, there in present.items():
+        by_stride = there and (name.startswith("q") or not by_descriptor)
+        types[f"{name}_strides"] = ("i32",) * 3 if by_stride else None
+        if not there:
+            types[name] = types[f"{name}_hi"] = None
+    constants = {name: None for name, kind in types.items() if kind is None} | {
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "D_LO": d_lo,
+        "D_HI": d_hi,
+        "V_LO": v_lo,
+        "V_HI": v_hi,
+        "V_PARTS": v_parts,
+        "BLOCK_Q": blocks.block_q,
+        "BLOCK_K": blocks.block_k,
+        "STAGES": blocks.num_stages,
+        "SCALE_IS_POSITIVE": True,
+        "BY_DESCRIPTOR": by_descriptor,
+        **{name.upper(): value for name, value in flags._asdict().items()},
+    }
+    signature = {name: "constexpr" if name in constants else types[name] for name in attention_kernel.arg_names}
+    aligned = [["tt.divisibility", 16]]  # what the host's pointers and strides have, else loads are not of 16 bytes
+    hints: dict[tuple[int, ...], Any] = {}
+    for i, (name, kind) in enumerate(signature.items()):
+        if isinstance(kind, tuple) and not name.startswith("bias"):
+            hints |= {(i, j): aligned for j in range(len(kind))}
+        elif kind[0] == "*":
+            hints[(i,)] = aligned
+    present_constants = {name: constants[name] for name in signature if name in constants}
+    return ASTSource(fn=attention_kernel, signature=signature, constexprs=present_constants, attrs=hints)
+
+
+@contextlib.contextmanager
+def _knob(owner: Any, name: str) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, True)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+# -------------------------------------------------------------------------------------------------- reading
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else 0
+
+
+def _instructions(cubin: bytes) -> list[tuple[int, str, str]]:
+    """(address, opcode, text) of each instruction, in the shipped disassembler's words."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [os.path.join(TOOLS, "cuobjdump"), "--dump-sass", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = []
+    for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", listing, re.MULTILINE):
+        opcode = re.sub(r"^@!?\S+\s+", "", text).split()[0]
+        found.append((int(address, 16), opcode, text))
+    return found
+
+
+def _is_product(opcode: str) -> bool:
+    return opcode.startswith(("HMMA", "HGMMA", "UTCHMMA"))
+
+
+def _main_loop(instructions: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
+    """The loop over whole key blocks: the innermost ones that take exponentials, and of these the one with the
+    fewest selects, for the other one masks."""
+    spans = []
+    for i, (address, opcode, text) in enumerate(instructions):
+        target = re.search(r"0x([0-9a-f]+)", text) if opcode.startswith("BRA") else None
+        waits = any("TRYWAIT" in before for _, before, _ in instructions[max(0, i - 2) : i])
+        if target and int(target[1], 16) < address and not waits:  # a wait for a barrier jumps back too
+            spans.append((int(target[1], 16), address))
+    loops = [[x for x in instructions if first <= x[0] <= last] for first, last in spans]
+    loops = [loop for loop in loops if any(opcode.startswith("MUFU.EX2") for _, opcode, _ in loop)]
+    innermost = [
+        loop
+        for loop in loops
+        if not any(loop[0][0] <= other[0][0] and other[-1][0] <= loop[-1][0] for other in loops if other is not loop)
+    ]
+    return min(innermost, key=lambda loop: sum(o.startswith("FSEL") for _, o, _ in loop), default=[])
+
+
+# -------------------------------------------------------------------------------------------------- command
+
+
+def _row(entry: Entry, blocks: Blocks, report: Report) -> str:
+    tile = f"{blocks.block_q}x{blocks.block_k}"
+    size = f"{report.registers:>4} {report.spilled:>6} {report.shared:>7} {report.tensor_memory:>5}"
+    loop = f"{report.local:>5} {report.products:>4} {report.instructions:>6}"
+    return (
+        f"{entry.arch:>4} {entry.head_dim:>4} {TYPE[entry.dtype]:>5} {entry.variant:>7} "
+        f"{tile:>8} {blocks.num_warps:>5} {blocks.num_stages:>6} | {size} | {loop} | {report.seconds:>5.1f}  "
+        + ("; ".join(report.violations) or "ok")
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check the table, print a line for each entry, return the number of entries with something wrong."""
+    parser = argparse.ArgumentParser(description="compile the attention kernel for absent GPUs, and check it")
+    parser.add_argument("--arch", type=int, choices=sorted({entry.arch for entry in TABLE}), help="only this one")
+    options = parser.parse_args(arguments)
+    print(f"triton {triton.__version__}")
+    print(
+        f"{'arch':>4} {'D':>4} {'dtype':>5} {'':>7} {'tile':>8} {'warps':>5} {'stages':>6} | {'regs':>4} {'spills':>6} "
+        f"{'shared':>7} {'tmem':>5} | {'local':>5} {'mma':>4} {'instr.':>6} | {'s':>5}"
+    )
+    bad = 0
+    for entry, blocks in TABLE.items():
+        if options.arch in (None, entry.arch):
+            report = check(entry, blocks)
+            bad += bool(report.violations)
+            print(_row(entry, blocks, report), flush=True)
+    print(f"{bad} entries with violations")
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main()))

@@ -1,0 +1,417 @@
+"""The Triton kernel against its float64 specification: on a GPU where there is one, else under Triton's interpreter
+in a process of its own, for TRITON_INTERPRET is read when a kernel is decorated."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton")
+
+import triton.language as tl
+from triton.runtime import interpreter
+
+from jvpgraph.kernels import aten_backward, attention_blocked, attention_triton, reference
+from jvpgraph.kernels.attention import implementation, merge_attention
+from jvpgraph.kernels.blocks import Blocks, choose_blocks, split_head_dim
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+runs_kernels = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="run by test_under_the_interpreter"
+)
+# Errors relative to the norm of the reference.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+HALF, FULL = (torch.float16, torch.bfloat16), torch.float32
+
+
+def test_under_the_interpreter():
+    if INTERPRETED or torch.cuda.is_available():
+        pytest.skip("the tests below run in this process")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=5", __file__]
+    # numpy warns of log2(0) and 0/0 in rows beyond the last query, which are not stored
+    command += ["-W", "ignore:divide by zero:RuntimeWarning", "-W", "ignore:invalid value:RuntimeWarning"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    print(run.stdout)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_of_the_interpreter(monkeypatch):
+    """The interpreter keeps bfloat16 as uint16, multiplies those integers in tl.dot, and truncates on the way in."""
+    if not INTERPRETED:
+        return
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        bits = x.data.astype("uint32") << 16
+        return handle(bits.view("float32"), tl.float32)
+
+    def create_dot(self, a, b, d, *rest):
+        return dot(self, widened(a), widened(b), d, *rest)
+
+    def cast_impl(self, x, to):
+        if x.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(x.data.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
+            return handle(rounded, tl.bfloat16)
+        return widened(x) if x.dtype.scalar == tl.bfloat16 and to.scalar == tl.float32 else cast(self, x, to)
+
+    monkeypatch.setattr(builder, "create_dot", create_dot)
+    monkeypatch.setattr(builder, "cast_impl", cast_impl)
+    for name in ("create_fp_trunc", "create_fp_ext"):
+        monkeypatch.setattr(builder, name, lambda self, x, to: self.cast_impl(x, to))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    """What is allocated and not written is NaN."""
+    empty, empty_like = Tensor.new_empty, torch.empty_like
+
+    def poisoned(x: Tensor) -> Tensor:
+        return x.fill_(math.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *args, **kwargs: poisoned(empty(self, *args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poisoned(empty_like(*args, **kwargs)))
+
+
+def make(
+    *, b=1, h=2, kv_heads=None, n_q=65, n_k=70, d=64, d_v=None, dtype=FULL, bias="none"
+) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    """(q, k, v), their tangents, bias, its tangent; in memory as B, L, H, D."""
+
+    def rows(heads: int, n: int, dim: int) -> Tensor:
+        return torch.randn(b, n, heads, dim).to(DEVICE, dtype).transpose(1, 2)
+
+    shapes = ((h, n_q, d), (kv_heads or h, n_k, d), (kv_heads or h, n_k, d_v or d))
+    full = torch.randn(b, h, n_q, n_k)
+    made = {
+        "none": None,
+        "padding": full[:, :1, :1] > -0.5,
+        "boolean": full > 0,
+        "additive": full,
+        "additive_padding": torch.zeros(b, 1, 1, n_k).masked_fill_(full[:, :1, :1] > 0.5, -math.inf).to(dtype),
+        "per_head": full[:1].to(dtype),
+        "per_query": full[:1, :, :, :1],
+    }[bias]
+    made = made if made is None else made.to(DEVICE)
+    moves = made is not None and made.is_floating_point()
+    return (
+        [rows(*shape) for shape in shapes],
+        [rows(*shape) for shape in shapes],
+        made,
+        torch.randn_like(made) if moves else None,
+    )
+
+
+def double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def errors(have: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> list[float]:
+    """Norm of the difference over the norm of what is wanted; infinities must be at the same places."""
+    result = []
+    for a, b in zip(have, want, strict=True):
+        assert a.shape == b.shape
+        a = a.double()
+        assert torch.equal(a == -math.inf, b == -math.inf)
+        a, b = (x.masked_fill(x == -math.inf, 0) for x in (a, b))
+        result.append((a - b).norm().item() / max(b.norm().item(), 1e-9))
+    return result
+
+
+def check(inputs, dots, bias, bias_dot, is_causal=False, scale=0.2, by_descriptor=None, blocks=None) -> None:
+    q, k, v = inputs
+    tensors = (q, k, v, *dots, bias, bias_dot)
+    want = reference.attention_jvp(*map(double, tensors), is_causal, scale)
+    options = {"by_descriptor": by_descriptor, "blocks": blocks}
+    have = attention_triton.attention_jvp(*tensors, is_causal, scale, **options)
+    assert max(errors(have, want)) < TOLERANCE[q.dtype]
+    primal = attention_triton.attention(q, k, v, bias, is_causal, scale, **options)
+    assert max(errors(primal, want[:2])) < TOLERANCE[q.dtype]
+    for o in (have[0], have[2], primal[0]):
+        assert o.dtype == q.dtype
+        assert o.transpose(1, 2).is_contiguous()
+    assert have[1].dtype == have[3].dtype == torch.float32
+
+
+# -------------------------------------------------------------------------------------- against the reference
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(("n_q", "n_k"), [(1, 1), (1, 65), (63, 65), (65, 63), (64, 128), (130, 1)])
+def test_lengths(n_q, n_k, dtype):
+    check(*make(n_q=n_q, n_k=n_k, dtype=dtype))
+
+
+@runs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_longer(is_causal, dtype):
+    check(*make(h=1, n_q=190, n_k=999, dtype=dtype), is_causal=is_causal)
+    check(*make(h=1, n_q=999, n_k=190, dtype=dtype), is_causal=is_causal)
+
+
+@runs_kernels
+@pytest.mark.parametrize("by_descriptor", [False, True])
+@pytest.mark.parametrize(
+    ("d", "d_v"), [(8, 24), (40, 40), (72, 72), (80, 48), (96, 96), (112, 64), (128, 128), (192, 136), (256, 256)]
+)
+def test_head_dims(d, d_v, by_descriptor):
+    dtype = torch.float16
+    for blocks in (Blocks(32, 64, 4, 1), Blocks(64, 32, 4, 1, halves=True), Blocks(64, 64, 4, 1, v_width=32)):
+        check(*make(h=1, d=d, d_v=d_v, dtype=dtype), by_descriptor=by_descriptor, blocks=blocks)
+
+
+@runs_kernels
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    "bias", ["none", "padding", "boolean", "additive", "additive_padding", "per_head", "per_query"]
+)
+def test_masks(bias, is_causal):
+    inputs = make(b=2, kv_heads=1, n_q=70, n_k=130, d=16, bias=bias)
+    check(*inputs, is_causal=is_causal)
+    check(*make(b=2, h=4, kv_heads=2, n_q=70, n_k=40, d=16, bias=bias), is_causal=is_causal)
+
+
+@runs_kernels
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("bias", ["padding", "boolean", "additive"])
+def test_fully_masked_rows_are_zero(bias, is_causal):
+    inputs, dots, mask, mask_dot = make(b=2, n_q=70, n_k=130, d=16, bias=bias)
+    nothing = False if mask.dtype == torch.bool else -math.inf
+    mask[0] = nothing
+    mask[1, ..., :100] = nothing  # the first block has none of the keys of this one
+    check(inputs, dots, mask, mask_dot, is_causal=is_causal)
+    o, lse, o_dot, lse_dot = attention_triton.attention_jvp(*inputs, *dots, mask, mask_dot, is_causal, 0.2)
+    assert not o[0].any()
+    assert (lse[0] == -math.inf).all()
+    assert not o_dot[0].any()
+    assert not lse_dot[0].any()
+
+
+@runs_kernels
+@pytest.mark.parametrize("bias", ["none", "additive_padding"])
+@pytest.mark.parametrize("active", range(16))
+def test_absent_tangents_are_zeros(active, bias):
+    inputs, dots, mask, mask_dot = make(h=1, n_q=33, n_k=70, d=16, bias=bias)
+    chosen = [x if active >> i & 1 else None for i, x in enumerate((*dots, mask_dot))]
+    check(inputs, chosen[:3], mask, chosen[3])
+
+
+@runs_kernels
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0])
+def test_any_scale(scale):
+    check(*make(n_q=20, n_k=130, d=16), scale=scale)
+
+
+@runs_kernels
+def test_any_strides():
+    inputs, dots, _, _ = make(b=2, n_q=40, n_k=70, d=16)
+    heads_first = [x.contiguous() for x in inputs]
+    sliced = [torch.cat((x, x), -1)[..., 16:] for x in dots]
+    check(heads_first, sliced, None, None)
+    check(heads_first, sliced, None, None, by_descriptor=True)
+    columns_first = [x.mT.contiguous().mT for x in inputs]
+    check(columns_first, dots, None, None)
+    shared = [x[:1].expand_as(x) for x in inputs]
+    check(shared, dots, None, None)
+    unaligned = [torch.cat((x, x), -1)[..., 1:17] for x in inputs]
+    check(unaligned, dots, None, None)
+    half = shared[1].half()
+    assert not attention_triton._fits_descriptor(shared[1][..., :8].half().expand(2, -1, -1, -1)[:, :, :, 1:])
+    assert attention_triton._fits_descriptor(half[:1])
+
+
+@runs_kernels
+def test_no_rows_and_no_keys():
+    inputs, dots, _, _ = make(n_q=3, n_k=5, d=16)
+    o, lse, o_dot, lse_dot = attention_triton.attention_jvp(
+        inputs[0], *(x[:, :, :0] for x in inputs[1:]), dots[0], None, None, None, None, False, 1.0
+    )
+    assert not o.any()
+    assert (lse == -math.inf).all()
+    assert not o_dot.any()
+    assert not lse_dot.any()
+
+
+# -------------------------------------------------------------------------------------------------- precision
+
+
+@runs_kernels
+def test_a_tangent_common_to_all_keys_costs_no_precision():
+    """What the embedding of a time step does: 30 standard deviations, the same for every key."""
+    inputs, dots, _, _ = make(h=2, n_q=64, n_k=512, d=128, dtype=torch.bfloat16)
+    q, k, v = inputs
+    q_dot, k_dot, v_dot = dots
+    k_dot = (k_dot.float() + 30 * torch.randn(1, 2, 1, 128, device=DEVICE)).bfloat16()
+    scale = 128**-0.5
+    tensors = (q, k, v, q_dot, k_dot, v_dot)
+    want = reference.attention_jvp(*map(double, tensors), None, None, False, scale)
+    have = attention_triton.attention_jvp(*tensors, None, None, False, scale)
+
+    # the same roundings without centring, in torch
+    q, k, v, q_dot, k_dot, v_dot = (x.float() for x in tensors)
+    s, s_dot = scale * (q @ k.mT), scale * (q_dot @ k.mT + q @ k_dot.mT)
+    p = s.softmax(-1)
+    h = p * s_dot
+    rounded = h.bfloat16().float() @ v + p.bfloat16().float() @ v_dot
+    uncentred = rounded - h.sum(-1, keepdim=True) * (p @ v)
+    centred, plain = errors((have[2], uncentred.bfloat16()), (want[2], want[2]))
+    print(f"relative error of o_dot: centred {centred:.1e}, uncentred {plain:.1e}")
+    assert centred < 4e-3
+    assert plain > 2 * centred
+    assert errors((have[3],), (want[3],))[0] < 1e-3
+
+
+@runs_kernels
+def test_two_halves_merge_to_the_whole():
+    inputs, dots, mask, mask_dot = make(n_q=40, n_k=130, d=32, bias="additive")
+    (q, k, v), (q_dot, k_dot, v_dot) = inputs, dots
+
+    def run(keys: slice) -> tuple[Tensor, ...]:
+        moved = (k_dot[:, :, keys], v_dot[:, :, keys], mask[..., keys], mask_dot[..., keys])
+        return attention_triton.attention_jvp(q, k[:, :, keys], v[:, :, keys], q_dot, *moved, False, 0.2)
+
+    whole = run(slice(None))
+    merged = merge_attention(run(slice(0, 61)), run(slice(61, None)))
+    assert max(errors(merged, tuple(x.double() for x in whole))) < 1e-6
+
+
+# ----------------------------------------------------------------------------------------- choices, on no device
+
+
+@pytest.mark.parametrize(
+    ("dim", "parts"),
+    [(1, (16, 0)), (48, (32, 16)), (72, (64, 16)), (96, (64, 32)), (112, (128, 0)), (192, (128, 64)), (256, (256, 0))],
+)
+def test_head_dims_are_split_in_two(dim, parts):
+    assert split_head_dim(dim) == parts
+    assert all(sum(split_head_dim(d)) >= d and sum(split_head_dim(d)) < 1.34 * d + 16 for d in range(1, 257))
+    assert split_head_dim(128, halves=True) == (64, 64)
+
+
+def test_blocks_of_the_next_larger_head_dim():
+    bf16 = torch.bfloat16
+    assert choose_blocks(90, 72, bf16, "jvp", True) == choose_blocks(90, 80, torch.float16, "jvp", True)
+    assert choose_blocks(103, 128, bf16, "jvp", True) == choose_blocks(100, 128, bf16, "jvp", True)
+    for other in (86, 89, 120):
+        assert choose_blocks(other, 128, bf16, "jvp", False) == choose_blocks(80, 128, bf16, "jvp", False)
+    assert choose_blocks(90, 128, bf16, "jvp", False) == choose_blocks(80, 128, bf16, "jvp", False)
+    for capability in (80, 86, 89, 90, 100, 103, 120):
+        for kind in ("jvp", "forward", "bias"):
+            for dim in (1, 64, 65, 100, 256):
+                for by_descriptor in (False, True):
+                    choose_blocks(capability, dim, bf16, kind, by_descriptor)
+
+
+def test_the_processor_and_float64_stay_with_torch():
+    q = torch.empty(1, 1, 1, 8)
+    assert implementation(q, q) is attention_blocked
+    assert implementation(q.double(), q.double()) is attention_blocked
+
+
+def fake(b=2, h=8, kv_heads=None, n_q=100, n_k=100, d=64, d_v=None, dtype=torch.bfloat16):
+    def rows(heads: int, n: int, dim: int) -> Tensor:
+        return torch.empty(b, n, heads, dim, dtype=dtype, device="cuda").transpose(1, 2)
+
+    return rows(h, n_q, d), rows(kv_heads or h, n_k, d), rows(kv_heads or h, n_k, d_v or d)
+
+
+PATHS = [
+    ("flash", {}, {}),
+    ("flash", {"n_k": 90, "kv_heads": 2}, {}),
+    ("flash", {"d": 72, "dtype": torch.float16}, {"is_causal": True}),
+    ("efficient", {"n_k": 90}, {"is_causal": True}),  # flash aligns its diagonal at the bottom right
+    ("efficient", {"dtype": torch.float32}, {}),
+    ("efficient", {"d_v": 128}, {}),
+    ("efficient", {"d": 256}, {}),
+    ("efficient", {"n_k": 90}, {"bias": torch.bool}),
+    ("efficient", {}, {"bias": torch.bfloat16}),
+    ("blocked", {}, {"bias": torch.float32}),
+    ("blocked", {"d_v": 128, "kv_heads": 2}, {}),
+    ("blocked", {}, {"bias": torch.bool, "is_causal": True}),
+    ("blocked", {"d": 63}, {}),
+    ("blocked", {"n_k": 0}, {}),
+    ("blocked", {}, {"has_lse_grad": True}),
+    ("blocked", {}, {"bias": torch.bfloat16, "bias_needs_grad": True}),
+]
+
+
+@pytest.mark.parametrize(("path", "shape", "options"), PATHS, ids=str)
+@pytest.mark.parametrize("bias_rows", [False, True])
+def test_backward_paths(path, shape, options, bias_rows, monkeypatch):
+    """What is chosen, and that ATen's schema and shapes take it: its kernels themselves need a GPU."""
+    # a torch without CUDA does not fake all that this calls
+    monkeypatch.setattr(aten_backward, "_additive_aligned", lambda q, k, bias: bias.expand(*q.shape[:3], -1))
+    options = {"bias": None, "is_causal": False, "has_lse_grad": False, "bias_needs_grad": False} | options
+    with FakeTensorMode():
+        q, k, v = fake(**shape)
+        if options["bias"] is not None:
+            size = (2, 8, q.shape[2], k.shape[2]) if bias_rows else (2, 1, 1, k.shape[2])
+            options["bias"] = torch.empty(size, dtype=options["bias"], device="cuda")
+        assert aten_backward.backward_path(q, k, v, **options) == path
+        if path == "blocked":
+            return
+        o = torch.empty(2, q.shape[2], 8, v.shape[3], dtype=q.dtype, device="cuda").transpose(1, 2)
+        lse = torch.empty(q.shape[:3], device="cuda")
+        bias, is_causal = options["bias"], options["is_causal"]
+        *grads, dbias = aten_backward.attention_backward(
+            o, None, q, k, v, bias, o, lse, is_causal, 0.1, options["bias_needs_grad"]
+        )
+        assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
+        assert all(x.device.type == "cuda" and x.dtype == q.dtype for x in grads)
+        assert dbias is None
+
+
+def test_what_the_efficient_backward_is_given():
+    lse = torch.randn(1, 2, 40)
+    lse[0, 0, 3] = -math.inf
+    padded = aten_backward._padded_lse(lse)
+    assert padded.shape == (1, 2, 64)
+    assert (padded[..., 40:] == math.inf).all()
+    assert padded[0, 0, 3] == math.inf
+    assert torch.equal(padded[0, 1, :40], lse[0, 1])
+
+    q, k, _ = (x.to("cpu") for x in (torch.empty(2, 3, 7, 8), torch.empty(2, 3, 21, 8), torch.empty(0)))
+    keys = torch.rand(2, 1, 1, 21) > 0.5
+    bias = aten_backward._additive_aligned(q, k, keys)
+    assert bias.shape == (2, 3, 7, 21)
+    assert bias.stride()[1:3] == (0, 0)  # broadcast, not repeated
+    assert torch.equal(bias == 0, keys.expand(2, 3, 7, 21))
+    full = torch.randn(2, 3, 7, 21)
+    bias = aten_backward._additive_aligned(q, k, full)
+    assert torch.equal(bias, full)
+    assert all(stride % 8 == 0 for stride in bias.stride()[:3])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize(("path", "shape", "options"), [x for x in PATHS if x[0] != "blocked"], ids=str)
+def test_backward_on_a_gpu(path, shape, options):
+    dtype = shape.get("dtype", torch.bfloat16)
+    inputs, _, _, _ = make(b=2, h=8, **{"n_q": 100, "n_k": 100, "dtype": dtype} | shape)
+    bias, is_causal = None, options.get("is_causal", False)
+    if "bias" in options:
+        seen = torch.rand(2, 1, 1, inputs[1].shape[2], device=DEVICE) > 0.3
+        seen[0] = False
+        bias = seen if options["bias"] == torch.bool else torch.where(seen, 0.0, -math.inf).to(dtype)
+    o, lse = attention_triton.attention(*inputs, bias, is_causal, 0.2)
+    o_grad = torch.randn_like(o)
+    have = attention_triton.attention_backward(o_grad, None, *inputs, bias, o, lse, is_causal, 0.2, False)[:3]
+    want = attention_blocked.attention_backward(
+        *(double(x) for x in (o_grad, None, *inputs, bias, o, lse)), is_causal, 0.2, False
+    )[:3]
+    assert max(errors(have, want)) < 2 * TOLERANCE[dtype]

@@ -1,0 +1,78 @@
+"""The attention kernel compiled for GPUs that are not here: the whole block table, and what the gate must catch."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from jvpgraph.kernels import gate
+from jvpgraph.kernels.blocks import SHARED_MEMORY, TABLE, Blocks, Entry, choose_blocks, variant
+from jvpgraph.kernels.gate import Flags
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter has replaced the compiler"
+)
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory):
+    """Kernels for absent GPUs stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))
+def test_every_entry_of_the_table_passes(arch, capsys):
+    bad = gate.main(["--arch", str(arch)])
+    out = capsys.readouterr().out
+    assert not bad, out
+    assert out.count(" ok\n") == sum(entry.arch == arch for entry in TABLE)
+
+
+def test_what_the_gate_must_catch():
+    """A tile too large for the registers, and one too large for the shared memory."""
+    spilling = gate.check(Entry(90, 128, BF16, "jvp"), Blocks(128, 64, 4, 2))
+    assert any("spills in the loop" in what for what in spilling.violations)
+    large = gate.check(Entry(90, 64, BF16, "forward"), Blocks(128, 256, 8, 6))
+    assert any("shared memory" in what for what in large.violations)
+    serialised = gate.check(Entry(90, 128, BF16, "jvp"), Blocks(128, 64, 8, 2, halves=True))
+    assert any("serialised" in what for what in serialised.violations)
+    replicated = gate.check(Entry(80, 64, BF16, "forward"), Blocks(64, 64, 8, 2))
+    assert any("matrix instructions" in what for what in replicated.violations)
+
+
+def test_a_planted_entry_fails_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(gate, "TABLE", {Entry(90, 128, BF16, "jvp"): Blocks(128, 64, 4, 2)})
+    assert gate.main([]) == 1
+    assert "spills in the loop" in capsys.readouterr().out
+
+
+# What the table is not checked for, but must compile to and fit: the interpreter does not know types of loops.
+VARIANTS = [
+    (90, 72, 40, BF16, Flags(has_k_dot=False, has_v_dot=False), True),
+    (90, 128, 64, BF16, Flags(is_causal=True), True),
+    (90, 40, 72, torch.float16, Flags(False, False, True, bias=1, bias_has_rows=True), True),
+    (90, 200, 256, BF16, Flags(False, True, False, bias=2), True),
+    (90, 128, 128, BF16, Flags(), False),
+    (80, 96, 256, BF16, Flags(True, False, True, is_causal=True), False),
+    (80, 48, 32, torch.float32, Flags(False, False, False, 2, True, True, True), False),
+    (100, 72, 128, torch.float16, Flags(bias=1, bias_has_rows=True, is_causal=True), True),
+    (100, 256, 64, BF16, Flags(), False),
+]
+
+
+@pytest.mark.parametrize(("arch", "d", "d_v", "dtype", "flags", "by_descriptor"), VARIANTS, ids=str)
+def test_other_variants_compile_and_fit(arch, d, d_v, dtype, flags, by_descriptor):
+    moves = flags.has_q_dot or flags.has_k_dot or flags.has_v_dot or flags.has_bias_dot
+    blocks = choose_blocks(arch, max(d, d_v), dtype, variant(moves, bool(flags.bias)), by_descriptor)
+    compiled, _ = gate.compile_ahead(arch, d, d_v, dtype, blocks, flags, by_descriptor)
+    assert compiled.metadata.shared <= SHARED_MEMORY[arch]
+    assert (getattr(compiled.metadata, "tmem_size", None) or 0) <= gate.TENSOR_MEMORY
