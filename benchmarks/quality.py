@@ -114,21 +114,16 @@ def measure(out: Path, steps: int, teacher_steps: int, seeds: Sequence[int], job
     return figures
 
 
-def mean(figures: Figures, steps: int, metric: str, seeds: slice = slice(None)) -> float:
-    return fmean(getattr(quality, metric) for quality in figures[f"{steps} step{'s' * (steps > 1)}"][seeds])
-
-
 def claims(figures: dict[str, Figures]) -> dict[str, tuple[bool, str]]:
     """Claim -> whether the means over the seeds bear it out, and the figures with the spread of the differences."""
     (teacher,) = figures["teacher"].values()
     level = fmean(q.frechet_distance for q in teacher)
-    ours = {n: mean(figures[CHOSEN], n, "frechet_distance") for n in STEPS}
+    ours = {n: fmean(q.frechet_distance for q in of) for n, of in zip(STEPS, figures[CHOSEN].values())}
     recall = differences(figures[CHOSEN], figures["DMD"], "recall")
 
     # lambda is chosen on the first seed and judged on the others: the best of several is flattered by its own figures
     def gain(name: str, seeds: slice) -> float:
-        precision = ((mean(figures[of], n, "precision", seeds) for n in STEPS) for of in (name, "sCM"))
-        return min(a - b for a, b in zip(*precision))
+        return min(s.mean for s in differences(figures[name], figures["sCM"], "precision", seeds).values())
 
     best = max((name for name in OBJECTIVES if name.startswith("rCM")), key=lambda name: gain(name, slice(0, 1)))
     others = slice(1, None)
