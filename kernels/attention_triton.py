@@ -523,7 +523,7 @@ def _attend(
             _strides(bias, 4),
             _strides(bias_dot, 4),
             _strides(o, 3),
-            scale,
+            float(scale),
             heads,
             heads // kv_heads,
             length_q,

@@ -1,6 +1,7 @@
 """Block sizes of the attention kernel, as data.
 
-An entry is the largest tile that jvpgraph.kernels.gate compiles without a spill in its loop, with Triton 3.9.0.
+An entry is the largest tile that jvpgraph.kernels.gate compiles without a spill in its loop, with Triton 3.9.0 and
+3.6.0.
 None has run on a GPU yet, so which of two clean tiles is the faster one is a guess.
 """
 
@@ -93,12 +94,13 @@ TABLE: dict[Entry, Blocks] = {
     Entry(90, 64, BF16, "bias"): Blocks(128, 64, 8, 2),
     Entry(90, 128, BF16, "bias"): Blocks(128, 32, 8, 2),
     Entry(90, 256, BF16, "bias"): Blocks(64, 32, 4, 2, v_width=64),
-    # Blackwell: scores and accumulators share 512 columns of tensor memory
+    # Blackwell: scores and accumulators share 512 columns of tensor memory, of which
+    # Triton 3.6 needs more than 3.9 does
     Entry(100, 64, BF16, "jvp"): Blocks(128, 64, 8, 2),
-    Entry(100, 80, BF16, "jvp"): Blocks(128, 64, 8, 2),
-    Entry(100, 96, BF16, "jvp"): Blocks(128, 64, 8, 2),
-    Entry(100, 128, BF16, "jvp"): Blocks(128, 64, 8, 2),
-    Entry(100, 192, BF16, "jvp"): Blocks(128, 64, 8, 1, v_width=64),
+    Entry(100, 80, BF16, "jvp"): Blocks(128, 32, 8, 2),
+    Entry(100, 96, BF16, "jvp"): Blocks(128, 32, 8, 2),
+    Entry(100, 128, BF16, "jvp"): Blocks(128, 32, 8, 2),
+    Entry(100, 192, BF16, "jvp"): Blocks(128, 32, 8, 2, v_width=64),
     Entry(100, 256, BF16, "jvp"): Blocks(128, 32, 8, 1, v_width=128),
     Entry(100, 64, BF16, "forward"): Blocks(128, 128, 8, 2),
     Entry(100, 128, BF16, "forward"): Blocks(128, 128, 8, 2),
@@ -107,11 +109,12 @@ TABLE: dict[Entry, Blocks] = {
     Entry(100, 128, BF16, "bias"): Blocks(128, 32, 8, 2),
     Entry(100, 256, BF16, "bias"): Blocks(128, 32, 8, 1, v_width=64),
 }
-# float32 has no matrix units: each thread holds whole rows of q and q_dot, and beyond 64 columns they spill
+# float32 has no matrix units: each thread holds whole rows of q and q_dot, and beyond 64 columns they spill. Other
+# tiles than these abort the compiler of Triton 3.9.0 in one of the kernel's variants.
 for _arch in SHARED_MEMORY:
     TABLE[Entry(_arch, 64, FP32, "jvp")] = Blocks(32, 32, 8, 1)
     TABLE[Entry(_arch, 64, FP32, "forward")] = Blocks(32, 32, 8, 1)
-    TABLE[Entry(_arch, 64, FP32, "bias")] = Blocks(32, 16, 8, 1)
+    TABLE[Entry(_arch, 64, FP32, "bias")] = Blocks(32, 32, 8, 1, v_width=32 if _arch == 100 else MAX_HEAD_DIM)
 
 # The interpreter takes as long for a small tile as for a large one.
 INTERPRETER = Blocks(64, 64, 4, 1)

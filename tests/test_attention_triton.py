@@ -17,14 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 
 import triton.language as tl
-from triton.runtime import interpreter
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, interpreter
 
-from jvpgraph.kernels import aten_backward, attention_blocked, attention_triton, reference
+from jvpgraph.kernels import aten_backward, attention_blocked, attention_triton, gate, reference
 from jvpgraph.kernels.attention import implementation, merge_attention
 from jvpgraph.kernels.blocks import Blocks, choose_blocks, split_head_dim
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 runs_kernels = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="run by test_under_the_interpreter"
 )
@@ -33,6 +34,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 HALF, FULL = (torch.float16, torch.bfloat16), torch.float32
 
 
+@pytest.mark.slow
 def test_under_the_interpreter():
     if INTERPRETED or torch.cuda.is_available():
         pytest.skip("the tests below run in this process")
@@ -316,6 +318,35 @@ def test_blocks_of_the_next_larger_head_dim():
             for dim in (1, 64, 65, 100, 256):
                 for by_descriptor in (False, True):
                     choose_blocks(capability, dim, bf16, kind, by_descriptor)
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="pretends a GPU to Triton's compiler")
+def test_a_new_length_compiles_nothing(monkeypatch, tmp_path):
+    """What the host function launches is what the gate compiles, once for all lengths: on a GPU that is pretended."""
+    kernel, compiled = attention_triton.attention_kernel, []
+
+    class Hopper:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+
+    class CompileOnly:
+        def __getitem__(self, grid):
+            return lambda *args, **options: compiled.append(kernel.run(*args, grid=grid, warmup=True, **options))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(attention_triton, "attention_kernel", CompileOnly())
+    monkeypatch.setattr(attention_triton, "_arch", lambda device: 90)
+    monkeypatch.setattr(driver, "_active", Hopper())
+    for n_q, n_k, b in ((100, 65, 1), (1, 999, 2), (128, 16, 3), (65, 1, 1)):
+        (q, k, v), dots, _, _ = make(b=b, n_q=n_q, n_k=n_k, d=32, dtype=torch.bfloat16)
+        attention_triton.attention_jvp(q, k, v, *dots, None, None, False, 0.1)
+    assert len({id(x) for x in compiled}) == 1
+    blocks = choose_blocks(90, 32, torch.bfloat16, "jvp", True)
+    gated = gate._source(32, 32, torch.bfloat16, blocks, gate.VARIANTS["jvp"], True)
+    source = compiled[0].src
+    assert source.signature == gated.signature
+    assert source.constants == gated.constants
+    assert {at: hint for at, hint in source.attrs.items() if hint} == gated.attrs
 
 
 def test_the_processor_and_float64_stay_with_torch():
