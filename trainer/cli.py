@@ -126,7 +126,7 @@ def train_command(args: argparse.Namespace) -> None:
 
 def settings_file(config: Path) -> Path:
     """The file itself, or the one of ready settings that have this name."""
-    if config.exists() or config.suffix in (".yaml", ".yml"):
+    if config.is_file() or config.suffix in (".yaml", ".yml"):
         return config
     if str(config) not in names():
         message = f"no such file, and no ready settings: those are {', '.join(names())}"
