@@ -499,7 +499,7 @@ def _attend(
         by_descriptor = 90 <= arch < 120 and all(x is None or _fits_descriptor(x) for x in streamed)
     if blocks is None:
         kind = variant(o_moves, bias is not None)
-        blocks = choose_blocks(arch, max(head_dim, head_dim_v), q.dtype, kind, by_descriptor)
+        blocks = choose_blocks(arch, (head_dim, head_dim_v), q.dtype, kind, by_descriptor)
     d_lo, d_hi, v_lo, v_hi, v_parts = blocks.split(head_dim, head_dim_v)
     widths = ((d_lo, d_hi), (d_lo, d_hi), (v_lo, v_hi), (v_lo, v_hi))
     sources = [

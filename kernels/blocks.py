@@ -126,10 +126,13 @@ def max_head_dim(dtype: torch.dtype) -> int:
     return max(entry.head_dim for entry in TABLE if entry.dtype == dtype)
 
 
-def choose_blocks(capability: int, head_dim: int, dtype: torch.dtype, kind: str, by_descriptor: bool) -> Blocks:
+def choose_blocks(
+    capability: int, head_dims: tuple[int, int], dtype: torch.dtype, kind: str, by_descriptor: bool
+) -> Blocks:
     """The entry of the next larger head dim, for a compute capability such as 90; 0 is the interpreter.
 
-    Where tensors cannot be loaded by descriptor (TMA), Hopper and Blackwell take the entries of Ampere.
+    head_dims are those of q and of v. Where tensors cannot be loaded by descriptor (TMA), Hopper and Blackwell take
+    the entries of Ampere.
     """
     if capability == 0:
         return INTERPRETER
@@ -138,4 +141,8 @@ def choose_blocks(capability: int, head_dim: int, dtype: torch.dtype, kind: str,
     if not by_descriptor and dtype != FP32:
         arch = 80
     dims = [entry.head_dim for entry in TABLE if entry[0] == arch and entry[2:] == (dtype, kind)]
-    return TABLE[Entry(arch, min(dim for dim in dims if dim >= head_dim), dtype, kind)]
+    blocks = TABLE[Entry(arch, min(dim for dim in dims if dim >= max(head_dims)), dtype, kind)]
+    if arch == 100 and head_dims[0] != head_dims[1] and kind != "forward":
+        # Triton 3.6 rounds the parts of both up to more tensor memory than there is
+        blocks = blocks._replace(v_width=min(blocks.v_width, 64))
+    return blocks

@@ -308,16 +308,16 @@ def test_head_dims_are_split_in_two(dim, parts):
 
 def test_blocks_of_the_next_larger_head_dim():
     bf16 = torch.bfloat16
-    assert choose_blocks(90, 72, bf16, "jvp", True) == choose_blocks(90, 80, torch.float16, "jvp", True)
-    assert choose_blocks(103, 128, bf16, "jvp", True) == choose_blocks(100, 128, bf16, "jvp", True)
+    assert choose_blocks(90, (72, 72), bf16, "jvp", True) == choose_blocks(90, (80, 80), torch.float16, "jvp", True)
+    assert choose_blocks(103, (128, 128), bf16, "jvp", True) == choose_blocks(100, (128, 128), bf16, "jvp", True)
     for other in (86, 89, 120):
-        assert choose_blocks(other, 128, bf16, "jvp", False) == choose_blocks(80, 128, bf16, "jvp", False)
-    assert choose_blocks(90, 128, bf16, "jvp", False) == choose_blocks(80, 128, bf16, "jvp", False)
+        assert choose_blocks(other, (128, 128), bf16, "jvp", False) == choose_blocks(80, (128, 128), bf16, "jvp", False)
+    assert choose_blocks(90, (128, 128), bf16, "jvp", False) == choose_blocks(80, (128, 128), bf16, "jvp", False)
     for capability in (80, 86, 89, 90, 100, 103, 120):
         for kind in ("jvp", "forward", "bias"):
             for dim in (1, 64, 65, 100, 256):
                 for by_descriptor in (False, True):
-                    choose_blocks(capability, dim, bf16, kind, by_descriptor)
+                    choose_blocks(capability, (dim, dim), bf16, kind, by_descriptor)
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="pretends a GPU to Triton's compiler")
@@ -341,7 +341,7 @@ def test_a_new_length_compiles_nothing(monkeypatch, tmp_path):
         (q, k, v), dots, _, _ = make(b=b, n_q=n_q, n_k=n_k, d=32, dtype=torch.bfloat16)
         attention_triton.attention_jvp(q, k, v, *dots, None, None, False, 0.1)
     assert len({id(x) for x in compiled}) == 1
-    blocks = choose_blocks(90, 32, torch.bfloat16, "jvp", True)
+    blocks = choose_blocks(90, (32, 32), torch.bfloat16, "jvp", True)
     gated = gate._source(32, 32, torch.bfloat16, blocks, gate.VARIANTS["jvp"], True)
     source = compiled[0].src
     assert source.signature == gated.signature

@@ -65,6 +65,7 @@ VARIANTS = [
     (80, 96, 256, BF16, Flags(True, False, True, is_causal=True), False),
     (80, 48, 32, torch.float32, Flags(False, False, False, 2, True, True, True), False),
     (100, 72, 128, torch.float16, Flags(bias=1, bias_has_rows=True, is_causal=True), True),
+    (100, 72, 128, BF16, Flags(), True),
     (100, 256, 64, BF16, Flags(), False),
 ]
 
@@ -72,7 +73,7 @@ VARIANTS = [
 @pytest.mark.parametrize(("arch", "d", "d_v", "dtype", "flags", "by_descriptor"), VARIANTS, ids=str)
 def test_other_variants_compile_and_fit(arch, d, d_v, dtype, flags, by_descriptor):
     moves = flags.has_q_dot or flags.has_k_dot or flags.has_v_dot or flags.has_bias_dot
-    blocks = choose_blocks(arch, max(d, d_v), dtype, variant(moves, bool(flags.bias)), by_descriptor)
+    blocks = choose_blocks(arch, (d, d_v), dtype, variant(moves, bool(flags.bias)), by_descriptor)
     compiled, _ = gate.compile_ahead(arch, d, d_v, dtype, blocks, flags, by_descriptor)
     assert compiled.metadata.shared <= SHARED_MEMORY[arch]
     assert (getattr(compiled.metadata, "tmem_size", None) or 0) <= gate.TENSOR_MEMORY
