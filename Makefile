@@ -53,8 +53,8 @@ bench: $(READY)  ## time and memory beside torch.func.jvp and finite differences
 bench-quality: $(READY)  ## rCM, sCM, DMD, dCM and MeanFlow on the digits, three seeds: an hour and a half on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality --out $(OUT)/quality
 
-gpu: $(READY)  ## the same on a CUDA device, after the attention tests
-	$(BIN)/python -m pytest -q tests/test_attention.py
+gpu: $(READY)  ## the attention tests on a CUDA device, then time and memory
+	$(BIN)/python -m pytest -q tests/test_attention.py tests/test_attention_triton.py
 	$(BIN)/python -m benchmarks.dit --device cuda --out benchmarks/results
 
 dump: $(READY)  ## the graph of a small Wan transformer after every pass, in out/dump

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -82,9 +83,13 @@ class Implementation(Protocol):
 def implementation(q: Tensor, v: Tensor) -> Implementation:
     """The implementation for the device, dtype and head dims: the one place where a kernel is chosen.
 
-    Triton on the GPUs and dims that it supports, else attention_blocked.
+    Triton on the GPUs and dims that it supports, else attention_blocked; JVPGRAPH_ATTENTION=blocked asks for the
+    latter everywhere.
     """
-    if attention_triton is not None and attention_triton.supports(q, v):
+    wanted = os.environ.get("JVPGRAPH_ATTENTION", "triton")
+    if wanted not in ("triton", "blocked"):
+        raise ValueError(f"JVPGRAPH_ATTENTION is {wanted!r}: it takes triton or blocked")
+    if wanted == "triton" and attention_triton is not None and attention_triton.supports(q, v):
         return attention_triton
     return attention_blocked
 

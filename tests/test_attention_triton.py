@@ -355,6 +355,17 @@ def test_the_processor_and_float64_stay_with_torch():
     assert implementation(q.double(), q.double()) is attention_blocked
 
 
+def test_blocks_of_torch_ops_can_be_asked_for_everywhere(monkeypatch):
+    q = torch.empty(1, 1, 1, 8)
+    monkeypatch.setattr(attention_triton, "supports", lambda q, v: True)
+    assert implementation(q, q) is attention_triton
+    monkeypatch.setenv("JVPGRAPH_ATTENTION", "blocked")
+    assert implementation(q, q) is attention_blocked
+    monkeypatch.setenv("JVPGRAPH_ATTENTION", "block")
+    with pytest.raises(ValueError, match="'block': it takes triton or blocked"):
+        implementation(q, q)
+
+
 def fake(b=2, h=8, kv_heads=None, n_q=100, n_k=100, d=64, d_v=None, dtype=torch.bfloat16):
     def rows(heads: int, n: int, dim: int) -> Tensor:
         return torch.empty(b, n, heads, dim, dtype=dtype, device="cuda").transpose(1, 2)
