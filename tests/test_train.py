@@ -21,7 +21,7 @@ from jvpgraph.trainer import settings
 from jvpgraph.trainer.checkpoint import CheckpointError
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.dit import DiT, call_dit, dit
-from jvpgraph.trainer.folder import locked
+from jvpgraph.trainer.folder import LOCK
 from jvpgraph.trainer.run import evaluate_run, export_run, load_run, sample_run
 from jvpgraph.trainer.train import train
 from jvpgraph.trainer.trigflow import TrigFlow
@@ -180,8 +180,15 @@ def test_when_every_checkpoint_is_damaged_nothing_is_begun_afresh(tmp_path: Path
 def test_a_folder_is_trained_in_by_one_process(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", [stage("dcm", 1)])
     train(config)
-    with locked(config.out), pytest.raises(ValueError, match="another process is training in"):
-        train(config)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(config.out / LOCK)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another process is training in"):
+            train(config)
+        other.communicate(b"\n")
+    train(config)
 
 
 @pytest.mark.slow
