@@ -407,6 +407,25 @@ def test_evaluation_compares_the_student_with_its_teacher(tmp_path: Path) -> Non
     assert json.loads((folder / "evaluation.json").read_text())["seeds"] == [0, 1]
 
 
+def half_decoder(built: str) -> Any:
+    with open(built, "a") as file:
+        file.write("built\n")
+    return lambda latents: latents / 2
+
+
+def test_a_decoder_is_built_once_for_an_evaluation(tmp_path: Path) -> None:
+    """Pixels that are all halved are a quarter of the squared distance apart."""
+    evaluation = {"features": {"load": "jvpgraph.trainer.features:pixels"}, "count": 120, "seeds": [0]}
+    built, distances = tmp_path / "built", []
+    halved = {"load": "tests.test_train:half_decoder", "options": {"built": str(built)}}
+    for name, decode in (("plain", None), ("decoded", halved)):
+        sampling = {"steps": [1], "teacher_steps": 2, "batch": 50, "decode": decode}
+        folder = train(config_of(tmp_path / name, [stage("dcm", 1)], evaluation=evaluation, sampling=sampling))
+        distances.append(evaluate_run(folder).rows["student, 1 step"][0].frechet_distance)
+    assert built.read_text() == "built\n"
+    assert distances[1] == pytest.approx(distances[0] / 4, rel=1e-4)
+
+
 def test_export_comes_back(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", [stage("dcm", 2)])
     folder = train(config)

@@ -33,15 +33,13 @@ class Plug:
         source, colon, names = self.load.rpartition(":")
         if not colon or not source or not names:
             raise PlugError(f"{self.load!r}: expected package.module:function or path/to/file.py:function")
-        found: Any = _module_of_file(Path(source)) if source.endswith(".py") else _module_of_name(source)
+        found: Any = _module(source)
         for name in names.split("."):
             if not hasattr(found, name):
                 raise PlugError(f"{self.load}: {source} has no {name}{_functions_near(name, found)}")
             found = getattr(found, name)
         if not callable(found):
-            near = _functions_near(
-                names, _module_of_file(Path(source)) if source.endswith(".py") else _module_of_name(source)
-            )
+            near = _functions_near(names, _module(source))
             raise PlugError(f"{self.load}: {names} is a {type(found).__name__}, not a function{near}")
         return found
 
@@ -85,8 +83,12 @@ class Module(str):
     __slots__ = ()
 
     def __new__(cls, name: str) -> Module:
-        _module_of_file(Path(name)) if name.endswith(".py") else _module_of_name(name)
+        _module(name)
         return super().__new__(cls, name)
+
+
+def _module(source: str) -> ModuleType:
+    return _module_of_file(Path(source)) if source.endswith(".py") else _module_of_name(source)
 
 
 def _module_of_file(path: Path) -> ModuleType:

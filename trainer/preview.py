@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,15 @@ def preview(
     return path
 
 
-def decode(latents: Tensor, config: SamplingConfig) -> Tensor:
-    """Images by the plugged-in decoder; without one the latents themselves."""
-    return latents if config.decode is None else config.decode.build()(latents)
+def decoder_of(config: SamplingConfig) -> Callable[[Tensor], Tensor]:
+    """The plugged-in decoder, latents -> images, which may load a VAE; without one the latents stay as they are."""
+    return (lambda latents: latents) if config.decode is None else config.decode.build()
 
 
 def picture_of(latents: Tensor, config: SamplingConfig) -> Tensor:
     """Something to look at, in [0, 1]: decoded images, or up to three channels of the latents on their own scale."""
     if config.decode is not None:
-        return decode(latents, config).clamp(0, 1)
+        return decoder_of(config)(latents).clamp(0, 1)
     shown = latents[:, : 3 if latents.shape[1] >= 3 else 1].float()
     low, high = shown.amin(), shown.amax()
     return (shown - low) / (high - low).clamp(min=1e-6)

@@ -29,7 +29,7 @@ from jvpgraph.trainer.models import (
     trainable,
     with_weights,
 )
-from jvpgraph.trainer.preview import decode, picture_of
+from jvpgraph.trainer.preview import decoder_of, picture_of
 from jvpgraph.trainer.sample import Sampler, draw, few_step_times, sampler_of
 from jvpgraph.trainer.student import merged
 from jvpgraph.trainer.trigflow import TrigFlow
@@ -157,12 +157,13 @@ def compare(run: Run, samplers: Mapping[str, Sampler], seeds: Sequence[int]) -> 
     if config.evaluation.features is None:
         raise ValueError("evaluation.features is not set: name a feature space, see jvpgraph.trainer.features")
     space = config.evaluation.features.build()
+    decode = decoder_of(config.sampling)
     data = config.data.source.build()
     real = first_samples(data, min(config.evaluation.count, len(data)))
     labels = real.cond.get("labels")
 
     def features(latents: Tensor) -> Tensor:
-        return torch.cat([space(decode(part, config.sampling)) for part in latents.split(config.sampling.batch)])
+        return torch.cat([space(decode(part)) for part in latents.split(config.sampling.batch)])
 
     real_features = features(real.x0)
 

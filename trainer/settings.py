@@ -476,10 +476,14 @@ WORDS = {
 }
 
 
+def _known(tp: Any) -> Any:
+    """The type under which WORDS has it: text with a check of its own is text."""
+    return str if isinstance(tp, type) and issubclass(tp, str) else tp
+
+
 def _allowed(tp: Any) -> str:
     """A type in words: what the reader may write."""
-    if isinstance(tp, type) and issubclass(tp, str):
-        tp = str
+    tp = _known(tp)
     if tp in WORDS:
         return WORDS[tp][0]
     if get_origin(tp) in (Union, types.UnionType):
@@ -500,8 +504,7 @@ def _allowed(tp: Any) -> str:
 
 def _short(tp: Any) -> str:
     """A type as `describe` shows it."""
-    if isinstance(tp, type) and issubclass(tp, str):
-        tp = str
+    tp = _known(tp)
     if tp in WORDS:
         return WORDS[tp][1]
     if get_origin(tp) in (Union, types.UnionType):

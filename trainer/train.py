@@ -106,12 +106,13 @@ def train(config: RunConfig, *, fresh: bool = False) -> Path:
                 checkpoints.save(0, stage.state())  # so that there is one from before anything goes wrong
             for step in range(done + 1, end + 1):
                 stage.means.add(stage.step(step))
-                if step % config.log.every == 0 or step == end:
+                last_step = step == end
+                if last_step or due(step, config.log.every):
                     log.add(step, stage.means.take())
-                if due(step, config.ema.snapshot_every) or (config.ema.snapshot_every and step == end):
+                if config.ema.snapshot_every and (last_step or due(step, config.ema.snapshot_every)):
                     for ema in stage.emas:
                         save_snapshot(folder / "ema" / f"stage-{index}", step, ema)
-                if step % config.checkpoint.every == 0 or step == end:
+                if last_step or due(step, config.checkpoint.every):
                     checkpoints.save(step, stage.state())
                 if due(step, config.log.preview_every):
                     preview(config, index, student, stage.emas[0].parameters, dataset, folder / "samples", step)

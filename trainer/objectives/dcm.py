@@ -23,7 +23,6 @@ class DCM(Objective):
     """Discrete-time consistency."""
 
     name: ClassVar[str] = "dcm"
-    with_tangent: ClassVar[bool] = False
     teacher_steps: int = 48  # Euler steps from noise to data; rCM's code
     shift: float = 1.0  # of the grid in rectified-flow time, k s / (1 + (k - 1) s); 5 for Wan
 

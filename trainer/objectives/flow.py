@@ -20,7 +20,6 @@ class FlowMatching(Objective):
 
     name: ClassVar[str] = "flow_matching"
     sampler: ClassVar[str] = "flow"
-    with_tangent: ClassVar[bool] = False
     times: Times = field(default_factory=LogitNormal)  # SD3
 
 

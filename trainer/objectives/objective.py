@@ -29,7 +29,6 @@ class Objective(Variants):
 
     sampler: ClassVar[str] = "consistency"  # how what it trains is sampled: consistency, mean_flow or flow
     second_time: ClassVar[bool] = False  # whether the network takes a second time
-    with_tangent: ClassVar[bool] = True  # whether it asks the student for a tangent
 
     @property
     def fake_score(self) -> Any:
