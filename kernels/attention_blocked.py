@@ -36,6 +36,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
+
 __all__ = ["attention", "attention_backward", "attention_jvp"]
 
 aten = torch.ops.aten
@@ -105,10 +107,10 @@ def _rows(x: Tensor, i: int, bq: int) -> Tensor:
     return _narrow(x, 2, i, bq).flatten(1, 2)
 
 
-def _blocks(length: int, block: int) -> Iterator[tuple[int, int]]:
-    """(start, size) of each block of a dim."""
-    for start in range(0, length, block):
-        yield start, min(block, length - start)
+def _blocks(first: int, end: int, block: int) -> Iterator[tuple[int, int]]:
+    """(start, size) of each block of [first, end) of a dim."""
+    for start in range(first, end, block):
+        yield start, min(block, end - start)
 
 
 def _plan(q: Tensor, k: Tensor, block_q: int | None, block_k: int | None) -> tuple[Iterator[_Chunk], int, int]:
@@ -122,24 +124,26 @@ def _plan(q: Tensor, k: Tensor, block_q: int | None, block_k: int | None) -> tup
     fit = max(1, budget // (bk * bq * group))
     batches, heads_each = (min(batch, fit // kv_heads), kv_heads) if fit >= kv_heads else (1, fit)
     chunks = (
-        _Chunk(b, nb, h, nh, group) for b, nb in _blocks(batch, batches) for h, nh in _blocks(kv_heads, heads_each)
+        _Chunk(b, nb, h, nh, group)
+        for b, nb in _blocks(0, batch, batches)
+        for h, nh in _blocks(0, kv_heads, heads_each)
     )
     return chunks, bq, bk
 
 
 def _mask_scores(
-    s: Tensor, chunk: _Chunk, bias: Tensor | None, is_causal: bool, i: int, bq: int, j: int, bk: int
+    s: Tensor, chunk: _Chunk, bias: Tensor | None, window: Window, i: int, bq: int, j: int, bk: int
 ) -> None:
-    """Apply bias (boolean: inverted, True hides) and the causal mask to a block of scores, in place."""
+    """Apply bias (boolean: inverted, True hides) and the window to a block of scores, in place."""
     if bias is not None:
         block = chunk.bias(bias, i, bq, j, bk)
         if bias.dtype == torch.bool:
             chunk.scores(s, bq).masked_fill_(block, -math.inf)
         else:
             chunk.scores(s, bq).add_(block)
-    if is_causal and j + bk > i + 1:
-        future = torch.ones(bq, bk, dtype=torch.bool, device=s.device).triu_(i - j + 1)
-        chunk.scores(s, bq).masked_fill_(future, -math.inf)
+    if window.cuts(i, bq, j, j + bk):
+        ahead = torch.arange(j, j + bk, device=s.device) - torch.arange(i, i + bq, device=s.device)[:, None]
+        chunk.scores(s, bq).masked_fill_(window.hides(ahead), -math.inf)
 
 
 def _dtype_inside(x: Tensor) -> torch.dtype:
@@ -149,6 +153,11 @@ def _dtype_inside(x: Tensor) -> torch.dtype:
 def _empty_rows(like: Tensor, heads: int, length: int, dim: int) -> Tensor:
     """[B, H, L, D] that lies in memory as B, L, H, D."""
     return like.new_empty(like.shape[0], length, heads, dim).transpose(1, 2)
+
+
+def _may_be_blind(bias: Tensor | None, window: Window) -> bool:
+    """Whether there may be queries that see no key at all."""
+    return bias is not None or window.left is not None
 
 
 def _hides(bias: Tensor | None) -> Tensor | None:
@@ -161,16 +170,16 @@ def attention(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    is_causal: bool,
+    window: Window,
     scale: float,
     *,
     block_q: int | None = None,
     block_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o, lse). block_q and block_k override the block sizes, for tests."""
-    if block_q is None and block_k is None and _flash_applies(q, k, v, bias, is_causal):
-        return _flash(q, k, v, bias, is_causal, scale)
-    return _attend(q, k, v, (None, None, None, None), bias, is_causal, scale, block_q, block_k)[:2]
+    if block_q is None and block_k is None and _flash_applies(q, k, v, bias, window):
+        return _flash(q, k, v, bias, window, scale)
+    return _attend(q, k, v, (None, None, None, None), bias, window, scale, block_q, block_k)[:2]
 
 
 def attention_jvp(
@@ -182,7 +191,7 @@ def attention_jvp(
     v_dot: Tensor | None,
     bias: Tensor | None,
     bias_dot: Tensor | None,
-    is_causal: bool,
+    window: Window,
     scale: float,
     *,
     block_q: int | None = None,
@@ -190,7 +199,7 @@ def attention_jvp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(o, lse, o_dot, lse_dot). A tangent given as None is zero and costs nothing."""
     dots = (q_dot, k_dot, v_dot, bias_dot)
-    o, lse, o_dot, lse_dot = _attend(q, k, v, dots, bias, is_causal, scale, block_q, block_k)
+    o, lse, o_dot, lse_dot = _attend(q, k, v, dots, bias, window, scale, block_q, block_k)
     return (
         o,
         lse,
@@ -233,13 +242,22 @@ def _absorb(
     return _Sums(m, l.addcmul_(sums.l, alpha), acc, r, acc_dot)
 
 
+def _store_blind(
+    chunk: _Chunk, o: Tensor, lse: Tensor, o_dot: Tensor | None, lse_dot: Tensor | None, i: int, bq: int
+) -> None:
+    """Write what queries [i, i + bq) get that see no key."""
+    for x, value in ((o, 0.0), (lse, -math.inf), (o_dot, 0.0), (lse_dot, 0.0)):
+        if x is not None:
+            _narrow(chunk.narrow(x, heads_are_queries=True), 2, i, bq).fill_(value)
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     dots: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     bias: Tensor | None,
-    is_causal: bool,
+    window: Window,
     scale: float,
     block_q: int | None,
     block_k: int | None,
@@ -261,6 +279,7 @@ def _attend(
         return o, lse, o_dot, lse_dot
 
     hides = _hides(bias)
+    may_be_blind = _may_be_blind(bias, window)
     chunks, block_q, block_k = _plan(q, k, block_q, block_k)
     for chunk in chunks:
         q_c = chunk.queries(q, dtype) * scale  # [n, group, Lq, Dqk]
@@ -269,23 +288,26 @@ def _attend(
         values = v_c if v_dot is None else torch.cat((v_c, chunk.keys(v_dot, dtype)), dim=-1)
         left, right, centre = _score_tangent_operands(chunk, q_c, k_c, q_dot, k_dot, scale)
 
-        for i, bq in _blocks(n_q, block_q):
+        for i, bq in _blocks(0, n_q, block_q):
             q_i = _rows(q_c, i, bq)  # [n, group * bq, Dqk]
             left_i = None if left is None else _rows(left, i, bq)
             sums = None
-            for j, bk in _blocks(min(n_k, i + bq) if is_causal else n_k, block_k):
+            first, end = window.keys(i, bq, n_k)
+            for j, bk in _blocks(first, end, block_k):
                 s = torch.bmm(q_i, _narrow(k_c, 1, j, bk).mT)
                 s_dot = None
                 if s_moves:
                     s_dot = _bmm_or_zeros(s, left_i, right, j, bk)
                     if bias_dot is not None:
                         chunk.scores(s_dot, bq).add_(chunk.bias(bias_dot, i, bq, j, bk))
-                _mask_scores(s, chunk, hides, is_causal, i, bq, j, bk)
+                _mask_scores(s, chunk, hides, window, i, bq, j, bk)
                 v_j = _narrow(v_c, 1, j, bk)
-                sums = _absorb(sums, s, s_dot, _narrow(values, 1, j, bk), v_j, bias is not None)
-            assert sums is not None  # there is at least one key
+                sums = _absorb(sums, s, s_dot, _narrow(values, 1, j, bk), v_j, may_be_blind)
+            if sums is None:  # no query of this block sees a key
+                _store_blind(chunk, o, lse, o_dot, lse_dot, i, bq)
+                continue
 
-            empty = sums.l == 0 if bias is not None else None  # rows that see no key at all
+            empty = sums.l == 0 if may_be_blind else None  # rows that see no key at all
             inverse = (sums.l if empty is None else sums.l.masked_fill(empty, 1)).reciprocal()
             o_i = sums.acc[..., :dim_v] * inverse
             chunk.store(o, o_i, i, bq)
@@ -343,7 +365,7 @@ def attention_backward(
     bias: Tensor | None,
     o: Tensor,
     lse: Tensor,
-    is_causal: bool,
+    window: Window,
     scale: float,
     bias_needs_grad: bool,
     *,
@@ -358,9 +380,9 @@ def attention_backward(
         and not bias_needs_grad
         # in half types ATen takes 2.5 times as long as the blocks below at 64 keys, and less from 256 on
         and (q.dtype.itemsize > 2 or k.shape[2] >= 256)
-        and _flash_applies(q, k, v, bias, is_causal)
+        and _flash_applies(q, k, v, bias, window)
     ):
-        return *_flash_backward(o_grad, q, k, v, bias, o, lse, is_causal, scale), None
+        return *_flash_backward(o_grad, q, k, v, bias, o, lse, window, scale), None
     dtype = _dtype_inside(q)
     heads, kv_heads, n_q, n_k = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     dq = _empty_rows(q, heads, n_q, q.shape[3])
@@ -374,7 +396,7 @@ def attention_backward(
     delta = (o_grad.to(dtype) * o.to(dtype)).sum(-1)  # [B, H, Lq]
     if lse_grad is not None:
         delta = delta - lse_grad
-    if bias is not None:
+    if _may_be_blind(bias, window):
         lse = lse.masked_fill(lse == -math.inf, math.inf)  # makes p = 0 in a fully masked row
     chunks, block_q, block_k = _plan(q, k, block_q, block_k)
     for chunk in chunks:
@@ -383,14 +405,15 @@ def attention_backward(
         o_grad_c = chunk.queries(o_grad, dtype)
         delta_c, lse_c = chunk.queries(delta, dtype), chunk.queries(lse, dtype)
         dk_c, dv_c = torch.zeros_like(k_c), torch.zeros_like(v_c)
-        for i, bq in _blocks(n_q, block_q):
+        for i, bq in _blocks(0, n_q, block_q):
             q_i, o_grad_i = _rows(q_c, i, bq), _rows(o_grad_c, i, bq)
             delta_i, lse_i = _rows(delta_c, i, bq).unsqueeze(-1), _rows(lse_c, i, bq).unsqueeze(-1)
             dq_i = torch.zeros_like(q_i)
-            for j, bk in _blocks(min(n_k, i + bq) if is_causal else n_k, block_k):
+            first, end = window.keys(i, bq, n_k)
+            for j, bk in _blocks(first, end, block_k):
                 k_j, v_j = _narrow(k_c, 1, j, bk), _narrow(v_c, 1, j, bk)
                 s = torch.bmm(q_i, k_j.mT)
-                _mask_scores(s, chunk, hides, is_causal, i, bq, j, bk)
+                _mask_scores(s, chunk, hides, window, i, bq, j, bk)
                 p = s.sub_(lse_i).exp_()
                 _narrow(dv_c, 1, j, bk).baddbmm_(p.mT, o_grad_i)
                 ds = torch.bmm(o_grad_i, v_j.mT).sub_(delta_i).mul_(p)
@@ -407,13 +430,13 @@ def attention_backward(
     return dq, dk, dv, dbias
 
 
-def _flash_applies(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool) -> bool:
+def _flash_applies(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: Window) -> bool:
     """Whether ATen's CPU flash kernel computes exactly this, and takes these arguments."""
     return (
         q.device.type == "cpu"
         and q.shape[1] == k.shape[1]
         and q.shape[3] == v.shape[3]
-        and not (is_causal and bias is not None)
+        and (window == EVERYTHING or (window == CAUSAL and bias is None))
         and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
         and q.numel() > 0
         and k.numel() > 0
@@ -431,11 +454,11 @@ def _additive(q: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | N
     return additive, bias.amax(-1) == -math.inf
 
 
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: Window, scale: float) -> tuple[Tensor, Tensor]:
     additive, empty = _additive(q, bias)
-    o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=additive, scale=scale)
+    o, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, window == CAUSAL, attn_mask=additive, scale=scale
+    )
     if empty is not None:
         lse = lse.masked_fill(empty, -math.inf)  # the kernel says 0
     return o, lse.contiguous()
@@ -449,7 +472,7 @@ def _flash_backward(
     bias: Tensor | None,
     o: Tensor,
     lse: Tensor,
-    is_causal: bool,
+    window: Window,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     additive, _ = _additive(q, bias)
@@ -458,5 +481,5 @@ def _flash_backward(
     if o_grad.stride(-1) != 1:
         o_grad = o_grad.contiguous()
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        o_grad, q, k, v, o, lse, 0.0, is_causal, attn_mask=additive, scale=scale
+        o_grad, q, k, v, o, lse, 0.0, window == CAUSAL, attn_mask=additive, scale=scale
     )

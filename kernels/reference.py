@@ -7,7 +7,8 @@ Math
 Shapes
     q [..., H, Lq, Dqk], k [..., Hkv, Lkv, Dqk], v [..., Hkv, Lkv, Dv]; Hkv divides H. bias broadcasts to
     [..., H, Lq, Lkv], boolean (True attends) or additive. is_causal lets query i see keys 0..i (top left
-    aligned, as torch's SDPA) and combines with bias.
+    aligned, as torch's SDPA) and combines with bias; window (left, right) shows it keys i - left..i + right, -1 for no
+    limit.
 Precision
     Whatever the inputs have: call it in float64.
 Fully masked rows
@@ -22,13 +23,21 @@ import torch
 from torch import Tensor
 
 
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: float | None) -> tuple[Tensor, float]:
+def _scores(
+    q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: float | None, window: tuple[int, int] | None
+) -> tuple[Tensor, float]:
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     s = scale * (q @ k.mT)
     if bias is not None:
         s = s.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else s + bias
+    left, right = window or (-1, -1)
+    ahead = torch.arange(k.shape[-2], device=s.device) - torch.arange(q.shape[-2], device=s.device)[:, None]
     if is_causal:
-        s = s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril(), -math.inf)
+        s = s.masked_fill(ahead > 0, -math.inf)
+    if left >= 0:
+        s = s.masked_fill(ahead < -left, -math.inf)
+    if right >= 0:
+        s = s.masked_fill(ahead > right, -math.inf)
     return s, scale
 
 
@@ -51,10 +60,11 @@ def attention(
     bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    window: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o, lse) of softmax(scale q k' + bias) v. Differentiable by torch, except through fully masked rows."""
     k, v = _repeat_heads(q, k), _repeat_heads(q, v)
-    s, _ = _scores(q, k, bias, is_causal, scale)
+    s, _ = _scores(q, k, bias, is_causal, scale, window)
     p, lse = _probabilities(s)
     return p @ v, lse
 
@@ -70,11 +80,12 @@ def attention_jvp(
     bias_dot: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    window: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(o, lse, o_dot, lse_dot); a tangent given as None is zero."""
     k, v = _repeat_heads(q, k), _repeat_heads(q, v)
     k_dot, v_dot = (None if x is None else _repeat_heads(q, x) for x in (k_dot, v_dot))
-    s, scale = _scores(q, k, bias, is_causal, scale)
+    s, scale = _scores(q, k, bias, is_causal, scale, window)
     p, lse = _probabilities(s)
     o = p @ v
     s_dot = torch.zeros_like(s)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 __all__ = ["CAUSAL", "EVERYTHING", "Window"]
 
 
@@ -27,6 +30,12 @@ class Window(NamedTuple):
         """Whether one of the queries [first, first + rows) does not see one of the keys [start, end)."""
         too_far_left = self.left is not None and start < first + rows - 1 - self.left
         return too_far_left or (self.right is not None and end > first + self.right + 1)
+
+    def hides(self, ahead: Tensor) -> Tensor:
+        """True where a key that lies `ahead` positions after the query is out of sight."""
+        left = False if self.left is None else ahead < -self.left
+        right = False if self.right is None else ahead > self.right
+        return torch.zeros_like(ahead, dtype=torch.bool) | left | right
 
 
 EVERYTHING = Window()

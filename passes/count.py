@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
-from jvpgraph.kernels.attention import OPS
+from jvpgraph.kernels.ops import OPS
 from jvpgraph.linearize import INSERTED_META
 from jvpgraph.passes.context import Context
 from jvpgraph.rules.apply import bind

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from jvpgraph.kernels.attention import OPS
+from jvpgraph.kernels.ops import OPS
 from jvpgraph.passes.context import Context
 from jvpgraph.rules.apply import bind
 

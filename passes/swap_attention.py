@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from jvpgraph.kernels.attention import OPS
+from jvpgraph.kernels.ops import OPS
 from jvpgraph.linearize import source_line
 from jvpgraph.trace import INHERITED_META
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -24,15 +24,27 @@ from torch.utils._pytree import tree_leaves
 from jvpgraph.kernels import attention_blocked as blocked
 from jvpgraph.kernels import reference
 from jvpgraph.kernels.attention import (
-    _bias_to_rank4,
     attention,
     attention_backward,
     attention_jvp,
     merge_attention,
 )
+from jvpgraph.kernels.layout import bias_to_rank4
+from jvpgraph.kernels.ops import OPS
+from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
 
 # Against the float64 reference, in units of the largest value there: a few roundings of the dtype.
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float32: 4e-6, torch.float64: 1e-12}
+# (is_causal, window) as callers give them, and as implementations take them
+WINDOWS = {
+    "all": (False, None, EVERYTHING),
+    "causal": (True, None, CAUSAL),
+    "left": (False, (3, -1), Window(left=3)),
+    "right": (False, (-1, 6), Window(right=6)),
+    "both": (False, (4, 2), Window(4, 2)),
+    "diagonal": (False, (0, 0), Window(0, 0)),
+    "causal_left": (True, (5, 9), Window(5, 0)),
+}
 BIASES = ("none", "bool", "bool_padding", "additive", "additive_padding", "keys", "per_head", "per_query")
 
 
@@ -109,7 +121,7 @@ def gradients(function, inputs: list[Tensor], o_grad: Tensor, lse_grad: Tensor |
 # --------------------------------------------------------------------------------- against the specification
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize(
     "shape",
@@ -121,24 +133,25 @@ def gradients(function, inputs: list[Tensor], o_grad: Tensor, lse_grad: Tensor |
     ],
     ids=lambda shape: "-".join(f"{key}{value}" for key, value in shape.items()),
 )
-def test_blocks_agree_with_reference(shape, bias, is_causal):
+def test_blocks_agree_with_reference(shape, bias, window):
+    is_causal, sides, window = WINDOWS[window]
     (q, k, v), dots, bias, bias_dot = make(**shape, bias=bias)
     scale = 0.3
-    expected = reference.attention_jvp(q, k, v, *dots, bias, bias_dot, is_causal, scale)
+    expected = reference.attention_jvp(q, k, v, *dots, bias, bias_dot, is_causal, scale, sides)
     o_grad, lse_grad = torch.randn_like(expected[0]), torch.randn_like(expected[1])
     movable = [q, k, v] + ([bias] if bias_dot is not None else [])
     expected_grads = gradients(
-        lambda q, k, v, b=bias: reference.attention(q, k, v, b, is_causal, scale), movable, o_grad, lse_grad
+        lambda q, k, v, b=bias: reference.attention(q, k, v, b, is_causal, scale, sides), movable, o_grad, lse_grad
     )
-    bias4, bias_dot4 = _bias_to_rank4(q, bias), _bias_to_rank4(q, bias_dot)
+    bias4, bias_dot4 = bias_to_rank4(q, bias), bias_to_rank4(q, bias_dot)
     for block_q, block_k in ((None, None), (7, 5), (16, 64), (64, 16)):
         blocks = {"block_q": block_q, "block_k": block_k}
-        got = blocked.attention_jvp(q, k, v, *dots, bias4, bias_dot4, is_causal, scale, **blocks)
+        got = blocked.attention_jvp(q, k, v, *dots, bias4, bias_dot4, window, scale, **blocks)
         assert_near(got, expected, q.dtype)
-        o, lse = blocked.attention(q, k, v, bias4, is_causal, scale, **blocks)
+        o, lse = blocked.attention(q, k, v, bias4, window, scale, **blocks)
         assert_near((o, lse), expected[:2], q.dtype)
         *grads, dbias = blocked.attention_backward(
-            o_grad, lse_grad, q, k, v, bias4, o, lse, is_causal, scale, bias_dot is not None, **blocks
+            o_grad, lse_grad, q, k, v, bias4, o, lse, window, scale, bias_dot is not None, **blocks
         )
         if dbias is not None:
             grads.append(dbias.view(bias.shape))
@@ -200,7 +213,7 @@ def test_inactive_operands_are_not_multiplied():
                 return func(*args, **(kwargs or {}))
 
         with Count() as count:
-            blocked.attention_jvp(q, k, v, *dots, None, None, False, 0.3)
+            blocked.attention_jvp(q, k, v, *dots, None, None, EVERYTHING, 0.3)
         return count.total
 
     one = 2 * 4 * 17 * 23 * 8
@@ -221,11 +234,12 @@ def test_inactive_operands_are_not_multiplied():
     d=st.integers(1, 12),
     d_v=st.integers(1, 12),
     bias=st.sampled_from(BIASES),
-    is_causal=st.booleans(),
+    window=st.sampled_from(sorted(WINDOWS)),
     block_q=st.integers(1, 50),
     block_k=st.integers(1, 50),
 )
-def test_any_shape(b, kv_heads, group, n_q, n_k, d, d_v, bias, is_causal, block_q, block_k):
+def test_any_shape(b, kv_heads, group, n_q, n_k, d, d_v, bias, window, block_q, block_k):
+    is_causal, sides, window = WINDOWS[window]
     h = kv_heads * group
     (q, k, v), dots, bias, bias_dot = make(b, h, n_q, n_k, d, d_v, kv_heads, bias=bias)
     got = blocked.attention_jvp(
@@ -233,21 +247,21 @@ def test_any_shape(b, kv_heads, group, n_q, n_k, d, d_v, bias, is_causal, block_
         k,
         v,
         *dots,
-        _bias_to_rank4(q, bias),
-        _bias_to_rank4(q, bias_dot),
-        is_causal,
+        bias_to_rank4(q, bias),
+        bias_to_rank4(q, bias_dot),
+        window,
         1 / math.sqrt(d),
         block_q=block_q,
         block_k=block_k,
     )
-    public = attention_jvp(q, k, v, *dots, bias, bias_dot, is_causal)
+    public = attention_jvp(q, k, v, *dots, bias, bias_dot, is_causal, window=sides)
     if b and n_q and n_k:
-        expected = reference.attention_jvp(q, k, v, *dots, bias, bias_dot, is_causal)
+        expected = reference.attention_jvp(q, k, v, *dots, bias, bias_dot, is_causal, window=sides)
         assert_near(got, expected, q.dtype)
         assert_near(public, expected, q.dtype)
-    o, lse = attention(q, k, v, bias, is_causal)
+    o, lse = attention(q, k, v, bias, is_causal, window=sides)
     assert_near((o, lse), public[:2], q.dtype)
-    grads = attention_backward(torch.randn_like(o), None, q, k, v, bias, o, lse, is_causal)
+    grads = attention_backward(torch.randn_like(o), None, q, k, v, bias, o, lse, is_causal, window=sides)
     assert [x.shape for x in grads[:3]] == [q.shape, k.shape, v.shape]
     assert all(x.isfinite().all() for x in (*grads, *got[2:], *public[2:]))
 
@@ -290,6 +304,45 @@ def test_lse_dot_is_the_derivative_of_lse():
     torch.testing.assert_close(lse_dot, (lse(h) - lse(-h)) / (2 * h), rtol=1e-6, atol=1e-8)
 
 
+# -------------------------------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("lengths", [[(5, 5), (1, 9), (12, 4)], [(7, 0), (0, 3), (6, 6)], [(0, 0)], []], ids=str)
+def test_packed_sequences(lengths, window):
+    """Each sequence as if it were alone; what belongs to none is fully masked, its NaN included."""
+    is_causal, window, _ = WINDOWS[window]
+    ends = [torch.tensor([0, *pair]).cumsum(0).int() for pair in zip(*lengths)] or [torch.zeros(1).int()] * 2
+    packed = {"cu_seqlens_q": ends[0], "cu_seqlens_kv": ends[1], "is_causal": is_causal, "window": window}
+    (q, k, v), dots, _, _ = make(b=1, n_q=20, n_k=20, kv_heads=2, d_v=5)
+    o_grad, lse_grad = torch.randn(2, 1, 4, 20, 5, dtype=q.dtype)
+    expected = [torch.zeros(1, 4, 20, 5), torch.full((1, 4, 20), -math.inf), torch.zeros(1, 4, 20, 5)]
+    expected = [x.double() for x in (*expected, torch.zeros(1, 4, 20))]
+    expected_grads = [torch.zeros_like(x) for x in (q, k, v)]
+    for (i, i_end), (j, j_end) in zip(*(pairwise(x.tolist()) for x in ends)):
+        rows, keys = slice(i, i_end), slice(j, j_end)
+        part = [x[:, :, at] for x, at in zip((q, k, v, *dots), (rows, keys, keys) * 2)]
+        if i == i_end or j == j_end:
+            continue
+        for out, value in zip(expected, reference.attention_jvp(*part, is_causal=is_causal, window=window)):
+            out[:, :, rows] = value
+        grads = gradients(
+            lambda *a: attention(*a, is_causal=is_causal, window=window),
+            part[:3],
+            o_grad[:, :, rows],
+            lse_grad[:, :, rows, 0],
+        )
+        for out, at, value in zip(expected_grads, (rows, keys, keys), grads):
+            out[:, :, at] = value
+    for x, end in zip((q, k, v, *dots), (ends[0][-1], ends[1][-1], ends[1][-1]) * 2):
+        x[:, :, end:] = math.nan
+    assert_near(attention_jvp(q, k, v, *dots, **packed), tuple(expected), q.dtype)
+    assert_near(attention(q, k, v, **packed), tuple(expected[:2]), q.dtype)
+    q, k, v = (x.nan_to_num() for x in (q, k, v))  # gradients() sums o * o_grad over all rows
+    got = gradients(lambda *a: attention(*a, **packed), [q, k, v], o_grad, lse_grad[..., 0])
+    assert_near(tuple(got), tuple(expected_grads), q.dtype)
+
+
 # ---------------------------------------------------------------------------------- masks, ranks and strides
 
 
@@ -304,8 +357,8 @@ def test_fully_masked_rows(boolean, blocks):
     bias = keep if boolean else torch.zeros(keep.shape, dtype=q.dtype).masked_fill_(~keep, -math.inf)
     bias_dot = None if boolean else torch.randn_like(bias)
     sizes = {"block_q": blocks, "block_k": blocks}
-    o, lse, o_dot, lse_dot = blocked.attention_jvp(q, k, v, *dots, bias, bias_dot, False, 0.3, **sizes)
-    plain = blocked.attention(q, k, v, bias, False, 0.3, **sizes)
+    o, lse, o_dot, lse_dot = blocked.attention_jvp(q, k, v, *dots, bias, bias_dot, EVERYTHING, 0.3, **sizes)
+    plain = blocked.attention(q, k, v, bias, EVERYTHING, 0.3, **sizes)
     for x in (o, o_dot, lse_dot, plain[0]):
         assert x.isfinite().all()
         assert not x[empty].any()
@@ -313,7 +366,7 @@ def test_fully_masked_rows(boolean, blocks):
     assert torch.equal(plain[1] == -math.inf, empty)
     for lse_grad in (None, torch.randn_like(lse)):
         *grads, dbias = blocked.attention_backward(
-            torch.randn_like(o), lse_grad, q, k, v, bias, o, lse, False, 0.3, not boolean, **sizes
+            torch.randn_like(o), lse_grad, q, k, v, bias, o, lse, EVERYTHING, 0.3, not boolean, **sizes
         )
         assert all(x.isfinite().all() for x in grads)
         assert not grads[0][empty].any()
@@ -365,13 +418,13 @@ def test_strides(form):
     q, k, v = map(lay_out, (q, k, v))
     dots = [lay_out(x) for x in dots]
     expected = reference.attention_jvp(q, k, v, *dots)
-    got = attention_jvp(q, k, v, *dots)
+    got = OPS.attention_jvp(q, k, v, *dots)
     assert_near(got, expected, q.dtype)
     assert got[0].transpose(1, 2).is_contiguous()
     o = expected[0]
     for grad_layout in (o.contiguous(), o.mT.contiguous().mT, o[..., :1].expand_as(v)):
         assert_near(
-            tuple(gradients(attention, [q, k, v], grad_layout, None)),
+            tuple(gradients(OPS.attention, [q, k, v], grad_layout, None)),
             tuple(gradients(reference.attention, [q, k, v], grad_layout, None)),
             q.dtype,
         )
@@ -460,7 +513,7 @@ def test_opcheck(bias, requires_grad):
     torch.library.opcheck(ops.attention_jvp.default, (q, k, v, dots[0], None, None, bias))
     o, lse = attention(q, k, v, bias)
     o_grad, lse_grad = torch.randn_like(o), torch.randn_like(lse)
-    args = (o_grad, lse_grad, q, k, v, bias, o, lse, False, None, bias_dot is not None)
+    args = (o_grad, lse_grad, q, k, v, bias, o, lse, False, None, None, None, None, bias_dot is not None)
     torch.library.opcheck(ops.attention_backward.default, args)
 
 
@@ -481,13 +534,18 @@ def test_fakes_have_the_real_strides(q_shape, kv_heads, dtype, with_bias):
     kv_shape = (*q_shape[:-3], kv_heads, 7) if kv_heads else (q_shape[0], 7)
 
     def run() -> list[tuple]:
-        q = torch.randn(*q_shape[:-1], q_shape[-1], dtype=dtype).mT.contiguous().mT
+        q = (
+            torch.randn(*q_shape[:-1], 2 * q_shape[-1], dtype=dtype)[..., :8]
+            .transpose(0, -2)
+            .contiguous()
+            .transpose(0, -2)
+        )
         k, v = torch.randn(*kv_shape, 8, dtype=dtype), torch.randn(*kv_shape, 8, dtype=dtype)
         bias = torch.randn(q_shape[-2], 7, dtype=dtype) if with_bias else None
         o, lse = attention(q, k, v, bias)
         results = [o, lse, *attention_jvp(q, k, v, q, None, v, bias)]
         for lse_grad in (None, lse):
-            results += attention_backward(o, lse_grad, q, k, v, bias, o, lse, False, None, with_bias)
+            results += attention_backward(o, lse_grad, q, k, v, bias, o, lse, bias_needs_grad=with_bias)
         return [(x.shape, x.stride(), x.dtype, x.storage_offset()) for x in results]
 
     with FakeTensorMode():
@@ -588,7 +646,7 @@ def peak_bytes(function, *args) -> int:
 def test_memory_is_linear_in_length():
     def jvp(n: int) -> int:
         (q, k, v), dots, _, _ = make(b=1, h=1, n_q=n, n_k=n, d=64, dtype=torch.float32)
-        return peak_bytes(blocked.attention_jvp, q, k, v, *dots, None, None, False, 0.125)
+        return peak_bytes(blocked.attention_jvp, q, k, v, *dots, None, None, EVERYTHING, 0.125)
 
     def quadratic(n: int) -> int:
         (q, k, v), dots, _, _ = make(b=1, h=1, n_q=n, n_k=n, d=64, dtype=torch.float32)
@@ -604,7 +662,7 @@ def test_memory_of_backward_and_of_masks_is_linear():
     def backward(n: int) -> int:
         (q, k, v), _, bias, _ = make(1, 1, n, n, d=32, dtype=torch.float32, bias="additive_padding")
         o, lse = attention(q, k, v, bias)
-        return peak_bytes(blocked.attention_backward, o, lse, q, k, v, bias, o, lse, False, 0.2, True)
+        return peak_bytes(blocked.attention_backward, o, lse, q, k, v, bias, o, lse, EVERYTHING, 0.2, True)
 
     assert backward(4096) <= 2.3 * backward(2048)
 
@@ -630,7 +688,7 @@ def test_merging_key_splits(tangents):
 
 def test_refusals_name_what_was_given():
     (q, k, v), (q_dot, k_dot, v_dot), bias, bias_dot = make(bias="additive")
-    mask = bias > 0
+    mask, cu = bias > 0, torch.tensor([0, 17], dtype=torch.int32)
     refused = [
         ("one rank", lambda: attention(q[0], k, v)),
         ("one rank", lambda: attention(q[0, 0], k[0, 0], v[0, 0])),
@@ -650,6 +708,18 @@ def test_refusals_name_what_was_given():
         ("v_dot of the shape", lambda: attention_jvp(q, k, v, None, None, v_dot[0])),
         ("bias is absent", lambda: attention_jvp(q, k, v, None, None, None, None, bias_dot)),
         ("bias is boolean", lambda: attention_jvp(q, k, v, None, None, None, mask, bias_dot)),
+        ("no dropout.*got 0.1", lambda: attention(q, k, v, dropout_p=0.1)),
+        ("no dropout", lambda: attention_jvp(q, k, v, q_dot, None, None, dropout_p=0.1)),
+        (r"got q \(2, 4, 17, 8\) with strides .*q\.contiguous", lambda: attention(q.mT.contiguous().mT, k, v)),
+        ("k_dot .*contiguous", lambda: attention_jvp(q, k, v, None, k_dot.mT.contiguous().mT, None)),
+        ("window \\(left, right\\)", lambda: attention(q, k, v, window=(3,))),
+        ("window \\(left, right\\)", lambda: attention(q, k, v, window=(-2, 0))),
+        ("both cu_seqlens", lambda: attention(q, k, v, cu_seqlens_q=cu)),
+        ("takes no bias", lambda: attention(q, k, v, bias, cu_seqlens_q=cu, cu_seqlens_kv=cu)),
+        ("of batch 1", lambda: attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_kv=cu)),
+        ("int32", lambda: attention(q[:1], k[:1], v[:1], cu_seqlens_q=cu.long(), cu_seqlens_kv=cu)),
+        ("of one length", lambda: attention(q[:1], k[:1], v[:1], cu_seqlens_q=cu, cu_seqlens_kv=cu[:1])),
+        ("ascend.*17.*got", lambda: attention(q[:1], k[:1], v[:1], cu_seqlens_q=2 * cu, cu_seqlens_kv=cu)),
     ]
     for message, call in refused:
         with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import jvpgraph.markers  # noqa: F401  defines jvpgraph::make_dual
-from jvpgraph.kernels.attention import OPS
+from jvpgraph.kernels.ops import OPS
 from jvpgraph.passes.recognize_attention import recognize_attention
 from jvpgraph.passes.swap_attention import SwapReport, active_nodes, swap_attention
 

@@ -17,8 +17,8 @@ aten, ours = torch.ops.aten, torch.ops.jvpgraph
 
 
 @jvp(ours.attention.default)
-def attention(outs, q, k, v, bias, causal, scale, *, q_dot=None, k_dot=None, v_dot=None, bias_dot=None):
-    return ours.attention_jvp(q, k, v, q_dot, k_dot, v_dot, bias, bias_dot, causal, scale)[2:]
+def attention(outs, q, k, v, bias, *how, q_dot=None, k_dot=None, v_dot=None, bias_dot=None):
+    return ours.attention_jvp(q, k, v, q_dot, k_dot, v_dot, bias, bias_dot, *how)[2:]
 
 
 # ATen's fused kernels, as scaled_dot_product_attention picks them in code that runs op by op. Besides o only
