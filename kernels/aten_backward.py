@@ -7,6 +7,8 @@ Shapes
     [B, H, Lq]. o in memory as B, L, H, D, which is how ATen's kernels want it.
 Precision
     That of ATen. lse must be the natural logarithm, in float32: neither kernel can tell.
+Windows
+    Flash takes every window, but aligns it at the last query and the last key: as here only where Lq = Lkv.
 Refuses
     Nothing: what ATen does not take goes to attention_blocked; backward_path says which, and why.
 """
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from jvpgraph.kernels import attention_blocked
+from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
 
 __all__ = ["attention_backward", "backward_path"]
 
@@ -26,7 +29,7 @@ aten = torch.ops.aten
 
 
 def backward_path(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, has_lse_grad: bool, bias_needs_grad: bool
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: Window, has_lse_grad: bool, bias_needs_grad: bool
 ) -> str:
     """The first of "flash", "efficient" (ATen's kernels) and "blocked" (attention_blocked) that is exact here."""
     if has_lse_grad:
@@ -41,12 +44,12 @@ def backward_path(
         q.dtype in (torch.float16, torch.bfloat16)
         and bias is None
         and q.shape[-1] == v.shape[-1] <= 192  # beyond that not on every architecture
-        and (not is_causal or q.shape[2] == k.shape[2])  # flash aligns its diagonal at the bottom right
+        and (window == EVERYTHING or q.shape[2] == k.shape[2])  # flash aligns its window at the bottom right
     ):
         return "flash"
     if (
         q.shape[1] == k.shape[1]  # no grouped heads
-        and not (is_causal and bias is not None)
+        and (window == EVERYTHING or (window == CAUSAL and bias is None))
         and (bias is None or bias.dtype in (torch.bool, q.dtype))  # rounding a float32 bias would move p off lse
     ):
         return "efficient"
@@ -62,19 +65,19 @@ def attention_backward(
     bias: Tensor | None,
     o: Tensor,
     lse: Tensor,
-    is_causal: bool,
+    window: Window,
     scale: float,
     bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dbias) from the forward's o and lse; dbias is None unless asked for."""
-    path = backward_path(q, k, v, bias, is_causal, lse_grad is not None, bias_needs_grad)
+    path = backward_path(q, k, v, bias, window, lse_grad is not None, bias_needs_grad)
     if path == "blocked":
         return attention_blocked.attention_backward(
-            o_grad, lse_grad, q, k, v, bias, o, lse, is_causal, scale, bias_needs_grad
+            o_grad, lse_grad, q, k, v, bias, o, lse, window, scale, bias_needs_grad
         )
     function = _flash_backward if path == "flash" else _efficient_backward
     o_grad, q, k, v = map(_last_dim_contiguous, (o_grad, q, k, v))
-    return *function(o_grad, q, k, v, bias, o, lse, is_causal, scale), None
+    return *function(o_grad, q, k, v, bias, o, lse, window, scale), None
 
 
 def _flash_backward(
@@ -85,12 +88,29 @@ def _flash_backward(
     bias: Tensor | None,
     o: Tensor,
     lse: Tensor,
-    is_causal: bool,
+    window: Window,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     assert bias is None
     # ATen reads lse through a raw pointer; without dropout it reads no random state and no offsets of sequences
     state = q.new_empty(2, dtype=torch.uint64)
+    if window not in (EVERYTHING, CAUSAL):
+        grads = aten._flash_attention_backward.default(
+            *(x.transpose(1, 2) for x in (o_grad, q, k, v, o)),
+            lse.contiguous(),
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            0.0,
+            False,
+            state,
+            state,
+            scale=scale,
+            window_size_left=window.left,
+            window_size_right=window.right,
+        )
+        return tuple(x.transpose(1, 2) for x in grads)
     return aten._scaled_dot_product_flash_attention_backward.default(
         o_grad,
         q,
@@ -103,7 +123,7 @@ def _flash_backward(
         q.shape[2],
         k.shape[2],
         0.0,
-        is_causal,
+        window == CAUSAL,
         state,
         state,
         scale=scale,
@@ -118,7 +138,7 @@ def _efficient_backward(
     bias: Tensor | None,
     o: Tensor,
     lse: Tensor,
-    is_causal: bool,
+    window: Window,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     state = q.new_empty((), dtype=torch.int64)
@@ -134,7 +154,7 @@ def _efficient_backward(
         state,
         0.0,
         [True, True, True, False],
-        is_causal,
+        window == CAUSAL,
         scale=scale,
     )
     return dq, dk, dv

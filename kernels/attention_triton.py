@@ -12,13 +12,19 @@ Streaming form
     h is centred: o_dot does not change when a constant per row is subtracted from s_dot, but what h loses
     when it is rounded for the product with v does. mu, the mean of s_dot over the first key block, is taken
     from q and the mean of those keys, and lse_dot = r + mu. Any mu is right; a near one is precise.
-    Key blocks that neither the end of the keys nor the diagonal cuts come first and need no mask.
+    Key blocks that every query of a block sees whole come first and need no mask; those that the end of the keys or
+    the window cuts follow, and those that no query sees are not visited.
     A head dim is cut into two parts of 2^n columns, so 72 is 64 + 16, 96 is 64 + 32 and 192 is 128 + 64; dims
     in between round up: 112 to 128.
 Shapes
     q [B, H, Lq, Dqk], k [B, Hkv, Lkv, Dqk], v [B, Hkv, Lkv, Dv], bias [B | 1, H | 1, Lq | 1, Lkv | 1], lse
     [B, H, Lq]. o and o_dot lie in memory as B, L, H, D. Any strides; a tensor whose last dim is not
-    contiguous is copied. Lengths, batch and heads are run-time values: a new length compiles nothing.
+    contiguous is copied. Lengths, batch and heads, widths of the window and the number of packed sequences are
+    run-time values: a new length compiles nothing.
+    cu_seqlens (cu_q, cu_kv): sequences packed along the length of one batch, int32 [S + 1] each, ascending from 0.
+    Sequence n has queries cu_q[n] .. cu_q[n + 1] and takes tiles cu_q[n] // BLOCK_Q + n and on, which are enough:
+    cdiv(length, BLOCK_Q) <= cu_q[n + 1] // BLOCK_Q + 1 - cu_q[n] // BLOCK_Q. Rows of no sequence, and rows that see
+    no key, get o = 0, lse = -inf, and zero tangents.
 Precision
     Sums and accumulators in float32; p and h are rounded to the dtype of v for their products. float32 is
     multiplied as float32, without tf32, and only up to 64 columns. lse in natural log, float32.
@@ -46,6 +52,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from jvpgraph.kernels import attention_blocked
 from jvpgraph.kernels.aten_backward import attention_backward
 from jvpgraph.kernels.blocks import Blocks, choose_blocks, max_head_dim, variant
+from jvpgraph.kernels.window import Window
 
 __all__ = ["attention", "attention_backward", "attention_jvp", "supports"]
 
@@ -74,15 +81,20 @@ def _load_rows(
     ROWS: tl.constexpr,
     BY_DESCRIPTOR: tl.constexpr,
     CHECK: tl.constexpr,
+    CLEAR: tl.constexpr = False,
 ):
-    """[ROWS, WIDTH] of source at (batch, head, row, column, length); zero from row `length` on if CHECK, and from
+    """[ROWS, WIDTH] of source at (batch, head, row, column, end); zero from row `end` on if CHECK, and from
     column `dim` on if PADDED.
 
-    source is a descriptor of [B, H, L, D], or a pointer to one head.
+    source is a descriptor of [B, H, L, D], or a pointer to one head. A descriptor knows the end of the tensor only:
+    with CLEAR, CHECK zeroes those that follow `end` before it.
     """
-    batch, head, row, column, length = at
+    batch, head, row, column, end = at
     if BY_DESCRIPTOR:
-        return source.load([batch, head, row, column]).reshape([ROWS, WIDTH])
+        loaded = source.load([batch, head, row, column]).reshape([ROWS, WIDTH])
+        if CHECK and CLEAR:
+            loaded = tl.where((row + tl.arange(0, ROWS) < end)[:, None], loaded, 0.0)
+        return loaded
     else:
         rows = tl.arange(0, ROWS)
         columns = column + tl.arange(0, WIDTH)
@@ -91,21 +103,21 @@ def _load_rows(
         address = address + (rows[:, None] * stride + columns[None, :])
         if PADDED:
             if CHECK:
-                return tl.load(address, mask=(row + rows < length)[:, None] & (columns < dim)[None, :], other=0.0)
+                return tl.load(address, mask=(row + rows < end)[:, None] & (columns < dim)[None, :], other=0.0)
             else:
                 return tl.load(address, mask=(columns < dim)[None, :], other=0.0)
         elif CHECK:
-            return tl.load(address, mask=(row + rows < length)[:, None], other=0.0)
+            return tl.load(address, mask=(row + rows < end)[:, None], other=0.0)
         else:
             return tl.load(address)
 
 
 @triton.jit
-def _store_rows(target, value, row, column, length, stride, dim, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+def _store_rows(target, value, row, column, end, stride, dim, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     rows = tl.arange(0, ROWS)
     columns = column + tl.arange(0, WIDTH)
     address = target + tl.cast(row, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
-    mask = (row + rows < length)[:, None] & (columns < dim)[None, :]
+    mask = (row + rows < end)[:, None] & (columns < dim)[None, :]
     tl.store(address, value.to(target.dtype.element_ty), mask=mask)
 
 
@@ -140,7 +152,24 @@ def _mean_product(a, b, count):
     return tl.sum(a.to(tl.float32) * mean[None, :], 1)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "length_q", "length_kv"])
+@triton.jit
+def _find_sequence(cu_q, sequences, tile, BLOCK_Q: tl.constexpr):
+    """The last sequence n whose first tile, cu_q[n] // BLOCK_Q + n, is not after this one."""
+    low = 0
+    high = sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(cu_q + middle) // BLOCK_Q + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit(
+    do_not_specialize=["heads", "group", "length_q", "length_kv", "left", "right", "sequences"],
+    do_not_specialize_on_alignment=["cu_q", "cu_kv"],
+)
 def attention_kernel(
     q,
     q_dot,
@@ -158,6 +187,8 @@ def attention_kernel(
     lse,
     o_dot,
     lse_dot,
+    cu_q,
+    cu_kv,
     q_strides,
     q_dot_strides,
     k_strides,
@@ -172,6 +203,9 @@ def attention_kernel(
     group,
     length_q,
     length_kv,
+    left,
+    right,
+    sequences,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     D_LO: tl.constexpr,
@@ -188,7 +222,9 @@ def attention_kernel(
     BIAS: tl.constexpr,
     BIAS_HAS_ROWS: tl.constexpr,
     HAS_BIAS_DOT: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    PACKED: tl.constexpr,
     SCALE_IS_POSITIVE: tl.constexpr,
     BY_DESCRIPTOR: tl.constexpr,
 ):
@@ -196,32 +232,51 @@ def attention_kernel(
 
     BY_DESCRIPTOR: k, v and their tangents are TMA descriptors, one for each part of the head dim; else
     pointers, and the `_hi` arguments are None. BIAS is one of NO_BIAS, BOOLEAN_BIAS, ADDITIVE_BIAS. V_PARTS programs
-    share the columns of v, V_LO each, where the accumulators of all would not fit the registers.
+    share the columns of v, V_LO each, where the accumulators of all would not fit the registers. Query i sees keys
+    i - left .. i + right, each limit only if HAS_LEFT or HAS_RIGHT. PACKED: the lengths are those of all sequences
+    together.
     """
     S_MOVES: tl.constexpr = HAS_Q_DOT or HAS_K_DOT or HAS_BIAS_DOT
     O_MOVES: tl.constexpr = S_MOVES or HAS_V_DOT
     # the maximum can be taken before scaling, which then fuses with the subtraction of the maximum
     SCALE_LATE: tl.constexpr = BIAS == 0 and SCALE_IS_POSITIVE
+    MAY_BE_BLIND: tl.constexpr = BIAS != 0 or HAS_LEFT or PACKED
+    # the rows behind the end of a sequence are another's, which may be NaN
+    CLEAR: tl.constexpr = BY_DESCRIPTOR and PACKED
 
     PAD_LO: tl.constexpr = D_LO > HEAD_DIM
     PAD_HI: tl.constexpr = D_LO + D_HI > HEAD_DIM
     PAD_V_LO: tl.constexpr = V_PARTS * V_LO > HEAD_DIM_V
     PAD_V_HI: tl.constexpr = V_LO + V_HI > HEAD_DIM_V
 
-    tiles = tl.cdiv(length_q, BLOCK_Q)
+    tiles = length_q // BLOCK_Q + sequences if PACKED else tl.cdiv(length_q, BLOCK_Q)
     tile = tl.program_id(0) % tiles
-    if IS_CAUSAL:
+    if HAS_RIGHT and not HAS_LEFT:
         tile = tiles - 1 - tile  # the longest rows first: the short ones fill the gaps at the end
     batch_head = tl.program_id(0) // tiles
     first_column = tl.program_id(1) * V_LO
     batch = batch_head // heads
     head = batch_head % heads
     head_kv = head // group
+    row_sums = batch_head.to(tl.int64) * length_q
+    # first_row, rows and keys count within the sequence, which is [start, end) of the tensors
+    start_q = 0
+    start_kv = 0
+    if PACKED:
+        sequence = _find_sequence(cu_q, sequences, tile, BLOCK_Q)
+        start_q = tl.load(cu_q + sequence)
+        length_q = tl.load(cu_q + sequence + 1) - start_q
+        start_kv = tl.load(cu_kv + sequence)
+        length_kv = tl.load(cu_kv + sequence + 1) - start_kv
+        tile = tile - start_q // BLOCK_Q - sequence
+        length_kv = tl.where(tile * BLOCK_Q < length_q, length_kv, 0)  # a tile too many has nothing to do
+    end_q = start_q + length_q
+    end_kv = start_kv + length_kv
     first_row = tile * BLOCK_Q
     rows = first_row + tl.arange(0, BLOCK_Q)
 
-    queries_at = (0, 0, first_row, 0, length_q)
-    queries_at_hi = (0, 0, first_row, D_LO, length_q)
+    queries_at = (0, 0, start_q + first_row, 0, end_q)
+    queries_at_hi = (0, 0, start_q + first_row, D_LO, end_q)
     q = _base(q, q_strides, batch, head)
     q_lo = _load_rows(q, queries_at, q_strides[2], HEAD_DIM, D_LO, PAD_LO, BLOCK_Q, False, True)
     if D_HI:
@@ -255,29 +310,49 @@ def attention_kernel(
     if HAS_BIAS_DOT:
         bias_dot = _base(bias_dot, bias_dot_strides, batch, head)
 
+    # keys [first_seen, end) are seen by some query of this block, [whole, uncut) by all, in whole blocks of keys
+    end = length_kv
+    uncut = length_kv
+    if HAS_RIGHT:
+        end = tl.minimum(length_kv, first_row + BLOCK_Q + right)
+        uncut = tl.minimum(length_kv, first_row + 1 + right)
+    if HAS_LEFT:
+        first_seen = tl.minimum(tl.maximum(first_row - left, 0), end)
+        whole = tl.maximum(first_row + BLOCK_Q - 1 - left, 0)
+        uncut = tl.maximum(uncut - whole, 0) // BLOCK_K * BLOCK_K
+        whole = tl.where(uncut > 0, whole, first_seen)
+        uncut = whole + uncut
+        cut = uncut - tl.cdiv(whole - first_seen, BLOCK_K) * BLOCK_K
+    else:
+        whole = 0
+        uncut = uncut // BLOCK_K * BLOCK_K
+        cut = uncut
+
     if S_MOVES:
-        start = (batch, head_kv, 0, 0, length_kv)
-        start_hi = (batch, head_kv, 0, D_LO, length_kv)
+        start = (batch, head_kv, start_kv + whole, 0, end_kv)
+        start_hi = (batch, head_kv, start_kv + whole, D_LO, end_kv)
         mu = tl.zeros([BLOCK_Q], tl.float32)
-        count = tl.minimum(length_kv, BLOCK_K).to(tl.float32)
+        count = tl.minimum(length_kv - whole, BLOCK_K).to(tl.float32)
         if HAS_Q_DOT:
-            first = _load_rows(k, start, k_stride, HEAD_DIM, D_LO, PAD_LO, BLOCK_K, BY_DESCRIPTOR, True)
+            first = _load_rows(k, start, k_stride, HEAD_DIM, D_LO, PAD_LO, BLOCK_K, BY_DESCRIPTOR, True, CLEAR)
             mu += _mean_product(q_dot_lo, first, count)
             if D_HI:
-                first = _load_rows(k_hi, start_hi, k_stride, HEAD_DIM, D_HI, PAD_HI, BLOCK_K, BY_DESCRIPTOR, True)
+                first = _load_rows(
+                    k_hi, start_hi, k_stride, HEAD_DIM, D_HI, PAD_HI, BLOCK_K, BY_DESCRIPTOR, True, CLEAR
+                )
                 mu += _mean_product(q_dot_hi, first, count)
         if HAS_K_DOT:
-            first = _load_rows(k_dot, start, k_dot_stride, HEAD_DIM, D_LO, PAD_LO, BLOCK_K, BY_DESCRIPTOR, True)
+            first = _load_rows(k_dot, start, k_dot_stride, HEAD_DIM, D_LO, PAD_LO, BLOCK_K, BY_DESCRIPTOR, True, CLEAR)
             mu += _mean_product(q_lo, first, count)
             if D_HI:
                 first = _load_rows(
-                    k_dot_hi, start_hi, k_dot_stride, HEAD_DIM, D_HI, PAD_HI, BLOCK_K, BY_DESCRIPTOR, True
+                    k_dot_hi, start_hi, k_dot_stride, HEAD_DIM, D_HI, PAD_HI, BLOCK_K, BY_DESCRIPTOR, True, CLEAR
                 )
                 mu += _mean_product(q_hi, first, count)
         mu = mu * scale
         if HAS_BIAS_DOT:
             first = _load_bias(
-                bias_dot, bias_dot_strides, (first_row, length_q, 0, length_kv), BLOCK_Q, BLOCK_K, BIAS_HAS_ROWS
+                bias_dot, bias_dot_strides, (first_row, length_q, whole, length_kv), BLOCK_Q, BLOCK_K, BIAS_HAS_ROWS
             )
             mu += tl.sum(first.to(tl.float32), 1) / count
 
@@ -291,19 +366,19 @@ def attention_kernel(
         c_hi = tl.zeros([BLOCK_Q, V_HI], tl.float32)
 
     log2_scale = scale * LOG2E
-    if IS_CAUSAL:
-        end = tl.minimum(length_kv, first_row + BLOCK_Q)
-        uncut = tl.minimum(length_kv, first_row + 1) // BLOCK_K * BLOCK_K
-    else:
-        end = length_kv
-        uncut = length_kv // BLOCK_K * BLOCK_K
     # twice the same loop: over key blocks that every query of this block sees whole, then over the others
     for CUT in tl.static_range(2):
-        for first_key in tl.range(uncut if CUT else 0, end if CUT else uncut, BLOCK_K, num_stages=1 if CUT else STAGES):
-            keys_at = (batch, head_kv, first_key, 0, length_kv)
-            keys_at_hi = (batch, head_kv, first_key, D_LO, length_kv)
-            values_at = (batch, head_kv, first_key, first_column, length_kv)
-            values_at_hi = (batch, head_kv, first_key, V_LO, length_kv)
+        for step in tl.range(cut if CUT else whole, end if CUT else uncut, BLOCK_K, num_stages=1 if CUT else STAGES):
+            first_key = step
+            end_of_part = length_kv
+            if CUT and HAS_LEFT:
+                # steps before `uncut` stand for the key blocks that the left limit cuts, [first_seen, whole)
+                first_key = tl.where(step < uncut, step - cut + first_seen, step)
+                end_of_part = tl.where(step < uncut, whole, length_kv)
+            keys_at = (batch, head_kv, start_kv + first_key, 0, end_kv)
+            keys_at_hi = (batch, head_kv, start_kv + first_key, D_LO, end_kv)
+            values_at = (batch, head_kv, start_kv + first_key, first_column, end_kv)
+            values_at_hi = (batch, head_kv, start_kv + first_key, V_LO, end_kv)
             scores_at = (first_row, length_q, first_key, length_kv)
             keys = _load_rows(k, keys_at, k_stride, HEAD_DIM, D_LO, PAD_LO, BLOCK_K, BY_DESCRIPTOR, CUT)
             s = tl.dot(q_lo, tl.trans(keys), input_precision="ieee")
@@ -335,20 +410,27 @@ def attention_kernel(
                     s = s + b.to(tl.float32) * LOG2E
             if CUT:
                 columns = first_key + tl.arange(0, BLOCK_K)
-                if IS_CAUSAL:
-                    s = tl.where((columns < length_kv)[None, :] & (columns[None, :] <= rows[:, None]), s, -float("inf"))
-                else:
-                    s = tl.where((columns < length_kv)[None, :], s, -float("inf"))
+                visible = (columns < end_of_part)[None, :]
+                if CLEAR and S_MOVES:
+                    s_dot = tl.where(visible, s_dot, 0.0)
+                if HAS_RIGHT:
+                    visible = visible & (columns[None, :] <= rows[:, None] + right)
+                if HAS_LEFT:
+                    visible = visible & (columns[None, :] >= rows[:, None] - left)
+                s = tl.where(visible, s, -float("inf"))
 
             if SCALE_LATE:
                 m_new = tl.maximum(m, tl.max(s, 1) * log2_scale)
-                p = tl.math.exp2(s * log2_scale - m_new[:, None])
-                alpha = tl.math.exp2(m - m_new)
             else:
                 m_new = tl.maximum(m, tl.max(s, 1))
-                finite = tl.where(m_new == -float("inf"), 0.0, m_new)  # 2^(-inf - 0) = 0 until a key is seen
-                p = tl.math.exp2(s - finite[:, None])
-                alpha = tl.math.exp2(m - finite)
+            base = m_new
+            if BIAS != 0 or (CUT and HAS_LEFT):
+                base = tl.where(m_new == -float("inf"), 0.0, m_new)  # 2^(-inf - 0) = 0 until a key is seen
+            if SCALE_LATE:
+                p = tl.math.exp2(s * log2_scale - base[:, None])
+            else:
+                p = tl.math.exp2(s - base[:, None])
+            alpha = tl.math.exp2(m - base)
             m = m_new
             l = l * alpha + tl.sum(p, 1)
             o_lo = o_lo * alpha[:, None]
@@ -366,7 +448,7 @@ def attention_kernel(
                     h = p * (s_dot * scale - mu[:, None])
                 r = r * alpha + tl.sum(h, 1)
 
-            values = _load_rows(v, values_at, v_stride, HEAD_DIM_V, V_LO, PAD_V_LO, BLOCK_K, BY_DESCRIPTOR, CUT)
+            values = _load_rows(v, values_at, v_stride, HEAD_DIM_V, V_LO, PAD_V_LO, BLOCK_K, BY_DESCRIPTOR, CUT, CLEAR)
             p = p.to(values.dtype)
             o_lo = tl.dot(p, values, o_lo, input_precision="ieee")
             if S_MOVES:
@@ -374,38 +456,47 @@ def attention_kernel(
                 c_lo = tl.dot(h, values, c_lo, input_precision="ieee")
             if V_HI:
                 values = _load_rows(
-                    v_hi, values_at_hi, v_stride, HEAD_DIM_V, V_HI, PAD_V_HI, BLOCK_K, BY_DESCRIPTOR, CUT
+                    v_hi, values_at_hi, v_stride, HEAD_DIM_V, V_HI, PAD_V_HI, BLOCK_K, BY_DESCRIPTOR, CUT, CLEAR
                 )
                 o_hi = tl.dot(p, values, o_hi, input_precision="ieee")
                 if S_MOVES:
                     c_hi = tl.dot(h, values, c_hi, input_precision="ieee")
             if HAS_V_DOT:
                 values = _load_rows(
-                    v_dot, values_at, v_dot_stride, HEAD_DIM_V, V_LO, PAD_V_LO, BLOCK_K, BY_DESCRIPTOR, CUT
+                    v_dot, values_at, v_dot_stride, HEAD_DIM_V, V_LO, PAD_V_LO, BLOCK_K, BY_DESCRIPTOR, CUT, CLEAR
                 )
                 c_lo = tl.dot(p, values, c_lo, input_precision="ieee")
                 if V_HI:
                     values = _load_rows(
-                        v_dot_hi, values_at_hi, v_dot_stride, HEAD_DIM_V, V_HI, PAD_V_HI, BLOCK_K, BY_DESCRIPTOR, CUT
+                        v_dot_hi,
+                        values_at_hi,
+                        v_dot_stride,
+                        HEAD_DIM_V,
+                        V_HI,
+                        PAD_V_HI,
+                        BLOCK_K,
+                        BY_DESCRIPTOR,
+                        CUT,
+                        CLEAR,
                     )
                     c_hi = tl.dot(p, values, c_hi, input_precision="ieee")
 
     seen = rows < tl.where(first_column == 0, length_q, 0)  # one program of V_PARTS writes the row sums
-    if BIAS != 0:
+    if MAY_BE_BLIND:
         blind = m == -float("inf")  # rows that see no key: l, o_lo, c_lo and r are 0 there
         l = tl.where(blind, 1.0, l)
         if S_MOVES:
             mu = tl.where(blind, 0.0, mu)
     inverse = 1.0 / l
     log_sum = (m + tl.math.log2(l)) * LN2
-    row_sums = batch_head.to(tl.int64) * length_q + rows
+    row_sums += start_q + rows
     tl.store(lse + row_sums, log_sum, mask=seen)
     o = _base(o, o_strides, batch, head)
     o_lo = o_lo * inverse[:, None]
-    _store_rows(o, o_lo, first_row, first_column, length_q, o_strides[2], HEAD_DIM_V, V_LO, BLOCK_Q)
+    _store_rows(o, o_lo, start_q + first_row, first_column, end_q, o_strides[2], HEAD_DIM_V, V_LO, BLOCK_Q)
     if V_HI:
         o_hi = o_hi * inverse[:, None]
-        _store_rows(o, o_hi, first_row, V_LO, length_q, o_strides[2], HEAD_DIM_V, V_HI, BLOCK_Q)
+        _store_rows(o, o_hi, start_q + first_row, V_LO, end_q, o_strides[2], HEAD_DIM_V, V_HI, BLOCK_Q)
     if O_MOVES:
         r = r * inverse
         c_lo = c_lo * inverse[:, None]
@@ -413,12 +504,12 @@ def attention_kernel(
             c_lo = c_lo - r[:, None] * o_lo
             tl.store(lse_dot + row_sums, r + mu, mask=seen)
         o_dot = _base(o_dot, o_strides, batch, head)
-        _store_rows(o_dot, c_lo, first_row, first_column, length_q, o_strides[2], HEAD_DIM_V, V_LO, BLOCK_Q)
+        _store_rows(o_dot, c_lo, start_q + first_row, first_column, end_q, o_strides[2], HEAD_DIM_V, V_LO, BLOCK_Q)
         if V_HI:
             c_hi = c_hi * inverse[:, None]
             if S_MOVES:
                 c_hi = c_hi - r[:, None] * o_hi
-            _store_rows(o_dot, c_hi, first_row, V_LO, length_q, o_strides[2], HEAD_DIM_V, V_HI, BLOCK_Q)
+            _store_rows(o_dot, c_hi, start_q + first_row, V_LO, end_q, o_strides[2], HEAD_DIM_V, V_HI, BLOCK_Q)
 
 
 # -------------------------------------------------------------------------------------------- host functions
@@ -437,10 +528,18 @@ def supports(q: Tensor, v: Tensor) -> bool:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float, **overrides: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    scale: float,
+    *,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
+    **overrides: Any,
 ) -> tuple[Tensor, Tensor]:
     """(o, lse). overrides: blocks and by_descriptor of _attend, for tests and measurements."""
-    return _attend(q, k, v, (None, None, None, None), bias, is_causal, scale, **overrides)[:2]
+    return _attend(q, k, v, (None, None, None, None), bias, window, scale, cu_seqlens, **overrides)[:2]
 
 
 def attention_jvp(
@@ -452,13 +551,15 @@ def attention_jvp(
     v_dot: Tensor | None,
     bias: Tensor | None,
     bias_dot: Tensor | None,
-    is_causal: bool,
+    window: Window,
     scale: float,
+    *,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
     **overrides: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(o, lse, o_dot, lse_dot). A tangent given as None is zero and costs nothing."""
     dots = (q_dot, k_dot, v_dot, bias_dot)
-    o, lse, o_dot, lse_dot = _attend(q, k, v, dots, bias, is_causal, scale, **overrides)
+    o, lse, o_dot, lse_dot = _attend(q, k, v, dots, bias, window, scale, cu_seqlens, **overrides)
     return (
         o,
         lse,
@@ -473,14 +574,15 @@ def _attend(
     v: Tensor,
     dots: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     bias: Tensor | None,
-    is_causal: bool,
+    window: Window,
     scale: float,
+    cu_seqlens: tuple[Tensor, Tensor] | None,
     *,
     blocks: Blocks | None = None,
     by_descriptor: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
-        return attention_blocked._attend(q, k, v, dots, bias, is_causal, scale, None, None)
+        return attention_blocked._attend(q, k, v, dots, bias, window, scale, None, None)
     q, k, v, q_dot, k_dot, v_dot = map(_addressable, (q, k, v, *dots[:3]))
     bias_dot = dots[3]
     batch, heads, length_q, head_dim = q.shape
@@ -492,6 +594,14 @@ def _attend(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     o_dot = _empty_rows(q, head_dim_v) if o_moves else None
     lse_dot = torch.empty_like(lse) if s_moves else None
+    cu_q, cu_kv, sequences = None, None, 0
+    if cu_seqlens is not None:
+        cu_q, cu_kv = cu_seqlens
+        sequences = cu_q.shape[0] - 1
+        for x, nothing in ((o, 0.0), (lse, -math.inf), (o_dot, 0.0), (lse_dot, 0.0)):
+            if x is not None:
+                x.fill_(nothing)  # for rows of no sequence
+    left, right = window
 
     streamed = (k, k_dot, v, v_dot)
     arch = _arch(q.device)
@@ -505,7 +615,10 @@ def _attend(
     sources = [
         _sources(x, *width, blocks.block_k) if by_descriptor else (x, None) for x, width in zip(streamed, widths)
     ]
-    grid = (triton.cdiv(length_q, blocks.block_q) * batch * heads, v_parts)
+    tiles = triton.cdiv(length_q, blocks.block_q)
+    if cu_seqlens is not None:
+        tiles = length_q // blocks.block_q + sequences if sequences else 0
+    grid = (tiles * batch * heads, v_parts)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         attention_kernel[grid](
             q,
@@ -517,6 +630,8 @@ def _attend(
             lse,
             o_dot,
             lse_dot,
+            cu_q,
+            cu_kv,
             _strides(q, 3),
             _strides(q_dot, 3),
             *(None if by_descriptor else _strides(x, 3) for x in streamed),
@@ -528,6 +643,9 @@ def _attend(
             heads // kv_heads,
             length_q,
             length_kv,
+            0 if left is None else min(left, length_q),
+            0 if right is None else min(right, length_kv),
+            sequences,
             HEAD_DIM=head_dim,
             HEAD_DIM_V=head_dim_v,
             D_LO=d_lo,
@@ -544,7 +662,9 @@ def _attend(
             BIAS=_bias_kind(bias),
             BIAS_HAS_ROWS=bias is not None and bias.shape[2] > 1,
             HAS_BIAS_DOT=bias_dot is not None,
-            IS_CAUSAL=is_causal,
+            HAS_LEFT=left is not None,
+            HAS_RIGHT=right is not None,
+            PACKED=cu_seqlens is not None,
             SCALE_IS_POSITIVE=scale > 0,
             BY_DESCRIPTOR=by_descriptor,
             num_warps=blocks.num_warps,

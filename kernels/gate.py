@@ -66,7 +66,9 @@ class Flags(NamedTuple):
     bias: int = NO_BIAS
     bias_has_rows: bool = False
     has_bias_dot: bool = False
-    is_causal: bool = False
+    has_left: bool = False
+    has_right: bool = False
+    packed: bool = False
 
 
 VARIANTS = {"jvp": Flags(), "forward": Flags(False, False, False), "bias": Flags(bias=BOOLEAN_BIAS)}
@@ -201,7 +203,8 @@ def _source(
         "bias_strides": ("i32",) * 4 if flags.bias else None,
         "bias_dot_strides": ("i32",) * 4 if flags.has_bias_dot else None,
         "scale": "fp32",
-        **dict.fromkeys(("heads", "group", "length_q", "length_kv"), "i32"),
+        **dict.fromkeys(("heads", "group", "length_q", "length_kv", "left", "right", "sequences"), "i32"),
+        **dict.fromkeys(("cu_q", "cu_kv"), "*i32" if flags.packed else None),
     }
     for name, there in present.items():
         by_stride = there and (name.startswith("q") or not by_descriptor)
@@ -229,7 +232,7 @@ def _source(
     for i, (name, kind) in enumerate(signature.items()):
         if isinstance(kind, tuple) and not name.startswith("bias"):
             hints |= {(i, j): aligned for j in range(len(kind))}
-        elif kind[0] == "*":
+        elif kind[0] == "*" and not name.startswith("cu"):
             hints[(i,)] = aligned
     present_constants = {name: constants[name] for name in signature if name in constants}
     return ASTSource(fn=attention_kernel, signature=signature, constexprs=present_constants, attrs=hints)

@@ -23,6 +23,7 @@ from triton.runtime import driver, interpreter
 from jvpgraph.kernels import aten_backward, attention_blocked, attention_triton, gate, reference
 from jvpgraph.kernels.attention import implementation, merge_attention
 from jvpgraph.kernels.blocks import Blocks, choose_blocks, split_head_dim
+from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -133,14 +134,20 @@ def errors(have: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> list[float]:
     return result
 
 
-def check(inputs, dots, bias, bias_dot, is_causal=False, scale=0.2, by_descriptor=None, blocks=None) -> None:
+def widths(window: Window) -> tuple[int, int]:
+    """window as the reference and the ops take it."""
+    left, right = (-1 if x is None else x for x in window)
+    return left, right
+
+
+def check(inputs, dots, bias, bias_dot, window=EVERYTHING, scale=0.2, by_descriptor=None, blocks=None) -> None:
     q, k, v = inputs
     tensors = (q, k, v, *dots, bias, bias_dot)
-    want = reference.attention_jvp(*map(double, tensors), is_causal, scale)
+    want = reference.attention_jvp(*map(double, tensors), False, scale, widths(window))
     options = {"by_descriptor": by_descriptor, "blocks": blocks}
-    have = attention_triton.attention_jvp(*tensors, is_causal, scale, **options)
+    have = attention_triton.attention_jvp(*tensors, window, scale, **options)
     assert max(errors(have, want)) < TOLERANCE[q.dtype]
-    primal = attention_triton.attention(q, k, v, bias, is_causal, scale, **options)
+    primal = attention_triton.attention(q, k, v, bias, window, scale, **options)
     assert max(errors(primal, want[:2])) < TOLERANCE[q.dtype]
     for o in (have[0], have[2], primal[0]):
         assert o.dtype == q.dtype
@@ -161,10 +168,10 @@ def test_lengths(n_q, n_k, dtype):
 @runs_kernels
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_longer(is_causal, dtype):
-    check(*make(h=1, n_q=190, n_k=999, dtype=dtype), is_causal=is_causal)
-    check(*make(h=1, n_q=999, n_k=190, dtype=dtype), is_causal=is_causal)
+@pytest.mark.parametrize("window", [EVERYTHING, CAUSAL])
+def test_longer(window, dtype):
+    check(*make(h=1, n_q=190, n_k=999, dtype=dtype), window=window)
+    check(*make(h=1, n_q=999, n_k=190, dtype=dtype), window=window)
 
 
 @runs_kernels
@@ -179,26 +186,26 @@ def test_head_dims(d, d_v, by_descriptor):
 
 
 @runs_kernels
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [EVERYTHING, CAUSAL])
 @pytest.mark.parametrize(
     "bias", ["none", "padding", "boolean", "additive", "additive_padding", "per_head", "per_query"]
 )
-def test_masks(bias, is_causal):
+def test_masks(bias, window):
     inputs = make(b=2, kv_heads=1, n_q=70, n_k=130, d=16, bias=bias)
-    check(*inputs, is_causal=is_causal)
-    check(*make(b=2, h=4, kv_heads=2, n_q=70, n_k=40, d=16, bias=bias), is_causal=is_causal)
+    check(*inputs, window=window)
+    check(*make(b=2, h=4, kv_heads=2, n_q=70, n_k=40, d=16, bias=bias), window=window)
 
 
 @runs_kernels
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [EVERYTHING, CAUSAL])
 @pytest.mark.parametrize("bias", ["padding", "boolean", "additive"])
-def test_fully_masked_rows_are_zero(bias, is_causal):
+def test_fully_masked_rows_are_zero(bias, window):
     inputs, dots, mask, mask_dot = make(b=2, n_q=70, n_k=130, d=16, bias=bias)
     nothing = False if mask.dtype == torch.bool else -math.inf
     mask[0] = nothing
     mask[1, ..., :100] = nothing  # the first block has none of the keys of this one
-    check(inputs, dots, mask, mask_dot, is_causal=is_causal)
-    o, lse, o_dot, lse_dot = attention_triton.attention_jvp(*inputs, *dots, mask, mask_dot, is_causal, 0.2)
+    check(inputs, dots, mask, mask_dot, window=window)
+    o, lse, o_dot, lse_dot = attention_triton.attention_jvp(*inputs, *dots, mask, mask_dot, window, 0.2)
     assert not o[0].any()
     assert (lse[0] == -math.inf).all()
     assert not o_dot[0].any()
@@ -242,7 +249,7 @@ def test_any_strides():
 def test_no_rows_and_no_keys():
     inputs, dots, _, _ = make(n_q=3, n_k=5, d=16)
     o, lse, o_dot, lse_dot = attention_triton.attention_jvp(
-        inputs[0], *(x[:, :, :0] for x in inputs[1:]), dots[0], None, None, None, None, False, 1.0
+        inputs[0], *(x[:, :, :0] for x in inputs[1:]), dots[0], None, None, None, None, EVERYTHING, 1.0
     )
     assert not o.any()
     assert (lse == -math.inf).all()
@@ -263,7 +270,7 @@ def test_a_tangent_common_to_all_keys_costs_no_precision():
     scale = 128**-0.5
     tensors = (q, k, v, q_dot, k_dot, v_dot)
     want = reference.attention_jvp(*map(double, tensors), None, None, False, scale)
-    have = attention_triton.attention_jvp(*tensors, None, None, False, scale)
+    have = attention_triton.attention_jvp(*tensors, None, None, EVERYTHING, scale)
 
     # the same roundings without centring, in torch
     q, k, v, q_dot, k_dot, v_dot = (x.float() for x in tensors)
@@ -286,7 +293,7 @@ def test_two_halves_merge_to_the_whole():
 
     def run(keys: slice) -> tuple[Tensor, ...]:
         moved = (k_dot[:, :, keys], v_dot[:, :, keys], mask[..., keys], mask_dot[..., keys])
-        return attention_triton.attention_jvp(q, k[:, :, keys], v[:, :, keys], q_dot, *moved, False, 0.2)
+        return attention_triton.attention_jvp(q, k[:, :, keys], v[:, :, keys], q_dot, *moved, EVERYTHING, 0.2)
 
     whole = run(slice(None))
     merged = merge_attention(run(slice(0, 61)), run(slice(61, None)))
@@ -339,7 +346,7 @@ def test_a_new_length_compiles_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(driver, "_active", Hopper())
     for n_q, n_k, b in ((100, 65, 1), (1, 999, 2), (128, 16, 3), (65, 1, 1)):
         (q, k, v), dots, _, _ = make(b=b, n_q=n_q, n_k=n_k, d=32, dtype=torch.bfloat16)
-        attention_triton.attention_jvp(q, k, v, *dots, None, None, False, 0.1)
+        attention_triton.attention_jvp(q, k, v, *dots, None, None, EVERYTHING, 0.1)
     assert len({id(x) for x in compiled}) == 1
     blocks = choose_blocks(90, (32, 32), torch.bfloat16, "jvp", True)
     gated = gate._source(32, 32, torch.bfloat16, blocks, gate.VARIANTS["jvp"], True)
@@ -376,8 +383,13 @@ def fake(b=2, h=8, kv_heads=None, n_q=100, n_k=100, d=64, d_v=None, dtype=torch.
 PATHS = [
     ("flash", {}, {}),
     ("flash", {"n_k": 90, "kv_heads": 2}, {}),
-    ("flash", {"d": 72, "dtype": torch.float16}, {"is_causal": True}),
-    ("efficient", {"n_k": 90}, {"is_causal": True}),  # flash aligns its diagonal at the bottom right
+    ("flash", {"d": 72, "dtype": torch.float16}, {"window": CAUSAL}),
+    ("flash", {"kv_heads": 2}, {"window": Window(30, 5)}),
+    ("flash", {}, {"window": Window(left=30)}),
+    ("flash", {}, {"window": Window(right=5)}),
+    ("efficient", {"n_k": 90}, {"window": CAUSAL}),  # flash aligns its window at the bottom right
+    ("blocked", {"n_k": 90}, {"window": Window(30, 5)}),
+    ("blocked", {"d": 256}, {"window": Window(30, 5)}),
     ("efficient", {"dtype": torch.float32}, {}),
     ("efficient", {"d_v": 128}, {}),
     ("efficient", {"d": 256}, {}),
@@ -385,7 +397,7 @@ PATHS = [
     ("efficient", {}, {"bias": torch.bfloat16}),
     ("blocked", {}, {"bias": torch.float32}),
     ("blocked", {"d_v": 128, "kv_heads": 2}, {}),
-    ("blocked", {}, {"bias": torch.bool, "is_causal": True}),
+    ("blocked", {}, {"bias": torch.bool, "window": CAUSAL}),
     ("blocked", {"d": 63}, {}),
     ("blocked", {"n_k": 0}, {}),
     ("blocked", {}, {"has_lse_grad": True}),
@@ -399,7 +411,7 @@ def test_backward_paths(path, shape, options, bias_rows, monkeypatch):
     """What is chosen, and that ATen's schema and shapes take it: its kernels themselves need a GPU."""
     # a torch without CUDA does not fake all that this calls
     monkeypatch.setattr(aten_backward, "_additive_aligned", lambda q, k, bias: bias.expand(*q.shape[:3], -1))
-    options = {"bias": None, "is_causal": False, "has_lse_grad": False, "bias_needs_grad": False} | options
+    options = {"bias": None, "window": EVERYTHING, "has_lse_grad": False, "bias_needs_grad": False} | options
     with FakeTensorMode():
         q, k, v = fake(**shape)
         if options["bias"] is not None:
@@ -410,9 +422,9 @@ def test_backward_paths(path, shape, options, bias_rows, monkeypatch):
             return
         o = torch.empty(2, q.shape[2], 8, v.shape[3], dtype=q.dtype, device="cuda").transpose(1, 2)
         lse = torch.empty(q.shape[:3], device="cuda")
-        bias, is_causal = options["bias"], options["is_causal"]
+        bias, window = options["bias"], options["window"]
         *grads, dbias = aten_backward.attention_backward(
-            o, None, q, k, v, bias, o, lse, is_causal, 0.1, options["bias_needs_grad"]
+            o, None, q, k, v, bias, o, lse, window, 0.1, options["bias_needs_grad"]
         )
         assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
         assert all(x.device.type == "cuda" and x.dtype == q.dtype for x in grads)
@@ -445,15 +457,15 @@ def test_what_the_efficient_backward_is_given():
 def test_backward_on_a_gpu(path, shape, options):
     dtype = shape.get("dtype", torch.bfloat16)
     inputs, _, _, _ = make(b=2, h=8, **{"n_q": 100, "n_k": 100, "dtype": dtype} | shape)
-    bias, is_causal = None, options.get("is_causal", False)
+    bias, window = None, options.get("window", EVERYTHING)
     if "bias" in options:
         seen = torch.rand(2, 1, 1, inputs[1].shape[2], device=DEVICE) > 0.3
         seen[0] = False
         bias = seen if options["bias"] == torch.bool else torch.where(seen, 0.0, -math.inf).to(dtype)
-    o, lse = attention_triton.attention(*inputs, bias, is_causal, 0.2)
+    o, lse = attention_triton.attention(*inputs, bias, window, 0.2)
     o_grad = torch.randn_like(o)
-    have = attention_triton.attention_backward(o_grad, None, *inputs, bias, o, lse, is_causal, 0.2, False)[:3]
+    have = attention_triton.attention_backward(o_grad, None, *inputs, bias, o, lse, window, 0.2, False)[:3]
     want = attention_blocked.attention_backward(
-        *(double(x) for x in (o_grad, None, *inputs, bias, o, lse)), is_causal, 0.2, False
+        *(double(x) for x in (o_grad, None, *inputs, bias, o, lse)), window, 0.2, False
     )[:3]
     assert max(errors(have, want)) < 2 * TOLERANCE[dtype]

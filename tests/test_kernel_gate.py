@@ -58,13 +58,13 @@ def test_a_planted_entry_fails_the_command(monkeypatch, capsys):
 # What the table is not checked for, but must compile to and fit: the interpreter does not know types of loops.
 VARIANTS = [
     (90, 72, 40, BF16, Flags(has_k_dot=False, has_v_dot=False), True),
-    (90, 128, 64, BF16, Flags(is_causal=True), True),
+    (90, 128, 64, BF16, Flags(has_right=True), True),
     (90, 40, 72, torch.float16, Flags(False, False, True, bias=1, bias_has_rows=True), True),
     (90, 200, 256, BF16, Flags(False, True, False, bias=2), True),
     (90, 128, 128, BF16, Flags(), False),
-    (80, 96, 256, BF16, Flags(True, False, True, is_causal=True), False),
-    (80, 48, 32, torch.float32, Flags(False, False, False, 2, True, True, True), False),
-    (100, 72, 128, torch.float16, Flags(bias=1, bias_has_rows=True, is_causal=True), True),
+    (80, 96, 256, BF16, Flags(True, False, True, has_right=True), False),
+    (80, 48, 32, torch.float32, Flags(False, False, False, 2, True, True, has_right=True), False),
+    (100, 72, 128, torch.float16, Flags(bias=1, bias_has_rows=True, has_right=True), True),
     (100, 72, 128, BF16, Flags(), True),
     (100, 256, 64, BF16, Flags(), False),
 ]
