@@ -5,6 +5,8 @@ VENV   ?= .venv
 # torch, run with `make CONSTRAINTS=/dev/null`, or point VENV at an environment that has one already.
 CONSTRAINTS ?= constraints.txt
 OUT    ?= out
+# Figures of a GPU are kept beside the others.
+GPU_OUT ?= benchmarks/results
 
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -14,7 +16,7 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test lint format fuzz zoo bench bench-quality gpu dump clean
+.PHONY: help demo test lint format fuzz zoo bench bench-quality wheels gpu dump clean
 .DEFAULT_GOAL := help
 
 help:
@@ -53,9 +55,12 @@ bench: $(READY)  ## time and memory beside torch.func.jvp and finite differences
 bench-quality: $(READY)  ## rCM, sCM, DMD, dCM and MeanFlow on the digits, three seeds: an hour and a half on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality --out $(OUT)/quality
 
-gpu: $(READY)  ## the attention tests on a CUDA device, then time and memory
-	$(BIN)/python -m pytest -q tests/test_attention.py tests/test_attention_triton.py
-	$(BIN)/python -m benchmarks.dit --device cuda --out benchmarks/results
+wheels:  ## fetch what `make gpu` needs where there is no network, into benchmarks/.wheels
+	rm -rf benchmarks/.wheels
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --dest benchmarks/.wheels setuptools jvp_flash_attention
+
+gpu:  ## with the CUDA torch of $(PYTHON), without network, in under nine minutes: kernel tests, tiles, benchmark
+	$(PYTHON) -m benchmarks.gpu --out $(GPU_OUT)
 
 dump: $(READY)  ## the graph of a small Wan transformer after every pass, in out/dump
 	rm -rf $(OUT)/dump

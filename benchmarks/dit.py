@@ -30,15 +30,17 @@ from jvpgraph.trainer.dit import DiT, DiTConfig
 Step = Callable[[], Tensor]  # runs forward, tangent and backward; returns the tangent
 
 
-def steps(model: nn.Module, x: Tensor, t: Tensor, labels: Tensor, x_dot: Tensor, t_dot: Tensor) -> dict[str, Step]:
+def steps(
+    model: nn.Module, x: Tensor, t: Tensor, labels: Tensor, x_dot: Tensor, t_dot: Tensor, compiler: str
+) -> dict[str, Step]:
     """One function per way of getting (y with gradient, y_dot)."""
-    dual = jvpgraph.transform(model)
-    forward = torch.compile(model)
+    dual = jvpgraph.transform(model, backend=compiler)
+    forward = torch.compile(model, backend=compiler)
 
     def tangent(x: Tensor, t: Tensor, x_dot: Tensor, t_dot: Tensor) -> Tensor:
         return torch.func.jvp(lambda x, t: model(x, t, labels), (x, t), (x_dot, t_dot))[1]
 
-    compiled_tangent = torch.compile(tangent)
+    compiled_tangent = torch.compile(tangent, backend=compiler)
 
     def ours() -> Tensor:
         y, y_dot = dual(x, t, labels, tangents={"x": x_dot, "t": t_dot})
@@ -96,6 +98,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--compiler", default="inductor", choices=("inductor", "eager"), help="eager: nothing is fused")
     parser.add_argument("--out", type=Path, default=None, help="folder for dit_<device>.json")
     o = parser.parse_args()
 
@@ -111,7 +114,7 @@ def main() -> None:
     t = torch.rand(o.batch, device=o.device, dtype=dtype)
     labels = torch.arange(o.batch, device=o.device) % 10
     x_dot, t_dot = torch.randn_like(x), torch.ones_like(t)
-    ways = steps(model, x, t, labels, x_dot, t_dot)
+    ways = steps(model, x, t, labels, x_dot, t_dot, o.compiler)
 
     exact = DiT(config).to(o.device, torch.float64)
     exact.load_state_dict(model.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 
@@ -11,11 +12,20 @@ import torch
 def environment(device: str = "cpu") -> dict[str, str | int]:
     """Device, versions, threads and commit, for the JSON of a benchmark."""
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "device": name,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "commit": commit,
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """The commit, -dirty behind it if files differ; JVPGRAPH_COMMIT where the sources came without a repository."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        found = ""
+    return found or os.environ.get("JVPGRAPH_COMMIT", "unknown")
