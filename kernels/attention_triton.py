@@ -258,25 +258,23 @@ def attention_kernel(
     batch = batch_head // heads
     head = batch_head % heads
     head_kv = head // group
-    row_sums = batch_head.to(tl.int64) * length_q
-    # first_row, rows and keys count within the sequence, which is [start, end) of the tensors
-    start_q = 0
+    first_row = tile * BLOCK_Q
+    end_q = length_q
     start_kv = 0
+    end_kv = length_kv
+    own_key = first_row  # the key at the position of the first row
     if PACKED:
         sequence = _find_sequence(cu_q, sequences, tile, BLOCK_Q)
         start_q = tl.load(cu_q + sequence)
-        length_q = tl.load(cu_q + sequence + 1) - start_q
+        end_q = tl.load(cu_q + sequence + 1)
         start_kv = tl.load(cu_kv + sequence)
-        length_kv = tl.load(cu_kv + sequence + 1) - start_kv
-        tile = tile - start_q // BLOCK_Q - sequence
-        length_kv = tl.where(tile * BLOCK_Q < length_q, length_kv, 0)  # a tile too many has nothing to do
-    end_q = start_q + length_q
-    end_kv = start_kv + length_kv
-    first_row = tile * BLOCK_Q
+        first_row = start_q + (tile - start_q // BLOCK_Q - sequence) * BLOCK_Q
+        end_kv = tl.where(first_row < end_q, tl.load(cu_kv + sequence + 1), start_kv)  # a tile too many has no keys
+        own_key = start_kv + first_row - start_q
     rows = first_row + tl.arange(0, BLOCK_Q)
 
-    queries_at = (0, 0, start_q + first_row, 0, end_q)
-    queries_at_hi = (0, 0, start_q + first_row, D_LO, end_q)
+    queries_at = (0, 0, first_row, 0, end_q)
+    queries_at_hi = (0, 0, first_row, D_LO, end_q)
     q = _base(q, q_strides, batch, head)
     q_lo = _load_rows(q, queries_at, q_strides[2], HEAD_DIM, D_LO, PAD_LO, BLOCK_Q, False, True)
     if D_HI:
@@ -311,28 +309,28 @@ def attention_kernel(
         bias_dot = _base(bias_dot, bias_dot_strides, batch, head)
 
     # keys [first_seen, end) are seen by some query of this block, [whole, uncut) by all, in whole blocks of keys
-    end = length_kv
-    uncut = length_kv
+    whole = start_kv
+    end = end_kv
+    uncut = end_kv
     if HAS_RIGHT:
-        end = tl.minimum(length_kv, first_row + BLOCK_Q + right)
-        uncut = tl.minimum(length_kv, first_row + 1 + right)
+        end = tl.minimum(end_kv, own_key + BLOCK_Q + right)
+        uncut = tl.minimum(end_kv, own_key + 1 + right)
     if HAS_LEFT:
-        first_seen = tl.minimum(tl.maximum(first_row - left, 0), end)
-        whole = tl.maximum(first_row + BLOCK_Q - 1 - left, 0)
-        uncut = tl.maximum(uncut - whole, 0) // BLOCK_K * BLOCK_K
-        whole = tl.where(uncut > 0, whole, first_seen)
-        uncut = whole + uncut
+        first_seen = tl.minimum(tl.maximum(own_key - left, start_kv), end)
+        whole = tl.maximum(own_key + BLOCK_Q - 1 - left, start_kv)
+        count = tl.maximum(uncut - whole, 0) // BLOCK_K * BLOCK_K
+        whole = tl.where(count > 0, whole, first_seen)
+        uncut = whole + count
         cut = uncut - tl.cdiv(whole - first_seen, BLOCK_K) * BLOCK_K
     else:
-        whole = 0
-        uncut = uncut // BLOCK_K * BLOCK_K
+        uncut = whole + (uncut - whole) // BLOCK_K * BLOCK_K
         cut = uncut
 
     if S_MOVES:
-        start = (batch, head_kv, start_kv + whole, 0, end_kv)
-        start_hi = (batch, head_kv, start_kv + whole, D_LO, end_kv)
+        start = (batch, head_kv, whole, 0, end_kv)
+        start_hi = (batch, head_kv, whole, D_LO, end_kv)
         mu = tl.zeros([BLOCK_Q], tl.float32)
-        count = tl.minimum(length_kv - whole, BLOCK_K).to(tl.float32)
+        count = tl.minimum(end_kv - whole, BLOCK_K).to(tl.float32)
         if HAS_Q_DOT:
             first = _load_rows(k, start, k_stride, HEAD_DIM, D_LO, PAD_LO, BLOCK_K, BY_DESCRIPTOR, True, CLEAR)
             mu += _mean_product(q_dot_lo, first, count)
@@ -370,15 +368,15 @@ def attention_kernel(
     for CUT in tl.static_range(2):
         for step in tl.range(cut if CUT else whole, end if CUT else uncut, BLOCK_K, num_stages=1 if CUT else STAGES):
             first_key = step
-            end_of_part = length_kv
+            end_of_part = end_kv
             if CUT and HAS_LEFT:
                 # steps before `uncut` stand for the key blocks that the left limit cuts, [first_seen, whole)
                 first_key = tl.where(step < uncut, step - cut + first_seen, step)
-                end_of_part = tl.where(step < uncut, whole, length_kv)
-            keys_at = (batch, head_kv, start_kv + first_key, 0, end_kv)
-            keys_at_hi = (batch, head_kv, start_kv + first_key, D_LO, end_kv)
-            values_at = (batch, head_kv, start_kv + first_key, first_column, end_kv)
-            values_at_hi = (batch, head_kv, start_kv + first_key, V_LO, end_kv)
+                end_of_part = tl.where(step < uncut, whole, end_kv)
+            keys_at = (batch, head_kv, first_key, 0, end_kv)
+            keys_at_hi = (batch, head_kv, first_key, D_LO, end_kv)
+            values_at = (batch, head_kv, first_key, first_column, end_kv)
+            values_at_hi = (batch, head_kv, first_key, V_LO, end_kv)
             scores_at = (first_row, length_q, first_key, length_kv)
             keys = _load_rows(k, keys_at, k_stride, HEAD_DIM, D_LO, PAD_LO, BLOCK_K, BY_DESCRIPTOR, CUT)
             s = tl.dot(q_lo, tl.trans(keys), input_precision="ieee")
@@ -413,10 +411,11 @@ def attention_kernel(
                 visible = (columns < end_of_part)[None, :]
                 if CLEAR and S_MOVES:
                     s_dot = tl.where(visible, s_dot, 0.0)
+                own_keys = own_key + tl.arange(0, BLOCK_Q)
                 if HAS_RIGHT:
-                    visible = visible & (columns[None, :] <= rows[:, None] + right)
+                    visible = visible & (columns[None, :] <= own_keys[:, None] + right)
                 if HAS_LEFT:
-                    visible = visible & (columns[None, :] >= rows[:, None] - left)
+                    visible = visible & (columns[None, :] >= own_keys[:, None] - left)
                 s = tl.where(visible, s, -float("inf"))
 
             if SCALE_LATE:
@@ -481,7 +480,7 @@ def attention_kernel(
                     )
                     c_hi = tl.dot(p, values, c_hi, input_precision="ieee")
 
-    seen = rows < tl.where(first_column == 0, length_q, 0)  # one program of V_PARTS writes the row sums
+    seen = rows < tl.where(first_column == 0, end_q, 0)  # one program of V_PARTS writes the row sums
     if MAY_BE_BLIND:
         blind = m == -float("inf")  # rows that see no key: l, o_lo, c_lo and r are 0 there
         l = tl.where(blind, 1.0, l)
@@ -489,14 +488,14 @@ def attention_kernel(
             mu = tl.where(blind, 0.0, mu)
     inverse = 1.0 / l
     log_sum = (m + tl.math.log2(l)) * LN2
-    row_sums += start_q + rows
+    row_sums = batch_head.to(tl.int64) * length_q + rows
     tl.store(lse + row_sums, log_sum, mask=seen)
     o = _base(o, o_strides, batch, head)
     o_lo = o_lo * inverse[:, None]
-    _store_rows(o, o_lo, start_q + first_row, first_column, end_q, o_strides[2], HEAD_DIM_V, V_LO, BLOCK_Q)
+    _store_rows(o, o_lo, first_row, first_column, end_q, o_strides[2], HEAD_DIM_V, V_LO, BLOCK_Q)
     if V_HI:
         o_hi = o_hi * inverse[:, None]
-        _store_rows(o, o_hi, start_q + first_row, V_LO, end_q, o_strides[2], HEAD_DIM_V, V_HI, BLOCK_Q)
+        _store_rows(o, o_hi, first_row, V_LO, end_q, o_strides[2], HEAD_DIM_V, V_HI, BLOCK_Q)
     if O_MOVES:
         r = r * inverse
         c_lo = c_lo * inverse[:, None]
@@ -504,12 +503,12 @@ def attention_kernel(
             c_lo = c_lo - r[:, None] * o_lo
             tl.store(lse_dot + row_sums, r + mu, mask=seen)
         o_dot = _base(o_dot, o_strides, batch, head)
-        _store_rows(o_dot, c_lo, start_q + first_row, first_column, end_q, o_strides[2], HEAD_DIM_V, V_LO, BLOCK_Q)
+        _store_rows(o_dot, c_lo, first_row, first_column, end_q, o_strides[2], HEAD_DIM_V, V_LO, BLOCK_Q)
         if V_HI:
             c_hi = c_hi * inverse[:, None]
             if S_MOVES:
                 c_hi = c_hi - r[:, None] * o_hi
-            _store_rows(o_dot, c_hi, start_q + first_row, V_LO, end_q, o_strides[2], HEAD_DIM_V, V_HI, BLOCK_Q)
+            _store_rows(o_dot, c_hi, first_row, V_LO, end_q, o_strides[2], HEAD_DIM_V, V_HI, BLOCK_Q)
 
 
 # -------------------------------------------------------------------------------------------- host functions
@@ -610,6 +609,8 @@ def _attend(
     if blocks is None:
         kind = variant(o_moves, bias is not None)
         blocks = choose_blocks(arch, (head_dim, head_dim_v), q.dtype, kind, by_descriptor)
+        if cu_seqlens is not None:
+            blocks = packed_blocks(blocks)
     d_lo, d_hi, v_lo, v_hi, v_parts = blocks.split(head_dim, head_dim_v)
     widths = ((d_lo, d_hi), (d_lo, d_hi), (v_lo, v_hi), (v_lo, v_hi))
     sources = [
@@ -672,6 +673,12 @@ def _attend(
             enable_fp_fusion=True,  # the default until Triton 3.10
         )
     return o, lse, o_dot, lse_dot
+
+
+def packed_blocks(blocks: Blocks) -> Blocks:
+    """blocks for packed sequences: short ones end within a wide block of keys, and zeroing what follows takes
+    registers, which on Hopper 128 keys of 64 columns do not leave."""
+    return blocks._replace(block_k=min(blocks.block_k, 64))
 
 
 def _bias_kind(bias: Tensor | None) -> int:

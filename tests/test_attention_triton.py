@@ -174,6 +174,30 @@ def test_longer(window, dtype):
     check(*make(h=1, n_q=999, n_k=190, dtype=dtype), window=window)
 
 
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "grouped heads": ({"h": 2, "kv_heads": 1}, {}),
+    "causal": ({}, {"window": CAUSAL}),
+    "window": ({}, {"window": Window(300, 50)}),
+    "padding": ({"bias": "padding"}, {}),
+    "boolean and causal": ({"bias": "boolean"}, {"window": CAUSAL}),
+    "additive": ({"bias": "additive"}, {}),
+    "additive and window": ({"bias": "additive"}, {"window": Window(40, 400)}),
+    "head dims": ({"d": 72, "d_v": 40}, {}),
+    "by descriptor": ({"d": 40, "d_v": 24}, {"by_descriptor": True, "window": CAUSAL}),
+    "batch and scale": ({"b": 2}, {"scale": -0.1}),
+}
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "half"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_at_odd_lengths(option, dtype):
+    shape, how = OPTIONS[option]
+    kind = FULL if dtype == "float32" else HALF[list(OPTIONS).index(option) % 2]
+    for n_q, n_k in ((1, 63), (63, 1), (65, 999), (999, 65)):
+        check(*make(n_q=n_q, n_k=n_k, dtype=kind, **{"h": 1, "d": 16} | shape), blocks=Blocks(128, 128, 4, 1), **how)
+
+
 @runs_kernels
 @pytest.mark.parametrize("by_descriptor", [False, True])
 @pytest.mark.parametrize(
@@ -212,13 +236,122 @@ def test_fully_masked_rows_are_zero(bias, window):
     assert not lse_dot[0].any()
 
 
+WINDOWS = [
+    Window(left=20),
+    Window(right=20),
+    Window(30, 10),
+    Window(40, 0),
+    Window(0, 0),  # each query sees one key
+    Window(left=0),
+    Window(100, 110),  # wide enough for blocks of keys that all queries of a block see
+    Window(left=150),
+    Window(1 << 40, 1 << 40),
+]
+
+
 @runs_kernels
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize(("n_q", "n_k"), [(130, 130), (65, 230), (200, 63)])
+def test_windows(n_q, n_k, window):
+    """On either side of the queries, as narrow as one key and wider than the keys; with rows that see no key."""
+    blocks = Blocks(64, 32, 4, 1)
+    check(*make(h=1, n_q=n_q, n_k=n_k, d=16), window=window, blocks=blocks)
+    inputs = make(kv_heads=1, n_q=n_q, n_k=n_k, d=16, bias="padding", dtype=torch.float16)
+    check(*inputs, window=window, by_descriptor=True)
+
+
+@runs_kernels
+@pytest.mark.parametrize("window", [Window(left=10), Window(10, 10)], ids=str)
+def test_queries_whose_window_lies_behind_the_keys_see_nothing(window):
+    inputs, dots, _, _ = make(n_q=200, n_k=30, d=16)
+    o, lse, o_dot, lse_dot = attention_triton.attention_jvp(*inputs, *dots, None, None, window, 0.2)
+    assert (lse[:, :, :40] > -math.inf).all()
+    assert (lse[:, :, 40:] == -math.inf).all()
+    assert not any(x[:, :, 40:].any() for x in (o, o_dot, lse_dot))
+
+
+@runs_kernels
+@pytest.mark.parametrize("window", [EVERYTHING, Window(20, 5)], ids=str)
 @pytest.mark.parametrize("bias", ["none", "additive_padding"])
 @pytest.mark.parametrize("active", range(16))
-def test_absent_tangents_are_zeros(active, bias):
+def test_absent_tangents_are_zeros(active, bias, window):
     inputs, dots, mask, mask_dot = make(h=1, n_q=33, n_k=70, d=16, bias=bias)
     chosen = [x if active >> i & 1 else None for i, x in enumerate((*dots, mask_dot))]
-    check(inputs, chosen[:3], mask, chosen[3])
+    check(inputs, chosen[:3], mask, chosen[3], window=window)
+
+
+# -------------------------------------------------------------------------------------------- packed sequences
+
+LENGTHS = [(1, 65), (63, 1), (0, 20), (65, 0), (0, 0), (64, 63), (200, 130)]  # of queries and of keys
+
+
+def offsets(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0, dtype=torch.int32)
+
+
+def check_packed(lengths, poisoned, window, by_descriptor=None, blocks=None, active=7, **shape) -> None:
+    """Each sequence as if it were alone, with NaN in the sequences `poisoned` and in what follows the last one."""
+    lengths_q, lengths_kv = ([n[i] for n in lengths] for i in range(2))
+    inputs, dots, _, _ = make(n_q=sum(lengths_q) + 7, n_k=sum(lengths_kv) + 9, **shape)
+    cu = offsets(lengths_q), offsets(lengths_kv)
+    q, _, v = inputs
+    want = [torch.zeros(*q.shape[:3], n, device=DEVICE, dtype=torch.float64) for n in (v.shape[3], 1, v.shape[3], 1)]
+    want[1].fill_(-math.inf)
+    want[1], want[3] = want[1][..., 0], want[3][..., 0]
+    dots = [x if active >> i & 1 else None for i, x in enumerate(dots)]
+    rows, spoiled = torch.ones(q.shape[2], dtype=torch.bool, device=DEVICE), []
+    for n in range(len(lengths) + 1):
+        at_q, at_kv = (slice(int(x[n]), int(x[n + 1]) if n < len(lengths) else None) for x in cu)
+        mine = [None if x is None else x[:, :, at] for x, at in zip((*inputs, *dots), (at_q, at_kv, at_kv) * 2)]
+        if n in poisoned or n == len(lengths):
+            spoiled += [x for x in mine if x is not None]
+            rows[at_q] = n == len(lengths)  # rows of no sequence are zeros all the same
+        else:
+            for whole, part in zip(
+                want, reference.attention_jvp(*map(double, mine), None, None, False, 0.2, widths(window))
+            ):
+                whole[:, :, at_q] = part
+    for x in spoiled:
+        x.fill_(math.nan)
+    options = {"cu_seqlens": cu, "by_descriptor": by_descriptor, "blocks": blocks}
+    have = attention_triton.attention_jvp(*inputs, *dots, None, None, window, 0.2, **options)
+    primal = attention_triton.attention(*inputs, None, window, 0.2, **options)
+    for some in (have, primal):
+        right = errors([x[:, :, rows] for x in some], [x[:, :, rows] for x in want[: len(some)]])
+        assert max(right) < TOLERANCE[q.dtype]
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("dtype", "by_descriptor"), [(torch.float32, False), (torch.float16, True), (torch.bfloat16, False)], ids=str
+)
+@pytest.mark.parametrize("window", [EVERYTHING, CAUSAL, Window(30, 10), Window(left=70)], ids=str)
+def test_packed_sequences(window, by_descriptor, dtype):
+    check_packed(LENGTHS, (), window, by_descriptor, h=2, kv_heads=1, d=16, dtype=dtype)
+
+
+@runs_kernels
+@pytest.mark.parametrize("by_descriptor", [False, True])
+@pytest.mark.parametrize("window", [EVERYTHING, CAUSAL, Window(30, 10)], ids=str)
+def test_nan_stays_in_its_sequence(window, by_descriptor):
+    """Blocks of keys reach into the next sequence."""
+    for blocks in (Blocks(64, 32, 4, 1, halves=True), Blocks(32, 64, 4, 1, v_width=16)):
+        check_packed(LENGTHS[:6], (1, 2, 3), window, by_descriptor, blocks, h=1, d=32, dtype=torch.float16)
+
+
+@runs_kernels
+@pytest.mark.parametrize("active", range(8))
+def test_packed_sequences_with_some_tangents(active):
+    check_packed(LENGTHS[:4], (), CAUSAL, active=active, h=1, d=24, d_v=40)
+
+
+@runs_kernels
+@pytest.mark.slow
+def test_long_and_many_packed_sequences():
+    check_packed([(999, 65), (65, 999)], (), Window(300, 100), h=1, d=32)
+    check_packed([(1, 2)] * 70, (), EVERYTHING, h=1, d=16)
+    check_packed([(70, 3)], (), EVERYTHING, h=1, d=16)
+    check_packed([], (), EVERYTHING, h=1, d=16)
 
 
 @runs_kernels
@@ -261,7 +394,8 @@ def test_no_rows_and_no_keys():
 
 
 @runs_kernels
-def test_a_tangent_common_to_all_keys_costs_no_precision():
+@pytest.mark.parametrize("window", [EVERYTHING, Window(200, 200)], ids=str)
+def test_a_tangent_common_to_all_keys_costs_no_precision(window):
     """What the embedding of a time step does: 30 standard deviations, the same for every key."""
     inputs, dots, _, _ = make(h=2, n_q=64, n_k=512, d=128, dtype=torch.bfloat16)
     q, k, v = inputs
@@ -269,12 +403,13 @@ def test_a_tangent_common_to_all_keys_costs_no_precision():
     k_dot = (k_dot.float() + 30 * torch.randn(1, 2, 1, 128, device=DEVICE)).bfloat16()
     scale = 128**-0.5
     tensors = (q, k, v, q_dot, k_dot, v_dot)
-    want = reference.attention_jvp(*map(double, tensors), None, None, False, scale)
-    have = attention_triton.attention_jvp(*tensors, None, None, EVERYTHING, scale)
+    want = reference.attention_jvp(*map(double, tensors), None, None, False, scale, widths(window))
+    have = attention_triton.attention_jvp(*tensors, None, None, window, scale)
 
     # the same roundings without centring, in torch
     q, k, v, q_dot, k_dot, v_dot = (x.float() for x in tensors)
-    s, s_dot = scale * (q @ k.mT), scale * (q_dot @ k.mT + q @ k_dot.mT)
+    ahead = torch.arange(512, device=DEVICE) - torch.arange(64, device=DEVICE)[:, None]
+    s, s_dot = (scale * (q @ k.mT)).masked_fill(window.hides(ahead), -math.inf), scale * (q_dot @ k.mT + q @ k_dot.mT)
     p = s.softmax(-1)
     h = p * s_dot
     rounded = h.bfloat16().float() @ v + p.bfloat16().float() @ v_dot
@@ -328,8 +463,10 @@ def test_blocks_of_the_next_larger_head_dim():
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="pretends a GPU to Triton's compiler")
-def test_a_new_length_compiles_nothing(monkeypatch, tmp_path):
-    """What the host function launches is what the gate compiles, once for all lengths: on a GPU that is pretended."""
+@pytest.mark.parametrize(("limits", "packed"), [((None, None), False), ((16, 1), False), ((None, 16), True)], ids=str)
+def test_a_new_length_compiles_nothing(limits, packed, monkeypatch, tmp_path):
+    """What the host function launches is what the gate compiles, once for all lengths, widths of a window and numbers
+    of sequences: on a GPU that is pretended."""
     kernel, compiled = attention_triton.attention_kernel, []
 
     class Hopper:
@@ -344,12 +481,18 @@ def test_a_new_length_compiles_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(attention_triton, "attention_kernel", CompileOnly())
     monkeypatch.setattr(attention_triton, "_arch", lambda device: 90)
     monkeypatch.setattr(driver, "_active", Hopper())
-    for n_q, n_k, b in ((100, 65, 1), (1, 999, 2), (128, 16, 3), (65, 1, 1)):
-        (q, k, v), dots, _, _ = make(b=b, n_q=n_q, n_k=n_k, d=32, dtype=torch.bfloat16)
-        attention_triton.attention_jvp(q, k, v, *dots, None, None, EVERYTHING, 0.1)
+    packing = torch.tensor([0, 5, 5, 20, 64, 65], dtype=torch.int32)
+    for n, (n_q, n_k, b) in enumerate(((100, 65, 1), (999, 1999, 2), (128, 160, 3), (65, 165, 1))):
+        (q, k, v), dots, _, _ = make(b=1 if packed else b, n_q=n_q, n_k=n_k, d=32, dtype=torch.bfloat16)
+        window = Window(*(None if x is None else x * n for x in limits))
+        cu_seqlens = (packing[: n + 1], packing[1 : n + 2]) if packed else None
+        attention_triton.attention_jvp(q, k, v, *dots, None, None, window, 0.1, cu_seqlens=cu_seqlens)
     assert len({id(x) for x in compiled}) == 1
     blocks = choose_blocks(90, (32, 32), torch.bfloat16, "jvp", True)
-    gated = gate._source(32, 32, torch.bfloat16, blocks, gate.VARIANTS["jvp"], True)
+    if packed:
+        blocks = attention_triton.packed_blocks(blocks)
+    flags = gate.Flags(has_left=limits[0] is not None, has_right=limits[1] is not None, packed=packed)
+    gated = gate._source(32, 32, torch.bfloat16, blocks, flags, True)
     source = compiled[0].src
     assert source.signature == gated.signature
     assert source.constants == gated.constants
