@@ -116,6 +116,34 @@ for _arch in SHARED_MEMORY:
     TABLE[Entry(_arch, 64, FP32, "forward")] = Blocks(32, 32, 8, 1)
     TABLE[Entry(_arch, 64, FP32, "bias")] = Blocks(32, 32, 8, 1, v_width=32 if _arch == 100 else MAX_HEAD_DIM)
 
+
+class GluonBlocks(NamedTuple):
+    """What the warpgroups of jvpgraph.kernels.attention_gluon take at a time: 64 queries each, and these keys."""
+
+    block_k: int
+    stages: int  # places for a block of keys, and for one of values
+
+
+class GluonEntry(NamedTuple):
+    """What GluonBlocks are for."""
+
+    head_dim: int  # the largest that they are for, to which others are padded
+    streamed: int  # tensors read block by block: k, v, and those of k_dot and v_dot that there are
+
+
+# As many stages as the shared memory holds, up to four.
+GLUON_TABLE: dict[GluonEntry, GluonBlocks] = {
+    GluonEntry(64, 2): GluonBlocks(128, 4),
+    GluonEntry(64, 3): GluonBlocks(128, 4),
+    GluonEntry(64, 4): GluonBlocks(128, 3),
+    GluonEntry(128, 2): GluonBlocks(64, 4),
+    GluonEntry(128, 3): GluonBlocks(64, 3),
+    GluonEntry(128, 4): GluonBlocks(64, 2),
+}
+
+# (compute capability, head dim, dtype) where a GPU showed Gluon to be faster than the kernel of TABLE. None has yet.
+GLUON_IS_FASTER: frozenset[tuple[int, int, torch.dtype]] = frozenset()
+
 # The interpreter takes as long for a small tile as for a large one.
 INTERPRETER = Blocks(64, 64, 4, 1)
 
@@ -146,3 +174,9 @@ def choose_blocks(
         # Triton 3.6 rounds the parts of both up to more tensor memory than there is
         blocks = blocks._replace(v_width=min(blocks.v_width, 64))
     return blocks
+
+
+def gluon_blocks(head_dim: int, streamed: int) -> tuple[int, GluonBlocks]:
+    """The head dim as padded, and the entry for it."""
+    padded = min(entry.head_dim for entry in GLUON_TABLE if entry.head_dim >= head_dim)
+    return padded, GLUON_TABLE[GluonEntry(padded, streamed)]

@@ -1,0 +1,463 @@
+# mypy: disallow-untyped-defs=False
+"""Attention and its JVP for Hopper with warps of different jobs: one loads, two groups of four multiply.
+
+Math, Streaming form, Precision
+    Those of jvpgraph.kernels.attention_triton, which is the specification of this kernel: Gluon cannot be interpreted.
+    Keys are visited in another order. First come the last BLOCK_K of them, those masked that whole blocks counted from
+    key 0 cover too; so no other block needs a mask, mu is a mean over BLOCK_K keys whatever their number, and the
+    accumulators start from a product instead of from zeros.
+Roles
+    One warp asks the TMA for everything. Two warpgroups take 64 queries each; while one of them is at its softmax, the
+    products of the other keep the matrix units busy. Both read each block of keys once from shared memory.
+Handshake
+    Each of the STAGES places for keys (k and k_dot) and for values (v and v_dot) has two barriers. `full` counts the
+    one arrival of the loader and its bytes; TMA delivers whole boxes, zeros outside of the tensor, so the bytes are the
+    same at the ends. `empty` counts one arrival of each warpgroup. Use n of a place completes phase n of both; parity
+    n & 1 of `full` is awaited to read it, and parity (n + 1) & 1 of `empty` to fill it, which a new barrier grants.
+Shapes
+    As in attention_triton, q [B, H, Lq, D], with D = Dv at most 128, padded to 64 or 128 by the TMA, which stores no
+    padding either. Lengths and counts are run-time values.
+Refuses
+    Nothing: what `supports` does not name is passed on to attention_triton.
+Source
+    Shah et al., FlashAttention-3 (2024), for the roles.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from jvpgraph.kernels import attention_triton
+from jvpgraph.kernels.attention_triton import attention, attention_backward
+from jvpgraph.kernels.blocks import GLUON_IS_FASTER, GLUON_TABLE, gluon_blocks
+from jvpgraph.kernels.layout import empty_rows
+from jvpgraph.kernels.window import EVERYTHING, Window
+
+__all__ = ["attention", "attention_backward", "attention_jvp", "is_faster", "supports"]
+
+LOG2E = gl.constexpr(math.log2(math.e))
+LN2 = gl.constexpr(math.log(2))
+ROWS = gl.constexpr(64)  # queries of a warpgroup: the M of wgmma
+TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+# Names of Triton 3.9 and 3.6.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+# ---------------------------------------------------------------------------------------------------- kernel
+
+
+@gluon.jit
+def _produce(
+    loads,
+    STAGES: gl.constexpr,
+    HAS_Q_DOT: gl.constexpr,
+    HAS_K_DOT: gl.constexpr,
+    HAS_V_DOT: gl.constexpr,
+):
+    """Everything into shared memory: the queries once, then keys and values block by block."""
+    sources, buffers, barriers, at, length_kv, blocks = loads
+    q, q_dot, k, k_dot, v, v_dot = sources
+    q_to, q_dot_to, k_to, k_dot_to, v_to, v_dot_to = buffers
+    q_full, k_full, k_empty, v_full, v_empty = barriers
+    batch, head, head_kv, first_row = at
+    BLOCK_K: gl.constexpr = k.block_shape[2]
+    ROW_BYTES: gl.constexpr = k.block_shape[3] * 2
+    mbarrier.expect(q_full, 2 * ROWS * ROW_BYTES * (1 + HAS_Q_DOT))
+    for group in gl.static_range(2):
+        _load(q, [batch, head, first_row + group * ROWS, 0], q_full, q_to.index(group))
+        if HAS_Q_DOT:
+            _load(q_dot, [batch, head, first_row + group * ROWS, 0], q_full, q_dot_to.index(group))
+    for block in range(blocks):
+        place = block % STAGES
+        parity = (block // STAGES) & 1
+        key = gl.where(block == 0, length_kv - BLOCK_K, (block - 1) * BLOCK_K)
+        full = k_full.index(place)
+        mbarrier.wait(k_empty.index(place), parity ^ 1)
+        mbarrier.expect(full, BLOCK_K * ROW_BYTES * (1 + HAS_K_DOT))
+        _load(k, [batch, head_kv, key, 0], full, k_to.index(place))
+        if HAS_K_DOT:
+            _load(k_dot, [batch, head_kv, key, 0], full, k_dot_to.index(place))
+        full = v_full.index(place)
+        mbarrier.wait(v_empty.index(place), parity ^ 1)
+        mbarrier.expect(full, BLOCK_K * ROW_BYTES * (1 + HAS_V_DOT))
+        _load(v, [batch, head_kv, key, 0], full, v_to.index(place))
+        if HAS_V_DOT:
+            _load(v_dot, [batch, head_kv, key, 0], full, v_dot_to.index(place))
+
+
+@gluon.jit
+def _visit(
+    state,
+    queries,
+    buffers,
+    barriers,
+    block,
+    hidden,
+    seen,
+    scale,
+    FIRST: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_Q_DOT: gl.constexpr,
+    HAS_K_DOT: gl.constexpr,
+    HAS_V_DOT: gl.constexpr,
+):
+    """The sums after one more block of keys. FIRST: there are none yet, the first `hidden` keys of the block are not
+    to be seen, and `seen` of its keys lie within the tensor."""
+    m, l, r, o, c, mu = state
+    q, q_dot = queries
+    keys, keys_dot, values, values_dot = buffers
+    k_full, k_empty, v_full, v_empty = barriers
+    S_MOVES: gl.constexpr = HAS_Q_DOT or HAS_K_DOT
+    O_MOVES: gl.constexpr = S_MOVES or HAS_V_DOT
+    BLOCK_K: gl.constexpr = keys.shape[3]
+    WIDTH: gl.constexpr = keys.shape[4]
+    OF_SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
+    OF_ROWS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OF_ROWS, 2)
+
+    place = block % STAGES
+    parity = (block // STAGES) & 1
+    nothing = gl.zeros([ROWS, BLOCK_K], gl.float32, OF_SCORES)
+
+    mbarrier.wait(k_full.index(place), parity)
+    k = keys.index(place).reshape([BLOCK_K, WIDTH]).permute((1, 0))
+    s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+    if HAS_Q_DOT:
+        s_dot = warpgroup_mma(q_dot, k, nothing, use_acc=False, is_async=True)
+    if HAS_K_DOT:
+        k_dot = keys_dot.index(place).reshape([BLOCK_K, WIDTH]).permute((1, 0))
+        if HAS_Q_DOT:
+            s_dot = warpgroup_mma(q, k_dot, s_dot, is_async=True)
+        else:
+            s_dot = warpgroup_mma(q, k_dot, nothing, use_acc=False, is_async=True)
+    # the softmax runs under the products of s_dot
+    s = warpgroup_mma_wait(HAS_Q_DOT + HAS_K_DOT, deps=(s,))
+    log2_scale = scale * LOG2E
+    if FIRST:
+        columns = gl.arange(0, BLOCK_K, gl.SliceLayout(0, OF_SCORES))
+        s = gl.where(gl.expand_dims(columns, 0) >= hidden, s, -float("inf"))
+        m_new = gl.max(s, 1) * log2_scale
+    else:
+        m_new = gl.maximum(m, gl.max(s, 1) * log2_scale)
+    p = gl.exp2(s * log2_scale - gl.expand_dims(m_new, 1))
+    if FIRST:
+        l = gl.sum(p, 1)
+    else:
+        alpha = gl.exp2(m - m_new)
+        l = l * alpha + gl.sum(p, 1)
+        alpha_of_rows = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, OF_ROWS)), 1)
+        o = o * alpha_of_rows
+        if O_MOVES:
+            c = c * alpha_of_rows
+    if S_MOVES:
+        s_dot = warpgroup_mma_wait(0, deps=(s_dot,))
+    mbarrier.arrive(k_empty.index(place), count=1)
+    if S_MOVES:
+        if FIRST:
+            mu = gl.sum(s_dot, 1) * (scale / seen)
+        h = p * (s_dot * scale - gl.expand_dims(mu, 1))
+        if FIRST:
+            r = gl.sum(h, 1)
+        else:
+            r = r * alpha + gl.sum(h, 1)
+        h = gl.convert_layout(h.to(values.dtype), OPERAND)
+    p = gl.convert_layout(p.to(values.dtype), OPERAND)
+
+    mbarrier.wait(v_full.index(place), parity)
+    v = values.index(place).reshape([BLOCK_K, WIDTH])
+    o = warpgroup_mma(p, v, o, use_acc=not FIRST, is_async=True)
+    if HAS_V_DOT:
+        v_dot = values_dot.index(place).reshape([BLOCK_K, WIDTH])
+        c = warpgroup_mma(p, v_dot, c, use_acc=not FIRST, is_async=True)
+    if S_MOVES:
+        c = warpgroup_mma(h, v, c, use_acc=HAS_V_DOT or not FIRST, is_async=True)
+    # to leave these in flight over the edge of the loop makes ptxas serialise all products
+    o, c = warpgroup_mma_wait(0, deps=(o, c))
+    mbarrier.arrive(v_empty.index(place), count=1)
+    return m_new, l, r, o, c, mu
+
+
+@gluon.jit
+def _consume(
+    work,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_Q_DOT: gl.constexpr,
+    HAS_K_DOT: gl.constexpr,
+    HAS_V_DOT: gl.constexpr,
+):
+    """64 queries, from their products with keys to the outputs."""
+    targets, buffers, barriers, at, length_q, length_kv, blocks, scale = work
+    o_to, lse_to, o_dot_to, lse_dot_to = targets
+    q_all, q_dot_all, keys, keys_dot, values, values_dot = buffers
+    q_full, k_full, k_empty, v_full, v_empty = barriers
+    batch, head, row_sums, first_row = at
+    S_MOVES: gl.constexpr = HAS_Q_DOT or HAS_K_DOT
+    O_MOVES: gl.constexpr = S_MOVES or HAS_V_DOT
+    BLOCK_K: gl.constexpr = keys.shape[3]
+    WIDTH: gl.constexpr = keys.shape[4]
+    OF_SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
+    OF_ROWS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    SUMS: gl.constexpr = gl.SliceLayout(1, OF_SCORES)
+
+    q = q_all.index(GROUP).reshape([ROWS, WIDTH])
+    q_dot = q_dot_all.index(GROUP).reshape([ROWS, WIDTH])
+    queries = (q, q_dot)
+    streamed = (keys, keys_dot, values, values_dot)
+    handshake = (k_full, k_empty, v_full, v_empty)
+    none = gl.zeros([ROWS], gl.float32, SUMS)
+    start = gl.zeros([ROWS, WIDTH], gl.float32, OF_ROWS)
+    state = (none, none, none, start, start, none)
+    whole = (blocks - 1) * BLOCK_K  # keys that come after the first block
+    hidden = whole - (length_kv - BLOCK_K)
+    seen = gl.minimum(length_kv, BLOCK_K).to(gl.float32)
+    mbarrier.wait(q_full, 0)
+    m, l, r, o, c, mu = _visit(
+        state, queries, streamed, handshake, 0, hidden, seen, scale, True, STAGES, HAS_Q_DOT, HAS_K_DOT, HAS_V_DOT
+    )
+    for block in range(1, blocks):
+        m, l, r, o, c, _ = _visit(
+            (m, l, r, o, c, mu),
+            queries,
+            streamed,
+            handshake,
+            block,
+            hidden,
+            seen,
+            scale,
+            False,
+            STAGES,
+            HAS_Q_DOT,
+            HAS_K_DOT,
+            HAS_V_DOT,
+        )
+
+    rows = first_row + GROUP * ROWS + gl.arange(0, ROWS, SUMS)
+    inside = rows < length_q
+    inverse = 1.0 / l
+    gl.store(lse_to + row_sums + rows, (m + gl.log2(l)) * LN2, mask=inside)
+    o = o * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, OF_ROWS)), 1)
+    # the queries have been read by all four warps, and the tiles of shared memory take the outputs
+    _barrier()
+    q.store(o.to(values.dtype))
+    if O_MOVES:
+        c = c * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, OF_ROWS)), 1)
+        if S_MOVES:
+            r = r * inverse
+            gl.store(lse_dot_to + row_sums + rows, r + mu, mask=inside)
+            c = c - gl.expand_dims(gl.convert_layout(r, gl.SliceLayout(1, OF_ROWS)), 1) * o
+        q_dot.store(c.to(values.dtype))
+    fence_async_shared()
+    _store(o_to, [batch, head, first_row + GROUP * ROWS, 0], q_all.index(GROUP))
+    if O_MOVES:
+        _store(o_dot_to, [batch, head, first_row + GROUP * ROWS, 0], q_dot_all.index(GROUP))
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["heads", "group", "length_q", "length_kv"])
+def attention_jvp_kernel(
+    q,
+    q_dot,
+    k,
+    k_dot,
+    v,
+    v_dot,
+    o,
+    lse,
+    o_dot,
+    lse_dot,
+    scale,
+    heads,
+    group,
+    length_q,
+    length_kv,
+    STAGES: gl.constexpr,
+    HAS_Q_DOT: gl.constexpr,
+    HAS_K_DOT: gl.constexpr,
+    HAS_V_DOT: gl.constexpr,
+):
+    """128 queries of one head. All but lse, lse_dot are descriptors of [B, H, L, D]; that of an absent tangent, and
+    lse_dot where s does not move, stand for nothing and are not read."""
+    BLOCK_K: gl.constexpr = k.block_shape[2]
+    WIDTH: gl.constexpr = k.block_shape[3]
+    tiles = (length_q + 2 * ROWS - 1) // (2 * ROWS)
+    batch_head = gl.program_id(0) // tiles
+    first_row = gl.program_id(0) % tiles * (2 * ROWS)
+    batch = batch_head // heads
+    head = batch_head % heads
+    blocks = (length_kv + BLOCK_K - 1) // BLOCK_K
+
+    # q_dot's takes o_dot in the end, whether there is a q_dot or not
+    q_buffer = gl.allocate_shared_memory(q.dtype, [2, 1, 1, ROWS, WIDTH], q.layout)
+    q_dot_buffer = gl.allocate_shared_memory(q.dtype, [2, 1, 1, ROWS, WIDTH], q.layout)
+    k_buffer = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_K, WIDTH], k.layout)
+    v_buffer = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_K, WIDTH], k.layout)
+    k_dot_buffer = k_buffer
+    v_dot_buffer = v_buffer
+    if HAS_K_DOT:
+        k_dot_buffer = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_K, WIDTH], k.layout)
+    if HAS_V_DOT:
+        v_dot_buffer = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_K, WIDTH], k.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    for place in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(place), count=1)
+        mbarrier.init(k_empty.index(place), count=2)
+        mbarrier.init(v_full.index(place), count=1)
+        mbarrier.init(v_empty.index(place), count=2)
+    fence_async_shared()
+
+    sources = (q, q_dot, k, k_dot, v, v_dot)
+    targets = (o, lse, o_dot, lse_dot)
+    buffers = (q_buffer, q_dot_buffer, k_buffer, k_dot_buffer, v_buffer, v_dot_buffer)
+    barriers = (q_full, k_full, k_empty, v_full, v_empty)
+    load_at = (batch, head, head // group, first_row)
+    store_at = (batch, head, batch_head.to(gl.int64) * length_q, first_row)
+    loads = (sources, buffers, barriers, load_at, length_kv, blocks)
+    work = (targets, buffers, barriers, store_at, length_q, length_kv, blocks, scale)
+    gl.warp_specialize(
+        [
+            (_consume, (work, 0, STAGES, HAS_Q_DOT, HAS_K_DOT, HAS_V_DOT)),
+            (_consume, (work, 1, STAGES, HAS_Q_DOT, HAS_K_DOT, HAS_V_DOT)),
+            (_produce, (loads, STAGES, HAS_Q_DOT, HAS_K_DOT, HAS_V_DOT)),
+        ],
+        [4, 1],  # warps of the second warpgroup and of the loader
+        [240, 24],  # their registers per thread; the first warpgroup is left 240 of the 3 x 168
+    )
+
+
+# -------------------------------------------------------------------------------------------- host functions
+
+
+def supports(
+    q: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    window: Window = EVERYTHING,
+    scale: float = 1.0,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
+) -> bool:
+    """Whether the kernel takes tensors like these and such a call: on Hopper, in half types, as many columns in v as
+    in q, a multiple of 8 up to 128; every key seen by every query of its head, and no bias."""
+    return (
+        q.is_cuda
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        and q.dtype in TYPES
+        and q.shape[-1] == v.shape[-1]
+        and q.shape[-1] % 8 == 0
+        and 0 < q.shape[-1] <= max(entry.head_dim for entry in GLUON_TABLE)
+        and bias is None
+        and window == EVERYTHING
+        and scale > 0
+        and cu_seqlens is None
+    )
+
+
+def is_faster(q: Tensor, v: Tensor) -> bool:
+    """Whether a GPU like this one has shown it to be, for such a head dim and dtype."""
+    if not supports(q, v):
+        return False
+    major, minor = torch.cuda.get_device_capability(q.device)
+    return (10 * major + minor, q.shape[-1], q.dtype) in GLUON_IS_FASTER
+
+
+def attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    bias: Tensor | None,
+    bias_dot: Tensor | None,
+    window: Window,
+    scale: float,
+    *,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o, lse, o_dot, lse_dot), as attention_triton gives them, which also takes what this kernel does not."""
+    dots = (q_dot, k_dot, v_dot)
+    tensors = [x for x in (q, k, v, *dots) if x is not None]
+    if (
+        not supports(q, v, bias, window, scale, cu_seqlens)
+        or all(x is None for x in dots)
+        or any(x.numel() == 0 or not _fits_descriptor(x) for x in tensors)
+    ):
+        return attention_triton.attention_jvp(
+            q, k, v, q_dot, k_dot, v_dot, bias, bias_dot, window, scale, cu_seqlens=cu_seqlens
+        )
+    batch, heads, length_q, head_dim = q.shape
+    kv_heads, length_kv = k.shape[1:3]
+    o, o_dot = empty_rows(q, length_q, head_dim), empty_rows(q, length_q, head_dim)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    s_moves = q_dot is not None or k_dot is not None
+    lse_dot = torch.empty_like(lse) if s_moves else torch.zeros_like(lse)
+    width, blocks = gluon_blocks(head_dim, 2 + (k_dot is not None) + (v_dot is not None))
+    operands = (q, q if q_dot is None else q_dot), (k, k if k_dot is None else k_dot, v, v if v_dot is None else v_dot)
+    with torch.cuda.device(q.device):
+        attention_jvp_kernel[(triton.cdiv(length_q, 2 * ROWS.value) * batch * heads,)](
+            *(_descriptor(x, ROWS.value, width) for x in operands[0]),
+            *(_descriptor(x, blocks.block_k, width) for x in operands[1]),
+            _descriptor(o, ROWS.value, width),
+            lse,
+            _descriptor(o_dot, ROWS.value, width),
+            lse_dot,
+            float(scale),
+            heads,
+            heads // kv_heads,
+            length_q,
+            length_kv,
+            STAGES=blocks.stages,
+            HAS_Q_DOT=q_dot is not None,
+            HAS_K_DOT=k_dot is not None,
+            HAS_V_DOT=v_dot is not None,
+            num_warps=4,
+            enable_fp_fusion=True,  # the default until Triton 3.10
+        )
+    return o, lse, o_dot, lse_dot
+
+
+def layout_of(rows: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How the TMA writes a box of [1, 1, rows, width], and wgmma reads it."""
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], TYPES[dtype])
+
+
+def _descriptor(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    # the stride of a dim of size one is never used, but is checked
+    strides = [16 if length == 1 else stride for length, stride in zip(x.shape[:3], x.stride())] + [1]
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, width], layout_of(rows, width, x.dtype))
+
+
+def _fits_descriptor(x: Tensor) -> bool:
+    """What the hardware asks: rows that are contiguous, aligned to 16 bytes, and no dim that broadcasts."""
+    size = x.element_size()
+    return (
+        x.stride(3) == 1
+        and x.data_ptr() % 16 == 0
+        and all(
+            length == 1 or (stride > 0 and stride * size % 16 == 0 and stride * size < 1 << 40)
+            for length, stride in zip(x.shape[:3], x.stride())
+        )
+    )
