@@ -4,7 +4,7 @@ What is timed: bfloat16, q, k, v and their tangents contiguous as [B, H, N, D], 
   self   q, k and v move, as in self-attention: 6 matmuls of 2 B H N Nkv D FLOP
   cross  512 keys that stand still, as those of a text: 4 matmuls
 A forward without tangent counts 2. Before a peer is timed its result is held against float64 on the same inputs, in
-some rows of some heads, the last ones included: no figure for a wrong result.
+some rows of some heads, the first and last ones included: no figure for a wrong result.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ Result = tuple[Tensor, Tensor | None]  # o, o_dot
 Run = Callable[[], Result]
 
 NO_GPU = "needs a CUDA GPU"
-LIMIT = 2e-2  # norm of the error over the norm of what is right
+# Norm of the error over the norm of what is right. Eight keys too many among 32,760 are already 1.6e-2.
+LIMIT = 1e-2
 # Bytes per score that eager differentiation keeps at its peak: scores, tangents, probabilities in two precisions.
 BYTES_PER_SCORE = 24
 
@@ -215,14 +216,14 @@ PEERS: dict[str, Callable[[Case, Inputs], Run]] = {
 
 
 class Truth:
-    """float64 attention in some rows of some heads, the last rows among them."""
+    """float64 attention in some rows of some heads, the first and the last rows among them."""
 
     def __init__(self, case: Case, x: Inputs) -> None:
         generator = random.Random(0)
         pairs = [(b, h) for b in range(case.batch) for h in range(case.heads)]
         self.pairs = sorted({pairs[0], pairs[-1], *generator.sample(pairs, min(3, len(pairs)))})
         inside = generator.sample(range(case.n), min(64, case.n))
-        self.rows = sorted({*inside, *range(max(0, case.n - 64), case.n)})
+        self.rows = sorted({*range(min(64, case.n)), *inside, *range(max(0, case.n - 64), case.n)})
         moved = [None if t is None else self._heads(t) for t in x.all()]
         q, k, v, q_dot, k_dot, v_dot = moved
         o, _, o_dot, _ = reference.attention_jvp(q[:, :, self.rows], k, v, q_dot[:, :, self.rows], k_dot, v_dot)
@@ -272,13 +273,27 @@ def first_run(name: str, case: Case, x: Inputs, truth: Truth) -> tuple[dict[str,
         return {"skipped": "needs more memory than there is"}, None
     except Exception as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        if "CUDA error" in what or "device-side assert" in what:
+        if is_lost(what, cuda):
             raise SystemExit(f"{name}: {what}: nothing more runs in this process") from error
         return {"refused" if isinstance(error, AssertionError) else "failed": what}, None
-    result = {"error": errors, "memory_bytes": memory}
+    result: dict[str, Any] = {"error": errors, "memory_bytes": memory}
+    if name in OURS:
+        result["implementation"] = implementation(x.q, x.v).__name__
     if not max(errors.values()) < LIMIT:
         return {"wrong": True} | result, None
     return result, run
+
+
+def is_lost(what: str, cuda: bool) -> bool:
+    """Whether an error has taken the device from this process, as an illegal access does."""
+    if "CUDA error" in what:
+        return True
+    try:
+        if cuda:
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def measure_case(case: Case, part: Part, clock: Clock, crashed: dict[str, str]) -> dict[str, Any]:
@@ -345,6 +360,7 @@ def measure(part: Part) -> None:
         for name, peer in entry["peers"].items()
         if name in OURS and ("wrong" in peer or "failed" in peer or "refused" in peer or "crashed" in peer)
     ]
+    problems += [f"{what}: while it was timed" for name, what in crashed.items() if name == "timing"]
     part.save(problems=problems)
     if problems:
         raise SystemExit("\n".join(problems[:8]))
@@ -367,6 +383,8 @@ def table(done: list[dict[str, Any]]) -> list[str]:
 
 def worth_compiling_ahead(case: Case, name: str) -> bool:
     """Triton kernels: ours once for all lengths, the peer's for every length."""
+    if case.peers == MATH:
+        return False
     if name in (PEER, POINTERS):
         return case.kind == "self"
     return name in OURS and case.n in (1024, 64)
@@ -435,7 +453,8 @@ def sweep(part: Part) -> None:
     """Times of candidate tiles beside that of the table's entry; the table stays as it is."""
     n, heads, batch = (48, 2, 1) if part.dry_run else (8192, 12, 2)
     swept = {at: Case(at[0], at[1], heads * (128 // at[1]), batch, n, n, ()) for at in CANDIDATES}
-    compile_ahead(part, ((swept[at], tile) for at, tiles in CANDIDATES.items() for tile in (None, *tiles)))
+    if not part.dry_run:
+        compile_ahead(part, ((swept[at], tile) for at, tiles in CANDIDATES.items() for tile in (None, *tiles)))
     clock = Clock(part.device)
     found = part.data.setdefault("sweep", [])
     for (kind, dim), tiles in CANDIDATES.items():
@@ -458,6 +477,9 @@ def sweep(part: Part) -> None:
                 errors = truth.errors(*run())
             except Exception as error:  # more shared memory than there is, say
                 tried[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+                if is_lost(tried[name]["failed"], x.q.is_cuda):
+                    part.save(sweep=[*found, entry | {"tried": tried}])
+                    raise SystemExit(f"{name}: {tried[name]['failed']}") from error
                 continue
             tried[name] = {"error": errors} | ({} if max(errors.values()) < LIMIT else {"wrong": True})
             if "wrong" not in tried[name]:

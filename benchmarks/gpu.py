@@ -51,14 +51,14 @@ class Stage:
 
 
 STAGES = (
-    Stage("install", 25),
-    Stage("environment", 40),
-    Stage("tests", 165),
-    Stage("memcheck", 45),
-    Stage("sweep", 50, stops_itself=True),
-    Stage("attention", 170, patience=75, restarts=4, stops_itself=True),
-    Stage("plot", 12),
-    Stage("dit", 13, least=40),
+    Stage("install", 20),
+    Stage("environment", 35),
+    Stage("tests", 150),
+    Stage("memcheck", 60),
+    Stage("sweep", 45, stops_itself=True),
+    Stage("attention", 175, patience=75, restarts=4, stops_itself=True),
+    Stage("plot", 10),
+    Stage("dit", 15, least=40),
 )
 
 

@@ -65,6 +65,7 @@ def test_dry_run(tmp_path):
         ours = entry["peers"]["jvpgraph"]
         assert set(ours["error"]) == {"o", "o_dot"}
         assert max(ours["error"].values()) < 1e-2
+        assert ours["implementation"] == "jvpgraph.kernels.attention_blocked"
         assert ours["tflops"] == pytest.approx(entry["flop"] / ours["seconds"] / 1e12)
         assert ours["of_ceiling"] == pytest.approx(1e12 * ours["tflops"] / where["matmul_flops"])
         for name in ("SDPA flash", "SDPA cuDNN", "jvpgraph gluon"):
@@ -161,6 +162,22 @@ def test_a_process_that_died_goes_on_without_the_peer_that_killed_it(part, two_c
     for entry in again.data["cases"]:
         assert entry["peers"]["func.jvp"] == {"crashed": "took the process down in self D=16 N=32 math"}
         assert "tflops" in entry["peers"]["jvpgraph"]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("tests/a.py::test_b[1-x y] PASSED                    [  3%]", ("tests/a.py::test_b[1-x y]", "passed")),
+        ("tests/a.py::test_c SKIPPED (needs a CUDA GPU)       [ 50%]", ("tests/a.py::test_c", "skipped")),
+        ("[gw11] [100%] FAILED tests/a.py::test_b[1-x y] ", ("tests/a.py::test_b[1-x y]", "failed")),
+        ("[gw0] [  3%] ERROR tests/a.py::test_b", ("tests/a.py::test_b", "error")),
+        ("FAILED tests/a.py::test_b - AssertionError", None),
+        ("tests/a.py::test_b ", None),
+        ("1 passed in 3s", None),
+    ],
+)
+def test_what_pytest_says_is_understood(line, found):
+    assert stages.outcome(line) == found
 
 
 def test_cases_of_a_gpu():
