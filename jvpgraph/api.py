@@ -33,13 +33,14 @@ def transform(
     regions: None = None,
     backend: str | Backend = "inductor",
     dynamic: bool | None = None,
+    differentiable_tangent: bool = False,
     config: Config | None = None,
 ) -> DualModule:
     """A view of ``model`` that also computes tangents, in one compiled graph.
 
     ``dual(*args, **kwargs)`` is the model. ``dual(*args, tangents={name: x_dot}, **kwargs)`` returns
     ``(y, y_dot)`` with ``y_dot = sum over names of (d model / d input) * x_dot``; both have the structure of the
-    model's output. ``y`` keeps its autograd history, ``y_dot`` is detached.
+    model's output. ``y`` keeps its autograd history, ``y_dot`` is detached unless ``differentiable_tangent``.
 
     Args:
         model: any nn.Module. Its parameters, buffers, submodules and hooks are shared, not copied.
@@ -47,6 +48,9 @@ def transform(
         backend: "inductor" compiles; "eager" makes the same graph and runs it without Inductor; "op_by_op" runs
             any Python code, one op at a time. Or an object made by :func:`jvpgraph.backend`, with its own settings.
         dynamic: as in torch.compile: True for symbolic sizes from the start, None to find out by recompiling once.
+        differentiable_tangent: ``y_dot`` has gradients too, in parameters, inputs and tangents, as objectives need
+            that train through it (terminal velocity matching, Hessian-vector products). Costs the memory and the
+            time of a second-order backward; not with backend="op_by_op".
         config: settings, see :class:`jvpgraph.Config`.
 
     Raises:
@@ -58,7 +62,7 @@ def transform(
         raise ValueError("this model is transformed already")
     if regions is not None:
         raise ValueError("regions are not available yet: pass regions=None to capture the model as one graph")
-    return DualModule(model, _Dual(model, backend, dynamic, config or Config()))
+    return DualModule(model, _Dual(model, backend, dynamic, config or Config(), differentiable_tangent))
 
 
 def jvp(
@@ -69,6 +73,7 @@ def jvp(
     has_aux: bool = False,
     backend: str | Backend = "inductor",
     dynamic: bool | None = None,
+    differentiable_tangent: bool = False,
     config: Config | None = None,
 ) -> tuple[Any, ...]:
     """``torch.func.jvp`` as one compiled graph: ``(fn(*primals), J @ tangents)``, plus aux if ``has_aux``.
@@ -79,11 +84,11 @@ def jvp(
         primals: its positional arguments.
         tangents: one per primal, with its structure; None for an inactive one, at any depth.
         has_aux: ``fn`` returns ``(output, aux)``; aux has no tangent.
-        backend, dynamic, config: as for :func:`transform`.
+        backend, dynamic, differentiable_tangent, config: as for :func:`transform`.
 
     Returns:
-        ``(out, out_dot)`` or ``(out, out_dot, aux)``. Unlike with torch.func.jvp, ``out`` carries autograd and
-        ``out_dot`` is detached.
+        ``(out, out_dot)`` or ``(out, out_dot, aux)``. ``out`` carries autograd; unlike with torch.func.jvp,
+        ``out_dot`` is detached unless ``differentiable_tangent``.
 
     Raises:
         ValueError: a tangent does not fit its primal.
@@ -92,7 +97,7 @@ def jvp(
         raise ValueError("primals and tangents must be tuples")
     if len(primals) != len(tangents):
         raise ValueError(f"{len(primals)} primals but {len(tangents)} tangents")
-    dual = _dual_of_function(fn, backend, dynamic, config or Config(), has_aux)
+    dual = _dual_of_function(fn, backend, dynamic, config or Config(), differentiable_tangent, has_aux)
     given = dict(enumerate(tangents))
     dots = match_tangents(given, Inputs.positional(primals), dual.config.check_finite)
     out, out_dot = dual(primals, {}, dots)
@@ -122,7 +127,8 @@ class DualModule(nn.Module):
 
         Returns:
             ``out_dot`` has the structure of ``out``, with None in place of what is not a floating tensor, and zeros
-            where an output does not depend on the active inputs. It is detached; ``out`` is not.
+            where an output does not depend on the active inputs. It is detached unless ``differentiable_tangent``;
+            ``out`` is not.
 
         Raises:
             ValueError: a tangent's name, shape, dtype or device does not fit; the message lists what would.
@@ -197,13 +203,17 @@ class _Dual:
         backend: str | Backend,
         dynamic: bool | None,
         config: Config,
+        differentiable_tangent: bool = False,
         has_aux: bool = False,
     ):
         if not isinstance(backend, Backend) and backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
+        if differentiable_tangent and backend == "op_by_op":
+            raise ValueError("op by op, tangents have no gradients: differentiable_tangent needs another backend")
         self.settings = {"backend": backend, "dynamic": dynamic, "config": config}
+        self.settings["differentiable_tangent"] = differentiable_tangent
         self.config, self.has_aux = config, has_aux
-        self.forward = dual_forward(call, has_aux)
+        self.forward = dual_forward(call, has_aux, differentiable_tangent)
         self.backend: Backend | None = None
         if isinstance(backend, Backend):
             self.backend = backend
@@ -215,6 +225,8 @@ class _Dual:
     # A graph of its own, also inside a function that is being compiled: its markers must not meet those of another.
     @torch.compiler.disable(reason="a call with tangents= is compiled on its own")
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dots: dict[str, Tensor]) -> tuple[Any, Any]:
+        if not self.settings["differentiable_tangent"]:
+            dots = {path: dot.detach() for path, dot in dots.items()}
         if self.backend is None:
             with OpByOp():
                 out, flat_dots = self.forward(args, kwargs, dots)
@@ -228,17 +240,20 @@ class _Dual:
         return out, map_leaves(differentiated, lambda _, leaf: next(remaining) if has_tangent(leaf) else None)
 
 
-def dual_forward(call: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, list[Tensor]]]:
+def dual_forward(
+    call: Callable[..., Any], has_aux: bool = False, differentiable: bool = False
+) -> Callable[..., tuple[Any, list[Tensor]]]:
     """The function that is compiled: mark the inputs, call the model, ask for the tangent of each output leaf."""
 
     def forward(args: Any, kwargs: Any, dots: dict[str, Tensor]) -> tuple[Any, list[Tensor]]:
         def mark(path: str, leaf: Any) -> Any:
-            return make_dual(leaf, dots[path]) if path in dots else leaf
+            return make_dual(leaf, dots[path], differentiable) if path in dots else leaf
 
         args, kwargs = map_leaves(args, mark, "args"), map_leaves(kwargs, mark, "kwargs")
         out = call(*args, **kwargs)
         differentiated = out[0] if has_aux else out
-        return out, [tangent_of(leaf) for _path, leaf in leaves(differentiated) if has_tangent(leaf)]
+        active = [leaf for _path, leaf in leaves(differentiated) if has_tangent(leaf)]
+        return out, [tangent_of(leaf, differentiable) for leaf in active]
 
     # Dynamo counts recompilations per code object: every transform gets its own.
     forward.__code__ = forward.__code__.replace(co_name=f"dual_forward_{next(_serial)}")
@@ -250,6 +265,11 @@ _serial = itertools.count()
 
 @functools.lru_cache(maxsize=KEPT_FUNCTIONS)
 def _dual_of_function(
-    fn: Callable[..., Any], backend: str | Backend, dynamic: bool | None, config: Config, has_aux: bool
+    fn: Callable[..., Any],
+    backend: str | Backend,
+    dynamic: bool | None,
+    config: Config,
+    differentiable_tangent: bool,
+    has_aux: bool,
 ) -> _Dual:
-    return _Dual(fn, backend, dynamic, config, has_aux)
+    return _Dual(fn, backend, dynamic, config, differentiable_tangent, has_aux)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch._inductor.decomposition import select_decomp_table
 
 from jvpgraph.config import Config
 from jvpgraph.passes.context import Context, Report
+from jvpgraph.passes.lower import lower, wants_gradients_of_tangents
 from jvpgraph.passes.mark_stop_gradients import mark_stop_gradients
-from jvpgraph.passes.pipeline import Pipeline, check_config
+from jvpgraph.passes.pipeline import AFTER_AUTOGRAD, BEFORE_AUTOGRAD, PIPELINE, Pipeline, check_config
 from jvpgraph.passes.recognize_attention import recognize_attention
 from jvpgraph.passes.swap_attention import active_nodes, swap_attention
 
@@ -47,7 +49,16 @@ class Backend:
             if self.config.recognize_attention:
                 report.attention.append(recognize_attention(gm, active_nodes(gm)))
         mark_stop_gradients(gm)
-        compiled = _COMPILE[self.compiler](gm, example_inputs, Context(self.config, report))
+        context, steps = Context(self.config, report), PIPELINE
+        autocast: AbstractContextManager[Any] = nullcontext()
+        if wants_gradients_of_tangents(gm):
+            gm = lower(gm, example_inputs)
+            Pipeline(context, BEFORE_AUTOGRAD)(gm.graph)
+            gm.recompile()
+            steps = AFTER_AUTOGRAD
+            autocast = torch._C._DisableAutocast()  # its casts are ops by now
+        with autocast:
+            compiled = _COMPILE[self.compiler](gm, example_inputs, Pipeline(context, steps))
         self.reports.append(report)  # not earlier: Dynamo may break an attempt off and start anew
         return compiled
 
@@ -62,17 +73,16 @@ def backend(compiler: str = "inductor", config: Config | None = None) -> Backend
     return Backend(compiler, config)
 
 
-def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], context: Context) -> Compiled:
-    patches = {**context.config.inductor, "joint_custom_pre_pass": Pipeline(context)}
+def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], pipeline: Pipeline) -> Compiled:
+    context = pipeline.context
+    patches = {**context.config.inductor, "joint_custom_pre_pass": pipeline}
     with torch._inductor.config.patch(dict(context.config.inductor)):
         context.decompositions = dict(select_decomp_table())
     # Rules are written for the ops that PyTorch differentiates: decomposing comes last in our own pipeline.
     return compile_fx(gm, list(example_inputs), config_patches=patches, decompositions={})
 
 
-def _eager(gm: fx.GraphModule, example_inputs: Sequence[Any], context: Context) -> Compiled:
-    pipeline = Pipeline(context)
-
+def _eager(gm: fx.GraphModule, example_inputs: Sequence[Any], pipeline: Pipeline) -> Compiled:
     def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         pipeline(joint.graph)
         joint.recompile()
@@ -105,7 +115,7 @@ def _views_to_reshapes(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-_COMPILE: dict[str, Callable[[fx.GraphModule, Sequence[Any], Context], Compiled]] = {
+_COMPILE: dict[str, Callable[[fx.GraphModule, Sequence[Any], Pipeline], Compiled]] = {
     "inductor": _inductor,
     "eager": _eager,
 }

@@ -17,18 +17,19 @@ __all__ = ["MAKE_DUAL", "TANGENT_OF", "make_dual", "tangent_of"]
 
 _library = torch.library.Library("jvpgraph", "FRAGMENT")
 _library.define("make_dual(Tensor x, Tensor x_dot) -> Tensor")
-_library.define("tangent_of(Tensor y) -> Tensor")
+_library.define("tangent_of(Tensor y, bool differentiable=False) -> Tensor")
 
 MAKE_DUAL = torch.ops.jvpgraph.make_dual.default
 TANGENT_OF = torch.ops.jvpgraph.tangent_of.default
 
 
-def make_dual(x: Tensor, x_dot: Tensor) -> Tensor:
+def make_dual(x: Tensor, x_dot: Tensor, differentiable: bool = False) -> Tensor:
     """``x``, carrying the tangent ``x_dot`` from here on.
 
     Args:
         x: any floating or complex tensor.
-        x_dot: its tangent, of the same shape, dtype and device. Detached: gradients flow through ``x`` alone.
+        x_dot: its tangent, of the same shape, dtype and device.
+        differentiable: let gradients of the tangents flow into ``x_dot``. By default it is detached.
 
     Raises:
         ValueError: shape, dtype or device differ, or ``x`` is neither floating nor complex.
@@ -39,27 +40,32 @@ def make_dual(x: Tensor, x_dot: Tensor) -> Tensor:
         if getattr(x, what) != getattr(x_dot, what):
             given, wanted = getattr(x_dot, what), getattr(x, what)
             raise ValueError(f"the tangent has {what} {given}, its primal has {what} {wanted}")
-    return MAKE_DUAL(x, x_dot.detach())
+    return MAKE_DUAL(x, x_dot if differentiable else x_dot.detach())
 
 
-def tangent_of(y: Tensor) -> Tensor:
-    """The tangent of ``y``: zeros where ``y`` does not depend on a marked tensor. Detached from autograd."""
-    return TANGENT_OF(y).detach()
+def tangent_of(y: Tensor, differentiable: bool = False) -> Tensor:
+    """The tangent of ``y``: zeros where ``y`` does not depend on a marked tensor.
+
+    Args:
+        differentiable: the tangent has gradients, in everything that it depends on. All tangents of the graph are then
+            differentiated together with the primal. By default it is detached.
+    """
+    return TANGENT_OF(y, True) if differentiable else TANGENT_OF(y).detach()
 
 
-def _same_layout(x: Tensor, *_: Tensor) -> Tensor:
+def _same_layout(x: Tensor, *_: object) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
-def _refuse(*_: Tensor) -> Tensor:
+def _refuse(*_: object) -> Tensor:
     raise RuntimeError(
         "a jvpgraph marker was executed: make_dual and tangent_of work inside jvpgraph.transform, jvpgraph.jvp, or "
         "a function compiled with torch.compile(..., backend=jvpgraph.backend())"
     )
 
 
-def _no_backward(_ctx: object, _grad: Tensor) -> None:
-    return None
+def _no_backward(_ctx: object, _grad: Tensor) -> tuple[None, None]:
+    return None, None
 
 
 def _make_dual_backward(_ctx: object, grad: Tensor) -> tuple[Tensor, None]:

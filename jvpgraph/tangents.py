@@ -89,7 +89,7 @@ def match_tangents(tangents: Mapping[Any, Any], inputs: Inputs, finite: bool = F
                 raise ValueError(f"the tangent of {name!r} has {what} {pair[0]}, the input has {pair[1]}")
         if finite and not bool(torch.isfinite(dot).all()):
             raise NonFiniteTangent(f"the tangent given for {name!r} is not finite")
-    return {inputs.paths[name]: dot.detach() for name, dot in given.items()}
+    return {inputs.paths[name]: dot for name, dot in given.items()}
 
 
 def _valid_names(inputs: Inputs) -> str:

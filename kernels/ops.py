@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from jvpgraph.kernels import attention_blocked
+from jvpgraph.kernels import attention_blocked, tangent_backward
 from jvpgraph.kernels.checks import check_how, check_operands, check_tangents
 from jvpgraph.kernels.layout import (
     bias_grad,
@@ -309,8 +309,6 @@ def _attention_jvp_backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _attention_jvp_backward_real(*args: Any) -> tuple[Tensor, ...]:
-    from jvpgraph.kernels import tangent_backward
-
     given, how, needs = Tangents(*args[:16]), How(*args[16:21]), (*args[21:], False, False)[:2]
     q, k, v, bias, bias_dot = given.q, given.k, given.v, given.bias, given.bias_dot
     check_operands(q, k, v, bias)

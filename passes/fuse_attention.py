@@ -10,7 +10,7 @@ from jvpgraph.kernels.ops import OPS
 from jvpgraph.passes.context import Context
 from jvpgraph.rules.apply import bind
 
-__all__ = ["fuse_attention"]
+__all__ = ["differentiate_attention", "fuse_attention"]
 
 
 def fuse_attention(graph: fx.Graph, context: Context) -> None:
@@ -34,6 +34,14 @@ def fuse_attention(graph: fx.Graph, context: Context) -> None:
             fused.append(item)
         graph.erase_node(plain)
         context.report.fused += 1
+
+
+def differentiate_attention(graph: fx.Graph, context: Context) -> None:
+    """Let every ``attention_jvp`` keep what gradients of its tangents need: ``differentiable_tangent=True``."""
+    names = [argument.name for argument in OPS.attention_jvp.default._schema.arguments]
+    for node in graph.find_nodes(op="call_function", target=OPS.attention_jvp.default):
+        arguments = bind(OPS.attention_jvp.default, node.args, node.kwargs) | {"differentiable_tangent": True}
+        node.args, node.kwargs = tuple(arguments[name] for name in names), {}
 
 
 def _computes(plain: fx.Node, arguments: dict[str, Any]) -> bool:

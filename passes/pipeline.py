@@ -20,11 +20,12 @@ from jvpgraph.passes.context import Context
 from jvpgraph.passes.count import count
 from jvpgraph.passes.decompose import decompose
 from jvpgraph.passes.drop_dead_tangents import drop_dead_tangents
-from jvpgraph.passes.fuse_attention import fuse_attention
+from jvpgraph.passes.fuse_attention import differentiate_attention, fuse_attention
+from jvpgraph.passes.lower import check_gradients
 from jvpgraph.rules import TABLE
 from jvpgraph.verify import verify
 
-__all__ = ["OPTIONAL", "PIPELINE", "Pipeline", "check_config"]
+__all__ = ["AFTER_AUTOGRAD", "BEFORE_AUTOGRAD", "OPTIONAL", "PIPELINE", "Pipeline", "check_config"]
 
 
 def linearize(graph: fx.Graph, context: Context) -> None:
@@ -32,13 +33,24 @@ def linearize(graph: fx.Graph, context: Context) -> None:
     context.report.linearization = jvpgraph.linearize.linearize(graph)
 
 
-PIPELINE: tuple[Callable[[fx.Graph, Context], None], ...] = (
+Step = Callable[[fx.Graph, Context], None]
+
+PIPELINE: tuple[Step, ...] = (
     linearize,
     drop_dead_tangents,
     fuse_attention,
     count,
     decompose,
 )
+# The same, for a graph that is linearized first and given to AOTAutograd then.
+BEFORE_AUTOGRAD: tuple[Step, ...] = (
+    linearize,
+    drop_dead_tangents,
+    fuse_attention,
+    differentiate_attention,
+    check_gradients,
+)
+AFTER_AUTOGRAD: tuple[Step, ...] = (count, decompose)
 OWN_NAMESPACES = ("aten", "prims", "jvpgraph", "_c10d_functional")  # whose ops the package has rules for
 PROCESS = uuid.uuid4().hex
 OPTIONAL = frozenset({"drop_dead_tangents", "fuse_attention"})
@@ -54,14 +66,14 @@ def check_config(config: Config) -> None:
 class Pipeline(CustomGraphPass):
     """All passes as one custom pass of Inductor's, on joint and on inference graphs."""
 
-    def __init__(self, context: Context):
-        self.context = context
+    def __init__(self, context: Context, steps: tuple[Step, ...] = PIPELINE):
+        self.context, self.steps = context, steps
 
     def __call__(self, graph: fx.Graph) -> None:
         config = self.context.config
         dump = Dump(config.dump)
         dump.write(graph, "captured")
-        for step in PIPELINE:
+        for step in self.steps:
             name = step.__name__
             if name in config.skip_passes:
                 continue

@@ -715,7 +715,7 @@ class TestJvp:
     def test_the_graph_is_kept(self):
         for _ in range(3):
             jvpgraph.jvp(_twice_the_same, (torch.ones(2),), (torch.ones(2),), backend="eager", dynamic=False)
-        kept = api._dual_of_function(_twice_the_same, "eager", False, jvpgraph.Config(), False)
+        kept = api._dual_of_function(_twice_the_same, "eager", False, jvpgraph.Config(), False, False)
         assert len(kept.backend.reports) == 1
 
     def test_errors(self):

@@ -1,0 +1,156 @@
+"""Lower Dynamo's graph to functional ATen ops, so that the tangents are there before autograd is.
+
+Before: the torch-level graph, ``y = module(x);  y_dot = tangent_of(y, differentiable=True)``
+After:  what AOTAutograd would make of its forward: ATen ops without mutation, markers included, no autograd.
+Needs:
+    ``example_value`` on the placeholders; mark_stop_gradients has run.
+Keeps:
+    The order and the metadata of the inputs, recomputation tags, source lines. Where the model switches gradients off,
+    a detach stands in for that.
+Numerics:
+    The same.
+
+Usually the tangents enter AOTAutograd's joint graph, whose backward was derived from the primal alone. A gradient of
+the tangent needs it the other way round: linearize what this pass returns, and AOTAutograd derives the backward of
+both.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, fx
+from torch._decomp import get_decompositions
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._functorch.autograd_function import autograd_function_apply
+
+from jvpgraph.errors import CaptureError, UnsupportedNode, UnsupportedOp
+from jvpgraph.linearize import INSERTED_META, source_line
+from jvpgraph.markers import TANGENT_OF
+from jvpgraph.passes.context import Context
+from jvpgraph.rules.apply import bind, has_tangent
+from jvpgraph.trace import value_of
+
+__all__ = ["check_gradients", "lower", "wants_gradients_of_tangents"]
+
+aten = torch.ops.aten
+# Ops with statistics that tangent rules use and that PyTorch gives no gradient: taken apart.
+NORMS = (
+    *(aten.native_layer_norm, aten._fused_rms_norm, aten.native_group_norm, aten._weight_norm_interface),
+    *(aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training),
+    *(aten._native_batch_norm_legit_functional, aten._batch_norm_with_update_functional, aten.cudnn_batch_norm),
+)
+INPUT_META = ("_dynamo_source", "tensor_dict")  # what AOTAutograd asks Dynamo's placeholders for
+
+
+def wants_gradients_of_tangents(gm: fx.GraphModule) -> bool:
+    """Whether a ``tangent_of`` in gm is to be differentiable."""
+    asked = gm.graph.find_nodes(op="call_function", target=TANGENT_OF)
+    return any(bind(TANGENT_OF, node.args, node.kwargs)["differentiable"] for node in asked)
+
+
+def lower(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """The forward of gm as one functional ATen graph with the same inputs.
+
+    Raises:
+        UnsupportedOp: the model has an autograd.Function, whose own backward would be lost.
+    """
+    refused = [
+        UnsupportedNode(
+            "autograd.Function",
+            node.name,
+            (),
+            source_line(node),
+            "a gradient of the tangent differentiates the forward, not the backward that an autograd.Function brings",
+        )
+        for body in gm.modules()
+        if isinstance(body, fx.GraphModule)
+        for node in body.graph.find_nodes(op="call_function", target=autograd_function_apply)
+    ]
+    if refused:
+        raise UnsupportedOp(refused)
+    for body in gm.modules():
+        if isinstance(body, fx.GraphModule):
+            _detach_instead_of_no_grad(body)
+    inputs = gm.graph.find_nodes(op="placeholder")
+
+    lowered = _forward_of(gm, example_inputs)
+    if len(lowered.graph.find_nodes(op="placeholder")) != len(inputs):
+        raise CaptureError("inputs share memory that the model writes to: with differentiable_tangent, pass copies")
+    lowered.meta.update(gm.meta)
+    for new, old in zip(lowered.graph.find_nodes(op="placeholder"), inputs):
+        new.meta["example_value"] = old.meta["example_value"]
+        for name in INPUT_META:
+            if hasattr(old, name):
+                setattr(new, name, getattr(old, name))
+            if name in old.meta:
+                new.meta[name] = old.meta[name]
+    return lowered
+
+
+def _forward_of(gm: fx.GraphModule, examples: Sequence[Any]) -> fx.GraphModule:
+    """The graph that AOTAutograd makes where nothing needs a gradient."""
+    graphs: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        graphs.append(gm)
+        return make_boxed_func(gm.forward)
+
+    apart: Any = {**get_decompositions(NORMS), aten.copy.default: _copied}
+    with torch.no_grad():
+        aot_module_simplified(gm, examples, fw_compiler=keep, decompositions=apart, keep_inference_input_mutations=True)
+    return graphs[0]
+
+
+def _copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What x.copy_(source) leaves in x: aten.copy itself has no gradient."""
+    return source.to(x.device, x.dtype).expand(x.shape).clone()
+
+
+def _detach_instead_of_no_grad(gm: fx.GraphModule) -> None:
+    """Let what is computed without gradients be a constant to reverse mode by its own; forward mode goes through."""
+    recording = True
+    for node in list(gm.graph.nodes):
+        if node.target is torch._C._set_grad_enabled:
+            recording = bool(node.args[0])
+            gm.graph.erase_node(node)
+        elif not recording and node.op.startswith("call") and has_tangent(node.meta.get("example_value")):
+            with gm.graph.inserting_after(node):
+                constant = gm.graph.call_method("detach", (node,))
+            constant.meta.update(node.meta)
+            node.replace_all_uses_with(constant, delete_user_cb=lambda user, new=constant: user is not new)
+    gm.recompile()
+
+
+def check_gradients(graph: fx.Graph, context: Context) -> None:
+    """Refuse a graph in which a tangent uses an output that PyTorch says has no gradient, though it depends on inputs.
+
+    Raises:
+        UnsupportedOp: with every such output.
+    """
+    refused = []
+    for node in graph.find_nodes(op="call_function", target=operator.getitem):
+        (source,) = node.all_input_nodes
+        used = INSERTED_META not in source.meta and any(INSERTED_META in user.meta for user in node.users)
+        if used and has_tangent(value_of(node)) and not _has_gradient(source, node.args[1]):
+            reason = f"the tangent depends on its output {node.args[1]}, which PyTorch does not differentiate"
+            refused.append(UnsupportedNode(str(source.target), source.name, (), source_line(source), reason))
+    if refused:
+        raise UnsupportedOp(refused)
+
+
+def _has_gradient(node: fx.Node, index: Any) -> bool:
+    """Whether autograd differentiates an output of node, found out on stand-ins."""
+
+    def stand_in(x: fx.Node) -> Any:
+        value = value_of(x)
+        return torch.empty_like(value, requires_grad=has_tangent(value)) if isinstance(value, Tensor) else value
+
+    fake_mode = value_of(node)[index].fake_mode
+    with fake_mode, torch.enable_grad():
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), stand_in)
+        return node.target(*args, **kwargs)[index].requires_grad  # type: ignore[operator]

@@ -1,0 +1,274 @@
+"""Gradients of the tangent: transform(..., differentiable_tangent=True).
+
+The oracle is a difference quotient of torch.func.jvp's tangent along a random direction of everything that has a
+gradient. Reverse mode over torch.func.jvp cannot serve: PyTorch gives the statistics of its norms no gradient, and so
+differentiates the tangent of nn.LayerNorm wrongly, which is a test here too.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import jvpgraph
+from tests.models import TinyDiT, inputs, oracle
+from tests.test_transform import CountOps
+from tests.zoo.base import QUIET
+from tests.zoo.cases import CASES
+from tests.zoo.oracle import AllDouble, random_tangents
+from tests.zoo.run import DoubleBackend
+
+BACKENDS = ("eager", "inductor")
+STEP = 1e-5
+pytestmark = [pytest.mark.filterwarnings(quiet) for quiet in QUIET]
+NEAR = {"rtol": 2e-7, "atol": 1e-8}
+
+
+def slope(functional, leaves: list[Tensor], directions: list[Tensor]) -> Tensor:
+    """The derivative of functional() along directions in the leaves, by differences of fourth order."""
+    values, at = {}, 0
+    for step in (-2, -1, 1, 2, 0):
+        with torch.no_grad():
+            for x, direction in zip(leaves, directions):
+                x += (step - at) * STEP * direction
+        values[step], at = functional().detach() if step else None, step
+    return (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * STEP)
+
+
+def check(dual, call, leaves: list[Tensor]) -> None:
+    """Values, tangents and gradients of a random functional of both.
+
+    Args:
+        dual: () -> (y, y_dot), ours.
+        call: () -> (y, y_dot), torch.func.jvp's.
+        leaves: all that has a gradient.
+    """
+    y, d = dual()
+    assert_close((y, d), call(), rtol=1e-9, atol=1e-11)
+    on_y, on_d = torch.randn_like(y), torch.randn_like(d)
+    grads = torch.autograd.grad((y * on_y).sum() + (d * on_d).sum(), leaves, allow_unused=True)
+    directions = [torch.randn_like(x) for x in leaves]
+
+    def functional() -> Tensor:
+        y, d = call()
+        return (y * on_y).sum() + (d * on_d).sum()
+
+    total = sum((g * direction).sum() for g, direction in zip(grads, directions) if g is not None)
+    assert_close(total, slope(functional, leaves, directions), **NEAR)
+
+
+def check_module(model, primals, dots, names, backend="eager") -> None:
+    primals, dots = (tuple(x.clone().requires_grad_() for x in xs) for xs in (primals, dots))
+    dual = jvpgraph.transform(model, backend=backend, differentiable_tangent=True)
+    check(
+        lambda: dual(*primals, tangents=dict(zip(names, dots))),
+        lambda: oracle(model, primals, dots),
+        [*model.parameters(), *primals, *dots],
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_diffusion_transformer(backend):
+    x, t, x_dot, t_dot = inputs()
+    check_module(TinyDiT(depth=2).double(), (x, t), (x_dot, t_dot), ("x", "t"), backend)
+
+
+class Gated(nn.Module):
+    """What else networks are made of; the gate is computed without gradients, the shift is a stop-gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(4, 6, 3, padding=1), nn.GroupNorm(2, 6)
+        self.rms, self.head, self.gate = nn.RMSNorm(5), nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.norm(self.conv(x)))
+        with torch.no_grad():
+            gate = torch.sigmoid(self.gate(h))
+        h = self.rms(h)
+        h[:, 0] += 1.5 * h[:, 1]
+        return self.head(h).softmax(-1) * gate + x.detach().mean()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_in_place_writes_and_stops(backend):
+    """A value computed under no_grad is a constant to reverse mode, and moves with x in forward mode."""
+    model = Gated().double()
+    x, x_dot = torch.randn(3, 4, 5).double(), torch.randn(3, 4, 5).double()
+    dual = jvpgraph.transform(model, backend=backend, differentiable_tangent=True)
+    after_the_gate = [*model.rms.parameters(), *model.head.parameters()]
+    check(lambda: dual(x, tangents={"x": x_dot}), lambda: oracle(model, (x,), (x_dot,)), after_the_gate)
+    y, d = dual(x, tangents={"x": x_dot})
+    grads = torch.autograd.grad((y + d).sum(), list(model.gate.parameters()), allow_unused=True)
+    assert all(g is None or not g.any() for g in grads)
+
+
+def test_layer_norm_where_torch_is_wrong():
+    norm, x, x_dot = nn.LayerNorm(8).double(), torch.randn(3, 8).double(), torch.randn(3, 8).double()
+    check_module(norm, (x,), (x_dot,), ("input",))
+    x.requires_grad_()
+    ours = jvpgraph.transform(norm, backend="eager", differentiable_tangent=True)(x, tangents={"input": x_dot})[1]
+    torchs = torch.func.jvp(norm, (x,), (x_dot,))[1]
+    gradients = [torch.autograd.grad(d.square().sum(), x)[0] for d in (ours, torchs)]
+    assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[0].norm(), "torch.func.jvp has become right"
+
+
+class Checkpointed(TinyDiT):
+    def forward(self, x, t):
+        c = self.time(torch.sin(t)[:, None])
+        x = self.embed(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, c, use_reentrant=False)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activation_checkpointing(backend):
+    x, t, x_dot, t_dot = inputs()
+    check_module(Checkpointed(depth=2).double(), (x, t), (x_dot, t_dot), ("x", "t"), backend)
+
+
+def test_dynamic_shapes_compile_once():
+    model = TinyDiT().double()
+    dual = jvpgraph.transform(model, backend="eager", dynamic=True, differentiable_tangent=True)
+    for batch, tokens in ((2, 6), (3, 8), (5, 10)):
+        x, t, x_dot, t_dot = inputs(batch, tokens)
+        y, d = dual(x, t, tangents={"x": x_dot, "t": t_dot})
+        assert_close((y, d), oracle(model, (x, t), (x_dot, t_dot)), rtol=1e-9, atol=1e-11)
+        grads = torch.autograd.grad(d.square().sum(), list(model.parameters()), allow_unused=True)
+        assert all(g is None or g.isfinite().all() for g in grads)
+    assert len(dual._dual.backend.reports) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(backend):
+    """Casts are made once, by the model; half types lose what they lose in the primal."""
+    model = TinyDiT(width=32)
+    x, t, x_dot, t_dot = inputs(dtype=torch.float32)
+    dual = jvpgraph.transform(model, backend=backend, differentiable_tangent=True)
+    exact = jvpgraph.transform(model, backend="eager", differentiable_tangent=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        d = dual(x, t, tangents={"x": x_dot, "t": t_dot})[1]
+    (g,), (g0,) = (
+        torch.autograd.grad(d.float().square().sum(), model.head.weight)
+        for d in (d, exact(x, t, tangents={"x": x_dot, "t": t_dot})[1])
+    )
+    assert (g - g0).norm() / g0.norm() < 0.03
+
+
+def test_hessian_vector_product():
+    """The gradient of <grad f, v>, forward over reverse's mirror image, without a second-order graph of the caller."""
+    model = TinyDiT().double()
+    x, t, v, _ = inputs()
+    x.requires_grad_()
+
+    def energy(x: Tensor) -> Tensor:
+        return model(x, t).square().sum()
+
+    _, slope = jvpgraph.jvp(energy, (x,), (v,), backend="eager", differentiable_tangent=True)
+    (product,) = torch.autograd.grad(slope, x)
+    h = 1e-5
+    up, down = (torch.autograd.grad(energy(x + s * v), x)[0] for s in (h, -h))
+    assert_close(product, (up - down) / (2 * h), rtol=1e-6, atol=1e-8)
+
+
+def test_the_backward_streams():
+    """No matrix of scores: attention's gradients come from the blocked op."""
+    model = TinyDiT().double()
+    x, t, x_dot, t_dot = inputs()
+    d = jvpgraph.transform(model, backend="eager", differentiable_tangent=True)(
+        x, t, tangents={"x": x_dot, "t": t_dot}
+    )[1]
+    with CountOps() as backward:
+        d.sum().backward()
+    assert backward.ran["jvpgraph.attention_jvp_backward.default"] == 1
+    assert backward.ran["jvpgraph.attention_jvp.default"] == 0
+
+
+class Custom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * x.cos()
+
+
+def test_refusals():
+    x = torch.randn(3, 4).double().requires_grad_()
+    with pytest.raises(ValueError, match="differentiable_tangent needs another backend"):
+        jvpgraph.transform(nn.Linear(4, 4), backend="op_by_op", differentiable_tangent=True)
+    with pytest.raises(jvpgraph.UnsupportedOp, match=r"autograd\.Function"):
+        jvpgraph.jvp(Custom.apply, (x,), (x.detach(),), backend="eager", differentiable_tangent=True)
+
+
+def test_statistics_without_a_gradient_are_refused():
+    """An op whose rule uses such an output, and that is not taken apart, may not pass silently."""
+    x, x_dot = torch.randn(3, 8).double(), torch.randn(3, 8).double()
+    with pytest.raises(jvpgraph.UnsupportedOp, match="does not differentiate"):
+        jvpgraph.jvp(_flash, (x,), (x_dot,), backend="eager", differentiable_tangent=True)
+
+
+def _flash(x: Tensor) -> Tensor:
+    return torch.ops.tests_differentiable.normed(x)[0]
+
+
+library = torch.library.Library("tests_differentiable", "DEF")
+library.define("normed(Tensor x) -> (Tensor, Tensor)")
+
+
+def _normed(x: Tensor) -> tuple[Tensor, Tensor]:
+    size = x.norm(dim=-1, keepdim=True)
+    return x / size, size
+
+
+def _save(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output)
+
+
+def _backward(ctx, g, _):
+    y, size = ctx.saved_tensors
+    return (g - y * (g * y).sum(-1, keepdim=True)) / size
+
+
+library.impl("normed", _normed, "CompositeExplicitAutograd")
+torch.library.register_fake("tests_differentiable::normed", _normed, lib=library)
+torch.library.register_autograd("tests_differentiable::normed", _backward, setup_context=_save, lib=library)
+
+
+@jvpgraph.rules.jvp(torch.ops.tests_differentiable.normed.default)
+def _rule(outs, x, *, x_dot):
+    y, size = outs
+    size_dot = (y * x_dot).sum(-1, keepdim=True)
+    return (x_dot - y * size_dot) / size, size_dot
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
+def test_diffusers(name):
+    case = CASES[name]
+    model, inputs = case.build(), case.inputs()
+    dots = random_tangents(inputs, case.tangents)
+    primals = {path: inputs.pop(path).requires_grad_() for path in case.tangents}
+    dual = jvpgraph.transform(model, backend=DoubleBackend("eager"), differentiable_tangent=True)
+
+    def call() -> tuple[Tensor, Tensor]:
+        def fn(*xs: Tensor) -> Tensor:
+            return model(**inputs, **dict(zip(primals, xs)))[0]
+
+        with AllDouble():
+            return oracle(fn, tuple(primals.values()), tuple(dots.values()))
+
+    check(
+        lambda: tuple(out[0] for out in dual(**inputs, **primals, tangents=dots)),
+        call,
+        [*model.parameters(), *primals.values()],
+    )
