@@ -9,8 +9,8 @@ Every entry of the block table is compiled by Triton for its architecture and mu
     issue as many matrix instructions per key block as the products need: none replicated, none on other units.
 The entries for a bias are compiled for the mask of padded keys, which must keep all this, and for a full additive
 bias with a tangent, which must fit the shared memory. The masked loop over the last key blocks runs once per program
-and may spill. Registers and spills depend on the version of ptxas that Triton brings, so this is to be run with the
-version that will run the kernel.
+and may spill. The same holds for the table of the Gluon kernel, for the loops of both warpgroups. Registers and spills
+depend on the version of ptxas that Triton brings, so this is to be run with the version that will run the kernel.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from jvpgraph.kernels import attention_gluon
 from jvpgraph.kernels.attention_triton import ADDITIVE_BIAS, BOOLEAN_BIAS, NO_BIAS, attention_kernel
-from jvpgraph.kernels.blocks import SHARED_MEMORY, TABLE, Blocks, Entry
+from jvpgraph.kernels.blocks import GLUON_TABLE, SHARED_MEMORY, TABLE, Blocks, Entry, GluonBlocks, GluonEntry
 
-__all__ = ["Report", "check", "compile_ahead", "main"]
+__all__ = ["Report", "check", "check_gluon", "compile_ahead", "compile_gluon", "main"]
 
 TENSOR_MEMORY = 512  # columns
+GLUON_REGISTERS = 240  # per thread of the two warpgroups that multiply
 TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 
@@ -86,7 +89,16 @@ def compile_ahead(
 ) -> tuple[Any, str]:
     """The compiled kernel, and what ptxas said."""
     source = _source(head_dim, head_dim_v, dtype, blocks, flags, by_descriptor)
-    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages, "enable_fp_fusion": True}
+    return _compile(source, arch, {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages})
+
+
+def compile_gluon(head_dim: int, dtype: torch.dtype, blocks: GluonBlocks, flags: Flags) -> tuple[Any, str]:
+    """The compiled Gluon kernel, for Hopper, and what ptxas said."""
+    return _compile(_gluon_source(head_dim, dtype, blocks, flags), 90, {"num_warps": 4})
+
+
+def _compile(source: ASTSource, arch: int, options: dict[str, Any]) -> tuple[Any, str]:
+    options = {**options, "enable_fp_fusion": True}
     log = io.StringIO()
     with (
         _knob(triton.knobs.nvidia, "dump_ptxas_log"),
@@ -97,10 +109,10 @@ def compile_ahead(
     return compiled, log.getvalue()
 
 
-def check(entry: Entry, blocks: Blocks) -> Report:
-    """Compile one entry of the block table and say what is wrong with it."""
+def check(entry: Entry, blocks: Blocks, flags: Flags | None = None) -> Report:
+    """Compile one entry of the block table, or another variant with its blocks, and say what is wrong with it."""
     started = time.time()
-    flags = VARIANTS[entry.variant]
+    flags = VARIANTS[entry.variant] if flags is None else flags
     by_descriptor = entry.arch >= 90 and entry.dtype != torch.float32
     violations = []
     compiled, log = compile_ahead(entry.arch, entry.head_dim, entry.head_dim, entry.dtype, blocks, flags, by_descriptor)
@@ -137,6 +149,48 @@ def check(entry: Entry, blocks: Blocks) -> Report:
         len(loop),
         shared,
         tensor_memory,
+        time.time() - started,
+        tuple(violations),
+    )
+
+
+def check_gluon(entry: GluonEntry, blocks: GluonBlocks) -> Report:
+    """As check, of the Gluon kernel: registers are those that its loops use, of the 240 that a warpgroup has."""
+    started = time.time()
+    flags = Flags(has_k_dot=entry.streamed > 3, has_v_dot=entry.streamed > 2)
+    compiled, log = compile_gluon(entry.head_dim, torch.bfloat16, blocks, flags)
+    instructions = _instructions(compiled.asm["cubin"])
+    loops = _inner_loops(instructions)
+    local = sum(opcode.startswith(("LDL", "STL")) for loop in loops for _, opcode, _ in loop)
+    products = [sum(_is_product(opcode) for _, opcode, _ in loop) for loop in loops]
+    on_keys, on_values = 2 + flags.has_k_dot, 2 + flags.has_v_dot
+    expected = entry.head_dim // 16 * on_keys + blocks.block_k // 16 * on_values  # m64, n as wide as the tile, k16
+    used = [int(number) + 1 for loop in loops for *_, text in loop for number in re.findall(r"\bR(\d+)", text)]
+    registers = max(used, default=0)
+    granted = [int(text.split()[-1], 16) for _, opcode, text in instructions if opcode.startswith("USETMAXREG")]
+    shared = compiled.metadata.shared
+    violations = []
+    if len(loops) != 2:
+        violations.append(f"{len(loops)} loops over keys in the binary instead of one for each warpgroup")
+    if local:
+        violations.append(f"{local} spills in the loops")
+    if notes := sorted(set(re.findall(r"\((C75\d\d)\)", log))):
+        violations.append(f"wgmma is serialised, or setmaxnreg ignored: {', '.join(notes)}")
+    if granted.count(GLUON_REGISTERS) < 2 or registers > GLUON_REGISTERS:
+        violations.append(f"{registers} registers used, and {granted} granted")
+    if shared > SHARED_MEMORY[90]:
+        violations.append(f"shared memory {shared} of {SHARED_MEMORY[90]} bytes")
+    if any(found != expected for found in products):
+        violations.append(f"{products} matrix instructions per key block instead of {expected}")
+    return Report(
+        registers,
+        _number(r"(\d+) bytes spill stores", log),
+        local,
+        max(products, default=0),
+        expected,
+        max(map(len, loops), default=0),
+        shared,
+        0,
         time.time() - started,
         tuple(violations),
     )
@@ -238,6 +292,33 @@ def _source(
     return ASTSource(fn=attention_kernel, signature=signature, constexprs=present_constants, attrs=hints)
 
 
+def _gluon_source(head_dim: int, dtype: torch.dtype, blocks: GluonBlocks, flags: Flags) -> GluonASTSource:
+    """The Gluon kernel with the types that the host function would pass."""
+
+    def box(rows: int) -> str:
+        layout = attention_gluon.layout_of(rows, head_dim, dtype)
+        return f"tensordesc<{TYPE[dtype]}[1, 1, {rows}, {head_dim}],{layout!r}>"
+
+    kernel = attention_gluon.attention_jvp_kernel
+    constants = {
+        "STAGES": blocks.stages,
+        "HAS_Q_DOT": flags.has_q_dot,
+        "HAS_K_DOT": flags.has_k_dot,
+        "HAS_V_DOT": flags.has_v_dot,
+    }
+    types = {
+        **dict.fromkeys(constants, "constexpr"),
+        **dict.fromkeys(("q", "q_dot", "o", "o_dot"), box(64)),
+        **dict.fromkeys(("k", "k_dot", "v", "v_dot"), box(blocks.block_k)),
+        **dict.fromkeys(("lse", "lse_dot"), "*fp32"),
+        "scale": "fp32",
+        **dict.fromkeys(("heads", "group", "length_q", "length_kv"), "i32"),
+    }
+    signature = {name: types[name] for name in kernel.arg_names}
+    hints = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    return GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+
+
 @contextlib.contextmanager
 def _knob(owner: Any, name: str) -> Iterator[None]:
     before = getattr(owner, name)
@@ -274,9 +355,8 @@ def _is_product(opcode: str) -> bool:
     return opcode.startswith(("HMMA", "HGMMA", "UTCHMMA"))
 
 
-def _main_loop(instructions: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
-    """The loop over whole key blocks: the innermost ones that take exponentials, and of these the one with the
-    fewest selects, for the other one masks."""
+def _inner_loops(instructions: list[tuple[int, str, str]]) -> list[list[tuple[int, str, str]]]:
+    """The innermost loops that take exponentials."""
     spans = []
     for i, (address, opcode, text) in enumerate(instructions):
         target = re.search(r"0x([0-9a-f]+)", text) if opcode.startswith("BRA") else None
@@ -285,12 +365,17 @@ def _main_loop(instructions: list[tuple[int, str, str]]) -> list[tuple[int, str,
             spans.append((int(target[1], 16), address))
     loops = [[x for x in instructions if first <= x[0] <= last] for first, last in spans]
     loops = [loop for loop in loops if any(opcode.startswith("MUFU.EX2") for _, opcode, _ in loop)]
-    innermost = [
+    return [
         loop
         for loop in loops
         if not any(loop[0][0] <= other[0][0] and other[-1][0] <= loop[-1][0] for other in loops if other is not loop)
     ]
-    return min(innermost, key=lambda loop: sum(o.startswith("FSEL") for _, o, _ in loop), default=[])
+
+
+def _main_loop(instructions: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
+    """The loop over whole key blocks: that with the fewest selects, for the other one masks."""
+    loops = _inner_loops(instructions)
+    return min(loops, key=lambda loop: sum(opcode.startswith("FSEL") for _, opcode, _ in loop), default=[])
 
 
 # -------------------------------------------------------------------------------------------------- command
@@ -298,13 +383,20 @@ def _main_loop(instructions: list[tuple[int, str, str]]) -> list[tuple[int, str,
 
 def _row(entry: Entry, blocks: Blocks, report: Report) -> str:
     tile = f"{blocks.block_q}x{blocks.block_k}"
+    compiled = f"{entry.variant:>7} {tile:>8} {blocks.num_warps:>5} {blocks.num_stages:>6}"
+    return f"{entry.arch:>4} {entry.head_dim:>4} {TYPE[entry.dtype]:>5} {compiled} | {_figures(report)}"
+
+
+def _gluon_row(entry: GluonEntry, blocks: GluonBlocks, report: Report) -> str:
+    tile = f"2x64x{blocks.block_k}"
+    compiled = f"{f'gluon {entry.streamed}':>7} {tile:>8} {'8 + 1':>5} {blocks.stages:>6}"
+    return f"{90:>4} {entry.head_dim:>4} {TYPE[torch.bfloat16]:>5} {compiled} | {_figures(report)}"
+
+
+def _figures(report: Report) -> str:
     size = f"{report.registers:>4} {report.spilled:>6} {report.shared:>7} {report.tensor_memory:>5}"
     loop = f"{report.local:>5} {report.products:>4} {report.instructions:>6}"
-    return (
-        f"{entry.arch:>4} {entry.head_dim:>4} {TYPE[entry.dtype]:>5} {entry.variant:>7} "
-        f"{tile:>8} {blocks.num_warps:>5} {blocks.num_stages:>6} | {size} | {loop} | {report.seconds:>5.1f}  "
-        + ("; ".join(report.violations) or "ok")
-    )
+    return f"{size} | {loop} | {report.seconds:>5.1f}  " + ("; ".join(report.violations) or "ok")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -323,6 +415,11 @@ def main(arguments: list[str] | None = None) -> int:
             report = check(entry, blocks)
             bad += bool(report.violations)
             print(_row(entry, blocks, report), flush=True)
+    if options.arch in (None, 90):
+        for gluon_entry, gluon_blocks in GLUON_TABLE.items():
+            report = check_gluon(gluon_entry, gluon_blocks)
+            bad += bool(report.violations)
+            print(_gluon_row(gluon_entry, gluon_blocks, report), flush=True)
     print(f"{bad} entries with violations")
     return bad
 
