@@ -324,10 +324,9 @@ def _attention_jvp_backward_real(*args: Any) -> tuple[Tensor, ...]:
             for out, span, value in zip(grads, (at_q, at_kv, at_kv) * 2, part):
                 if value is not None:
                     out[:, :, span] = value
-    absent = q.new_empty(0)
-    rows = [absent if like is None else rows_from_rank4(x, like) for x, like in zip(grads, given[4:10])]
+    rows = [q.new_empty(0) if like is None else rows_from_rank4(x, like) for x, like in zip(grads, given[4:10])]
     biases = [
-        absent if like is None or x is None else bias_grad(q, like, x)
+        q.new_empty(0) if like is None or x is None else bias_grad(q, like, x)
         for x, like in ((dbias, bias), (dbias_dot, bias_dot))
     ]
     return *rows, *biases

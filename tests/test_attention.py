@@ -459,6 +459,36 @@ def test_attention_jvp_is_differentiable_in_the_primal_only():
     assert got.isfinite().all()
 
 
+@pytest.mark.parametrize("case", ["plain", "bias", "packed", "no_heads"])
+def test_gradients_of_the_tangent(case):
+    """Of o, lse, o_dot and lse_dot together, in everything, against autograd of the reference."""
+    if case == "packed":
+        (q, k, v), dots, bias, bias_dot = make(b=1, n_q=9, n_k=12, kv_heads=2, d_v=5)
+        ends = [torch.tensor(x, dtype=torch.int32) for x in ([0, 4, 9], [0, 7, 12])]
+        how = {"cu_seqlens_q": ends[0], "cu_seqlens_kv": ends[1]}
+        mask = torch.zeros(9, 12, dtype=torch.bool)
+        mask[:4, :7] = mask[4:, 7:] = True
+    else:
+        (q, k, v), dots, bias, bias_dot = make(kv_heads=2, bias="per_head" if case == "bias" else "none")
+        how, mask = {"window": (6, 3)}, bias
+        if case == "no_heads":
+            (q, k, v), dots = ([x[:, 0] for x in xs] for xs in ((q, k, v), dots))
+    inputs = [x.clone().requires_grad_() for x in (q, k, v, *dots)]
+    biases = [x.clone().requires_grad_() for x in (bias, bias_dot) if x is not None]
+    outs = attention_jvp(*inputs, *biases, differentiable_tangent=True, **how)
+    if case == "packed":
+        expected = reference.attention_jvp(*inputs, mask)
+    else:
+        expected = reference.attention_jvp(*inputs, *biases, **({} if biases else {"bias": mask}), **how)
+    assert_near(outs, expected, q.dtype)
+    weights = [torch.randn_like(x) for x in outs]
+    got, wanted = (
+        torch.autograd.grad(sum((x * w).sum() for x, w in zip(xs, weights)), [*inputs, *biases])
+        for xs in (outs, expected)
+    )
+    assert_near(got, wanted, q.dtype)
+
+
 def test_second_derivatives_are_refused():
     (q, k, v), _, _, _ = make()
     q.requires_grad_()
@@ -517,6 +547,23 @@ def test_opcheck(bias, requires_grad):
     torch.library.opcheck(ops.attention_backward.default, args)
 
 
+def test_opcheck_of_windows_packing_and_the_second_backward():
+    (q, k, v), dots, bias, bias_dot = make(b=1, n_q=9, n_k=9, kv_heads=2, bias="per_head")
+    packed = [torch.tensor(ends, dtype=torch.int32) for ends in ([0, 4, 9], [0, 6, 8])]
+    how = (False, None, [2, 3], *packed)
+    for requires_grad in (False, True):
+        inputs = [x.detach().requires_grad_(requires_grad) for x in (q, k, v)]
+        torch.library.opcheck(OPS.attention.default, (*inputs, None, *how))
+        torch.library.opcheck(OPS.attention_jvp.default, (*inputs, *dots, None, None, *how, True))
+    o, lse, o_dot, lse_dot = attention_jvp(q, k, v, *dots, bias, bias_dot)
+    cotangents = [torch.randn_like(x) for x in (o, lse, o_dot, lse_dot)]
+    outs = (o, lse, o_dot, lse_dot)
+    args = (*cotangents, q, k, v, *dots, bias, bias_dot, *outs, True, 0.3, None, None, None, True, True)
+    torch.library.opcheck(OPS.attention_jvp_backward.default, args)
+    few = (None, None, cotangents[2], None, q, k, v, None, dots[1], None, None, None, *outs, *how)
+    torch.library.opcheck(OPS.attention_jvp_backward.default, few)
+
+
 @pytest.mark.parametrize(
     ("q_shape", "kv_heads"),
     [
@@ -565,6 +612,41 @@ def test_make_fx_keeps_the_ops_whole(mode):
     ops = [str(n.target) for n in graph.graph.nodes if "jvpgraph" in str(n.target)]
     assert ops == ["jvpgraph.attention.default", "jvpgraph.attention_jvp.default"]
     assert_near(graph(q, k, v, *dots[:2]), call(q, k, v, *dots[:2]), q.dtype)
+
+
+class Attends(torch.nn.Module):
+    def forward(self, q, k, v, q_dot, v_dot):
+        o, lse, o_dot, lse_dot = attention_jvp(q, k, v, q_dot, None, v_dot, window=(5, -1))
+        return o.sin() + lse.unsqueeze(-1), o_dot * lse_dot.unsqueeze(-1)
+
+
+def test_compile_and_export_with_fake_cuda_tensors():
+    """No GPU is needed to trace for one: shapes, strides, devices and dtypes come out as there."""
+    op = "jvpgraph.attention_jvp.default"
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        made = [torch.empty(2, 9, 4, 8, dtype=torch.bfloat16, device="cuda").transpose(1, 2) for _ in range(5)]
+        graph = make_fx(Attends())(*made)
+        out, out_dot = Attends()(*made)
+        captured: list[torch.fx.GraphModule] = []
+        compiled = torch.compile(Attends(), backend=lambda gm, _: captured.append(gm) or gm.forward, fullgraph=True)
+        assert compiled(*made)[0].device.type == "cuda"
+        o, lse = attention(*made[:3])
+        grads = attention_backward(o, None, *made[:3], None, o, lse)
+    assert out.device.type == out_dot.device.type == "cuda"
+    assert out_dot.dtype == torch.float32  # lse_dot's
+    assert out.stride() == (288, 8, 32, 1)
+    assert [str(n.target) for n in graph.graph.nodes if "jvpgraph" in str(n.target)] == [op]
+    assert [str(n.target) for n in captured[0].graph.nodes if "jvpgraph" in str(n.target)] == [op]
+    assert [x.device.type for x in grads[:3]] == ["cuda"] * 3
+    length = torch.export.Dim("length", min=2, max=1 << 20)
+    shapes = tuple({2: length} for _ in made)
+    with mode:
+        exported = torch.export.export(Attends(), tuple(made), dynamic_shapes=shapes, strict=False)
+    (node,) = [n for n in exported.graph.nodes if str(n.target) == op]
+    o, lse = node.meta["val"][:2]
+    assert o.device.type == lse.device.type == "cuda"
+    assert (o.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    assert isinstance(o.shape[2], torch.SymInt)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
