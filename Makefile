@@ -59,8 +59,8 @@ wheels:  ## fetch what `make gpu` needs where there is no network, into benchmar
 	rm -rf benchmarks/.wheels
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --dest benchmarks/.wheels setuptools jvp_flash_attention
 
-gpu:  ## with the CUDA torch of $(PYTHON), without network, in under nine minutes: kernel tests, tiles, benchmark
-	$(PYTHON) -m benchmarks.gpu --out $(GPU_OUT)
+gpu:  ## on a CUDA GPU, in under nine minutes: the kernels' tests, tiles, attention beside its peers; see benchmarks/
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu --out $(GPU_OUT)
 
 dump: $(READY)  ## the graph of a small Wan transformer after every pass, in out/dump
 	rm -rf $(OUT)/dump

@@ -57,6 +57,20 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         del junk
 
 
+@pytest.fixture(params=["triton", "gluon"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kernels, whichever of them is the default."""
+    monkeypatch.setenv("JVPGRAPH_ATTENTION", request.param)
+    if request.param == "gluon":
+        if not CUDA:
+            pytest.skip("needs a CUDA GPU")
+        x = torch.zeros(1, 1, 16, 64, device="cuda", dtype=BF16)
+        try:
+            attention(x, x, x)
+        except ValueError as refused:
+            pytest.skip(str(refused))
+
+
 def rows(b: int, h: int, n: int, d: int, dtype: torch.dtype) -> Tensor:
     """[B, H, N, D], in memory as B, N, H, D."""
     return torch.randn(b, n, h, d, device=DEVICE, dtype=dtype).transpose(1, 2)
@@ -151,7 +165,7 @@ def check(tensors, bias=None, bias_dot=None, *, is_causal=False, window=None, pa
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize("d", [64, 72, 80, 96, 112, 128, 192, 256])
-def test_head_dims(d, dtype):
+def test_head_dims(d, dtype, kernel):
     check(make(d=d, dtype=dtype, n_q=129, n_k=200))
 
 
@@ -164,19 +178,19 @@ def test_values_of_another_width(d, d_v):
 @pytest.mark.parametrize(
     ("n_q", "n_k"), [(1, 1), (1, 63), (63, 65), (65, 63), (65, 999), (999, 65), (999, 999), (128, 256), (3000, 1)]
 )
-def test_lengths(n_q, n_k, d):
+def test_lengths(n_q, n_k, d, kernel):
     check(make(n_q=n_q, n_k=n_k, d=d))
 
 
 @pytest.mark.parametrize("active", range(1, 8))
-def test_inputs_that_do_not_move(active):
+def test_inputs_that_do_not_move(active, kernel):
     tensors = make(d=128)
     check([*tensors[:3], *(x if active >> i & 1 else None for i, x in enumerate(tensors[3:]))])
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_grouped_heads(kv_heads, is_causal):
+def test_grouped_heads(kv_heads, is_causal, kernel):
     check(make(kv_heads=kv_heads, n_q=200), is_causal=is_causal)
 
 
@@ -186,7 +200,7 @@ def test_any_scale(scale):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_any_strides(dtype):
+def test_any_strides(dtype, kernel):
     tensors = make(dtype=dtype)
     check([x.contiguous() for x in tensors])
     packed = torch.randn(2, 130, 3, 4, 64, device=DEVICE, dtype=dtype)  # B, N, qkv, H, D, as one projection gives it
@@ -270,7 +284,7 @@ def test_fully_masked_rows_are_zero(kind, d):
 
 
 @on_a_gpu
-def test_offsets_beyond_int32_between_batches():
+def test_offsets_beyond_int32_between_batches(kernel):
     """Elements 2^31 and more apart: six tensors side by side in one storage."""
     size = 4 * 130 * 64
     storage = torch.empty((1 << 31) + 6 * size, device=DEVICE, dtype=BF16)
@@ -294,7 +308,7 @@ def test_offsets_beyond_int32_within_a_head():
 
 
 @on_a_gpu
-def test_outputs_beyond_int32():
+def test_outputs_beyond_int32(kernel):
     n = (1 << 22) + 65
     tensors = make(b=1, h=8, n_q=n, n_k=16, d=64)
     have = attention_jvp(*tensors)
@@ -307,7 +321,7 @@ def test_outputs_beyond_int32():
 
 @on_a_gpu
 @pytest.mark.parametrize("d", WIDTHS)
-def test_as_many_tokens_as_a_video_has(d):
+def test_as_many_tokens_as_a_video_has(d, kernel):
     q, k, v, q_dot, k_dot, v_dot = make(b=1, h=2, n_q=32760, n_k=32760, d=d)
     have = attention_jvp(q, k, v, q_dot, k_dot, v_dot)
     for at in (slice(0, 200), slice(32560, 32760)):
@@ -321,7 +335,7 @@ def test_as_many_tokens_as_a_video_has(d):
 
 @pytest.mark.parametrize("d", WIDTHS)
 @pytest.mark.parametrize("n", [512, 999])
-def test_a_tangent_common_to_all_keys_costs_no_precision(n, d):
+def test_a_tangent_common_to_all_keys_costs_no_precision(n, d, kernel):
     """What the embedding of a time step does: 30 standard deviations, the same for every key."""
     q, k, v, q_dot, k_dot, v_dot = make(n_q=n, n_k=n, d=d)
     k_dot = (k_dot.float() + 30 * torch.randn(2, 4, 1, d, device=DEVICE)).bfloat16()
@@ -333,7 +347,7 @@ def test_a_tangent_common_to_all_keys_costs_no_precision(n, d):
 
 
 @on_a_gpu
-def test_twice_the_same_is_the_same():
+def test_twice_the_same_is_the_same(kernel):
     """An error that moves between runs is a race."""
     tensors = make(b=2, h=8, n_q=2000, n_k=1999, d=128)
     first = attention_jvp(*tensors)
