@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-import jvpgraph.markers  # noqa: F401  defines jvpgraph::make_dual
+import jvpgraph
+from jvpgraph.kernels import reference
+from jvpgraph.kernels.attention import attention
 from jvpgraph.kernels.ops import OPS
 from jvpgraph.passes.recognize_attention import recognize_attention
 from jvpgraph.passes.swap_attention import SwapReport, active_nodes, swap_attention
@@ -514,3 +516,20 @@ def test_passes_do_nothing_twice():
     passes = Twice()
     torch.compile(lambda x, k, v: SDPA["plain"](x, k, v) + two_masks(x, k, v), backend=passes)(*qkv())
     assert len(passes.swap.swapped) == len(passes.recognize.swapped) == 1
+
+
+@pytest.mark.parametrize("backend", ["op_by_op", "eager"])
+def test_models_that_call_the_op_themselves(backend):
+    """Sliding windows and packed sequences, which scaled_dot_product_attention does not have."""
+    ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+    mask = (torch.arange(12)[:, None] - torch.arange(12)).abs() <= 3
+    mask[:5, 5:] = mask[5:, :5] = False
+
+    def ours(x: Tensor) -> Tensor:
+        packed = {"cu_seqlens_q": ends, "cu_seqlens_kv": ends}
+        return attention(x.sin(), x.cos(), x, window=(3, 3), **packed)[0]
+
+    x, x_dot = torch.randn(1, 2, 12, 4).double(), torch.randn(1, 2, 12, 4).double()
+    got = jvpgraph.jvp(ours, (x,), (x_dot,), backend=backend)
+    wanted = torch.func.jvp(lambda x: reference.attention(x.sin(), x.cos(), x, mask)[0], (x,), (x_dot,))
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
