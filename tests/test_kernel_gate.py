@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from jvpgraph.kernels import gate
+from jvpgraph.kernels.attention_triton import packed_blocks
 from jvpgraph.kernels.blocks import SHARED_MEMORY, TABLE, Blocks, Entry, choose_blocks, variant
 from jvpgraph.kernels.gate import Flags
 
@@ -66,14 +67,30 @@ VARIANTS = [
     (80, 48, 32, torch.float32, Flags(False, False, False, 2, True, True, has_right=True), False),
     (100, 72, 128, torch.float16, Flags(bias=1, bias_has_rows=True, has_right=True), True),
     (100, 72, 128, BF16, Flags(), True),
+    (90, 128, 128, BF16, Flags(bias=2, bias_has_rows=True, has_left=True), True),
+    (90, 72, 40, BF16, Flags(False, False, False, packed=True), False),
+    (80, 64, 64, torch.float32, Flags(has_right=True, packed=True), False),
     (100, 256, 64, BF16, Flags(), False),
 ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))
+def test_windows_and_packed_sequences_keep_what_the_table_has(arch, head_dim, packed):
+    entry = Entry(arch, head_dim, BF16, "jvp")
+    blocks = packed_blocks(TABLE[entry]) if packed else TABLE[entry]
+    report = gate.check(entry, blocks, Flags(has_left=True, has_right=True, packed=packed))
+    assert not report.violations
 
 
 @pytest.mark.parametrize(("arch", "d", "d_v", "dtype", "flags", "by_descriptor"), VARIANTS, ids=str)
 def test_other_variants_compile_and_fit(arch, d, d_v, dtype, flags, by_descriptor):
     moves = flags.has_q_dot or flags.has_k_dot or flags.has_v_dot or flags.has_bias_dot
     blocks = choose_blocks(arch, (d, d_v), dtype, variant(moves, bool(flags.bias)), by_descriptor)
+    if flags.packed:
+        blocks = packed_blocks(blocks)
     compiled, _ = gate.compile_ahead(arch, d, d_v, dtype, blocks, flags, by_descriptor)
     assert compiled.metadata.shared <= SHARED_MEMORY[arch]
     assert (getattr(compiled.metadata, "tmem_size", None) or 0) <= gate.TENSOR_MEMORY
