@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test lint format fuzz zoo bench bench-quality wheels gpu dump clean
+.PHONY: help demo test test-dist lint format fuzz zoo bench bench-quality wheels gpu dump clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,7 +32,10 @@ demo: $(READY)  ## distil a diffusion transformer on handwritten digits: out/dem
 	$(BIN)/python -m jvpgraph.trainer.demo --out $(OUT)/demo
 
 test: $(READY)  ## all tests but the long sweeps
-	$(BIN)/python -m pytest -q --durations=15 tests
+	$(BIN)/python -m pytest -q --durations=15 -m "not matrix" tests
+
+test-dist: $(READY)  ## every combination of parallelism on real process groups, with a table of errors
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=15 tests/distributed
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
