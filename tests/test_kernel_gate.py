@@ -11,7 +11,17 @@ pytest.importorskip("triton")
 
 from jvpgraph.kernels import gate
 from jvpgraph.kernels.attention_triton import packed_blocks
-from jvpgraph.kernels.blocks import SHARED_MEMORY, TABLE, Blocks, Entry, choose_blocks, variant
+from jvpgraph.kernels.blocks import (
+    GLUON_TABLE,
+    SHARED_MEMORY,
+    TABLE,
+    Blocks,
+    Entry,
+    GluonBlocks,
+    GluonEntry,
+    choose_blocks,
+    variant,
+)
 from jvpgraph.kernels.gate import Flags
 
 pytestmark = pytest.mark.skipif(
@@ -35,7 +45,7 @@ def test_every_entry_of_the_table_passes(arch, capsys):
     bad = gate.main(["--arch", str(arch)])
     out = capsys.readouterr().out
     assert not bad, out
-    assert out.count(" ok\n") == sum(entry.arch == arch for entry in TABLE)
+    assert out.count(" ok\n") == sum(entry.arch == arch for entry in TABLE) + (arch == 90) * len(GLUON_TABLE)
 
 
 def test_what_the_gate_must_catch():
@@ -50,10 +60,21 @@ def test_what_the_gate_must_catch():
     assert any("matrix instructions" in what for what in replicated.violations)
 
 
+def test_what_the_gate_must_catch_in_gluon():
+    """As above: a tile too large for the registers, which wgmma is serialised over, and one for the shared memory."""
+    spilling = gate.check_gluon(GluonEntry(128, 4), GluonBlocks(128, 1))
+    assert any("spills in the loop" in what for what in spilling.violations)
+    assert any("serialised" in what for what in spilling.violations)
+    large = gate.check_gluon(GluonEntry(128, 4), GluonBlocks(64, 3))
+    assert any("shared memory" in what for what in large.violations)
+    assert len(large.violations) == 1
+
+
 def test_a_planted_entry_fails_the_command(monkeypatch, capsys):
     monkeypatch.setattr(gate, "TABLE", {Entry(90, 128, BF16, "jvp"): Blocks(128, 64, 4, 2)})
-    assert gate.main([]) == 1
-    assert "spills in the loop" in capsys.readouterr().out
+    monkeypatch.setattr(gate, "GLUON_TABLE", {GluonEntry(128, 2): GluonBlocks(128, 2)})
+    assert gate.main([]) == 2
+    assert capsys.readouterr().out.count("spills in the loop") == 2
 
 
 # What the table is not checked for, but must compile to and fit: the interpreter does not know types of loops.
