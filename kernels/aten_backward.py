@@ -95,6 +95,7 @@ def _flash_backward(
     # ATen reads lse through a raw pointer; without dropout it reads no random state and no offsets of sequences
     state = q.new_empty(2, dtype=torch.uint64)
     if window not in (EVERYTHING, CAUSAL):
+        left, right = (None if width is None else min(width, k.shape[2]) for width in window)  # int32 inside
         grads = aten._flash_attention_backward.default(
             *(x.transpose(1, 2) for x in (o_grad, q, k, v, o)),
             lse.contiguous(),
@@ -107,8 +108,8 @@ def _flash_backward(
             state,
             state,
             scale=scale,
-            window_size_left=window.left,
-            window_size_right=window.right,
+            window_size_left=left,
+            window_size_right=right,
         )
         return tuple(x.transpose(1, 2) for x in grads)
     return aten._scaled_dot_product_flash_attention_backward.default(

@@ -531,6 +531,7 @@ PATHS = [
     ("flash", {"kv_heads": 2}, {"window": Window(30, 5)}),
     ("flash", {}, {"window": Window(left=30)}),
     ("flash", {}, {"window": Window(right=5)}),
+    ("flash", {}, {"window": Window(1 << 40, 5)}),
     ("efficient", {"n_k": 90}, {"window": CAUSAL}),  # flash aligns its window at the bottom right
     ("blocked", {"n_k": 90}, {"window": Window(30, 5)}),
     ("blocked", {"d": 256}, {"window": Window(30, 5)}),
