@@ -34,7 +34,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from jvpgraph.kernels import attention_gluon
-from jvpgraph.kernels.attention_triton import ADDITIVE_BIAS, BOOLEAN_BIAS, NO_BIAS, attention_kernel
+from jvpgraph.kernels.attention_kernel import ADDITIVE_BIAS, BOOLEAN_BIAS, NO_BIAS, attention_kernel
 from jvpgraph.kernels.blocks import GLUON_TABLE, SHARED_MEMORY, TABLE, Blocks, Entry, GluonBlocks, GluonEntry
 
 __all__ = ["Report", "check", "check_gluon", "compile_ahead", "compile_gluon", "main"]
