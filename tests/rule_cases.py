@@ -25,6 +25,7 @@ from torch._ops import OpOverload
 import jvpgraph.kernels.attention  # noqa: F401  defines the ops
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
+with_backward = torch.ops._c10d_functional_autograd
 
 Draw = Callable[[torch.Generator], Tensor]
 
@@ -469,16 +470,38 @@ ATTENTION = [
 # Two processes in the world group, which is called "0"; both go through the rows in this order.
 TWO = ([R(4, 3), R(2)],)
 ON_TWO_RANKS = {"group": True, "reverse": False, "strided": False}
+TIED = V([1.0, -2.0])  # the same on both ranks
 COLLECTIVE = [
-    *row(c10d.all_reduce.default, call(R(4, 3), "sum", "0"), **ON_TWO_RANKS),
-    *row(c10d.all_reduce_coalesced.default, call(*TWO, "sum", "0"), **ON_TWO_RANKS),
-    *row(c10d.reduce_scatter_tensor.default, call(R(4, 3), "sum", 2, "0"), **ON_TWO_RANKS),
+    *row(
+        c10d.all_reduce.default,
+        *(call(R(4, 3), reduce_op, "0") for reduce_op in ("sum", "max", "min")),
+        kink(TIED, "max", "0"),
+        **ON_TWO_RANKS,
+    ),
+    *row(
+        c10d.all_reduce_coalesced.default,
+        *(call(*TWO, reduce_op, "0") for reduce_op in ("sum", "max", "min")),
+        **ON_TWO_RANKS,
+    ),
+    *rows(
+        (c10d.reduce_scatter_tensor.default, with_backward.reduce_scatter_tensor.default),
+        call(R(4, 3), "sum", 2, "0"),
+        **ON_TWO_RANKS,
+    ),
     *row(c10d.reduce_scatter_tensor_coalesced.default, call(*TWO, "sum", 2, "0"), **ON_TWO_RANKS),
-    *row(c10d.all_gather_into_tensor.default, call(R(4, 3), 2, "0"), **ON_TWO_RANKS),
+    *rows(
+        (c10d.all_gather_into_tensor.default, with_backward.all_gather_into_tensor.default),
+        call(R(4, 3), 2, "0"),
+        **ON_TWO_RANKS,
+    ),
     *row(c10d.all_gather_into_tensor_coalesced.default, call(*TWO, 2, "0"), **ON_TWO_RANKS),
-    *row(c10d.all_to_all_single.default, call(R(4, 3), [2, 2], [2, 2], "0"), **ON_TWO_RANKS),
+    *rows(
+        (c10d.all_to_all_single.default, with_backward.all_to_all_single.default),
+        call(R(4, 3), [2, 2], [2, 2], "0"),
+        **ON_TWO_RANKS,
+    ),
     *row(c10d.broadcast.default, call(R(4, 3), 1, "0"), **ON_TWO_RANKS),
-    *row(c10d.wait_tensor.default, call(R(4, 3)), **ON_TWO_RANKS),
+    *rows((c10d.wait_tensor.default, c10d._wrap_tensor_autograd.default), call(R(4, 3)), **ON_TWO_RANKS),
     *row(torch.ops._dtensor.shard_dim_alltoall.default, call(R(4, 2), 0, 1, "0"), **ON_TWO_RANKS),
 ]
 

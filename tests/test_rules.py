@@ -490,12 +490,12 @@ def test_call_outside_the_precondition_is_derived():
     torch.testing.assert_close(out_dot, (x.conj() * x_dot).real / x.abs())
 
 
-@pytest.mark.parametrize("reduce_op", ["max", "product"])
-def test_collective_that_is_not_linear_is_refused(reduce_op: str):
-    x = torch.randn(3)
-    arguments = bind(c10d.all_reduce.default, (x, reduce_op, "0"), {})
-    with pytest.raises(NoRule, match="precondition"):
-        tangents_of(c10d.all_reduce.default, x, arguments, {"input": x})
+def test_collective_without_a_tangent_is_refused():
+    x = torch.randn(4)
+    for op, reduce_op, how in ((c10d.all_reduce, "product", ()), (c10d.reduce_scatter_tensor, "max", (2,))):
+        arguments = bind(op.default, (x, reduce_op, *how, "0"), {})
+        with pytest.raises(NoRule, match=f"it reduces by {reduce_op}"):
+            tangents_of(op.default, x, arguments, {"input": x})
 
 
 def test_attention_with_dropout_is_refused():

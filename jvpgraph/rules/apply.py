@@ -91,14 +91,13 @@ def tangents_of(op: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[
         NoRule: there is no forward derivative; the message gives the reason.
     """
     rule = TABLE.get(op)
-    applies = rule is None or rule.applies(arguments)
-    if rule is not None and applies and (not rule.terms or set(dots) <= set(rule.wrt)):
+    unmet = rule.unmet(arguments) if rule is not None else ""
+    if rule is not None and not unmet and (not rule.terms or set(dots) <= set(rule.wrt)):
         return apply_rule(rule, out, arguments, dots), "table"
     try:
         return _conform(op, out, derive(op, out, arguments, dots)), "derived"
     except NotDerivable as reason:
-        unmet = "" if applies else "the precondition of its rule does not hold, and "
-        raise NoRule(f"{unmet}{reason}") from reason
+        raise NoRule(f"{unmet}, and {reason}" if unmet else str(reason)) from reason
 
 
 def apply_rule(rule: Rule, out: Any, arguments: dict[str, Any], dots: dict[str, Any]) -> Any:

@@ -37,7 +37,7 @@ from torch._ops import OpOverload
 
 __all__ = ["TABLE", "Rule", "Term", "bilinear", "is_tensor_argument", "jvp", "linear", "no_tangent"]
 
-When = Callable[..., bool]
+When = Callable[..., "bool | str"]  # of the schema arguments: whether the rule holds, or why it does not
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,12 @@ class Rule:
 
     def applies(self, arguments: dict[str, Any]) -> bool:
         """Whether the precondition of this rule holds for these schema arguments."""
-        return self.when is None or self.when(*arguments.values())
+        return not self.unmet(arguments)
+
+    def unmet(self, arguments: dict[str, Any]) -> str:
+        """Why the precondition does not hold; empty where it does."""
+        holds = self.when is None or self.when(*arguments.values())
+        return holds if isinstance(holds, str) else "" if holds else "the precondition of its rule does not hold"
 
 
 TABLE: dict[OpOverload, Rule] = {}
