@@ -19,6 +19,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ __all__ = ["Linearization", "linearize", "source_line"]
 
 TANGENT_META = "jvpgraph_tangent_of"  # on a tangent node: the name of its primal
 NO_SOURCE = "(no source line)"
+TORCH = f'"{Path(torch.__file__).parent}/'  # how a frame of torch's own code starts
 INSERTED_META = "jvpgraph_inserted"  # on every node that linearize inserted
 
 
@@ -240,6 +242,7 @@ def source_line(node: fx.Node) -> str:
     if not trace:
         return NO_SOURCE
     frames = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
+    frames = [frame for frame in frames if TORCH not in frame] or frames
     if not frames:
         return NO_SOURCE
     path, line, function = (part.strip() for part in frames[-1].split(",", 2))
