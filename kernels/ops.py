@@ -40,6 +40,10 @@ if TYPE_CHECKING or importlib.util.find_spec("triton"):  # there is none but for
     from jvpgraph.kernels import attention_triton
 else:
     attention_triton = None
+try:
+    from jvpgraph.kernels import attention_gluon
+except ImportError:  # no Triton, or one that has changed what it calls experimental
+    attention_gluon = None
 
 __all__ = ["OPS", "How", "implementation"]
 
@@ -104,15 +108,17 @@ class Implementation(Protocol):
 def implementation(q: Tensor, v: Tensor) -> Implementation:
     """The implementation for the device, dtype and head dims: the one place where a kernel is chosen.
 
-    Triton on the GPUs and dims that it supports, else attention_blocked; JVPGRAPH_ATTENTION=blocked asks for the
-    latter everywhere.
+    Triton on the GPUs and dims that it supports, Gluon where a GPU showed that to be faster, else attention_blocked.
+    JVPGRAPH_ATTENTION=gluon, triton or blocked asks for one of them wherever it can be.
     """
-    wanted = os.environ.get("JVPGRAPH_ATTENTION", "triton")
-    if wanted not in ("triton", "blocked"):
-        raise ValueError(f"JVPGRAPH_ATTENTION is {wanted!r}: it takes triton or blocked")
-    if wanted == "triton" and attention_triton is not None and attention_triton.supports(q, v):
+    wanted = os.environ.get("JVPGRAPH_ATTENTION")
+    if wanted not in (None, "gluon", "triton", "blocked"):
+        raise ValueError(f"JVPGRAPH_ATTENTION is {wanted!r}: it takes gluon, triton or blocked")
+    if wanted == "blocked" or attention_triton is None or not attention_triton.supports(q, v):
+        return attention_blocked
+    if wanted == "triton" or attention_gluon is None or not attention_gluon.supports(q, v):
         return attention_triton
-    return attention_blocked
+    return attention_gluon if wanted == "gluon" or attention_gluon.is_faster(q, v) else attention_triton
 
 
 # --------------------------------------------------------------------------- the ops: real tensors and fakes
@@ -141,8 +147,8 @@ def _attention_real(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
     chosen, inside = implementation(q, v), how.inside(q)
     if how.cu_seqlens_q is None:
         o, lse = chosen.attention(*map(to_rank4, (q, k, v)), bias_to_rank4(q, bias), *inside)
-    elif chosen is attention_triton:
-        o, lse = attention_triton.attention(q, k, v, None, *inside, cu_seqlens=how[3:])
+    elif chosen is not attention_blocked:
+        o, lse = chosen.attention(q, k, v, None, *inside, cu_seqlens=how[3:])
     else:
         o, lse = _blind_o_and_lse(q, v)
         for at_q, at_kv in how.sequences(q, k):
@@ -188,8 +194,8 @@ def _attention_jvp_real(
     if how.cu_seqlens_q is None:
         biases = bias_to_rank4(q, bias), bias_to_rank4(q, bias_dot)
         o, lse, o_dot, lse_dot = chosen.attention_jvp(*map(to_rank4, operands), *biases, *inside)
-    elif chosen is attention_triton:
-        o, lse, o_dot, lse_dot = attention_triton.attention_jvp(*operands, None, None, *inside, cu_seqlens=how[3:])
+    elif chosen is not attention_blocked:
+        o, lse, o_dot, lse_dot = chosen.attention_jvp(*operands, None, None, *inside, cu_seqlens=how[3:])
     else:
         (o, lse), (o_dot, lse_dot) = _blind_o_and_lse(q, v), _empty_o_and_lse(q, v)
         outs = (o, lse, o_dot.zero_(), lse_dot.zero_())

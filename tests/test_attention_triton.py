@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, interpreter
 
-from jvpgraph.kernels import aten_backward, attention_blocked, attention_triton, gate, reference
+from jvpgraph.kernels import aten_backward, attention_blocked, attention_gluon, attention_triton, gate, reference
 from jvpgraph.kernels.attention import implementation, merge_attention
 from jvpgraph.kernels.blocks import Blocks, choose_blocks, split_head_dim
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
@@ -506,15 +506,21 @@ def test_the_processor_and_float64_stay_with_torch():
     assert implementation(q.double(), q.double()) is attention_blocked
 
 
-def test_blocks_of_torch_ops_can_be_asked_for_everywhere(monkeypatch):
+def test_an_implementation_can_be_asked_for(monkeypatch):
     q = torch.empty(1, 1, 1, 8)
     monkeypatch.setattr(attention_triton, "supports", lambda q, v: True)
+    monkeypatch.setattr(attention_gluon, "supports", lambda q, v: True)
+    monkeypatch.setattr(attention_gluon, "is_faster", lambda q, v: False)
     assert implementation(q, q) is attention_triton
-    monkeypatch.setenv("JVPGRAPH_ATTENTION", "blocked")
-    assert implementation(q, q) is attention_blocked
+    for wanted, module in (("gluon", attention_gluon), ("triton", attention_triton), ("blocked", attention_blocked)):
+        monkeypatch.setenv("JVPGRAPH_ATTENTION", wanted)
+        assert implementation(q, q) is module
     monkeypatch.setenv("JVPGRAPH_ATTENTION", "block")
-    with pytest.raises(ValueError, match="'block': it takes triton or blocked"):
+    with pytest.raises(ValueError, match="'block': it takes gluon, triton or blocked"):
         implementation(q, q)
+    monkeypatch.delenv("JVPGRAPH_ATTENTION")
+    monkeypatch.setattr(attention_gluon, "is_faster", lambda q, v: True)
+    assert implementation(q, q) is attention_gluon
 
 
 def fake(b=2, h=8, kv_heads=None, n_q=100, n_k=100, d=64, d_v=None, dtype=torch.bfloat16):
