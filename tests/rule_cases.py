@@ -417,8 +417,15 @@ NORM = [
 ]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Any, causal: bool, scale: Any, more: int) -> tuple[Any, ...]:
-    return *torch.ops.jvpgraph.attention(q, k, v, bias, causal, scale), *[None] * more
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Any, causal: bool, scale: Any, more: int, keep: Any = lambda lse: lse
+) -> tuple[Any, ...]:
+    o, lse = torch.ops.jvpgraph.attention(q, k, v, bias, causal, scale)
+    return o, keep(lse), *[None] * more
+
+
+def padded(lse: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32))
 
 
 # ATen's fused attention takes float32 or less, or a GPU: ours stands in, with the same signature.
@@ -446,16 +453,16 @@ ATTENTION = [
     *row(
         aten._scaled_dot_product_efficient_attention.default,
         *(call(*QKV, BIAS, True), call(*SELF, None, True, 0.0, True, scale=0.3)),
-        primal=lambda q, k, v, bias, with_lse, p=0.0, causal=False, scale=None: attend(q, k, v, bias, causal, scale, 2),
-        aside=(1,),
+        primal=lambda q, k, v, bias, with_lse, p=0.0, causal=False, scale=None: attend(
+            q, k, v, bias, causal, scale, 2, padded
+        ),
     ),
     *row(
         aten._scaled_dot_product_cudnn_attention.default,
         *(call(*QKV, BIAS, True), call(*SELF, None, True, 0.0, True, True, scale=0.3)),
         primal=lambda q, k, v, bias, with_lse, p=0.0, causal=False, debug=False, scale=None: attend(
-            q, k, v, bias, causal, scale, 7
+            q, k, v, bias, causal, scale, 7, lambda lse: lse.unsqueeze(-1)
         ),
-        aside=(1,),
     ),
     *row(
         aten._scaled_dot_product_fused_attention_overrideable.default,

@@ -21,11 +21,18 @@ def attention(outs, q, k, v, bias, *how, q_dot=None, k_dot=None, v_dot=None, bia
     return ours.attention_jvp(q, k, v, q_dot, k_dot, v_dot, bias, bias_dot, *how)[2:]
 
 
-# ATen's fused kernels, as scaled_dot_product_attention picks them in code that runs op by op. Besides o only
-# the logsumexp of the flash kernels has a tangent: others pad it, reshape it or leave it out.
-def fused(outs: Any, *arguments: Any, with_lse: bool = False, **dots: Tensor | None) -> list[Tensor | None]:
+# ATen's fused kernels, as scaled_dot_product_attention picks them in code that runs op by op, and as ring attention
+# calls them for the logsumexp by which it merges. Its tangent is in the shape that the kernel gives it.
+def fused(outs: Any, *arguments: Any, lse_like: Tensor | None = None, **dots: Tensor | None) -> list[Tensor | None]:
     o_dot, lse_dot = attention(outs, *arguments, **dots)
-    return [o_dot, lse_dot if with_lse else None, *[None] * (len(outs) - 2)]
+    return [o_dot, None if lse_like is None else _in_shape_of(lse_like, lse_dot), *[None] * (len(outs) - 2)]
+
+
+def _in_shape_of(lse: Tensor, lse_dot: Tensor) -> Tensor:
+    """[B, H, L] as cuDNN has it, [B, H, L, 1], or as the efficient kernel does: L padded to a multiple of 32."""
+    if lse.dim() > lse_dot.dim():
+        return lse_dot.unsqueeze(-1)
+    return torch.nn.functional.pad(lse_dot, (0, lse.shape[-1] - lse_dot.shape[-1]))
 
 
 def no_dropout(position: int) -> Any:
@@ -33,30 +40,36 @@ def no_dropout(position: int) -> Any:
     return lambda *arguments: arguments[position] == 0
 
 
+def no_dropout_and_one_alignment(q: Tensor, k: Tensor, v: Tensor, p: float, causal: bool, *_: Any) -> bool:
+    """The flash kernel counts causal positions from the last query and key, the rule from the first ones."""
+    return p == 0 and (not causal or q.shape[-2] == k.shape[-2])
+
+
 @jvp(aten._scaled_dot_product_flash_attention_for_cpu.default, when=no_dropout(3))
 def flash_for_cpu(outs, q, k, v, p, causal, bias, scale, *, q_dot=None, k_dot=None, v_dot=None, bias_dot=None):
     dots = {"q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot, "bias_dot": bias_dot}
-    return fused(outs, q, k, v, bias, causal, scale, with_lse=True, **dots)
+    return fused(outs, q, k, v, bias, causal, scale, lse_like=outs[1], **dots)
 
 
-@jvp(aten._scaled_dot_product_flash_attention.default, when=no_dropout(3))
+@jvp(aten._scaled_dot_product_flash_attention.default, when=no_dropout_and_one_alignment)
 def flash(outs, q, k, v, p, causal, _, scale, *, q_dot=None, k_dot=None, v_dot=None):
-    return fused(outs, q, k, v, None, causal, scale, with_lse=True, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot)
+    dots = {"q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot}
+    return fused(outs, q, k, v, None, causal, scale, lse_like=outs[1], **dots)
 
 
 @jvp(aten._scaled_dot_product_efficient_attention.default, when=no_dropout(5))
-def efficient(outs, q, k, v, bias, _, p, causal, scale, *, q_dot=None, k_dot=None, v_dot=None, bias_dot=None):
+def efficient(outs, q, k, v, bias, with_lse, p, causal, scale, *, q_dot=None, k_dot=None, v_dot=None, bias_dot=None):
     dots = {"q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot, "bias_dot": bias_dot}
-    return fused(outs, q, k, v, bias, causal, scale, **dots)
+    return fused(outs, q, k, v, bias, causal, scale, lse_like=outs[1] if with_lse else None, **dots)
 
 
 @jvp(aten._scaled_dot_product_cudnn_attention.default, when=no_dropout(5))
-def cudnn(outs, q, k, v, bias, _, p, causal, debug, scale, *, q_dot=None, k_dot=None, v_dot=None, bias_dot=None):
-    return efficient(outs, q, k, v, bias, _, p, causal, scale, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot, bias_dot=bias_dot)
+def cudnn(outs, q, k, v, bias, with_lse, p, causal, debug, scale, *, q_dot=None, k_dot=None, v_dot=None, bias_dot=None):
+    dots = {"q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot, "bias_dot": bias_dot}
+    return efficient(outs, q, k, v, bias, with_lse, p, causal, scale, **dots)
 
 
 @jvp(aten._scaled_dot_product_fused_attention_overrideable.default, when=no_dropout(4))
 def overrideable(outs, q, k, v, bias, p, causal, debug, scale, *, q_dot=None, k_dot=None, v_dot=None, bias_dot=None):
-    return efficient(
-        outs, q, k, v, bias, None, p, causal, scale, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot, bias_dot=bias_dot
-    )
+    dots = {"q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot, "bias_dot": bias_dot}
+    return fused(outs, q, k, v, bias, causal, scale, **dots)
