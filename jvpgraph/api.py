@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,12 +12,14 @@ from torch import Tensor, nn
 from jvpgraph.backend import COMPILERS, Backend
 from jvpgraph.capture import own_errors
 from jvpgraph.config import Config
+from jvpgraph.dual_forward import dual_forward
+from jvpgraph.errors import CaptureError
 from jvpgraph.explain import Explanation, explain
 from jvpgraph.finite import check_finite
-from jvpgraph.markers import make_dual, tangent_of
 from jvpgraph.op_by_op import OpByOp
+from jvpgraph.regions import Choice, Regions, hit_recompile_limit
 from jvpgraph.rules.apply import has_tangent
-from jvpgraph.structure import leaves, map_leaves
+from jvpgraph.structure import map_leaves
 from jvpgraph.tangents import Inputs, match_tangents
 
 __all__ = ["BACKENDS", "DualModule", "jvp", "transform"]
@@ -30,7 +31,7 @@ KEPT_FUNCTIONS = 64  # graphs of plain functions that jvp keeps, least recently 
 def transform(
     model: nn.Module,
     *,
-    regions: None = None,
+    regions: Choice | None = None,
     backend: str | Backend = "inductor",
     dynamic: bool | None = None,
     differentiable_tangent: bool = False,
@@ -44,7 +45,11 @@ def transform(
 
     Args:
         model: any nn.Module. Its parameters, buffers, submodules and hooks are shared, not copied.
-        regions: reserved for capturing block by block; only None is accepted so far.
+        regions: None captures the model as one graph. Otherwise parts of it become graphs of their own, one for all
+            equal ones, and the code around them runs op by op: a class of modules or a tuple of classes, a function
+            of a module that says yes to a region, or "auto", which captures one graph where it can and else finds
+            the repeated blocks. What FSDP2 shards and what branches on data needs regions. ``dual.regions`` says
+            what was chosen and what became of it.
         backend: "inductor" compiles; "eager" makes the same graph and runs it without Inductor; "op_by_op" runs
             any Python code, one op at a time. Or an object made by :func:`jvpgraph.backend`, with its own settings.
         dynamic: as in torch.compile: True for symbolic sizes from the start, None to find out by recompiling once.
@@ -60,9 +65,9 @@ def transform(
         raise ValueError(f"transform takes an nn.Module, not {type(model).__name__}; for functions use jvpgraph.jvp")
     if isinstance(model, DualModule):
         raise ValueError("this model is transformed already")
-    if regions is not None:
-        raise ValueError("regions are not available yet: pass regions=None to capture the model as one graph")
-    return DualModule(model, _Dual(model, backend, dynamic, config or Config(), differentiable_tangent))
+    return DualModule(
+        model, _Dual(model, backend, dynamic, config or Config(), differentiable_tangent, regions=regions)
+    )
 
 
 def jvp(
@@ -155,6 +160,11 @@ class DualModule(nn.Module):
         return explain(self.model, dual_forward(self.model), args, kwargs, dots, dynamic, self._dual.config)
 
     @property
+    def regions(self) -> Regions | None:
+        """With ``transform(model, regions=...)``, what was chosen and what became of it. Print it."""
+        return self._dual.regions
+
+    @property
     def training(self) -> bool:  # type: ignore[override]
         return self.model.training
 
@@ -205,12 +215,16 @@ class _Dual:
         config: Config,
         differentiable_tangent: bool = False,
         has_aux: bool = False,
+        regions: Choice | None = None,
     ):
         if not isinstance(backend, Backend) and backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
         if differentiable_tangent and backend == "op_by_op":
             raise ValueError("op by op, tangents have no gradients: differentiable_tangent needs another backend")
-        self.settings = {"backend": backend, "dynamic": dynamic, "config": config}
+        if regions is not None and (differentiable_tangent or backend == "op_by_op"):
+            other = "differentiable_tangent=True" if differentiable_tangent else 'backend="op_by_op"'
+            raise ValueError(f"regions are graphs with op-by-op code between them: not with {other}")
+        self.settings = {"backend": backend, "dynamic": dynamic, "config": config, "regions": regions}
         self.settings["differentiable_tangent"] = differentiable_tangent
         self.config, self.has_aux = config, has_aux
         self.forward = dual_forward(call, has_aux, differentiable_tangent)
@@ -221,46 +235,37 @@ class _Dual:
             self.backend = Backend(backend, config)
         if self.backend is not None:
             self._compiled = torch.compile(self.forward, backend=self.backend, fullgraph=True, dynamic=dynamic)
+        self.regions: Regions | None = None
+        if self.backend is not None and regions is not None and isinstance(call, nn.Module):
+            self.regions = Regions(call, regions, self.backend, dynamic)
 
     # A graph of its own, also inside a function that is being compiled: its markers must not meet those of another.
     @torch.compiler.disable(reason="a call with tangents= is compiled on its own")
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dots: dict[str, Tensor]) -> tuple[Any, Any]:
         if not self.settings["differentiable_tangent"]:
             dots = {path: dot.detach() for path, dot in dots.items()}
-        if self.backend is None:
-            with OpByOp():
-                out, flat_dots = self.forward(args, kwargs, dots)
-        else:
-            with own_errors():
-                out, flat_dots = self._compiled(args, kwargs, dots)
+        out, flat_dots = self._run(args, kwargs, dots)
         if self.config.check_finite:
             check_finite(self.forward, (args, kwargs, dots), flat_dots)
         remaining = iter(flat_dots)
         differentiated = out[0] if self.has_aux else out
         return out, map_leaves(differentiated, lambda _, leaf: next(remaining) if has_tangent(leaf) else None)
 
-
-def dual_forward(
-    call: Callable[..., Any], has_aux: bool = False, differentiable: bool = False
-) -> Callable[..., tuple[Any, list[Tensor]]]:
-    """The function that is compiled: mark the inputs, call the model, ask for the tangent of each output leaf."""
-
-    def forward(args: Any, kwargs: Any, dots: dict[str, Tensor]) -> tuple[Any, list[Tensor]]:
-        def mark(path: str, leaf: Any) -> Any:
-            return make_dual(leaf, dots[path], differentiable) if path in dots else leaf
-
-        args, kwargs = map_leaves(args, mark, "args"), map_leaves(kwargs, mark, "kwargs")
-        out = call(*args, **kwargs)
-        differentiated = out[0] if has_aux else out
-        active = [leaf for _path, leaf in leaves(differentiated) if has_tangent(leaf)]
-        return out, [tangent_of(leaf, differentiable) for leaf in active]
-
-    # Dynamo counts recompilations per code object: every transform gets its own.
-    forward.__code__ = forward.__code__.replace(co_name=f"dual_forward_{next(_serial)}")
-    return forward
-
-
-_serial = itertools.count()
+    def _run(self, *inputs: Any) -> tuple[Any, list[Tensor]]:
+        """The output and the tangents of its leaves, by the way that was asked for."""
+        if self.backend is None:
+            with OpByOp():
+                return self.forward(*inputs)
+        if self.regions is not None and not self.regions.prefer_one_graph():
+            return self.regions(self.forward, *inputs)
+        try:
+            with own_errors():
+                return self._compiled(*inputs)
+        except CaptureError as error:
+            if self.regions is None or hit_recompile_limit(error):
+                raise
+            self.regions.one_graph_failed(error)
+        return self.regions(self.forward, *inputs)
 
 
 @functools.lru_cache(maxsize=KEPT_FUNCTIONS)

@@ -10,14 +10,15 @@ shadowed at all.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -68,7 +69,22 @@ class OpByOp(TorchDispatchMode):
             size = x.untyped_storage().nbytes()
             shadow = torch.zeros(size, dtype=torch.uint8, device=x.device).untyped_storage()
             self._shadows[_key(x)] = shadow
+        for dim, (size, stride) in enumerate(zip(x.size(), x.stride())):
+            if stride == 0 and size > 1:  # one element stands for all of them
+                x, x_dot = x.narrow(dim, 0, 1), x_dot.narrow(dim, 0, 1)
         _view_of(shadow, x).copy_(x_dot)
+
+    @contextmanager
+    def left(self) -> Iterator[None]:
+        """Without this mode, and without those that were entered inside it."""
+        modes = [_pop_mode()]
+        while modes[-1] is not self:
+            modes.append(_pop_mode())
+        try:
+            yield
+        finally:
+            for mode in reversed(modes):
+                _push_mode(mode)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

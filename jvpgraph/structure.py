@@ -9,11 +9,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["leaves", "map_leaves"]
 
-LEAVES = (Tensor, type(None), bool, int, float, complex, str)
+LEAVES = (Tensor, type(None), bool, int, float, complex, str, nn.Module)
 
 
 def map_leaves(tree: Any, fn: Callable[[str, Any], Any], path: str = "") -> Any:

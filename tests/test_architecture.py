@@ -29,11 +29,12 @@ SOURCES = {
 LAYERS = (
     ("jvpgraph.trainer",),
     ("jvpgraph", "jvpgraph.testing"),
-    ("jvpgraph.api", "jvpgraph.explain", "jvpgraph.finite"),
+    ("jvpgraph.api", "jvpgraph.explain", "jvpgraph.finite", "jvpgraph.regions"),
     ("jvpgraph.backend", "jvpgraph.op_by_op", "jvpgraph.tangents"),
     ("jvpgraph.passes",),
     ("jvpgraph.dump", "jvpgraph.verify"),
     ("jvpgraph.linearize",),
+    ("jvpgraph.dual_forward",),
     ("jvpgraph.trace", "jvpgraph.markers", "jvpgraph.capture", "jvpgraph.structure", "jvpgraph.config"),
     ("jvpgraph.rules",),
     ("jvpgraph.kernels",),

@@ -1,0 +1,42 @@
+"""The function that is compiled for every dual call."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from jvpgraph.markers import make_dual, tangent_of
+from jvpgraph.rules.apply import has_tangent
+from jvpgraph.structure import leaves, map_leaves
+
+__all__ = ["dual_forward"]
+
+
+def dual_forward(
+    call: Callable[..., Any], has_aux: bool = False, differentiable: bool = False
+) -> Callable[..., tuple[Any, list[Tensor]]]:
+    """Mark the inputs, call ``call``, ask for the tangent of each output leaf.
+
+    The result takes ``(args, kwargs, dots)``, where ``dots`` has tangents by the path of their input, such as
+    ``args.0`` or ``kwargs.cond.text``, and returns ``(out, [tangent of each floating leaf of out])``.
+    """
+
+    def forward(args: Any, kwargs: Any, dots: dict[str, Tensor]) -> tuple[Any, list[Tensor]]:
+        def mark(path: str, leaf: Any) -> Any:
+            return make_dual(leaf, dots[path], differentiable) if path in dots else leaf
+
+        args, kwargs = map_leaves(args, mark, "args"), map_leaves(kwargs, mark, "kwargs")
+        out = call(*args, **kwargs)
+        differentiated = out[0] if has_aux else out
+        active = [leaf for _path, leaf in leaves(differentiated) if has_tangent(leaf)]
+        return out, [tangent_of(leaf, differentiable) for leaf in active]
+
+    # Dynamo counts recompilations per code object: every transform gets its own.
+    forward.__code__ = forward.__code__.replace(co_name=f"dual_forward_{next(_serial)}")
+    return forward
+
+
+_serial = itertools.count()

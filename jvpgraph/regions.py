@@ -1,0 +1,471 @@
+"""Regions: parts of a model that are compiled as dual graphs, while the code around them runs op by op.
+
+During a dual call the ``forward`` of every region is replaced. The replacement takes the tangents of the arguments
+from the op-by-op mode, steps out of it, runs one compiled function and gives the tangents of the outputs to the mode.
+``__call__`` stays what it was, so FSDP2, activation checkpointing and user hooks see plain tensors around a plain
+module. The compiled function takes the module as an argument: equal regions share one graph.
+
+A region called inside ``torch.utils.checkpoint`` takes the checkpoint into its graph, where the compiler recomputes
+the primal alone. Whatever else that checkpoint holds is recomputed by PyTorch, with the region's output for nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from jvpgraph.backend import Backend
+from jvpgraph.capture import own_errors
+from jvpgraph.dual_forward import dual_forward
+from jvpgraph.errors import CaptureError
+from jvpgraph.markers import MAKE_DUAL
+from jvpgraph.op_by_op import OpByOp
+from jvpgraph.rules.apply import has_tangent
+from jvpgraph.structure import leaves
+
+__all__ = ["Choice", "Group", "Regions", "find_regions", "hit_recompile_limit", "hooks_forbid_one_graph"]
+
+Choice = str | type[nn.Module] | Sequence[type[nn.Module]] | Callable[[nn.Module], bool]
+SMALL = 0.05  # of the model's parameters: below, a group that "auto" finds is not worth a graph
+log = logging.getLogger("jvpgraph")
+
+
+@dataclass(eq=False)
+class Group:
+    """Equal regions: they share their graphs.
+
+    Attributes:
+        kind: name of their class.
+        names: their names in the model.
+        cause: why they cannot be captured; they run op by op, or their parts are regions instead. Else empty.
+        graphs: how many graphs were compiled for all of them.
+        calls: how often one of them ran in a graph.
+        functions: compiled functions by (paths of active arguments, inside a checkpoint, serial).
+    """
+
+    kind: str
+    names: list[str] = field(default_factory=list)
+    cause: str = ""
+    graphs: int = 0
+    calls: int = 0
+    functions: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    serial: int = 0
+
+    def __str__(self) -> str:
+        what = f"{len(self.names)} x {self.kind} ({self.names[0]}{', ...' if len(self.names) > 1 else ''})"
+        if self.cause:
+            return f"{what}: not captured: {self.cause}"
+        return f"{what}: {self.graphs} graph{'s' if self.graphs != 1 else ''}, {self.calls} calls"
+
+
+@dataclass(eq=False)
+class _Region:
+    module: nn.Module
+    name: str
+    group: Group
+    serial: int | None = None  # of the function that it runs in, once it has run
+
+
+class Regions:
+    """The regions of one model, and what became of them: print it.
+
+    Attributes:
+        whole: the model is captured as one graph, there are no regions.
+        reason: why whole, or why not.
+        groups: equal regions, in the order of the model.
+    """
+
+    def __init__(self, model: nn.Module, choice: Choice, backend: Backend, dynamic: bool | None):
+        check_choice(choice)
+        self.whole: bool = False
+        self.reason = ""
+        self.groups: list[Group] = []
+        self._model, self._choice, self._backend, self._dynamic = model, choice, backend, dynamic
+        self._regions: list[_Region] = []
+        self._refused_one_graph = False
+        self._structure: tuple[Any, ...] = ()
+        self._mode: OpByOp | None = None
+        self._patches = ExitStack()
+        self._calls_of: WeakKeyDictionary[Any, list[tuple[nn.Module, bool]]] = WeakKeyDictionary()
+
+    def __str__(self) -> str:
+        if self.whole:
+            return f"one graph: {self.reason}"
+        head = f"{sum(len(g.names) for g in self.groups)} regions" + (f": {self.reason}" if self.reason else "")
+        return "\n".join([head, *(f"  {group}" for group in self.groups)])
+
+    def prefer_one_graph(self) -> bool:
+        """Whether to capture the whole model first: "auto" does, unless hooks of the model's speak against it."""
+        if self._choice != "auto" or self._refused_one_graph:
+            return False
+        hooks = hooks_forbid_one_graph(self._model)
+        self.whole, self.reason = not hooks, f"{hooks} has hooks that run outside of graphs" if hooks else "it can be"
+        return self.whole
+
+    def one_graph_failed(self, error: CaptureError) -> None:
+        """The model cannot be captured whole: use regions from now on."""
+        self.whole, self._refused_one_graph = False, True
+        self.reason = f"the model cannot be captured as one graph: {error}"
+
+    def __call__(self, forward: Callable[..., Any], *inputs: Any) -> Any:
+        """``forward(*inputs)`` op by op, but for the regions."""
+        self._find()
+        with OpByOp() as mode, self._patches:
+            self._mode = mode
+            try:
+                for region in self._regions:
+                    if not region.group.cause:
+                        self._patches.enter_context(_replaced(region.module, self._runner(region)))
+                return forward(*inputs)
+            finally:
+                self._mode = None
+
+    def _runner(self, region: _Region) -> Callable[..., Any]:
+        return functools.partial(self._run, region)
+
+    def _find(self) -> None:
+        """Find the regions, anew when modules were added, taken away, wrapped or sharded since."""
+        structure = tuple((id(m), type(m)) for m in self._model.modules())
+        if structure == self._structure:
+            return
+        self._structure, self.groups, self._regions = structure, [], []
+        self._add(find_regions(self._model, self._choice))
+        log.info("jvpgraph: %s", self)
+
+    def _add(self, found: Sequence[tuple[str, nn.Module]]) -> list[_Region]:
+        groups: dict[Any, Group] = {}
+        added = []
+        for name, module in found:
+            key = fingerprint(module)
+            if key not in groups:
+                groups[key] = Group(type(module).__name__)
+            groups[key].names.append(name)
+            added.append(_Region(module, name, groups[key]))
+        self.groups += groups.values()
+        self._regions += added
+        return added
+
+    def _run(self, region: _Region, *args: Any, **kwargs: Any) -> Any:
+        """What stands for the forward of a region."""
+        mode, module = self._mode, region.module
+        assert mode is not None
+        own = _own_forward(module)
+        frames = _checkpoints()
+        if region.group.cause:  # it ran before its group was given up
+            return self._plainly(region, frames, args, kwargs)
+        passed: dict[str, Any] = {"args": (module, *args), "kwargs": kwargs}
+        inputs = {path: x for path, x in leaves(passed) if isinstance(x, Tensor)}
+        dots = {path: dot for path, x in inputs.items() if (dot := mode.tangent(x)) is not None}
+        if not dots:
+            return self._plainly(region, frames, args, kwargs)
+        key = (tuple(dots), bool(frames))
+        try:
+            with own, mode.left(), _hooks_taken_off(len(frames)):
+                out, out_dots = self._compiled(region, key, (module, *args), kwargs, dots)
+        except CaptureError as error:
+            self._give_up(region.group, str(error))
+            return self._plainly(region, frames, args, kwargs)
+        region.group.calls += 1
+        self._remember(frames, module, True)
+        with mode.left():
+            for leaf, dot in zip([leaf for _, leaf in leaves(out) if has_tangent(leaf)], out_dots):
+                mode.set_tangent(leaf, dot)
+        return out
+
+    def _plainly(self, region: _Region, frames: list[Any], args: Any, kwargs: Any) -> Any:
+        """Op by op: what carries no tangent, and what cannot be captured."""
+        self._remember(frames, region.module, False)
+        with _own_forward(region.module):
+            return region.module.forward(*args, **kwargs)
+
+    def _compiled(self, region: _Region, key: Any, args: Any, kwargs: Any, dots: dict[str, Tensor]) -> Any:
+        """One function for all regions of a group; a second one where Dynamo keeps no more variants of the first."""
+        group = region.group
+        serial = group.serial if region.serial is None else region.serial
+        while True:
+            function = group.functions.get((key, serial))
+            if function is None:
+                function = group.functions[key, serial] = self._compile(group, in_checkpoint=key[1])
+            try:
+                with own_errors():
+                    result = function(args, kwargs, dots)
+            except CaptureError as error:
+                if not hit_recompile_limit(error) or region.serial is not None:
+                    raise
+                group.serial = serial = group.serial + 1
+                continue
+            region.serial = serial
+            return result
+
+    def _compile(self, group: Group, in_checkpoint: bool) -> Callable[..., Any]:
+        def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+            _refuse_writes(gm)
+            checked = self._checking(gm, self._backend(gm, example_inputs))
+            group.graphs += 1
+            return checked
+
+        function = dual_forward(_call_in_checkpoint if in_checkpoint else _call)
+        return torch.compile(function, backend=backend, fullgraph=True, dynamic=self._dynamic)
+
+    def _checking(self, gm: fx.GraphModule, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """``compiled``, unless something that is not an argument brings a tangent along, which would be lost."""
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        known = {n for marker in gm.graph.find_nodes(op="call_function", target=MAKE_DUAL) for n in marker.args}
+        others = [i for i, node in enumerate(placeholders) if node not in known]
+
+        def checked(*inputs: Any) -> Any:
+            for i in others:
+                if (
+                    self._mode is not None
+                    and isinstance(inputs[i], Tensor)
+                    and self._mode.tangent(inputs[i]) is not None
+                ):
+                    raise CaptureError(f"it reads {placeholders[i].name}, which has a tangent and is not an argument")
+            return compiled(*inputs)
+
+        return checked
+
+    def _give_up(self, group: Group, cause: str) -> None:
+        """Make the parts of these regions regions instead, from now on."""
+        group.cause = cause
+        log.warning("jvpgraph: a region cannot be captured and runs op by op: %s", group)
+        parts = []
+        for region in self._regions:
+            if region.group is group:
+                parts += [(f"{region.name}.{name}", m) for name, m in _parts(region.module)]
+        for region in self._add(parts):
+            self._patches.enter_context(_replaced(region.module, self._runner(region)))
+
+    def _remember(self, frames: list[Any], module: nn.Module, in_graph: bool) -> None:
+        """For a checkpoint that is open: whether this call left its saved tensors to the checkpoint or to the graph."""
+        for frame in frames:
+            if frame not in self._calls_of:
+                self._calls_of[frame] = []
+                frame.recompute_fn = _recomputing(frame.recompute_fn, self._calls_of[frame])
+            self._calls_of[frame].append((module, in_graph))
+
+
+def check_choice(choice: Choice) -> None:
+    """Raises: ValueError: not what ``transform`` takes as regions."""
+    classes = choice if isinstance(choice, (tuple, list)) else (choice,) if isinstance(choice, type) else ()
+    wrong = [c for c in classes if not (isinstance(c, type) and issubclass(c, nn.Module))]
+    if wrong or not (choice == "auto" or classes or callable(choice)):
+        raise ValueError(
+            f"regions must be None, 'auto', a class of modules, several, or a function of a module: not {choice!r}"
+        )
+
+
+def find_regions(model: nn.Module, choice: Choice) -> list[tuple[str, nn.Module]]:
+    """Names and modules of the outermost regions.
+
+    Raises:
+        ValueError: no module of the model is a region.
+    """
+    candidates = {name: module for name, module in model.named_modules() if _has_forward(module)}
+    if choice == "auto":
+        found = _repeated(model, candidates)
+    else:
+        wanted: Any = choice
+        if isinstance(choice, (type, tuple, list)):
+            classes = choice if isinstance(choice, type) else tuple(choice)
+            wanted = lambda module: isinstance(module, classes)  # noqa: E731
+        found = _outermost({name: module for name, module in candidates.items() if wanted(module)})
+    if not found:
+        kinds = sorted({type(module).__name__ for name, module in candidates.items() if name and not _is_plain(module)})
+        raise ValueError(f"no module of {type(model).__name__} is a region; it has {', '.join(kinds) or 'no parts'}")
+    return found
+
+
+def fingerprint(module: nn.Module) -> Any:
+    """Equal for modules of equal structure. Whether they can share a graph in the end is up to Dynamo's guards."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return (
+        tuple((name, type(m)) for name, m in module.named_modules()),
+        tuple((name, tuple(x.shape), x.dtype, x.requires_grad) for name, x in tensors),
+    )
+
+
+def hooks_forbid_one_graph(model: nn.Module) -> str:
+    """Why the model's hooks cannot be compiled with it; empty if they can."""
+    if isinstance(model, DistributedDataParallel):
+        return "DistributedDataParallel"
+    return "FSDP2" if any(isinstance(module, FSDPModule) for module in model.modules()) else ""
+
+
+def hit_recompile_limit(error: CaptureError) -> bool:
+    return isinstance(error.__cause__, FailOnRecompileLimitHit)
+
+
+def _repeated(model: nn.Module, candidates: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The outermost blocks that occur more than once or stand in a list, and hold a good part of the parameters."""
+    blocks = {name: m for name, m in candidates.items() if name and not _is_plain(m) and not _shards_inside(m)}
+    prints = {name: fingerprint(m) for name, m in blocks.items()}
+    count: dict[Any, int] = {}
+    for key in prints.values():
+        count[key] = count.get(key, 0) + 1
+    listed = {id(m) for parent in model.modules() if isinstance(parent, nn.ModuleList) for m in _unwrapped(parent)}
+    repeated = {name: m for name, m in blocks.items() if count[prints[name]] > 1 or id(m) in listed}
+    found = _outermost(repeated)
+    total = sum(p.numel() for p in model.parameters())
+    size: dict[Any, int] = {}
+    for name, m in found:
+        size[prints[name]] = size.get(prints[name], 0) + sum(p.numel() for p in m.parameters())
+    large = [(name, m) for name, m in found if size[prints[name]] >= SMALL * total]
+    return large or _outermost(blocks)
+
+
+def _parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The outermost parts of a module that are more than one layer of PyTorch's."""
+    parts = {name: m for name, m in module.named_modules() if name and _has_forward(m)}
+    return _outermost({name: m for name, m in parts.items() if not _is_plain(m) and not _shards_inside(m)})
+
+
+def _outermost(modules: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """Those that are not inside another one, each once."""
+    inside = {id(part) for m in modules.values() for part in m.modules() if part is not m}
+    return [(name, m) for name, m in modules.items() if id(m) not in inside]
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Containers are not called, and wrappers for checkpointing stay around the region."""
+    return type(module).forward is not nn.Module.forward and not isinstance(module, ActivationWrapper)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A single layer of PyTorch's, or nothing to compute with."""
+    alone = next(iter(module.children()), None) is None
+    return next(module.parameters(), None) is None or (alone and _own_class(module).__module__.startswith("torch.nn."))
+
+
+def _own_class(module: nn.Module) -> type:
+    return next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+
+
+def _shards_inside(module: nn.Module) -> bool:
+    return any(isinstance(part, FSDPModule) for part in module.modules() if part is not module)
+
+
+def _unwrapped(modules: nn.ModuleList) -> Iterator[nn.Module]:
+    for module in modules:
+        while isinstance(module, ActivationWrapper):
+            module = module._checkpoint_wrapped_module
+        yield module
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module.forward(*args, **kwargs)
+
+
+def _call_in_checkpoint(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(lambda: module.forward(*args, **kwargs), use_reentrant=False)
+
+
+def _refuse_writes(gm: fx.GraphModule) -> None:
+    """A graph's writes to what it is given do not reach the tangents of the caller's tensor."""
+    given = [*gm.graph.find_nodes(op="placeholder"), *gm.graph.find_nodes(op="call_function", target=MAKE_DUAL)]
+    for node in given:
+        value = node.meta.get("example_value")
+        if has_tangent(value) and value._version > 0:
+            raise CaptureError(f"it writes to {node.name} in place, which the code around it may see")
+
+
+_MISSING = object()
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = vars(module).get("forward", _MISSING)
+    vars(module)["forward"] = functools.update_wrapper(forward, module.forward)
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            vars(module).pop("forward", None)
+        else:
+            vars(module)["forward"] = before
+
+
+@contextmanager
+def _own_forward(module: nn.Module) -> Iterator[None]:
+    """The module as its author left it, also if it has a forward of its own in its dict."""
+    replacement = vars(module)["forward"]
+    own = replacement.__wrapped__
+    if inspect.ismethod(own) and own.__self__ is module and own.__func__ is type(module).forward:
+        del vars(module)["forward"]
+    else:
+        vars(module)["forward"] = own
+    try:
+        yield
+    finally:
+        vars(module)["forward"] = replacement
+
+
+def _checkpoints() -> list[Any]:
+    """The checkpoints whose saved-tensor hooks are the innermost ones, innermost first."""
+    frames: list[Any] = []
+    taken: list[Any] = []
+    try:
+        while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+            frame = _frame_of(hooks[0])
+            if frame is None:
+                break
+            frames.append(frame)
+            taken.append(hooks)
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+    finally:
+        for hooks in reversed(taken):
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+    return frames
+
+
+def _frame_of(pack: Callable[..., Any]) -> Any:
+    if getattr(pack, "__module__", "") != "torch.utils.checkpoint":
+        return None
+    return inspect.getclosurevars(pack).nonlocals.get("frame")
+
+
+@contextmanager
+def _hooks_taken_off(count: int) -> Iterator[None]:
+    """Without the innermost saved-tensor hooks."""
+    taken = []
+    for _ in range(count):
+        taken.append(torch._C._autograd._top_saved_tensors_default_hooks(True))
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for hooks in reversed(taken):
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+def _recomputing(recompute: Callable[..., Any], calls: list[tuple[nn.Module, bool]]) -> Callable[..., Any]:
+    """A checkpoint's recomputation that saves what the forward saved: nothing of what ran in a graph."""
+
+    def recompute_again(*args: Any) -> Any:
+        remaining = iter(calls)
+
+        def replay(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            in_graph = next(remaining)[1]
+            with _own_forward(module), _hooks_taken_off(int(in_graph)):
+                return module.forward(*args, **kwargs)
+
+        with ExitStack() as patches:
+            for module in {id(module): module for module, _ in calls}.values():
+                patches.enter_context(_replaced(module, functools.partial(replay, module)))
+            return recompute(*args)
+
+    return recompute_again
