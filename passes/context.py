@@ -22,6 +22,7 @@ class Report:
     linearization: Linearization = field(default_factory=Linearization)
     fused: int = 0  # attention calls computed together with their tangent
     collectives: Counter[str] = field(default_factory=Counter)
+    paired: int = 0  # collectives that carry a primal and its tangent
     primal_flops: sympy.Expr = sympy.S.Zero
     tangent_flops: sympy.Expr = sympy.S.Zero
     sizes: dict[sympy.Symbol, tuple[str, int]] = field(default_factory=dict)  # symbol -> where from, value

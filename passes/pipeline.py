@@ -20,8 +20,10 @@ from jvpgraph.passes.context import Context
 from jvpgraph.passes.count import count
 from jvpgraph.passes.decompose import decompose
 from jvpgraph.passes.drop_dead_tangents import drop_dead_tangents
+from jvpgraph.passes.fuse_aten_attention import fuse_aten_attention
 from jvpgraph.passes.fuse_attention import differentiate_attention, fuse_attention
 from jvpgraph.passes.lower import check_gradients
+from jvpgraph.passes.pair_collectives import pair_collectives
 from jvpgraph.rules import TABLE
 from jvpgraph.verify import verify
 
@@ -39,6 +41,8 @@ PIPELINE: tuple[Step, ...] = (
     linearize,
     drop_dead_tangents,
     fuse_attention,
+    fuse_aten_attention,
+    pair_collectives,
     count,
     decompose,
 )
@@ -47,13 +51,14 @@ BEFORE_AUTOGRAD: tuple[Step, ...] = (
     linearize,
     drop_dead_tangents,
     fuse_attention,
+    fuse_aten_attention,
     differentiate_attention,
     check_gradients,
 )
 AFTER_AUTOGRAD: tuple[Step, ...] = (count, decompose)
-OWN_NAMESPACES = ("aten", "prims", "jvpgraph", "_c10d_functional")  # whose ops the package has rules for
+OWN_NAMESPACES = ("aten", "prims", "jvpgraph", "_c10d_functional", "_dtensor")  # whose ops the package has rules for
 PROCESS = uuid.uuid4().hex
-OPTIONAL = frozenset({"drop_dead_tangents", "fuse_attention"})
+OPTIONAL = frozenset({"drop_dead_tangents", "fuse_attention", "fuse_aten_attention", "pair_collectives"})
 
 
 def check_config(config: Config) -> None:
