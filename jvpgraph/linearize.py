@@ -33,7 +33,7 @@ from jvpgraph.rules.apply import any_has_tangent, argument_tangent, bind
 from jvpgraph.rules.shape import stops_tangent
 from jvpgraph.trace import Recorder, value_of
 
-__all__ = ["Linearization", "linearize", "source_line"]
+__all__ = ["Linearization", "in_layout", "linearize", "source_line"]
 
 TANGENT_META = "jvpgraph_tangent_of"  # on a tangent node: the name of its primal
 NO_SOURCE = "(no source line)"
@@ -153,7 +153,7 @@ def _answer(marker: fx.Node, dot: fx.Node | None, recorder: Recorder, taken: set
             answer = torch.zeros_like(like)
         else:
             answer = recorder.stand_in(dot)
-        answer = _in_layout(answer, promised)
+        answer = in_layout(answer, promised)
         memory = _memory_of(recorder.node_of(answer))
         if memory.op == "placeholder" or memory in taken:
             answer = answer.clone()
@@ -168,7 +168,7 @@ def _memory_of(node: fx.Node) -> fx.Node:
     return node
 
 
-def _in_layout(x: Tensor, like: Tensor) -> Tensor:
+def in_layout(x: Tensor, like: Tensor) -> Tensor:
     """``x`` in the strides of ``like``: itself, or a copy."""
     strides = [s for s, n in zip(zip(x.stride(), like.stride()), x.shape) if n != 1]
     if all(a == b for a, b in strides):
