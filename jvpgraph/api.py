@@ -21,6 +21,7 @@ from jvpgraph.regions import Choice, Regions, hit_recompile_limit
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.structure import map_leaves
 from jvpgraph.tangents import Inputs, match_tangents
+from jvpgraph.traceable import make_traceable
 
 __all__ = ["BACKENDS", "DualModule", "jvp", "transform"]
 
@@ -143,6 +144,7 @@ class DualModule(nn.Module):
         """
         if tangents is None:
             return self.model(*args, **kwargs)
+        make_traceable(self.model)
         inputs = Inputs.of(self.model, args, kwargs)
         return self._dual(args, kwargs, match_tangents(tangents, inputs, self._dual.config.check_finite))
 
@@ -156,6 +158,7 @@ class DualModule(nn.Module):
         Args:
             dynamic: count FLOPs for symbolic sizes where the model allows it.
         """
+        make_traceable(self.model)
         dots = match_tangents(tangents, Inputs.of(self.model, args, kwargs))
         return explain(self.model, dual_forward(self.model), args, kwargs, dots, dynamic, self._dual.config)
 
@@ -187,7 +190,10 @@ class DualModule(nn.Module):
             return getattr(self.model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.model, name, value)
+        if name == "__class__":  # fully_shard gives a module another one
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.model, name, value)
 
     def __delattr__(self, name: str) -> None:
         delattr(self.model, name)

@@ -35,7 +35,7 @@ LAYERS = (
     ("jvpgraph.dump", "jvpgraph.verify"),
     ("jvpgraph.linearize",),
     ("jvpgraph.dual_forward",),
-    ("jvpgraph.trace", "jvpgraph.markers", "jvpgraph.capture", "jvpgraph.structure", "jvpgraph.config"),
+    ("jvpgraph.trace", "jvpgraph.traceable", "jvpgraph.markers", "jvpgraph.capture", "jvpgraph.structure", "jvpgraph.config"),
     ("jvpgraph.rules",),
     ("jvpgraph.kernels",),
     ("jvpgraph.errors",),

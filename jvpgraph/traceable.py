@@ -1,0 +1,57 @@
+"""Code of diffusers that torch.compile cannot read, told to it in another way.
+
+Its context parallelism works in eager mode, but one graph of the model it cannot be: its hooks look up a signature and
+warn on first use, and the backward of its default attention switches requires_grad on inside an autograd Function.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jvpgraph.kernels.ops import OPS
+
+__all__ = ["make_traceable"]
+
+HOOKS, ATTENTION = "diffusers.hooks.context_parallel", "diffusers.models.attention_dispatch"
+
+
+def make_traceable(model: nn.Module) -> None:
+    """Prepare what diffusers has put on ``model`` for capture; nothing changes for eager calls. Cheap to repeat."""
+    if HOOKS not in sys.modules:
+        return
+    _tell_dynamo()
+    for module in model.modules():
+        registry = vars(module).get("_diffusers_hook")
+        for hook in getattr(registry, "hooks", {}).values():
+            metadata = getattr(hook, "module_forward_metadata", None)
+            if metadata is not None and metadata.cached_parameter_indices is None and metadata._cls is not None:
+                names = list(inspect.signature(metadata._cls.forward).parameters)[1:]  # without self
+                metadata.cached_parameter_indices = {name: i for i, name in enumerate(names)}
+
+
+@functools.cache
+def _tell_dynamo() -> None:
+    warn = getattr(type(sys.modules[HOOKS].logger), "warning_once", None)
+    if warn is not None:
+        config = torch._dynamo.config
+        config.ignore_logging_functions = {*config.ignore_logging_functions, warn}
+    backward = getattr(sys.modules.get(ATTENTION), "_native_attention_backward_op", None)
+    if backward is not None:
+        torch._dynamo.substitute_in_graph(backward)(_native_attention_backward)
+
+
+def _native_attention_backward(ctx: Any, grad_out: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """diffusers' own computes the attention again under enable_grad and differentiates it; the same by our op."""
+    if ctx.dropout_p != 0:
+        raise ValueError("context-parallel attention with dropout cannot be captured as one graph")
+    q, k, v = (x.transpose(1, 2) for x in ctx.saved_tensors)
+    how = (ctx.is_causal, ctx.scale)
+    o, lse = OPS.attention(q, k, v, ctx.attn_mask, *how)
+    dq, dk, dv, _ = OPS.attention_backward(grad_out.transpose(1, 2), None, q, k, v, ctx.attn_mask, o, lse, *how)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
