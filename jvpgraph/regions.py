@@ -119,7 +119,7 @@ class Regions:
     def one_graph_failed(self, error: CaptureError) -> None:
         """The model cannot be captured whole: use regions from now on."""
         self.whole, self._refused_one_graph = False, True
-        self.reason = f"the model cannot be captured as one graph: {error}"
+        self.reason = _brief(error)
 
     def __call__(self, forward: Callable[..., Any], *inputs: Any) -> Any:
         """``forward(*inputs)`` op by op, but for the regions."""
@@ -177,7 +177,7 @@ class Regions:
             with own, mode.left(), _hooks_taken_off(len(frames)):
                 out, out_dots = self._compiled(region, key, (module, *args), kwargs, dots)
         except CaptureError as error:
-            self._give_up(region.group, str(error))
+            self._give_up(region.group, _brief(error))
             return self._plainly(region, frames, args, kwargs)
         region.group.calls += 1
         self._remember(frames, module, True)
@@ -303,7 +303,7 @@ def hooks_forbid_one_graph(model: nn.Module) -> str:
     """Why the model's hooks cannot be compiled with it; empty if they can."""
     if isinstance(model, DistributedDataParallel):
         return "DistributedDataParallel"
-    return "FSDP2" if any(isinstance(module, FSDPModule) for module in model.modules()) else ""
+    return "FSDP2" if any(getattr(m, "_is_fsdp_managed_module", False) for m in model.modules()) else ""
 
 
 def hit_recompile_limit(error: CaptureError) -> bool:
@@ -364,6 +364,13 @@ def _unwrapped(modules: nn.ModuleList) -> Iterator[nn.Module]:
         while isinstance(module, ActivationWrapper):
             module = module._checkpoint_wrapped_module
         yield module
+
+
+def _brief(error: CaptureError) -> str:
+    """The first line that says something, and the user's line where Dynamo names it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    caused = next((line for line in lines if line.startswith("Caused by: ")), "")
+    return " ".join(part for part in (lines[0], caused) if part)
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

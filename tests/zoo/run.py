@@ -11,13 +11,16 @@ import builtins
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import fx
+from torch.overrides import _pop_mode, _push_mode
 
 import jvpgraph
 from jvpgraph.backend import Backend
@@ -80,6 +83,24 @@ class DoubleBackend(Backend):
                     node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _double)
                 module.recompile()
         return super().__call__(gm, example_inputs)
+
+
+@contextmanager
+def widened(dual: jvpgraph.DualModule) -> Iterator[None]:
+    """AllDouble around the regions of a model; inside them DoubleBackend does the same, and Dynamo meets no mode."""
+    regions = dual.regions
+    assert regions is not None
+    compiled = regions._compiled
+
+    def without_mode(*args: Any) -> Any:
+        mode = _pop_mode()
+        try:
+            return compiled(*args)
+        finally:
+            _push_mode(mode)
+
+    with AllDouble(), patch.object(regions, "_compiled", without_mode):
+        yield
 
 
 def _double(value: Any) -> Any:
