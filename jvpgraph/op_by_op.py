@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
@@ -171,7 +171,7 @@ class OpByOp(TorchDispatchMode):
         outside = torch._C._ForceDispatchKeyGuard(*self._keys_outside)
         with outside, torch._C._DisableAutocast(), torch.inference_mode(False), torch.no_grad():
             try:
-                return tangents_of(func, out, arguments, dots)[0]
+                return _arrived(func, tangents_of(func, out, arguments, dots)[0])
             except NoRule as reason:
                 raise UnsupportedOp([_unsupported(func, dots, str(reason))]) from None
 
@@ -204,6 +204,13 @@ def _view_of(shadow: torch.UntypedStorage, x: Tensor) -> Tensor:
     view.set_(shadow, x.storage_offset(), x.size(), x.stride())
     view = view.conj() if x.is_conj() else view
     return torch._neg_view(view) if x.is_neg() else view
+
+
+def _arrived(func: OpOverload, dot: Any) -> Any:
+    """What a collective began to compute; a shadow would copy it before it is there."""
+    if func.namespace not in ("_c10d_functional", "_c10d_functional_autograd"):
+        return dot
+    return tree_map_only(Tensor, torch.ops._c10d_functional.wait_tensor.default, dot)
 
 
 def _unsupported(func: OpOverload, dots: dict[str, Any], reason: str) -> UnsupportedNode:
