@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jvpgraph.trainer.noise import Random, uniform
+
 Condition = Mapping[str, Tensor]
 """Keyword arguments of the network besides latents and time, each [B, ...]."""
 
@@ -39,10 +41,10 @@ def expand_condition(cond: Condition, size: int) -> dict[str, Tensor]:
     return {name: value.expand(size, *value.shape[1:]) for name, value in cond.items()}
 
 
-def drop_condition(cond: Condition, negative: Condition, share: float, rng: torch.Generator) -> dict[str, Tensor]:
+def drop_condition(cond: Condition, negative: Condition, share: float, rng: Random) -> dict[str, Tensor]:
     """The condition, replaced by the negative one [1, ...] for a random `share` of the samples."""
     size = len(next(iter(cond.values())))
-    drop = torch.rand(size, generator=rng, device=rng.device) < share
+    drop = uniform(size, rng, torch.float32) < share
     return {
         name: torch.where(drop.reshape(-1, *[1] * (value.dim() - 1)), negative[name].to(value), value)
         for name, value in cond.items()

@@ -28,6 +28,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,6 +67,23 @@ class PerRank:
     """
 
     value: Any
+
+
+class OnePiece:
+    """A value that all ranks have alike, stored as one piece, so that its structure may differ from save to save.
+
+    Args:
+        value: with `state_dict` and `load_state_dict`; the first rank's is saved, and loaded on any number of ranks.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state_dict(self) -> State:
+        return {"value": [self.value.state_dict()]}  # a list is a leaf, whatever is in it
+
+    def load_state_dict(self, state: State) -> None:
+        self.value.load_state_dict(state["value"][0])
 
 
 class Checkpoints:
@@ -316,11 +334,11 @@ class Checkpoints:
 
 
 class Ranks:
-    """The processes that save together; one if there is no process group."""
+    """The processes that save together; one if there is no process group. `timeout`: torch's if not given."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta | None = None) -> None:
         grouped = dist.is_available() and dist.is_initialized()
-        self.group = dist.new_group(backend="gloo") if grouped else None
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if grouped else None
         self.rank = dist.get_rank(self.group) if grouped else 0
         self.size = dist.get_world_size(self.group) if grouped else 1
         self.first = self.rank == 0

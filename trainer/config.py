@@ -66,7 +66,7 @@ class StageConfig:
 
     steps: int  # student updates
     objective: Objective = field(default_factory=RCM)  # rcm, scm, dmd, dcm, mean_flow, flow_matching
-    batch: int = 64  # samples per forward
+    batch: int = 64  # samples per forward, those of all processes together
     accumulate: int = 1  # forwards per update, of student and fake score
     condition_dropout: float = 0.0  # share of conditions replaced by the negative one; 0.1 to train a teacher
     student: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -76,6 +76,23 @@ class StageConfig:
         positive(self, "steps", "batch", "accumulate")
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"condition_dropout is {self.condition_dropout} and must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Processes that train together, started by torchrun; their number is the product of the five sizes."""
+
+    dp_shard: int = 1  # weights and batch are split in so many parts (FSDP2); -1: as many as there are processes for
+    dp_replicate: int = 1  # copies of that, each with its part of the batch (HSDP)
+    tp: int = 1  # the matrices of the layers are split (tensor parallel)
+    cp_ulysses: int = 1  # the tokens are split, attention by heads; not in the trainer yet
+    cp_ring: int = 1  # the tokens are split, attention by keys; not in the trainer yet
+    timeout: float = 600.0  # seconds that a process waits for the others before it gives up
+
+    def __post_init__(self) -> None:
+        positive(self, "dp_replicate", "tp", "cp_ulysses", "cp_ring", "timeout")
+        if self.dp_shard < 1 and self.dp_shard != -1:
+            raise ValueError(f"dp_shard is {self.dp_shard} and must be above 0, or -1 for as many as there are left")
 
 
 @dataclass(frozen=True)
@@ -169,6 +186,7 @@ class RunConfig:
     seed: int = 0  # of everything random
     device: str = "auto"  # auto: cuda if there is one
     threads: int | None = None  # CPU threads; null: torch's choice
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from jvpgraph.trainer.batch import Condition
 from jvpgraph.trainer.settings import from_dict
@@ -125,6 +127,17 @@ class DiT(nn.Module):
             h_BNC = block(h_BNC, c_BC)
         shift, scale = self.modulation(F.silu(c_BC)).chunk(2, dim=-1)
         return self.unpatchify(self.patch_out(modulate(self.norm(h_BNC), shift, scale)))
+
+    @property
+    def tp_plan(self) -> dict[str, ParallelStyle]:
+        """Of tensor parallel. A contiguous part of the rows of `qkv` is no set of heads, so its columns are split."""
+        return {
+            "blocks.*.attention.qkv": RowwiseParallel(input_layouts=Replicate()),
+            "blocks.*.attention.out": RowwiseParallel(input_layouts=Replicate()),
+            "blocks.*.mlp.0": ColwiseParallel(),
+            "blocks.*.mlp.2": RowwiseParallel(),
+            "blocks.*.modulation": ColwiseParallel(output_layouts=Replicate()),
+        }
 
     def patchify(self, x: Tensor) -> Tensor:
         """[B, 1, S, S] -> [B, N, P * P]."""

@@ -27,6 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from jvpgraph.trainer.optim import local
+
 Numbers = float | np.ndarray
 
 WIDEST = 12**-0.5  # gamma = 0: every update weighs the same
@@ -75,9 +77,9 @@ class PowerEMA:
         _same_names(self.parameters, parameters)
         self.updates += 1
         beta = (1 - 1 / self.updates) ** (self.gamma + 1)
-        new = [parameters[name].detach().to(torch.float32) for name in self.parameters]
+        new = [local(parameters[name].detach()).to(torch.float32) for name in self.parameters]
         if new:
-            torch._foreach_lerp_(list(self.parameters.values()), new, 1 - beta)
+            torch._foreach_lerp_([local(average) for average in self.parameters.values()], new, 1 - beta)
 
     def state_dict(self) -> dict[str, Any]:
         """The live tensors by name, and the counter."""

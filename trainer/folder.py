@@ -15,8 +15,8 @@ from jvpgraph.trainer.config import RunConfig
 
 LOCK = ".lock"
 
-FREE = ("out", "threads", "data.workers", "checkpoint", "log", "sampling", "evaluation")
-"""Settings that may change between a stop and going on. Another number of threads may change the last bits."""
+FREE = ("out", "threads", "parallel", "data.workers", "checkpoint", "log", "sampling", "evaluation")
+"""Settings that may change between a stop and going on. Other threads or processes may change the last bits."""
 
 
 def check_folder(config: RunConfig) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,19 +15,29 @@ from torch import Tensor, nn
 from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.config import GuidanceConfig, RunConfig, StageConfig, StudentConfig
 from jvpgraph.trainer.data.sample import Dataset, first_samples
+from jvpgraph.trainer.optim import local
 from jvpgraph.trainer.sample import few_step_times
 from jvpgraph.trainer.student import make_student
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
 
 
-def device_of(config: RunConfig) -> torch.device:
-    """Raises ValueError for a device that this machine does not have."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device_of(config: RunConfig, local_rank: int | None = None) -> torch.device:
+    """The run's device; `local_rank`: of this process among those on this machine, each with a GPU of its own.
+
+    Raises:
+        ValueError: this machine does not have it, or it is one GPU for several processes.
+    """
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(config.device)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device: {config.device!r} is none that torch knows: auto, cpu, cuda, cuda:0, ...") from error
+    if local_rank is not None and device.type == "cuda":
+        if device.index is not None:
+            raise ValueError(f"device: {config.device} is one GPU, and each process needs its own: set device to cuda")
+        device = torch.device("cuda", local_rank)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: {config.device} asked for; torch sees {torch.cuda.device_count()} CUDA devices")
     return device
@@ -125,6 +136,24 @@ def moving(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     return {name: value for name, value in state.items() if name not in frozen}
+
+
+@contextmanager
+def averaged(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Puts other values in the place of what is trained, such as an average, and afterwards its own back, bit for bit.
+
+    Costs one copy of what is trained, and nothing of what is sharded is gathered.
+    """
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        kept = {name: local(parameters[name]).clone() for name in weights}
+        try:
+            for name, value in weights.items():
+                local(parameters[name]).copy_(local(value))
+            yield
+        finally:
+            for name, value in kept.items():
+                local(parameters[name]).copy_(value)
 
 
 def with_weights(model: TrigFlow, weights: Mapping[str, Tensor]) -> TrigFlow:

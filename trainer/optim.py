@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
@@ -144,8 +145,11 @@ class MasterAdamW:
                 summed = tuple(Replicate() if p.is_replicate() else Partial() for p in placements)
                 sharded.setdefault((gradient.device_mesh, summed), []).append(gradient)
         for (mesh, placements), group in sharded.items():
-            local = _sum_of_squares([g.to_local() for g in group])
-            squares.append(DTensor.from_local(local, mesh, placements, run_check=False).full_tensor())
+            mine = _sum_of_squares([g.to_local() for g in group])
+            for dim, placement in enumerate(placements):
+                if placement.is_partial():
+                    dist.all_reduce(mine, group=mesh.get_group(dim))
+            squares.append(mine)
         if not squares:
             return torch.zeros(())
         return torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
@@ -160,8 +164,8 @@ class MasterAdamW:
             return
         scale = (self.clip_norm / norm).clamp(max=1.0)
         for gradient in self._gradients():
-            local = _local(gradient)
-            local.mul_(scale.to(local.device))
+            mine = local(gradient)
+            mine.mul_(scale.to(mine.device))
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Masters and moments by the parameters' names: the live tensors, so that a checkpoint loads in place.
@@ -208,7 +212,7 @@ class MasterAdamW:
 
     def _round(self, names: Sequence[str]) -> None:
         if names:
-            torch._foreach_copy_([_local(self.parameters[n]) for n in names], [_local(self.masters[n]) for n in names])
+            torch._foreach_copy_([local(self.parameters[n]) for n in names], [local(self.masters[n]) for n in names])
 
 
 def _master(parameter: nn.Parameter) -> Tensor:
@@ -217,7 +221,7 @@ def _master(parameter: nn.Parameter) -> Tensor:
     return parameter.detach().to(torch.float32)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, sharing its memory; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

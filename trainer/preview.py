@@ -11,7 +11,7 @@ from torch import Tensor
 from jvpgraph.trainer.config import RunConfig, SamplingConfig
 from jvpgraph.trainer.data.sample import first_samples
 from jvpgraph.trainer.log import grid
-from jvpgraph.trainer.models import with_weights
+from jvpgraph.trainer.models import averaged
 from jvpgraph.trainer.sample import draw, sampler_of
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -20,21 +20,28 @@ def preview(
     config: RunConfig,
     stage: int,
     student: TrigFlow,
-    weights: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
     dataset: Any,
     folder: Path,
     step: int,
+    *,
+    write: bool = True,
 ) -> Path:
-    """Samples of the averaged student for the data set's first conditions: `folder`/step-N.png."""
+    """Samples of the averaged student for the data set's first conditions: `folder`/step-N.png.
+
+    Where the student is spread over processes all of them call this, and one writes.
+    """
     device = next(student.parameters()).device
     count = min(config.log.preview_count, len(dataset))
     batch = first_samples(dataset, count).to(device)
     steps = max(config.sampling.steps)
-    sample = sampler_of(config.stages[stage].objective.sampler, with_weights(student, weights), steps, config.sampling)
-    latents = draw(sample, batch, config.sampling.batch, config.seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    sample = sampler_of(config.stages[stage].objective.sampler, student, steps, config.sampling)
+    with averaged(student, average):
+        latents = draw(sample, batch, config.sampling.batch, config.seed)
     path = folder / f"step-{step:08d}.png"
-    grid(picture_of(latents, config.sampling), path, columns=max(1, round(count**0.5)))
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        grid(picture_of(latents, config.sampling), path, columns=max(1, round(count**0.5)))
     return path
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import SamplingConfig
+from jvpgraph.trainer.noise import noise_like
 from jvpgraph.trainer.objectives.dcm import euler_step
 from jvpgraph.trainer.objectives.mean_flow import to_flow
-from jvpgraph.trainer.times import from_flow_time, noise_like
+from jvpgraph.trainer.times import from_flow_time
 from jvpgraph.trainer.trigflow import add_noise, clean_image, expand_like
 
 Sampler = Callable[[Batch, torch.Generator], Tensor]

@@ -173,7 +173,7 @@ def checkpointed(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def _checkpoint(net: nn.Module) -> None:
-    blocks = list(_repeated_blocks(net))
+    blocks = list(repeated_blocks(net))
     if not blocks:
         raise ValueError(
             f"checkpoint_blocks: {type(net).__name__} has no nn.ModuleList of blocks of one class; "
@@ -183,7 +183,7 @@ def _checkpoint(net: nn.Module) -> None:
         block.__class__ = checkpointed(type(block))  # type: ignore[arg-type]
 
 
-def _repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
+def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
     """Outermost children of ModuleLists with one class throughout that are made of several modules."""
     for child in module.children():
         parts = list(child.children()) if isinstance(child, nn.ModuleList) else []
@@ -191,4 +191,4 @@ def _repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
         if parts and len(blocks) == len(parts) and len({type(part) for part in parts}) == 1:
             yield from parts
         else:
-            yield from _repeated_blocks(child)
+            yield from repeated_blocks(child)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from jvpgraph.trainer.noise import Random, normal, uniform
 from jvpgraph.trainer.settings import Variants
 
 
@@ -16,7 +17,7 @@ class Times(Variants):
     """Where on the noise axis an objective trains."""
 
     @abstractmethod
-    def draw(self, size: int, rng: torch.Generator) -> Tensor:
+    def draw(self, size: int, rng: Random) -> Tensor:
         """t [size] radians, float64, on the generator's device."""
 
 
@@ -28,7 +29,7 @@ class LogNormal(Times):
     mean: float = -0.8  # of log tan(t); rCM: -0.8 for images, 0.7 for Wan2.1 1.3B video
     std: float = 1.6  # of log tan(t); rCM
 
-    def draw(self, size: int, rng: torch.Generator) -> Tensor:
+    def draw(self, size: int, rng: Random) -> Tensor:
         return (self.mean + self.std * normal(size, rng)).exp().atan()
 
 
@@ -39,8 +40,8 @@ class ShiftedUniform(Times):
     name: ClassVar[str] = "shifted_uniform"
     shift: float = 5.0  # k; rCM: 5 for video, 1 is plain uniform
 
-    def draw(self, size: int, rng: torch.Generator) -> Tensor:
-        s = torch.rand(size, generator=rng, device=rng.device, dtype=torch.float64)
+    def draw(self, size: int, rng: Random) -> Tensor:
+        s = uniform(size, rng)
         return torch.atan2(self.shift * s, 1 - s)
 
 
@@ -52,7 +53,7 @@ class LogitNormal(Times):
     mean: float = 0.0  # of logit s; SD3: 0, MeanFlow: -0.4
     std: float = 1.0  # of logit s; both papers
 
-    def draw(self, size: int, rng: torch.Generator) -> Tensor:
+    def draw(self, size: int, rng: Random) -> Tensor:
         s = torch.sigmoid(self.mean + self.std * normal(size, rng))
         return from_flow_time(s)
 
@@ -65,12 +66,3 @@ def from_flow_time(s: Tensor) -> Tensor:
 def flow_time(t: Tensor) -> Tensor:
     """The inverse of `from_flow_time`: s = sin(t) / (sin(t) + cos(t))."""
     return t.sin() / (t.sin() + t.cos())
-
-
-def normal(size: int, rng: torch.Generator) -> Tensor:
-    return torch.randn(size, generator=rng, device=rng.device, dtype=torch.float64)
-
-
-def noise_like(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Standard normal, float64, of the shape of x, on the generator's device."""
-    return torch.randn(x.shape, generator=rng, device=rng.device, dtype=torch.float64)

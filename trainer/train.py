@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import jvpgraph
 from jvpgraph.trainer.batch import Batch, drop_condition
-from jvpgraph.trainer.checkpoint import CheckpointError, Checkpoints, PerRank
+from jvpgraph.trainer.checkpoint import CheckpointError, Checkpoints, OnePiece
 from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
 from jvpgraph.trainer.ema import PowerEMA, save_snapshot
@@ -33,13 +33,13 @@ from jvpgraph.trainer.models import (
     build_student,
     build_teacher,
     check_run,
-    device_of,
     moving,
     trainable,
 )
 from jvpgraph.trainer.objectives import Terms, loss_of
 from jvpgraph.trainer.objectives.dmd import fake_score_loss
 from jvpgraph.trainer.optim import MasterAdamW, learning_rate
+from jvpgraph.trainer.parallel import Layout, joined, reduce_gradients
 from jvpgraph.trainer.preview import preview
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
 from jvpgraph.trainer.watch import Compute, not_finite
@@ -65,40 +65,43 @@ def train(config: RunConfig, *, fresh: bool = False) -> Path:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = device_of(config)
+    with joined(config) as layout:
+        return train_here(config, layout, fresh)
+
+
+def train_here(config: RunConfig, layout: Layout, fresh: bool) -> Path:
+    """`train` as one of the processes of a layout. All take the same way; the first one writes."""
     if not fresh:
-        check_folder(config)
+        layout.ranks.on_first(lambda: check_folder(config))
     torch.manual_seed(config.seed)
-    rng = torch.Generator(device).manual_seed(config.seed)
-
+    rng = torch.Generator(layout.device).manual_seed(config.seed)
     dataset = config.data.source.build()
-    teacher = build_teacher(config, device)
-    guided = build_guided(teacher, config.guidance, device)
-    student = build_student(teacher, config.student)
-    check_run(config, student, guided, dataset, device)
-    if config.student.compile:
-        teacher.compile(dynamic=False)
-        student.compile(dynamic=False)
-    dual = jvpgraph.transform(student, backend=config.student.backend, dynamic=False)
-    networks = Networks(teacher, guided, student, dual)
+    networks = build_networks(config, layout)
+    check_run(config, networks.student, networks.guided, dataset, layout.device)
 
-    folder = claim_folder(config, fresh=fresh)
+    folder = layout.ranks.on_first(lambda: claim_folder(config, fresh=fresh))
     ends = list(accumulate(stage.steps for stage in config.stages))
     with ExitStack() as stack:
-        stack.enter_context(locked(folder))
+        layout.ranks.on_first(lambda: stack.enter_context(locked(folder)))
         checkpoints = Checkpoints(
             folder / "checkpoints", keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
         )
         stack.push(partial(finish, checkpoints))
         last = checkpoints.latest()
         done = 0 if last is None else checkpoint_step(last)
-        log = stack.enter_context(
-            RunLog(folder, tensorboard=config.log.tensorboard, wandb=config.log.wandb, total=ends[-1], start=done)
-        )
+        log: RunLog | None = None
+
+        def open_log() -> None:
+            nonlocal log
+            log = stack.enter_context(
+                RunLog(folder, tensorboard=config.log.tensorboard, wandb=config.log.wandb, total=ends[-1], start=done)
+            )
+
+        layout.ranks.on_first(open_log)
         for index, end in enumerate(ends):
             if done > end:
                 continue
-            stage = Stage(index, config, networks, dataset, rng)
+            stage = Stage(index, config, layout, networks, dataset, rng)
             if last is not None:
                 checkpoints.load(stage.state(), last)
                 last = None
@@ -108,17 +111,22 @@ def train(config: RunConfig, *, fresh: bool = False) -> Path:
                 stage.means.add(stage.step(step))
                 last_step = step == end
                 if last_step or due(step, config.log.every):
-                    log.add(step, stage.means.take())
+                    means = stage.means.take()
+                    if log is not None:
+                        log.add(step, means)
                 if config.ema.snapshot_every and (last_step or due(step, config.ema.snapshot_every)):
                     for ema in stage.emas:
                         save_snapshot(folder / "ema" / f"stage-{index}", step, ema)
                 if last_step or due(step, config.checkpoint.every):
                     checkpoints.save(step, stage.state())
                 if due(step, config.log.preview_every):
-                    preview(config, index, student, stage.emas[0].parameters, dataset, folder / "samples", step)
+                    average = stage.emas[0].parameters
+                    pictures = folder / "samples"
+                    preview(config, index, networks.student, average, dataset, pictures, step, write=layout.first)
             done = max(done, end)
             del stage  # before the next one takes its memory
-        log.curves(folder / "curves.png")
+        if log is not None:
+            log.curves(folder / "curves.png")
     return folder
 
 
@@ -144,17 +152,59 @@ class Networks:
     guided: Guided  # the teacher with classifier-free guidance
     student: TrigFlow
     dual: jvpgraph.DualModule  # the student with tangents; the same parameters
+    new_student: Callable[[], TrigFlow]  # another one, as the student was at first: a fake score
+
+
+def build_networks(config: RunConfig, layout: Layout) -> Networks:
+    """Teacher and student from the settings, spread over the processes."""
+
+    def student_of(teacher: TrigFlow) -> TrigFlow:
+        student = layout.spread(build_student(teacher, config.student))
+        if config.student.compile:
+            student.compile(dynamic=False)
+        return student
+
+    teacher = build_teacher(config, layout.workshop)
+    student = student_of(teacher)  # a copy of the teacher before that is taken apart
+    teacher = layout.spread(teacher)
+    guided = build_guided(teacher, config.guidance, layout.device)
+    if config.student.compile:
+        teacher.compile(dynamic=False)
+    # FSDP2 gathers a block's parameters when the block is called: it has to stay a module of its own.
+    regions = "auto" if layout.sharded else None
+    dual = jvpgraph.transform(student, backend=config.student.backend, dynamic=False, regions=regions)
+
+    def new_student() -> TrigFlow:
+        return student_of(build_teacher(config, layout.workshop) if layout.many else teacher)
+
+    return Networks(teacher, guided, student, dual, new_student)
 
 
 class Stage:
     """The moving parts of a stage: loader, optimisers, averages and the fake score."""
 
-    def __init__(self, index: int, config: RunConfig, networks: Networks, dataset: Any, rng: torch.Generator) -> None:
+    def __init__(
+        self,
+        index: int,
+        config: RunConfig,
+        layout: Layout,
+        networks: Networks,
+        dataset: Any,
+        rng: torch.Generator,
+    ) -> None:
         settings = config.stages[index]
-        self.settings, self.networks, self.rng = settings, networks, rng
+        self.settings, self.layout, self.networks = settings, layout, networks
+        self.rng, self.noise = rng, layout.noise(rng)
         self.objective, self.loss = settings.objective, loss_of(settings.objective)
         self.begin = sum(stage.steps for stage in config.stages[:index])
-        self.loader = loader(dataset, settings.batch, config.seed + index, workers=config.data.workers)
+        self.loader = loader(
+            dataset,
+            settings.batch // layout.parts,
+            config.seed + index,
+            workers=config.data.workers,
+            rank=layout.part,
+            ranks=layout.parts,
+        )
         self.batches: Iterator[Batch] | None = None
         self.means = Means()
 
@@ -162,12 +212,10 @@ class Stage:
         self.emas = [PowerEMA(self.optimizer.masters, sigma_rel) for sigma_rel in config.ema.sigma_rel]
         self.fake: TrigFlow | None = None
         if self.objective.fake_score is not None:
-            self.fake = build_student(networks.teacher, config.student)
+            self.fake = networks.new_student()
             self.fake_optimizer = adamw(self.fake, settings.fake)
             first = (i for i in range(1, settings.steps + 1) if self.objective.fake_updates(i))
             self.fake_begins = next(first, 1) - 1
-            if config.student.compile:
-                self.fake.compile(dynamic=False)
 
     def state(self) -> dict[str, Any]:
         """Everything that a step reads and changes."""
@@ -175,9 +223,9 @@ class Stage:
             "student": moving(self.networks.student),
             "optimizer": self.optimizer,
             "ema": {f"{ema.sigma_rel:g}": ema for ema in self.emas},
-            "random": PerRank(RandomState(self.rng)),
-            "data": PerRank(self.loader),
-            "means": PerRank(self.means),
+            "random": OnePiece(RandomState(self.rng)),
+            "data": OnePiece(self.loader),
+            "means": OnePiece(self.means),
         }
         if self.fake is not None:
             state |= {"fake": moving(self.fake), "fake_optimizer": self.fake_optimizer}
@@ -186,13 +234,14 @@ class Stage:
     def step(self, step: int) -> dict[str, Tensor]:
         """Step number `step` of the run, counted from 1. Returns means over the batch, still on the device."""
         iteration = step - self.begin
-        networks, rng = self.networks, self.rng
+        networks, noise = self.networks, self.noise
 
         def student_loss(student: nn.Module, batch: Batch) -> Terms:
-            return self.loss(student, networks.guided, batch, rng, self.objective, iteration=iteration, fake=self.fake)
+            more = {"iteration": iteration, "fake": self.fake}
+            return self.loss(student, networks.guided, batch, noise, self.objective, **more)
 
         def fake_loss(fake: nn.Module, batch: Batch, *, count: int) -> Terms:
-            return fake_score_loss(fake, networks.dual, batch, rng, self.objective.fake_score, count=count)
+            return fake_score_loss(fake, networks.dual, batch, noise, self.objective.fake_score, count=count)
 
         values = self.update(step, "student", networks.dual, student_loss, self.optimizer, self.settings.student)
         for ema in self.emas:
@@ -233,22 +282,26 @@ class Stage:
         batches = [self.draw() for _ in range(self.settings.accumulate)]
         before = self.rng.get_state()
         parts = []
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            reduce_gradients(model, number == len(batches))
             terms = loss(model, batch)
             (terms["loss"].mean() / len(batches)).backward()
             parts.append({key: value.detach() for key, value in terms.items()})
         terms = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         norm = optimizer.gradient_norm()
+        means = self.layout.mean({**{key: value.mean() for key, value in terms.items()}, "gradient_norm": norm})
 
-        # The one value that a step waits for. A NaN that reached the weights could not be taken back.
-        if not torch.isfinite(terms["loss"].sum() + norm):
+        # The one value that a step waits for, and on which all processes agree. A NaN that reached the weights could
+        # not be taken back.
+        if not torch.isfinite(means["loss"] + means["gradient_norm"]):
             self.rng.set_state(before)
-            raise not_finite(f"{name}, step {step}", terms, batches, self.trained(), name, loss)
-        optimizer.clip(norm)
+            what = f"{name}, step {step}"
+            raise not_finite(what, terms, batches, self.trained(), name, loss, self.layout.ranks)
+        optimizer.clip(means["gradient_norm"])
         iteration, steps = step - self.begin - since, self.settings.steps - since
         optimizer.step(learning_rate(iteration, settings.lr, settings.warmup, steps, settings.decay))
         optimizer.zero_grad()  # frees the gradients until the next update
-        return {**{key: value.mean() for key, value in terms.items()}, "gradient_norm": norm}
+        return means
 
     def draw(self) -> Batch:
         """The next batch, on the device, some of its conditions dropped if the settings say so."""
@@ -257,7 +310,7 @@ class Stage:
         batch = next(self.batches).to(self.rng.device)
         share = self.settings.condition_dropout
         if share:
-            cond = drop_condition(batch.cond, self.networks.guided.negative, share, self.rng)
+            cond = drop_condition(batch.cond, self.networks.guided.negative, share, self.noise)
             batch = replace(batch, cond=cond)
         return batch
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import jvpgraph
 from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.checkpoint import Ranks
 from jvpgraph.trainer.objectives import Terms
+from jvpgraph.trainer.optim import local
 
 Compute = Callable[[nn.Module, Batch], Terms]
 """(the module that is trained, batch) -> the terms of its loss."""
@@ -23,9 +25,18 @@ class NotFinite(FloatingPointError):
 
 
 def not_finite(
-    what: str, terms: Terms, batches: Sequence[Batch], networks: Mapping[str, nn.Module], trained: str, compute: Compute
+    what: str,
+    terms: Terms,
+    batches: Sequence[Batch],
+    networks: Mapping[str, nn.Module],
+    trained: str,
+    compute: Compute,
+    ranks: Ranks,
 ) -> NotFinite:
     """The error for an update of `networks[trained]` that went wrong; the update is replayed op by op to find out.
+
+    With many ranks all of them call this, and it is not replayed: the first module to go wrong would stop its rank,
+    and leave the others waiting for it.
 
     Args:
         what: the loss and the step, in words.
@@ -34,13 +45,45 @@ def not_finite(
         networks: every network that takes part, by name.
         trained: which of them is trained.
         compute: its loss; random draws must be those of the update.
+        ranks: that train together, each with a part of the batch.
     """
-    keys = [key for batch in batches for key in batch.keys or [f"#{i}" for i in range(len(batch))]]
-    bad = {name: (~torch.isfinite(value)).nonzero().flatten().tolist() for name, value in terms.items()}
-    lines = [f"{what}: the {'loss' if bad['loss'] else 'gradient'} is not finite"]
-    lines += [f"  {name}: {named(keys, indices)}" for name, indices in bad.items() if indices]
+    if ranks.size > 1:
+        return NotFinite("\n".join(found_by_all(what, terms, batches, networks, trained, ranks)))
+    bad = bad_terms(terms, batches)
+    lines = [f"{what}: the {'loss' if 'loss' in bad else 'gradient'} is not finite", *bad.values()]
     lines.append(f"  began in {first_offender(batches, networks, trained, compute)}")
     return NotFinite("\n".join(lines))
+
+
+def found_by_all(
+    what: str,
+    terms: Terms,
+    batches: Sequence[Batch],
+    networks: Mapping[str, nn.Module],
+    trained: str,
+    ranks: Ranks,
+) -> list[str]:
+    """Lines of what each rank finds in its part of data, parameters and gradients."""
+    bad = bad_terms(terms, batches)
+    culprit = bad_at_rest(batches, networks)
+    for name, parameter in networks[trained].named_parameters():
+        if culprit is None and parameter.grad is not None and not finite(parameter.grad):
+            culprit = f"the gradient of {trained}.{name}"
+    found = ranks.gather(lambda: (bad, culprit))
+    loss = any("loss" in terms for terms, _ in found)
+    lines = [f"{what}: the {'loss' if loss else 'gradient'} is not finite"]
+    for rank, (terms_there, culprit_there) in enumerate(found):
+        lines += [f"  rank {rank}:{line[1:]}" for line in terms_there.values()]
+        lines += [f"  rank {rank}: {culprit_there}"] if culprit_there else []
+    lines.append("  The same run in one process goes on from the last checkpoint, and names the module it begins in.")
+    return lines
+
+
+def bad_terms(terms: Terms, batches: Sequence[Batch]) -> dict[str, str]:
+    """A line on each term that is not finite: for which samples."""
+    keys = [key for batch in batches for key in batch.keys or [f"#{i}" for i in range(len(batch))]]
+    bad = {name: (~torch.isfinite(value)).nonzero().flatten().tolist() for name, value in terms.items()}
+    return {name: f"  {name}: {named(keys, indices)}" for name, indices in bad.items() if indices}
 
 
 def named(keys: Sequence[str], indices: Sequence[int], most: int = 4) -> str:
@@ -51,16 +94,9 @@ def named(keys: Sequence[str], indices: Sequence[int], most: int = 4) -> str:
 
 def first_offender(batches: Sequence[Batch], networks: Mapping[str, nn.Module], trained: str, compute: Compute) -> str:
     """The first thing that is not finite: data, a parameter, a module's output, a tangent, a gradient."""
-    for batch in batches:
-        for name, value in {"x0": batch.x0, **batch.cond}.items():
-            if not finite(value):
-                rows = [i for i, row in enumerate(value) if not finite(row)]
-                return f"the data: {name} of sample {batch.keys[rows[0]] if batch.keys else rows[0]}"
-    for network, module in networks.items():
-        for name, parameter in module.named_parameters():
-            if not finite(parameter):
-                return f"a parameter: {network}.{name}"
-
+    at_rest = bad_at_rest(batches, networks)
+    if at_rest is not None:
+        return at_rest
     found: list[str] = []
 
     def note(where: str, value: Any) -> None:
@@ -93,5 +129,20 @@ def first_offender(batches: Sequence[Batch], networks: Mapping[str, nn.Module], 
     return found[0] if found else "nothing that a second run could find: the error does not repeat itself"
 
 
+def bad_at_rest(batches: Sequence[Batch], networks: Mapping[str, nn.Module]) -> str | None:
+    """Data or a parameter that is not finite."""
+    for batch in batches:
+        for name, value in {"x0": batch.x0, **batch.cond}.items():
+            if not finite(value):
+                rows = [i for i, row in enumerate(value) if not finite(row)]
+                return f"the data: {name} of sample {batch.keys[rows[0]] if batch.keys else rows[0]}"
+    for network, module in networks.items():
+        for name, parameter in module.named_parameters():
+            if not finite(parameter):
+                return f"a parameter: {network}.{name}"
+    return None
+
+
 def finite(x: Tensor) -> bool:
-    return bool(torch.isfinite(x).all())
+    """Of a sharded tensor: this rank's part."""
+    return bool(torch.isfinite(local(x)).all())

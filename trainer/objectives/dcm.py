@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.noise import Random, integers, noise_like
 from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
-from jvpgraph.trainer.times import from_flow_time, noise_like
+from jvpgraph.trainer.times import from_flow_time
 from jvpgraph.trainer.trigflow import add_noise, clean_image, expand_like
 
 
@@ -47,7 +48,7 @@ def dcm_loss(
     student: nn.Module,
     teacher: nn.Module,
     batch: Batch,
-    rng: torch.Generator,
+    rng: Random,
     config: DCM,
     *,
     iteration: int,
@@ -64,7 +65,7 @@ def dcm_loss(
         fake: not used.
     """
     grid = config.grid(rng.device)
-    index = torch.randint(1, config.teacher_steps + 1, (len(batch),), generator=rng, device=rng.device)
+    index = integers(1, config.teacher_steps + 1, len(batch), rng)
     t, t_next = grid[index], grid[index - 1]
     x0 = batch.x0.double()
     x = add_noise(x0, noise_like(x0, rng), t)

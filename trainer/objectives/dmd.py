@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.noise import Random, noise_like
 from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
-from jvpgraph.trainer.times import ShiftedUniform, Times, noise_like
+from jvpgraph.trainer.times import ShiftedUniform, Times
 from jvpgraph.trainer.trigflow import add_noise, clean_image, expand_like
 
 
@@ -40,7 +41,7 @@ class DMD(Objective):
         return 1 + count % self.simulation_steps
 
 
-def simulate_backward(student: nn.Module, batch: Batch, steps: int, rng: torch.Generator, times: Times) -> Tensor:
+def simulate_backward(student: nn.Module, batch: Batch, steps: int, rng: Random, times: Times) -> Tensor:
     """Student samples x0 [B, ...] from pure noise in `steps` steps at random falling times.
 
     Only the last step has a gradient. Conditions and shape are those of `batch`.
@@ -66,7 +67,7 @@ def dmd_loss(
     student: nn.Module,
     teacher: nn.Module,
     batch: Batch,
-    rng: torch.Generator,
+    rng: Random,
     config: DMD,
     *,
     iteration: int,
@@ -96,7 +97,7 @@ def dmd_loss(
 
 
 def fake_score_loss(
-    fake: nn.Module, student: nn.Module, batch: Batch, rng: torch.Generator, config: DMD, *, count: int
+    fake: nn.Module, student: nn.Module, batch: Batch, rng: Random, config: DMD, *, count: int
 ) -> Terms:
     """Sum over the latent of (F_fake - v)^2 on fresh student samples, float64; `count` numbers the updates.
 
@@ -107,7 +108,7 @@ def fake_score_loss(
     return {"loss": velocity_error(fake, Batch(x0, batch.cond), config.times, rng)}
 
 
-def velocity_error(model: nn.Module, batch: Batch, times: Times, rng: torch.Generator) -> Tensor:
+def velocity_error(model: nn.Module, batch: Batch, times: Times, rng: Random) -> Tensor:
     """[B]: the sum over the latent of (F - v)^2, v = cos(t) eps - sin(t) x0: conditional flow matching."""
     x0 = batch.x0.double()
     t = times.draw(len(batch), rng)

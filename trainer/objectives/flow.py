@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import nn
 
 from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives.dmd import velocity_error
 from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
 from jvpgraph.trainer.times import LogitNormal, Times
@@ -28,7 +28,7 @@ def flow_loss(
     student: nn.Module,
     teacher: nn.Module,
     batch: Batch,
-    rng: torch.Generator,
+    rng: Random,
     config: FlowMatching,
     *,
     iteration: int,

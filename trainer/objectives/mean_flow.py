@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.noise import Random, noise_like, uniform
 from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
-from jvpgraph.trainer.times import LogitNormal, Times, flow_time, noise_like
+from jvpgraph.trainer.times import LogitNormal, Times, flow_time
 from jvpgraph.trainer.trigflow import expand_like
 
 
@@ -45,7 +46,7 @@ def mean_flow_loss(
     student: nn.Module,
     teacher: nn.Module,
     batch: Batch,
-    rng: torch.Generator,
+    rng: Random,
     config: MeanFlow,
     *,
     iteration: int,
@@ -86,9 +87,9 @@ def mean_flow_loss(
     return {"loss": weight * error, "error": error.detach(), "tangent_norm": u_dot.flatten(1).norm(dim=1)}
 
 
-def ordered_times(size: int, config: MeanFlow, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def ordered_times(size: int, config: MeanFlow, rng: Random) -> tuple[Tensor, Tensor]:
     """t >= r, both [B] radians; equal for a share of the samples."""
     first, second = config.times.draw(size, rng), config.times.draw(size, rng)
     t, r = torch.maximum(first, second), torch.minimum(first, second)
-    instant = torch.rand(size, generator=rng, device=rng.device) < config.instant_share
+    instant = uniform(size, rng, torch.float32) < config.instant_share
     return t, torch.where(instant, t, r)

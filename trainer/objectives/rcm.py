@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import nn
 
 from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives.dmd import DMD, dmd_loss
 from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
 from jvpgraph.trainer.objectives.scm import SCM, scm_loss
@@ -39,7 +39,7 @@ def rcm_loss(
     student: nn.Module,
     teacher: nn.Module,
     batch: Batch,
-    rng: torch.Generator,
+    rng: Random,
     config: RCM,
     *,
     iteration: int,

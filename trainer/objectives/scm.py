@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.noise import Random, noise_like
 from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
-from jvpgraph.trainer.times import LogNormal, Times, noise_like
+from jvpgraph.trainer.times import LogNormal, Times
 from jvpgraph.trainer.trigflow import add_noise, expand_like
 
 
@@ -44,7 +45,7 @@ def scm_loss(
     student: nn.Module,
     teacher: nn.Module,
     batch: Batch,
-    rng: torch.Generator,
+    rng: Random,
     config: SCM,
     *,
     iteration: int,

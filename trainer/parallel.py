@@ -1,0 +1,212 @@
+"""A run on many processes: who they are, which part of each batch is theirs, and networks spread over them.
+
+    with joined(config) as layout:              # one process, or those that torchrun started
+        network = layout.spread(network)        # tensor parallel, then FSDP2
+        layout.share(batch), layout.noise(rng)  # this process's part
+        layout.mean(values)                     # over all of the batch
+
+A run is a function of its settings, not of its processes: batches, their order and their noise are the same for any
+number of them, so that a run may stop on some and go on with others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from jvpgraph.trainer.checkpoint import Ranks
+from jvpgraph.trainer.config import ParallelConfig, RunConfig
+from jvpgraph.trainer.models import device_of
+from jvpgraph.trainer.noise import Random, RankNoise
+from jvpgraph.trainer.student import repeated_blocks
+from jvpgraph.trainer.trigflow import TrigFlow
+
+STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+
+
+@contextmanager
+def joined(config: RunConfig) -> Iterator[Layout]:
+    """This process among those that torchrun started, or alone.
+
+    Raises:
+        ValueError: settings and processes do not fit each other; nothing was built yet.
+    """
+    started = dist.is_available() and dist.is_initialized()
+    world = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
+    sizes = sizes_of(config.parallel, world)
+    check(config, sizes)
+    if world == 1:
+        yield Layout(device_of(config), sizes, None, Ranks())
+        return
+    device = device_of(config, int(os.environ.get("LOCAL_RANK", "0")))
+    timeout = timedelta(seconds=config.parallel.timeout)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not started:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    yield Layout(device, sizes, mesh, Ranks(timeout))
+    if not started:  # and not after an error: the others may not be there to take leave of
+        dist.destroy_process_group()
+
+
+def sizes_of(config: ParallelConfig, world: int) -> dict[str, int]:
+    """The dims of the mesh, outermost first: processes that talk most are neighbours."""
+    if config.cp_ulysses > 1 or config.cp_ring > 1:
+        raise ValueError(
+            "parallel.cp_ulysses and parallel.cp_ring are not in the trainer yet: what is missing is splitting the "
+            "tokens of its networks' inputs. Use dp_shard, dp_replicate and tp"
+        )
+    sizes = {"dp_replicate": config.dp_replicate, "dp_shard": config.dp_shard, "tp": config.tp}
+    if config.dp_shard == -1:
+        sizes["dp_shard"] = max(1, world // (config.dp_replicate * config.tp))
+    if (asked := prod(sizes.values())) != world:
+        product = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"parallel: {product} makes {asked} process{'es' * (asked > 1)}, and there {'is' if world == 1 else 'are'} "
+            f"{world}: change these settings, or start the run with "
+            f"torchrun --nproc-per-node {asked} -m jvpgraph.trainer.cli train"
+        )
+    return sizes
+
+
+def check(config: RunConfig, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError for settings that cannot be spread like this."""
+    parts = sizes["dp_replicate"] * sizes["dp_shard"]
+    for index, stage in enumerate(config.stages):
+        if stage.batch % parts:
+            raise ValueError(
+                f"stages.{index}.batch is {stage.batch}, and parallel splits it into {parts} equal parts: "
+                f"take a multiple of {parts}"
+            )
+    if prod(sizes.values()) > 1 and config.student.compile:
+        raise ValueError("student.compile needs one process: fully_shard's hooks are not compiled. Set it to false")
+    if sizes["tp"] > 1 and config.student.lora is not None:
+        raise ValueError("parallel.tp splits linear layers, and not LoRA adapters on them: use dp_shard, or no lora")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The processes of a run, seen from one of them."""
+
+    device: torch.device
+    sizes: Mapping[str, int]  # of the mesh, by name
+    mesh: DeviceMesh | None  # None: one process
+    ranks: Ranks  # all processes, for agreeing on values that are no tensors
+
+    @property
+    def many(self) -> bool:
+        return self.mesh is not None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the run's folder."""
+        return self.ranks.first
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are gathered by FSDP2 just before they are used."""
+        return self.parts > 1
+
+    @property
+    def parts(self) -> int:
+        """Of each batch."""
+        return self.sizes["dp_replicate"] * self.sizes["dp_shard"]
+
+    @property
+    def part(self) -> int:
+        """Which one is this process's. Processes of one tensor-parallel group have the same."""
+        if self.mesh is None:
+            return 0
+        replica, shard = (self.mesh.get_local_rank(name) for name in ("dp_replicate", "dp_shard"))
+        return replica * self.sizes["dp_shard"] + shard
+
+    @property
+    def workshop(self) -> torch.device:
+        """Where networks are built: one that is going to be split need not fit on the device whole."""
+        return torch.device("cpu") if self.many else self.device
+
+    def noise(self, rng: torch.Generator) -> Random:
+        """Draws for this process's part of a batch from a generator that all processes have in the same state."""
+        return rng if self.parts == 1 else RankNoise(rng, self.part, self.parts)
+
+    def spread(self, model: TrigFlow) -> TrigFlow:
+        """The model itself, its parameters split over the processes and on their devices; names stay.
+
+        Raises:
+            ValueError: the network has no plan for tensor parallel, or it does not divide.
+        """
+        if self.mesh is None:
+            return model
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        if self.sizes["tp"] > 1:
+            parallelize(model.net, self.mesh["tp"])
+            for name, parameter in model.named_parameters():  # DTensors are new parameters
+                parameter.requires_grad_(name not in frozen)
+        if self.sharded:
+            mesh = self.mesh["dp_shard"] if self.sizes["dp_replicate"] == 1 else self.mesh["dp_replicate", "dp_shard"]
+            # The root too gives up what it gathered: its parameters may be written to between two forwards.
+            for module in (*repeated_blocks(model.net), model):
+                fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        return model.to(self.device)
+
+    def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Means over all processes, each of no dims; they come out the same bits everywhere."""
+        if self.mesh is None:
+            return dict(values)
+        total = torch.stack([value.detach().to(self.device, torch.float64) for value in values.values()])
+        dist.all_reduce(total)
+        means = (total / self.ranks.size).unbind()
+        return {name: mean.to(value.dtype) for mean, (name, value) in zip(means, values.items(), strict=True)}
+
+
+def reduce_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the next backward reduces gradients over the processes, or leaves that to a later one."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+
+
+def parallelize(net: nn.Module, mesh: DeviceMesh) -> None:
+    """Tensor parallel by the network's own plan: module names, with * for any, to torch's styles.
+
+    The plan is the network's `tp_plan`, or `_tp_plan` of diffusers, where "colwise" and "rowwise" stand for styles.
+    """
+    plan = getattr(net, "tp_plan", None) or getattr(net, "_tp_plan", None)
+    if not plan:
+        raise ValueError(
+            f"parallel.tp: {type(net).__name__} has no plan for tensor parallel: give its class a `tp_plan`, a "
+            'dictionary such as {"blocks.*.mlp.0": ColwiseParallel(), "blocks.*.mlp.2": RowwiseParallel()}, or set tp=1'
+        )
+    parallelize_module(net, mesh, {name: _style(net, name, style) for name, style in plan.items()})
+    for name, parameter in net.named_parameters():
+        for placement in parameter.placements if isinstance(parameter, DTensor) else ():
+            if isinstance(placement, Shard) and parameter.shape[placement.dim] % mesh.size():
+                raise ValueError(
+                    f"parallel.tp: {mesh.size()} processes do not divide dim {placement.dim} of {name} "
+                    f"{list(parameter.shape)}"
+                )
+
+
+def _style(net: nn.Module, name: str, style: Any) -> ParallelStyle:
+    if isinstance(style, ParallelStyle):
+        return style
+    if style not in STYLES:
+        # Packed layers reorder rows, and a checkpoint of them would load as nonsense on other processes.
+        raise ValueError(
+            f"parallel.tp: the plan of {type(net).__name__} splits {name} by {type(style).__name__}; only "
+            '"colwise", "rowwise" and styles of torch.distributed.tensor.parallel keep checkpoints readable'
+        )
+    return STYLES[style]()
