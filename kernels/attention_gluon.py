@@ -8,7 +8,7 @@ Math, Streaming form, Precision
     accumulators start from a product instead of from zeros.
 Roles
     One warp asks the TMA for everything. Two warpgroups take 64 queries each; while one of them is at its softmax, the
-    products of the other keep the matrix units busy. Both read each block of keys once from shared memory.
+    products of the other keep the matrix units busy. Both read each block of keys from the same place.
 Handshake
     Each of the STAGES places for keys (k and k_dot) and for values (v and v_dot) has two barriers. `full` counts the
     one arrival of the loader and its bytes; TMA delivers whole boxes, zeros outside of the tensor, so the bytes are the
@@ -43,7 +43,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from jvpgraph.kernels import attention_triton
 from jvpgraph.kernels.attention_triton import attention, attention_backward
-from jvpgraph.kernels.blocks import GLUON_IS_FASTER, GLUON_TABLE, gluon_blocks
+from jvpgraph.kernels.blocks import GLUON_IS_FASTER, GLUON_TABLE, GluonBlocks, gluon_blocks
 from jvpgraph.kernels.layout import empty_rows
 from jvpgraph.kernels.window import EVERYTHING, Window
 
@@ -64,6 +64,15 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
+def _locate(heads, length_q):
+    """(batch, head, first row) of this program's queries. Each role computes them where it needs them: over the loop
+    they would take registers."""
+    tiles = (length_q + 2 * ROWS - 1) // (2 * ROWS)
+    batch_head = gl.program_id(0) // tiles
+    return batch_head // heads, batch_head % heads, gl.program_id(0) % tiles * (2 * ROWS)
+
+
+@gluon.jit
 def _produce(
     loads,
     STAGES: gl.constexpr,
@@ -72,19 +81,20 @@ def _produce(
     HAS_V_DOT: gl.constexpr,
 ):
     """Everything into shared memory: the queries once, then keys and values block by block."""
-    sources, buffers, barriers, at, length_kv, blocks = loads
+    sources, buffers, barriers, heads, group, length_q, length_kv = loads
     q, q_dot, k, k_dot, v, v_dot = sources
     q_to, q_dot_to, k_to, k_dot_to, v_to, v_dot_to = buffers
     q_full, k_full, k_empty, v_full, v_empty = barriers
-    batch, head, head_kv, first_row = at
+    batch, head, first_row = _locate(heads, length_q)
+    head_kv = head // group
     BLOCK_K: gl.constexpr = k.block_shape[2]
     ROW_BYTES: gl.constexpr = k.block_shape[3] * 2
     mbarrier.expect(q_full, 2 * ROWS * ROW_BYTES * (1 + HAS_Q_DOT))
-    for group in gl.static_range(2):
-        _load(q, [batch, head, first_row + group * ROWS, 0], q_full, q_to.index(group))
+    for part in gl.static_range(2):
+        _load(q, [batch, head, first_row + part * ROWS, 0], q_full, q_to.index(part))
         if HAS_Q_DOT:
-            _load(q_dot, [batch, head, first_row + group * ROWS, 0], q_full, q_dot_to.index(group))
-    for block in range(blocks):
+            _load(q_dot, [batch, head, first_row + part * ROWS, 0], q_full, q_dot_to.index(part))
+    for block in range((length_kv + BLOCK_K - 1) // BLOCK_K):
         place = block % STAGES
         parity = (block // STAGES) & 1
         key = gl.where(block == 0, length_kv - BLOCK_K, (block - 1) * BLOCK_K)
@@ -103,6 +113,15 @@ def _produce(
 
 
 @gluon.jit
+def _weigh(p, s_dot, r, mu, seen, scale, FIRST: gl.constexpr):
+    """h, its row sums so far, and mu, which the first block gives."""
+    if FIRST:
+        mu = gl.sum(s_dot, 1) * (scale / seen)
+    h = p * (s_dot * scale - gl.expand_dims(mu, 1))
+    return h, r + gl.sum(h, 1), mu
+
+
+@gluon.jit
 def _visit(
     state,
     queries,
@@ -114,12 +133,17 @@ def _visit(
     scale,
     FIRST: gl.constexpr,
     STAGES: gl.constexpr,
+    OVERLAP: gl.constexpr,
     HAS_Q_DOT: gl.constexpr,
     HAS_K_DOT: gl.constexpr,
     HAS_V_DOT: gl.constexpr,
 ):
     """The sums after one more block of keys. FIRST: there are none yet, the first `hidden` keys of the block are not
-    to be seen, and `seen` of its keys lie within the tensor."""
+    to be seen, and `seen` of its keys lie within the tensor.
+
+    OVERLAP: s_dot is awaited after the products of p are issued, so the softmax runs under the products of s_dot, and h
+    is made under those of p. Else all of it follows s_dot: ptxas moves a wait up to where nothing holds it.
+    """
     m, l, r, o, c, mu = state
     q, q_dot = queries
     keys, keys_dot, values, values_dot = buffers
@@ -147,7 +171,6 @@ def _visit(
             s_dot = warpgroup_mma(q, k_dot, s_dot, is_async=True)
         else:
             s_dot = warpgroup_mma(q, k_dot, nothing, use_acc=False, is_async=True)
-    # the softmax runs under the products of s_dot
     s = warpgroup_mma_wait(HAS_Q_DOT + HAS_K_DOT, deps=(s,))
     log2_scale = scale * LOG2E
     if FIRST:
@@ -166,27 +189,29 @@ def _visit(
         o = o * alpha_of_rows
         if O_MOVES:
             c = c * alpha_of_rows
-    if S_MOVES:
+    if not FIRST:
+        r = r * alpha
+    if not S_MOVES:
+        mbarrier.arrive(k_empty.index(place), count=1)
+    if S_MOVES and not OVERLAP:
         s_dot = warpgroup_mma_wait(0, deps=(s_dot,))
-    mbarrier.arrive(k_empty.index(place), count=1)
-    if S_MOVES:
-        if FIRST:
-            mu = gl.sum(s_dot, 1) * (scale / seen)
-        h = p * (s_dot * scale - gl.expand_dims(mu, 1))
-        if FIRST:
-            r = gl.sum(h, 1)
-        else:
-            r = r * alpha + gl.sum(h, 1)
+        mbarrier.arrive(k_empty.index(place), count=1)
+        h, r, mu = _weigh(p, s_dot, r, mu, seen, scale, FIRST)
         h = gl.convert_layout(h.to(values.dtype), OPERAND)
-    p = gl.convert_layout(p.to(values.dtype), OPERAND)
+    p_operand = gl.convert_layout(p.to(values.dtype), OPERAND)
 
     mbarrier.wait(v_full.index(place), parity)
     v = values.index(place).reshape([BLOCK_K, WIDTH])
-    o = warpgroup_mma(p, v, o, use_acc=not FIRST, is_async=True)
+    o = warpgroup_mma(p_operand, v, o, use_acc=not FIRST, is_async=True)
     if HAS_V_DOT:
         v_dot = values_dot.index(place).reshape([BLOCK_K, WIDTH])
-        c = warpgroup_mma(p, v_dot, c, use_acc=not FIRST, is_async=True)
+        c = warpgroup_mma(p_operand, v_dot, c, use_acc=not FIRST, is_async=True)
     if S_MOVES:
+        if OVERLAP:
+            s_dot = warpgroup_mma_wait(1 + HAS_V_DOT, deps=(s_dot,))
+            mbarrier.arrive(k_empty.index(place), count=1)
+            h, r, mu = _weigh(p, s_dot, r, mu, seen, scale, FIRST)
+            h = gl.convert_layout(h.to(values.dtype), OPERAND)
         c = warpgroup_mma(h, v, c, use_acc=HAS_V_DOT or not FIRST, is_async=True)
     # to leave these in flight over the edge of the loop makes ptxas serialise all products
     o, c = warpgroup_mma_wait(0, deps=(o, c))
@@ -199,16 +224,16 @@ def _consume(
     work,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
+    OVERLAP: gl.constexpr,
     HAS_Q_DOT: gl.constexpr,
     HAS_K_DOT: gl.constexpr,
     HAS_V_DOT: gl.constexpr,
 ):
     """64 queries, from their products with keys to the outputs."""
-    targets, buffers, barriers, at, length_q, length_kv, blocks, scale = work
+    targets, buffers, barriers, heads, length_q, length_kv, scale = work
     o_to, lse_to, o_dot_to, lse_dot_to = targets
     q_all, q_dot_all, keys, keys_dot, values, values_dot = buffers
     q_full, k_full, k_empty, v_full, v_empty = barriers
-    batch, head, row_sums, first_row = at
     S_MOVES: gl.constexpr = HAS_Q_DOT or HAS_K_DOT
     O_MOVES: gl.constexpr = S_MOVES or HAS_V_DOT
     BLOCK_K: gl.constexpr = keys.shape[3]
@@ -225,12 +250,26 @@ def _consume(
     none = gl.zeros([ROWS], gl.float32, SUMS)
     start = gl.zeros([ROWS, WIDTH], gl.float32, OF_ROWS)
     state = (none, none, none, start, start, none)
+    blocks = (length_kv + BLOCK_K - 1) // BLOCK_K
     whole = (blocks - 1) * BLOCK_K  # keys that come after the first block
     hidden = whole - (length_kv - BLOCK_K)
     seen = gl.minimum(length_kv, BLOCK_K).to(gl.float32)
     mbarrier.wait(q_full, 0)
     m, l, r, o, c, mu = _visit(
-        state, queries, streamed, handshake, 0, hidden, seen, scale, True, STAGES, HAS_Q_DOT, HAS_K_DOT, HAS_V_DOT
+        state,
+        queries,
+        streamed,
+        handshake,
+        0,
+        hidden,
+        seen,
+        scale,
+        True,
+        STAGES,
+        OVERLAP,
+        HAS_Q_DOT,
+        HAS_K_DOT,
+        HAS_V_DOT,
     )
     for block in range(1, blocks):
         m, l, r, o, c, _ = _visit(
@@ -244,15 +283,19 @@ def _consume(
             scale,
             False,
             STAGES,
+            OVERLAP,
             HAS_Q_DOT,
             HAS_K_DOT,
             HAS_V_DOT,
         )
 
-    rows = first_row + GROUP * ROWS + gl.arange(0, ROWS, SUMS)
+    batch, head, first_row = _locate(heads, length_q)
+    first_row += GROUP * ROWS
+    rows = first_row + gl.arange(0, ROWS, SUMS)
     inside = rows < length_q
+    row_sums = (batch * heads + head).to(gl.int64) * length_q + rows
     inverse = 1.0 / l
-    gl.store(lse_to + row_sums + rows, (m + gl.log2(l)) * LN2, mask=inside)
+    gl.store(lse_to + row_sums, (m + gl.log2(l)) * LN2, mask=inside)
     o = o * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, OF_ROWS)), 1)
     # the queries have been read by all four warps, and the tiles of shared memory take the outputs
     _barrier()
@@ -261,13 +304,13 @@ def _consume(
         c = c * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, OF_ROWS)), 1)
         if S_MOVES:
             r = r * inverse
-            gl.store(lse_dot_to + row_sums + rows, r + mu, mask=inside)
+            gl.store(lse_dot_to + row_sums, r + mu, mask=inside)
             c = c - gl.expand_dims(gl.convert_layout(r, gl.SliceLayout(1, OF_ROWS)), 1) * o
         q_dot.store(c.to(values.dtype))
     fence_async_shared()
-    _store(o_to, [batch, head, first_row + GROUP * ROWS, 0], q_all.index(GROUP))
+    _store(o_to, [batch, head, first_row, 0], q_all.index(GROUP))
     if O_MOVES:
-        _store(o_dot_to, [batch, head, first_row + GROUP * ROWS, 0], q_dot_all.index(GROUP))
+        _store(o_dot_to, [batch, head, first_row, 0], q_dot_all.index(GROUP))
     tma.store_wait(0)
 
 
@@ -289,6 +332,7 @@ def attention_jvp_kernel(
     length_q,
     length_kv,
     STAGES: gl.constexpr,
+    OVERLAP: gl.constexpr,
     HAS_Q_DOT: gl.constexpr,
     HAS_K_DOT: gl.constexpr,
     HAS_V_DOT: gl.constexpr,
@@ -297,12 +341,6 @@ def attention_jvp_kernel(
     lse_dot where s does not move, stand for nothing and are not read."""
     BLOCK_K: gl.constexpr = k.block_shape[2]
     WIDTH: gl.constexpr = k.block_shape[3]
-    tiles = (length_q + 2 * ROWS - 1) // (2 * ROWS)
-    batch_head = gl.program_id(0) // tiles
-    first_row = gl.program_id(0) % tiles * (2 * ROWS)
-    batch = batch_head // heads
-    head = batch_head % heads
-    blocks = (length_kv + BLOCK_K - 1) // BLOCK_K
 
     # q_dot's takes o_dot in the end, whether there is a q_dot or not
     q_buffer = gl.allocate_shared_memory(q.dtype, [2, 1, 1, ROWS, WIDTH], q.layout)
@@ -332,14 +370,12 @@ def attention_jvp_kernel(
     targets = (o, lse, o_dot, lse_dot)
     buffers = (q_buffer, q_dot_buffer, k_buffer, k_dot_buffer, v_buffer, v_dot_buffer)
     barriers = (q_full, k_full, k_empty, v_full, v_empty)
-    load_at = (batch, head, head // group, first_row)
-    store_at = (batch, head, batch_head.to(gl.int64) * length_q, first_row)
-    loads = (sources, buffers, barriers, load_at, length_kv, blocks)
-    work = (targets, buffers, barriers, store_at, length_q, length_kv, blocks, scale)
+    loads = (sources, buffers, barriers, heads, group, length_q, length_kv)
+    work = (targets, buffers, barriers, heads, length_q, length_kv, scale)
     gl.warp_specialize(
         [
-            (_consume, (work, 0, STAGES, HAS_Q_DOT, HAS_K_DOT, HAS_V_DOT)),
-            (_consume, (work, 1, STAGES, HAS_Q_DOT, HAS_K_DOT, HAS_V_DOT)),
+            (_consume, (work, 0, STAGES, OVERLAP, HAS_Q_DOT, HAS_K_DOT, HAS_V_DOT)),
+            (_consume, (work, 1, STAGES, OVERLAP, HAS_Q_DOT, HAS_K_DOT, HAS_V_DOT)),
             (_produce, (loads, STAGES, HAS_Q_DOT, HAS_K_DOT, HAS_V_DOT)),
         ],
         [4, 1],  # warps of the second warpgroup and of the loader
@@ -396,8 +432,12 @@ def attention_jvp(
     scale: float,
     *,
     cu_seqlens: tuple[Tensor, Tensor] | None = None,
+    blocks: GluonBlocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(o, lse, o_dot, lse_dot), as attention_triton gives them, which also takes what this kernel does not."""
+    """(o, lse, o_dot, lse_dot), as attention_triton gives them, which also takes what this kernel does not.
+
+    blocks: for tests and measurements, instead of those of the table.
+    """
     dots = (q_dot, k_dot, v_dot)
     tensors = [x for x in (q, k, v, *dots) if x is not None]
     if (
@@ -414,7 +454,8 @@ def attention_jvp(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     s_moves = q_dot is not None or k_dot is not None
     lse_dot = torch.empty_like(lse) if s_moves else torch.zeros_like(lse)
-    width, blocks = gluon_blocks(head_dim, 2 + (k_dot is not None) + (v_dot is not None))
+    width, of_table = gluon_blocks(head_dim, 2 + (k_dot is not None) + (v_dot is not None))
+    blocks = blocks or of_table
     operands = (q, q if q_dot is None else q_dot), (k, k if k_dot is None else k_dot, v, v if v_dot is None else v_dot)
     with torch.cuda.device(q.device):
         attention_jvp_kernel[(triton.cdiv(length_q, 2 * ROWS.value) * batch * heads,)](
@@ -430,6 +471,7 @@ def attention_jvp(
             length_q,
             length_kv,
             STAGES=blocks.stages,
+            OVERLAP=blocks.overlap,
             HAS_Q_DOT=q_dot is not None,
             HAS_K_DOT=k_dot is not None,
             HAS_V_DOT=v_dot is not None,

@@ -302,6 +302,7 @@ def _gluon_source(head_dim: int, dtype: torch.dtype, blocks: GluonBlocks, flags:
     kernel = attention_gluon.attention_jvp_kernel
     constants = {
         "STAGES": blocks.stages,
+        "OVERLAP": blocks.overlap,
         "HAS_Q_DOT": flags.has_q_dot,
         "HAS_K_DOT": flags.has_k_dot,
         "HAS_V_DOT": flags.has_v_dot,

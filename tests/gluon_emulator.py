@@ -27,7 +27,7 @@ from torch import Tensor
 from jvpgraph.kernels import attention_gluon
 from jvpgraph.kernels.blocks import GluonBlocks
 
-PATIENCE = 20.0  # seconds
+PATIENCE = 10.0  # seconds
 
 
 class Barrier:
@@ -305,9 +305,7 @@ def emulated(blocks: GluonBlocks, module: ModuleType = attention_gluon):
             "LOG2E": module.LOG2E.value,
             "LN2": module.LN2.value,
             "ROWS": _Constant(module.ROWS.value),
-            "_produce": module._produce.fn,
-            "_visit": module._visit.fn,
-            "_consume": module._consume.fn,
+            **{name: getattr(module, name).fn for name in ("_locate", "_produce", "_weigh", "_visit", "_consume")},
             "attention_jvp_kernel": Launcher(module.attention_jvp_kernel.fn),
             "_descriptor": Descriptor,
             "supports": lambda *_: True,

@@ -63,21 +63,23 @@ def time_like(tensors: list[Tensor | None]) -> list[Tensor | None]:
 LENGTHS = [(1, 1), (63, 31), (64, 32), (65, 33), (128, 64), (129, 65), (200, 333), (1, 999)]
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize(("n_q", "n_k"), LENGTHS)
-def test_emulated_lengths(n_q, n_k, stages):
+def test_emulated_lengths(n_q, n_k, stages, overlap):
     tensors = make(n_q=n_q, n_k=n_k, d=16)
-    with emulated(GluonBlocks(32, stages)) as attention_jvp:
+    with emulated(GluonBlocks(32, stages, overlap)) as attention_jvp:
         have = attention_jvp(*tensors, None, None, EVERYTHING, 0.3)
     assert max(errors(have, tensors, 0.3)) < TOLERANCE[BF16]
     for o in (have[0], have[2]):
         assert o.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("active", range(1, 8))
-def test_emulated_inputs_that_do_not_move(active):
+def test_emulated_inputs_that_do_not_move(active, overlap):
     tensors = make(b=2, h=4, kv_heads=2, n_k=140, d=24, active=active, dtype=FP16)
-    with emulated(GluonBlocks(64, 2)) as attention_jvp:
+    with emulated(GluonBlocks(64, 2, overlap)) as attention_jvp:
         have = attention_jvp(*tensors, None, None, EVERYTHING, 0.2)
     assert max(errors(have, tensors, 0.2)) < TOLERANCE[FP16]
 
@@ -99,6 +101,7 @@ MISTAKES = {  # what to replace in the source, and by what
     "queries are read before they are there": ("mbarrier.wait(q_full, 0)", ""),
     "bytes are missing": ("BLOCK_K * ROW_BYTES * (1 + HAS_V_DOT)", "BLOCK_K * ROW_BYTES"),
     "a place is given back under the products": ("s_dot = warpgroup_mma_wait(0, deps=(s_dot,))", "s_dot = s_dot"),
+    "s_dot is not awaited": ("warpgroup_mma_wait(1 + HAS_V_DOT, deps", "warpgroup_mma_wait(3 + HAS_V_DOT, deps"),
     "no fence before the outputs leave": ("    fence_async_shared()\n    _store", "    _store"),
     "a key is seen twice": ("hidden = whole - (length_kv - BLOCK_K)", "hidden = whole - (length_kv - BLOCK_K) - 1"),
     "mu counts keys that are not there": ("(scale / seen)", "(scale / 64)"),
@@ -121,7 +124,7 @@ def test_the_emulator_finds(mistake, tmp_path, monkeypatch):
     tensors = time_like(make(n_q=128, n_k=32 if "mu" in mistake else 300, d=16))
 
     def passes() -> bool:
-        with emulated(GluonBlocks(64, 2), module) as attention_jvp:
+        with emulated(GluonBlocks(64, 2, overlap="s_dot" in mistake), module) as attention_jvp:
             try:
                 have = attention_jvp(*tensors, None, None, EVERYTHING, 0.25)
             except AssertionError:
@@ -263,6 +266,14 @@ class TestOnHopper:
     @pytest.mark.parametrize("n_k", [1, 63, 64, 65, 127, 128, 129, 256, 999, 4096])
     def test_lengths(self, n_q, n_k, d):
         run(make(n_q=n_q, n_k=n_k, d=d, device="cuda"))
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    @pytest.mark.parametrize("d", [64, 128])
+    def test_other_blocks(self, d, overlap):
+        tensors = make(h=4, n_q=999, n_k=2000, d=d, device="cuda")
+        tile = GluonBlocks(64, 2, overlap)
+        have = attention_gluon.attention_jvp(*tensors, None, None, EVERYTHING, d**-0.5, blocks=tile)
+        assert max(errors(have, tensors, d**-0.5)) < TOLERANCE[BF16]
 
     @pytest.mark.parametrize("d", [64, 128])
     @pytest.mark.parametrize("active", range(1, 8))
