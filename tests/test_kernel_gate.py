@@ -67,7 +67,6 @@ def test_what_the_gate_must_catch_in_gluon():
     assert any("serialised" in what for what in spilling.violations)
     large = gate.check_gluon(GluonEntry(128, 4), GluonBlocks(64, 3))
     assert any("shared memory" in what for what in large.violations)
-    assert len(large.violations) == 1
 
 
 def test_a_planted_entry_fails_the_command(monkeypatch, capsys):
