@@ -1,0 +1,254 @@
+"""The trainer on many processes: the same run as in one, whatever they are and wherever it stops and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jvpgraph.trainer import settings
+from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.noise import RankNoise, integers, noise_like, normal, uniform
+from jvpgraph.trainer.run import export_run, load_run, sample_run
+from jvpgraph.trainer.train import train
+from tests.distributed.harness import run
+from tests.test_train import RCM, content, last_checkpoint, stage
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "FSDP2": {"dp_shard": 2},
+    "TP": {"tp": 2},
+    "replicas": {"dp_replicate": 2},
+    "HSDP": {"dp_shard": 2, "dp_replicate": 2},
+    "FSDP2+TP": {"dp_shard": -1, "tp": 2},
+}
+PROCESSES = {"FSDP2": 2, "TP": 2, "replicas": 2, "HSDP": 4, "FSDP2+TP": 4}
+
+
+def config_of(out: Path, stages: list[dict[str, Any]], parallel: str | None = None, **more: Any) -> RunConfig:
+    """In float64: AdamW with beta_1 = 0 divides a gradient by its own size, and so makes rounding errors large."""
+    data = {
+        "model": {
+            "load": "tests.test_train:awake",
+            "options": {"width": 16, "depth": 2, "heads": 2, "dtype": "float64"},
+        },
+        "student": {"backend": "eager"},
+        "guidance": {"scale": 1.5, "negative": {"labels": 10}},
+        "threads": 1,
+        "device": "cpu",
+        "checkpoint": {"every": 1000},
+        "log": {"every": 1},
+        "parallel": {} if parallel is None else LAYOUTS[parallel],
+    }
+    return settings.from_dict(RunConfig, {**data, "out": str(out), "stages": stages, **more})
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_log(found: Path, expected: Path, tolerance: float = 1e-9) -> None:
+    """Every number of every step. The steps are those that a fault of 1e-9 has grown in."""
+    got, want = lines(found), lines(expected)
+    assert [line.keys() for line in got] == [line.keys() for line in want]
+    for a, b in zip(got, want):
+        for name, value in b.items():
+            assert a[name] == pytest.approx(value, rel=tolerance, abs=1e-12), (name, b["step"])
+
+
+def assert_same_content(found: Path, expected: Path, scratch: Path) -> None:
+    """Of the last checkpoints."""
+    got, want = (content(last_checkpoint(folder), scratch / "content.pt") for folder in (found, expected))
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert torch.allclose(got[name].double(), value.double(), rtol=1e-6, atol=1e-9), name
+
+
+def torchrun(processes: int, config: RunConfig, scratch: Path, *more: str) -> subprocess.Popen[str]:
+    file = scratch / "config-to-run.yaml"
+    settings.save(config, file)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [sys.executable, *command, "-m", "jvpgraph.trainer.cli", "train", str(file), *more],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str], timeout: float = 240) -> str:
+    """What it said. Fails if it failed."""
+    text, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, text
+    return text
+
+
+# ---------------------------------------------------------------- the same run
+
+
+@pytest.mark.parametrize(
+    ("parallel", "objective"),
+    [
+        pytest.param("FSDP2", "scm", id="FSDP2, quickly"),
+        pytest.param("FSDP2", RCM, marks=pytest.mark.matrix, id="FSDP2"),
+        pytest.param("TP", RCM, marks=pytest.mark.matrix, id="TP"),
+    ],
+)
+def test_torchrun_gives_the_run_of_one_process(tmp_path: Path, parallel: str, objective: Any) -> None:
+    stages = [stage(objective, 20)]
+    process = torchrun(2, config_of(tmp_path / "many", stages, parallel), tmp_path)
+    one = train(config_of(tmp_path / "one", stages))
+    finished(process)
+    assert_same_log(tmp_path / "many", one, tolerance=1e-5)
+    assert_same_content(tmp_path / "many", one, tmp_path)
+
+
+def train_in_rank(config: RunConfig) -> None:
+    train(config)
+
+
+def train_many(config: RunConfig, parallel: str) -> Path:
+    run(PROCESSES[parallel], train_in_rank, config)
+    return config.out
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("parallel", LAYOUTS)
+def test_accumulation_clipping_and_dropped_conditions_too(tmp_path: Path, parallel: str) -> None:
+    more = {"accumulate": 2, "condition_dropout": 0.3, "student": {"lr": 1e-3, "clip_norm": 0.05}}
+    stages = [stage("scm", 3, **more), stage(RCM, 4, **more), stage("mean_flow", 2), stage("dcm", 1)]
+    one = train(config_of(tmp_path / "one", stages))
+    many = train_many(config_of(tmp_path / "many", stages, parallel), parallel)
+    assert_same_log(many, one, tolerance=1e-7)
+    assert_same_content(many, one, tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("parallel", ["FSDP2", "TP"])
+def test_what_a_run_shows_is_the_same(tmp_path: Path, parallel: str) -> None:
+    """Sample grids, snapshots of averages, samples and weights of the finished run."""
+    more = {"ema": {"sigma_rel": [0.1], "snapshot_every": 2}, "sampling": {"steps": [2]}}
+    more |= {"log": {"every": 1, "preview_every": 2, "preview_count": 4}}
+    stages = [stage("scm", 4, student={"lr": 1e-2})]
+    one = train(config_of(tmp_path / "one", stages, **more))
+    many = train_many(config_of(tmp_path / "many", stages, parallel, **more), parallel)
+    assert_same_log(many, one)
+    files = {p.relative_to(one) for p in one.rglob("*") if "checkpoints" not in p.parts and p.is_file()}
+    assert files == {p.relative_to(many) for p in many.rglob("*") if "checkpoints" not in p.parts and p.is_file()}
+    for name in ("step-00000002.png", "step-00000004.png"):
+        pictures = [(folder / "samples" / name).read_bytes() for folder in (one, many)]
+        assert pictures[0] == pictures[1]
+    weights = [load_run(folder).student.state_dict() for folder in (one, many)]
+    assert all(torch.allclose(weights[0][name], weights[1][name], rtol=0, atol=1e-7) for name in weights[0])
+    assert export_run(many, tmp_path / "net").is_dir()
+    assert sample_run(many, steps=2, count=2, ema=None, seed=0, out=tmp_path / "samples").exists()
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "student",
+    [{"lora": {"rank": 2, "alpha": 2.0, "targets": ["qkv", "out"]}}, {"checkpoint_blocks": True}],
+    ids=["LoRA", "checkpointed blocks"],
+)
+def test_students_of_every_kind_are_sharded(tmp_path: Path, student: dict[str, Any]) -> None:
+    stages = [stage(RCM, 4)]
+    more = {"student": {"backend": "eager", **student}}
+    one = train(config_of(tmp_path / "one", stages, **more))
+    many = train_many(config_of(tmp_path / "many", stages, "FSDP2", **more), "FSDP2")
+    assert_same_log(many, one, tolerance=1e-6)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("parallel", ["FSDP2", "TP"])
+def test_a_student_in_bf16(tmp_path: Path, parallel: str) -> None:
+    stages = [stage("scm", 6)]
+    more = {"student": {"backend": "eager", "dtype": "bfloat16"}}
+    one = train(config_of(tmp_path / "one", stages, **more))
+    many = train_many(config_of(tmp_path / "many", stages, parallel, **more), parallel)
+    assert_same_log(many, one, tolerance=0.05)
+
+
+# ---------------------------------------------------------------- noise and data
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_every_part_gets_the_noise_it_gets_in_one_process(parts: int) -> None:
+    def draws(rng: Any, size: int) -> list[torch.Tensor]:
+        x = torch.empty(size, 3, 2)
+        return [normal(size, rng), noise_like(x, rng), integers(1, 9, size, rng), uniform(size, rng, torch.float32)]
+
+    whole = draws(torch.Generator().manual_seed(3), 8)
+    each = [draws(RankNoise(torch.Generator().manual_seed(3), part, parts), 8 // parts) for part in range(parts)]
+    for index, expected in enumerate(whole):
+        torch.testing.assert_close(torch.cat([part[index] for part in each]), expected, rtol=0, atol=0)
+
+
+def test_who_draws_past_the_functions_is_told() -> None:
+    rng = RankNoise(torch.Generator(), 0, 2)
+    with pytest.raises(TypeError, match=r"generator.*RankNoise"):
+        torch.randn(3, generator=rng)  # type: ignore[call-overload]
+
+
+# ---------------------------------------------------------------- stopping and going on
+
+
+@pytest.mark.matrix
+def test_a_run_goes_on_in_other_layouts(tmp_path: Path) -> None:
+    """Stopped between steps and stages; optimiser, averages, random streams and data go over."""
+    plan = [("FSDP2", 3), (None, 5), ("TP", 8), ("HSDP", 10), ("FSDP2+TP", 12)]
+    whole = [stage("scm", 4, student={"lr": 1e-3, "betas": [0.9, 0.99]}), stage(RCM, 8)]
+    one = train(config_of(tmp_path / "one", whole))
+    for parallel, end in plan:  # runs that are made longer
+        stages = [{**whole[0], "steps": min(4, end)}] + [{**whole[1], "steps": end - 4}] * (end > 4)
+        config = config_of(tmp_path / "many", stages, parallel)
+        if parallel is None:
+            train(config)
+        else:
+            train_many(config, parallel)
+    assert_same_log(tmp_path / "many", one, tolerance=1e-7)
+    assert_same_content(tmp_path / "many", one, tmp_path)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.matrix
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+@pytest.mark.parametrize("parallel", ["FSDP2", "TP"])
+def test_one_rank_killed(tmp_path: Path, parallel: str) -> None:
+    """The others end within a minute, and the last checkpoint goes on in one process."""
+    stages = [stage("scm", 60)]
+    more = {"checkpoint": {"every": 5, "keep": 2}}
+    one = train(config_of(tmp_path / "one", stages, **more))
+    config = config_of(tmp_path / "many", stages, parallel, **more)
+    process = torchrun(2, config, tmp_path)
+    deadline = time.monotonic() + 120
+    while not any((config.out / "checkpoints").glob("step-0000001[05]")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the run did not get there"
+        time.sleep(0.05)
+    ranks = children(process.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    killed = time.monotonic()
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "exitcode: -9" in text.replace("exitcode  : ", "exitcode: ")
+    assert time.monotonic() - killed < 60
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert len(lines(config.out)) < 60
+
+    train(config_of(config.out, stages, **more))
+    assert_same_log(config.out, one, tolerance=1e-7)
+    assert_same_content(config.out, one, tmp_path)
