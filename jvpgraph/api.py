@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jvpgraph.backend import COMPILERS, Backend
-from jvpgraph.capture import own_errors
+from jvpgraph.capture import in_one_piece, own_errors
 from jvpgraph.config import Config
 from jvpgraph.dual_forward import dual_forward
 from jvpgraph.errors import CaptureError
@@ -265,7 +265,7 @@ class _Dual:
         if self.regions is not None and not self.regions.prefer_one_graph():
             return self.regions(self.forward, *inputs)
         try:
-            with own_errors():
+            with own_errors(), in_one_piece():
                 return self._compiled(*inputs)
         except CaptureError as error:
             if self.regions is None or hit_recompile_limit(error):

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.parallel import DistributedDataParallel
 
 from jvpgraph.errors import CaptureError, JvpgraphError
 
-__all__ = ["first_cause", "own_errors"]
+__all__ = ["first_cause", "in_one_piece", "own_errors"]
+
+
+@contextmanager
+def in_one_piece() -> Iterator[None]:
+    """Inside DDP, Dynamo cuts graphs at its gradient buckets: tangents could not cross from one piece to the next."""
+    if DistributedDataParallel._get_active_ddp_module() is None:
+        yield
+    else:
+        with torch._dynamo.config.patch(optimize_ddp=False):
+            yield
 
 
 @contextmanager
@@ -31,7 +43,7 @@ def own_errors() -> Iterator[None]:
             raise
         raise CaptureError(
             f"the model cannot be captured as one graph: {error}\n"
-            'Move data-dependent Python out of the model, or use transform(model, backend="op_by_op").'
+            'Use transform(model, regions="auto"), which compiles what can be captured, or backend="op_by_op".'
         ) from error
 
 

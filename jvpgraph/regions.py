@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from jvpgraph.backend import Backend
-from jvpgraph.capture import own_errors
+from jvpgraph.capture import in_one_piece, own_errors
 from jvpgraph.dual_forward import dual_forward
 from jvpgraph.errors import CaptureError
 from jvpgraph.markers import MAKE_DUAL
@@ -41,6 +41,7 @@ __all__ = ["Choice", "Group", "Regions", "find_regions", "hit_recompile_limit", 
 
 Choice = str | type[nn.Module] | Sequence[type[nn.Module]] | Callable[[nn.Module], bool]
 SMALL = 0.05  # of the model's parameters: below, a group that "auto" finds is not worth a graph
+NOT_CAPTURED = "the model cannot be captured as one graph: "
 log = logging.getLogger("jvpgraph")
 
 
@@ -201,7 +202,7 @@ class Regions:
             if function is None:
                 function = group.functions[key, serial] = self._compile(group, in_checkpoint=key[1])
             try:
-                with own_errors():
+                with own_errors(), in_one_piece():
                     result = function(args, kwargs, dots)
             except CaptureError as error:
                 if not hit_recompile_limit(error) or region.serial is not None:
@@ -370,7 +371,7 @@ def _brief(error: CaptureError) -> str:
     """The first line that says something, and the user's line where Dynamo names it."""
     lines = [line.strip() for line in str(error).splitlines()]
     caused = next((line for line in lines if line.startswith("Caused by: ")), "")
-    return " ".join(part for part in (lines[0], caused) if part)
+    return " ".join(part for part in (lines[0].removeprefix(NOT_CAPTURED), caused) if part)
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

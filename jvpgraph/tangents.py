@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from jvpgraph.errors import NonFiniteTangent
 from jvpgraph.rules.apply import has_tangent
@@ -32,6 +33,7 @@ class Inputs:
         """The inputs of ``model(*args, **kwargs)``, named after the parameters of its forward."""
         names: list[str] = []
         model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        model = model.module if isinstance(model, DistributedDataParallel) else model
         for parameter in inspect.signature(model.forward).parameters.values():
             if parameter.kind is parameter.VAR_POSITIONAL:
                 names += [f"{parameter.name}.{i}" for i in range(len(args) - len(names))]
