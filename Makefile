@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-dist lint format fuzz zoo bench bench-quality wheels gpu dump clean
+.PHONY: help demo test test-dist lint format fuzz zoo bench bench-quality scaling wheels gpu dump clean
 .DEFAULT_GOAL := help
 
 help:
@@ -57,6 +57,9 @@ bench: $(READY)  ## time and memory beside torch.func.jvp and finite differences
 
 bench-quality: $(READY)  ## rCM, sCM, DMD, dCM and MeanFlow on the digits, three seeds: an hour and a half on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality --out $(OUT)/quality
+
+scaling: $(READY)  ## FLOPs, traffic and memory per rank of a Wan 14B block on up to 512 ranks that do not exist: docs/scaling.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling --table docs/scaling.md
 
 wheels:  ## fetch what `make gpu` needs where there is no network, into benchmarks/.wheels
 	rm -rf benchmarks/.wheels

@@ -58,9 +58,13 @@ class Backend:
             steps = AFTER_AUTOGRAD
             autocast = torch._C._DisableAutocast()  # its casts are ops by now
         with autocast:
-            compiled = _COMPILE[self.compiler](gm, example_inputs, Pipeline(context, steps))
+            compiled = self.compile(gm, example_inputs, Pipeline(context, steps))
         self.reports.append(report)  # not earlier: Dynamo may break an attempt off and start anew
         return compiled
+
+    def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], pipeline: Pipeline) -> Compiled:
+        """AOTAutograd, the passes on its joint graph, and code."""
+        return _COMPILE[self.compiler](gm, example_inputs, pipeline)
 
 
 def backend(compiler: str = "inductor", config: Config | None = None) -> Backend:

@@ -38,6 +38,8 @@ def count(graph: fx.Graph, context: Context) -> None:
 def _flops(node: fx.Node) -> tuple[Any, Any]:
     if node.target in (OPS.attention.default, OPS.attention_jvp.default):
         return _attention_flops(node)
+    if node.target is OPS.attention_backward.default:
+        return _attention_backward_flops(node), 0
     formula = flop_registry.get(node.target.overloadpacket)  # type: ignore[union-attr]
     if formula is None:
         return 0, 0
@@ -49,13 +51,24 @@ def _flops(node: fx.Node) -> tuple[Any, Any]:
 def _attention_flops(node: fx.Node) -> tuple[Any, Any]:
     """s and o: two products. s_dot adds one per active q and k; o_dot one for v, and one for h where s_dot is."""
     bound = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
-    q, k, v = (bound[name].meta["val"] for name in ("q", "k", "v"))
-    scores = sympy.prod([_expr(n) for n in q.shape[:-1]]) * _expr(k.shape[-2])
-    qk, pv = 2 * scores * _expr(q.shape[-1]), 2 * scores * _expr(v.shape[-1])
+    qk, pv = _products(bound)
     active = [bound.get(f"{name}_dot") is not None for name in "qkv"]
     tangent = (active[0] + active[1]) * qk + (active[2] + (active[0] or active[1])) * pv
     own = 0 if INSERTED_META in node.meta and node.target is OPS.attention.default else qk + pv
     return own, tangent
+
+
+def _attention_backward_flops(node: fx.Node) -> Any:
+    """s, dq and dk are products with q or k; dp and dv with v."""
+    qk, pv = _products(bind(node.target, node.args, node.kwargs))  # type: ignore[arg-type]
+    return 3 * qk + 2 * pv
+
+
+def _products(bound: dict[str, Any]) -> tuple[Any, Any]:
+    """FLOPs of q k' and of p v."""
+    q, k, v = (bound[name].meta["val"] for name in ("q", "k", "v"))
+    scores = sympy.prod([_expr(n) for n in q.shape[:-1]]) * _expr(k.shape[-2])
+    return 2 * scores * _expr(q.shape[-1]), 2 * scores * _expr(v.shape[-1])
 
 
 def _expr(size: Any) -> Any:
