@@ -20,9 +20,11 @@ from jvpgraph.passes.mark_stop_gradients import mark_stop_gradients
 from jvpgraph.passes.pipeline import AFTER_AUTOGRAD, BEFORE_AUTOGRAD, PIPELINE, Pipeline, check_config
 from jvpgraph.passes.recognize_attention import recognize_attention
 from jvpgraph.passes.swap_attention import active_nodes, swap_attention
+from jvpgraph.sharding import register_sharding_rules
 
 __all__ = ["COMPILERS", "Backend", "backend"]
 
+register_sharding_rules()
 Compiled = Any  # what a backend returns: a callable of the graph's inputs
 COMPILERS = ("inductor", "eager")
 

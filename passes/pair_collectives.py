@@ -109,7 +109,8 @@ def _coalesce(pair: Pair, op: OpOverload, recorder: Recorder) -> None:
             _replace(old, new[0])
         else:
             for item in list(old.users):
-                _replace(item, new[item.args[1]])
+                index: Any = item.args[1]
+                _replace(item, new[index])
             old.graph.erase_node(old)
 
 
@@ -127,7 +128,7 @@ def _stack(pair: Pair, dim: int, recorder: Recorder) -> bool:
     if not waited or not counted or not value_of(pair.primal).is_contiguous():
         return False
     with recorder.behind(pair.primal, reuse=False):
-        sent = [recorder.stand_in(node.args[0]) for node in pair]
+        sent = [recorder.stand_ins(node.args[0]) for node in pair]
         both = recorder.node_of(op(torch.stack(sent, dim), *recorder.stand_ins(_how(pair.primal))))
     with recorder.behind(both if synchronous else min(ends[0] + ends[1]), reuse=False):
         settled = recorder.stand_in(both) if synchronous else WAIT(recorder.stand_in(both))

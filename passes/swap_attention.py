@@ -139,9 +139,10 @@ def emit_attention(
     if not all(isinstance(x, Tensor) for x in examples[:3]) or (bias is not None and examples[3] is None):
         raise ValueError("the shapes of its operands are not known")
     kinds = {type(x) for x in examples if x is not None}
-    if kinds != {FakeTensor}:
+    fake_mode = _fake_mode(examples[0])
+    if len(kinds) > 1 or fake_mode is None:
         raise ValueError(f"operands are {', '.join(sorted(kind.__name__ for kind in kinds))}")
-    with examples[0].fake_mode, torch.no_grad():
+    with fake_mode, torch.no_grad():
         if any(x.dtype != dtype for x in examples[:3]):  # autocast will cast all of them
             examples = [x.to(dtype) if x is not None and x.is_floating_point() else x for x in examples]
         fake = OPS.attention.default(*examples, is_causal, scale)
@@ -151,6 +152,12 @@ def emit_attention(
         _inherit(new, origin)
         new.meta["example_value"] = example
     return o
+
+
+def _fake_mode(x: Any) -> Any:
+    """Of a fake tensor, or of a DTensor that holds one; None of anything else."""
+    inside = getattr(x, "_local_tensor", x)
+    return inside.fake_mode if isinstance(inside, FakeTensor) else None
 
 
 def _unexpanded(bias: Any) -> fx.Node | None:
@@ -276,8 +283,8 @@ def emit(origin: fx.Node, target: str | Callable[..., Any], *args: Any, **kwargs
         return x.meta["example_value"] if isinstance(x, fx.Node) else x
 
     values = [example(x) for x in args]
-    fakes = [x for x in values if isinstance(x, FakeTensor)]
-    with fakes[0].fake_mode, torch.no_grad():
+    fake_modes = [mode for mode in map(_fake_mode, values) if mode is not None]
+    with fake_modes[0], torch.no_grad():
         run = getattr(values[0], target) if isinstance(target, str) else target
         node.meta["example_value"] = run(*(values[1:] if isinstance(target, str) else values), **kwargs)
     return node

@@ -32,7 +32,7 @@ LAYERS = (
     ("jvpgraph.api", "jvpgraph.explain", "jvpgraph.finite", "jvpgraph.regions"),
     ("jvpgraph.backend", "jvpgraph.op_by_op", "jvpgraph.tangents"),
     ("jvpgraph.passes",),
-    ("jvpgraph.dump", "jvpgraph.verify"),
+    ("jvpgraph.dump", "jvpgraph.verify", "jvpgraph.sharding"),
     ("jvpgraph.linearize",),
     ("jvpgraph.dual_forward",),
     (
