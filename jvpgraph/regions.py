@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -40,7 +41,7 @@ from jvpgraph.structure import leaves
 __all__ = ["Choice", "Group", "Regions", "find_regions", "hit_recompile_limit", "hooks_forbid_one_graph"]
 
 Choice = str | type[nn.Module] | Sequence[type[nn.Module]] | Callable[[nn.Module], bool]
-SMALL = 0.05  # of the model's parameters: below, a group that "auto" finds is not worth a graph
+SMALL = 0.05  # of the parameters of the largest group: below, one that "auto" finds is not worth a graph
 NOT_CAPTURED = "the model cannot be captured as one graph: "
 log = logging.getLogger("jvpgraph")
 
@@ -215,9 +216,9 @@ class Regions:
     def _compile(self, group: Group, in_checkpoint: bool) -> Callable[..., Any]:
         def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
             _refuse_writes(gm)
-            checked = self._checking(gm, self._backend(gm, example_inputs))
+            compiled = self._backend(gm, example_inputs)
             group.graphs += 1
-            return checked
+            return self._checking(gm, compiled)
 
         function = dual_forward(_call_in_checkpoint if in_checkpoint else _call)
         return torch.compile(function, backend=backend, fullgraph=True, dynamic=self._dynamic)
@@ -321,11 +322,10 @@ def _repeated(model: nn.Module, candidates: dict[str, nn.Module]) -> list[tuple[
     listed = {id(m) for parent in model.modules() if isinstance(parent, nn.ModuleList) for m in _unwrapped(parent)}
     repeated = {name: m for name, m in blocks.items() if count[prints[name]] > 1 or id(m) in listed}
     found = _outermost(repeated)
-    total = sum(p.numel() for p in model.parameters())
     size: dict[Any, int] = {}
     for name, m in found:
         size[prints[name]] = size.get(prints[name], 0) + sum(p.numel() for p in m.parameters())
-    large = [(name, m) for name, m in found if size[prints[name]] >= SMALL * total]
+    large = [(name, m) for name, m in found if size[prints[name]] >= SMALL * max(size.values())]
     return large or _outermost(blocks)
 
 
@@ -384,11 +384,24 @@ def _call_in_checkpoint(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _refuse_writes(gm: fx.GraphModule) -> None:
     """A graph's writes to what it is given do not reach the tangents of the caller's tensor."""
-    given = [*gm.graph.find_nodes(op="placeholder"), *gm.graph.find_nodes(op="call_function", target=MAKE_DUAL)]
-    for node in given:
-        value = node.meta.get("example_value")
-        if has_tangent(value) and value._version > 0:
-            raise CaptureError(f"it writes to {node.name} in place, which the code around it may see")
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    markers = gm.graph.find_nodes(op="call_function", target=MAKE_DUAL)
+    if not any(_version(n.meta.get("example_value")) for n in placeholders + markers):
+        return
+    # Making a fake of a view counts as a write, too: run the graph on fresh ones.
+    fakes = [n.meta["example_value"] for n in placeholders]
+    mode = next(x.fake_mode for x in fakes if isinstance(x, FakeTensor))
+    with mode, torch.no_grad():
+        given = [x.detach().clone() if isinstance(x, Tensor) else x for x in fakes]
+        fx.Interpreter(gm).run(*given)
+    written = [node for node, x in zip(placeholders, given) if _version(x)]
+    written += [marker.args[0] for marker in markers if _version(marker.meta["example_value"])]
+    if written:
+        raise CaptureError(f"it writes to {written[0].name} in place, which the code around it may see")
+
+
+def _version(x: Any) -> int:
+    return x._version if has_tangent(x) else 0
 
 
 _MISSING = object()
