@@ -2,7 +2,7 @@
 
     with joined(config) as layout:              # one process, or those that torchrun started
         network = layout.spread(network)        # tensor parallel, then FSDP2
-        layout.share(batch), layout.noise(rng)  # this process's part
+        layout.part, layout.noise(rng)          # which part of a batch is this process's, and the noise for it
         layout.mean(values)                     # over all of the batch
 
 A run is a function of its settings, not of its processes: batches, their order and their noise are the same for any
@@ -27,10 +27,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.checkpoint import Ranks
 from jvpgraph.trainer.config import ParallelConfig, RunConfig
+from jvpgraph.trainer.data.sample import shorten
 from jvpgraph.trainer.models import device_of
 from jvpgraph.trainer.noise import Random, RankNoise
+from jvpgraph.trainer.optim import local
 from jvpgraph.trainer.student import repeated_blocks
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -163,6 +166,35 @@ class Layout:
                 fully_shard(module, mesh=mesh, reshard_after_forward=True)
         return model.to(self.device)
 
+    def check_gradients(self, model: TrigFlow, sample: Batch) -> None:
+        """Raises ValueError if a parameter that tensor parallel leaves whole gets another gradient in each process.
+
+        So it is with one that works on a split activation, such as the norm of split heads: torch's styles let it, and
+        the copies of the parameter would drift apart.
+        """
+        if self.mesh is None or self.sizes["tp"] == 1:
+            return
+        t = torch.full((len(sample),), 0.5, dtype=torch.float64, device=self.device)
+        model(sample.x0, t, sample.cond).square().sum().backward()
+        group, own = self.mesh.get_group("tp"), []
+        for name, parameter in model.named_parameters():
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None or "tp" in mesh_dims(gradient):
+                continue
+            mine = local(gradient).double()
+            mean = mine.clone()
+            dist.all_reduce(mean, group=group)
+            mean /= self.sizes["tp"]
+            if (mean - mine).norm() > 1e-2 * mean.norm():
+                own.append(name)
+        if names := sorted({name for found in self.ranks.gather(lambda: own) for name in found}):
+            raise ValueError(
+                f"parallel.tp: the gradients of {shorten(names)} differ between processes: these parameters see a part "
+                "of an activation, and the plan of the network leaves them out. Name their modules in its tp_plan, "
+                "for example with SequenceParallel(sequence_dim=2, use_local_output=True) for a norm of heads "
+                "[B, N, H, D], or set tp=1"
+            )
+
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Means over all processes, each of no dims; they come out the same bits everywhere."""
         if self.mesh is None:
@@ -171,6 +203,11 @@ class Layout:
         dist.all_reduce(total)
         means = (total / self.ranks.size).unbind()
         return {name: mean.to(value.dtype) for mean, (name, value) in zip(means, values.items(), strict=True)}
+
+
+def mesh_dims(tensor: Tensor) -> tuple[str, ...]:
+    """Names of the dims that a tensor is spread over; none for a plain tensor."""
+    return (tensor.device_mesh.mesh_dim_names or ()) if isinstance(tensor, DTensor) else ()
 
 
 def reduce_gradients(model: nn.Module, now: bool) -> None:

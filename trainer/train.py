@@ -25,6 +25,7 @@ from jvpgraph.trainer.batch import Batch, drop_condition
 from jvpgraph.trainer.checkpoint import CheckpointError, Checkpoints, OnePiece
 from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
+from jvpgraph.trainer.data.sample import first_samples
 from jvpgraph.trainer.ema import PowerEMA, save_snapshot
 from jvpgraph.trainer.folder import check_folder, checkpoint_step, claim_folder, locked
 from jvpgraph.trainer.log import RunLog
@@ -78,6 +79,7 @@ def train_here(config: RunConfig, layout: Layout, fresh: bool) -> Path:
     dataset = config.data.source.build()
     networks = build_networks(config, layout)
     check_run(config, networks.student, networks.guided, dataset, layout.device)
+    layout.check_gradients(networks.student, first_samples(dataset, 1).to(layout.device))
 
     folder = layout.ranks.on_first(lambda: claim_folder(config, fresh=fresh))
     ends = list(accumulate(stage.steps for stage in config.stages))

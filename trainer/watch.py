@@ -65,16 +65,16 @@ def found_by_all(
 ) -> list[str]:
     """Lines of what each rank finds in its part of data, parameters and gradients."""
     bad = bad_terms(terms, batches)
-    culprit = bad_at_rest(batches, networks)
-    for name, parameter in networks[trained].named_parameters():
-        if culprit is None and parameter.grad is not None and not finite(parameter.grad):
-            culprit = f"the gradient of {trained}.{name}"
-    found = ranks.gather(lambda: (bad, culprit))
-    loss = any("loss" in terms for terms, _ in found)
+    at_rest = bad_at_rest(batches, networks)
+    gradients = (name for name, p in networks[trained].named_parameters() if p.grad is not None and not finite(p.grad))
+    found = ranks.gather(lambda: (bad, at_rest, next(gradients, None)))
+    loss = any("loss" in terms_there for terms_there, _, _ in found)
     lines = [f"{what}: the {'loss' if loss else 'gradient'} is not finite"]
-    for rank, (terms_there, culprit_there) in enumerate(found):
+    for rank, (terms_there, at_rest_there, _) in enumerate(found):
         lines += [f"  rank {rank}:{line[1:]}" for line in terms_there.values()]
-        lines += [f"  rank {rank}: {culprit_there}"] if culprit_there else []
+        lines += [f"  rank {rank}: {at_rest_there}"] if at_rest_there else []
+    if len(lines) == 1:  # else every rank has it in its gradients: they are sums over all
+        lines += [f"  rank {rank}: the gradient of {trained}.{name}" for rank, (_, _, name) in enumerate(found) if name]
     lines.append("  The same run in one process goes on from the last checkpoint, and names the module it begins in.")
     return lines
 

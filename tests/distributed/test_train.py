@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
 from jvpgraph.trainer import settings
-from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.config import ParallelConfig, RunConfig
+from jvpgraph.trainer.data.digits import digits
 from jvpgraph.trainer.noise import RankNoise, integers, noise_like, normal, uniform
+from jvpgraph.trainer.parallel import check, parallelize, sizes_of
 from jvpgraph.trainer.run import export_run, load_run, sample_run
 from jvpgraph.trainer.train import train
+from jvpgraph.trainer.trigflow import TrigFlow
 from tests.distributed.harness import run
 from tests.test_train import RCM, content, last_checkpoint, stage
 
@@ -219,6 +228,15 @@ def test_a_run_goes_on_in_other_layouts(tmp_path: Path) -> None:
     assert_same_content(tmp_path / "many", one, tmp_path)
 
 
+def await_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    """Until the run has logged it."""
+    log, deadline = folder / "log.jsonl", time.monotonic() + 120
+    while not log.exists() or log.read_text().count("\n") < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the run did not get there"
+        time.sleep(0.02)
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -228,16 +246,13 @@ def children(pid: int) -> list[int]:
 @pytest.mark.parametrize("parallel", ["FSDP2", "TP"])
 def test_one_rank_killed(tmp_path: Path, parallel: str) -> None:
     """The others end within a minute, and the last checkpoint goes on in one process."""
-    stages = [stage("scm", 60)]
+    steps = 150
+    stages = [stage("scm", steps)]
     more = {"checkpoint": {"every": 5, "keep": 2}}
     one = train(config_of(tmp_path / "one", stages, **more))
     config = config_of(tmp_path / "many", stages, parallel, **more)
     process = torchrun(2, config, tmp_path)
-    deadline = time.monotonic() + 120
-    while not any((config.out / "checkpoints").glob("step-0000001[05]")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the run did not get there"
-        time.sleep(0.05)
+    await_step(process, config.out, 10)
     ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
@@ -247,8 +262,161 @@ def test_one_rank_killed(tmp_path: Path, parallel: str) -> None:
     assert "exitcode: -9" in text.replace("exitcode  : ", "exitcode: ")
     assert time.monotonic() - killed < 60
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-    assert len(lines(config.out)) < 60
+    assert len(lines(config.out)) < steps
 
     train(config_of(config.out, stages, **more))
     assert_same_log(config.out, one, tolerance=1e-7)
     assert_same_content(config.out, one, tmp_path)
+
+
+@pytest.mark.matrix
+def test_a_rank_that_hangs_ends_the_run(tmp_path: Path) -> None:
+    """It stops without ending, so that nobody but the timeout can notice."""
+    config = config_of(tmp_path / "many", [stage("scm", 10_000)], "FSDP2")
+    process = torchrun(2, replace(config, parallel=replace(config.parallel, timeout=5.0)), tmp_path)
+    await_step(process, config.out, 3)
+    os.kill(children(process.pid)[1], signal.SIGSTOP)
+    text, _ = process.communicate(timeout=90)  # of which torchrun gives the rank 30 to end by itself
+    assert process.returncode != 0
+    assert "Timed out" in text
+
+
+# ---------------------------------------------------------------- what is refused, and what stops all
+
+
+@pytest.mark.matrix
+def test_a_rank_with_bad_data_stops_all(tmp_path: Path) -> None:
+    """Every rank ends with the same message, none waits for another; nothing was changed."""
+    source = {"load": "tests.distributed.test_train:spoiled_digits"}
+    stages = [stage("flow_matching", 4)]
+    found = run(2, message_of_rank, config_of(tmp_path / "many", stages, "FSDP2", data={"source": source}))
+    assert found[0] == found[1]
+    assert "student, step 2: the loss is not finite" in found[0]
+    assert f"rank 1: the data: x0 of sample digits/{SPOILED}" in found[0]
+    assert "rank 0" not in found[0]
+    before = content(last_checkpoint(tmp_path / "many"), tmp_path / "content.pt")
+    assert all(bool(value.isfinite().all()) for value in before.values() if value.is_floating_point())
+
+
+SPOILED = int(np.random.default_rng((0, 0)).permutation(1797)[8 + 6])
+"""In the second batch, in its second half."""
+
+
+def spoiled_digits() -> Any:
+    data = digits()
+    data.x0[SPOILED] = torch.nan
+    return data
+
+
+def message_of_rank(config: RunConfig) -> str:
+    try:
+        train(config)
+    except (ValueError, FloatingPointError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "it ran"
+
+
+def headed() -> TrigFlow:
+    """Its norm works on split heads, and its plan leaves the norm out."""
+    return TrigFlow(Headed().double(), call_headed)
+
+
+class Headed(nn.Module):
+    tp_plan: ClassVar = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.up, self.norm, self.down = nn.Linear(64, 32), nn.RMSNorm(8), nn.Linear(32, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.norm(self.up(x.flatten(1)).unflatten(-1, (-1, 8)))
+        return self.down(heads.flatten(1)).view_as(x)
+
+
+def call_headed(net: nn.Module, x: Tensor, time: Tensor, cond: Any) -> Tensor:
+    return net(x)
+
+
+def named_headed() -> TrigFlow:
+    """The plan says how the norm works."""
+    model = headed()
+    model.net.tp_plan = {**Headed.tp_plan, "norm": SequenceParallel(sequence_dim=1, use_local_output=True)}
+    return model
+
+
+@pytest.mark.matrix
+def test_gradients_that_tensor_parallel_would_leave_in_parts(tmp_path: Path) -> None:
+    stages, model = [stage("flow_matching", 3)], {"load": "tests.distributed.test_train:headed"}
+    for message in run(2, message_of_rank, config_of(tmp_path / "headed", stages, "TP", model=model)):
+        assert re.match(r"ValueError: parallel.tp: the gradients of net.norm.weight differ between processes", message)
+    assert not (tmp_path / "headed").exists()
+    one = train(config_of(tmp_path / "one", stages, model=model))
+    model = {"load": "tests.distributed.test_train:named_headed"}
+    many = train_many(config_of(tmp_path / "many", stages, "TP", model=model), "TP")
+    assert_same_log(many, one)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"dp_shard": 2}, "dp_replicate 1 x dp_shard 2 x tp 1 makes 2 processes, and there is 1.*torchrun --nproc-per"),
+        ({"cp_ring": 2}, "cp_ulysses and parallel.cp_ring are not in the trainer yet"),
+        ({"dp_shard": 0}, "dp_shard is 0"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused_before_anything_is_built(
+    tmp_path: Path, parallel: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(config_of(tmp_path / "run", [stage("scm", 1)], parallel=parallel, model={"load": "no_such:model"}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more", "message"),
+    [
+        ({"dp_replicate": 2, "dp_shard": 3, "tp": 1}, {}, r"stages\.0\.batch is 8.*into 6 equal parts"),
+        ({"dp_replicate": 1, "dp_shard": 2, "tp": 1}, {"student": {"compile": True}}, "student.compile needs one"),
+        ({"dp_replicate": 1, "dp_shard": 1, "tp": 2}, {"student": {"lora": {"rank": 2}}}, "and not LoRA adapters"),
+    ],
+)
+def test_settings_that_cannot_be_spread(sizes: dict[str, int], more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(config_of(Path("unused"), [stage("scm", 1)], **more), sizes)
+
+
+def test_the_rest_of_the_processes_shards() -> None:
+    assert sizes_of(ParallelConfig(dp_shard=-1, tp=2), 8) == {"dp_replicate": 1, "dp_shard": 4, "tp": 2}
+    with pytest.raises(ValueError, match="makes 6 processes, and there are 8"):
+        sizes_of(ParallelConfig(dp_shard=-1, tp=3, dp_replicate=1), 8)
+
+
+class Plans(nn.Module):
+    def __init__(self, plan: Any) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 3)
+        self._tp_plan = plan
+
+
+def refused(plan: Any) -> str:
+    try:
+        parallelize(Plans(plan), init_device_mesh("cpu", (2,)))
+    except ValueError as error:
+        return str(error)
+    return "taken"
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (None, "Plans has no plan for tensor parallel: give its class a `tp_plan`"),
+        ({"up": object()}, "splits up by object; only"),
+        ({"up": "colwise"}, r"2 processes do not divide dim 0 of up.weight \[3, 4\]"),
+        ({"up": "rowwise"}, "taken"),
+    ],
+)
+def test_plans(plan: Any, message: str) -> None:
+    for found in run(2, refused, plan):
+        assert re.search(message, found)
