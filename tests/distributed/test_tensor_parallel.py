@@ -1,0 +1,163 @@
+"""Tensor parallel, and with it sequence parallel: value, tangent and gradients equal those of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
+
+import jvpgraph
+from jvpgraph.config import Config
+from tests.distributed.harness import run
+from tests.distributed.models import (
+    MODELS,
+    Answer,
+    Errors,
+    backend,
+    check,
+    dots_of,
+    errors,
+    float_leaves,
+    full,
+    gradients,
+    loss,
+    reference,
+)
+from tests.distributed.plans import (
+    diffusers_on_cpu,
+    dtensor_activations,
+    sequence_parallel,
+    tensor_parallel,
+)
+
+LAYOUTS: dict[str, Callable[..., Any]] = {
+    "TP": tensor_parallel,
+    "TP+SP": sequence_parallel,
+    "TP, attention on DTensors": lambda _, model, mesh: dtensor_activations(model, mesh),
+}
+
+
+def world() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def compare(layout: str, name: str, compiler: str = "eager") -> Errors:
+    net, want = MODELS[name], reference(name)
+    model = net.build()
+    gather = LAYOUTS[layout](name, model, world())
+    dual = jvpgraph.transform(model, backend=backend(compiler), dynamic=False)
+    y, y_dot = dual(**net.inputs(), tangents=net.tangents())
+    loss(y).backward()
+    return errors(Answer(*float_leaves(y), dots_of(y_dot), gather(gradients(model))), want)
+
+
+CASES = [
+    pytest.param(layout, name, ranks, marks=[pytest.mark.matrix] * (name != "dit" or ranks == 4))
+    for layout in ("TP", "TP+SP")
+    for name in MODELS
+    for ranks in (2, 4)
+]
+
+
+@pytest.mark.parametrize(("layout", "name", "ranks"), CASES)
+def test_equals_one_process(layout: str, name: str, ranks: int):
+    check(layout, name, run(ranks, compare, layout, name))
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.matrix)])
+def test_attention_on_dtensors_split_over_heads(ranks: int):
+    layout = "TP, attention on DTensors"
+    check(layout, "dit", run(ranks, compare, layout, "dit"))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("layout", ["TP", "TP+SP"])
+def test_compiled_by_inductor(layout: str):
+    check(f"{layout}, Inductor", "dit", run(2, compare, layout, "dit", "inductor"))
+
+
+def on_dtensor_inputs() -> tuple[Errors, list[str]]:
+    net, mesh = MODELS["dit"], world()
+    model = distribute_module(net.build(), mesh)
+    inputs, dots = (
+        {name: distribute_tensor(x, mesh, [Shard(0)]) for name, x in given.items()}
+        for given in (net.inputs(), net.tangents())
+    )
+    dual = jvpgraph.transform(model, backend=backend(), dynamic=False)
+    y, y_dot = dual(**inputs, tangents=dots)
+    loss(full(y)).backward()
+    got = Answer(full(y), full(y_dot), gradients(model))
+    return errors(got, reference("dit")), [str(out.placements) for out in (y, y_dot) if isinstance(out, DTensor)]
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.matrix)])
+def test_inputs_and_tangents_are_dtensors(ranks: int):
+    found, placements = zip(*run(ranks, on_dtensor_inputs))
+    check("DTensor inputs, batch", "dit", list(found))
+    assert set(map(tuple, placements)) == {("(Shard(dim=0),)",) * 2}
+
+
+# ------------------------------------------------------------------------------------------------ launches
+
+
+def launches_of_a_block(layout: str) -> dict[str, int]:
+    """Collectives of the forward of one block: started by the process group, and nodes of the graph."""
+    net = MODELS["dit"]
+    group = dist.distributed_c10d._get_default_group()
+
+    def started(call: Callable[[], Any]) -> int:
+        before = group._get_sequence_number_for_group()
+        call()
+        return group._get_sequence_number_for_group() - before
+
+    found = {}
+    for name, config in (("paired", Config()), ("apart", Config(skip_passes=("pair_collectives",)))):
+        model = net.build(depth=1)
+        LAYOUTS[layout]("dit", model, world())
+        compiler = backend(config=config)
+        dual = jvpgraph.transform(model, backend=compiler, dynamic=False)
+        with torch.no_grad():
+            call = lambda dual=dual: dual(**net.inputs(), tangents=net.tangents())  # noqa: E731
+            call()
+            found[name] = started(call)
+            found[f"{name}, nodes"] = compiler.reports[-1].collectives.total()
+            compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+            compiled(**net.inputs())
+            found["primal"] = started(lambda compiled=compiled: compiled(**net.inputs()))
+    return found
+
+
+@pytest.mark.parametrize("layout", ["TP", "TP+SP"])
+def test_the_tangent_launches_no_collective(layout: str):
+    for found in run(2, launches_of_a_block, layout):
+        assert found["paired"] == found["paired, nodes"] == found["primal"] > 0, found
+        assert found["apart"] == found["apart, nodes"] > found["primal"], found
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def enabling(name: str) -> str:
+    from diffusers import TensorParallelConfig
+
+    try:
+        MODELS[name].build().enable_parallelism(config=TensorParallelConfig(mesh=world()))
+    except (ValueError, ZeroDivisionError) as error:
+        return str(error)
+    return "nothing"
+
+
+def enabling_on_cpu(name: str) -> str:
+    with diffusers_on_cpu():
+        return enabling(name)
+
+
+def test_what_diffusers_refuses():
+    """On a CPU it fails to find a device; Wan has no plan there, so the tests bring one."""
+    assert all("modulo by zero" in said or "not supported on device" in said for said in run(2, enabling, "flux"))
+    assert all("`_tp_plan` must be set" in said for said in run(2, enabling_on_cpu, "wan"))
