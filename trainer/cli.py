@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EXPECTED as error:
         if args.traceback:
             traceback.print_exc()
-        print(f"jvpgraph {args.command}: {explain(error, args.command)}", file=sys.stderr)
+        rank = f", rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"jvpgraph {args.command}{rank}: {explain(error, args.command)}", file=sys.stderr)
         return 2 if isinstance(error, (SettingsError, PlugError)) else 1
     return 0
 

@@ -80,7 +80,7 @@ def sizes_of(config: ParallelConfig, world: int) -> dict[str, int]:
         product = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(
             f"parallel: {product} makes {asked} process{'es' * (asked > 1)}, and there {'is' if world == 1 else 'are'} "
-            f"{world}: change these settings, or start the run with "
+            f"{world}: change these settings (parallel.dp_shard=-1 takes as many as there are), or start the run with "
             f"torchrun --nproc-per-node {asked} -m jvpgraph.trainer.cli train"
         )
     return sizes
