@@ -257,8 +257,28 @@ class Regions:
         for frame in frames:
             if frame not in self._calls_of:
                 self._calls_of[frame] = []
-                frame.recompute_fn = _recomputing(frame.recompute_fn, self._calls_of[frame])
+                frame.recompute_fn = self._recomputing(frame.recompute_fn, self._calls_of[frame])
             self._calls_of[frame].append((module, in_graph))
+
+    def _recomputing(self, recompute: Callable[..., Any], calls: list[tuple[nn.Module, bool]]) -> Callable[..., Any]:
+        """A checkpoint's recomputation that saves what its forward saved: nothing of what ran in a graph."""
+
+        def recompute_again(*args: Any) -> Any:
+            remaining = iter(calls)
+
+            def replay(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                in_graph = next(remaining)[1]
+                frames = _checkpoints()  # of checkpoints inside this one
+                self._remember(frames, module, in_graph)
+                with _own_forward(module), _hooks_taken_off(len(frames) + 1 if in_graph else 0):
+                    return module.forward(*args, **kwargs)
+
+            with ExitStack() as patches:
+                for module in {id(module): module for module, _ in calls}.values():
+                    patches.enter_context(_replaced(module, functools.partial(replay, module)))
+                return recompute(*args)
+
+        return recompute_again
 
 
 def check_choice(choice: Choice) -> None:
@@ -471,22 +491,3 @@ def _hooks_taken_off(count: int) -> Iterator[None]:
     finally:
         for hooks in reversed(taken):
             torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
-
-
-def _recomputing(recompute: Callable[..., Any], calls: list[tuple[nn.Module, bool]]) -> Callable[..., Any]:
-    """A checkpoint's recomputation that saves what the forward saved: nothing of what ran in a graph."""
-
-    def recompute_again(*args: Any) -> Any:
-        remaining = iter(calls)
-
-        def replay(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            in_graph = next(remaining)[1]
-            with _own_forward(module), _hooks_taken_off(int(in_graph)):
-                return module.forward(*args, **kwargs)
-
-        with ExitStack() as patches:
-            for module in {id(module): module for module, _ in calls}.values():
-                patches.enter_context(_replaced(module, functools.partial(replay, module)))
-            return recompute(*args)
-
-    return recompute_again

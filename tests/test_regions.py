@@ -1,0 +1,557 @@
+"""Regions: parts of a model as dual graphs of their own, shared by equal ones, with op-by-op code between them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import jvpgraph
+from jvpgraph.regions import find_regions
+from tests.models import Block, Output, TinyDiT, inputs, oracle
+
+EXACT = {"atol": 1e-11, "rtol": 1e-11}
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # Dynamo looks
+]
+
+
+def assert_right(model: nn.Module, plain: nn.Module | None = None, steps: int = 2, **settings) -> jvpgraph.DualModule:
+    """Value, tangent and parameter gradients of the transformed model, compared with forward AD and plain autograd.
+
+    Args:
+        plain: a model with the same parameters for the oracles, where they do not take ``model``.
+    """
+    plain = plain or model
+    dual = jvpgraph.transform(model, **{"regions": Block, "backend": "eager", **settings})
+    for _ in range(steps):
+        x, t, x_dot, t_dot = inputs()
+        y, d = dual(x, t, tangents={"x": x_dot, "t": t_dot})
+        assert_close((y, d), oracle(plain, (x, t), (x_dot, t_dot)), **EXACT)
+        assert y.requires_grad
+        assert not d.requires_grad
+        model.zero_grad()
+        y.square().sum().backward()
+        got = [p.grad for p in model.parameters()]
+        assert_close(got, list(torch.autograd.grad(plain(x, t).square().sum(), list(plain.parameters()))), **EXACT)
+    assert not any("forward" in vars(module) for module in model.modules())
+    return dual
+
+
+def graphs(dual: jvpgraph.DualModule) -> list[tuple[str, int, int]]:
+    return [(group.kind, len(group.names), group.graphs) for group in dual.regions.groups]
+
+
+class TestChoice:
+    @pytest.mark.parametrize(
+        "choice", [Block, (Block, nn.Conv1d), lambda module: isinstance(module, Block)], ids=["class", "classes", "fn"]
+    )
+    def test_by_hand(self, choice):
+        dual = assert_right(TinyDiT(depth=3).double(), regions=choice)
+        assert graphs(dual) == [("Block", 3, 1)]
+        assert dual.regions.groups[0].calls == 6
+        assert "3 x Block (blocks.0, ...): 1 graph, 6 calls" in str(dual.regions)
+
+    def test_inductor(self):
+        assert graphs(assert_right(TinyDiT(depth=2).double(), backend="inductor")) == [("Block", 2, 1)]
+
+    def test_auto_takes_one_graph_where_it_can(self):
+        dual = assert_right(TinyDiT(depth=3).double(), regions="auto")
+        assert dual.regions.whole
+        assert str(dual.regions).startswith("one graph")
+        assert len(dual._dual.backend.reports) == 1
+
+    def test_auto_finds_the_blocks_of_a_model_that_branches_on_data(self, caplog):
+        caplog.set_level(logging.INFO, "jvpgraph")
+        model = Branches(depth=3).double()
+        dual = assert_right(model, Plain(model), regions="auto")
+        assert not dual.regions.whole
+        assert graphs(dual) == [("Block", 3, 1)]
+        assert "test_regions.py" in dual.regions.reason
+        assert "3 regions" in caplog.text
+
+    def test_outermost_repeated_blocks(self):
+        model = nn.ModuleDict(
+            {
+                "stem": nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 16)),
+                "blocks": nn.ModuleList(Block(16, 2) for _ in range(2)),
+                "twins": nn.ModuleList(nn.Sequential(Block(8, 2), Block(8, 2)) for _ in range(2)),
+                "head": nn.Linear(16, 4),
+            }
+        )
+        assert [name for name, _ in find_regions(model, "auto")] == ["blocks.0", "blocks.1", "twins.0", "twins.1"]
+
+    def test_blocks_inside_wrappers(self):
+        model = TinyDiT(depth=2)
+        model.blocks[0] = checkpoint_wrapper(model.blocks[0])
+        found = find_regions(model, "auto")
+        assert [name for name, _ in found] == ["blocks.0._checkpoint_wrapped_module", "blocks.1"]
+        assert {type(module) for _, module in found} == {Block}
+
+    def test_structure_may_change(self):
+        model = TinyDiT(depth=2).double()
+        dual = assert_right(model)
+        model.blocks.append(Block(16, 2).double())
+        x, t, x_dot, t_dot = inputs()
+        got = dual(x, t, tangents={"x": x_dot, "t": t_dot})
+        assert_close(got, oracle(model, (x, t), (x_dot, t_dot)), **EXACT)
+        assert len(dual.regions.groups[0].names) == 3
+
+
+class TestSharing:
+    @pytest.mark.parametrize("depth", [4, 40])
+    def test_one_graph_whatever_the_depth(self, depth):
+        model = TinyDiT(depth=depth).double()
+        for i, block in enumerate(model.blocks):
+            block.index = i  # what no forward reads costs nothing
+        dual = jvpgraph.transform(model, regions=Block, backend="eager")
+        x, t, x_dot, t_dot = inputs()
+        dual(x, t, tangents={"x": x_dot, "t": t_dot})[0].sum().backward()
+        assert graphs(dual) == [("Block", depth, 1)]
+        assert len(dual._dual.backend.reports) == 1
+
+    def test_what_a_forward_reads_is_not_shared(self):
+        model = TinyDiT(depth=0).double()
+        model.blocks.extend(Scaled(factor) for factor in ("1", "3", "1", "3"))
+        dual = assert_right(model, regions=Scaled)
+        assert graphs(dual) == [("Scaled", 4, 2)]
+
+    def test_more_variants_than_dynamo_keeps(self):
+        model = TinyDiT(depth=0).double()
+        model.blocks.extend(Scaled(f"{0.5 + i / 64}") for i in range(torch._dynamo.config.recompile_limit + 3))
+        dual = assert_right(model, regions=Scaled)
+        assert not dual.regions.groups[0].cause
+        assert graphs(dual)[0][2] == len(model.blocks)
+
+    def test_classes_and_training_differ(self):
+        model = TinyDiT(depth=2).double()
+        model.blocks[1] = Narrow().double()
+        dual = assert_right(model, regions=(Block, Narrow))
+        assert graphs(dual) == [("Block", 1, 1), ("Narrow", 1, 1)]
+        x, t, x_dot, t_dot = inputs()
+        dual.eval()(x, t, tangents={"x": x_dot, "t": t_dot})
+        assert graphs(dual)[1] == ("Narrow", 1, 2), "the dropout of training"
+
+    def test_sizes_vary(self):
+        model = TinyDiT(depth=3).double()
+        dual = jvpgraph.transform(model, regions=Block, backend="eager")
+        for batch, tokens in ((2, 6), (3, 8), (5, 10)):
+            x, t, x_dot, t_dot = inputs(batch, tokens)
+            got = dual(x, t, tangents={"x": x_dot, "t": t_dot})
+            assert_close(got, oracle(model, (x, t), (x_dot, t_dot)), **EXACT)
+        found = graphs(dual)
+        assert found[0][2] <= 3  # the first size, and two for all others: the first block's input is a view
+        x, t, x_dot, t_dot = inputs(4, 7)
+        dual(x, t, tangents={"x": x_dot, "t": t_dot})
+        assert graphs(dual) == found
+
+    def test_sets_of_active_arguments(self):
+        model = TinyDiT(depth=2).double()
+        dual = jvpgraph.transform(model, regions=Block, backend="eager")
+        x, t, x_dot, t_dot = inputs()
+        for tangents in ({"x": x_dot}, {"t": t_dot}, {"x": x_dot, "t": t_dot}):
+            dots = (tangents.get("x", 0 * x), tangents.get("t", 0 * t))
+            assert_close(dual(x, t, tangents=tangents), oracle(model, (x, t), dots), **EXACT)
+        assert dual.regions.groups[0].graphs == 3  # x alone; c alone in the first block; both
+
+
+class TestArguments:
+    def test_nested_and_of_other_kinds(self):
+        class Part(nn.Module):
+            def forward(self, x, *more, scale=None, flag=True, named, none=None):
+                y = x * named["c"] * scale + more[0][0].sin()
+                return {"y": y, "twice": (y * 2, None, "text", 7), "out": Output(y.cos(), torch.arange(3))}
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.part, self.weight = Part(), nn.Parameter(torch.ones(()))
+
+            def forward(self, x, t):
+                got = self.part(x.exp(), (x.t(), 5), scale=self.weight, named={"c": t, "unused": None}, flag=False)
+                assert got["twice"][1:] == (None, "text", 7)
+                assert got["out"].index.tolist() == [0, 1, 2]
+                return got["y"] + got["twice"][0] * got["out"].sample
+
+        x, t, x_dot, t_dot = (torch.randn(3, 3).double() for _ in range(4))
+        model = Model().double()
+        dual = jvpgraph.transform(model, regions=Part, backend="eager")
+        y, d = dual(x, t, tangents={"x": x_dot, "t": t_dot})
+        assert_close((y, d), oracle(model, (x, t), (x_dot, t_dot)), **EXACT)
+        assert dual.regions.groups[0].graphs == 1
+        assert_close(torch.autograd.grad(y.sum(), model.weight), torch.autograd.grad(model(x, t).sum(), model.weight))
+
+    def test_no_argument_is_active(self):
+        class Model(TinyDiT):
+            def forward(self, x, t):
+                return (
+                    super().forward(x, t)
+                    + self.blocks[0](torch.ones(1, 2, 16).double(), torch.ones(1, 16).double()).sum()
+                )
+
+        dual = assert_right(Model(depth=1).double())
+        assert dual.regions.groups[0].calls == 2
+
+    @pytest.mark.parametrize("kind", ["input", "view", "detached", "expanded", "two views"])
+    def test_outputs_that_alias(self, kind):
+        class Part(nn.Module):
+            def forward(self, x):
+                if kind == "two views":
+                    return x.sin().chunk(2)
+                return {
+                    "input": lambda: (x, x * 2),
+                    "view": lambda: (x.t(), x[0].expand(3, -1)),
+                    "detached": lambda: (x.detach(), x.cos()),
+                    "expanded": lambda: (x.sum().expand(4), x.exp()),
+                }[kind]()
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.part = Part()
+
+            def forward(self, x):
+                h = x.sin()
+                a, b = self.part(h)
+                return a.sum() * b + b.square().sum() + h.sum()
+
+        x, x_dot = torch.randn(4, 4).double(), torch.randn(4, 4).double()
+        dual = jvpgraph.transform(Model(), regions=Part, backend="eager")
+        assert_close(dual(x, tangents={"x": x_dot}), oracle(Model(), (x,), (x_dot,)), **EXACT)
+        assert dual.regions.groups[0].calls == 1
+
+    def test_gradients_of_inputs(self):
+        model = TinyDiT(depth=2).double()
+        x, t, x_dot, t_dot = inputs()
+        x.requires_grad_()
+        y, _ = jvpgraph.transform(model, regions=Block, backend="eager")(x, t, tangents={"x": x_dot, "t": t_dot})
+        assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(model(x, t).sum(), x), **EXACT)
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_without_autograd(self, mode):
+        model = TinyDiT(depth=2).double()
+        x, t, x_dot, t_dot = inputs()
+        with mode():
+            got = jvpgraph.transform(model, regions=Block, backend="eager")(x, t, tangents={"x": x_dot, "t": t_dot})
+        assert_close(got, oracle(model, (x, t), (x_dot, t_dot)), **EXACT)
+        assert not got[0].requires_grad
+
+
+class TestWhatCannotBeCaptured:
+    """Runs op by op, and the report says so."""
+
+    def assert_given_up(self, model, cause, plain=None):
+        dual = assert_right(model, plain, regions=lambda module: isinstance(module, Block))
+        first, *parts = dual.regions.groups
+        assert cause in first.cause
+        assert first.calls == 0
+        assert [(group.kind, group.graphs) for group in parts] == [("Sequential", 1)], "its parts can be captured"
+        return dual
+
+    def test_branches_on_data(self, caplog):
+        class Branching(Block):
+            def forward(self, x, c):
+                return super().forward(x * 2 if x.sum().item() < 1e9 else x, c)
+
+        class Twice(Block):
+            def forward(self, x, c):
+                return super().forward(x * 2, c)
+
+        class Stopped(Branching):  # op by op, a number made of a tensor with a tangent is refused
+            def forward(self, x, c):
+                return Block.forward(self, x * 2 if x.detach().sum().item() < 1e9 else x, c)
+
+        model, plain = TinyDiT(depth=0).double(), TinyDiT(depth=0).double()
+        model.blocks.extend(Stopped(16, 2).double() for _ in range(2))
+        plain.blocks.extend(Twice(16, 2).double() for _ in range(2))
+        plain.load_state_dict(model.state_dict())
+        self.assert_given_up(model, "test_regions.py", plain)
+        assert caplog.text.count("runs op by op: 2 x Stopped") == 1
+
+    def test_writes_to_its_argument(self):
+        class Writing(Block):
+            def forward(self, x, c):
+                x.mul_(2)
+                return super().forward(x, c)
+
+        class Model(TinyDiT):
+            def forward(self, x, t):
+                c, x = self.time(torch.sin(t)[:, None]), self.embed(x)
+                for block in self.blocks:
+                    h = x * 1
+                    x = block(h, c) + h  # sees what the block wrote
+                return self.head(x)
+
+        model = Model(depth=0).double()
+        model.blocks.extend(Writing(16, 2).double() for _ in range(2))
+        self.assert_given_up(model, "it writes to")
+
+    def test_reads_an_active_tensor_that_is_no_argument(self):
+        class Reading(Block):
+            def forward(self, x, c):
+                return super().forward(x, c) * self.gate
+
+        class Model(TinyDiT):
+            def forward(self, x, t):
+                for block in self.blocks:
+                    block.gate = torch.cos(t)[:, None, None]
+                return super().forward(x, t)
+
+        model = Model(depth=0).double()
+        model.blocks.extend(Reading(16, 2).double() for _ in range(2))
+        self.assert_given_up(model, "has a tangent and is not an argument")
+
+    def test_unsupported_ops_are_refused(self):
+        class Part(nn.Module):
+            def forward(self, x):
+                return torch.ops.jvpgraph_test.opaque(x)
+
+        with torch.library._scoped_library("jvpgraph_test", "FRAGMENT") as library:
+            library.define("opaque(Tensor x) -> Tensor")
+            library.impl("opaque", lambda x: x * 2, "CompositeExplicitAutograd")
+            library.impl("opaque", lambda x: x * 2, "Meta")
+            dual = jvpgraph.transform(nn.Sequential(Part()), regions=Part, backend="eager")
+            with pytest.raises(jvpgraph.UnsupportedOp, match=r"opaque.*test_regions.py"):
+                dual(torch.randn(3), tangents={"input": torch.randn(3)})
+
+
+class TestCheckpoints:
+    """A checkpoint around a region moves into its graph; what else it holds is recomputed as ever."""
+
+    @pytest.mark.parametrize("backend", ["eager", "inductor"])
+    @pytest.mark.parametrize("kind", ["alone", "among others", "nested", "reentrant", "wrapper"])
+    def test_value_tangent_and_gradients(self, kind, backend):
+        model = Checkpointed(kind, depth=2).double()
+        dual = assert_right(model, Plain(model), backend=backend)
+        assert dual.regions.groups[0].calls > 0
+
+    @pytest.mark.parametrize("kind", ["alone", "among others", "nested", "wrapper"])
+    def test_the_backward_recomputes_the_primal_only(self, kind):
+        model = Checkpointed(kind, depth=2).double()
+        x, t, x_dot, t_dot = inputs()
+        y, _ = jvpgraph.transform(model, regions=Block, backend="eager")(x, t, tangents={"x": x_dot, "t": t_dot})
+        with CountOps() as backward:
+            y.sum().backward()
+        assert backward.ran["jvpgraph.attention_backward.default"] == 2
+        assert backward.ran["jvpgraph.attention_jvp.default"] == 0
+        assert backward.ran["aten.gelu.default"] >= 2, "nothing was recomputed"
+
+    def test_saves_no_more_than_the_checkpointed_model(self):
+        def saved(model, call):
+            sizes = {}
+
+            def pack(x):
+                sizes[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+                return x
+
+            x, t, x_dot, t_dot = inputs()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                y = call(model, x, t, x_dot, t_dot)
+            parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+            assert y.requires_grad
+            return sum(size for key, size in sizes.items() if key not in parameters)
+
+        def dual(model, x, t, x_dot, t_dot):
+            transformed = jvpgraph.transform(model, regions=Block, backend="eager")
+            return transformed(x, t, tangents={"x": x_dot, "t": t_dot})[0]
+
+        checkpointed = saved(Checkpointed("alone", depth=4).double(), dual)
+        assert checkpointed < 0.6 * saved(TinyDiT(depth=4).double(), dual)
+
+    def test_hooks_of_other_kinds_stay(self):
+        """Offloading what a region saves works as without regions."""
+        model = TinyDiT(depth=2).double()
+        dual = jvpgraph.transform(model, regions=Block, backend="eager")
+        x, t, x_dot, t_dot = inputs()
+        packed = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: packed.append(x.shape) or x.numpy(force=True), torch.tensor
+        ):
+            y, _ = dual(x, t, tangents={"x": x_dot, "t": t_dot})
+        y.sum().backward()
+        assert len(packed) > 20
+        got = [p.grad for p in model.parameters()]
+        assert_close(got, list(torch.autograd.grad(model(x, t).sum(), list(model.parameters()))), **EXACT)
+
+
+class TestTheModelStaysWhatItIs:
+    def test_hooks_see_plain_tensors_once(self):
+        model = TinyDiT(depth=2).double()
+        seen = []
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda module, args: seen.append(("pre", *map(type, args))))
+            block.register_forward_hook(lambda module, args, out: seen.append(("post", type(out))) or out * 2)
+        assert_right(model, steps=1)
+        runs = 3  # the dual call and two oracles
+        assert Counter(entry[0] for entry in seen) == {"pre": 2 * runs, "post": 2 * runs}
+        assert seen[:2] == [("pre", Tensor, Tensor), ("post", Tensor)]
+
+    def test_a_forward_of_the_instance_is_called(self):
+        model = TinyDiT(depth=2).double()
+        own = model.blocks[0].forward
+        model.blocks[0].forward = lambda x, c: own(x, c) * 3
+        before = vars(model.blocks[0])["forward"]
+        x, t, x_dot, t_dot = inputs()
+        got = jvpgraph.transform(model, regions=Block, backend="eager")(x, t, tangents={"x": x_dot, "t": t_dot})
+        assert_close(got, oracle(model, (x, t), (x_dot, t_dot)), **EXACT)
+        assert vars(model.blocks[0])["forward"] is before
+
+    def test_after_an_error(self):
+        class Raising(TinyDiT):
+            def forward(self, x, t):
+                super().forward(x, t)
+                raise RuntimeError("in the model")
+
+        model = Raising(depth=1).double()
+        x, t, x_dot, t_dot = inputs()
+        with pytest.raises(RuntimeError, match="in the model"):
+            jvpgraph.transform(model, regions=Block, backend="eager")(x, t, tangents={"x": x_dot, "t": t_dot})
+        assert "forward" not in vars(model.blocks[0])
+
+    def test_without_tangents(self):
+        model = TinyDiT(depth=1).double()
+        x, t, *_ = inputs()
+        dual = jvpgraph.transform(model, regions=Block)
+        assert torch.equal(dual(x, t), model(x, t))
+        assert not dual.regions.groups
+
+    def test_copies(self):
+        dual = assert_right(TinyDiT(depth=2).double())
+        for twin in (copy.deepcopy(dual), pickle.loads(pickle.dumps(dual))):
+            x, t, x_dot, t_dot = inputs()
+            got = twin(x, t, tangents={"x": x_dot, "t": t_dot})
+            assert_close(got, oracle(twin.model, (x, t), (x_dot, t_dot)), **EXACT)
+            assert graphs(twin) == [("Block", 2, 1)]
+
+
+class TestErrors:
+    @pytest.mark.parametrize("choice", ["blocks", 3, (), (Block, 3), [Tensor]])
+    def test_not_a_choice(self, choice):
+        with pytest.raises(ValueError, match="regions must be None, 'auto', a class of modules"):
+            jvpgraph.transform(TinyDiT(), regions=choice)
+
+    def test_nothing_found(self):
+        x, t, x_dot, t_dot = inputs()
+        with pytest.raises(ValueError, match=r"no module of TinyDiT is a region; it has Block, Sequential"):
+            jvpgraph.transform(TinyDiT().double(), regions=nn.Conv2d)(x, t, tangents={"x": x_dot, "t": t_dot})
+
+    @pytest.mark.parametrize("other", [{"differentiable_tangent": True}, {"backend": "op_by_op"}])
+    def test_not_together(self, other):
+        with pytest.raises(ValueError, match="regions are graphs with op-by-op code between them"):
+            jvpgraph.transform(TinyDiT(), regions="auto", **other)
+
+    def test_non_finite_tangents_name_the_module(self):
+        model = TinyDiT(depth=2).double()
+        model.blocks[1].norm.eps = 0.0
+        with torch.no_grad():
+            model.blocks[1].norm.weight.fill_(float("inf"))
+        dual = jvpgraph.transform(model, regions=Block, backend="eager", config=jvpgraph.Config(check_finite=True))
+        x, t, x_dot, t_dot = inputs()
+        with pytest.raises(jvpgraph.NonFiniteTangent, match=r"blocks\.1"):
+            dual(x, t, tangents={"x": x_dot, "t": t_dot})
+
+
+# ------------------------------------------------------------------------------------------------------ models
+
+
+class Branches(TinyDiT):
+    """Looks at its data between the blocks."""
+
+    def forward(self, x, t):
+        c, x = self.time(torch.sin(t)[:, None]), self.embed(x)
+        for block in self.blocks:
+            if x.detach().sum().item() < 1e9:
+                x = block(x, c_BD=c)
+        return self.head(x)
+
+    def plain(self, x, t):
+        return TinyDiT.forward(self, x, t)
+
+
+class Checkpointed(TinyDiT):
+    def __init__(self, kind, **settings):
+        super().__init__(**settings)
+        self.kind = kind
+        if kind == "wrapper":
+            self.blocks = nn.ModuleList(
+                checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT) for block in self.blocks
+            )
+
+    def step(self, block, x, c):
+        if self.kind in ("among others", "nested"):
+            x = torch.tanh(x) * torch.sin(x)
+            inner = checkpoint(block, x, c, use_reentrant=False) if self.kind == "nested" else block(x, c)
+            return torch.tanh(inner) * c[:, None] + x.cos() * inner
+        return block(x, c)
+
+    def forward(self, x, t):
+        c, x = self.time(torch.sin(t)[:, None]), self.embed(x)
+        for block in self.blocks:
+            if self.kind == "wrapper":
+                x = block(x, c_BD=c)
+            else:
+                x = checkpoint(self.step, block, x, c, use_reentrant=self.kind == "reentrant")
+        return self.head(x)
+
+    def plain(self, x, t):
+        c, x = self.time(torch.sin(t)[:, None]), self.embed(x)
+        for block in self.blocks:
+            if self.kind in ("among others", "nested"):
+                x = torch.tanh(x) * torch.sin(x)
+                inner = block(x, c)
+                x = torch.tanh(inner) * c[:, None] + x.cos() * inner
+            else:
+                x = getattr(block, "_checkpoint_wrapped_module", block)(x, c)
+        return self.head(x)
+
+
+class Plain(nn.Module):
+    """``model.plain`` with its parameters."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, t):
+        return self.model.plain(x, t)
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.block, self.factor = Block(16, 2).double(), factor
+
+    def forward(self, x, c):
+        return self.block(x, c) * float(self.factor)
+
+
+class Narrow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x, c=None):
+        return x + F.dropout(self.linear(self.norm(x)).sin(), 1e-12, self.training)
+
+
+class CountOps(TorchDispatchMode):
+    """How often each op ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.ran = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ran[str(func)] += 1
+        return func(*args, **(kwargs or {}))
