@@ -19,6 +19,7 @@ from jvpgraph.finite import check_finite
 from jvpgraph.op_by_op import OpByOp
 from jvpgraph.regions import Choice, Regions, hit_recompile_limit
 from jvpgraph.rules.apply import has_tangent
+from jvpgraph.sharding import explaining_heads
 from jvpgraph.structure import map_leaves
 from jvpgraph.tangents import Inputs, match_tangents
 from jvpgraph.traceable import make_traceable
@@ -146,7 +147,9 @@ class DualModule(nn.Module):
             return self.model(*args, **kwargs)
         make_traceable(self.model)
         inputs = Inputs.of(self.model, args, kwargs)
-        return self._dual(args, kwargs, match_tangents(tangents, inputs, self._dual.config.check_finite))
+        dots = match_tangents(tangents, inputs, self._dual.config.check_finite)
+        with explaining_heads(self.model):
+            return self._dual(args, kwargs, dots)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward, without its hooks."""

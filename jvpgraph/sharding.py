@@ -1,24 +1,30 @@
-"""How the package's own ops act on DTensors: the markers on any placement, attention on batch and heads."""
+"""How the package's own ops act on DTensors: the markers on any placement, attention on batch and heads. And what to
+say where heads do not divide."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch import nn
 from torch._ops import OpOverload
 
+from jvpgraph.errors import JvpgraphError
 from jvpgraph.kernels.ops import OPS
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.rules.apply import bind
 
 if dist.is_available():
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
     from torch.distributed.tensor._op_schema import OpSchema
     from torch.distributed.tensor.experimental import register_sharding
 
-__all__ = ["attention_placements", "register_sharding_rules"]
+__all__ = ["attention_placements", "explaining_heads", "heads_that_do_not_divide", "register_sharding_rules"]
 
 Placements = tuple[list[Any], list[Any]]  # of the outputs and of the arguments, on one mesh axis
 FLASH_FOR_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -115,3 +121,58 @@ def attention_placements(op: OpOverload, args: Sequence[Any], kwargs: dict[str, 
         )
         for dim in dims
     ]
+
+
+# ------------------------------------------------------------------------------------------------------ heads
+
+PROJECTION = re.compile(r"(^|_)(q|k|v|qkv|kv)(_|$)|query|key|value")  # how the layers that make heads are called
+
+
+@contextmanager
+def explaining_heads(model: nn.Module) -> Iterator[None]:
+    """Where the model fails and its heads are split unevenly, say so: the error itself only speaks of some view.
+
+    Raises:
+        ValueError: in place of what was raised, with the layers, their heads, and what would work.
+    """
+    try:
+        yield
+    except (RuntimeError, JvpgraphError) as error:
+        found = heads_that_do_not_divide(model)
+        if not found:
+            raise
+        raise ValueError("\n".join(["tensor parallel splits attention within a head:", *found])) from error
+
+
+def heads_that_do_not_divide(model: nn.Module) -> list[str]:
+    """One line per projection, split over the ranks of tensor parallel, whose heads these ranks cannot share evenly."""
+    if not dist.is_available():
+        return []
+    sharded_by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
+    found = []
+    for path, module in model.named_modules():
+        for name, child in module.named_children():
+            weight = getattr(child, "weight", None)
+            if not isinstance(weight, DTensor) or not PROJECTION.search(name) or not weight.placements[-1].is_shard(0):
+                continue
+            if sharded_by_fsdp and weight.device_mesh.ndim == 1:
+                continue  # gathered before it is used
+            heads, ranks = _heads(model, module, weight.shape[0]), weight.device_mesh.size(-1)
+            if heads is not None and heads % ranks:
+                sizes = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+                found.append(
+                    f"  {path}.{name}: {heads} heads (dim 0 of its weight, {weight.shape[0]}) over {ranks} ranks; "
+                    f"tensor-parallel sizes that divide: {sizes}. Use one of these, and the other ranks for context or data."
+                )
+    return found
+
+
+def _heads(model: nn.Module, module: nn.Module, width: int) -> int | None:
+    """How many heads there are in a width, as far as attributes tell. Counts of heads in the module itself do not: a
+    plan may have divided them already."""
+    for name in ("head_dim", "dim_head", "attention_head_dim"):
+        head_dim = getattr(module, name, None)
+        if isinstance(head_dim, int) and head_dim > 0:
+            return width // head_dim
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    return heads if isinstance(heads, int) else None

@@ -161,3 +161,24 @@ def test_what_diffusers_refuses():
     """On a CPU it fails to find a device; Wan has no plan there, so the tests bring one."""
     assert all("modulo by zero" in said or "not supported on device" in said for said in run(2, enabling, "flux"))
     assert all("`_tp_plan` must be set" in said for said in run(2, enabling_on_cpu, "wan"))
+
+
+def split_unevenly(heads: int, width: int) -> str:
+    net = MODELS["dit"]
+    model = net.build(heads=heads, width=width, depth=1)
+    tensor_parallel("dit", model, world())
+    dual = jvpgraph.transform(model, backend=backend(), dynamic=False)
+    try:
+        dual(**net.inputs(), tangents=net.tangents())
+    except ValueError as error:
+        return str(error)
+    return "it ran"
+
+
+@pytest.mark.parametrize(("ranks", "heads", "width"), [(4, 6, 48), (3, 4, 32)])
+def test_heads_that_do_not_divide_are_named(ranks: int, heads: int, width: int):
+    """6 heads of 8 over 4 ranks split within a head; 4 over 3 do not even split evenly."""
+    for said in run(ranks, split_unevenly, heads, width):
+        assert f"blocks.0.to_q: {heads} heads (dim 0 of its weight, {width}) over {ranks} ranks" in said
+        assert f"sizes that divide: 1, 2, {'3, 6' if heads == 6 else '4'}." in said
+        assert "blocks.0.up" not in said
