@@ -162,7 +162,7 @@ def heads_that_do_not_divide(model: nn.Module) -> list[str]:
                 sizes = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
                 found.append(
                     f"  {path}.{name}: {heads} heads (dim 0 of its weight, {weight.shape[0]}) over {ranks} ranks; "
-                    f"tensor-parallel sizes that divide: {sizes}. Use one of these, and the other ranks for context or data."
+                    f"tensor-parallel sizes that divide: {sizes}. Give the other ranks to context or data."
                 )
     return found
 
