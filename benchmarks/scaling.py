@@ -468,11 +468,12 @@ middle of a model. One sample per dp rank.
   tangents and without.
 * **params MiB**: of the block, kept by this rank in bfloat16.
 
-Tensor parallel is torch's `parallelize_module`: columns of q, k, v and of the MLP's first layer, rows of what follows.
-Wan normalises q and k across all heads, so under tensor parallel the mean square is summed over the ranks: 4
+Tensor parallel is torch's `parallelize_module`: columns of q, k, v and of the MLP's first layer, rows of what
+follows. Wan normalises q and k across all heads, so under tensor parallel the mean square is summed over the ranks: 4
 all-reduces of one float32 per token beside the 3 of [tokens, {width:,}]. Context parallel is diffusers' own, on the
-self-attention; its ring gathers all keys and values of the ring at once. Keys and values of the text are computed on
-every cp rank, which is why cp ranks together need slightly more FLOPs than one.
+self-attention; its ring gathers the keys and values of all its ranks at once, and its backward passes their gradients
+round in float32 (an all-to-all in the graph, all of which goes to one neighbour). Keys and values of the text are
+computed on every cp rank, which is why cp ranks together need slightly more FLOPs than one.
 """
 
 HEAD = (

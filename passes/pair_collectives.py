@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch.utils._pytree import tree_flatten
 
 from jvpgraph.linearize import INSERTED_META, TANGENT_META
 from jvpgraph.passes.context import Context
@@ -51,9 +52,14 @@ def pair_collectives(graph: fx.Graph, context: Context) -> None:
     stay apart. The backward keeps its collectives. A sum over more than two ranks may be rounded otherwise, because
     the position of an element in the message decides in which order its terms are added. Under activation
     checkpointing, the result of the collective is kept rather than communicated again with its tangent.
+
+    A backward may repeat a collective of the forward, as that of a ring does which gathers keys and values anew. A
+    compiler would see that they are the same, but not once one of them is paired: they become one before.
     """
+    pairs = list(_pairs(graph))
+    _merge_repeats(graph, pairs)
     recorder = Recorder(graph)
-    for pair in list(_pairs(graph)):
+    for pair in pairs:
         if not _hoist(pair):
             continue
         name = pair.primal.target._schema.name  # type: ignore[union-attr]
@@ -76,6 +82,22 @@ def _pairs(graph: fx.Graph) -> Iterator[Pair]:
         if same and tangent.target._schema.name in (*STACKED, *COALESCED) and _how(tangent) == _how(primal):
             found.add(tangent)
             yield Pair(primal, tangent)
+
+
+def _merge_repeats(graph: fx.Graph, pairs: list[Pair]) -> None:
+    """Let primals stand for later collectives that send the same, unless these are in pairs themselves."""
+    primals, paired = {pair.primal for pair in pairs}, {node for pair in pairs for node in pair}
+    first: dict[Any, fx.Node] = {}  # what a node computes -> the first that does
+    same: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes) if pairs else ():
+        if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
+            continue
+        leaves, structure = tree_flatten((node.args, node.kwargs))
+        computed = tuple((type(x), same.get(x, x) if isinstance(x, fx.Node) else x) for x in leaves)
+        same[node] = first.setdefault((node.target, str(structure), computed), node)
+        if same[node] in primals and node not in paired:
+            node.replace_all_uses_with(same[node], propagate_meta=False)
+            graph.erase_node(node)
 
 
 def _how(collective: fx.Node) -> list[Any]:

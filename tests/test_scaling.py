@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("diffusers", minversion="0.36")
-scaling = pytest.importorskip("benchmarks.scaling")
+scaling = importlib.import_module("benchmarks.scaling")
 
 RANKS = 8
 N, D, L, HIDDEN = 64, 64, 16, 128
@@ -74,6 +76,17 @@ def test_what_ulysses_sends() -> None:
     assert split.primal.sent == split.backward.sent == {"all_to_all": once}
     assert split.dual.sent == {"all_to_all": 2 * once}
     assert split.primal.launches == split.dual.launches == 4
+
+
+def test_what_a_ring_sends() -> None:
+    """Beside Ulysses: k and v of the rank to the others of the ring, once for forward and backward."""
+    split = scaling.measure(dataclasses.replace(SMALL, heads=2), Layout(2, 4, 1))
+    kept = N // 4 * D * BF16
+    assert (split.ring, split.ulysses) == (2, 2)
+    assert split.primal.sent == {"all_gather": 2 * kept, "all_to_all": 4 * kept / 2}
+    assert split.dual.sent == {"all_gather": 4 * kept, "all_to_all": 4 * kept}
+    assert split.primal.launches == split.dual.launches == 5
+    assert "all_gather" not in split.backward.sent
 
 
 def test_tangents_launch_no_collectives_of_their_own() -> None:
