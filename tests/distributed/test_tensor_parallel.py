@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 import jvpgraph
 from jvpgraph.config import Config
+from jvpgraph.kernels.ops import OPS
 from tests.distributed.harness import run
 from tests.distributed.models import (
     MODELS,
@@ -100,6 +104,69 @@ def test_inputs_and_tangents_are_dtensors(ranks: int):
     found, placements = zip(*run(ranks, on_dtensor_inputs))
     check("DTensor inputs, batch", "dit", list(found))
     assert set(map(tuple, placements)) == {("(Shard(dim=0),)",) * 2}
+
+
+def attention_on_dtensors(dim: int) -> list[float]:
+    """How far outputs and gradients on DTensors are from whole ones, for a bias that all of the batch shares."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q": (4, 4, 6, 8), "k": (4, 4, 5, 8), "v": (4, 4, 5, 8), "q_dot": (4, 4, 6, 8), "bias": (4, 6, 5)}
+    whole = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    mesh = world()
+    placed = {name: Replicate() if name == "bias" else Shard(dim) for name in shapes}
+    split = {name: distribute_tensor(x, mesh, [placed[name]]) for name, x in whole.items()}
+    found = []
+    for given in (whole, split):
+        q, k, v, q_dot, bias = (x.requires_grad_() for x in given.values())
+        o, lse = OPS.attention(q, k, v, bias)
+        outs = [o, lse, *OPS.attention_jvp(q, k, v, q_dot.detach(), None, None, bias)[:3]]
+        grads = torch.autograd.grad(sum(full(out).sin().sum() for out in outs[:2]), (q, k, v, bias))
+        found.append([full(x).detach() for x in (*outs, *grads)])
+    assert all(isinstance(x, DTensor) and x.placements[0].is_shard() for x in outs[:2])
+    return [(a - b).abs().max().item() for a, b in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_attention_ops_on_dtensors(dim: int):
+    for found in run(2, attention_on_dtensors, dim):
+        assert max(found) < 1e-13
+
+
+class Checkpointed(torch.nn.Module):
+    """A block that is computed again in the backward, with a collective in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3))
+
+    def block(self, x: Tensor) -> Tensor:
+        group = dist.distributed_c10d._get_default_group()
+        return funcol.all_gather_tensor_autograd((x * self.weight).sin(), 0, group).cos()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+def checkpointed() -> tuple[list[float], int]:
+    """Errors against the same model without pairing and in eager mode, and how many collectives were paired."""
+    model, x = Checkpointed(), torch.arange(12.0, dtype=torch.float64).view(4, 3) / (5 + dist.get_rank())
+    compiler, answers = backend(), []
+    for chosen in (compiler, backend(config=Config(skip_passes=("pair_collectives",)))):
+        model.weight.grad = None
+        y, y_dot = jvpgraph.transform(model, backend=chosen, dynamic=False)(x, tangents={"x": x.cos()})
+        y.sum().backward()
+        answers.append((y.detach(), y_dot, model.weight.grad))
+    model.weight.grad = None
+    y = model.block(x)
+    y.sum().backward()
+    answers.append((y.detach(), answers[1][1], model.weight.grad))
+    difference = [(a - b).abs().max().item() for other in answers[1:] for a, b in zip(answers[0], other)]
+    return difference, compiler.reports[-1].paired
+
+
+def test_checkpointing_around_a_collective():
+    for difference, paired in run(2, checkpointed):
+        assert max(difference) < 1e-14
+        assert paired == 1
 
 
 # ------------------------------------------------------------------------------------------------ launches
