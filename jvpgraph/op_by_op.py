@@ -123,6 +123,9 @@ class OpByOp(TorchDispatchMode):
         if any(arguments[name] is x for name in writes for x in stopped):
             reason = "it writes through a detached alias of a tensor with a tangent: detach().clone() first"
             raise UnsupportedOp([_unsupported(func, dots, reason)])
+        if dots and func.namespace == "c10d":
+            reason = "a collective that writes into its arguments: take torch.distributed._functional_collectives"
+            raise UnsupportedOp([_unsupported(func, dots, reason)])
         if not dots or (not writes and func.is_view):
             out = func(*args, **kwargs)
             for x in tree_leaves(out) if stopped else ():

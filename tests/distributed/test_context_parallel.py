@@ -15,12 +15,14 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import jvpgraph
 from jvpgraph.context_parallel import ContextParallel
 from tests.distributed import flash_on_cpu
 from tests.distributed.harness import run
 from tests.distributed.models import (
+    BATCH,
     MODELS,
     QUIET,
     Answer,
@@ -43,6 +45,7 @@ pytestmark = list(map(pytest.mark.filterwarnings, QUIET))
 TWO = [("Ulysses", 1, 2), ("ring", 2, 1)]
 FOUR = [("Ulysses", 1, 4), ("ring", 4, 1), ("Ulysses x ring", 2, 2)]
 LAYOUTS = [*TWO, *(pytest.param(*layout, marks=pytest.mark.matrix) for layout in FOUR)]
+BLOCKS = {"dit": ["blocks"], "wan": ["blocks"], "flux": ["transformer_blocks", "single_transformer_blocks"]}
 FLASH = "_native_flash"  # the one of diffusers' backends for CUDA whose logsumexp ring attention can have here
 
 
@@ -193,3 +196,112 @@ def test_own_interface_with_other_backends(compiler):
 def test_own_interface_with_uneven_lengths(ring, ulysses, tokens, compiler):
     layout = f"{tokens} tokens, ring {ring} x Ulysses {ulysses}" + (", op_by_op" if compiler == "op_by_op" else "")
     check(layout, "dit", run(ring * ulysses, on_own_uneven, ring, ulysses, tokens, compiler))
+
+
+# ------------------------------------------------------------------------- what diffusers' own hooks do not allow
+
+
+def message_of(name: str, ring: int, ulysses: int, attention: str | None, **settings: Any) -> str:
+    """The error of the model itself, forward and backward, without jvpgraph."""
+    try:
+        model = under_diffusers(name, ring, ulysses, attention, **settings)
+        with AllDouble():
+            loss(model(**MODELS[name].inputs())).backward()
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def without_an_accelerator() -> str:
+    try:
+        MODELS["flux"].build().enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    except ZeroDivisionError as error:
+        return str(error)
+    return ""
+
+
+def anything(ring: int, ulysses: int, attention: str | None, compiler: str) -> str:
+    """What jvpgraph says to the forms for uneven lengths, which have no backward."""
+    settings = {"ring_anything": True} if ring > 1 else {"ulysses_anything": True}
+    model, net = under_diffusers("flux", ring, ulysses, attention, **settings), MODELS["flux"]
+    try:
+        with torch.no_grad():
+            jvpgraph.transform(model, backend=compiler)(**net.inputs(), tangents=net.tangents())
+    except jvpgraph.JvpgraphError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        (("flux", 2, 1, None), {}, "Native attention does not support return_lse=True"),
+        (("flux", 2, 2, None), {"ulysses_anything": True}, "ulysses_anything cannot be enabled when ring_degree > 1"),
+        (("flux", 1, 2, None), {"ulysses_anything": True}, "not implemented yet"),
+        (("flux", 2, 1, FLASH), {"ring_anything": True}, "not implemented yet"),
+    ],
+)
+def test_what_diffusers_itself_refuses(arguments, settings, message):
+    _, ring, ulysses, _ = arguments
+    for said in run(ring * ulysses, refused, arguments, settings):
+        assert message in said
+
+
+def refused(arguments: tuple[Any, ...], settings: dict[str, Any]) -> str:
+    return message_of(*arguments, **settings)
+
+
+@pytest.mark.matrix
+def test_diffusers_asks_for_an_accelerator():
+    assert all("modulo" in said for said in run(2, without_an_accelerator))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("compiler", ["eager", "op_by_op"])
+@pytest.mark.parametrize(("ring", "ulysses", "attention"), [(1, 2, None), (2, 1, FLASH)])
+def test_the_uneven_forms_of_diffusers_are_refused(ring, ulysses, attention, compiler):
+    """They exchange lengths while they run, which no graph holds, and gather by a collective that writes in place."""
+    for said in run(2, anything, ring, ulysses, attention, compiler):
+        assert ("cannot be captured" if compiler == "eager" else "c10d.") in said
+
+
+def sharded(name: str, attention: str | None) -> Errors:
+    """Two parts of the batch, each on two Ulysses ranks; parameters sharded over all four."""
+    net = MODELS[name]
+    reference(name)
+    torch.accelerator.device_count = lambda: 1
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("dp", "ring", "ulysses"))
+    if name == "dit":
+        model: nn.Module = ParallelDiT(ContextParallel(ulysses=mesh["ulysses"].get_group())).double()
+        model.load_state_dict(net.build().state_dict())
+    else:
+        model = net.build()
+        config = ContextParallelConfig(ulysses_degree=2, convert_to_fp32=False, mesh=mesh)
+        model.enable_parallelism(config=config)
+    for path in BLOCKS[name]:
+        for block in model.get_submodule(path):
+            fully_shard(block)
+    fully_shard(model)
+    part = mesh["dp"].get_local_rank()
+    mine = lambda x: x.chunk(2)[part].contiguous() if x.dim() and len(x) == BATCH else x  # noqa: E731
+    inputs, dots = ({k: mine(x) if isinstance(x, Tensor) else x for k, x in d.items()} for d in whole(net))
+    dual = jvpgraph.transform(model, backend=backend(), regions="auto")
+    with AllDouble():
+        y, y_dot = dual(**inputs, tangents=dots)
+        y, y_dot = y if isinstance(y, Tensor) else y[0], dots_of(y_dot)
+        weight = torch.randn((BATCH, *y.shape[1:]), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        (4 * (y * mine(weight)).sum()).backward()  # FSDP2 averages over its four ranks
+    want = reference(name)
+    value, tangent = mine(want.value), mine(want.tangent)
+    return errors(Answer(y, y_dot, gradients(model)), Answer(value, tangent, want.gradients))
+
+
+def whole(net: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return net.inputs(), net.tangents()
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", list(MODELS))
+def test_with_fsdp2(name):
+    check("FSDP2 + Ulysses", name, run(4, sharded, name, None))
