@@ -52,6 +52,11 @@ def gathered_in_place(x: Tensor) -> Tensor:
     return y
 
 
+def gathered_along_1(x: Tensor) -> Tensor:
+    # Torch's own gather_dim=1 cannot be captured in 2.11.
+    return torch.cat(funcol.all_gather_tensor(x, 0, world()).chunk(dist.get_world_size()), 1)
+
+
 def permuted(x: Tensor) -> Tensor:
     ranks = dist.get_world_size()
     return funcol.permute_tensor(x.sin().flatten(), [(r + 1) % ranks for r in range(ranks)], world())
@@ -71,7 +76,7 @@ COLLECTIVES: dict[str, Callable[[Tensor], Any]] = {
     "all_reduce in place": in_place,
     "all_reduce of a vector": lambda x: funcol.all_reduce(x[:, 1].sin(), "sum", world()).cos(),
     "all_gather": lambda x: funcol.all_gather_tensor(x.sin(), 0, world()).cos(),
-    "all_gather of dim 1": lambda x: funcol.all_gather_tensor(x.sin(), 1, world()).cos(),
+    "all_gather of dim 1": lambda x: gathered_along_1(x.sin()).cos(),
     "all_gather in place": gathered_in_place,
     "all_gather with a backward": lambda x: funcol.all_gather_tensor_autograd(x.sin(), 1, world()).cos(),
     "all_gather coalesced": lambda x: funcol.all_gather_into_tensor_coalesced([x.sin(), x[0].cos()], world())[0].exp(),
