@@ -89,7 +89,7 @@ class PlainDiT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, channels)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        c = self.time(torch.stack([t.sin(), t.cos()], -1))
+        c = self.time(torch.stack([t.sin(), t.cos()], 1))
         x = self.embed(x)
         for block in self.blocks:
             x = block(x, c, text)
