@@ -85,8 +85,8 @@ class ParallelConfig:
     dp_shard: int = 1  # weights and batch are split in so many parts (FSDP2); -1: as many as there are processes for
     dp_replicate: int = 1  # copies of that, each with its part of the batch (HSDP)
     tp: int = 1  # the matrices of the layers are split (tensor parallel)
-    cp_ulysses: int = 1  # the tokens are split, attention by heads; not in the trainer yet
-    cp_ring: int = 1  # the tokens are split, attention by keys; not in the trainer yet
+    cp_ulysses: int = 1  # the tokens are split, in attention the heads (Ulysses); weights are sharded too
+    cp_ring: int = 1  # the tokens are split, keys and values go round (ring attention); weights are sharded too
     timeout: float = 600.0  # seconds that a process waits for the others before it gives up
 
     def __post_init__(self) -> None:

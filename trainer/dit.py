@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
+from jvpgraph.context_parallel import ContextParallel
 from jvpgraph.trainer.batch import Condition
 from jvpgraph.trainer.settings import from_dict
 from jvpgraph.trainer.trigflow import TrigFlow
@@ -66,10 +67,12 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
         self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
         self.out = nn.Linear(width, width)
+        self.context: ContextParallel | None = None
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         q_BHND, k_BHND, v_BHND = self.qkv(x_BNC).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        o_BHND = F.scaled_dot_product_attention(self.q_norm(q_BHND), self.k_norm(k_BHND), v_BHND)
+        attend = F.scaled_dot_product_attention if self.context is None else self.context.attention
+        o_BHND = attend(self.q_norm(q_BHND), self.k_norm(k_BHND), v_BHND)
         return self.out(o_BHND.transpose(1, 2).flatten(2))
 
 
@@ -109,6 +112,7 @@ class DiT(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(config.width, 2 * config.width)
         self.patch_out = nn.Linear(config.width, pixels)
+        self.context: ContextParallel | None = None
         for layer in (self.modulation, self.patch_out, self.interval.mlp[-1]):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
@@ -123,10 +127,20 @@ class DiT(nn.Module):
         if r is not None:
             c_BC = c_BC + self.interval(t - r)
         h_BNC = self.patch_in(self.patchify(x)) + self.positions
+        if self.context is not None:
+            h_BNC = self.context.shard(h_BNC, dim=1)
         for block in self.blocks:
             h_BNC = block(h_BNC, c_BC)
         shift, scale = self.modulation(F.silu(c_BC)).chunk(2, dim=-1)
-        return self.unpatchify(self.patch_out(modulate(self.norm(h_BNC), shift, scale)))
+        pixels_BNC = self.patch_out(modulate(self.norm(h_BNC), shift, scale))
+        return self.unpatchify(pixels_BNC if self.context is None else self.context.gather(pixels_BNC, dim=1))
+
+    def split_tokens(self, context: ContextParallel) -> None:
+        """From now on each process of `context` works on its part of the tokens."""
+        self.context = context
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.context = context
 
     @property
     def tp_plan(self) -> dict[str, ParallelStyle]:

@@ -11,6 +11,7 @@ number of them, so that a run may stop on some and go on with others.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from jvpgraph.context_parallel import ContextParallel
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.checkpoint import Ranks
 from jvpgraph.trainer.config import ParallelConfig, RunConfig
@@ -60,24 +62,19 @@ def joined(config: RunConfig) -> Iterator[Layout]:
         torch.cuda.set_device(device)
     if not started:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    yield Layout(device, sizes, mesh, Ranks(timeout))
+    yield Layout(device, sizes, meshes_of(sizes, device), Ranks(timeout))
     if not started:  # and not after an error: the others may not be there to take leave of
         dist.destroy_process_group()
 
 
 def sizes_of(config: ParallelConfig, world: int) -> dict[str, int]:
-    """The dims of the mesh, outermost first: processes that talk most are neighbours."""
-    if config.cp_ulysses > 1 or config.cp_ring > 1:
-        raise ValueError(
-            "parallel.cp_ulysses and parallel.cp_ring are not in the trainer yet: what is missing is splitting the "
-            "tokens of its networks' inputs. Use dp_shard, dp_replicate and tp"
-        )
-    sizes = {"dp_replicate": config.dp_replicate, "dp_shard": config.dp_shard, "tp": config.tp}
+    """How often each setting splits, outermost first: processes that talk most are neighbours."""
+    sizes = {name: getattr(config, name) for name in ("dp_replicate", "dp_shard", "cp_ring", "cp_ulysses", "tp")}
     if config.dp_shard == -1:
-        sizes["dp_shard"] = max(1, world // (config.dp_replicate * config.tp))
+        sizes["dp_shard"] = 1
+        sizes["dp_shard"] = max(1, world // prod(sizes.values()))
     if (asked := prod(sizes.values())) != world:
-        product = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        product = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1 x 1"
         raise ValueError(
             f"parallel: {product} makes {asked} process{'es' * (asked > 1)}, and there {'is' if world == 1 else 'are'} "
             f"{world}: change these settings (parallel.dp_shard=-1 takes as many as there are), or start the run with "
@@ -97,8 +94,35 @@ def check(config: RunConfig, sizes: Mapping[str, int]) -> None:
             )
     if prod(sizes.values()) > 1 and config.student.compile:
         raise ValueError("student.compile needs one process: fully_shard's hooks are not compiled. Set it to false")
+    if sizes["tp"] > 1 and context_parallel(sizes):
+        raise ValueError("parallel.tp and parallel.cp_* do not go together in the trainer yet: set one of them to 1")
     if sizes["tp"] > 1 and config.student.lora is not None:
         raise ValueError("parallel.tp splits linear layers, and not LoRA adapters on them: use dp_shard, or no lora")
+
+
+def context_parallel(sizes: Mapping[str, int]) -> bool:
+    return sizes["cp_ring"] * sizes["cp_ulysses"] > 1
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """Two views of the same processes, in the same order."""
+
+    weights: DeviceMesh  # dp_replicate, shard, tp: who holds which part of a parameter
+    data: DeviceMesh  # part, ring, ulysses, tp: who works on which part of a batch, and on which tokens of it
+
+
+def meshes_of(sizes: Mapping[str, int], device: torch.device) -> Meshes:
+    replicate, shard, ring, ulysses, tp = (
+        sizes[name] for name in ("dp_replicate", "dp_shard", "cp_ring", "cp_ulysses", "tp")
+    )
+    weights = init_device_mesh(
+        device.type, (replicate, shard * ring * ulysses, tp), mesh_dim_names=("dp_replicate", "shard", "tp")
+    )
+    data = init_device_mesh(
+        device.type, (replicate * shard, ring, ulysses, tp), mesh_dim_names=("part", "ring", "ulysses", "tp")
+    )
+    return Meshes(weights, data)
 
 
 @dataclass(frozen=True)
@@ -106,13 +130,13 @@ class Layout:
     """The processes of a run, seen from one of them."""
 
     device: torch.device
-    sizes: Mapping[str, int]  # of the mesh, by name
-    mesh: DeviceMesh | None  # None: one process
+    sizes: Mapping[str, int]  # how often each setting splits
+    meshes: Meshes | None  # None: one process
     ranks: Ranks  # all processes, for agreeing on values that are no tensors
 
     @property
     def many(self) -> bool:
-        return self.mesh is not None
+        return self.meshes is not None
 
     @property
     def first(self) -> bool:
@@ -122,7 +146,7 @@ class Layout:
     @property
     def sharded(self) -> bool:
         """Whether parameters are gathered by FSDP2 just before they are used."""
-        return self.parts > 1
+        return self.parts > 1 or context_parallel(self.sizes)
 
     @property
     def parts(self) -> int:
@@ -131,11 +155,8 @@ class Layout:
 
     @property
     def part(self) -> int:
-        """Which one is this process's. Processes of one tensor-parallel group have the same."""
-        if self.mesh is None:
-            return 0
-        replica, shard = (self.mesh.get_local_rank(name) for name in ("dp_replicate", "dp_shard"))
-        return replica * self.sizes["dp_shard"] + shard
+        """Which one is this process's. Those that split a network or its tokens have the same."""
+        return 0 if self.meshes is None else self.meshes.data.get_local_rank("part")
 
     @property
     def workshop(self) -> torch.device:
@@ -152,18 +173,23 @@ class Layout:
         Raises:
             ValueError: the network has no plan for tensor parallel, or it does not divide.
         """
-        if self.mesh is None:
+        if self.meshes is None:
             return model
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         if self.sizes["tp"] > 1:
-            parallelize(model.net, self.mesh["tp"])
+            parallelize(model.net, self.meshes.weights["tp"])
             for name, parameter in model.named_parameters():  # DTensors are new parameters
                 parameter.requires_grad_(name not in frozen)
+        if context_parallel(self.sizes):
+            split_tokens(model.net, self.meshes.data)
         if self.sharded:
-            mesh = self.mesh["dp_shard"] if self.sizes["dp_replicate"] == 1 else self.mesh["dp_replicate", "dp_shard"]
+            dims = ("shard",) if self.sizes["dp_replicate"] == 1 else ("dp_replicate", "shard")
+            mesh = self.meshes.weights[dims]
             # The root too gives up what it gathered: its parameters may be written to between two forwards.
             for module in (*repeated_blocks(model.net), model):
                 fully_shard(module, mesh=mesh, reshard_after_forward=True)
+                if context_parallel(self.sizes):  # sums over the tokens, means over the samples
+                    module.set_gradient_divide_factor(self.parts)  # type: ignore[union-attr]
         return model.to(self.device)
 
     def check_gradients(self, model: TrigFlow, sample: Batch) -> None:
@@ -172,11 +198,11 @@ class Layout:
         So it is with one that works on a split activation, such as the norm of split heads: torch's styles let it, and
         the copies of the parameter would drift apart.
         """
-        if self.mesh is None or self.sizes["tp"] == 1:
+        if self.meshes is None or self.sizes["tp"] == 1:
             return
         t = torch.full((len(sample),), 0.5, dtype=torch.float64, device=self.device)
         model(sample.x0, t, sample.cond).square().sum().backward()
-        group, own = self.mesh.get_group("tp"), []
+        group, own = self.meshes.weights.get_group("tp"), []
         for name, parameter in model.named_parameters():
             gradient, parameter.grad = parameter.grad, None
             if gradient is None or "tp" in mesh_dims(gradient):
@@ -197,7 +223,7 @@ class Layout:
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Means over all processes, each of no dims; they come out the same bits everywhere."""
-        if self.mesh is None:
+        if self.meshes is None:
             return dict(values)
         total = torch.stack([value.detach().to(self.device, torch.float64) for value in values.values()])
         dist.all_reduce(total)
@@ -214,6 +240,26 @@ def reduce_gradients(model: nn.Module, now: bool) -> None:
     """Whether the next backward reduces gradients over the processes, or leaves that to a later one."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
+
+
+def split_tokens(net: Any, mesh: DeviceMesh) -> None:
+    """Context parallel by the network's own interface: its method `split_tokens`, or diffusers' enable_parallelism."""
+    if hasattr(net, "split_tokens"):
+        ring, ulysses = (mesh.get_group(name) if mesh[name].size() > 1 else None for name in ("ring", "ulysses"))
+        net.split_tokens(ContextParallel(ring=ring, ulysses=ulysses))
+    elif getattr(net, "_cp_plan", None):
+        if not torch.accelerator.device_count():
+            raise ValueError("parallel.cp_*: diffusers' context parallel needs a GPU")
+        diffusers = importlib.import_module("diffusers")
+        config = diffusers.ContextParallelConfig(
+            ring_degree=mesh["ring"].size(), ulysses_degree=mesh["ulysses"].size(), mesh=mesh["ring", "ulysses"]
+        )
+        net.enable_parallelism(config=config)
+    else:
+        raise ValueError(
+            f"parallel.cp_*: {type(net).__name__} has no interface for context parallel: give it a method split_tokens "
+            "that takes a jvpgraph.context_parallel.ContextParallel, or set cp_ulysses and cp_ring to 1"
+        )
 
 
 def parallelize(net: nn.Module, mesh: DeviceMesh) -> None:

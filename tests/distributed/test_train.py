@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,8 +40,13 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "replicas": {"dp_replicate": 2},
     "HSDP": {"dp_shard": 2, "dp_replicate": 2},
     "FSDP2+TP": {"dp_shard": -1, "tp": 2},
+    "Ulysses": {"cp_ulysses": 2},
+    "ring": {"cp_ring": 2},
+    "Ulysses x ring": {"cp_ulysses": 2, "cp_ring": 2},
+    "FSDP2+Ulysses": {"dp_shard": 2, "cp_ulysses": 2},
+    "HSDP+ring": {"dp_replicate": 2, "cp_ring": 2},
 }
-PROCESSES = {"FSDP2": 2, "TP": 2, "replicas": 2, "HSDP": 4, "FSDP2+TP": 4}
+PROCESSES = {name: abs(prod(sizes.values())) * (2 if -1 in sizes.values() else 1) for name, sizes in LAYOUTS.items()}
 
 
 def config_of(out: Path, stages: list[dict[str, Any]], parallel: str | None = None, **more: Any) -> RunConfig:
@@ -56,7 +62,7 @@ def config_of(out: Path, stages: list[dict[str, Any]], parallel: str | None = No
         "device": "cpu",
         "checkpoint": {"every": 1000},
         "log": {"every": 1},
-        "parallel": {} if parallel is None else LAYOUTS[parallel],
+        "parallel": LAYOUTS[parallel] if parallel else {},
     }
     return settings.from_dict(RunConfig, {**data, "out": str(out), "stages": stages, **more})
 
@@ -214,7 +220,7 @@ def test_who_draws_past_the_functions_is_told() -> None:
 @pytest.mark.matrix
 def test_a_run_goes_on_in_other_layouts(tmp_path: Path) -> None:
     """Stopped between steps and stages; optimiser, averages, random streams and data go over."""
-    plan = [("FSDP2", 3), (None, 5), ("TP", 8), ("HSDP", 10), ("FSDP2+TP", 12)]
+    plan = [("FSDP2", 3), (None, 5), ("TP", 7), ("HSDP", 9), ("FSDP2+TP", 10), ("FSDP2+Ulysses", 12)]
     whole = [stage("scm", 4, student={"lr": 1e-3, "betas": [0.9, 0.99]}), stage(RCM, 8)]
     one = train(config_of(tmp_path / "one", whole))
     for parallel, end in plan:  # runs that are made longer
@@ -360,8 +366,8 @@ def test_gradients_that_tensor_parallel_would_leave_in_parts(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
-        ({"dp_shard": 2}, "dp_replicate 1 x dp_shard 2 x tp 1 makes 2 processes, and there is 1.*torchrun --nproc-per"),
-        ({"cp_ring": 2}, "cp_ulysses and parallel.cp_ring are not in the trainer yet"),
+        ({"dp_shard": 2}, r"parallel: dp_shard 2 makes 2 processes, and there is 1.*torchrun --nproc-per"),
+        ({"cp_ring": 2, "tp": 3}, "cp_ring 2 x tp 3 makes 6 processes"),
         ({"dp_shard": 0}, "dp_shard is 0"),
     ],
 )
@@ -369,25 +375,31 @@ def test_layouts_that_do_not_fit_are_refused_before_anything_is_built(
     tmp_path: Path, parallel: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        train(config_of(tmp_path / "run", [stage("scm", 1)], parallel=parallel, model={"load": "no_such:model"}))
+        config = config_of(tmp_path / "run", [stage("scm", 1)], model={"load": "no_such:model"})
+        train(replace(config, parallel=ParallelConfig(**parallel)))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("sizes", "more", "message"),
     [
-        ({"dp_replicate": 2, "dp_shard": 3, "tp": 1}, {}, r"stages\.0\.batch is 8.*into 6 equal parts"),
-        ({"dp_replicate": 1, "dp_shard": 2, "tp": 1}, {"student": {"compile": True}}, "student.compile needs one"),
-        ({"dp_replicate": 1, "dp_shard": 1, "tp": 2}, {"student": {"lora": {"rank": 2}}}, "and not LoRA adapters"),
+        ({"dp_replicate": 2, "dp_shard": 3}, {}, r"stages\.0\.batch is 8.*into 6 equal parts"),
+        ({"dp_shard": 2}, {"student": {"compile": True}}, "student.compile needs one"),
+        ({"tp": 2}, {"student": {"lora": {"rank": 2}}}, "and not LoRA adapters"),
+        ({"tp": 2, "cp_ring": 2}, {}, "do not go together"),
     ],
 )
 def test_settings_that_cannot_be_spread(sizes: dict[str, int], more: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check(config_of(Path("unused"), [stage("scm", 1)], **more), sizes)
+        check(
+            config_of(Path("unused"), [stage("scm", 1)], **more),
+            sizes_of(ParallelConfig(**sizes), prod(sizes.values())),
+        )
 
 
 def test_the_rest_of_the_processes_shards() -> None:
-    assert sizes_of(ParallelConfig(dp_shard=-1, tp=2), 8) == {"dp_replicate": 1, "dp_shard": 4, "tp": 2}
+    sizes = sizes_of(ParallelConfig(dp_shard=-1, cp_ring=2, tp=2), 16)
+    assert sizes == {"dp_replicate": 1, "dp_shard": 4, "cp_ring": 2, "cp_ulysses": 1, "tp": 2}
     with pytest.raises(ValueError, match="makes 6 processes, and there are 8"):
         sizes_of(ParallelConfig(dp_shard=-1, tp=3, dp_replicate=1), 8)
 
