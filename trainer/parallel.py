@@ -108,7 +108,7 @@ def context_parallel(sizes: Mapping[str, int]) -> bool:
 class Meshes:
     """Two views of the same processes, in the same order."""
 
-    weights: DeviceMesh  # dp_replicate, shard, tp: who holds which part of a parameter
+    weights: DeviceMesh  # dp_replicate, shard, tp, as far as there are any: who holds which part of a parameter
     data: DeviceMesh  # part, ring, ulysses, tp: who works on which part of a batch, and on which tokens of it
 
 
@@ -116,9 +116,10 @@ def meshes_of(sizes: Mapping[str, int], device: torch.device) -> Meshes:
     replicate, shard, ring, ulysses, tp = (
         sizes[name] for name in ("dp_replicate", "dp_shard", "cp_ring", "cp_ulysses", "tp")
     )
-    weights = init_device_mesh(
-        device.type, (replicate, shard * ring * ulysses, tp), mesh_dim_names=("dp_replicate", "shard", "tp")
-    )
+    split = {"dp_replicate": replicate, "shard": shard * ring * ulysses, "tp": tp}
+    # Without dims of one process: Inductor does not take the slice of a mesh that tensor parallel alone would see.
+    split = {name: size for name, size in split.items() if size > 1 or (name == "shard" and replicate > 1)}
+    weights = init_device_mesh(device.type, tuple(split.values()), mesh_dim_names=tuple(split))
     data = init_device_mesh(
         device.type, (replicate * shard, ring, ulysses, tp), mesh_dim_names=("part", "ring", "ulysses", "tp")
     )

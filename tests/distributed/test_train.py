@@ -374,8 +374,8 @@ def test_gradients_that_tensor_parallel_would_leave_in_parts(tmp_path: Path) -> 
 def test_layouts_that_do_not_fit_are_refused_before_anything_is_built(
     tmp_path: Path, parallel: dict[str, int], message: str
 ) -> None:
+    config = config_of(tmp_path / "run", [stage("scm", 1)], model={"load": "no_such:model"})
     with pytest.raises(ValueError, match=message):
-        config = config_of(tmp_path / "run", [stage("scm", 1)], model={"load": "no_such:model"})
         train(replace(config, parallel=ParallelConfig(**parallel)))
     assert not (tmp_path / "run").exists()
 
