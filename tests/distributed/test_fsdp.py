@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -258,3 +259,31 @@ def test_mixed_precision(cast_inputs: bool):
         assert dtypes == ["torch.bfloat16", "torch.bfloat16"]
         assert tangent < 0.05
         assert others < 0.05
+
+
+PLANS = {  # what of a block is split over tensor-parallel ranks
+    "dit": {"to_q": "columns", "to_k": "columns", "to_v": "columns", "to_out": "rows", "up": "columns", "down": "rows"},
+    "wan": {"ffn.net.0.proj": "columns", "ffn.net.2": "rows"},
+    "flux": {"ff.net.0.proj": "columns", "ff.net.2": "rows"},
+}
+
+
+def with_tensor_parallel(name: str) -> Errors:
+    """Blocks split over one axis of the mesh, then sharded over the other."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+    model = MODELS[name].build()
+    for parent, i in blocks(model, name):
+        there = {path for path, _ in parent[i].named_modules()}
+        plan = {k: ColwiseParallel() if v == "columns" else RowwiseParallel() for k, v in PLANS[name].items()}
+        parallelize_module(parent[i], mesh["tensor"], {k: v for k, v in plan.items() if k in there})
+    shard(model, name, mesh=mesh["shard"])
+    dual = jvpgraph.transform(model, regions="auto", backend=backend())
+    found = measure(dual, name, mesh.get_group("shard"))
+    assert all(not group.cause and group.calls for group in dual.regions.groups), dual.regions
+    return found
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", MODELS)
+def test_fsdp_with_tensor_parallel(name: str):
+    check("FSDP2 x TP, 2 x 2", name, run(4, with_tensor_parallel, name))
