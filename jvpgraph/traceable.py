@@ -1,6 +1,6 @@
-"""Code of diffusers that torch.compile cannot read, told to it in another way.
+"""Context parallelism of others: diffusers' is told to torch.compile in another way, torch's own is refused.
 
-Its context parallelism works in eager mode, but one graph of the model it cannot be: its hooks look up a signature and
+That of diffusers works in eager mode, but one graph of the model it cannot be: its hooks look up a signature and
 warn on first use, and the backward of its default attention switches requires_grad on inside an autograd Function.
 """
 
@@ -12,17 +12,29 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jvpgraph.errors import CaptureError
 from jvpgraph.kernels.ops import OPS
 
 __all__ = ["make_traceable"]
 
 HOOKS, ATTENTION = "diffusers.hooks.context_parallel", "diffusers.models.attention_dispatch"
+TORCHS = "torch.distributed.tensor.experimental._context_parallel._attention"
 
 
 def make_traceable(model: nn.Module) -> None:
-    """Prepare what diffusers has put on ``model`` for capture; nothing changes for eager calls. Cheap to repeat."""
+    """Prepare what diffusers has put on ``model`` for capture; nothing changes for eager calls. Cheap to repeat.
+
+    Raises:
+        CaptureError: inside of torch's ``context_parallel``, which puts DTensors into attention behind Dynamo's back.
+    """
+    if F.scaled_dot_product_attention in getattr(sys.modules.get(TORCHS), "_replaced_functions", ()):
+        raise CaptureError(
+            "a call with tangents= cannot stand inside of torch's context_parallel: use "
+            "jvpgraph.context_parallel.ContextParallel in the model, or diffusers' enable_parallelism"
+        )
     if HOOKS not in sys.modules:
         return
     _tell_dynamo()

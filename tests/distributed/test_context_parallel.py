@@ -16,6 +16,7 @@ from diffusers import ContextParallelConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.experimental import context_parallel
 
 import jvpgraph
 from jvpgraph.context_parallel import ContextParallel
@@ -294,6 +295,22 @@ def test_the_uneven_forms_of_diffusers_are_refused(ring, ulysses, attention, com
     """They exchange lengths while they run, which no graph holds, and gather by a collective that writes in place."""
     for said in run(2, anything, ring, ulysses, attention, compiler):
         assert ("cannot be captured" if compiler == "eager" else "c10d.") in said
+
+
+def inside_of_torchs(compiler: str) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    net = MODELS["dit"]
+    dual = jvpgraph.transform(net.build(), backend=compiler)
+    split = {"buffers": [torch.zeros(2, 4)], "buffer_seq_dims": [1]}
+    with context_parallel(mesh, **split), pytest.raises(jvpgraph.CaptureError) as caught:
+        dual(**net.inputs(), tangents=net.tangents())
+    dual(**net.inputs(), tangents=net.tangents())  # outside of it, as ever
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "op_by_op"])
+def test_torchs_own_is_refused(compiler):
+    assert all("ContextParallel" in said for said in run(2, inside_of_torchs, compiler))
 
 
 def sharded(name: str, attention: str | None) -> Errors:
