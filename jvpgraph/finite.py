@@ -16,14 +16,19 @@ from jvpgraph.op_by_op import OpByOp
 __all__ = ["check_finite"]
 
 
-def check_finite(forward: Callable[..., Any], inputs: tuple[Any, ...], dots: list[Tensor]) -> None:
+def check_finite(forward: Callable[..., Any] | None, inputs: tuple[Any, ...], dots: list[Tensor]) -> None:
     """Raise unless all tangents are finite; the call is run once more, op by op, to name the culprit.
+
+    Args:
+        forward: None where one rank alone cannot run it again.
 
     Raises:
         NonFiniteTangent: names the first module and op whose tangent is not finite.
     """
     if all(bool(torch.isfinite(dot).all()) for dot in dots):
         return
+    if forward is None:
+        raise NonFiniteTangent("a tangent is NaN or infinite; which module made it so is found without FSDP2 and DDP")
     culprit = _first_module(forward, inputs) or "an op that is finite when run alone (the compiled kernel differs)"
     raise NonFiniteTangent(f"a tangent is NaN or infinite, first in {culprit}")
 

@@ -118,6 +118,10 @@ class Regions:
         self.whole, self.reason = not hooks, f"{hooks} has hooks that run outside of graphs" if hooks else "it can be"
         return self.whole
 
+    def needs_all_ranks(self) -> bool:
+        """Whether a call of the model waits for the other ranks."""
+        return bool(hooks_forbid_one_graph(self._model))
+
     def one_graph_failed(self, error: CaptureError) -> None:
         """The model cannot be captured whole: use regions from now on."""
         self.whole, self._refused_one_graph = False, True
