@@ -94,6 +94,12 @@ def check(config: RunConfig, sizes: Mapping[str, int]) -> None:
             )
     if prod(sizes.values()) > 1 and config.student.compile:
         raise ValueError("student.compile needs one process: fully_shard's hooks are not compiled. Set it to false")
+    if sizes["tp"] > 1 and parts > 1 and config.student.backend == "inductor":
+        # torch 2.13 puts device_mesh._get_submesh into the graph as no overload, which Inductor's lowering asserts.
+        raise ValueError(
+            "parallel.tp beside dp_shard or dp_replicate is a part of a mesh, for which Inductor has no lowering: set "
+            "student.backend to eager, or tp to 1, or tp to the number of processes"
+        )
     if sizes["tp"] > 1 and context_parallel(sizes):
         raise ValueError("parallel.tp and parallel.cp_* do not go together in the trainer yet: set one of them to 1")
     if sizes["tp"] > 1 and config.student.lora is not None:

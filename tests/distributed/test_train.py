@@ -387,6 +387,7 @@ def test_layouts_that_do_not_fit_are_refused_before_anything_is_built(
         ({"dp_shard": 2}, {"student": {"compile": True}}, "student.compile needs one"),
         ({"tp": 2}, {"student": {"lora": {"rank": 2}}}, "and not LoRA adapters"),
         ({"tp": 2, "cp_ring": 2}, {}, "do not go together"),
+        ({"tp": 2, "dp_shard": 2}, {"student": {"backend": "inductor"}}, "for which Inductor has no lowering"),
     ],
 )
 def test_settings_that_cannot_be_spread(sizes: dict[str, int], more: dict[str, Any], message: str) -> None:
