@@ -194,6 +194,7 @@ def with_options(option: str) -> Errors:
     return with_fsdp("dit", "after" if option == "dual sharded" else "before", **settings)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("option", ["kept after forward", "resharded", "CPU offload", "dual sharded"])
 def test_options(option: str):
     check(f"FSDP2, {option}", "dit", run(2, with_options, option))
@@ -253,6 +254,7 @@ def mixed(cast_inputs: bool) -> tuple[list[str], list[float]]:
     return dtypes, [tangent, max(value / answers[1][0].norm().item(), max(of_gradients) / scale)]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("cast_inputs", [True, False])
 def test_mixed_precision(cast_inputs: bool):
     for dtypes, (tangent, others) in run(2, mixed, cast_inputs):
