@@ -75,7 +75,8 @@ class PlainBlock(nn.Module):
         h = self.norm1(x_BND) * (1 + scale) + shift
         x_BND = x_BND + self.to_out(self.attend(self.to_q(h), self.to_k(h), self.to_v(h)))
         h = self.norm2(x_BND)
-        x_BND = x_BND + self.text_out(self.attend(self.text_q(h), self.text_k(text_BLE), self.text_v(text_BLE)))
+        to_text = (self.text_q(h), self.text_k(text_BLE), self.text_v(text_BLE))
+        x_BND = x_BND + self.text_out(PlainBlock.attend(self, *to_text))  # also where a subclass splits the tokens
         return x_BND + self.down(F.gelu(self.up(self.norm3(x_BND))))
 
 

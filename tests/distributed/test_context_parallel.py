@@ -120,8 +120,6 @@ class ParallelBlock(PlainBlock):
     cp: ContextParallel
 
     def attend(self, q_BND: Tensor, k_BND: Tensor, v_BND: Tensor) -> Tensor:
-        if k_BND.shape[1] != q_BND.shape[1]:
-            return super().attend(q_BND, k_BND, v_BND)
         heads = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q_BND, k_BND, v_BND))
         return self.cp.attention(*heads).transpose(1, 2).flatten(2)
 
