@@ -145,7 +145,6 @@ class DualModule(nn.Module):
         """
         if tangents is None:
             return self.model(*args, **kwargs)
-        make_traceable(self.model)
         inputs = Inputs.of(self.model, args, kwargs)
         dots = match_tangents(tangents, inputs, self._dual.config.check_finite)
         with explaining_heads(self.model):
@@ -237,6 +236,7 @@ class _Dual:
         self.settings["differentiable_tangent"] = differentiable_tangent
         self.config, self.has_aux = config, has_aux
         self.forward = dual_forward(call, has_aux, differentiable_tangent)
+        self._call = call
         self.backend: Backend | None = None
         if isinstance(backend, Backend):
             self.backend = backend
@@ -251,6 +251,8 @@ class _Dual:
     # A graph of its own, also inside a function that is being compiled: its markers must not meet those of another.
     @torch.compiler.disable(reason="a call with tangents= is compiled on its own")
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dots: dict[str, Tensor]) -> tuple[Any, Any]:
+        if isinstance(self._call, nn.Module):
+            make_traceable(self._call)
         if not self.settings["differentiable_tangent"]:
             dots = {path: dot.detach() for path, dot in dots.items()}
         out, flat_dots = self._run(args, kwargs, dots)

@@ -395,7 +395,7 @@ def attention_backward(
     hides = _hides(bias)
     delta = (o_grad.to(dtype) * o.to(dtype)).sum(-1)  # [B, H, Lq]
     if lse_grad is not None:
-        delta = delta - lse_grad
+        delta = delta - lse_grad.masked_fill(lse == -math.inf, 0)  # a merge of parts may have none there but NaN
     if _may_be_blind(bias, window):
         lse = lse.masked_fill(lse == -math.inf, math.inf)  # makes p = 0 in a fully masked row
     chunks, block_q, block_k = _plan(q, k, block_q, block_k)

@@ -42,7 +42,7 @@ else:
     attention_triton = None
 try:
     from jvpgraph.kernels import attention_gluon
-except ImportError:  # no Triton, or one that has changed what it calls experimental
+except (ImportError, AttributeError):  # no Triton, or one that has changed what it calls experimental
     attention_gluon = None
 
 __all__ = ["OPS", "How", "implementation"]

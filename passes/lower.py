@@ -32,6 +32,7 @@ from jvpgraph.errors import CaptureError, UnsupportedNode, UnsupportedOp
 from jvpgraph.linearize import INSERTED_META, source_line
 from jvpgraph.markers import TANGENT_OF
 from jvpgraph.passes.context import Context
+from jvpgraph.passes.swap_attention import is_in_place
 from jvpgraph.rules.apply import bind, has_tangent
 from jvpgraph.trace import value_of
 
@@ -57,7 +58,8 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """The forward of gm as one functional ATen graph with the same inputs.
 
     Raises:
-        UnsupportedOp: the model has an autograd.Function, whose own backward would be lost.
+        UnsupportedOp: the model has an autograd.Function, whose own backward would be lost, or writes to a tensor in
+            place where gradients are off.
     """
     refused = [
         UnsupportedNode(
@@ -71,11 +73,11 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
         if isinstance(body, fx.GraphModule)
         for node in body.graph.find_nodes(op="call_function", target=autograd_function_apply)
     ]
-    if refused:
-        raise UnsupportedOp(refused)
     for body in gm.modules():
         if isinstance(body, fx.GraphModule):
-            _detach_instead_of_no_grad(body)
+            refused += _detach_instead_of_no_grad(body)
+    if refused:
+        raise UnsupportedOp(refused)
     inputs = gm.graph.find_nodes(op="placeholder")
 
     lowered = _forward_of(gm, example_inputs)
@@ -111,19 +113,27 @@ def _copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(x.device, x.dtype).expand(x.shape).clone()
 
 
-def _detach_instead_of_no_grad(gm: fx.GraphModule) -> None:
-    """Let what is computed without gradients be a constant to reverse mode by its own; forward mode goes through."""
+def _detach_instead_of_no_grad(gm: fx.GraphModule) -> list[UnsupportedNode]:
+    """Let what is computed without gradients be a constant to reverse mode by its own; forward mode goes through.
+
+    Returns writes in place, for which a detach cannot stand in: autograd goes on with the history from before them.
+    """
     recording = True
+    refused = []
+    reason = "written in place without gradients: with differentiable_tangent, compute it out of place"
     for node in list(gm.graph.nodes):
         if node.target is torch._C._set_grad_enabled:
             recording = bool(node.args[0])
             gm.graph.erase_node(node)
         elif not recording and node.op.startswith("call") and has_tangent(node.meta.get("example_value")):
+            if is_in_place(node):
+                refused.append(UnsupportedNode(str(node.target), node.name, (), source_line(node), reason))
             with gm.graph.inserting_after(node):
                 constant = gm.graph.call_method("detach", (node,))
             constant.meta.update(node.meta)
             node.replace_all_uses_with(constant, delete_user_cb=lambda user, new=constant: user is not new)
     gm.recompile()
+    return refused
 
 
 def check_gradients(graph: fx.Graph, context: Context) -> None:

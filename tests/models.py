@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Block(nn.Module):
@@ -76,3 +78,15 @@ def inputs(batch: int = 2, tokens: int = 6, dtype: torch.dtype = torch.float64) 
     """x, t and their tangents for TinyDiT."""
     x, t = torch.randn(batch, tokens, 4, dtype=dtype), torch.rand(batch, dtype=dtype)
     return x, t, torch.randn_like(x), torch.randn_like(t)
+
+
+class CountOps(TorchDispatchMode):
+    """How often each op ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.ran = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ran[str(func)] += 1
+        return func(*args, **(kwargs or {}))

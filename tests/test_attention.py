@@ -766,6 +766,20 @@ def test_merging_key_splits(tangents):
     assert_near(merge_attention(*parts), run(slice(None)), q.dtype)
     with pytest.raises(ValueError, match="merge_attention needs"):
         merge_attention()
+    if not tangents:  # rows that no part sees, among them all of the second batch entry
+        whole, merged = (
+            gradients(call, [q, k, v], torch.randn_like(q), None)
+            for call in (
+                lambda q, k, v: attention(q, k, v, bias),
+                lambda q, k, v: merge_attention(
+                    *(
+                        attention(q, k[:, :, i : i + 10], v[:, :, i : i + 10], bias[..., i : i + 10])
+                        for i in (0, 10, 20)
+                    )
+                ),
+            )
+        )
+        assert all(x.isfinite().all() for x in (*whole, *merged))
 
 
 def test_refusals_name_what_was_given():

@@ -15,8 +15,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import jvpgraph
-from tests.models import TinyDiT, inputs, oracle
-from tests.test_transform import CountOps
+from tests.models import CountOps, TinyDiT, inputs, oracle
 from tests.zoo.base import QUIET
 from tests.zoo.cases import CASES
 from tests.zoo.oracle import AllDouble, random_tangents
@@ -207,6 +206,22 @@ def test_refusals():
         jvpgraph.transform(nn.Linear(4, 4), backend="op_by_op", differentiable_tangent=True)
     with pytest.raises(jvpgraph.UnsupportedOp, match=r"autograd\.Function"):
         jvpgraph.jvp(Custom.apply, (x,), (x.detach(),), backend="eager", differentiable_tangent=True)
+
+
+class Normalising(nn.Linear):
+    """EDM2's forced weight normalisation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.copy_(self.weight / self.weight.norm())
+        return super().forward(input)
+
+
+def test_writes_without_gradients_are_refused():
+    x = torch.randn(3, 4).double()
+    dual = jvpgraph.transform(Normalising(4, 4).double(), backend="eager", differentiable_tangent=True)
+    with pytest.raises(jvpgraph.UnsupportedOp, match="in place without gradients"):
+        dual(x, tangents={"input": x})
 
 
 def test_statistics_without_a_gradient_are_refused():

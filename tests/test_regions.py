@@ -315,9 +315,9 @@ class TestWhatCannotBeCaptured:
     def test_unsupported_ops_are_refused(self):
         class Part(nn.Module):
             def forward(self, x):
-                return torch.ops.jvpgraph_test.opaque(x)
+                return torch.ops.tests_regions.opaque(x)
 
-        with torch.library._scoped_library("jvpgraph_test", "FRAGMENT") as library:
+        with torch.library._scoped_library("tests_regions", "FRAGMENT") as library:
             library.define("opaque(Tensor x) -> Tensor")
             library.impl("opaque", lambda x: x * 2, "CompositeExplicitAutograd")
             library.impl("opaque", lambda x: x * 2, "Meta")

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import warnings
 import weakref
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import jvpgraph
 from jvpgraph import api
-from tests.models import Computed, Output, TinyDiT, inputs, oracle
+from jvpgraph.passes.pipeline import PIPELINE
+from tests.models import Computed, CountOps, Output, TinyDiT, inputs, oracle
 
 BACKENDS = ("op_by_op", "eager", "inductor")
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -411,18 +410,6 @@ class Checkpointed(TinyDiT):
         return self.head(x)
 
 
-class CountOps(TorchDispatchMode):
-    """How often each op ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.ran = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.ran[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
 class TestActivationCheckpointing:
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_value_tangent_and_gradients(self, backend):
@@ -768,7 +755,7 @@ def test_dump_writes_one_readable_file_per_pass(tmp_path):
     config = jvpgraph.Config(dump=str(tmp_path))
     jvpgraph.transform(TinyDiT().double(), config=config)(x, t, tangents={"x": x_dot})
     names = sorted(path.name for path in (tmp_path / "000_graph").iterdir())
-    steps = ["captured", "linearize", "drop_dead_tangents", "fuse_attention", "count", "decompose"]
+    steps = ["captured", *(step.__name__ for step in PIPELINE)]
     assert [n for n in names if n.endswith(".py")] == [f"{i:02d}_{step}.py" for i, step in enumerate(steps)]
     assert len([n for n in names if n.endswith(".diff")]) == len(steps) - 1
     text = (tmp_path / "000_graph" / "03_fuse_attention.py").read_text()

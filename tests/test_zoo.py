@@ -25,6 +25,9 @@ WHOLE = (
 
 # Dynamo looks at .grad of what a region is given.
 NOT_A_LEAF = "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+# Its first call fills a cache under a context manager that Dynamo does not know.
+FIRST_IN_REGIONS = ("ZImageTransformer2DModel",)
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings(NOT_A_LEAF),
@@ -36,7 +39,7 @@ pytestmark = [
 def test_one_graph(name):
     result = examine(CASES[name])
     assert result.right, str(result)
-    assert result.capture == "whole"
+    assert result.capture == ("regions" if name in FIRST_IN_REGIONS else "whole")
     assert result.variants == 2
     assert result.table > 50
 

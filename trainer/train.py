@@ -173,7 +173,7 @@ def build_networks(config: RunConfig, layout: Layout) -> Networks:
     if config.student.compile:
         teacher.compile(dynamic=False)
     # FSDP2 gathers a block's parameters when the block is called: it has to stay a module of its own.
-    regions = "auto" if layout.sharded else None
+    regions = "auto" if layout.sharded and config.student.backend != "op_by_op" else None
     dual = jvpgraph.transform(student, backend=config.student.backend, dynamic=False, regions=regions)
 
     def new_student() -> TrigFlow:

@@ -72,4 +72,4 @@ def cudnn(outs, q, k, v, bias, with_lse, p, causal, debug, scale, *, q_dot=None,
 @jvp(aten._scaled_dot_product_fused_attention_overrideable.default, when=no_dropout(4))
 def overrideable(outs, q, k, v, bias, p, causal, debug, scale, *, q_dot=None, k_dot=None, v_dot=None, bias_dot=None):
     dots = {"q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot, "bias_dot": bias_dot}
-    return fused(outs, q, k, v, bias, causal, scale, **dots)
+    return fused(outs, q, k, v, bias, causal, scale, lse_like=outs[1], **dots)
