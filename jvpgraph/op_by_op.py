@@ -67,6 +67,14 @@ class OpByOp(TorchDispatchMode):
         shadow = self._shadows.get(_key(x)) if has_tangent(x) and x not in self._stopped else None
         return _view_of(shadow, x) if shadow is not None else None
 
+    def stop(self, x: Tensor) -> None:
+        """Let ``x`` have no tangent, though its storage has a shadow."""
+        self._stopped[x] = None
+
+    def shadowed(self, x: Tensor) -> bool:
+        """Whether something in the storage of ``x`` has a tangent."""
+        return _key(x) in self._shadows
+
     def set_tangent(self, x: Tensor, x_dot: Tensor) -> None:
         """Give ``x`` a tangent of the same shape."""
         shadow = self._shadows.get(_key(x))

@@ -188,8 +188,13 @@ class Regions:
         region.group.calls += 1
         self._remember(frames, module, True)
         with mode.left():
-            for leaf, dot in zip([leaf for _, leaf in leaves(out) if has_tangent(leaf)], out_dots):
-                mode.set_tangent(leaf, dot)
+            outs = [leaf for _, leaf in leaves(out) if has_tangent(leaf)]
+            handed_through = list(map(mode.shadowed, outs))
+            for leaf, dot, known in zip(outs, out_dots, handed_through):
+                if not known:
+                    mode.set_tangent(leaf, dot)
+                elif not any(_same_storage(leaf, inputs[path]) for path in dots):
+                    mode.stop(leaf)  # a detached argument that is handed through
         return out
 
     def _plainly(self, region: _Region, frames: list[Any], args: Any, kwargs: Any) -> Any:
@@ -426,6 +431,10 @@ def _refuse_writes(gm: fx.GraphModule) -> None:
 
 def _version(x: Any) -> int:
     return x._version if has_tangent(x) else 0
+
+
+def _same_storage(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 _MISSING = object()

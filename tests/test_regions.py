@@ -560,3 +560,28 @@ class CountOps(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.ran[str(func)] += 1
         return func(*args, **(kwargs or {}))
+
+
+class HandsThrough(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, x: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
+        return x * self.gain, fixed
+
+
+class AroundIt(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = HandsThrough()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, fixed = self.block(x + 1, x.detach())
+        return y + fixed + 3 * x
+
+
+def test_a_detached_argument_that_is_handed_through_takes_no_tangent_away():
+    x = torch.randn(3).double()
+    dual = jvpgraph.transform(AroundIt(), regions=HandsThrough, backend="eager")
+    assert torch.equal(dual(x, tangents={"x": torch.ones(3).double()})[1], torch.full((3,), 5.0).double())
