@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EXPECTED as error:
         if args.traceback:
             traceback.print_exc()
-        rank = f", rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        rank = f", rank {os.environ.get('RANK', '?')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"jvpgraph {args.command}{rank}: {explain(error, args.command)}", file=sys.stderr)
         return 2 if isinstance(error, (SettingsError, PlugError)) else 1
     return 0
