@@ -36,6 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jvpgraph.kernels.layout import dtype_inside, empty_rows
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
 
 __all__ = ["attention", "attention_backward", "attention_jvp"]
@@ -146,15 +147,6 @@ def _mask_scores(
         chunk.scores(s, bq).masked_fill_(window.hides(ahead), -math.inf)
 
 
-def _dtype_inside(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _empty_rows(like: Tensor, heads: int, length: int, dim: int) -> Tensor:
-    """[B, H, L, D] that lies in memory as B, L, H, D."""
-    return like.new_empty(like.shape[0], length, heads, dim).transpose(1, 2)
-
-
 def _may_be_blind(bias: Tensor | None, window: Window) -> bool:
     """Whether there may be queries that see no key at all."""
     return bias is not None or window.left is not None
@@ -263,13 +255,13 @@ def _attend(
     block_k: int | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     q_dot, k_dot, v_dot, bias_dot = dots
-    dtype = _dtype_inside(q)
-    heads, n_q, n_k, dim_v = q.shape[1], q.shape[2], k.shape[2], v.shape[3]
+    dtype = dtype_inside(q)
+    n_q, n_k, dim_v = q.shape[2], k.shape[2], v.shape[3]
     s_moves = q_dot is not None or k_dot is not None or bias_dot is not None
 
-    o = _empty_rows(q, heads, n_q, dim_v)
+    o = empty_rows(q, n_q, dim_v)
     lse = q.new_empty(q.shape[:3], dtype=dtype)
-    o_dot = _empty_rows(q, heads, n_q, dim_v) if s_moves or v_dot is not None else None
+    o_dot = empty_rows(q, n_q, dim_v) if s_moves or v_dot is not None else None
     lse_dot = torch.empty_like(lse) if s_moves else None
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         for x in (o, o_dot, lse_dot):
@@ -383,11 +375,11 @@ def attention_backward(
         and _flash_applies(q, k, v, bias, window)
     ):
         return *_flash_backward(o_grad, q, k, v, bias, o, lse, window, scale), None
-    dtype = _dtype_inside(q)
-    heads, kv_heads, n_q, n_k = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
-    dq = _empty_rows(q, heads, n_q, q.shape[3])
-    dk = _empty_rows(k, kv_heads, n_k, k.shape[3])
-    dv = _empty_rows(v, kv_heads, n_k, v.shape[3])
+    dtype = dtype_inside(q)
+    n_q, n_k = q.shape[2], k.shape[2]
+    dq = empty_rows(q, n_q, q.shape[3])
+    dk = empty_rows(k, n_k, k.shape[3])
+    dv = empty_rows(v, n_k, v.shape[3])
     dbias = bias.new_zeros(bias.shape, dtype=dtype) if bias is not None and bias_needs_grad else None
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias

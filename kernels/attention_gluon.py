@@ -42,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from jvpgraph.kernels import attention_triton
-from jvpgraph.kernels.attention_triton import attention, attention_backward
+from jvpgraph.kernels.attention_triton import attention, attention_backward, descriptor_strides, fits_descriptor
 from jvpgraph.kernels.blocks import GLUON_IS_FASTER, GLUON_TABLE, GluonBlocks, gluon_blocks
 from jvpgraph.kernels.layout import empty_rows
 from jvpgraph.kernels.window import EVERYTHING, Window
@@ -443,7 +443,7 @@ def attention_jvp(
     if (
         not supports(q, v, bias, window, scale, cu_seqlens)
         or all(x is None for x in dots)
-        or any(x.numel() == 0 or not _fits_descriptor(x) for x in tensors)
+        or any(x.numel() == 0 or not _fits(x) for x in tensors)
     ):
         return attention_triton.attention_jvp(
             q, k, v, q_dot, k_dot, v_dot, bias, bias_dot, window, scale, cu_seqlens=cu_seqlens
@@ -487,19 +487,9 @@ def layout_of(rows: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout
 
 
 def _descriptor(x: Tensor, rows: int, width: int) -> TensorDescriptor:
-    # the stride of a dim of size one is never used, but is checked
-    strides = [16 if length == 1 else stride for length, stride in zip(x.shape[:3], x.stride())] + [1]
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, width], layout_of(rows, width, x.dtype))
+    layout = layout_of(rows, width, x.dtype)
+    return TensorDescriptor(x, list(x.shape), descriptor_strides(x), [1, 1, rows, width], layout)
 
 
-def _fits_descriptor(x: Tensor) -> bool:
-    """What the hardware asks: rows that are contiguous, aligned to 16 bytes, and no dim that broadcasts."""
-    size = x.element_size()
-    return (
-        x.stride(3) == 1
-        and x.data_ptr() % 16 == 0
-        and all(
-            length == 1 or (stride > 0 and stride * size % 16 == 0 and stride * size < 1 << 40)
-            for length, stride in zip(x.shape[:3], x.stride())
-        )
-    )
+def _fits(x: Tensor) -> bool:
+    return x.stride(3) == 1 and fits_descriptor(x)

@@ -22,9 +22,10 @@ from jvpgraph.kernels import attention_blocked
 from jvpgraph.kernels.aten_backward import attention_backward
 from jvpgraph.kernels.attention_kernel import ADDITIVE_BIAS, BOOLEAN_BIAS, NO_BIAS, attention_kernel
 from jvpgraph.kernels.blocks import Blocks, choose_blocks, max_head_dim, variant
+from jvpgraph.kernels.layout import empty_rows
 from jvpgraph.kernels.window import Window
 
-__all__ = ["attention", "attention_backward", "attention_jvp", "supports"]
+__all__ = ["attention", "attention_backward", "attention_jvp", "descriptor_strides", "fits_descriptor", "supports"]
 
 
 def supports(q: Tensor, v: Tensor) -> bool:
@@ -102,9 +103,9 @@ def _attend(
     s_moves = q_dot is not None or k_dot is not None or bias_dot is not None
     o_moves = s_moves or v_dot is not None
 
-    o = _empty_rows(q, head_dim_v)
+    o = empty_rows(q, length_q, head_dim_v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    o_dot = _empty_rows(q, head_dim_v) if o_moves else None
+    o_dot = empty_rows(q, length_q, head_dim_v) if o_moves else None
     lse_dot = torch.empty_like(lse) if s_moves else None
     cu_q, cu_kv, sequences = None, None, 0
     if cu_seqlens is not None:
@@ -118,7 +119,7 @@ def _attend(
     streamed = (k, k_dot, v, v_dot)
     arch = _arch(q.device)
     if by_descriptor is None:
-        by_descriptor = 90 <= arch < 120 and all(x is None or _fits_descriptor(x) for x in streamed)
+        by_descriptor = 90 <= arch < 120 and all(x is None or fits_descriptor(x) for x in streamed)
     if blocks is None:
         kind = variant(o_moves, bias is not None)
         blocks = choose_blocks(arch, (head_dim, head_dim_v), q.dtype, kind, by_descriptor)
@@ -215,12 +216,6 @@ def _addressable(x: Tensor | None) -> Any:
     return x.contiguous()
 
 
-def _empty_rows(q: Tensor, dim: int) -> Tensor:
-    """[B, H, Lq, dim] that lies in memory as B, L, H, D."""
-    batch, heads, length, _ = q.shape
-    return q.new_empty(batch, length, heads, dim).transpose(1, 2)
-
-
 def _strides(x: Tensor | None, count: int) -> tuple[int, ...] | None:
     """The first strides of x; 0 for dims of size one, which broadcast, and whose stride means nothing."""
     if x is None:
@@ -228,7 +223,7 @@ def _strides(x: Tensor | None, count: int) -> tuple[int, ...] | None:
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:count], x.stride()))
 
 
-def _fits_descriptor(x: Tensor) -> bool:
+def fits_descriptor(x: Tensor) -> bool:
     """What the hardware asks: aligned to 16 bytes, in every row too, and no dim that broadcasts.
 
     float32 does not gain, for its products are not on the matrix units.
@@ -244,13 +239,16 @@ def _fits_descriptor(x: Tensor) -> bool:
     )
 
 
+def descriptor_strides(x: Tensor) -> list[int]:
+    """The strides of x [B, H, L, D], but 16 where a dim of size one makes them mean nothing: they are checked."""
+    return [16 if length == 1 else stride for length, stride in zip(x.shape[:3], x.stride())] + [1]
+
+
 def _sources(x: Tensor | None, lo: int, hi: int, block_k: int) -> tuple[Any, Any]:
     """TMA descriptors of x [B, Hkv, Lkv, D], one for each part of its columns."""
     if x is None:
         return None, None
-    # the stride of a dim of size one is never used, but is checked
-    strides = [16 if length == 1 else stride for length, stride in zip(x.shape[:3], x.stride())] + [1]
-    shape = list(x.shape)
+    strides, shape = descriptor_strides(x), list(x.shape)
     return (
         TensorDescriptor(x, shape, strides, [1, 1, block_k, lo]),
         TensorDescriptor(x, shape, strides, [1, 1, block_k, hi]) if hi else None,

@@ -46,8 +46,6 @@ from jvpgraph.kernels.attention_blocked import (
     _blocks,
     _bmm_or_zeros,
     _Chunk,
-    _dtype_inside,
-    _empty_rows,
     _hides,
     _mask_scores,
     _may_be_blind,
@@ -57,6 +55,7 @@ from jvpgraph.kernels.attention_blocked import (
     _score_tangent_operands,
     attention_backward,
 )
+from jvpgraph.kernels.layout import dtype_inside, empty_rows
 from jvpgraph.kernels.window import Window
 
 __all__ = ["attention_jvp_backward"]
@@ -96,11 +95,11 @@ def attention_jvp_backward(
     A gradient or tangent given as None is zero; a tangent given as None has no gradient, the biases have theirs
     where asked for.
     """
-    dtype = _dtype_inside(q)
+    dtype = dtype_inside(q)
     if o_grad is None:
         o_grad = torch.zeros_like(o)
     dq_dot, dk_dot, dv_dot = (
-        None if x is None else _empty_rows(x, x.shape[1], x.shape[2], x.shape[3]) for x in (q_dot, k_dot, v_dot)
+        None if x is None else empty_rows(x, x.shape[2], x.shape[3]) for x in (q_dot, k_dot, v_dot)
     )
     dbias_dot = None
     if bias_dot is not None and bias_dot_needs_grad:
@@ -116,7 +115,7 @@ def attention_jvp_backward(
 
     if o_dot_grad is None:
         o_dot_grad = torch.zeros_like(o)
-    dq, dk, dv = (_empty_rows(x, x.shape[1], x.shape[2], x.shape[3]) for x in (q, k, v))
+    dq, dk, dv = (empty_rows(x, x.shape[2], x.shape[3]) for x in (q, k, v))
     dbias = bias.new_zeros(bias.shape, dtype=dtype) if bias is not None and bias_needs_grad else None
     s_moves = q_dot is not None or k_dot is not None or bias_dot is not None
     dim, dim_v, n_q, n_k = q.shape[3], v.shape[3], q.shape[2], k.shape[2]

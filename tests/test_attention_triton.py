@@ -375,8 +375,8 @@ def test_any_strides():
     unaligned = [torch.cat((x, x), -1)[..., 1:17] for x in inputs]
     check(unaligned, dots, None, None)
     half = shared[1].half()
-    assert not attention_triton._fits_descriptor(shared[1][..., :8].half().expand(2, -1, -1, -1)[:, :, :, 1:])
-    assert attention_triton._fits_descriptor(half[:1])
+    assert not attention_triton.fits_descriptor(shared[1][..., :8].half().expand(2, -1, -1, -1)[:, :, :, 1:])
+    assert attention_triton.fits_descriptor(half[:1])
 
 
 @runs_kernels

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
 import jvpgraph
-from tests.models import CountOps, TinyDiT, inputs, oracle
+from tests.models import Checkpointed, CountOps, TinyDiT, inputs, oracle
 from tests.zoo.base import QUIET
 from tests.zoo.cases import CASES
 from tests.zoo.oracle import AllDouble, random_tangents
@@ -114,15 +113,6 @@ def test_layer_norm_where_torch_is_wrong():
     torchs = torch.func.jvp(norm, (x,), (x_dot,))[1]
     gradients = [torch.autograd.grad(d.square().sum(), x)[0] for d in (ours, torchs)]
     assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[0].norm(), "torch.func.jvp has become right"
-
-
-class Checkpointed(TinyDiT):
-    def forward(self, x, t):
-        c = self.time(torch.sin(t)[:, None])
-        x = self.embed(x)
-        for block in self.blocks:
-            x = checkpoint(block, x, c, use_reentrant=False)
-        return self.head(x)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

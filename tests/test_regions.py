@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import jvpgraph
 from jvpgraph.regions import find_regions
-from tests.models import Block, Output, TinyDiT, inputs, oracle
+from tests.models import Block, CountOps, Output, TinyDiT, inputs, oracle
 
 EXACT = {"atol": 1e-11, "rtol": 1e-11}
 pytestmark = [
@@ -548,18 +547,6 @@ class Narrow(nn.Module):
 
     def forward(self, x, c=None):
         return x + F.dropout(self.linear(self.norm(x)).sin(), 1e-12, self.training)
-
-
-class CountOps(TorchDispatchMode):
-    """How often each op ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.ran = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.ran[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 class HandsThrough(nn.Module):

@@ -18,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
 import jvpgraph
 from jvpgraph import api
 from jvpgraph.passes.pipeline import PIPELINE
-from tests.models import Computed, CountOps, Output, TinyDiT, inputs, oracle
+from tests.models import Checkpointed, Computed, CountOps, Output, TinyDiT, inputs, oracle
 
 BACKENDS = ("op_by_op", "eager", "inductor")
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -399,15 +398,6 @@ def test_dropout_uses_one_mask(backend):
     assert torch.equal(y != 0, d != 0)
     assert_close(y, d)
     assert 0.2 < (y == 0).double().mean() < 0.4
-
-
-class Checkpointed(TinyDiT):
-    def forward(self, x, t):
-        c = self.time(torch.sin(t)[:, None])
-        x = self.embed(x)
-        for block in self.blocks:
-            x = checkpoint(block, x, c, use_reentrant=False)
-        return self.head(x)
 
 
 class TestActivationCheckpointing:

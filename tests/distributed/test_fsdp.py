@@ -6,7 +6,6 @@ the data-parallel ranks, so the local loss is scaled by their number.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import jvpgraph
 from tests.distributed.harness import run
@@ -37,6 +35,7 @@ from tests.distributed.models import (
     loss,
     reference,
 )
+from tests.models import CountOps
 from tests.zoo.run import widened
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), *map(pytest.mark.filterwarnings, QUIET)]
@@ -96,18 +95,6 @@ def apply_checkpoints(model: nn.Module, name: str, wrap: bool) -> None:
             parent[i] = checkpoint_wrapper(parent[i])
     else:
         model.enable_gradient_checkpointing()
-
-
-class CountOps(TorchDispatchMode):
-    """How often each op ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.ran = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.ran[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def with_fsdp(name: str, when: str = "before", mesh: tuple[int, ...] = (), checkpoints: str = "", **settings) -> Errors:
