@@ -197,6 +197,8 @@ class Layout:
                 fully_shard(module, mesh=mesh, reshard_after_forward=True)
                 if context_parallel(self.sizes):  # sums over the tokens, means over the samples
                     module.set_gradient_divide_factor(self.parts)  # type: ignore[union-attr]
+                    # Else a factor of one's own becomes PREMUL_SUM, which is NCCL's only.
+                    module.set_force_sum_reduction_for_comms(True)  # type: ignore[union-attr]
         return model.to(self.device)
 
     def check_gradients(self, model: TrigFlow, sample: Batch) -> None:

@@ -149,6 +149,17 @@ def test_accumulation_clipping_and_dropped_conditions_too(tmp_path: Path, parall
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize("parallel", ["Ulysses", "FSDP2+Ulysses"])
+def test_tokens_are_split_in_float32_too(tmp_path: Path, parallel: str) -> None:
+    """FSDP2 reduces gradients of float32 and bfloat16 in other ways than those of float64."""
+    model = {"load": "tests.test_train:awake", "options": {"width": 16, "depth": 2, "heads": 2}}
+    stages = [stage("scm", 3)]
+    one = train(config_of(tmp_path / "one", stages, model=model))
+    many = train_many(config_of(tmp_path / "many", stages, parallel, model=model), parallel)
+    assert_same_log(many, one, tolerance=1e-3)
+
+
+@pytest.mark.matrix
 @pytest.mark.parametrize("parallel", ["FSDP2", "TP"])
 def test_what_a_run_shows_is_the_same(tmp_path: Path, parallel: str) -> None:
     """Sample grids, snapshots of averages, samples and weights of the finished run."""
