@@ -625,12 +625,21 @@ def test_replacements_are_a_pure_function_of_the_position(size, seed, start, dat
     assert order(resumed, 4) == whole[start:]
 
 
-def test_replacements_are_the_next_good_samples_behind_the_batch():
+def test_replacements_come_from_the_same_place_in_the_batches_behind():
     clean = [key for keys in order(loader(Numbers(12), 3, 0), 4) for key in keys]
-    bad = {int(clean[1]), int(clean[3])}
+    bad = {int(clean[i]) for i in (1, 2, 4)}
     first = order(loader(Holes(12, bad), 3, 0), 1)[0]
-    assert first == (clean[0], clean[4], clean[2])
+    assert first == (clean[0], clean[7], clean[5])
     assert order(loader(Holes(12, bad), 3, 0, workers=2), 4) == order(loader(Holes(12, bad), 3, 0), 4)
+
+
+@given(ranks=st.integers(2, 4), batch=st.integers(1, 3), seed=st.integers(0, 99), data=st.data())
+def test_replacements_do_not_depend_on_the_number_of_ranks(ranks, batch, seed, data):
+    bad = data.draw(st.sets(st.integers(0, 29), max_size=10), label="bad")
+    whole = order(loader(Holes(30, bad), batch * ranks, seed), 3)
+    each = [order(loader(Holes(30, bad), batch, seed, rank=rank, ranks=ranks), 3) for rank in range(ranks)]
+    for step, expected in enumerate(whole):
+        assert sum((part[step] for part in each), ()) == expected
 
 
 def test_only_bad_samples_is_an_error_even_when_skipping():

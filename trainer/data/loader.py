@@ -32,8 +32,10 @@ def loader(
     """An endless loader of full batches of `batch` samples for this rank, read by `workers` processes (0: this one).
 
     `iter()` goes on where the loader stands; `state_dict()` names the next batch, `load_state_dict()` goes there and
-    holds for the next `iter()`.  Where the data set skips bad samples, the next good ones behind the batch of all
-    ranks take their places (they come again in their own turn), and each bad sample is logged once.
+    holds for the next `iter()`.  Where the data set skips bad samples, each is replaced by the sample at its place in
+    the next batch of all ranks, or in the first one behind that where it is good (it comes again in its own turn); so
+    the replacements are the same for any number of ranks, and no two of a batch are at the same position of the
+    stream.  Each bad sample is logged once.
 
     ValueError for numbers out of range, for a data set smaller than a batch of all ranks, for samples that cannot be
     stacked, and for a state of another data set or seed; BadShard for a sample that cannot be read.
@@ -71,10 +73,11 @@ class _Stream:
             return self.dataset.batch(torch.tensor(index)), {}
         samples: list[Sample] = []
         bad: dict[int, str] = {}
-        spare = itertools.count(position + self.step)
-        for i in index:
+        for place, i in enumerate(index, start):
+            # Not the next spare that nobody has taken: that would depend on what the other ranks find.
+            spares = itertools.count(place + self.step, self.step)
             while (sample := self._read(i, bad)) is None:
-                i = self.sample_at(next(spare))
+                i = self.sample_at(next(spares))
             samples.append(sample)
         return collate(samples), bad
 
