@@ -141,7 +141,7 @@ def evaluate_run(
 
 
 def samplers_of(run: Run, steps: Sequence[int]) -> dict[str, Sampler]:
-    """The teacher in its many steps, unless the student is one itself, then the student in each of `steps`."""
+    """The teacher in its many steps, then the student in each of `steps`."""
     config = run.config
     guided = build_guided(run.teacher, config.guidance, device_of(config))
     many = config.sampling.teacher_steps
