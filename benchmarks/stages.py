@@ -118,8 +118,7 @@ def tests(part: Part) -> None:
     """pytest over the files that have cases for CUDA, spread over the cores: most of the time is compilation."""
     files = ["tests/test_attention_cuda.py"]
     if not part.dry_run:
-        more = ("tests/test_attention.py", "tests/test_attention_triton.py", "tests/test_attention_gluon.py")
-        files += [name for name in more if (ROOT / name).exists() and "cuda" in (ROOT / name).read_text()]
+        files += [f"tests/test_{name}.py" for name in ("attention_triton", "backward_triton", "attention_gluon")]
     # the filters that turn warnings into errors are for the versions of constraints.txt
     command = [sys.executable, "-m", "pytest", "-v", "-ra", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
     if importlib.util.find_spec("xdist") and not part.dry_run:

@@ -34,6 +34,7 @@ class Explanation:
     inactive: int = 0  # ATen nodes without one
     swapped: list[Any] = field(default_factory=list)  # (name, source line, form) per attention call
     left: list[Any] = field(default_factory=list)  # (name, source line, reason)
+    kernels: Counter[str] = field(default_factory=Counter)  # what computes attention, and its gradients
     collectives: Counter[str] = field(default_factory=Counter)
     paired: int = 0  # collectives that carry a primal and its tangent
     primal_flops: sympy.Expr = sympy.S.Zero  # in the symbols
@@ -63,6 +64,7 @@ class Explanation:
             f"  attention        {len(self.swapped)} swapped, {self.fused} fused with the tangent, "
             f"{len(self.left)} left",
             *(f"    left: {entry}" for entry in self.left),
+            *(f"    {count} by {kernel}" for kernel, count in self.kernels.most_common()),
             f"  collectives      {self.collectives.total()}{_names(self.collectives)}"
             + (f", {self.paired} for primal and tangent at once" if self.paired else ""),
             f"  primal FLOPs     {primal:.3e}".ljust(30) + f" = {sympy.sstr(self.primal_flops)}",
@@ -117,6 +119,7 @@ def _fill(found: Explanation, report: Report, names: dict[str, str]) -> None:
     found.active, found.inactive, found.fused = done.active, done.inactive, report.fused
     found.swapped = [entry for swap in report.attention for entry in swap.swapped]
     found.left = [entry for swap in report.attention for entry in swap.left]
+    found.kernels = report.kernels
     found.collectives, found.paired = report.collectives, report.paired
     found.primal_flops, found.tangent_flops = report.primal_flops, report.tangent_flops
     used = found.primal_flops.free_symbols | found.tangent_flops.free_symbols

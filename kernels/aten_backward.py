@@ -1,4 +1,5 @@
-"""The backward of attention from o and lse, by ATen's own CUDA kernels where they compute exactly that.
+"""The backward of attention from o and lse: by ATen's own CUDA kernels where they compute exactly that, else by
+ours.
 
 Math
     p = exp(s - lse),  dv = p' do,  ds = p * (do v' - rowsum(do * o)),  dq = scale ds k,  dk = scale ds' q
@@ -6,54 +7,82 @@ Shapes
     q [B, H, Lq, Dqk], k [B, Hkv, Lkv, Dqk], v [B, Hkv, Lkv, Dv], bias [B | 1, H | 1, Lq | 1, Lkv | 1], lse
     [B, H, Lq]. o in memory as B, L, H, D, which is how ATen's kernels want it.
 Precision
-    That of ATen. lse must be the natural logarithm, in float32: neither kernel can tell.
+    That of ATen, of backward_kernel or of attention_blocked. lse must be the natural logarithm, in float32: no kernel
+    can tell.
 Windows
     Flash takes every window, but aligns it at the last query and the last key: as here only where Lq = Lkv.
 Refuses
-    Nothing: what ATen does not take goes to attention_blocked; backward_path says which, and why.
+    Nothing: what ATen does not take goes to backward_kernel, and what that does not take to attention_blocked;
+    backward_path says which, and why.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from jvpgraph.kernels import attention_blocked
+from jvpgraph.kernels import attention_blocked, backward_triton
+from jvpgraph.kernels.launch import ALL_BUT_BLIND
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
 
-__all__ = ["attention_backward", "backward_path"]
+__all__ = ["Path", "attention_backward", "backward_path"]
 
 aten = torch.ops.aten
 
 
+class Path(NamedTuple):
+    """Which kernels compute a backward, and why not ATen's, where they do not."""
+
+    name: str  # "flash" and "efficient" are ATen's, "triton" is backward_kernel, "blocked" attention_blocked
+    why: str = ""
+
+
 def backward_path(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: Window, has_lse_grad: bool, bias_needs_grad: bool
-) -> str:
-    """The first of "flash", "efficient" (ATen's kernels) and "blocked" (attention_blocked) that is exact here."""
+) -> Path:
+    """The first of "flash", "efficient", "triton" and "blocked" that is exact here."""
+    why = _not_for_aten(q, k, v, has_lse_grad, bias_needs_grad)
+    if not why:
+        if _flash_takes(q, k, v, bias, window):
+            return Path("flash")
+        why = _not_for_efficient(q, k, bias, window)
+    if not why:
+        return Path("efficient")
+    return Path("triton" if backward_triton.supports(q, k, v, bias_needs_grad) else "blocked", why)
+
+
+def _not_for_aten(q: Tensor, k: Tensor, v: Tensor, has_lse_grad: bool, bias_needs_grad: bool) -> str:
     if has_lse_grad:
-        return "blocked"  # ATen's kernels form rowsum(o * o_grad) inside, where the gradient of lse would enter
+        return "lse has a gradient"  # which would enter rowsum(o * o_grad), and ATen's kernels form that inside
     if bias_needs_grad:
-        return "blocked"  # ATen's gradient of a bias has B H Lq Lkv elements, whatever the bias broadcasts
+        return "the bias has a gradient"  # of B H Lq Lkv elements in ATen, whatever the bias broadcasts
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
-        return "blocked"
+        return "there is nothing to compute"
     if any(x.shape[-1] * x.element_size() % 16 for x in (q, v)):
-        return "blocked"  # they load 16 bytes at a time
-    if (
+        return "the head dim is no multiple of 16 bytes"  # which they load at a time
+    return ""
+
+
+def _flash_takes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: Window) -> bool:
+    return (
         q.dtype in (torch.float16, torch.bfloat16)
         and bias is None
         and q.shape[-1] == v.shape[-1] <= 192  # beyond that not on every architecture
         and (window == EVERYTHING or q.shape[2] == k.shape[2])  # flash aligns its window at the bottom right
-    ):
-        return "flash"
-    if (
-        q.shape[1] == k.shape[1]  # no grouped heads
-        and (window == EVERYTHING or (window == CAUSAL and bias is None))
-        and (bias is None or bias.dtype in (torch.bool, q.dtype))  # rounding a float32 bias would move p off lse
-    ):
-        return "efficient"
-    return "blocked"
+    )
+
+
+def _not_for_efficient(q: Tensor, k: Tensor, bias: Tensor | None, window: Window) -> str:
+    if q.shape[1] != k.shape[1]:
+        return "grouped heads with a mask, unequal head dims or float32"
+    if window != EVERYTHING and (window != CAUSAL or bias is not None):
+        return "a sliding window of unequal lengths, or a mask that is causal too"
+    if bias is not None and bias.dtype not in (torch.bool, q.dtype):
+        return f"a {bias.dtype} bias beside {q.dtype}"  # rounding it would move p off lse
+    return ""
 
 
 def attention_backward(
@@ -70,13 +99,18 @@ def attention_backward(
     bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dbias) from the forward's o and lse; dbias is None unless asked for."""
-    path = backward_path(q, k, v, bias, window, lse_grad is not None, bias_needs_grad)
+    path = backward_path(q, k, v, bias, window, lse_grad is not None, bias_needs_grad).name
     if path == "blocked":
         return attention_blocked.attention_backward(
             o_grad, lse_grad, q, k, v, bias, o, lse, window, scale, bias_needs_grad
         )
+    if path == "triton":
+        grads = backward_triton.attention_jvp_backward(
+            o_grad, lse_grad, None, None, q, k, v, None, None, None, bias, o, lse, None, window, scale
+        )
+        return *grads[:3], None
     function = _flash_backward if path == "flash" else _efficient_backward
-    o_grad, q, k, v = map(_last_dim_contiguous, (o_grad, q, k, v))
+    o_grad, q, k, v = map(_aligned, (o_grad, q, k, v))
     return *function(o_grad, q, k, v, bias, o, lse, window, scale), None
 
 
@@ -163,7 +197,7 @@ def _efficient_backward(
 
 def _padded_lse(lse: Tensor) -> Tensor:
     """[B, H, Lq up to a multiple of 32]; +inf, which makes p = 0, in the padding and in rows that see no key."""
-    lse = lse.masked_fill(lse == -math.inf, math.inf)
+    lse = lse.masked_fill(lse < ALL_BUT_BLIND, math.inf)
     return torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)
 
 
@@ -178,5 +212,9 @@ def _additive_aligned(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
     return rows.expand(*q.shape[:3], length)
 
 
-def _last_dim_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy where rows are not whole in memory or do not begin at a multiple of 16 bytes: ATen's kernels load as
+    many at a time, and flash does not look."""
+    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
+    whole = all(step * x.itemsize % 16 == 0 for step in (x.storage_offset(), *steps))
+    return x if whole and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)

@@ -42,12 +42,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from jvpgraph.kernels import attention_triton
-from jvpgraph.kernels.attention_triton import attention, attention_backward, descriptor_strides, fits_descriptor
+from jvpgraph.kernels.attention_triton import (
+    attention,
+    attention_backward,
+    attention_jvp_backward,
+    backward_path,
+    descriptor_strides,
+    fits_descriptor,
+)
 from jvpgraph.kernels.blocks import GLUON_IS_FASTER, GLUON_TABLE, GluonBlocks, gluon_blocks
 from jvpgraph.kernels.layout import empty_rows
 from jvpgraph.kernels.window import EVERYTHING, Window
 
-__all__ = ["attention", "attention_backward", "attention_jvp", "is_faster", "supports"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_jvp",
+    "attention_jvp_backward",
+    "backward_path",
+    "is_faster",
+    "supports",
+]
 
 LOG2E = gl.constexpr(math.log2(math.e))
 LN2 = gl.constexpr(math.log(2))

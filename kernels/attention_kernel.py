@@ -39,12 +39,16 @@ import math
 import triton
 import triton.language as tl
 
-__all__ = ["ADDITIVE_BIAS", "BOOLEAN_BIAS", "NO_BIAS", "attention_kernel"]
+__all__ = ["ADDITIVE_BIAS", "BIAS_DOT_STRIDES", "BIAS_STRIDES", "BOOLEAN_BIAS", "NO_BIAS", "attention_kernel"]
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
+MOST_NEGATIVE = tl.constexpr(-3.4028e38)
 
 NO_BIAS, BOOLEAN_BIAS, ADDITIVE_BIAS = 0, 1, 2
+# Arguments of their own: those of a tuple cannot be kept from specialising, and these change with the lengths.
+BIAS_STRIDES = ["bias_batch", "bias_head", "bias_row", "bias_key"]
+BIAS_DOT_STRIDES = ["bias_dot_batch", "bias_dot_head", "bias_dot_row", "bias_dot_key"]
 
 
 @triton.jit
@@ -128,6 +132,14 @@ def _load_bias(
 
 
 @triton.jit
+def _additive(bias):
+    """An additive bias in units of log 2. The most negative finite number, with which models mask, stays finite: a row
+    that has nothing else attends to all keys alike, and only -inf hides a key."""
+    bias = bias.to(tl.float32)
+    return tl.where(bias == -float("inf"), bias, tl.maximum(bias * LOG2E, MOST_NEGATIVE))
+
+
+@triton.jit
 def _mean_product(a, b, count):
     """a mean(b over its first count rows)', [rows of a]; the other rows of b are zero."""
     mean = tl.sum(b.to(tl.float32), 0) / count
@@ -150,7 +162,7 @@ def _find_sequence(cu_q, sequences, tile, BLOCK_Q: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["heads", "group", "length_q", "length_kv", "left", "right", "sequences"],
-    do_not_specialize_on_alignment=["cu_q", "cu_kv"],
+    do_not_specialize_on_alignment=["cu_q", "cu_kv", *BIAS_STRIDES, *BIAS_DOT_STRIDES],
 )
 def attention_kernel(
     q,
@@ -177,8 +189,14 @@ def attention_kernel(
     k_dot_strides,
     v_strides,
     v_dot_strides,
-    bias_strides,
-    bias_dot_strides,
+    bias_batch,
+    bias_head,
+    bias_row,
+    bias_key,
+    bias_dot_batch,
+    bias_dot_head,
+    bias_dot_row,
+    bias_dot_key,
     o_strides,
     scale,
     heads,
@@ -210,7 +228,7 @@ def attention_kernel(
     SCALE_IS_POSITIVE: tl.constexpr,
     BY_DESCRIPTOR: tl.constexpr,
 ):
-    """One block of queries of one head. Strides are (batch, head, row), of a bias (batch, head, row, key).
+    """One block of queries of one head. Strides are (batch, head, row).
 
     BY_DESCRIPTOR: k, v and their tangents are TMA descriptors, one for each part of the head dim; else
     pointers, and the `_hi` arguments are None. BIAS is one of NO_BIAS, BOOLEAN_BIAS, ADDITIVE_BIAS. V_PARTS programs
@@ -218,6 +236,8 @@ def attention_kernel(
     i - left .. i + right, each limit only if HAS_LEFT or HAS_RIGHT. PACKED: the lengths are those of all sequences
     together.
     """
+    bias_strides = (bias_batch, bias_head, bias_row, bias_key)
+    bias_dot_strides = (bias_dot_batch, bias_dot_head, bias_dot_row, bias_dot_key)
     S_MOVES: tl.constexpr = HAS_Q_DOT or HAS_K_DOT or HAS_BIAS_DOT
     O_MOVES: tl.constexpr = S_MOVES or HAS_V_DOT
     # the maximum can be taken before scaling, which then fuses with the subtraction of the maximum
@@ -247,11 +267,13 @@ def attention_kernel(
     own_key = first_row  # the key at the position of the first row
     if PACKED:
         sequence = _find_sequence(cu_q, sequences, tile, BLOCK_Q)
-        start_q = tl.load(cu_q + sequence)
-        end_q = tl.load(cu_q + sequence + 1)
-        start_kv = tl.load(cu_kv + sequence)
+        # nothing outside of the tensors is touched, whatever the offsets say
+        start_q = tl.maximum(tl.load(cu_q + sequence), 0)
+        end_q = tl.minimum(tl.load(cu_q + sequence + 1), length_q)
+        start_kv = tl.minimum(tl.maximum(tl.load(cu_kv + sequence), 0), length_kv)
         first_row = start_q + (tile - start_q // BLOCK_Q - sequence) * BLOCK_Q
-        end_kv = tl.where(first_row < end_q, tl.load(cu_kv + sequence + 1), start_kv)  # a tile too many has no keys
+        end_kv = tl.minimum(tl.load(cu_kv + sequence + 1), length_kv)
+        end_kv = tl.where(first_row < end_q, end_kv, start_kv)  # a tile too many has no keys
         own_key = start_kv + first_row - start_q
     rows = first_row + tl.arange(0, BLOCK_Q)
 
@@ -387,7 +409,7 @@ def attention_kernel(
                 if BIAS == 1:
                     s = tl.where(b != 0, s, -float("inf"))
                 else:
-                    s = s + b.to(tl.float32) * LOG2E
+                    s = s + _additive(b)
             if CUT:
                 columns = first_key + tl.arange(0, BLOCK_K)
                 visible = (columns < end_of_part)[None, :]

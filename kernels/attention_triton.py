@@ -1,7 +1,7 @@
 """The host side of jvpgraph.kernels.attention_kernel: from tensors to a launch.
 
 Backward
-    From o and lse by ATen's own kernels where those compute exactly this, else by attention_blocked:
+    From o and lse by ATen's own kernels where those compute exactly this, else by backward_kernel or attention_blocked:
     see jvpgraph.kernels.aten_backward.
 Refuses
     Nothing: `supports` says what the kernel takes, and jvpgraph.kernels.ops checks the arguments first.
@@ -9,7 +9,6 @@ Refuses
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -18,14 +17,24 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from jvpgraph.kernels import attention_blocked
-from jvpgraph.kernels.aten_backward import attention_backward
-from jvpgraph.kernels.attention_kernel import ADDITIVE_BIAS, BOOLEAN_BIAS, NO_BIAS, attention_kernel
+from jvpgraph.kernels import attention_blocked, backward_triton, tangent_backward
+from jvpgraph.kernels.aten_backward import attention_backward, backward_path
+from jvpgraph.kernels.attention_kernel import attention_kernel
 from jvpgraph.kernels.blocks import Blocks, choose_blocks, max_head_dim, variant
+from jvpgraph.kernels.launch import addressable, arch_of, bias_kind, bias_strides, on_device, strides_of
 from jvpgraph.kernels.layout import empty_rows
 from jvpgraph.kernels.window import Window
 
-__all__ = ["attention", "attention_backward", "attention_jvp", "descriptor_strides", "fits_descriptor", "supports"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_jvp",
+    "attention_jvp_backward",
+    "backward_path",
+    "descriptor_strides",
+    "fits_descriptor",
+    "supports",
+]
 
 
 def supports(q: Tensor, v: Tensor) -> bool:
@@ -81,6 +90,39 @@ def attention_jvp(
     )
 
 
+def attention_jvp_backward(
+    o_grad: Tensor | None,
+    lse_grad: Tensor | None,
+    o_dot_grad: Tensor | None,
+    lse_dot_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    bias: Tensor | None,
+    bias_dot: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    o_dot: Tensor,
+    lse_dot: Tensor,
+    window: Window,
+    scale: float,
+    bias_needs_grad: bool,
+    bias_dot_needs_grad: bool,
+) -> tangent_backward.Gradients:
+    """As tangent_backward.attention_jvp_backward, in Triton where backward_triton supports it."""
+    cotangents, inputs = (o_grad, lse_grad, o_dot_grad, lse_dot_grad), (q, k, v, q_dot, k_dot, v_dot)
+    if backward_triton.supports(q, k, v, bias_needs_grad, bias_dot, moves=True):
+        grads = backward_triton.attention_jvp_backward(*cotangents, *inputs, bias, o, lse, lse_dot, window, scale)
+        return *grads, None, None
+    needs = bias_needs_grad, bias_dot_needs_grad
+    return tangent_backward.attention_jvp_backward(
+        *cotangents, *inputs, bias, bias_dot, o, lse, o_dot, lse_dot, window, scale, *needs
+    )
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -96,7 +138,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         return attention_blocked._attend(q, k, v, dots, bias, window, scale, None, None)
-    q, k, v, q_dot, k_dot, v_dot = map(_addressable, (q, k, v, *dots[:3]))
+    q, k, v, q_dot, k_dot, v_dot = map(addressable, (q, k, v, *dots[:3]))
     bias_dot = dots[3]
     batch, heads, length_q, head_dim = q.shape
     kv_heads, length_kv, head_dim_v = v.shape[1:]
@@ -117,7 +159,7 @@ def _attend(
     left, right = window
 
     streamed = (k, k_dot, v, v_dot)
-    arch = _arch(q.device)
+    arch = arch_of(q.device)
     if by_descriptor is None:
         by_descriptor = 90 <= arch < 120 and all(x is None or fits_descriptor(x) for x in streamed)
     if blocks is None:
@@ -134,7 +176,7 @@ def _attend(
     if cu_seqlens is not None:
         tiles = length_q // blocks.block_q + sequences if sequences else 0
     grid = (tiles * batch * heads, v_parts)
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with on_device(q.device):
         attention_kernel[grid](
             q,
             q_dot,
@@ -147,12 +189,12 @@ def _attend(
             lse_dot,
             cu_q,
             cu_kv,
-            _strides(q, 3),
-            _strides(q_dot, 3),
-            *(None if by_descriptor else _strides(x, 3) for x in streamed),
-            _strides(bias, 4),
-            _strides(bias_dot, 4),
-            _strides(o, 3),
+            strides_of(q, 3),
+            strides_of(q_dot, 3),
+            *(None if by_descriptor else strides_of(x, 3) for x in streamed),
+            *bias_strides(bias).values(),
+            *bias_strides(bias_dot, of_tangent=True).values(),
+            strides_of(o, 3),
             float(scale),
             heads,
             heads // kv_heads,
@@ -174,7 +216,7 @@ def _attend(
             HAS_Q_DOT=q_dot is not None,
             HAS_K_DOT=k_dot is not None,
             HAS_V_DOT=v_dot is not None,
-            BIAS=_bias_kind(bias),
+            BIAS=bias_kind(bias),
             BIAS_HAS_ROWS=bias is not None and bias.shape[2] > 1,
             HAS_BIAS_DOT=bias_dot is not None,
             HAS_LEFT=left is not None,
@@ -193,34 +235,6 @@ def packed_blocks(blocks: Blocks) -> Blocks:
     """blocks for packed sequences: short ones end within a wide block of keys, and zeroing what follows takes
     registers, which on Hopper 128 keys of 64 columns do not leave."""
     return blocks._replace(block_k=min(blocks.block_k, 64))
-
-
-def _bias_kind(bias: Tensor | None) -> int:
-    if bias is None:
-        return NO_BIAS
-    return BOOLEAN_BIAS if bias.dtype == torch.bool else ADDITIVE_BIAS
-
-
-def _arch(device: torch.device) -> int:
-    """Compute capability, 80 for 8.0; of the interpreter, 0."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def _addressable(x: Tensor | None) -> Any:
-    """x, or a copy if its last dim is not contiguous, or a block of its rows spans more than int32 counts."""
-    if x is None or ((x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 1 << 23):
-        return x
-    return x.contiguous()
-
-
-def _strides(x: Tensor | None, count: int) -> tuple[int, ...] | None:
-    """The first strides of x; 0 for dims of size one, which broadcast, and whose stride means nothing."""
-    if x is None:
-        return None
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:count], x.stride()))
 
 
 def fits_descriptor(x: Tensor) -> bool:

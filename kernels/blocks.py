@@ -156,6 +156,10 @@ def max_head_dim(dtype: torch.dtype) -> int:
     return max(entry.head_dim for entry in TABLE if entry.dtype == dtype)
 
 
+def _table_arch(capability: int) -> int:
+    return 90 if capability == 90 else 100 if 100 <= capability < 120 else 80
+
+
 def choose_blocks(
     capability: int, head_dims: tuple[int, int], dtype: torch.dtype, kind: str, by_descriptor: bool
 ) -> Blocks:
@@ -167,7 +171,7 @@ def choose_blocks(
     if capability == 0:
         return INTERPRETER
     dtype = FP32 if dtype == FP32 else BF16
-    arch = 90 if capability == 90 else 100 if 100 <= capability < 120 else 80
+    arch = _table_arch(capability)
     if not by_descriptor and dtype != FP32:
         arch = 80
     dims = [entry.head_dim for entry in TABLE if entry[0] == arch and entry[2:] == (dtype, kind)]
@@ -182,3 +186,79 @@ def gluon_blocks(head_dim: int, streamed: int) -> tuple[int, GluonBlocks]:
     """The head dim as padded, and the entry for it."""
     padded = min(entry.head_dim for entry in GLUON_TABLE if entry.head_dim >= head_dim)
     return padded, GLUON_TABLE[GluonEntry(padded, streamed)]
+
+
+# ------------------------------------------------------------------------------------------------ the backward
+
+
+class BackwardBlocks(NamedTuple):
+    """What one program of queries_kernel or keys_kernel of jvpgraph.kernels.backward_kernel works on."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int | bool]:
+        """As a launch takes them."""
+        return {
+            "BLOCK_Q": self.block_q,
+            "BLOCK_K": self.block_k,
+            "STAGES": self.num_stages,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,  # the default until Triton 3.10
+        }
+
+
+class Sweeps(NamedTuple):
+    """The blocks of each launch of the backward."""
+
+    sums: BackwardBlocks
+    queries: BackwardBlocks
+    keys: BackwardBlocks
+    values: BackwardBlocks | None = None  # dv and dv_dot in a launch of their own; None: with dk and dk_dot
+
+
+B = BackwardBlocks
+
+
+class BackwardEntry(NamedTuple):
+    """What Sweeps are for."""
+
+    arch: int
+    head_dim: int  # the largest that they are for
+    moves: bool  # there is a cotangent of the tangent
+
+
+# A tile with tangents holds four weights beside the accumulators, so tiles are narrow. Where everything moves at 128
+# columns, Ampere has room for none: attention_blocked takes over.
+BACKWARD_TABLE: dict[BackwardEntry, Sweeps] = {
+    BackwardEntry(80, 64, False): Sweeps(B(128, 64, 8, 3), B(128, 64, 8, 3), B(64, 128, 8, 3)),
+    BackwardEntry(80, 128, False): Sweeps(B(128, 32, 8, 3), B(128, 32, 8, 3), B(32, 128, 8, 3)),
+    BackwardEntry(80, 64, True): Sweeps(B(128, 32, 8, 3), B(128, 32, 8, 3), B(32, 128, 8, 2), B(32, 128, 8, 3)),
+    BackwardEntry(90, 64, False): Sweeps(B(128, 64, 8, 3), B(128, 64, 8, 3), B(64, 128, 8, 2)),
+    BackwardEntry(90, 128, False): Sweeps(B(128, 64, 8, 3), B(128, 64, 8, 3), B(32, 128, 8, 3)),
+    BackwardEntry(90, 64, True): Sweeps(B(128, 64, 8, 3), B(128, 32, 8, 3), B(32, 128, 8, 2), B(64, 128, 8, 2)),
+    BackwardEntry(90, 128, True): Sweeps(B(128, 32, 8, 3), B(128, 16, 8, 2), B(16, 128, 8, 2), B(32, 128, 8, 2)),
+    BackwardEntry(100, 64, False): Sweeps(B(128, 64, 8, 3), B(128, 64, 8, 3), B(64, 128, 8, 2)),
+    BackwardEntry(100, 128, False): Sweeps(B(128, 64, 8, 2), B(128, 64, 8, 2), B(64, 128, 8, 2)),
+    BackwardEntry(100, 64, True): Sweeps(B(128, 64, 8, 2), B(128, 32, 8, 2), B(32, 128, 8, 1), B(64, 128, 8, 1)),
+    BackwardEntry(100, 128, True): Sweeps(B(128, 32, 8, 2), B(128, 16, 8, 2), B(16, 128, 8, 1), B(32, 128, 8, 1)),
+}
+
+
+def parts_of_head_dim(dim: int) -> tuple[int, ...]:
+    """dim up to the next multiple of 16 as powers of two, the largest first: 72 -> 64 + 16, 112 -> 64 + 32 + 16."""
+    padded = -(-dim // 16) * 16
+    return tuple(1 << bit for bit in reversed(range(4, padded.bit_length())) if padded >> bit & 1)
+
+
+def backward_sweeps(capability: int, head_dim: int, moves: bool) -> Sweeps | None:
+    """The entry of the next larger head dim, None if there is none; for a compute capability of 0, the
+    interpreter's."""
+    if capability == 0:
+        return Sweeps(*(B(64, 64, 4, 1),) * 3) if head_dim <= 128 else None
+    arch = _table_arch(capability)
+    dims = [x.head_dim for x in BACKWARD_TABLE if x.arch == arch and x.moves == moves and x.head_dim >= head_dim]
+    return BACKWARD_TABLE[BackwardEntry(arch, min(dims), moves)] if dims else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ["check_call", "check_how", "check_operands", "check_tangents", "refusal"]
+__all__ = ["check_call", "check_how", "check_operands", "check_outputs", "check_tangents", "refusal"]
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -76,11 +77,7 @@ def check_tangents(**pairs: tuple[Tensor | None, Tensor | None]) -> None:
         if x is None or not x.is_floating_point():
             state = "absent" if x is None else "boolean"
             raise ValueError(f"attention_jvp got {name}_dot, but {name} is {state}")
-        if (
-            x_dot.dtype != x.dtype
-            or x_dot.dim() != x.dim()
-            or any(_surely(a != b) for a, b in zip(x_dot.shape, x.shape))
-        ):
+        if x_dot.dtype != x.dtype or x_dot.dim() != x.dim() or _differ(x_dot.shape, x.shape):
             raise refusal(
                 f"attention_jvp needs {name}_dot of the shape and dtype of {name}",
                 **{name: x, f"{name}_dot": x_dot},
@@ -112,6 +109,30 @@ def check_how(
             raise refusal(f"attention needs cu_seqlens as contiguous int32 [sequences + 1] on {q.device}", **given)
     if _surely(cu_seqlens_q.shape[0] != cu_seqlens_kv.shape[0]) or _surely(cu_seqlens_q.shape[0] < 1):
         raise refusal("attention needs cu_seqlens_q and cu_seqlens_kv of one length, sequences + 1", **given)
+
+
+def check_outputs(q: Tensor, v: Tensor, rows: dict[str, Tensor | None], row_sums: dict[str, Tensor | None]) -> None:
+    """Raise ValueError unless what a backward is given has the shape and dtype of what the forward gave.
+
+    Args:
+        rows: o and what is like it, [..., Lq, Dv] in the dtype of q.
+        row_sums: lse and what is like it, [..., Lq] in float32, or float64 beside it.
+    """
+    inside = torch.float64 if q.dtype == torch.float64 else torch.float32
+    for given, shape, dtype in ((rows, (*q.shape[:-1], v.shape[-1]), q.dtype), (row_sums, q.shape[:-1], inside)):
+        for name, x in given.items():
+            if x is None:
+                continue
+            if x.dtype != dtype or x.device != q.device or x.dim() != len(shape) or _differ(x.shape, shape):
+                raise refusal(
+                    f"the backward of attention needs {name} {tuple(shape)} in {dtype} on {q.device}, as the forward "
+                    "gives it",
+                    **{name: x},
+                )
+
+
+def _differ(have: Sequence[Any], want: Sequence[Any]) -> bool:
+    return any(_surely(a != b) for a, b in zip(have, want))
 
 
 def check_call(dropout_p: float, **tensors: Tensor | None) -> None:

@@ -9,7 +9,8 @@ Every entry of the block table is compiled by Triton for its architecture and mu
     issue as many matrix instructions per key block as the products need: none replicated, none on other units.
 The entries for a bias are compiled for the mask of padded keys, which must keep all this, and for a full additive
 bias with a tangent, which must fit the shared memory. The masked loop over the last key blocks runs once per program
-and may spill. The same holds for the table of the Gluon kernel, for the loops of both warpgroups. Registers and spills
+and may spill. The same holds for the table of the Gluon kernel, for the loops of both warpgroups, and for that of the
+backward, whose launches are named after what they give (a dot: with the gradients of tangents). Registers and spills
 depend on the version of ptxas that Triton brings, so this is to be run with the version that will run the kernel.
 """
 
@@ -33,11 +34,31 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from jvpgraph.kernels import attention_gluon
-from jvpgraph.kernels.attention_kernel import ADDITIVE_BIAS, BOOLEAN_BIAS, NO_BIAS, attention_kernel
-from jvpgraph.kernels.blocks import GLUON_TABLE, SHARED_MEMORY, TABLE, Blocks, Entry, GluonBlocks, GluonEntry
+from jvpgraph.kernels import attention_gluon, backward_kernel
+from jvpgraph.kernels.attention_kernel import (
+    ADDITIVE_BIAS,
+    BIAS_DOT_STRIDES,
+    BIAS_STRIDES,
+    BOOLEAN_BIAS,
+    NO_BIAS,
+    attention_kernel,
+)
+from jvpgraph.kernels.blocks import (
+    BACKWARD_TABLE,
+    GLUON_TABLE,
+    SHARED_MEMORY,
+    TABLE,
+    BackwardBlocks,
+    BackwardEntry,
+    Blocks,
+    Entry,
+    GluonBlocks,
+    GluonEntry,
+    Sweeps,
+    parts_of_head_dim,
+)
 
-__all__ = ["Report", "check", "check_gluon", "compile_ahead", "compile_gluon", "main"]
+__all__ = ["Report", "check", "check_backward", "check_gluon", "compile_ahead", "compile_gluon", "main"]
 
 TENSOR_MEMORY = 512  # columns
 GLUON_REGISTERS = 240  # per thread of the two warpgroups that multiply
@@ -114,7 +135,6 @@ def check(entry: Entry, blocks: Blocks, flags: Flags | None = None) -> Report:
     started = time.time()
     flags = VARIANTS[entry.variant] if flags is None else flags
     by_descriptor = entry.arch >= 90 and entry.dtype != torch.float32
-    violations = []
     compiled, log = compile_ahead(entry.arch, entry.head_dim, entry.head_dim, entry.dtype, blocks, flags, by_descriptor)
     loop = _main_loop(_instructions(compiled.asm["cubin"]))
     local = sum(opcode.startswith(("LDL", "STL")) for _, opcode, _ in loop)
@@ -122,22 +142,13 @@ def check(entry: Entry, blocks: Blocks, flags: Flags | None = None) -> Report:
     expected = expected_products(entry, blocks, flags)
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
     registers = _number(r"Used (\d+) registers", log)
-    if not loop:
-        violations.append("no loop over keys in the binary")
-    if local:
-        violations.append(f"{local} spills in the loop")
-    if notes := sorted(set(re.findall(r"\((C751[0-4])\)", log))):
-        violations.append(f"wgmma is serialised: {', '.join(notes)}")
     shared = compiled.metadata.shared
     if flags.bias:
         largest, _ = compile_ahead(
             entry.arch, entry.head_dim, entry.head_dim, entry.dtype, blocks, FULL_BIAS, by_descriptor
         )
         shared = max(shared, largest.metadata.shared)
-    if shared > SHARED_MEMORY[entry.arch]:
-        violations.append(f"shared memory {shared} of {SHARED_MEMORY[entry.arch]} bytes")
-    if tensor_memory > TENSOR_MEMORY:
-        violations.append(f"tensor memory {tensor_memory} of {TENSOR_MEMORY} columns")
+    violations = _violations(loop, local, log, shared, entry.arch, tensor_memory)
     if products != expected:
         violations.append(f"{products} matrix instructions per key block instead of {expected}")
     return Report(
@@ -196,6 +207,52 @@ def check_gluon(entry: GluonEntry, blocks: GluonBlocks) -> Report:
     )
 
 
+def check_backward(entry: BackwardEntry, sweep: str, blocks: BackwardBlocks) -> Report:
+    """As check, of one launch of the backward: "sums", "queries", "keys", "values", or "keys and values"."""
+    started = time.time()
+    flags = VARIANTS["jvp" if entry.moves else "forward"]
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    compiled, log = _compile(_backward_source(entry, blocks, sweep, flags), entry.arch, options)
+    loop = _main_loop(_instructions(compiled.asm["cubin"]))
+    local = sum(opcode.startswith(("LDL", "STL")) for _, opcode, _ in loop)
+    products = sum(_is_product(opcode) for _, opcode, _ in loop)
+    expected = expected_backward_products(entry, sweep, blocks)
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    violations = _violations(loop, local, log, compiled.metadata.shared, entry.arch, tensor_memory)
+    if products != expected:
+        violations.append(f"{products} matrix instructions per block instead of {expected}")
+    return Report(
+        _number(r"Used (\d+) registers", log),
+        _number(r"(\d+) bytes spill stores", log),
+        local,
+        products,
+        expected,
+        len(loop),
+        compiled.metadata.shared,
+        tensor_memory,
+        time.time() - started,
+        tuple(violations),
+    )
+
+
+def _violations(
+    loop: list[tuple[int, str, str]], local: int, log: str, shared: int, arch: int, tensor_memory: int
+) -> list[str]:
+    """What no kernel of tl may do."""
+    violations = []
+    if not loop:
+        violations.append("no loop over keys in the binary")
+    if local:
+        violations.append(f"{local} spills in the loop")
+    if notes := sorted(set(re.findall(r"\((C751[0-4])\)", log))):
+        violations.append(f"wgmma is serialised: {', '.join(notes)}")
+    if shared > SHARED_MEMORY[arch]:
+        violations.append(f"shared memory {shared} of {SHARED_MEMORY[arch]} bytes")
+    if tensor_memory > TENSOR_MEMORY:
+        violations.append(f"tensor memory {tensor_memory} of {TENSOR_MEMORY} columns")
+    return violations
+
+
 def expected_products(entry: Entry, blocks: Blocks, flags: Flags) -> int:
     """Matrix instructions that one warp (of sm_90 one warpgroup, of sm_100 the program) issues per key block."""
     if entry.dtype == torch.float32:
@@ -213,6 +270,24 @@ def expected_products(entry: Entry, blocks: Blocks, flags: Flags) -> int:
     if entry.arch < 100:  # m64, n as wide as the tile, k16
         return blocks.block_q // 64 * per_row_block // (blocks.num_warps // 4)
     return blocks.block_q // min(blocks.block_q, 128) * per_row_block  # m64 or m128, n as wide as the tile, k16
+
+
+def expected_backward_products(entry: BackwardEntry, sweep: str, blocks: BackwardBlocks) -> int:
+    """As expected_products, of one launch of the backward where all or nothing moves."""
+    widths, moves = parts_of_head_dim(entry.head_dim), entry.moves
+    by_key = sweep not in ("sums", "queries")
+    rows, columns = (blocks.block_k, blocks.block_q) if by_key else (blocks.block_q, blocks.block_k)
+    scores, of_grads = (3, 3) if moves else (1, 1)
+    each = 3 if moves else 1  # products that a gradient and that of its tangent take
+    weights = scores if sweep == "values" else scores + of_grads
+    outputs = {"sums": 0, "queries": each, "keys": each, "values": each}.get(sweep, 2 * each)
+    if entry.arch < 90:
+        tiles = weights * columns // 8 * sum(widths) // 16 + outputs * sum(widths) // 8 * columns // 16
+        return rows // 16 * tiles // blocks.num_warps
+    per_row_block = weights * sum(widths) // 16 + outputs * len(widths) * columns // 16
+    if entry.arch < 100:
+        return rows // 64 * per_row_block // (blocks.num_warps // 4)
+    return rows // min(rows, 128) * per_row_block
 
 
 # -------------------------------------------------------------------------------------------------- compiling
@@ -254,8 +329,8 @@ def _source(
         "o_dot": pointer if s_moves or flags.has_v_dot else None,
         "lse_dot": "*fp32" if s_moves else None,
         "o_strides": ("i32",) * 3,
-        "bias_strides": ("i32",) * 4 if flags.bias else None,
-        "bias_dot_strides": ("i32",) * 4 if flags.has_bias_dot else None,
+        **dict.fromkeys(BIAS_STRIDES, "i32" if flags.bias else None),
+        **dict.fromkeys(BIAS_DOT_STRIDES, "i32" if flags.has_bias_dot else None),
         "scale": "fp32",
         **dict.fromkeys(("heads", "group", "length_q", "length_kv", "left", "right", "sequences"), "i32"),
         **dict.fromkeys(("cu_q", "cu_kv"), "*i32" if flags.packed else None),
@@ -276,20 +351,64 @@ def _source(
         "BLOCK_Q": blocks.block_q,
         "BLOCK_K": blocks.block_k,
         "STAGES": blocks.num_stages,
+        **dict.fromkeys(("bias_key",) * bool(flags.bias) + ("bias_dot_key",) * flags.has_bias_dot, 1),
         "SCALE_IS_POSITIVE": True,
         "BY_DESCRIPTOR": by_descriptor,
         **{name.upper(): value for name, value in flags._asdict().items()},
     }
-    signature = {name: "constexpr" if name in constants else types[name] for name in attention_kernel.arg_names}
+    return _source_of(attention_kernel, types, constants)
+
+
+def _source_of(kernel: Any, types: dict[str, Any], constants: dict[str, Any]) -> ASTSource:
+    """The kernel specialised as a launch would, types and constants by name."""
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     aligned = [["tt.divisibility", 16]]  # what the host's pointers and strides have, else loads are not of 16 bytes
     hints: dict[tuple[int, ...], Any] = {}
     for i, (name, kind) in enumerate(signature.items()):
-        if isinstance(kind, tuple) and not name.startswith("bias"):
+        if isinstance(kind, tuple):
             hints |= {(i, j): aligned for j in range(len(kind))}
         elif kind[0] == "*" and not name.startswith("cu"):
             hints[(i,)] = aligned
     present_constants = {name: constants[name] for name in signature if name in constants}
-    return ASTSource(fn=attention_kernel, signature=signature, constexprs=present_constants, attrs=hints)
+    return ASTSource(fn=kernel, signature=signature, constexprs=present_constants, attrs=hints)
+
+
+def _backward_source(entry: BackwardEntry, blocks: BackwardBlocks, sweep: str, flags: Flags) -> ASTSource:
+    """A kernel of the backward with the types that the host function would pass: absent arguments are None."""
+    kernel = backward_kernel.queries_kernel if sweep in ("sums", "queries") else backward_kernel.keys_kernel
+    pointer = f"*{TYPE[torch.bfloat16]}"
+    there = {"q_dot": flags.has_q_dot, "k_dot": flags.has_k_dot, "v_dot": flags.has_v_dot}
+    moves = any(there.values())
+    names = ("q", "k", "v", *there, "o_grad", "o_dot_grad", "o", "dq", "dk", "dv", *(f"d{name}" for name in there))
+    present = dict.fromkeys(names, True) | there | {"o_dot_grad": moves}
+    present |= {f"d{name}": value for name, value in there.items()}
+    types: dict[str, Any] = {name: pointer if is_there else None for name, is_there in present.items()}
+    types |= {f"{name}_strides": ("i32",) * 3 if is_there else None for name, is_there in present.items()}
+    types |= {
+        "bias": (None, "*u8", pointer)[flags.bias],
+        **dict.fromkeys(BIAS_STRIDES, "i32" if flags.bias else None),
+        "sums": "*fp32",
+        "centre": "*fp32" if moves else None,
+        "scale": "fp32",
+        **dict.fromkeys(("heads", "group", "length_q", "length_kv", "left", "right"), "i32"),
+    }
+    widths = parts_of_head_dim(entry.head_dim)
+    constants = {name: None for name, kind in types.items() if kind is None} | {
+        "HEAD_DIM": entry.head_dim,
+        "HEAD_DIM_V": entry.head_dim,
+        "WIDTHS": widths,
+        "WIDTHS_V": widths,
+        "BLOCK_Q": blocks.block_q,
+        "BLOCK_K": blocks.block_k,
+        "STAGES": blocks.num_stages,
+        "MOVES": moves,
+        **dict.fromkeys(("bias_key",) * bool(flags.bias), 1),
+        "SUMS": sweep == "sums",
+        "HAS_DK": sweep in ("keys", "keys and values"),
+        "HAS_DV": sweep in ("values", "keys and values"),
+        **{name.upper(): value for name, value in flags._asdict().items()},
+    }
+    return _source_of(kernel, types, constants)
 
 
 def _gluon_source(head_dim: int, dtype: torch.dtype, blocks: GluonBlocks, flags: Flags) -> GluonASTSource:
@@ -394,6 +513,20 @@ def _gluon_row(entry: GluonEntry, blocks: GluonBlocks, report: Report) -> str:
     return f"{90:>4} {entry.head_dim:>4} {TYPE[torch.bfloat16]:>5} {compiled} | {_figures(report)}"
 
 
+def launches(entry: BackwardEntry, sweeps: Sweeps) -> dict[str, BackwardBlocks]:
+    """The launches of an entry that have a loop, by name."""
+    found = {"sums": sweeps.sums} if entry.moves else {}
+    found |= {"queries": sweeps.queries, "keys" if sweeps.values else "keys and values": sweeps.keys}
+    return found | ({"values": sweeps.values} if sweeps.values else {})
+
+
+def _backward_row(entry: BackwardEntry, sweep: str, blocks: BackwardBlocks, report: Report) -> str:
+    tile = f"{blocks.block_q}x{blocks.block_k}"
+    name = {"queries": "d q", "keys": "d k", "values": "d v", "keys and values": "d k,v"}.get(sweep, sweep)
+    compiled = f"{name + '.' * entry.moves:>7} {tile:>8} {blocks.num_warps:>5} {blocks.num_stages:>6}"
+    return f"{entry.arch:>4} {entry.head_dim:>4} {TYPE[torch.bfloat16]:>5} {compiled} | {_figures(report)}"
+
+
 def _figures(report: Report) -> str:
     size = f"{report.registers:>4} {report.spilled:>6} {report.shared:>7} {report.tensor_memory:>5}"
     loop = f"{report.local:>5} {report.products:>4} {report.instructions:>6}"
@@ -421,6 +554,12 @@ def main(arguments: list[str] | None = None) -> int:
             report = check_gluon(gluon_entry, gluon_blocks)
             bad += bool(report.violations)
             print(_gluon_row(gluon_entry, gluon_blocks, report), flush=True)
+    for backward_entry, sweeps in BACKWARD_TABLE.items():
+        if options.arch in (None, backward_entry.arch):
+            for sweep, blocks in launches(backward_entry, sweeps).items():
+                report = check_backward(backward_entry, sweep, blocks)
+                bad += bool(report.violations)
+                print(_backward_row(backward_entry, sweep, blocks, report), flush=True)
     print(f"{bad} entries with violations")
     return bad
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from jvpgraph.kernels import attention_blocked, tangent_backward
-from jvpgraph.kernels.checks import check_how, check_operands, check_tangents
+from jvpgraph.kernels.checks import check_how, check_operands, check_outputs, check_tangents
 from jvpgraph.kernels.layout import (
     bias_grad,
     bias_to_rank4,
@@ -45,7 +45,7 @@ try:
 except (ImportError, AttributeError):  # no Triton, or one that has changed what it calls experimental
     attention_gluon = None
 
-__all__ = ["OPS", "How", "implementation"]
+__all__ = ["OPS", "How", "describe", "implementation"]
 
 LIBRARY = torch.library.Library("jvpgraph", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -119,6 +119,36 @@ def implementation(q: Tensor, v: Tensor) -> Implementation:
     if wanted == "triton" or attention_gluon is None or not attention_gluon.supports(q, v):
         return attention_triton
     return attention_gluon if wanted == "gluon" or attention_gluon.is_faster(q, v) else attention_triton
+
+
+def describe(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *rest: Any) -> str:
+    """Which kernels compute attention of tensors like these, and its gradients in q, k and v.
+
+    Args:
+        q, k, v, bias, rest: as of the op `attention`; fakes do, but for symbolic sizes.
+    """
+    if q.device.type == "meta":
+        return "depends on the device: these tensors are on none"
+    chosen: Any = implementation(q, v)
+    if chosen is attention_blocked:
+        return "blocks of torch ops"
+    name, why = chosen.backward_path(q, k, v, bias_to_rank4(q, bias), How(*rest).inside(q)[0], False, False)
+    forward = "Gluon" if chosen is attention_gluon else "Triton"
+    return f"{forward}, backward by {NAMES_OF_BACKWARDS[name]}" + (f": {why}" if why else "")
+
+
+NAMES_OF_BACKWARDS = {
+    "flash": "ATen's flash",
+    "efficient": "ATen's efficient kernel",
+    "triton": "Triton",
+    "blocked": "blocks of torch ops",
+}
+
+
+def _jvp_backward(q: Tensor, v: Tensor) -> Callable[..., tangent_backward.Gradients]:
+    """The backward through the tangent that goes with the implementation."""
+    chosen: Any = implementation(q, v)
+    return (tangent_backward if chosen is attention_blocked else chosen).attention_jvp_backward
 
 
 # --------------------------------------------------------------------------- the ops: real tensors and fakes
@@ -227,6 +257,8 @@ def _attention_backward_fake(
     lse: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
+    check_operands(q, k, v, bias)
+    check_outputs(q, v, {"o_grad": o_grad, "o": o}, {"lse": lse, "lse_grad": lse_grad})
     bias_needs_grad = len(rest) > 5 and rest[5]
     return tuple(_grads_like(q, k, v, bias if bias_needs_grad else None, rows=3))
 
@@ -244,6 +276,7 @@ def _attention_backward_real(
 ) -> tuple[Tensor, ...]:
     how, bias_needs_grad = How(*rest[:5]), len(rest) > 5 and rest[5]
     check_operands(q, k, v, bias)
+    check_outputs(q, v, {"o_grad": o_grad, "o": o}, {"lse": lse, "lse_grad": lse_grad})
     check_how(q, k, bias, *how[2:])
     chosen, inside = implementation(q, v), how.inside(q)
     dbias = None
@@ -292,6 +325,16 @@ class Tangents(NamedTuple):
     o_dot: Tensor
     lse_dot: Tensor
 
+    def check(self) -> None:
+        """Raises ValueError for what does not fit q, k and v."""
+        check_operands(self.q, self.k, self.v, self.bias)
+        check_tangents(
+            q=(self.q, self.q_dot), k=(self.k, self.k_dot), v=(self.v, self.v_dot), bias=(self.bias, self.bias_dot)
+        )
+        rows, row_sums = ("o_grad", "o_dot_grad", "o", "o_dot"), ("lse_grad", "lse_dot_grad", "lse", "lse_dot")
+        x = self._asdict()
+        check_outputs(self.q, self.v, {name: x[name] for name in rows}, {name: x[name] for name in row_sums})
+
     def rank4(self) -> list[Tensor | None]:
         """All of them as implementations take them."""
         lses, biases = ("lse_grad", "lse_dot_grad", "lse", "lse_dot"), ("bias", "bias_dot")
@@ -310,6 +353,7 @@ class Tangents(NamedTuple):
 
 def _attention_jvp_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     given, (needs_bias, needs_bias_dot) = Tangents(*args[:16]), (*args[21:], False, False)[:2]
+    given.check()
     biases = given.bias if needs_bias else None, given.bias_dot if needs_bias_dot else None
     return tuple(_grads_like(*given[4:10], *biases, rows=6))
 
@@ -317,16 +361,16 @@ def _attention_jvp_backward_fake(*args: Any) -> tuple[Tensor, ...]:
 def _attention_jvp_backward_real(*args: Any) -> tuple[Tensor, ...]:
     given, how, needs = Tangents(*args[:16]), How(*args[16:21]), (*args[21:], False, False)[:2]
     q, k, v, bias, bias_dot = given.q, given.k, given.v, given.bias, given.bias_dot
-    check_operands(q, k, v, bias)
-    check_tangents(q=(q, given.q_dot), k=(k, given.k_dot), v=(v, given.v_dot), bias=(bias, bias_dot))
+    given.check()
     check_how(q, k, bias, *how[2:])
+    backward = _jvp_backward(q, v)
     if how.cu_seqlens_q is None:
-        *grads, dbias, dbias_dot = tangent_backward.attention_jvp_backward(*given.rank4(), *how.inside(q), *needs)
+        *grads, dbias, dbias_dot = backward(*given.rank4(), *how.inside(q), *needs)
     else:
         dbias = dbias_dot = None
         grads = [x.zero_() for x in _grads_like(*given[4:10], rows=6)]
         for at_q, at_kv in how.sequences(q, k):
-            part = tangent_backward.attention_jvp_backward(*given.narrow(at_q, at_kv), *how.inside(q), False, False)
+            part = backward(*given.narrow(at_q, at_kv), *how.inside(q), False, False)
             for out, span, value in zip(grads, (at_q, at_kv, at_kv) * 2, part):
                 if value is not None:
                     out[:, :, span] = value

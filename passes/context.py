@@ -21,6 +21,7 @@ class Report:
     attention: list[Any] = field(default_factory=list)  # one SwapReport per torch-level pass
     linearization: Linearization = field(default_factory=Linearization)
     fused: int = 0  # attention calls computed together with their tangent
+    kernels: Counter[str] = field(default_factory=Counter)  # what computes attention
     collectives: Counter[str] = field(default_factory=Counter)
     paired: int = 0  # collectives that carry a primal and its tangent
     primal_flops: sympy.Expr = sympy.S.Zero

@@ -8,9 +8,10 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
-from jvpgraph.kernels.ops import OPS
+from jvpgraph.kernels.ops import OPS, describe
 from jvpgraph.linearize import INSERTED_META
 from jvpgraph.passes.context import Context
 from jvpgraph.rules.apply import bind
@@ -19,7 +20,7 @@ __all__ = ["count"]
 
 
 def count(graph: fx.Graph, context: Context) -> None:
-    """Fill in the FLOPs of primal and tangent, as polynomials in the dynamic sizes, and the collectives.
+    """Fill in the FLOPs of primal and tangent, as polynomials in the dynamic sizes, the collectives, and the kernels.
 
     Leaves the graph as it is. A multiply-add counts 2; pointwise ops count nothing, as is customary.
     """
@@ -29,6 +30,8 @@ def count(graph: fx.Graph, context: Context) -> None:
             continue
         if node.target.namespace.startswith("_c10d_functional") and "wait" not in str(node.target):
             report.collectives[str(node.target)] += 1
+        if node.target in (OPS.attention.default, OPS.attention_jvp.default):
+            report.kernels[_kernel(node)] += 1
         primal, tangent = _flops(node)
         report.primal_flops += primal
         report.tangent_flops += tangent
@@ -46,6 +49,20 @@ def _flops(node: fx.Node) -> tuple[Any, Any]:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     flops = _expr(formula(*args, **kwargs, out_val=node.meta["val"]))
     return (0, flops) if INSERTED_META in node.meta else (flops, 0)
+
+
+def _kernel(node: fx.Node) -> str:
+    """At the sizes of this call, without a guard on them."""
+    names = [argument.name for argument in OPS.attention.default._schema.arguments]
+    bound = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    with FakeTensorMode():
+        given = [_at_this_size(x.meta["val"]) if isinstance(x, fx.Node) else x for x in map(bound.get, names)]
+        return describe(*given)
+
+
+def _at_this_size(x: Tensor) -> Tensor:
+    shape = [int(n.node.hint) if isinstance(n, torch.SymInt) else n for n in x.shape]
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
 def _attention_flops(node: fx.Node) -> tuple[Any, Any]:

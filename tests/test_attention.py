@@ -785,6 +785,8 @@ def test_merging_key_splits(tangents):
 def test_refusals_name_what_was_given():
     (q, k, v), (q_dot, k_dot, v_dot), bias, bias_dot = make(bias="additive")
     mask, cu = bias > 0, torch.tensor([0, 17], dtype=torch.int32)
+    o, lse = attention(q, k, v)
+    o_grad = torch.randn_like(o)
     refused = [
         ("one rank", lambda: attention(q[0], k, v)),
         ("one rank", lambda: attention(q[0, 0], k[0, 0], v[0, 0])),
@@ -815,6 +817,11 @@ def test_refusals_name_what_was_given():
         ("of batch 1", lambda: attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_kv=cu)),
         ("int32", lambda: attention(q[:1], k[:1], v[:1], cu_seqlens_q=cu.long(), cu_seqlens_kv=cu)),
         ("of one length", lambda: attention(q[:1], k[:1], v[:1], cu_seqlens_q=cu, cu_seqlens_kv=cu[:1])),
+        ("needs o_grad.*got o_grad", lambda: attention_backward(o_grad[..., :1], None, q, k, v, None, o, lse)),
+        ("needs o \\(2, 4, 17, 8\\)", lambda: attention_backward(o_grad, None, q, k, v, None, o[:, :, :7], lse)),
+        ("needs lse \\(2, 4, 17\\)", lambda: attention_backward(o_grad, None, q, k, v, None, o, lse.mT)),
+        ("in torch.float64", lambda: attention_backward(o_grad, None, q, k, v, None, o, lse.float())),
+        ("needs lse_grad", lambda: attention_backward(o_grad, lse[:, :1], q, k, v, None, o, lse)),
         ("ascend.*17.*got", lambda: attention(q[:1], k[:1], v[:1], cu_seqlens_q=2 * cu, cu_seqlens_kv=cu)),
     ]
     for message, call in refused:

@@ -426,15 +426,29 @@ def test_backward_of_packed_sequences():
     assert max(errors(have, want)) < 2 * TOLERANCE[BF16]
 
 
-def test_gradients_through_the_tangent():
-    tensors = make(n_q=70, n_k=90)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("d", [*WIDTHS, 72])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_gradients_through_the_tangent(kv_heads, d, is_causal):
+    tensors = make(n_q=170, n_k=190, d=d, kv_heads=kv_heads)
     exact = [x.double().requires_grad_() for x in tensors]
-    _, _, o_dot, lse_dot = reference.attention_jvp(*exact)
+    _, _, o_dot, lse_dot = reference.attention_jvp(*exact, is_causal=is_causal)
     weights = torch.randn_like(o_dot), torch.randn_like(lse_dot)
     want = torch.autograd.grad((o_dot * weights[0]).sum() + (lse_dot * weights[1]).sum(), exact)
     moving = [x.detach().requires_grad_() for x in tensors]
-    _, _, o_dot, lse_dot = attention_jvp(*moving, differentiable_tangent=True)
+    _, _, o_dot, lse_dot = attention_jvp(*moving, is_causal=is_causal, differentiable_tangent=True)
     have = torch.autograd.grad((o_dot * weights[0].to(BF16)).sum() + (lse_dot * weights[1].float()).sum(), moving)
+    assert max(errors(have, want)) < 2 * TOLERANCE[BF16]
+
+
+def test_backward_of_rows_that_begin_at_no_16_bytes():
+    tensors = [torch.cat((x, x), -1)[..., 1:65] for x in make(n_q=70, n_k=90)[:3]]
+    exact = [x.double().requires_grad_() for x in tensors]
+    o_exact, _ = reference.attention(*exact)
+    weight = torch.randn_like(o_exact)
+    want = torch.autograd.grad((o_exact * weight).sum(), exact)
+    moving = [x.detach().requires_grad_() for x in tensors]
+    have = torch.autograd.grad((attention(*moving)[0] * weight.to(BF16)).sum(), moving)
     assert max(errors(have, want)) < 2 * TOLERANCE[BF16]
 
 

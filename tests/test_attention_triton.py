@@ -1,12 +1,8 @@
-"""The Triton kernel against its float64 specification: on a GPU where there is one, else under Triton's interpreter
-in a process of its own, for TRITON_INTERPRET is read when a kernel is decorated."""
+"""The Triton kernel against its float64 specification: on a GPU where there is one, else under Triton's interpreter."""
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,77 +12,40 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver, interpreter
-
-from jvpgraph.kernels import aten_backward, attention_blocked, attention_gluon, attention_triton, gate, reference
+from jvpgraph.kernels import (
+    aten_backward,
+    attention_blocked,
+    attention_gluon,
+    attention_triton,
+    backward_triton,
+    gate,
+    launch,
+    reference,
+)
 from jvpgraph.kernels.attention import implementation, merge_attention
 from jvpgraph.kernels.blocks import Blocks, choose_blocks, split_head_dim
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-runs_kernels = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="run by test_under_the_interpreter"
+from tests.interpreter import (  # noqa: F401 - fixtures
+    DEVICE,
+    INTERPRETED,
+    compile_only,
+    poisoned_memory,
+    repaired_bfloat16,
+    run_under_the_interpreter,
+    runs_kernels,
 )
+
 # Errors relative to the norm of the reference.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 HALF, FULL = (torch.float16, torch.bfloat16), torch.float32
 
 
+pytestmark = pytest.mark.usefixtures("repaired_bfloat16", "poisoned_memory")
+
+
 @pytest.mark.slow
 def test_under_the_interpreter():
-    if INTERPRETED or torch.cuda.is_available():
-        pytest.skip("the tests below run in this process")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=5", __file__]
-    # numpy warns of log2(0) and 0/0 in rows beyond the last query, which are not stored
-    command += ["-W", "ignore:divide by zero:RuntimeWarning", "-W", "ignore:invalid value:RuntimeWarning"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    print(run.stdout)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-
-
-@pytest.fixture(autouse=True)
-def _bfloat16_of_the_interpreter(monkeypatch):
-    """The interpreter keeps bfloat16 as uint16, multiplies those integers in tl.dot, and truncates on the way in."""
-    if not INTERPRETED:
-        return
-    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    dot, cast = builder.create_dot, builder.cast_impl
-
-    def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        bits = x.data.astype("uint32") << 16
-        return handle(bits.view("float32"), tl.float32)
-
-    def create_dot(self, a, b, d, *rest):
-        return dot(self, widened(a), widened(b), d, *rest)
-
-    def cast_impl(self, x, to):
-        if x.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
-            rounded = torch.from_numpy(x.data.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
-            return handle(rounded, tl.bfloat16)
-        return widened(x) if x.dtype.scalar == tl.bfloat16 and to.scalar == tl.float32 else cast(self, x, to)
-
-    monkeypatch.setattr(builder, "create_dot", create_dot)
-    monkeypatch.setattr(builder, "cast_impl", cast_impl)
-    for name in ("create_fp_trunc", "create_fp_ext"):
-        monkeypatch.setattr(builder, name, lambda self, x, to: self.cast_impl(x, to))
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch):
-    """What is allocated and not written is NaN."""
-    empty, empty_like = Tensor.new_empty, torch.empty_like
-
-    def poisoned(x: Tensor) -> Tensor:
-        return x.fill_(math.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *args, **kwargs: poisoned(empty(self, *args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poisoned(empty_like(*args, **kwargs)))
+    run_under_the_interpreter(__file__)
 
 
 def make(
@@ -190,13 +149,16 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", ["float32", "half"])
+@pytest.mark.parametrize("dtype", [FULL, *HALF], ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_at_odd_lengths(option, dtype):
     shape, how = OPTIONS[option]
-    kind = FULL if dtype == "float32" else HALF[list(OPTIONS).index(option) % 2]
-    for n_q, n_k in ((1, 63), (63, 1), (65, 999), (999, 65)):
-        check(*make(n_q=n_q, n_k=n_k, dtype=kind, **{"h": 1, "d": 16} | shape), blocks=Blocks(128, 128, 4, 1), **how)
+    if dtype == FULL and not INTERPRETED:
+        how = how | {"by_descriptor": None}  # which gains nothing there, and which one Triton's compiler dies of
+    blocks = Blocks(128, 128, 4, 1) if INTERPRETED else None  # as fast as a small tile there; not to a compiler
+    lengths = [(1, 63), (63, 1), (65, 999), (999, 65)]
+    for n_q, n_k in lengths if dtype == FULL else lengths[HALF.index(dtype) :: 2]:
+        check(*make(n_q=n_q, n_k=n_k, dtype=dtype, **{"h": 1, "d": 16} | shape), blocks=blocks, **how)
 
 
 @runs_kernels
@@ -211,21 +173,23 @@ def test_head_dims(d, d_v, by_descriptor):
 
 
 @runs_kernels
+@pytest.mark.parametrize("dtype", [FULL, *HALF], ids=str)
 @pytest.mark.parametrize("window", [EVERYTHING, CAUSAL])
 @pytest.mark.parametrize(
     "bias", ["none", "padding", "boolean", "additive", "additive_padding", "per_head", "per_query"]
 )
-def test_masks(bias, window):
-    inputs = make(b=2, kv_heads=1, n_q=70, n_k=130, d=16, bias=bias)
-    check(*inputs, window=window)
-    check(*make(b=2, h=4, kv_heads=2, n_q=70, n_k=40, d=16, bias=bias), window=window)
+def test_masks(bias, window, dtype):
+    check(*make(b=2, kv_heads=1, n_q=70, n_k=130, d=16, bias=bias, dtype=dtype), window=window)
+    if dtype == FULL:
+        check(*make(b=2, h=4, kv_heads=2, n_q=70, n_k=40, d=16, bias=bias), window=window)
 
 
 @runs_kernels
+@pytest.mark.parametrize("dtype", [FULL, *HALF], ids=str)
 @pytest.mark.parametrize("window", [EVERYTHING, CAUSAL])
 @pytest.mark.parametrize("bias", ["padding", "boolean", "additive"])
-def test_fully_masked_rows_are_zero(bias, window):
-    inputs, dots, mask, mask_dot = make(b=2, n_q=70, n_k=130, d=16, bias=bias)
+def test_fully_masked_rows_are_zero(bias, window, dtype):
+    inputs, dots, mask, mask_dot = make(b=2, n_q=70, n_k=130, d=16, bias=bias, dtype=dtype)
     nothing = False if mask.dtype == torch.bool else -math.inf
     mask[0] = nothing
     mask[1, ..., :100] = nothing  # the first block has none of the keys of this one
@@ -235,6 +199,23 @@ def test_fully_masked_rows_are_zero(bias, window):
     assert (lse[0] == -math.inf).all()
     assert not o_dot[0].any()
     assert not lse_dot[0].any()
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [FULL, torch.bfloat16], ids=str)
+def test_the_most_negative_finite_bias_hides_as_in_torch(dtype):
+    """Models mask by it; a row with nothing else attends to all keys alike, instead of to none."""
+    (q, k, v), dots, _, _ = make(n_q=40, n_k=70, d=16, dtype=dtype)
+    mask = torch.zeros(1, 1, 40, 70, dtype=dtype, device=DEVICE)
+    mask[..., 30:] = mask[:, :, 7] = torch.finfo(dtype).min
+    o, lse, o_dot, lse_dot = attention_triton.attention_jvp(q, k, v, *dots, mask, None, EVERYTHING, 0.2)
+    want = torch.nn.functional.scaled_dot_product_attention(*map(double, (q, k, v)), mask.double(), scale=0.2)
+    want[:, :, 7] = v.double().mean(2)
+    assert max(errors((o,), (want,))) < TOLERANCE[dtype]
+    assert all(x.isfinite().all() for x in (lse, o_dot, lse_dot))
+    lse_grad = torch.randn_like(lse)
+    grads = aten_backward.attention_backward(o, lse_grad, q, k, v, mask, o, lse, EVERYTHING, 0.2, False)[:3]
+    assert all(x.isfinite().all() for x in grads)
 
 
 WINDOWS = [
@@ -356,6 +337,15 @@ def test_long_and_many_packed_sequences():
 
 
 @runs_kernels
+def test_offsets_beyond_the_tensors_touch_nothing_outside():
+    (q, k, v), dots, _, _ = make(n_q=65, n_k=70, d=16)
+    wrong = offsets([100]), offsets([5000])
+    have = attention_triton.attention_jvp(q, k, v, *dots, None, None, EVERYTHING, 0.2, cu_seqlens=wrong)
+    want = attention_triton.attention_jvp(q, k, v, *dots, None, None, EVERYTHING, 0.2)
+    assert max(errors(have, tuple(map(double, want)))) < 1e-5
+
+
+@runs_kernels
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0])
 def test_any_scale(scale):
     check(*make(n_q=20, n_k=130, d=16), scale=scale)
@@ -367,7 +357,7 @@ def test_any_strides():
     heads_first = [x.contiguous() for x in inputs]
     sliced = [torch.cat((x, x), -1)[..., 16:] for x in dots]
     check(heads_first, sliced, None, None)
-    check(heads_first, sliced, None, None, by_descriptor=True)
+    check([x.half() for x in heads_first], [x.half() for x in sliced], None, None, by_descriptor=True)
     columns_first = [x.mT.contiguous().mT for x in inputs]
     check(columns_first, dots, None, None)
     shared = [x[:1].expand_as(x) for x in inputs]
@@ -449,6 +439,24 @@ def test_head_dims_are_split_in_two(dim, parts):
     assert split_head_dim(128, halves=True) == (64, 64)
 
 
+def test_common_layouts_are_taken_without_copies():
+    """B,L,H,D and B,H,L,D, slices of a fused projection, and what broadcasts."""
+    rows = torch.empty(2, 65, 3, 4, 72, dtype=torch.bfloat16)
+    for x in (*rows.unbind(2), rows[:, :, 0].transpose(1, 2).contiguous().transpose(1, 2), rows[:, :, 0, :1]):
+        x = x.expand(-1, -1, 4, -1).transpose(1, 2)
+        assert launch.addressable(x) is x
+        assert aten_backward._aligned(x) is x
+
+
+def test_what_atens_kernels_would_misread_is_copied():
+    """Flash loads 16 bytes at a time, and does not look whether they are aligned."""
+    x = torch.randn(2, 3, 7, 72, dtype=torch.bfloat16)
+    for wrong in (x[..., 1:65], x.mT.contiguous().mT, torch.randn(2, 3, 7, 65).bfloat16()[..., :64], x[:, :, :, ::2]):
+        copy = aten_backward._aligned(wrong)
+        assert torch.equal(copy, wrong)
+        assert copy.is_contiguous()
+
+
 def test_blocks_of_the_next_larger_head_dim():
     bf16 = torch.bfloat16
     assert choose_blocks(90, (72, 72), bf16, "jvp", True) == choose_blocks(90, (80, 80), torch.float16, "jvp", True)
@@ -464,35 +472,35 @@ def test_blocks_of_the_next_larger_head_dim():
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="pretends a GPU to Triton's compiler")
-@pytest.mark.parametrize(("limits", "packed"), [((None, None), False), ((16, 1), False), ((None, 16), True)], ids=str)
-def test_a_new_length_compiles_nothing(limits, packed, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("limits", "packed", "bias"),
+    [
+        ((None, None), False, "none"),
+        ((16, 1), False, "none"),
+        ((None, 16), True, "none"),
+        ((None, None), False, "padding"),
+        ((None, None), False, "additive"),
+    ],
+    ids=str,
+)
+def test_a_new_length_compiles_nothing(limits, packed, bias, monkeypatch, tmp_path):
     """What the host function launches is what the gate compiles, once for all lengths, widths of a window and numbers
     of sequences: on a GPU that is pretended."""
-    kernel, compiled = attention_triton.attention_kernel, []
-
-    class Hopper:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-        get_current_device = get_current_stream = staticmethod(lambda *_: 0)
-
-    class CompileOnly:
-        def __getitem__(self, grid):
-            return lambda *args, **options: compiled.append(kernel.run(*args, grid=grid, warmup=True, **options))
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(attention_triton, "attention_kernel", CompileOnly())
-    monkeypatch.setattr(attention_triton, "_arch", lambda device: 90)
-    monkeypatch.setattr(driver, "_active", Hopper())
+    compiled = compile_only(monkeypatch, attention_triton, "attention_kernel", tmp_path)
+    monkeypatch.setattr(attention_triton, "arch_of", lambda device: 90)
     packing = torch.tensor([0, 5, 5, 20, 64, 65], dtype=torch.int32)
     for n, (n_q, n_k, b) in enumerate(((100, 65, 1), (999, 1999, 2), (128, 160, 3), (65, 165, 1))):
-        (q, k, v), dots, _, _ = make(b=1 if packed else b, n_q=n_q, n_k=n_k, d=32, dtype=torch.bfloat16)
+        size = {"b": 1 if packed else b, "n_q": n_q, "n_k": n_k, "d": 32}
+        (q, k, v), dots, mask, mask_dot = make(**size, dtype=torch.bfloat16, bias=bias)
         window = Window(*(None if x is None else x * n for x in limits))
         cu_seqlens = (packing[: n + 1], packing[1 : n + 2]) if packed else None
-        attention_triton.attention_jvp(q, k, v, *dots, None, None, window, 0.1, cu_seqlens=cu_seqlens)
+        attention_triton.attention_jvp(q, k, v, *dots, mask, mask_dot, window, 0.1, cu_seqlens=cu_seqlens)
     assert len({id(x) for x in compiled}) == 1
-    blocks = choose_blocks(90, (32, 32), torch.bfloat16, "jvp", True)
+    blocks = choose_blocks(90, (32, 32), torch.bfloat16, "jvp" if bias == "none" else "bias", True)
     if packed:
         blocks = attention_triton.packed_blocks(blocks)
-    flags = gate.Flags(has_left=limits[0] is not None, has_right=limits[1] is not None, packed=packed)
+    masks = {"none": gate.Flags(), "padding": gate.VARIANTS["bias"], "additive": gate.FULL_BIAS}
+    flags = masks[bias]._replace(has_left=limits[0] is not None, has_right=limits[1] is not None, packed=packed)
     gated = gate._source(32, 32, torch.bfloat16, blocks, flags, True)
     source = compiled[0].src
     assert source.signature == gated.signature
@@ -539,19 +547,21 @@ PATHS = [
     ("flash", {}, {"window": Window(right=5)}),
     ("flash", {}, {"window": Window(1 << 40, 5)}),
     ("efficient", {"n_k": 90}, {"window": CAUSAL}),  # flash aligns its window at the bottom right
-    ("blocked", {"n_k": 90}, {"window": Window(30, 5)}),
+    ("triton", {"n_k": 90}, {"window": Window(30, 5)}),
     ("blocked", {"d": 256}, {"window": Window(30, 5)}),
     ("efficient", {"dtype": torch.float32}, {}),
     ("efficient", {"d_v": 128}, {}),
     ("efficient", {"d": 256}, {}),
     ("efficient", {"n_k": 90}, {"bias": torch.bool}),
     ("efficient", {}, {"bias": torch.bfloat16}),
-    ("blocked", {}, {"bias": torch.float32}),
-    ("blocked", {"d_v": 128, "kv_heads": 2}, {}),
-    ("blocked", {}, {"bias": torch.bool, "window": CAUSAL}),
-    ("blocked", {"d": 63}, {}),
+    ("triton", {}, {"bias": torch.float32}),
+    ("blocked", {"dtype": torch.float32, "kv_heads": 2}, {}),
+    ("triton", {"d_v": 128, "kv_heads": 2}, {}),
+    ("triton", {}, {"bias": torch.bool, "window": CAUSAL}),
+    ("triton", {"d": 63}, {}),
     ("blocked", {"n_k": 0}, {}),
-    ("blocked", {}, {"has_lse_grad": True}),
+    ("triton", {}, {"has_lse_grad": True}),
+    ("blocked", {"dtype": torch.float32}, {"has_lse_grad": True}),
     ("blocked", {}, {"bias": torch.bfloat16, "bias_needs_grad": True}),
 ]
 
@@ -562,14 +572,17 @@ def test_backward_paths(path, shape, options, bias_rows, monkeypatch):
     """What is chosen, and that ATen's schema and shapes take it: its kernels themselves need a GPU."""
     # a torch without CUDA does not fake all that this calls
     monkeypatch.setattr(aten_backward, "_additive_aligned", lambda q, k, bias: bias.expand(*q.shape[:3], -1))
+    monkeypatch.setattr(backward_triton, "arch_of", lambda device: 90)
     options = {"bias": None, "window": EVERYTHING, "has_lse_grad": False, "bias_needs_grad": False} | options
     with FakeTensorMode():
         q, k, v = fake(**shape)
         if options["bias"] is not None:
             size = (2, 8, q.shape[2], k.shape[2]) if bias_rows else (2, 1, 1, k.shape[2])
             options["bias"] = torch.empty(size, dtype=options["bias"], device="cuda")
-        assert aten_backward.backward_path(q, k, v, **options) == path
-        if path == "blocked":
+        name, why = aten_backward.backward_path(q, k, v, **options)
+        assert name == path
+        assert bool(why) == (name in ("triton", "blocked"))
+        if path in ("triton", "blocked"):
             return
         o = torch.empty(2, q.shape[2], 8, v.shape[3], dtype=q.dtype, device="cuda").transpose(1, 2)
         lse = torch.empty(q.shape[:3], device="cuda")
@@ -615,8 +628,9 @@ def test_backward_on_a_gpu(path, shape, options):
         bias = seen if options["bias"] == torch.bool else torch.where(seen, 0.0, -math.inf).to(dtype)
     o, lse = attention_triton.attention(*inputs, bias, window, 0.2)
     o_grad = torch.randn_like(o)
-    have = attention_triton.attention_backward(o_grad, None, *inputs, bias, o, lse, window, 0.2, False)[:3]
+    lse_grad = torch.randn_like(lse) if options.get("has_lse_grad") else None
+    have = attention_triton.attention_backward(o_grad, lse_grad, *inputs, bias, o, lse, window, 0.2, False)[:3]
     want = attention_blocked.attention_backward(
-        *(double(x) for x in (o_grad, None, *inputs, bias, o, lse)), window, 0.2, False
+        *(double(x) for x in (o_grad, lse_grad, *inputs, bias, o, lse)), window, 0.2, False
     )[:3]
     assert max(errors(have, want)) < 2 * TOLERANCE[dtype]

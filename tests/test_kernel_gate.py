@@ -12,13 +12,18 @@ pytest.importorskip("triton")
 from jvpgraph.kernels import gate
 from jvpgraph.kernels.attention_triton import packed_blocks
 from jvpgraph.kernels.blocks import (
+    BACKWARD_TABLE,
     GLUON_TABLE,
     SHARED_MEMORY,
     TABLE,
+    BackwardBlocks,
+    BackwardEntry,
     Blocks,
     Entry,
     GluonBlocks,
     GluonEntry,
+    Sweeps,
+    backward_sweeps,
     choose_blocks,
     variant,
 )
@@ -45,7 +50,10 @@ def test_every_entry_of_the_table_passes(arch, capsys):
     bad = gate.main(["--arch", str(arch)])
     out = capsys.readouterr().out
     assert not bad, out
-    assert out.count(" ok\n") == sum(entry.arch == arch for entry in TABLE) + (arch == 90) * len(GLUON_TABLE)
+    of_backward = sum(len(gate.launches(x, sweeps)) for x, sweeps in BACKWARD_TABLE.items() if x.arch == arch)
+    forward = sum(entry.arch == arch for entry in TABLE) + (arch == 90) * len(GLUON_TABLE)
+    assert out.count(" ok\n") == forward + of_backward
+    assert of_backward
 
 
 def test_what_the_gate_must_catch():
@@ -69,11 +77,20 @@ def test_what_the_gate_must_catch_in_gluon():
     assert any("shared memory" in what for what in large.violations)
 
 
+def test_what_the_gate_must_catch_in_the_backward():
+    spilling = gate.check_backward(BackwardEntry(90, 128, True), "keys", BackwardBlocks(64, 64, 4, 2))
+    assert any("spills in the loop" in what for what in spilling.violations)
+    large = gate.check_backward(BackwardEntry(80, 64, False), "queries", BackwardBlocks(128, 64, 8, 6))
+    assert any("shared memory" in what for what in large.violations)
+
+
 def test_a_planted_entry_fails_the_command(monkeypatch, capsys):
     monkeypatch.setattr(gate, "TABLE", {Entry(90, 128, BF16, "jvp"): Blocks(128, 64, 4, 2)})
     monkeypatch.setattr(gate, "GLUON_TABLE", {GluonEntry(128, 2): GluonBlocks(128, 2)})
-    assert gate.main([]) == 2
-    assert capsys.readouterr().out.count("spills in the loop") == 2
+    planted = Sweeps(*(BackwardBlocks(128, 64, 4, 2),) * 3)
+    monkeypatch.setattr(gate, "BACKWARD_TABLE", {BackwardEntry(90, 128, False): planted})
+    assert gate.main([]) == 4
+    assert capsys.readouterr().out.count("spills in the loop") == 4
 
 
 # What the table is not checked for, but must compile to and fit: the interpreter does not know types of loops.
@@ -114,3 +131,18 @@ def test_other_variants_compile_and_fit(arch, d, d_v, dtype, flags, by_descripto
     compiled, _ = gate.compile_ahead(arch, d, d_v, dtype, blocks, flags, by_descriptor)
     assert compiled.metadata.shared <= SHARED_MEMORY[arch]
     assert (getattr(compiled.metadata, "tmem_size", None) or 0) <= gate.TENSOR_MEMORY
+
+
+@pytest.mark.parametrize("head_dim", [72, 80, 96, 112])
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))
+def test_the_backward_compiles_and_fits_in_head_dims_of_several_parts(arch, moves, head_dim):
+    sweeps = backward_sweeps(arch, head_dim, moves)
+    if sweeps is None:
+        assert (arch, moves) == (80, True)
+        return
+    entry = BackwardEntry(arch, head_dim, moves)
+    for sweep, blocks in gate.launches(entry, sweeps).items():
+        report = gate.check_backward(entry, sweep, blocks)
+        assert report.shared <= SHARED_MEMORY[arch]
+        assert report.tensor_memory <= gate.TENSOR_MEMORY

@@ -21,6 +21,7 @@ from torch.testing import assert_close
 
 import jvpgraph
 from jvpgraph import api
+from jvpgraph.kernels import ops
 from jvpgraph.passes.pipeline import PIPELINE
 from tests.models import Checkpointed, Computed, CountOps, Output, TinyDiT, inputs, oracle
 
@@ -724,6 +725,23 @@ class TestExplain:
         assert (found.tangent_flops - linear - depth * 2 * attention).expand() == 0
         assert found.flops()[0] == found.primal_flops.subs({N: 6, B: 2})
         assert "2 swapped, 2 fused" in str(found)
+        assert "2 by blocks of torch ops" in str(found)
+
+    def test_what_computes_attention(self, monkeypatch):
+        """A backward that ATen's kernels do not take is said, with the reason."""
+        triton = pytest.importorskip("jvpgraph.kernels.attention_triton")
+        monkeypatch.setattr(ops, "implementation", lambda q, v: triton)
+        x, x_dot = torch.randn(2, 2, 4, 5, 8, dtype=torch.bfloat16)
+        masks = {
+            "Triton, backward by ATen's flash": None,
+            "Triton, backward by ATen's efficient kernel": x[:, :, :, :1] > 0,
+            "Triton, backward by Triton: a torch.float32 bias beside torch.bfloat16": torch.randn(5, 5),
+        }
+        for said, mask in masks.items():
+            model = Wrapped(lambda x, mask=mask: F.scaled_dot_product_attention(x, x, x, mask))
+            found = jvpgraph.transform(model).explain(x, tangents={"x": x_dot})
+            assert dict(found.kernels) == {said: 1}
+            assert f"1 by {said}" in str(found)
 
     def test_unsupported_and_uncaptured(self):
         x = torch.randn(3).double()

@@ -1,11 +1,7 @@
-"""Whole diffusers models whose attention runs on the Triton kernel: on a GPU, or under the interpreter in a process of
-its own (TRITON_INTERPRET is read when a kernel is decorated)."""
+"""Whole diffusers models whose attention runs on the Triton kernel: on a GPU, or under Triton's interpreter."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -15,26 +11,19 @@ pytest.importorskip("triton")
 
 import jvpgraph
 from jvpgraph.kernels import attention_triton, ops
+from tests.interpreter import DEVICE, INTERPRETED, run_under_the_interpreter, runs_kernels
 from tests.zoo.base import QUIET
 from tests.zoo.cases import CASES
 from tests.zoo.oracle import oracle, random_tangents
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 pytestmark = [pytest.mark.slow, *(pytest.mark.filterwarnings(quiet) for quiet in QUIET)]
 
 
 def test_under_the_interpreter():
-    if INTERPRETED or torch.cuda.is_available():
-        pytest.skip("the test below runs in this process")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-W", "ignore:divide by zero:RuntimeWarning", "-W", "ignore:invalid value:RuntimeWarning"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    run_under_the_interpreter(__file__)
 
 
-@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="run by test_under_the_interpreter")
+@runs_kernels
 @pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
 def test_value_tangent_and_gradients(name, monkeypatch):
     """float32 against forward AD of the float64 model, gradients against its own."""

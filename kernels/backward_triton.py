@@ -1,0 +1,155 @@
+"""The host side of jvpgraph.kernels.backward_kernel: from tensors to three launches.
+
+Refuses
+    Nothing: `supports` says what the kernels take, and jvpgraph.kernels.ops checks the arguments first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from jvpgraph.kernels.backward_kernel import keys_kernel, queries_kernel
+from jvpgraph.kernels.blocks import Sweeps, backward_sweeps, parts_of_head_dim
+from jvpgraph.kernels.launch import ALL_BUT_BLIND, addressable, arch_of, bias_kind, bias_strides, on_device, strides_of
+from jvpgraph.kernels.layout import empty_rows
+from jvpgraph.kernels.window import Window
+
+__all__ = ["attention_jvp_backward", "supports"]
+
+
+def supports(
+    q: Tensor, k: Tensor, v: Tensor, bias_needs_grad: bool = False, bias_dot: Tensor | None = None, moves: bool = False
+) -> bool:
+    """Whether the kernels take tensors like these: in half types, of a head dim that the table has, without gradients
+    or a tangent of a bias. moves: with a cotangent of the tangent."""
+    return (
+        q.dtype in (torch.float16, torch.bfloat16)
+        and backward_sweeps(arch_of(q.device), max(q.shape[-1], v.shape[-1]), moves) is not None
+        and q.numel() > 0
+        and k.numel() > 0
+        and v.numel() > 0
+        and not bias_needs_grad
+        and bias_dot is None
+    )
+
+
+def attention_jvp_backward(
+    o_grad: Tensor | None,
+    lse_grad: Tensor | None,
+    o_dot_grad: Tensor | None,
+    lse_dot_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    bias: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    lse_dot: Tensor | None,
+    window: Window,
+    scale: float,
+    *,
+    sweeps: Sweeps | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(dq, dk, dv, dq_dot, dk_dot, dv_dot). A gradient or a tangent given as None is zero; a tangent given as None has
+    no gradient. sweeps are for tests and measurements."""
+    dots = (q_dot, k_dot, v_dot)
+    moves = (o_dot_grad is not None or lse_dot_grad is not None) and any(x is not None for x in dots)
+    dq, dk, dv = (empty_rows(x, x.shape[2], x.shape[3]) for x in (q, k, v))
+    dq_dot, dk_dot, dv_dot = (None if x is None else empty_rows(x, x.shape[2], x.shape[3]) for x in dots)
+    if not moves:
+        for x in (dq_dot, dk_dot, dv_dot):
+            if x is not None:
+                x.zero_()
+        dots = (None, None, None)
+    o_grad = torch.zeros_like(o) if o_grad is None else o_grad
+    if moves and o_dot_grad is None:
+        o_dot_grad = torch.zeros_like(o)
+    operands = dict(zip(NAMES, map(addressable, (q, k, v, *dots, o_grad, o_dot_grad if moves else None))))
+    batch, heads, length_q, head_dim = q.shape
+    kv_heads, length_kv, head_dim_v = v.shape[1:]
+    sums = _row_sums(lse, lse_grad, lse_dot_grad, lse_dot if moves else None)
+    centre = torch.stack([x.float().mean(2) for x in (k, k if k_dot is None else k_dot)]) if moves else None
+
+    left, right = window
+    common: dict[str, Any] = {
+        **operands,
+        "bias": bias.view(torch.uint8) if bias is not None and bias.dtype == torch.bool else bias,
+        "sums": sums,
+        **{f"{name}_strides": strides_of(x, 3) for name, x in operands.items()},
+        **bias_strides(bias),
+        "scale": float(scale),
+        "heads": heads,
+        "group": heads // kv_heads,
+        "length_q": length_q,
+        "length_kv": length_kv,
+        "left": 0 if left is None else min(left, length_q),
+        "right": 0 if right is None else min(right, length_kv),
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "WIDTHS": parts_of_head_dim(head_dim),
+        "WIDTHS_V": parts_of_head_dim(head_dim_v),
+        "HAS_Q_DOT": dots[0] is not None,
+        "HAS_K_DOT": dots[1] is not None,
+        "HAS_V_DOT": dots[2] is not None,
+        "MOVES": moves,
+        "BIAS": bias_kind(bias),
+        "BIAS_HAS_ROWS": bias is not None and bias.shape[2] > 1,
+        "HAS_LEFT": left is not None,
+        "HAS_RIGHT": right is not None,
+    }
+    sweeps = sweeps or backward_sweeps(arch_of(q.device), max(head_dim, head_dim_v), moves)
+    assert sweeps is not None
+    with on_device(q.device):
+        for blocks, sums_only in ((sweeps.sums, True), (sweeps.queries, False)):
+            queries_kernel[(triton.cdiv(length_q, blocks.block_q) * batch * heads,)](
+                **common,
+                o=addressable(o),
+                centre=centre,
+                dq=dq,
+                dq_dot=dq_dot if moves else None,
+                o_strides=strides_of(o, 3),
+                dq_strides=strides_of(dq, 3),
+                dq_dot_strides=strides_of(dq_dot, 3),
+                SUMS=sums_only,
+                **blocks.options(),
+            )
+        for blocks, has_dk, has_dv in ((sweeps.keys, True, sweeps.values is None), (sweeps.values, False, True)):
+            if blocks is None:
+                continue
+            keys_kernel[(triton.cdiv(length_kv, blocks.block_k) * batch * kv_heads,)](
+                **common,
+                dk=dk,
+                dv=dv,
+                dk_dot=dk_dot if moves else None,
+                dv_dot=dv_dot if moves else None,
+                dk_strides=strides_of(dk, 3),
+                dv_strides=strides_of(dv, 3),
+                dk_dot_strides=strides_of(dk_dot, 3),
+                dv_dot_strides=strides_of(dv_dot, 3),
+                HAS_DK=has_dk,
+                HAS_DV=has_dv,
+                **blocks.options(),
+            )
+    return dq, dk, dv, dq_dot, dk_dot, dv_dot
+
+
+NAMES = ("q", "k", "v", "q_dot", "k_dot", "v_dot", "o_grad", "o_dot_grad")
+
+
+def _row_sums(lse: Tensor, lse_grad: Tensor | None, lse_dot_grad: Tensor | None, lse_dot: Tensor | None) -> Tensor:
+    """[4, B, H, Lq] as queries_kernel takes it: lse in units of log 2, the gradients of lse and lse_dot, lse_dot."""
+    blind = lse < ALL_BUT_BLIND  # a merge of parts may have no gradient there but NaN
+    sums = lse.new_zeros(4, *lse.shape)
+    sums[0] = (lse * math.log2(math.e)).masked_fill(blind, math.inf)
+    for field, x in zip(sums[1:], (lse_grad, lse_dot_grad, lse_dot)):
+        if x is not None:
+            field.copy_(x).masked_fill_(blind, 0)
+    return sums

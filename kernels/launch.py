@@ -1,0 +1,57 @@
+"""What the launches of the Triton kernels share: which GPU, which memory, which arguments."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jvpgraph.kernels.attention_kernel import ADDITIVE_BIAS, BIAS_DOT_STRIDES, BIAS_STRIDES, BOOLEAN_BIAS, NO_BIAS
+
+__all__ = ["ALL_BUT_BLIND", "addressable", "arch_of", "bias_kind", "bias_strides", "on_device", "strides_of"]
+
+
+# The logsumexp of a row that sees no key is -inf. That of one whose keys all have the most negative finite bias is
+# finite and lost all but its size, so that exp(s - lse) could be anything: to a backward both see no key.
+ALL_BUT_BLIND = -1e37
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Where a launch goes to."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def arch_of(device: torch.device) -> int:
+    """Compute capability, 80 for 8.0; of the interpreter, 0."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def addressable(x: Tensor | None) -> Any:
+    """x, or a copy if its last dim is not contiguous, or a block of its rows spans more than int32 counts."""
+    if x is None or ((x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 1 << 23):
+        return x
+    return x.contiguous()
+
+
+def strides_of(x: Tensor | None, count: int) -> tuple[int, ...] | None:
+    """The first strides of x; 0 for dims of size one, which broadcast, and whose stride means nothing."""
+    if x is None:
+        return None
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:count], x.stride()))
+
+
+def bias_strides(bias: Tensor | None, *, of_tangent: bool = False) -> dict[str, int | None]:
+    """The strides of a bias, or of its tangent, as the kernels call them."""
+    return dict(zip(BIAS_DOT_STRIDES if of_tangent else BIAS_STRIDES, strides_of(bias, 4) or (None,) * 4))
+
+
+def bias_kind(bias: Tensor | None) -> int:
+    if bias is None:
+        return NO_BIAS
+    return BOOLEAN_BIAS if bias.dtype == torch.bool else ADDITIVE_BIAS

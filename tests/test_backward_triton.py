@@ -1,0 +1,215 @@
+"""The backward kernels against torch's own derivatives of the float64 specification: on a GPU where there is one, else
+under Triton's interpreter."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from jvpgraph.kernels import attention_blocked, backward_triton, gate
+from jvpgraph.kernels.blocks import BACKWARD_TABLE, BackwardBlocks, BackwardEntry, Sweeps, parts_of_head_dim
+from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
+from tests.interpreter import (  # noqa: F401 - fixtures
+    DEVICE,
+    INTERPRETED,
+    compile_only,
+    poisoned_memory,
+    repaired_bfloat16,
+    run_under_the_interpreter,
+    runs_kernels,
+)
+from tests.test_tangent_backward import NAMES, OUTPUTS, TOLERANCE, Case, error, expected, make
+
+pytestmark = pytest.mark.usefixtures("repaired_bfloat16", "poisoned_memory")
+BF16, FP16 = torch.bfloat16, torch.float16
+SMALL = BackwardBlocks(32, 32, 4, 1)
+
+
+@pytest.mark.slow
+def test_under_the_interpreter():
+    run_under_the_interpreter(__file__)
+
+
+def computed(case: Case, blocks: BackwardBlocks | None = SMALL) -> dict[str, Tensor | None]:
+    """The gradients by name, from the forward in blocks of torch."""
+    inputs = {name: None if x is None else x.to(DEVICE) for name, x in case.inputs.items()}
+    tensors: tuple[Any, ...] = tuple(inputs[name] for name in NAMES)
+    o, lse, _, lse_dot = attention_blocked.attention_jvp(*tensors, case.window, case.scale)
+    cotangents = (None if x is None else x.to(DEVICE) for x in (case.cotangents[name] for name in OUTPUTS))
+    got = backward_triton.attention_jvp_backward(
+        *cotangents,
+        *tensors[:7],
+        o,
+        lse,
+        lse_dot,
+        case.window,
+        case.scale,
+        sweeps=blocks and Sweeps(*(blocks,) * (4 if case.window == CAUSAL else 3)),
+    )
+    return {name: None if x is None else x.cpu() for name, x in zip(NAMES, got)}
+
+
+def check(case: Case, blocks: BackwardBlocks | None = SMALL) -> None:
+    q = case.inputs["q"]
+    assert q is not None
+    got, want = computed(case, blocks), expected(case)
+    for name in NAMES[:6]:
+        have, should = got[name], want[name]
+        assert (have is None) == (should is None), name
+        if have is None or should is None:
+            continue
+        assert have.shape == should.shape, name
+        assert have.dtype == q.dtype, name
+        assert have.transpose(1, 2).is_contiguous(), name
+        assert error(have, should) <= TOLERANCE[q.dtype], f"{name}: {error(have, should):.1e}"
+
+
+@runs_kernels
+@pytest.mark.parametrize("tangents", list(itertools.product((False, True), repeat=3)), ids=str)
+def test_every_subset_of_tangents_and_of_cotangents(tangents):
+    case = make(b=1, h=2, kv_heads=1, n_q=20, n_k=35, d=16).to(FP16)
+    case = case.without(*(name for name, given in zip(("q_dot", "k_dot", "v_dot"), tangents) if not given))
+    for missing in itertools.product((False, True), repeat=4):
+        check(case.without(*itertools.compress(OUTPUTS, missing)))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("n_q", "n_k"), [(1, 1), (1, 65), (63, 65), (65, 63), (64, 128), (130, 1), (999, 65), (65, 999)]
+)
+def test_lengths(n_q, n_k, dtype):
+    check(make(b=1, h=1, n_q=n_q, n_k=n_k, d=16).to(dtype), BackwardBlocks(64, 64, 4, 1))
+
+
+@runs_kernels
+@pytest.mark.parametrize(("d", "d_v"), [(8, 24), (40, 40), (72, 72), (80, 48), (96, 96), (112, 64), (128, 128)])
+def test_head_dims(d, d_v):
+    case = make(b=1, h=1, n_q=33, n_k=40, d=d, d_v=d_v).to(FP16)
+    check(case)
+    check(case, None)
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    "window", [EVERYTHING, CAUSAL, Window(20, 5), Window(left=20), Window(0, 0), Window(1 << 40, 3)]
+)
+@pytest.mark.parametrize(("n_q", "n_k"), [(70, 70), (40, 100), (100, 40)])
+def test_windows(n_q, n_k, window):
+    """With queries that see no key, and keys that no query sees."""
+    check(make(b=1, h=2, kv_heads=1, n_q=n_q, n_k=n_k, d=16, window=window).to(FP16))
+
+
+def biases(kind: str, b: int, h: int, n_q: int, n_k: int) -> Tensor:
+    seen = torch.rand(b, h, n_q, n_k) > 0.3
+    return {
+        "padding": seen[:, :1, :1],
+        "boolean": seen,
+        "additive": torch.randn(b, h, n_q, n_k, dtype=torch.float64),
+        "hidden": torch.zeros(b, 1, n_q, n_k, dtype=torch.float64).masked_fill_(~seen[:, :1], -math.inf),
+        "per query": torch.randn(1, h, n_q, 1, dtype=torch.float64),
+    }[kind]
+
+
+@runs_kernels
+@pytest.mark.parametrize("window", [EVERYTHING, CAUSAL])
+@pytest.mark.parametrize("kind", ["padding", "boolean", "additive", "hidden", "per query"])
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+def test_biases(kind, window, dtype):
+    bias = biases(kind, 2, 4, 40, 50)
+    if bias.shape[2] == 40 and kind != "per query":
+        bias[:, :, 3] = False if bias.dtype == torch.bool else -math.inf
+    case = make(b=2, h=4, kv_heads=2, n_q=40, n_k=50, d=16, bias=bias, window=window).without("bias_dot").to(dtype)
+    check(case)
+
+
+@runs_kernels
+def test_rows_that_see_no_key_get_exact_zeros():
+    bias = torch.rand(1, 2, 40, 50) > 0.3
+    bias[:, :, 3] = False
+    bias[..., 7] = False
+    case = make(b=1, h=2, n_q=40, n_k=50, d=16, bias=bias).to(FP16)
+    for name in ("lse", "lse_dot"):
+        case.cotangents[name][:, :, 3] = math.nan  # what a merge of parts hands back
+    got = computed(case)
+    assert all((got[name][:, :, 3] == 0).all() for name in ("q", "q_dot"))
+    assert all((got[name][:, :, 7] == 0).all() for name in ("k", "v", "k_dot", "v_dot"))
+
+
+@runs_kernels
+def test_any_strides():
+    case = make(b=2, h=2, n_q=40, n_k=35, d=16).to(FP16)
+    q, k, v = (case.inputs[name] for name in NAMES[:3])
+    inputs = case.inputs | {
+        "q": q.contiguous(),
+        "k": torch.cat((k, k), -1)[..., 16:],
+        "v": v.mT.contiguous().mT,
+        "q_dot": torch.cat((q, q), -1)[..., 1:17],
+    }
+    check(replace(case, inputs=inputs))
+    shared = case.cotangents | {"o": torch.ones(1, dtype=FP16).expand_as(q), "o_dot": q[:1, :1].expand_as(q)}
+    check(replace(case, inputs=inputs, cotangents=shared))
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", ["k", "v", "k_dot", "v_dot"])
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+def test_what_all_keys_share_costs_no_precision(dtype, name):
+    """30 standard deviations, as the derivative with respect to time: the gradients see what keys do not share."""
+    case = make(b=1, h=1, n_q=70, n_k=300, d=32)
+    case.inputs[name] += 30 * torch.randn_like(case.inputs[name][:, :, :1])
+    if name == "k":
+        case = replace(case, scale=0.02)  # else one key takes all the weight
+    check(case.to(dtype), BackwardBlocks(64, 64, 4, 1))
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="pretends a GPU to Triton's compiler")
+def test_a_new_length_compiles_nothing(monkeypatch, tmp_path):
+    """What the host function launches is what the gate compiles, once for all lengths: on a GPU that is pretended."""
+    of_queries = compile_only(monkeypatch, backward_triton, "queries_kernel", tmp_path)
+    of_keys = compile_only(monkeypatch, backward_triton, "keys_kernel", tmp_path)
+    monkeypatch.setattr(backward_triton, "arch_of", lambda device: 90)
+    for n_q, n_k, b in ((100, 65, 1), (999, 1999, 2), (128, 160, 3), (65, 165, 1)):
+        case = make(b=b, h=2, n_q=n_q, n_k=n_k, d=64).to(BF16)
+        tensors = [case.inputs[name] for name in NAMES[:7]]
+        cotangents = [case.cotangents[name] for name in OUTPUTS]
+        lse = torch.zeros(b, 2, n_q)
+        backward_triton.attention_jvp_backward(*cotangents, *tensors, cotangents[0], lse, lse, EVERYTHING, 0.1)
+    entry = BackwardEntry(90, 64, True)
+    for compiled, names in ((of_queries, ("sums", "queries")), (of_keys, ("keys", "values"))):
+        assert len({id(x) for x in compiled}) == len(names)
+        for launched, name in zip(compiled, names):
+            gated = gate._backward_source(entry, getattr(BACKWARD_TABLE[entry], name), name, gate.VARIANTS["jvp"])
+            assert launched.src.signature == gated.signature
+            assert launched.src.constants == gated.constants
+            assert {at: hint for at, hint in launched.src.attrs.items() if hint} == gated.attrs
+
+
+def test_parts_of_head_dims():
+    assert [parts_of_head_dim(d) for d in (1, 40, 72, 96, 112, 128)] == [
+        (16,),
+        (32, 16),
+        (64, 16),
+        (64, 32),
+        (64, 32, 16),
+        (128,),
+    ]
+    assert all(d <= sum(parts_of_head_dim(d)) < d + 16 for d in range(1, 129))
+
+
+def test_what_is_supported():
+    q = torch.empty(1, 2, 5, 64, dtype=BF16)
+    assert backward_triton.supports(q, q, q)
+    assert not backward_triton.supports(q.float(), q.float(), q.float())
+    assert not backward_triton.supports(q, q[:, :, :0], q[:, :, :0])
+    assert not backward_triton.supports(q, q, q, bias_needs_grad=True)
+    wide = torch.empty(1, 2, 5, 256, dtype=BF16)
+    assert not backward_triton.supports(q, q, wide)
