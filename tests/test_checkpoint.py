@@ -471,7 +471,7 @@ def two_save_and_load(rank: int, folder: Path) -> None:
     os.fsync = plain
     dist.barrier()
     assert names(folder) == ["step-00000002", "step-00000003"]
-    with pytest.raises(ValueError if rank else CheckpointError, match="cannot be saved"):
+    with pytest.raises(ValueError, match="cannot be saved"):
         store.save(5, {"own": PerRank(Harmful() if rank else 1)})
     with pytest.raises(ValueError, match="missing in the checkpoint: more"):
         store.load({**sharded_state(0, rank), "more": 1})

@@ -9,6 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from jvpgraph.trainer import folder as folder_module
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.checkpoint import CheckpointError
-from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.config import EMAConfig, RunConfig
 from jvpgraph.trainer.dit import DiT, call_dit, dit
-from jvpgraph.trainer.folder import LOCK
+from jvpgraph.trainer.folder import LOCK, check_folder, claimed
 from jvpgraph.trainer.run import evaluate_run, export_run, load_run, sample_run
 from jvpgraph.trainer.train import train
 from jvpgraph.trainer.trigflow import TrigFlow
@@ -180,15 +184,53 @@ def test_when_every_checkpoint_is_damaged_nothing_is_begun_afresh(tmp_path: Path
 def test_a_folder_is_trained_in_by_one_process(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", [stage("dcm", 1)])
     train(config)
+    later = replace(config, checkpoint=replace(config.checkpoint, every=777))
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(config.out / LOCK)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         other.stdout.readline()
-        with pytest.raises(ValueError, match="another process is training in"):
-            train(config)
+        before = content_of(tmp_path)
+        for fresh in (False, True):
+            with pytest.raises(ValueError, match="another process is training in"):
+                train(replace(config, ema=EMAConfig(snapshot_every=1)) if fresh else later, fresh=fresh)
+            assert content_of(tmp_path) == before, "the folder of the run that is there stays as it is"
         other.communicate(b"\n")
     train(config)
+
+
+def content_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_lock_is_taken_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the other process came while this one built its networks."""
+    config = config_of(tmp_path / "run", [stage("dcm", 1)])
+    train(config)
+    monkeypatch.setattr(folder_module, "locked", taken)
+    before = content_of(tmp_path)
+    for fresh in (False, True):
+        with pytest.raises(ValueError, match="taken"), claimed(replace(config, threads=2), fresh=fresh):
+            pass
+        assert content_of(tmp_path) == before
+
+
+@contextmanager
+def taken(folder: Path) -> Iterator[None]:
+    raise ValueError("taken")
+    yield
+
+
+def test_how_the_student_runs_may_change_between_a_stop_and_going_on(tmp_path: Path) -> None:
+    """Other processes may want another backend, and have less room."""
+    one = train(config_of(tmp_path / "one", [stage("scm", 4)]))
+    train(config_of(tmp_path / "run", [stage("scm", 2)]))
+    settings_of_student = {"backend": "op_by_op", "checkpoint_blocks": True}
+    again = config_of(tmp_path / "run", [stage("scm", 4)], student=settings_of_student)
+    check_folder(replace(again, student=replace(again.student, compile=True)))
+    expected, found = (content(last_checkpoint(folder), tmp_path / "content.pt") for folder in (one, train(again)))
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

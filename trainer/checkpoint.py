@@ -23,6 +23,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -107,18 +108,21 @@ class Checkpoints:
         folder: made if it is not there.
         keep: how many complete checkpoints to keep; the oldest go after a new one is complete.
         asynchronous: `save` returns once the state is copied to the CPU; a thread writes.
+        timeout: how long ranks wait for each other, also while one of them writes; torch's if not given.
 
     Raises:
         ValueError: `keep` is below 1.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 3, asynchronous: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int = 3, asynchronous: bool = True, timeout: timedelta | None = None
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}: at least the newest checkpoint has to stay")
         self.folder = Path(folder)
         self.keep = keep
         self.asynchronous = asynchronous
-        self.ranks = Ranks()
+        self.ranks = Ranks(timeout)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[None] | None = None
         self._verified: dict[Path, tuple[Any, str | None]] = {}
@@ -338,13 +342,17 @@ class Ranks:
 
     def __init__(self, timeout: timedelta | None = None) -> None:
         grouped = dist.is_available() and dist.is_initialized()
+        self.timeout = timeout
         self.group = dist.new_group(backend="gloo", timeout=timeout) if grouped else None
         self.rank = dist.get_rank(self.group) if grouped else 0
         self.size = dist.get_world_size(self.group) if grouped else 1
         self.first = self.rank == 0
 
     def gather(self, work: Callable[[], T]) -> list[T]:
-        """What `work` returns on each rank. If it raises anywhere, it raises everywhere, and nobody is left waiting."""
+        """What `work` returns on each rank. If it raises anywhere, it raises everywhere, and nobody is left waiting.
+
+        Ranks where it did not raise itself get an error of the same kind, which names those where it did.
+        """
         value, error = None, None
         try:
             value = work()
@@ -355,12 +363,13 @@ class Ranks:
                 raise error
             return [value]  # type: ignore[list-item]
         results: list[Any] = [None] * self.size
-        dist.all_gather_object(results, (value, error and f"{type(error).__name__}: {error}"), group=self.group)
+        dist.all_gather_object(results, (value, error and Report.of(error)), group=self.group)
         if error is not None:
             raise error
-        failed = [f"rank {i}: {message}" for i, (_, message) in enumerate(results) if message]
+        failed = {rank: report for rank, (_, report) in enumerate(results) if report is not None}
         if failed:
-            raise CheckpointError("; ".join(failed))
+            message = "; ".join(f"rank {rank}: {report.message}" for rank, report in failed.items())
+            raise next(iter(failed.values())).error(message)
         return [value for value, _ in results]
 
     def agree(self, work: Callable[[], T]) -> T:
@@ -368,6 +377,35 @@ class Ranks:
         return self.gather(lambda: work() if self.first else None)[0]  # type: ignore[return-value]
 
     on_first = agree
+
+
+@dataclass(frozen=True)
+class Report:
+    """What other ranks are told of an error: names only, for an error itself may not survive pickling."""
+
+    kinds: list[tuple[str, str]]  # module and name of its class, then of those it is derived from
+    message: str
+    system: tuple[int | None, str | None, Any]  # errno, strerror and filename, where it is the system's
+
+    @classmethod
+    def of(cls, error: Exception) -> Report:
+        system = (error.errno, error.strerror, error.filename) if isinstance(error, OSError) else (None, None, None)
+        kinds = [(kind.__module__, kind.__qualname__) for kind in type(error).__mro__]
+        return cls(kinds, f"{type(error).__name__}: {error}", system)
+
+    def error(self, message: str) -> Exception:
+        """An error with this message, of the nearest kind that this rank knows too."""
+        known = (getattr(sys.modules.get(module), name, None) for module, name in self.kinds)
+        kind = next(kind for kind in known if isinstance(kind, type) and issubclass(kind, Exception))
+        # A kind may want other arguments than a message; whoever catches it asks only for its class.
+        told = type(kind.__name__, (kind,), {"__init__": _told, "__str__": lambda error: error.args[0]})(message)
+        if isinstance(told, OSError):
+            told.errno, told.strerror, told.filename = self.system
+        return told
+
+
+def _told(error: Exception, message: str) -> None:
+    error.args = (message,)
 
 
 @dataclass

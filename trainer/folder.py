@@ -15,8 +15,12 @@ from jvpgraph.trainer.config import RunConfig
 
 LOCK = ".lock"
 
-FREE = ("out", "threads", "parallel", "data.workers", "checkpoint", "log", "sampling", "evaluation")
-"""Settings that may change between a stop and going on. Other threads or processes may change the last bits."""
+FREE = (
+    *("out", "threads", "parallel", "data.workers", "checkpoint", "log", "sampling", "evaluation"),
+    *("student.backend", "student.compile", "student.checkpoint_blocks"),  # other processes may need others
+)
+"""Settings that may change between a stop and going on. Other threads, processes or backends may change the last
+bits."""
 
 
 def check_folder(config: RunConfig) -> None:
@@ -58,14 +62,28 @@ def shortened(config: RunConfig, old: RunConfig) -> RunConfig:
     return replace(config, stages=stages)
 
 
-def claim_folder(config: RunConfig, *, fresh: bool) -> Path:
-    """Makes the run's folder and writes its config.yaml; with `fresh`, an earlier run is moved aside first."""
+@contextmanager
+def claimed(config: RunConfig, *, fresh: bool) -> Iterator[Path]:
+    """The run's folder, made and locked, with its config.yaml; with `fresh`, an earlier run is moved aside first.
+
+    Raises:
+        ValueError: another process is training in it. Nothing was touched then.
+    """
     folder = config.out
     if fresh and folder.exists():
-        folder.rename(unused(folder))
+        with locked(folder):
+            folder.rename(unused(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    settings.save(config, folder / "config.yaml")
-    return folder
+    with locked(folder):
+        settings.save(config, folder / "config.yaml")
+        yield folder
+
+
+def check_free(folder: Path) -> None:
+    """Raises ValueError if another process is training in the folder."""
+    if (folder / LOCK).exists():
+        with locked(folder):
+            pass
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
 from jvpgraph.trainer.data.sample import first_samples
 from jvpgraph.trainer.ema import PowerEMA, save_snapshot
-from jvpgraph.trainer.folder import check_folder, checkpoint_step, claim_folder, locked
+from jvpgraph.trainer.folder import check_folder, check_free, checkpoint_step, claimed
 from jvpgraph.trainer.log import RunLog
 from jvpgraph.trainer.models import (
     build_guided,
@@ -72,6 +72,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> Path:
 
 def train_here(config: RunConfig, layout: Layout, fresh: bool) -> Path:
     """`train` as one of the processes of a layout. All take the same way; the first one writes."""
+    layout.ranks.on_first(lambda: check_free(config.out))
     if not fresh:
         layout.ranks.on_first(lambda: check_folder(config))
     torch.manual_seed(config.seed)
@@ -81,12 +82,14 @@ def train_here(config: RunConfig, layout: Layout, fresh: bool) -> Path:
     check_run(config, networks.student, networks.guided, dataset, layout.device)
     layout.check_gradients(networks.student, first_samples(dataset, 1).to(layout.device))
 
-    folder = layout.ranks.on_first(lambda: claim_folder(config, fresh=fresh))
     ends = list(accumulate(stage.steps for stage in config.stages))
     with ExitStack() as stack:
-        layout.ranks.on_first(lambda: stack.enter_context(locked(folder)))
+        folder = layout.ranks.on_first(lambda: stack.enter_context(claimed(config, fresh=fresh)))
         checkpoints = Checkpoints(
-            folder / "checkpoints", keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+            folder / "checkpoints",
+            keep=config.checkpoint.keep,
+            asynchronous=config.checkpoint.asynchronous,
+            timeout=layout.ranks.timeout,
         )
         stack.push(partial(finish, checkpoints))
         last = checkpoints.latest()
@@ -172,8 +175,9 @@ def build_networks(config: RunConfig, layout: Layout) -> Networks:
     guided = build_guided(teacher, config.guidance, layout.device)
     if config.student.compile:
         teacher.compile(dynamic=False)
-    # FSDP2 gathers a block's parameters when the block is called: it has to stay a module of its own.
-    regions = "auto" if layout.sharded and config.student.backend != "op_by_op" else None
+    # One graph where that can be had. FSDP2 gathers a block's parameters when the block is called, which has to stay a
+    # module of its own then; and a network may branch on its data.
+    regions = None if config.student.backend == "op_by_op" else "auto"
     dual = jvpgraph.transform(student, backend=config.student.backend, dynamic=False, regions=regions)
 
     def new_student() -> TrigFlow:

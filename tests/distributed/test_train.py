@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -21,14 +22,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
-from jvpgraph.trainer import settings
+from jvpgraph.trainer import cli, settings
+from jvpgraph.trainer.checkpoint import CheckpointError, Ranks
 from jvpgraph.trainer.config import ParallelConfig, RunConfig
 from jvpgraph.trainer.data.digits import digits
 from jvpgraph.trainer.noise import RankNoise, integers, noise_like, normal, uniform
 from jvpgraph.trainer.parallel import check, parallelize, sizes_of
 from jvpgraph.trainer.run import export_run, load_run, sample_run
+from jvpgraph.trainer.settings import SettingsError
 from jvpgraph.trainer.train import train
 from jvpgraph.trainer.trigflow import TrigFlow
+from jvpgraph.trainer.yaml_tree import Problem
 from tests.distributed.harness import run
 from tests.test_train import RCM, content, last_checkpoint, stage
 
@@ -287,15 +291,31 @@ def test_one_rank_killed(tmp_path: Path, parallel: str) -> None:
 
 
 @pytest.mark.matrix
-def test_a_rank_that_hangs_ends_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [1000, 1], ids=["between saves", "during a save"])
+def test_a_rank_that_hangs_ends_the_run(tmp_path: Path, every: int) -> None:
     """It stops without ending, so that nobody but the timeout can notice."""
-    config = config_of(tmp_path / "many", [stage("scm", 10_000)], "FSDP2")
+    config = config_of(tmp_path / "many", [stage("scm", 10_000)], "FSDP2", checkpoint={"every": every})
     process = torchrun(2, replace(config, parallel=replace(config.parallel, timeout=5.0)), tmp_path)
     await_step(process, config.out, 3)
-    os.kill(children(process.pid)[1], signal.SIGSTOP)
-    text, _ = process.communicate(timeout=90)  # of which torchrun gives the rank 30 to end by itself
+    first, second = children(process.pid)
+    while every == 1 and not any((config.out / "checkpoints").glob("*.partial")):
+        pass  # it takes milliseconds
+    os.kill(second, signal.SIGSTOP)
+    deadline = time.monotonic() + 60
+    try:
+        while running(first):
+            assert time.monotonic() < deadline, "the other rank waits for longer than its timeout"
+            time.sleep(0.1)
+    finally:
+        os.kill(second, signal.SIGKILL)  # else torchrun gives it 30 seconds to end by itself
+    text, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "Timed out" in text
+
+
+def running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 # ---------------------------------------------------------------- what is refused, and what stops all
@@ -331,6 +351,49 @@ def message_of_rank(config: RunConfig) -> str:
     except (ValueError, FloatingPointError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return "it ran"
+
+
+class Refused(ValueError):
+    """What other ranks make of an error whose own class they cannot find."""
+
+
+def kinds_of_errors() -> list[tuple[bool, str, str]]:
+    """For errors of the first rank: whether this one gets the same kind, what the command says, and its advice."""
+    ranks, found = Ranks(), []
+
+    class Local(Refused):
+        def __init__(self, a: int, b: int) -> None:
+            super().__init__(f"{a} and {b}")
+
+    errors = [
+        SettingsError([Problem("run.yaml", "seed", "no number")]),
+        OSError(errno.ENOSPC, "No space left on device", "out/log.jsonl"),
+        CheckpointError("a save"),
+        Local(1, 2),
+    ]
+    for error in errors:
+        try:
+            ranks.on_first(lambda error=error: raise_(error))
+        except Exception as told:
+            kind = Refused if isinstance(error, Local) else type(error)
+            found.append((isinstance(told, kind), str(told), cli.explain(told, "train")))
+    return found
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.matrix
+def test_what_fails_on_one_rank_fails_on_all_in_the_same_way(tmp_path: Path) -> None:
+    """So that the command ends with the same status and gives the same advice."""
+    first, second = run(2, kinds_of_errors)
+    assert all(same for same, _, _ in first + second)
+    for (_, message, advice), (_, told, told_advice) in zip(first, second, strict=True):
+        assert told.startswith("rank 0: ")
+        assert told.endswith(message)
+        assert (cli.RESUMES in told_advice) == (cli.RESUMES in advice)
+    assert "the disk is full (out/log.jsonl)" in second[1][2]
 
 
 def headed() -> TrigFlow:
