@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from jvpgraph.backend import COMPILERS, Backend
@@ -257,8 +258,7 @@ class _Dual:
             dots = {path: dot.detach() for path, dot in dots.items()}
         out, flat_dots = self._run(args, kwargs, dots)
         if self.config.check_finite:
-            alone = self.regions is None or not self.regions.needs_all_ranks()
-            check_finite(self.forward if alone else None, (args, kwargs, dots), flat_dots)
+            check_finite(self.forward if _alone() else None, (args, kwargs, dots), flat_dots)
         remaining = iter(flat_dots)
         differentiated = out[0] if self.has_aux else out
         return out, map_leaves(differentiated, lambda _, leaf: next(remaining) if has_tangent(leaf) else None)
@@ -278,6 +278,11 @@ class _Dual:
                 raise
             self.regions.one_graph_failed(error)
         return self.regions(self.forward, *inputs)
+
+
+def _alone() -> bool:
+    """Whether no other rank could have to take part in a further call, which only this one knows to be needed."""
+    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
 @functools.lru_cache(maxsize=KEPT_FUNCTIONS)

@@ -20,7 +20,7 @@ def check_finite(forward: Callable[..., Any] | None, inputs: tuple[Any, ...], do
     """Raise unless all tangents are finite; the call is run once more, op by op, to name the culprit.
 
     Args:
-        forward: None where one rank alone cannot run it again.
+        forward: None where one rank of several cannot run it again, for it may wait for the others.
 
     Raises:
         NonFiniteTangent: names the first module and op whose tangent is not finite.
@@ -28,7 +28,10 @@ def check_finite(forward: Callable[..., Any] | None, inputs: tuple[Any, ...], do
     if all(bool(torch.isfinite(dot).all()) for dot in dots):
         return
     if forward is None:
-        raise NonFiniteTangent("a tangent is NaN or infinite; which module made it so is found without FSDP2 and DDP")
+        raise NonFiniteTangent(
+            "a tangent is NaN or infinite on this rank; run the model in one process with these inputs, and the module "
+            "that made it so is named"
+        )
     culprit = _first_module(forward, inputs) or "an op that is finite when run alone (the compiled kernel differs)"
     raise NonFiniteTangent(f"a tangent is NaN or infinite, first in {culprit}")
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _pop_mode,
     _push_mode,
+    is_traceable_wrapper_subclass,
     is_traceable_wrapper_subclass_type,
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -32,7 +34,7 @@ from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.rules import TABLE, NoRule, tangents_of
 from jvpgraph.rules.apply import any_has_tangent, argument_tangent, bind, functional_form, has_tangent
 
-__all__ = ["OpByOp"]
+__all__ = ["OpByOp", "is_to_come", "plain"]
 
 Observer = Callable[[OpOverload, Any, Any], None]
 SWEEP_EVERY = 256  # ops between two looks for shadows whose storage is gone
@@ -63,20 +65,38 @@ class OpByOp(TorchDispatchMode):
         return super().__enter__()
 
     def tangent(self, x: Tensor) -> Tensor | None:
-        """A view of the tangent of ``x``; None where it is zero."""
+        """A view of the tangent of ``x``; None where it is zero. Of a DTensor, a DTensor of that of its local part.
+
+        Raises:
+            UnsupportedOp: ``x`` wraps several tensors, and one of them has a tangent.
+        """
+        if is_traceable_wrapper_subclass(x):
+            return self._wrapped_tangent(x)
         shadow = self._shadows.get(_key(x)) if has_tangent(x) and x not in self._stopped else None
         return _view_of(shadow, x) if shadow is not None else None
 
+    def _wrapped_tangent(self, x: Any) -> Tensor | None:
+        parts, how = _flatten(x)
+        dots = {name: self.tangent(part) if isinstance(part, Tensor) else part for name, part in parts.items()}
+        own = [dots[name] for name, part in parts.items() if isinstance(part, Tensor)]
+        if all(dot is None for dot in own):
+            return None
+        if len(own) > 1:
+            reason = f"a {type(x).__name__} with a tangent, which wraps several tensors, is handed to a region"
+            raise UnsupportedOp([UnsupportedNode(type(x).__name__, "op by op", (), _user_line(), reason)])
+        return own[0] if is_to_come(x) else type(x).__tensor_unflatten__(dots, how, x.size(), x.stride())
+
     def stop(self, x: Tensor) -> None:
         """Let ``x`` have no tangent, though its storage has a shadow."""
-        self._stopped[x] = None
+        self._stopped[plain(x)] = None
 
     def shadowed(self, x: Tensor) -> bool:
         """Whether something in the storage of ``x`` has a tangent."""
-        return _key(x) in self._shadows
+        return _key(plain(x)) in self._shadows
 
     def set_tangent(self, x: Tensor, x_dot: Tensor) -> None:
-        """Give ``x`` a tangent of the same shape."""
+        """Give ``x`` a tangent of the same shape; a DTensor one that is distributed alike."""
+        x, x_dot = plain(x), plain(x_dot)
         shadow = self._shadows.get(_key(x))
         if shadow is None:
             size = x.untyped_storage().nbytes()
@@ -86,6 +106,14 @@ class OpByOp(TorchDispatchMode):
             if stride == 0 and size > 1:  # one element stands for all of them
                 x, x_dot = x.narrow(dim, 0, 1), x_dot.narrow(dim, 0, 1)
         _view_of(shadow, x).copy_(x_dot)
+
+    def sweep(self) -> None:
+        """Drop the shadows whose storage is gone."""
+        self._shadows = {key: shadow for key, shadow in self._shadows.items() if not key.expired()}
+
+    def bytes(self) -> int:
+        """What all shadows hold."""
+        return sum(shadow.nbytes() for shadow in self._shadows.values())
 
     @contextmanager
     def left(self) -> Iterator[None]:
@@ -105,7 +133,7 @@ class OpByOp(TorchDispatchMode):
         kwargs = kwargs or {}
         self._ops += 1
         if self._ops % SWEEP_EVERY == 0:
-            self._shadows = {key: shadow for key, shadow in self._shadows.items() if not key.expired()}
+            self.sweep()
         if func is MAKE_DUAL:
             x = args[0].clone()
             self.set_tangent(x, args[1])
@@ -211,6 +239,27 @@ class OpByOp(TorchDispatchMode):
     def _stopped_among(self, arguments: dict[str, Any]) -> list[Tensor]:
         tensors = [x for x in tree_leaves(list(arguments.values())) if isinstance(x, Tensor)]
         return [x for x in tensors if x in self._stopped]
+
+
+def is_to_come(x: Any) -> bool:
+    """Whether ``x`` stands for the result of a collective that may not have arrived."""
+    return dist.is_available() and isinstance(x, dist._functional_collectives.AsyncCollectiveTensor)
+
+
+def plain(x: Any) -> Tensor:
+    """The tensor in a wrapper of one."""
+    while is_traceable_wrapper_subclass(x):
+        tensors = [part for part in _flatten(x)[0].values() if isinstance(part, Tensor)]
+        if len(tensors) != 1:
+            break
+        x = tensors[0]
+    return x
+
+
+def _flatten(x: Any) -> tuple[dict[str, Any], Any]:
+    """What a wrapper wraps, of which a DTensor's mesh is no tensor, and how."""
+    names, how = x.__tensor_flatten__()
+    return {name: getattr(x, name) for name in names}, how
 
 
 def _key(x: Tensor) -> StorageWeakRef:

@@ -15,7 +15,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,16 +27,22 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import (
+    _CachingTorchDispatchMode,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from jvpgraph.backend import Backend
 from jvpgraph.capture import in_one_piece, own_errors
 from jvpgraph.dual_forward import dual_forward
 from jvpgraph.errors import CaptureError
 from jvpgraph.markers import MAKE_DUAL
-from jvpgraph.op_by_op import OpByOp
+from jvpgraph.op_by_op import OpByOp, is_to_come, plain
 from jvpgraph.rules.apply import has_tangent
-from jvpgraph.structure import leaves
+from jvpgraph.structure import leaves, map_leaves
 
 __all__ = ["Choice", "Group", "Regions", "find_regions", "hit_recompile_limit", "hooks_forbid_one_graph"]
 
@@ -56,7 +62,7 @@ class Group:
         cause: why they cannot be captured; they run op by op, or their parts are regions instead. Else empty.
         graphs: how many graphs were compiled for all of them.
         calls: how often one of them ran in a graph.
-        functions: compiled functions by (paths of active arguments, inside a checkpoint, serial).
+        functions: compiled functions by (paths of active arguments, the checkpoint they are inside of, serial).
     """
 
     kind: str
@@ -103,6 +109,7 @@ class Regions:
         self._mode: OpByOp | None = None
         self._patches = ExitStack()
         self._calls_of: WeakKeyDictionary[Any, list[tuple[nn.Module, bool]]] = WeakKeyDictionary()
+        self._given = WeakTensorKeyDictionary()  # active arguments of the regions that ran
 
     def __str__(self) -> str:
         if self.whole:
@@ -117,10 +124,6 @@ class Regions:
         hooks = hooks_forbid_one_graph(self._model)
         self.whole, self.reason = not hooks, f"{hooks} has hooks that run outside of graphs" if hooks else "it can be"
         return self.whole
-
-    def needs_all_ranks(self) -> bool:
-        """Whether a call of the model waits for the other ranks."""
-        return bool(hooks_forbid_one_graph(self._model))
 
     def one_graph_failed(self, error: CaptureError) -> None:
         """The model cannot be captured whole: use regions from now on."""
@@ -178,10 +181,11 @@ class Regions:
         dots = {path: dot for path, x in inputs.items() if (dot := mode.tangent(x)) is not None}
         if not dots:
             return self._plainly(region, frames, args, kwargs)
-        key = (tuple(dots), bool(frames))
+        key = (tuple(dots), _saving() if frames else None)
         try:
             with own, mode.left(), _hooks_taken_off(len(frames)):
-                out, out_dots = self._compiled(region, key, (module, *args), kwargs, dots)
+                given = map_leaves(passed, lambda path, leaf: self._as_argument(leaf) if path in dots else leaf)
+                out, out_dots = self._compiled(region, key, given["args"], given["kwargs"], dots)
         except CaptureError as error:
             self._give_up(region.group, _brief(error))
             return self._plainly(region, frames, args, kwargs)
@@ -195,7 +199,22 @@ class Regions:
                     mode.set_tangent(leaf, dot)
                 elif not any(_same_storage(leaf, inputs[path]) for path in dots):
                     mode.stop(leaf)  # a detached argument that is handed through
+            mode.sweep()
         return out
+
+    def _as_argument(self, x: Tensor) -> Tensor:
+        """``x`` as another tensor object, which cannot be mistaken for one that the region reads besides.
+
+        Autograd would keep the storage of ``x`` until the backward, and so its tangent: what is given to one region
+        only is copied, and both are free when the next region has run.
+        """
+        seen = x in self._given
+        self._given[x] = None
+        local = plain(x)
+        whole = local.numel() * local.itemsize >= local.untyped_storage().nbytes()
+        if is_to_come(x) or (torch.is_grad_enabled() and whole and not seen):
+            return x.clone()
+        return x.view_as(x)
 
     def _plainly(self, region: _Region, frames: list[Any], args: Any, kwargs: Any) -> Any:
         """Op by op: what carries no tangent, and what cannot be captured."""
@@ -210,7 +229,7 @@ class Regions:
         while True:
             function = group.functions.get((key, serial))
             if function is None:
-                function = group.functions[key, serial] = self._compile(group, in_checkpoint=key[1])
+                function = group.functions[key, serial] = self._compile(group, saving=key[1])
             try:
                 with own_errors(), in_one_piece():
                     result = function(args, kwargs, dots)
@@ -222,14 +241,14 @@ class Regions:
             region.serial = serial
             return result
 
-    def _compile(self, group: Group, in_checkpoint: bool) -> Callable[..., Any]:
+    def _compile(self, group: Group, saving: _Saving | None) -> Callable[..., Any]:
         def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
             _refuse_writes(gm)
             compiled = self._backend(gm, example_inputs)
             group.graphs += 1
             return self._checking(gm, compiled)
 
-        function = dual_forward(_call_in_checkpoint if in_checkpoint else _call)
+        function = dual_forward(_call if saving is None else saving.call)
         return torch.compile(function, backend=backend, fullgraph=True, dynamic=self._dynamic)
 
     def _checking(self, gm: fx.GraphModule, compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -279,7 +298,9 @@ class Regions:
                 in_graph = next(remaining)[1]
                 frames = _checkpoints()  # of checkpoints inside this one
                 self._remember(frames, module, in_graph)
-                with _own_forward(module), _hooks_taken_off(len(frames) + 1 if in_graph else 0):
+                # What ran in a graph left nothing to a selective checkpoint's mode, which would look for it.
+                without_modes = _disable_current_modes() if in_graph else nullcontext()
+                with _own_forward(module), _hooks_taken_off(len(frames) + 1 if in_graph else 0), without_modes:
                     return module.forward(*args, **kwargs)
 
             with ExitStack() as patches:
@@ -407,8 +428,23 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module.forward(*args, **kwargs)
 
 
-def _call_in_checkpoint(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(lambda: module.forward(*args, **kwargs), use_reentrant=False)
+@dataclass(frozen=True)
+class _Saving:
+    """A checkpoint inside a graph, and what its policy keeps; None: nothing."""
+
+    policy: Callable[..., Any] | None
+
+    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.policy is None:
+            return checkpoint(lambda: module.forward(*args, **kwargs), use_reentrant=False)
+        contexts = functools.partial(create_selective_checkpoint_contexts, self.policy)
+        return checkpoint(lambda: module.forward(*args, **kwargs), use_reentrant=False, context_fn=contexts)
+
+
+def _saving() -> _Saving:
+    """The innermost checkpoint that is open: selective ones have a mode that knows their policy."""
+    modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, _CachingTorchDispatchMode)]
+    return _Saving(modes[-1].policy_fn if modes else None)
 
 
 def _refuse_writes(gm: fx.GraphModule) -> None:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import jvpgraph
+from jvpgraph.op_by_op import OpByOp
 from jvpgraph.regions import find_regions
 from tests.models import Block, CountOps, Output, TinyDiT, inputs, oracle
 
@@ -325,6 +326,61 @@ class TestWhatCannotBeCaptured:
                 dual(torch.randn(3), tangents={"input": torch.randn(3)})
 
 
+class Gated(TinyDiT):
+    """Blocks that read one of their arguments as an attribute, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([GatedBlock(), GatedBlock()])
+
+    def forward(self, x, t):
+        c = self.time(torch.sin(t)[:, None])
+        x = self.embed(x)
+        for block in self.blocks:
+            block.gate = c
+            x = block(x, c)
+        return self.head(x)
+
+
+class GatedBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+
+    def forward(self, x, c):
+        return x + self.up(x) * self.gate[:, None] + c[:, None]
+
+
+@pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
+def test_one_tensor_as_an_argument_and_as_an_attribute(grad):
+    """Dynamo would take it for one input, and the attribute for the argument without its tangent."""
+    model, (x, t, x_dot, t_dot) = Gated().double(), inputs()
+    dual = jvpgraph.transform(model, regions=GatedBlock, backend="eager")
+    with grad():
+        y, d = dual(x, t, tangents={"x": x_dot, "t": t_dot})
+    assert_close((y, d), oracle(model, (x, t), (x_dot, t_dot)), **EXACT)
+    assert "which has a tangent and is not an argument" in str(dual.regions)
+
+
+@pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
+def test_tangents_between_regions_do_not_pile_up(grad, monkeypatch):
+    """Autograd keeps what goes into a region until the backward; its tangent is free when the next region has run."""
+    held = []
+    sweep = OpByOp.sweep
+    monkeypatch.setattr(OpByOp, "sweep", lambda self: (sweep(self), held.append(self.bytes()))[0])
+
+    def most_held(depth: int) -> int:
+        held.clear()
+        x, t, x_dot, t_dot = inputs()
+        with grad():
+            dual = jvpgraph.transform(TinyDiT(depth=depth).double(), regions=Block, backend="eager")
+            dual(x, t, tangents={"x": x_dot, "t": t_dot})
+        assert len(held) == depth
+        return max(held)
+
+    assert most_held(12) == most_held(3)
+
+
 class TestCheckpoints:
     """A checkpoint around a region moves into its graph; what else it holds is recomputed as ever."""
 
@@ -332,6 +388,7 @@ class TestCheckpoints:
         ("kind", "backend"),
         [
             *((kind, "eager") for kind in ("alone", "among others", "nested", "reentrant", "wrapper")),
+            *((kind, "eager") for kind in ("selective", "selective, among others")),
             ("alone", "inductor"),
         ],
     )
@@ -350,6 +407,16 @@ class TestCheckpoints:
         assert backward.ran["jvpgraph.attention_backward.default"] == 2
         assert backward.ran["jvpgraph.attention_jvp.default"] == 0
         assert backward.ran["aten.gelu.default"] >= 2, "nothing was recomputed"
+
+    @pytest.mark.parametrize("kind", ["selective", "selective, among others"])
+    def test_what_a_policy_keeps_is_not_computed_again(self, kind):
+        model = Checkpointed(kind, depth=2).double()
+        x, t, x_dot, t_dot = inputs()
+        y, _ = jvpgraph.transform(model, regions=Block, backend="eager")(x, t, tangents={"x": x_dot, "t": t_dot})
+        with CountOps() as backward:
+            y.sum().backward()
+        assert backward.ran["aten.addmm.default"] == 0
+        assert backward.ran["aten.gelu.default"] == 2
 
     def test_saves_no_more_than_the_checkpointed_model(self):
         def saved(model, call):
@@ -483,6 +550,15 @@ class Branches(TinyDiT):
         return TinyDiT.forward(self, x, t)
 
 
+def keep_products():
+    return create_selective_checkpoint_contexts(_keeps_products)
+
+
+def _keeps_products(context, op, *args, **kwargs):
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Checkpointed(TinyDiT):
     def __init__(self, kind, **settings):
         super().__init__(**settings)
@@ -493,7 +569,7 @@ class Checkpointed(TinyDiT):
             )
 
     def step(self, block, x, c):
-        if self.kind in ("among others", "nested"):
+        if "among others" in self.kind or self.kind == "nested":
             x = torch.tanh(x) * torch.sin(x)
             inner = checkpoint(block, x, c, use_reentrant=False) if self.kind == "nested" else block(x, c)
             return torch.tanh(inner) * c[:, None] + x.cos() * inner
@@ -504,6 +580,8 @@ class Checkpointed(TinyDiT):
         for block in self.blocks:
             if self.kind == "wrapper":
                 x = block(x, c_BD=c)
+            elif "selective" in self.kind:
+                x = checkpoint(self.step, block, x, c, use_reentrant=False, context_fn=keep_products)
             else:
                 x = checkpoint(self.step, block, x, c, use_reentrant=self.kind == "reentrant")
         return self.head(x)
@@ -511,7 +589,7 @@ class Checkpointed(TinyDiT):
     def plain(self, x, t):
         c, x = self.time(torch.sin(t)[:, None]), self.embed(x)
         for block in self.blocks:
-            if self.kind in ("among others", "nested"):
+            if "among others" in self.kind or self.kind == "nested":
                 x = torch.tanh(x) * torch.sin(x)
                 inner = block(x, c)
                 x = torch.tanh(inner) * c[:, None] + x.cos() * inner
