@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.config import GuidanceConfig, RunConfig, StageConfig, StudentConfig
@@ -125,6 +126,28 @@ def check_stage(stage: StageConfig, student: TrigFlow, negative: Condition, samp
                     f"condition_dropout needs a negative condition of the data's shape: {name} is "
                     f"{list(negative[name].shape[1:])}, and {list(value.shape[1:])} in the data; pad one of them"
                 )
+
+
+@torch.no_grad()
+def take_values(student: TrigFlow, teacher: TrigFlow) -> None:
+    """Gives a student that was built beside its teacher the teacher's values; adapters stay as they are.
+
+    A collective where one of the two is sharded in another way than the other.
+    """
+    values: dict[str, Tensor] = {**dict(teacher.named_parameters()), **dict(teacher.named_buffers())}
+    for name, target in (*student.named_parameters(), *student.named_buffers()):
+        source = values.get(name, values.get(name.replace(".base_layer.", ".")))
+        if source is None:
+            continue
+        if spread_over(source) != spread_over(target):
+            source = source.full_tensor() if isinstance(source, DTensor) else source
+            if isinstance(target, DTensor):
+                source = distribute_tensor(source, target.device_mesh, target.placements)
+        local(target).copy_(local(source))
+
+
+def spread_over(tensor: Tensor) -> tuple[object, ...]:
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ()
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

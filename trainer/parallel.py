@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
@@ -190,25 +191,86 @@ class Layout:
         if context_parallel(self.sizes):
             split_tokens(model.net, self.meshes.data)
         if self.sharded:
-            dims = ("shard",) if self.sizes["dp_replicate"] == 1 else ("dp_replicate", "shard")
-            mesh = self.meshes.weights[dims]
+            mesh, whole = self.meshes.weights[self.shard_dims], set[nn.Parameter]()
             # The root too gives up what it gathered: its parameters may be written to between two forwards.
             for module in (*repeated_blocks(model.net), model):
-                fully_shard(module, mesh=mesh, reshard_after_forward=True)
+                dtype, others = main_dtype(p for p in module.parameters() if "shard" not in mesh_dims(p))
+                whole |= others
+                wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
+                policy = MixedPrecisionPolicy(reduce_dtype=wide)
+                fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=whole)
                 if context_parallel(self.sizes):  # sums over the tokens, means over the samples
                     module.set_gradient_divide_factor(self.parts)  # type: ignore[union-attr]
                     # Else a factor of one's own becomes PREMUL_SUM, which is NCCL's only.
                     module.set_force_sum_reduction_for_comms(True)  # type: ignore[union-attr]
         return model.to(self.device)
 
+    @property
+    def shard_dims(self) -> tuple[str, ...]:
+        """Dims of `meshes.weights` over which FSDP2 reduces gradients."""
+        return ("shard",) if self.sizes["dp_replicate"] == 1 else ("dp_replicate", "shard")
+
+    @torch.no_grad()
+    def reduce_whole(self, model: nn.Module) -> None:
+        """Reduces the gradients of parameters that FSDP2 does not shard as it has reduced the others, in float32."""
+        if self.meshes is None or not self.sharded:
+            return
+        whole = [p.grad for p in model.parameters() if p.grad is not None and "shard" not in mesh_dims(p)]
+        if not whole:
+            return
+        gradients = [local(gradient) for gradient in whole]
+        wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
+        total = torch.cat([gradient.flatten().to(wide) for gradient in gradients])
+        for dim in self.shard_dims:
+            dist.all_reduce(total, group=self.meshes.weights.get_group(dim))
+        total /= self.parts
+        for gradient, reduced in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(reduced.view_as(gradient))
+
     def check_gradients(self, model: TrigFlow, sample: Batch) -> None:
+        """Raises ValueError if the network's plans would give wrong gradients, for one backward or two."""
+        if self.sizes["tp"] > 1:
+            self.check_plan(model, sample)
+        if context_parallel(self.sizes):
+            self.check_gather(model, sample)
+
+    def check_gather(self, model: TrigFlow, sample: Batch) -> None:
+        """Raises ValueError if a parameter sees all tokens in every process, behind the network's gather.
+
+        Gradients are summed over the processes that split the tokens, each with those of its own; that one's would be
+        counted by each of them. It is found by weights of the loss, 1 and -1 in the first and the last process, that
+        leave nothing of such a gradient, and something of any sum over other tokens.
+        """
+        assert self.meshes is not None
+        data, last = self.meshes.data, self.sizes["cp_ring"] * self.sizes["cp_ulysses"] - 1
+        own = data.get_local_rank("ring") * self.sizes["cp_ulysses"] + data.get_local_rank("ulysses")
+        t = torch.full((len(sample),), 0.5, dtype=torch.float64, device=self.device)
+        noise = torch.randn(sample.x0.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        names, norms = [], []
+        for weight in (1.0, 1.0 if own == 0 else -1.0 if own == last else 0.0):
+            (weight * (model(sample.x0, t, sample.cond) * noise).sum()).backward()
+            self.reduce_whole(model)
+            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            names = list(gradients)
+            norms.append(torch.stack([local(g).double().square().sum() for g in gradients.values()]))
+            model.zero_grad()
+        for norm in norms:  # of copies, a multiple
+            dist.all_reduce(norm)
+        plain, weighted = (norm.tolist() for norm in norms)
+        if behind := [name for name, a, b in zip(names, plain, weighted, strict=True) if b < 1e-4 * a]:
+            raise ValueError(
+                f"parallel.cp_*: {shorten(behind)} of {type(model.net).__name__} see the tokens of all processes, "
+                f"which makes their gradients {last + 1} times too large: gather (ContextParallel.gather) behind the "
+                "last parameter, not before it, or set cp_ulysses and cp_ring to 1"
+            )
+
+    def check_plan(self, model: TrigFlow, sample: Batch) -> None:
         """Raises ValueError if a parameter that tensor parallel leaves whole gets another gradient in each process.
 
         So it is with one that works on a split activation, such as the norm of split heads: torch's styles let it, and
         the copies of the parameter would drift apart.
         """
-        if self.meshes is None or self.sizes["tp"] == 1:
-            return
+        assert self.meshes is not None
         t = torch.full((len(sample),), 0.5, dtype=torch.float64, device=self.device)
         model(sample.x0, t, sample.cond).square().sum().backward()
         group, own = self.meshes.weights.get_group("tp"), []
@@ -245,6 +307,20 @@ def mesh_dims(tensor: Tensor) -> tuple[str, ...]:
     return (tensor.device_mesh.mesh_dim_names or ()) if isinstance(tensor, DTensor) else ()
 
 
+def main_dtype(parameters: Iterable[nn.Parameter]) -> tuple[torch.dtype | None, set[nn.Parameter]]:
+    """The dtype of most of what is trained, and the parameters that are trained in another.
+
+    FSDP2 reduces what it shards together in one dtype. diffusers keeps some small parameters of a bfloat16 network in
+    float32, also single ones of a block: they stay whole in every process.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    sizes = Counter[torch.dtype]()
+    for parameter in trained:
+        sizes[parameter.dtype] += parameter.numel()
+    most = max(sizes, key=sizes.__getitem__, default=None)
+    return most, {p for p in trained if p.dtype != most}
+
+
 def reduce_gradients(model: nn.Module, now: bool) -> None:
     """Whether the next backward reduces gradients over the processes, or leaves that to a later one."""
     if isinstance(model, FSDPModule):
@@ -257,6 +333,13 @@ def split_tokens(net: Any, mesh: DeviceMesh) -> None:
         ring, ulysses = (mesh.get_group(name) if mesh[name].size() > 1 else None for name in ("ring", "ulysses"))
         net.split_tokens(ContextParallel(ring=ring, ulysses=ulysses))
     elif getattr(net, "_cp_plan", None):
+        if mesh["ring"].size() > 2:
+            # Version 0.42 adds gradients of keys and values to those of other processes' keys and values.
+            raise ValueError(
+                f"parallel.cp_ring is {mesh['ring'].size()}: the ring attention of diffusers has wrong gradients on "
+                f"more than two processes. Use parallel.cp_ulysses instead, or give {type(net).__name__} a method "
+                "split_tokens that attends by jvpgraph.context_parallel.ContextParallel"
+            )
         if not torch.accelerator.device_count():
             raise ValueError("parallel.cp_*: diffusers' context parallel needs a GPU")
         diffusers = importlib.import_module("diffusers")

@@ -35,6 +35,7 @@ from jvpgraph.trainer.models import (
     build_teacher,
     check_run,
     moving,
+    take_values,
     trainable,
 )
 from jvpgraph.trainer.objectives import Terms, loss_of
@@ -181,7 +182,12 @@ def build_networks(config: RunConfig, layout: Layout) -> Networks:
     dual = jvpgraph.transform(student, backend=config.student.backend, dynamic=False, regions=regions)
 
     def new_student() -> TrigFlow:
-        return student_of(build_teacher(config, layout.workshop) if layout.many else teacher)
+        if not layout.many:
+            return student_of(teacher)
+        with torch.random.fork_rng(devices=[]):  # as if nothing were built anew
+            new = student_of(build_teacher(config, layout.workshop))
+        take_values(new, teacher)  # a network that starts at random has another start now
+        return new
 
     return Networks(teacher, guided, student, dual, new_student)
 
@@ -293,6 +299,7 @@ class Stage:
             terms = loss(model, batch)
             (terms["loss"].mean() / len(batches)).backward()
             parts.append({key: value.detach() for key, value in terms.items()})
+        self.layout.reduce_whole(model)
         terms = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         norm = optimizer.gradient_norm()
         means = self.layout.mean({**{key: value.mean() for key, value in terms.items()}, "gradient_norm": norm})

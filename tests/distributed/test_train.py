@@ -20,17 +20,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
 from jvpgraph.trainer import cli, settings
 from jvpgraph.trainer.checkpoint import CheckpointError, Ranks
 from jvpgraph.trainer.config import ParallelConfig, RunConfig
 from jvpgraph.trainer.data.digits import digits
+from jvpgraph.trainer.data.sample import Sample, first_samples
+from jvpgraph.trainer.dit import DiT, DiTConfig, call_dit, modulate
 from jvpgraph.trainer.noise import RankNoise, integers, noise_like, normal, uniform
-from jvpgraph.trainer.parallel import check, parallelize, sizes_of
+from jvpgraph.trainer.parallel import check, joined, parallelize, sizes_of, split_tokens
 from jvpgraph.trainer.run import export_run, load_run, sample_run
 from jvpgraph.trainer.settings import SettingsError
-from jvpgraph.trainer.train import train
+from jvpgraph.trainer.train import build_networks, train
 from jvpgraph.trainer.trigflow import TrigFlow
 from jvpgraph.trainer.yaml_tree import Problem
 from tests.distributed.harness import run
@@ -206,6 +210,101 @@ def test_a_student_in_bf16(tmp_path: Path, parallel: str) -> None:
     one = train(config_of(tmp_path / "one", stages, **more))
     many = train_many(config_of(tmp_path / "many", stages, parallel, **more), parallel)
     assert_same_log(many, one, tolerance=0.05)
+
+
+def at_random(**config: int) -> TrigFlow:
+    """As `awake`, but another one every time."""
+    net = DiT(DiTConfig(**config)).double()
+    for parameter in net.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return TrigFlow(net, call_dit)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 2.0, "targets": ["qkv", "out"]}], ids=["whole", "LoRA"])
+def test_the_fake_score_is_a_copy_of_the_teacher(tmp_path: Path, lora: dict[str, Any] | None) -> None:
+    """Also of one that is not the same when it is built again."""
+    model = {"load": "tests.distributed.test_train:at_random", "options": {"width": 16, "depth": 1, "heads": 2}}
+    more = {"model": model, "student": {"backend": "eager", "lora": lora}}
+    one = train(config_of(tmp_path / "one", [stage(RCM, 4)], **more))
+    many = train_many(config_of(tmp_path / "many", [stage(RCM, 4)], "FSDP2", **more), "FSDP2")
+    assert_same_log(many, one, tolerance=1e-6)
+
+
+WAN = {
+    "name": "WanTransformer3DModel",
+    "config": {
+        "patch_size": [1, 2, 2],
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 2,
+        "ffn_dim": 32,
+        "text_dim": 16,
+        "freq_dim": 32,
+        "rope_max_seq_len": 32,
+        "cross_attn_norm": True,
+    },
+    "dtype": "bfloat16",
+}
+
+
+class Videos:
+    fingerprint = "videos"
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = torch.Generator().manual_seed(int(index))
+        text = {"encoder_hidden_states": torch.randn(6, 16, generator=rng)}
+        return Sample(str(index), torch.randn(4, 1, 8, 8, generator=rng), text)
+
+
+def wan_config(out: Path, steps: int, parallel: str | None = None, **more: Any) -> RunConfig:
+    model = {"load": "jvpgraph.trainer.adapters:diffusers_model", "options": WAN}
+    data = {"source": {"load": "tests.distributed.test_train:Videos"}}
+    settings_of_run = {"model": model, "data": data, "guidance": {}, **more}
+    return config_of(out, [stage("scm", steps, accumulate=2)], parallel, **settings_of_run)
+
+
+def gradients_of_wan(config: RunConfig) -> tuple[dict[str, np.ndarray], set[torch.dtype]]:
+    """Of a loss over the first four samples; and the dtypes in which FSDP2 reduces."""
+    with joined(config) as layout:
+        student = build_networks(config, layout).student
+        batch, size = first_samples(Videos(), 4), 4 // layout.parts
+        mine = batch.x0[layout.part * size : (layout.part + 1) * size]
+        text = {name: c[layout.part * size : (layout.part + 1) * size] for name, c in batch.cond.items()}
+        student(mine, torch.full((size,), 0.7), text).square().mean().backward()
+        layout.reduce_whole(student)
+        groups = [m._get_fsdp_state()._fsdp_param_group for m in student.modules() if isinstance(m, FSDPModule)]
+        gradients = {name: p.grad for name, p in student.named_parameters()}
+        whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()}
+        return {name: g.float().numpy() for name, g in whole.items()}, {group._reduce_dtype for group in groups}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("parallel", ["FSDP2", "HSDP"])
+def test_a_network_of_two_dtypes(tmp_path: Path, parallel: str) -> None:
+    """diffusers keeps norms, time embedding and tables of a bfloat16 network in float32."""
+    one, _ = gradients_of_wan(wan_config(tmp_path, 1))
+    for many, reduced_in in run(PROCESSES[parallel], gradients_of_wan, wan_config(tmp_path, 1, parallel)):
+        assert reduced_in == {torch.float32}
+        for name, expected in one.items():
+            assert np.linalg.norm(many[name] - expected) <= 0.03 * np.linalg.norm(expected), name
+
+
+@pytest.mark.matrix
+def test_a_run_of_a_network_of_two_dtypes(tmp_path: Path) -> None:
+    """Its checkpoints go over from one process to two, and back."""
+    one = train(wan_config(tmp_path / "one", 4))
+    out = tmp_path / "many"
+    train(wan_config(out, 1))
+    train_many(wan_config(out, 3, "FSDP2"), "FSDP2")
+    train(wan_config(out, 4))
+    assert_same_log(out, one, tolerance=0.05)
 
 
 # ---------------------------------------------------------------- noise and data
@@ -435,6 +534,50 @@ def test_gradients_that_tensor_parallel_would_leave_in_parts(tmp_path: Path) -> 
     model = {"load": "tests.distributed.test_train:named_headed"}
     many = train_many(config_of(tmp_path / "many", stages, "TP", model=model), "TP")
     assert_same_log(many, one)
+
+
+class Early(DiT):
+    """It gathers before its last layers."""
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, r: Tensor | None = None) -> Tensor:
+        c_BC = self.time(t) + self.label(labels)
+        h_BNC = self.context.shard(self.patch_in(self.patchify(x)) + self.positions, dim=1)
+        for block in self.blocks:
+            h_BNC = block(h_BNC, c_BC)
+        shift, scale = self.modulation(c_BC).chunk(2, dim=-1)
+        return self.unpatchify(self.patch_out(modulate(self.norm(self.context.gather(h_BNC, dim=1)), shift, scale)))
+
+
+def early(**config: int) -> TrigFlow:
+    torch.manual_seed(0)
+    return TrigFlow(Early(DiTConfig(**config)).double(), call_dit)
+
+
+@pytest.mark.matrix
+def test_layers_behind_the_gather_are_refused(tmp_path: Path) -> None:
+    model = {"load": "tests.distributed.test_train:early", "options": {"width": 16, "depth": 1, "heads": 2}}
+    config = config_of(tmp_path / "run", [stage("flow_matching", 1)], "Ulysses", model=model)
+    for message in run(2, message_of_rank, config):
+        assert re.match(r"ValueError: parallel.cp_\*: net.patch_out.weight, net.patch_out.bias of .*Early see", message)
+        assert "2 times too large" in message
+    assert not config.out.exists()
+
+
+class Diffuser(nn.Module):
+    _cp_plan: ClassVar = {"": {}}
+
+
+def split_by_ring() -> str:
+    mesh = init_device_mesh("cpu", (3, 1), mesh_dim_names=("ring", "ulysses"))
+    with pytest.raises(ValueError, match=r"parallel\.cp_ring is 3") as error:
+        split_tokens(Diffuser(), mesh)
+    return str(error.value)
+
+
+@pytest.mark.matrix
+def test_the_ring_attention_of_diffusers_has_at_most_two_processes() -> None:
+    for message in run(3, split_by_ring):
+        assert "Use parallel.cp_ulysses instead, or give Diffuser a method split_tokens" in message
 
 
 @pytest.mark.parametrize(
