@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import jvpgraph
+from jvpgraph import DualModule
 from jvpgraph.trainer import folder as folder_module
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.checkpoint import CheckpointError
 from jvpgraph.trainer.config import EMAConfig, RunConfig
-from jvpgraph.trainer.dit import DiT, call_dit, dit
+from jvpgraph.trainer.dit import DiT, DiTConfig, call_dit, dit
 from jvpgraph.trainer.folder import LOCK, check_folder, claimed
 from jvpgraph.trainer.run import evaluate_run, export_run, load_run, sample_run
 from jvpgraph.trainer.train import train
@@ -219,6 +221,48 @@ def test_the_lock_is_taken_before_anything_is_written(tmp_path: Path, monkeypatc
 def taken(folder: Path) -> Iterator[None]:
     raise ValueError("taken")
     yield
+
+
+class Branching(DiT):
+    """Its own Python looks at the data."""
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, r: Tensor | None = None) -> Tensor:
+        return super().forward(x, t, labels, r) * (1.0 if int(labels.sum()) >= 0 else 2.0)
+
+
+def branching(**config: int) -> TrigFlow:
+    torch.manual_seed(0)
+    net = Branching(DiTConfig(**config))
+    for parameter in net.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return TrigFlow(net, call_dit)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's
+def test_a_network_that_branches_on_data_is_captured_in_regions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And any other as one graph."""
+
+    def told() -> str:
+        return "\n".join(r.getMessage() for r in caplog.records if r.name == "jvpgraph.trainer.train")
+
+    made: list[DualModule] = []
+    transform = jvpgraph.transform
+    monkeypatch.setattr(jvpgraph, "transform", lambda *args, **more: made.append(transform(*args, **more)) or made[-1])
+    train(config_of(tmp_path / "plain", [stage("scm", 2)]))
+    assert made[-1].regions.whole
+    assert "regions" not in told()
+    model = {"load": "tests.test_train:branching", "options": {"width": 16, "depth": 2, "heads": 2}}
+    config = config_of(tmp_path / "run", [stage("scm", 2)], model=model)
+    found = train(config)
+    assert "captured in regions: 4 regions" in told()
+    assert "2 x Block (net.blocks.0, ...): 1 graph, " in str(made[-1].regions)
+    expected = train(replace(config, out=tmp_path / "ops", student=replace(config.student, backend="op_by_op")))
+    expected, found = (content(last_checkpoint(folder), tmp_path / "content.pt") for folder in (expected, found))
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-4)
 
 
 def test_how_the_student_runs_may_change_between_a_stop_and_going_on(tmp_path: Path) -> None:

@@ -258,6 +258,8 @@ class Stage:
         values = self.update(step, "student", networks.dual, student_loss, self.optimizer, self.settings.student)
         for ema in self.emas:
             ema.update(self.optimizer.masters)
+        if iteration == 1 and self.layout.first:
+            warn_of_regions(networks.dual, self.layout)
 
         if self.fake is not None:
             updates = self.objective.fake_updates(iteration)
@@ -330,6 +332,13 @@ class Stage:
     def trained(self) -> dict[str, nn.Module]:
         networks = {"student": self.networks.student, "fake": self.fake, "teacher": self.networks.teacher}
         return {name: network for name, network in networks.items() if network is not None}
+
+
+def warn_of_regions(dual: jvpgraph.DualModule, layout: Layout) -> None:
+    """Where a network could not be one graph, which is not as fast, though nobody asked for parts of it."""
+    regions = dual.regions
+    if not layout.sharded and regions is not None and regions.groups:
+        logger.warning("the student is captured in regions: %s", regions)
 
 
 def adamw(model: nn.Module, settings: OptimizerConfig) -> MasterAdamW:
