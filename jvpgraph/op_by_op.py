@@ -34,7 +34,10 @@ from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.rules import TABLE, NoRule, tangents_of
 from jvpgraph.rules.apply import any_has_tangent, argument_tangent, bind, functional_form, has_tangent
 
-__all__ = ["OpByOp", "is_to_come", "plain"]
+if dist.is_available():
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["OpByOp", "is_dtensor", "is_to_come", "plain"]
 
 Observer = Callable[[OpOverload, Any, Any], None]
 SWEEP_EVERY = 256  # ops between two looks for shadows whose storage is gone
@@ -244,6 +247,10 @@ class OpByOp(TorchDispatchMode):
 def is_to_come(x: Any) -> bool:
     """Whether ``x`` stands for the result of a collective that may not have arrived."""
     return dist.is_available() and isinstance(x, dist._functional_collectives.AsyncCollectiveTensor)
+
+
+def is_dtensor(x: Any) -> bool:
+    return dist.is_available() and isinstance(x, DTensor)
 
 
 def plain(x: Any) -> Tensor:

@@ -40,7 +40,7 @@ from jvpgraph.capture import in_one_piece, own_errors
 from jvpgraph.dual_forward import dual_forward
 from jvpgraph.errors import CaptureError
 from jvpgraph.markers import MAKE_DUAL
-from jvpgraph.op_by_op import OpByOp, is_to_come, plain
+from jvpgraph.op_by_op import OpByOp, is_dtensor, is_to_come, plain
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.structure import leaves, map_leaves
 
@@ -62,7 +62,7 @@ class Group:
         cause: why they cannot be captured; they run op by op, or their parts are regions instead. Else empty.
         graphs: how many graphs were compiled for all of them.
         calls: how often one of them ran in a graph.
-        functions: compiled functions by (paths of active arguments, the checkpoint they are inside of, serial).
+        functions: compiled functions by (paths of active arguments, how they call the module, serial).
     """
 
     kind: str
@@ -181,7 +181,8 @@ class Regions:
         dots = {path: dot for path, x in inputs.items() if (dot := mode.tangent(x)) is not None}
         if not dots:
             return self._plainly(region, frames, args, kwargs)
-        key = (tuple(dots), _saving() if frames else None)
+        call = _Call(bool(frames), _policy() if frames else None, any(map(is_dtensor, module.parameters())))
+        key = (tuple(dots), call)
         try:
             with own, mode.left(), _hooks_taken_off(len(frames)):
                 given = map_leaves(passed, lambda path, leaf: self._as_argument(leaf) if path in dots else leaf)
@@ -229,7 +230,7 @@ class Regions:
         while True:
             function = group.functions.get((key, serial))
             if function is None:
-                function = group.functions[key, serial] = self._compile(group, saving=key[1])
+                function = group.functions[key, serial] = self._compile(group, key[1])
             try:
                 with own_errors(), in_one_piece():
                     result = function(args, kwargs, dots)
@@ -241,14 +242,14 @@ class Regions:
             region.serial = serial
             return result
 
-    def _compile(self, group: Group, saving: _Saving | None) -> Callable[..., Any]:
+    def _compile(self, group: Group, call: _Call) -> Callable[..., Any]:
         def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
             _refuse_writes(gm)
             compiled = self._backend(gm, example_inputs)
             group.graphs += 1
             return self._checking(gm, compiled)
 
-        function = dual_forward(_call if saving is None else saving.call)
+        function = dual_forward(call.run)
         return torch.compile(function, backend=backend, fullgraph=True, dynamic=self._dynamic)
 
     def _checking(self, gm: fx.GraphModule, compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -424,27 +425,31 @@ def _brief(error: CaptureError) -> str:
     return " ".join(part for part in (lines[0].removeprefix(NOT_CAPTURED), caused) if part)
 
 
-def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return module.forward(*args, **kwargs)
-
-
 @dataclass(frozen=True)
-class _Saving:
-    """A checkpoint inside a graph, and what its policy keeps; None: nothing."""
+class _Call:
+    """How a graph calls its module."""
 
-    policy: Callable[..., Any] | None
+    in_checkpoint: bool
+    policy: Callable[..., Any] | None  # what a selective checkpoint keeps
+    apart: bool  # AOTAutograd takes no outputs that share memory where there are DTensors
 
-    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.policy is None:
-            return checkpoint(lambda: module.forward(*args, **kwargs), use_reentrant=False)
-        contexts = functools.partial(create_selective_checkpoint_contexts, self.policy)
-        return checkpoint(lambda: module.forward(*args, **kwargs), use_reentrant=False, context_fn=contexts)
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self.in_checkpoint:
+            out = module.forward(*args, **kwargs)
+        elif self.policy is None:
+            out = checkpoint(lambda: module.forward(*args, **kwargs), use_reentrant=False)
+        else:
+            contexts = functools.partial(create_selective_checkpoint_contexts, self.policy)
+            out = checkpoint(lambda: module.forward(*args, **kwargs), use_reentrant=False, context_fn=contexts)
+        if not self.apart or isinstance(out, Tensor):
+            return out
+        return map_leaves(out, lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
 
 
-def _saving() -> _Saving:
-    """The innermost checkpoint that is open: selective ones have a mode that knows their policy."""
+def _policy() -> Callable[..., Any] | None:
+    """Of the innermost checkpoint that is open: selective ones have a mode that knows it."""
     modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, _CachingTorchDispatchMode)]
-    return _Saving(modes[-1].policy_fn if modes else None)
+    return modes[-1].policy_fn if modes else None
 
 
 def _refuse_writes(gm: fx.GraphModule) -> None:

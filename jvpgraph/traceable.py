@@ -2,16 +2,20 @@
 
 That of diffusers works in eager mode, but one graph of the model it cannot be: its hooks look up a signature and
 warn on first use, and the backward of its default attention switches requires_grad on inside an autograd Function.
+And in a ring of more than two ranks it is wrong (0.42): gradients of keys and values travel on, away from the rank
+whose keys come next. Such a model gets a backward of ours, for its eager calls too.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
 from typing import Any
 
 import torch
+import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,11 +25,13 @@ from jvpgraph.kernels.ops import OPS
 __all__ = ["make_traceable"]
 
 HOOKS, ATTENTION = "diffusers.hooks.context_parallel", "diffusers.models.attention_dispatch"
+log = logging.getLogger("jvpgraph")
 TORCHS = "torch.distributed.tensor.experimental._context_parallel._attention"
 
 
 def make_traceable(model: nn.Module) -> None:
-    """Prepare what diffusers has put on ``model`` for capture; nothing changes for eager calls. Cheap to repeat.
+    """Prepare what diffusers has put on ``model`` for capture; but for the gradients of a ring of more than two ranks,
+    nothing changes for eager calls. Cheap to repeat.
 
     Raises:
         CaptureError: inside of torch's ``context_parallel``, which puts DTensors into attention behind Dynamo's back.
@@ -38,6 +44,9 @@ def make_traceable(model: nn.Module) -> None:
     if HOOKS not in sys.modules:
         return
     _tell_dynamo()
+    config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    if getattr(config, "ring_degree", 1) > 2:
+        _mend_ring()
     for module in model.modules():
         registry = vars(module).get("_diffusers_hook")
         for hook in getattr(registry, "hooks", {}).values():
@@ -67,3 +76,31 @@ def _native_attention_backward(ctx: Any, grad_out: Tensor, *args: Any, **kwargs:
     o, lse = OPS.attention(q, k, v, ctx.attn_mask, *how)
     dq, dk, dv, _ = OPS.attention_backward(grad_out.transpose(1, 2), None, q, k, v, ctx.attn_mask, o, lse, *how)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+@functools.cache
+def _mend_ring() -> None:
+    ring = getattr(sys.modules.get(ATTENTION), "TemplatedRingAttention", None)
+    if ring is not None:
+        log.warning("jvpgraph: the gradients of diffusers' ring attention on more than two ranks are wrong: replaced")
+        ring.backward = staticmethod(_ring_backward)
+
+
+def _ring_backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    """Keys and values gathered as in the forward; their gradients, a chunk for each rank, summed where they belong."""
+    q, k, v, *_ = ctx.saved_tensors
+    config = ctx._parallel_config.context_parallel_config
+    size, rank, group = config.ring_degree, config._ring_local_rank, config._ring_mesh.get_group()
+    dtype = torch.float32 if config.convert_to_fp32 else grad_out.dtype
+    chunks = funcol.all_gather_tensor(torch.cat([k.flatten(), v.flatten()]), 0, group).chunk(size)
+    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    of_ranks: list[Any] = [None] * size
+    for hop in range(size):
+        source = (rank + hop) % size
+        k_part, v_part = chunks[source].split([k.numel(), v.numel()])
+        parts = {"key": k_part.view(k.shape), "value": v_part.view(v.shape)}
+        grads = ctx.backward_op(ctx, grad_out, query=q, **parts, out=ctx.ring_out, lse=ctx.ring_lse)
+        dq = dq + grads[0]
+        of_ranks[source] = torch.cat([x.to(dtype).flatten() for x in grads[1:3]])
+    dk, dv = funcol.reduce_scatter_tensor(torch.cat(of_ranks), "sum", 0, group).split([k.numel(), v.numel()])
+    return *(x.to(grad_out.dtype) for x in (dq, dk.view(k.shape), dv.view(v.shape))), *[None] * 9

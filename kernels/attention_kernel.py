@@ -43,7 +43,7 @@ __all__ = ["ADDITIVE_BIAS", "BIAS_DOT_STRIDES", "BIAS_STRIDES", "BOOLEAN_BIAS", 
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
-MOST_NEGATIVE = tl.constexpr(-3.4028e38)
+MOST_NEGATIVE = tl.constexpr(-2.35e38)  # times LOG2E it is finite
 
 NO_BIAS, BOOLEAN_BIAS, ADDITIVE_BIAS = 0, 1, 2
 # Arguments of their own: those of a tuple cannot be kept from specialising, and these change with the lengths.
@@ -136,7 +136,7 @@ def _additive(bias):
     """An additive bias in units of log 2. The most negative finite number, with which models mask, stays finite: a row
     that has nothing else attends to all keys alike, and only -inf hides a key."""
     bias = bias.to(tl.float32)
-    return tl.where(bias == -float("inf"), bias, tl.maximum(bias * LOG2E, MOST_NEGATIVE))
+    return tl.where(bias == -float("inf"), bias, tl.maximum(bias, MOST_NEGATIVE) * LOG2E)
 
 
 @triton.jit

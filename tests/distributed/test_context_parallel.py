@@ -77,12 +77,9 @@ def sum_gradients(model: nn.Module) -> None:
             dist.all_reduce(p.grad)
 
 
-def measure(
-    model: nn.Module, name: str, compiler: str, config: Any = None, want: Answer | None = None
-) -> tuple[Errors, int]:
+def measure(model: nn.Module, name: str, compiler: str, config: Any = None) -> tuple[Errors, int]:
     """The errors, and how many calls of attention were computed with their tangent."""
     net, op_by_op = MODELS[name], compiler == "op_by_op"
-    want = want or reference(name)
     chosen = compiler if op_by_op else backend(compiler, config)
     dual = jvpgraph.transform(model, backend=chosen, dynamic=False)
     with AllDouble() if op_by_op else nullcontext():
@@ -90,7 +87,7 @@ def measure(
         loss(y).backward()
     sum_gradients(model)
     y = y if isinstance(y, Tensor) else y[0]
-    found = errors(Answer(y, dots_of(y_dot), gradients(model)), want)
+    found = errors(Answer(y, dots_of(y_dot), gradients(model)), reference(name))
     return found, 0 if op_by_op else chosen.reports[0].fused
 
 
@@ -98,20 +95,7 @@ def on_diffusers(
     name: str, ring: int, ulysses: int, attention: str | None, compiler: str = "eager", skip: tuple[str, ...] = ()
 ) -> tuple[Errors, int]:
     model = under_diffusers(name, ring, ulysses, attention)
-    want = reference(name)
-    if ring > 2:  # diffusers 0.42 adds the gradients of keys and values to those of other ranks' chunks
-        want = want._replace(gradients=of_diffusers(model, name))
-    return measure(model, name, compiler, jvpgraph.Config(skip_passes=skip), want)
-
-
-def of_diffusers(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The gradients that the model has without jvpgraph, right or wrong."""
-    with AllDouble():
-        loss(model(**MODELS[name].inputs())).backward()
-    sum_gradients(model)
-    found = gradients(model)
-    model.zero_grad()
-    return found
+    return measure(model, name, compiler, jvpgraph.Config(skip_passes=skip))
 
 
 class ParallelBlock(PlainBlock):
@@ -170,13 +154,10 @@ def on_own_uneven(ring: int, ulysses: int, tokens: int, compiler: str) -> Errors
 @pytest.mark.parametrize("name", ["wan", "flux"])
 @pytest.mark.parametrize(("layout", "ring", "ulysses"), LAYOUTS)
 def test_diffusers_interface(name, layout, ring, ulysses):
-    """Each attention, of each hop of the ring, becomes one attention_jvp that the Function's backward goes on with.
-
-    With more than two ranks in the ring the gradients are those of diffusers, which are not those of one process.
-    """
+    """Each attention, of each hop of the ring, becomes one attention_jvp that the Function's backward goes on with."""
     attention = FLASH if ring > 1 else None
     found, fused = zip(*run(ring * ulysses, on_diffusers, name, ring, ulysses, attention))
-    check(f"{layout} (diffusers)" + ", its gradients" * (ring > 2), name, list(found))
+    check(f"{layout} (diffusers)", name, list(found))
     crossed = 2 if name == "wan" else 0  # of its two blocks
     assert set(fused) == {2 * ring + crossed}
 
@@ -221,12 +202,15 @@ def test_own_interface_with_uneven_lengths(ring, ulysses, tokens, compiler):
 
 def gradients_of_a_long_ring() -> float:
     model, want = under_diffusers("flux", 4, 1, FLASH), reference("flux")
-    return errors(want._replace(gradients=of_diffusers(model, "flux")), want).gradient
+    with AllDouble():
+        loss(model(**MODELS["flux"].inputs())).backward()
+    sum_gradients(model)
+    return errors(want._replace(gradients=gradients(model)), want).gradient
 
 
 @pytest.mark.matrix
 def test_gradients_of_diffusers_own_ring_of_four_are_wrong():
-    """Without jvpgraph. When this fails, diffusers has mended it: of_diffusers is not needed any more."""
+    """Without jvpgraph. When this fails, diffusers has mended it, and traceable.py need not."""
     assert min(run(4, gradients_of_a_long_ring)) > 1e-3
 
 

@@ -6,6 +6,7 @@ the data-parallel ranks, so the local loss is scaled by their number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import jvpgraph
@@ -35,6 +35,7 @@ from tests.distributed.models import (
     loss,
     reference,
 )
+from tests.distributed.plans import sequence_parallel, tensor_parallel
 from tests.models import CountOps
 from tests.zoo.run import widened
 
@@ -66,11 +67,19 @@ def gathered(x: Tensor, group: Any) -> Tensor:
     return torch.cat(parts)
 
 
-def measure(dual: nn.Module, name: str, group: Any = None, steps: int = 1, call: nn.Module | None = None) -> Errors:
+def measure(
+    dual: nn.Module,
+    name: str,
+    group: Any = None,
+    steps: int = 1,
+    call: nn.Module | None = None,
+    gather: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda found: found,
+) -> Errors:
     """The errors of ``dual`` against one process, with the batch spread over the group.
 
     Args:
         call: what the user calls, where that is something around ``dual``.
+        gather: gradients as one process has them, from those of this rank.
     """
     net, rank, size = MODELS[name], dist.get_rank(group), dist.get_world_size(group)
     weight = torch.randn(reference(name).value.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -80,7 +89,7 @@ def measure(dual: nn.Module, name: str, group: Any = None, steps: int = 1, call:
             y, y_dot = (call or dual)(**local(net.inputs(), rank, size), tangents=local(net.tangents(), rank, size))
         (out,) = float_leaves(y)
         ((out * weight.chunk(size)[rank]).sum() * size).backward()
-        got = Answer(gathered(out, group), gathered(dots_of(y_dot), group), gradients(dual.model, _plain_name))
+        got = Answer(gathered(out, group), gathered(dots_of(y_dot), group), gather(gradients(dual.model, _plain_name)))
     return errors(got, reference(name))
 
 
@@ -97,7 +106,14 @@ def apply_checkpoints(model: nn.Module, name: str, wrap: bool) -> None:
         model.enable_gradient_checkpointing()
 
 
-def with_fsdp(name: str, when: str = "before", mesh: tuple[int, ...] = (), checkpoints: str = "", **settings) -> Errors:
+def with_fsdp(
+    name: str,
+    when: str = "before",
+    mesh: tuple[int, ...] = (),
+    checkpoints: str = "",
+    compiler: str = "eager",
+    **settings: Any,
+) -> Errors:
     model = MODELS[name].build()
     if mesh:
         settings["mesh"] = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")[: len(mesh)])
@@ -107,7 +123,7 @@ def with_fsdp(name: str, when: str = "before", mesh: tuple[int, ...] = (), check
         shard(model, name, **settings)
     if checkpoints == "after":
         apply_checkpoints(model, name, wrap=False)
-    dual = jvpgraph.transform(model, regions="auto", backend=backend())
+    dual = jvpgraph.transform(model, regions="auto", backend=backend(compiler))
     if when == "after":
         shard(dual, name, **settings)
     found = measure(dual, name, steps=2)
@@ -153,12 +169,18 @@ def test_fsdp_with_checkpoints(name: str, ranks: int, when: str):
     check(layout, name, run(ranks, with_fsdp, name, "before", (), when))
 
 
-def with_ddp(name: str, when: str) -> Errors:
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", MODELS)
+def test_fsdp_by_inductor(name: str):
+    check("FSDP2, AC, inductor", name, run(2, with_fsdp, name, "before", (), "before", "inductor"))
+
+
+def with_ddp(name: str, when: str, compiler: str = "eager") -> Errors:
     model = MODELS[name].build()
     if when == "before":
-        dual = jvpgraph.transform(DistributedDataParallel(model), regions="auto", backend=backend())
+        dual = jvpgraph.transform(DistributedDataParallel(model), regions="auto", backend=backend(compiler))
         return measure(dual, name, steps=2)
-    dual = jvpgraph.transform(model, backend=backend())
+    dual = jvpgraph.transform(model, backend=backend(compiler))
     return measure(dual, name, steps=2, call=DistributedDataParallel(dual))
 
 
@@ -169,6 +191,11 @@ def test_ddp(name: str, ranks: int, when: str):
     """Every rank has gradients of the whole batch: DDP has synchronised them."""
     layout = {"before": "DDP, transformed", "after": "DDP of the transformed"}[when]
     check(layout, name, run(ranks, with_ddp, name, when))
+
+
+@pytest.mark.matrix
+def test_ddp_by_inductor():
+    check("DDP of the transformed, inductor", "dit", run(2, with_ddp, "dit", "after", "inductor"))
 
 
 def with_options(option: str) -> Errors:
@@ -250,29 +277,20 @@ def test_mixed_precision(cast_inputs: bool):
         assert others < 0.05
 
 
-PLANS = {  # what of a block is split over tensor-parallel ranks
-    "dit": {"to_q": "columns", "to_k": "columns", "to_v": "columns", "to_out": "rows", "up": "columns", "down": "rows"},
-    "wan": {"ffn.net.0.proj": "columns", "ffn.net.2": "rows"},
-    "flux": {"ff.net.0.proj": "columns", "ff.net.2": "rows"},
-}
-
-
-def with_tensor_parallel(name: str) -> Errors:
-    """Blocks split over one axis of the mesh, then sharded over the other."""
+def with_tensor_parallel(name: str, layout: str) -> Errors:
+    """Blocks split over one axis of the mesh as a plan has it, then sharded over the other."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
     model = MODELS[name].build()
-    for parent, i in blocks(model, name):
-        there = {path for path, _ in parent[i].named_modules()}
-        plan = {k: ColwiseParallel() if v == "columns" else RowwiseParallel() for k, v in PLANS[name].items()}
-        parallelize_module(parent[i], mesh["tensor"], {k: v for k, v in plan.items() if k in there})
+    gather = {"TP": tensor_parallel, "TP+SP": sequence_parallel}[layout](name, model, mesh["tensor"])
     shard(model, name, mesh=mesh["shard"])
     dual = jvpgraph.transform(model, regions="auto", backend=backend())
-    found = measure(dual, name, mesh.get_group("shard"))
+    found = measure(dual, name, mesh.get_group("shard"), gather=gather)
     assert all(not group.cause and group.calls for group in dual.regions.groups), dual.regions
     return found
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize("layout", ["TP", "TP+SP"])
 @pytest.mark.parametrize("name", MODELS)
-def test_fsdp_with_tensor_parallel(name: str):
-    check("FSDP2 x TP, 2 x 2", name, run(4, with_tensor_parallel, name))
+def test_fsdp_with_tensor_parallel(name: str, layout: str):
+    check(f"FSDP2 x {layout}, 2 x 2", name, run(4, with_tensor_parallel, name, layout))

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 import jvpgraph
@@ -22,6 +23,7 @@ from tests.distributed.models import (
     MODELS,
     Answer,
     Errors,
+    PlainBlock,
     backend,
     check,
     dots_of,
@@ -204,6 +206,55 @@ def test_the_tangent_launches_no_collective(layout: str):
     for found in run(2, launches_of_a_block, layout):
         assert found["paired"] == found["paired, nodes"] == found["primal"] > 0, found
         assert found["apart"] == found["apart, nodes"] > found["primal"], found
+
+
+# ------------------------------------------------------------------------------------------------ regions
+
+
+class ToLocal(PlainBlock):
+    """Takes a DTensor, and goes on with its local part."""
+
+    def forward(self, x_BND: Tensor, c_BD: Tensor, text_BLE: Tensor) -> Tensor:
+        assert isinstance(x_BND, DTensor)
+        return super().forward(x_BND.redistribute(placements=[Replicate()]).to_local(), c_BD, text_BLE)
+
+
+def embed_to_come(model: nn.Module) -> Any:
+    """What the blocks are given may not have arrived: torch's rowwise style returns such a tensor."""
+    parallelize_module(model, world(), {"embed": RowwiseParallel(input_layouts=Replicate())})
+    return lambda found: found
+
+
+def embed_dtensor(model: nn.Module) -> Any:
+    model.blocks[0].__class__ = ToLocal
+    style = ColwiseParallel(output_layouts=Replicate(), use_local_output=False)
+    parallelize_module(model, world(), {"embed": style})
+    return lambda found: found
+
+
+BOUNDARIES: dict[str, Callable[[nn.Module], Any]] = {
+    "results to come": embed_to_come,
+    "DTensors": embed_dtensor,
+    "SP": lambda model: sequence_parallel("dit", model, world()),
+}
+
+
+def between_regions(boundary: str) -> tuple[Errors, str, bool]:
+    net = MODELS["dit"]
+    model = net.build()
+    gather = BOUNDARIES[boundary](model)
+    dual = jvpgraph.transform(model, regions=PlainBlock, backend=backend(), dynamic=False)
+    y, y_dot = dual(**net.inputs(), tangents=net.tangents())
+    loss(y).backward()
+    found = errors(Answer(y, y_dot, gather(gradients(model))), reference("dit"))
+    return found, str(dual.regions), all(group.graphs for group in dual.regions.groups)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_tensors_of_torchs_own_keep_their_tangents_between_regions(boundary: str):
+    found, reports, in_graphs = zip(*run(2, between_regions, boundary))
+    check(f"{boundary} between regions", "dit", list(found))
+    assert all(in_graphs), reports[0]
 
 
 # ------------------------------------------------------------------------------------------------ refusals
