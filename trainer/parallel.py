@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
@@ -319,12 +319,6 @@ def main_dtype(parameters: Iterable[nn.Parameter]) -> tuple[torch.dtype | None, 
         sizes[parameter.dtype] += parameter.numel()
     most = max(sizes, key=sizes.__getitem__, default=None)
     return most, {p for p in trained if p.dtype != most}
-
-
-def reduce_gradients(model: nn.Module, now: bool) -> None:
-    """Whether the next backward reduces gradients over the processes, or leaves that to a later one."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
 
 
 def split_tokens(net: Any, mesh: DeviceMesh) -> None:

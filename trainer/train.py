@@ -41,7 +41,7 @@ from jvpgraph.trainer.models import (
 from jvpgraph.trainer.objectives import Terms, loss_of
 from jvpgraph.trainer.objectives.dmd import fake_score_loss
 from jvpgraph.trainer.optim import MasterAdamW, learning_rate
-from jvpgraph.trainer.parallel import Layout, joined, reduce_gradients
+from jvpgraph.trainer.parallel import Layout, joined
 from jvpgraph.trainer.preview import preview
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
 from jvpgraph.trainer.watch import Compute, not_finite
@@ -296,8 +296,7 @@ class Stage:
         batches = [self.draw() for _ in range(self.settings.accumulate)]
         before = self.rng.get_state()
         parts = []
-        for number, batch in enumerate(batches, 1):
-            reduce_gradients(model, number == len(batches))
+        for batch in batches:
             terms = loss(model, batch)
             (terms["loss"].mean() / len(batches)).backward()
             parts.append({key: value.detach() for key, value in terms.items()})
