@@ -6,6 +6,7 @@ import argparse
 import errno
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -22,6 +23,8 @@ from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.configs import names, ready
 from jvpgraph.trainer.dit import dit
 from jvpgraph.trainer.log import RunLog
+from jvpgraph.trainer.parallel import check, context_parallel, sizes_of
+from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.settings import load
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -387,6 +390,22 @@ def test_the_documentation_trains_a_model_of_ones_own(tmp_path, monkeypatch):
     short = ("stages.0.steps=2", "stages.1.steps=2", "student.backend=eager", "stages.0.batch=8", "stages.1.batch=8")
     assert cli.main(["train", "my_run.yaml", *short]) == 0
     assert sorted(path.name for path in Path("out/mine/checkpoints").iterdir())[-1] == "step-00000004"
+
+
+def test_the_commands_of_the_documentation_fit_their_settings(monkeypatch):
+    """Those for many processes in docs/trainer.md."""
+    text = (Path(__file__).parents[1] / "docs" / "trainer.md").read_text()
+    for kind, name in (("python", "my_model.py"), ("yaml", "my_run.yaml")):
+        Path(name).write_text(text.split(f"```{kind}\n# {name}\n")[1].split("```")[0])
+    commands = re.findall(r"--nproc-per-node (\d+) -m jvpgraph\.trainer\.cli train (\S+) ([^#\n]*)", text)
+    assert len(commands) == 3
+    for processes, name, overrides in commands:
+        config = load(RunConfig, cli.settings_file(Path(name)), overrides.split())
+        sizes = sizes_of(config.parallel, int(processes))
+        check(config, sizes)
+        if context_parallel(sizes):
+            net = Plug(config.model.load, {}).build().net  # not from the weights of a run before
+            assert hasattr(net, "split_tokens"), name
 
 
 def test_the_documentation_adds_an_objective(tmp_path, monkeypatch):
