@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import jvpgraph
+from benchmarks import record
 from tests.models import Block, TinyDiT, inputs
 
 DEPTHS = (4, 40)
@@ -50,7 +53,9 @@ def main() -> None:
     parser.add_argument("--backend", default="inductor", choices=("inductor", "eager"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--regions-only", action="store_true")
+    parser.add_argument("--out", type=Path, help="folder for compile_time_<backend>.json")
     options = parser.parse_args()
+    figures: dict[str, Any] = {}
     with torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):
         compile_time(1, Block, options.backend)  # imports, and what the compiler sets up once
         for name, regions in (("regions", Block), ("one graph", None)):
@@ -63,6 +68,12 @@ def main() -> None:
             for depth, found, (_, graphs) in zip(DEPTHS, best, rounds[0]):
                 print(f"{name:10s} {depth:3d} blocks  {found:7.2f} s  {graphs} graphs")
             print(f"{name:10s} {DEPTHS[1]} blocks / {DEPTHS[0]} blocks = {best[1] / best[0]:.3f}")
+            seconds_of = dict(zip(map(str, DEPTHS), best))
+            figures[name] = {"seconds": seconds_of, "ratio": best[1] / best[0], "graphs": rounds[0][1][1]}
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / f"compile_time_{options.backend}.json"
+        path.write_text(json.dumps(record.environment() | {"blocks": DEPTHS, **figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -339,7 +339,15 @@ def find_regions(model: nn.Module, choice: Choice) -> list[tuple[str, nn.Module]
         found = _outermost({name: module for name, module in candidates.items() if wanted(module)})
     if not found:
         kinds = sorted({type(module).__name__ for name, module in candidates.items() if name and not _is_plain(module)})
-        raise ValueError(f"no module of {type(model).__name__} is a region; it has {', '.join(kinds) or 'no parts'}")
+        inside = (
+            [name for name, module in candidates.items() if name and _shards_inside(module)] if choice == "auto" else []
+        )
+        why = (
+            f": parts inside of {', '.join(inside[:3])} are sharded on their own, shard whole blocks" if inside else ""
+        )
+        raise ValueError(
+            f"no module of {type(model).__name__} is a region; it has {', '.join(kinds) or 'no parts'}{why}"
+        )
     return found
 
 

@@ -29,6 +29,7 @@ COALESCED = {  # op -> the one that takes several tensors and launches once, on 
     "_c10d_functional::all_gather_into_tensor": "all_gather_into_tensor_coalesced",
     "_c10d_functional::all_reduce_coalesced": "all_reduce_coalesced",
     "_c10d_functional::all_gather_into_tensor_coalesced": "all_gather_into_tensor_coalesced",
+    "_c10d_functional::reduce_scatter_tensor_coalesced": "reduce_scatter_tensor_coalesced",  # once on NCCL only
 }
 WAIT = torch.ops._c10d_functional.wait_tensor.default
 SYNCHRONOUS = ("_dtensor::shard_dim_alltoall",)

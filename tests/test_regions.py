@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import jvpgraph
+from benchmarks.compile_time import compile_time
 from jvpgraph.op_by_op import OpByOp
 from jvpgraph.regions import find_regions
 from tests.models import Block, CountOps, Output, TinyDiT, inputs, oracle
@@ -120,6 +121,13 @@ class TestSharing:
         dual(x, t, tangents={"x": x_dot, "t": t_dot})[0].sum().backward()
         assert graphs(dual) == [("Block", depth, 1)]
         assert len(dual._dual.backend.reports) == 1
+
+    @pytest.mark.slow
+    def test_compile_time_does_not_grow_with_depth(self):
+        """Processor time; benchmarks/compile_time.py has the figure. One graph takes nine times as long."""
+        compile_time(1, Block, "eager")  # imports, and what is set up once
+        short, deep = (min(compile_time(depth, Block, "eager")[0] for _ in range(3)) for depth in (4, 40))
+        assert deep < 1.5 * short
 
     def test_what_a_forward_reads_is_not_shared(self):
         model = TinyDiT(depth=0).double()

@@ -67,6 +67,10 @@ def redistributed(x: Tensor) -> Tensor:
 
 
 # x is [8, 3], another on every rank; sines in front, so that the tangent is not what came in.
+def scattered_both(x: Tensor) -> list[Tensor]:
+    return funcol.reduce_scatter_tensor_coalesced([x, 2 * x], "sum", [0, 0], world())
+
+
 COLLECTIVES: dict[str, Callable[[Tensor], Any]] = {
     "all_reduce sum": lambda x: funcol.all_reduce(x.sin(), "sum", world()).cos(),
     "all_reduce avg": lambda x: funcol.all_reduce(x.sin(), "avg", world()).cos(),
@@ -81,6 +85,7 @@ COLLECTIVES: dict[str, Callable[[Tensor], Any]] = {
     "all_gather with a backward": lambda x: funcol.all_gather_tensor_autograd(x.sin(), 1, world()).cos(),
     "all_gather coalesced": lambda x: funcol.all_gather_into_tensor_coalesced([x.sin(), x[0].cos()], world())[0].exp(),
     "reduce_scatter": lambda x: funcol.reduce_scatter_tensor(x.sin(), "sum", 0, world()).cos(),
+    "reduce_scatter coalesced": lambda x: scattered_both(x.sin())[0].exp(),
     "reduce_scatter with a backward": lambda x: funcol.reduce_scatter_tensor_autograd(x.sin(), "sum", 0, world()).cos(),
     "all_to_all": lambda x: funcol.all_to_all_single(x.sin(), None, None, world()).cos(),
     "all_to_all uneven": lambda x: funcol.all_to_all_single(rows_for_uneven(x.sin()), *uneven(), world()).cos(),
@@ -162,6 +167,7 @@ def test_product_over_ranks_is_refused():
 # ------------------------------------------------------------------------------------------ pair_collectives
 
 SELECTING = ("all_reduce max", "all_reduce min")  # their tangents are other collectives
+ONE_BY_ONE = ("reduce_scatter coalesced",)  # gloo launches each tensor of a list
 
 
 def launches(call: Callable[[], Any]) -> tuple[Any, int]:
@@ -194,13 +200,23 @@ def all_paired_and_apart(names: list[str]) -> dict[str, tuple[int, int, int, flo
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_tangents_cost_no_launch(ranks: int):
-    names = [name for name in COLLECTIVES if name not in SELECTING]
+    names = [name for name in COLLECTIVES if name not in (*SELECTING, *ONE_BY_ONE)]
     for found in run(ranks, all_paired_and_apart, names):
         for name, (alone, launched, apart, difference) in found.items():
             assert launched == alone > 0, name
             assert apart == 2 * alone, name
             # More than two terms are added in an order that depends on the place in the message.
             assert difference <= (1e-14 if ranks > 2 and "all_reduce" in name else 0), name
+
+
+def calls_of_lists() -> int:
+    compiler = jvpgraph.backend("eager")
+    jvpgraph.jvp(COLLECTIVES["reduce_scatter coalesced"], drawn()[:1], drawn()[1:], backend=compiler)
+    return compiler.reports[-1].collectives.total()
+
+
+def test_tangents_of_a_list_join_the_list():
+    assert run(2, calls_of_lists) == [1, 1]
 
 
 X = torch.randn(4, 2)

@@ -153,6 +153,24 @@ def test_fsdp(name: str, ranks: int):
     check("FSDP2", name, run(ranks, with_fsdp, name))
 
 
+def sharded_inside_of_blocks() -> str:
+    model = MODELS["dit"].build()
+    for block in model.blocks:
+        fully_shard(block.up)
+    fully_shard(model)
+    try:
+        net = MODELS["dit"]
+        jvpgraph.transform(model, regions="auto", backend=backend())(**net.inputs(), tangents=net.tangents())
+    except ValueError as error:
+        return str(error)
+    return "it ran"
+
+
+def test_blocks_whose_parts_are_sharded_are_named():
+    for said in run(2, sharded_inside_of_blocks):
+        assert "parts inside of blocks.0, blocks.1 are sharded on their own, shard whole blocks" in said
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", MODELS)
 def test_hsdp(name: str):
