@@ -1,7 +1,7 @@
 """Distillation of diffusion transformers with the tangents that `jvpgraph.transform` gives.
 
 what runs        train (the loop), run (a finished run), demo, cli
-where it runs    parallel (one process or many)
+where it runs    parallel (one process or many), ranks
 what is trained  objectives/, times (where), noise, trigflow (coordinates, noise schedules), batch
 networks         models (built from the settings), student (LoRA, checkpointing), adapters (diffusers), dit (digits)
 data             data/

@@ -31,12 +31,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from jvpgraph.context_parallel import ContextParallel
 from jvpgraph.trainer.batch import Batch
-from jvpgraph.trainer.checkpoint import Ranks
 from jvpgraph.trainer.config import ParallelConfig, RunConfig
 from jvpgraph.trainer.data.sample import shorten
 from jvpgraph.trainer.models import device_of
 from jvpgraph.trainer.noise import Random, RankNoise
 from jvpgraph.trainer.optim import local
+from jvpgraph.trainer.ranks import Ranks
 from jvpgraph.trainer.student import repeated_blocks
 from jvpgraph.trainer.trigflow import TrigFlow
 
