@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """All of them; one if there is no process group. `timeout`: how long each waits for the others (default: torch's)."""
+    """All of them; one if there is no process group. `timeout`: how long one waits for others, torch's by default."""
 
     def __init__(self, timeout: timedelta | None = None) -> None:
         grouped = dist.is_available() and dist.is_initialized()
