@@ -328,7 +328,8 @@ def split_tokens(net: Any, mesh: DeviceMesh) -> None:
         net.split_tokens(ContextParallel(ring=ring, ulysses=ulysses))
     elif getattr(net, "_cp_plan", None):
         if mesh["ring"].size() > 2:
-            # Version 0.42 adds gradients of keys and values to those of other processes' keys and values.
+            # Version 0.42 adds gradients of keys and values to those of other processes' keys and values. What mends
+            # that is for calls with tangents of the network itself; there are others here.
             raise ValueError(
                 f"parallel.cp_ring is {mesh['ring'].size()}: the ring attention of diffusers has wrong gradients on "
                 f"more than two processes. Use parallel.cp_ulysses instead, or give {type(net).__name__} a method "
