@@ -54,7 +54,7 @@ zoo: $(READY)  ## every transformer class of diffusers against its oracle, in fl
 
 bench: $(READY)  ## time and memory beside torch.func.jvp and finite differences; compile time against depth
 	$(BIN)/python -m benchmarks.dit --out $(OUT)/bench
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.compile_time --out $(OUT)/bench
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.compile_time --regions-only --out $(OUT)/bench
 
 bench-quality: $(READY)  ## rCM, sCM, DMD, dCM and MeanFlow on the digits, three seeds: an hour and a half on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality --out $(OUT)/quality

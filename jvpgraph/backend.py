@@ -20,6 +20,7 @@ from jvpgraph.passes.mark_stop_gradients import mark_stop_gradients
 from jvpgraph.passes.pipeline import AFTER_AUTOGRAD, BEFORE_AUTOGRAD, PIPELINE, Pipeline, check_config
 from jvpgraph.passes.recognize_attention import recognize_attention
 from jvpgraph.passes.swap_attention import active_nodes, swap_attention
+from jvpgraph.passes.swap_flex_attention import swap_flex_attention
 from jvpgraph.sharding import register_sharding_rules
 
 __all__ = ["COMPILERS", "Backend", "backend"]
@@ -48,6 +49,7 @@ class Backend:
         report = Report()
         if self.config.swap_attention:
             report.attention.append(swap_attention(gm, active_nodes(gm)))
+            report.attention.append(swap_flex_attention(gm, active_nodes(gm)))
             if self.config.recognize_attention:
                 report.attention.append(recognize_attention(gm, active_nodes(gm)))
         mark_stop_gradients(gm)

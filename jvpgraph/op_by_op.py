@@ -150,7 +150,8 @@ class OpByOp(TorchDispatchMode):
             return out
         if not isinstance(func, OpOverload):
             if self._argument_tangent([*args, *kwargs.values()]) is not None:
-                raise UnsupportedOp([UnsupportedNode(str(func), "op by op", (), _user_line(), "a higher-order op")])
+                reason = "a higher-order op, which PyTorch compiles by itself: it has a tangent in graphs only"
+                raise UnsupportedOp([UnsupportedNode(str(func), "op by op", (), _user_line(), reason)])
             return func(*args, **kwargs)
         return self._run(func, args, kwargs)
 

@@ -279,14 +279,12 @@ def emit(origin: fx.Node, target: str | Callable[..., Any], *args: Any, **kwargs
     )
     _inherit(node, origin)
 
-    def example(x: Any) -> Any:
-        return x.meta["example_value"] if isinstance(x, fx.Node) else x
-
-    values = [example(x) for x in args]
-    fake_modes = [mode for mode in map(_fake_mode, values) if mode is not None]
-    with fake_modes[0], torch.no_grad():
+    values, settings = fx.node.map_arg((args, kwargs), lambda x: x.meta["example_value"])
+    inputs = [*node.all_input_nodes, *origin.all_input_nodes]  # the latter for what is made of sizes alone
+    fake_mode = next(mode for x in inputs if (mode := _fake_mode(x.meta.get("example_value"))) is not None)
+    with fake_mode, torch.no_grad():
         run = getattr(values[0], target) if isinstance(target, str) else target
-        node.meta["example_value"] = run(*(values[1:] if isinstance(target, str) else values), **kwargs)
+        node.meta["example_value"] = run(*(values[1:] if isinstance(target, str) else values), **settings)
     return node
 
 

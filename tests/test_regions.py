@@ -124,7 +124,7 @@ class TestSharing:
 
     @pytest.mark.slow
     def test_compile_time_does_not_grow_with_depth(self):
-        """Processor time; benchmarks/compile_time.py has the figure. One graph takes nine times as long."""
+        """Processor time; benchmarks/compile_time.py has the figure. One graph takes several times as long."""
         compile_time(1, Block, "eager")  # imports, and what is set up once
         short, deep = (min(compile_time(depth, Block, "eager")[0] for _ in range(3)) for depth in (4, 40))
         assert deep < 1.5 * short

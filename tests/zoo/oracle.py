@@ -1,12 +1,18 @@
 """What a model's tangent and parameter gradients should be, by means that share nothing with jvpgraph."""
 
+import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.nn.attention.flex_attention as flex
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_mask
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -60,6 +66,50 @@ class AllDouble(TorchFunctionMode):
         return func(*map(widen, args), **{k: widen(v) for k, v in (kwargs or {}).items()})
 
 
+def dense_flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Any = None,
+    block_mask: Any = None,
+    scale: Any = None,
+    **_: Any,
+) -> Tensor:
+    """flex_attention as it is when compiled, which looks at the lists of blocks; in eager mode it looks at mask_mod
+    alone, and has no derivatives on a CPU, where flex_attention refuses tensors that require gradients."""
+    assert score_mod is None
+    mask = None
+    if block_mask is not None:
+        B, H, n_q, n_k = *block_mask.kv_indices.shape[:2], query.shape[2], key.shape[2]
+        partial, full = (torch.zeros(B, H, *_grid(block_mask, n_q, n_k), dtype=torch.bool) for _ in range(2))
+        for blocks, count, index in (
+            (partial, block_mask.kv_num_blocks, block_mask.kv_indices),
+            (full, block_mask.full_kv_num_blocks, block_mask.full_kv_indices),
+        ):
+            for at in itertools.product(*map(range, count.shape)) if count is not None else ():
+                blocks[(*at, index[at][: count[at]].long())] = True
+        partial, full = (_expanded(x, block_mask.BLOCK_SIZE)[..., :n_q, :n_k] for x in (partial, full))
+        mask = (partial & create_mask(block_mask.mask_mod, B, H, n_q, n_k, device="cpu")) | full
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
+    return out if mask is None else torch.where(mask.any(-1, keepdim=True), out, 0)
+
+
+def _grid(block_mask: Any, n_q: int, n_k: int) -> tuple[int, int]:
+    return -(-n_q // block_mask.BLOCK_SIZE[0]), -(-n_k // block_mask.BLOCK_SIZE[1])
+
+
+def _expanded(blocks: Tensor, size: tuple[int, int]) -> Tensor:
+    return blocks.repeat_interleave(size[0], -2).repeat_interleave(size[1], -1)
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Attention in forms that PyTorch differentiates, in float64 throughout."""
+    with sdpa_kernel(SDPBackend.MATH), patch.object(flex, "flex_attention", dense_flex_attention):
+        yield
+
+
 def oracle(model: nn.Module, inputs: Inputs, tangents: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor], str]:
     """Outputs, their tangents, and their source: "forward AD" or, where that raises, "differences".
 
@@ -80,7 +130,7 @@ def forward_ad(model: nn.Module, inputs: Inputs, tangents: dict[str, Tensor]) ->
         return tuple(float_leaves(model(**with_leaves(inputs, dict(zip(paths, leaves))))))
 
     primals = tuple(leaf(inputs, p) for p in paths)
-    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), warnings.catch_warnings():
+    with differentiable(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch scripts its own rules on first use
         y, y_dot = torch.func.jvp(f, primals, tuple(tangents.values()))
     return list(y), list(y_dot)
@@ -95,7 +145,7 @@ def differences(
         moved = {p: leaf(inputs, p) + h * x_dot for p, x_dot in tangents.items()}
         return float_leaves(model(**with_leaves(inputs, moved)))
 
-    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with differentiable(), torch.no_grad():
         y = float_leaves(model(**inputs))
         with AllDouble():
             slopes = [

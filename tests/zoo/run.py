@@ -242,8 +242,13 @@ def _summary(results: list[Result]) -> str:
     )
 
 
+# flex_attention outside of a graph: the model branches on its data, in its attention too.
+REFUSED = {"WanAnimate2Transformer3DModel"}
+
+
 def _wrong(results: list[Result]) -> list[str]:
-    return [r.name for r in results if r.capture != "refused" and not r.right]
+    """Those that are not right, nor refused as is known."""
+    return [r.name for r in results if not (r.name in REFUSED if r.capture == "refused" else r.right)]
 
 
 def main() -> None:
