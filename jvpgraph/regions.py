@@ -364,7 +364,7 @@ def hooks_forbid_one_graph(model: nn.Module) -> str:
     """Why the model's hooks cannot be compiled with it; empty if they can."""
     if isinstance(model, DistributedDataParallel):
         return "DistributedDataParallel"
-    return "FSDP2" if any(getattr(m, "_is_fsdp_managed_module", False) for m in model.modules()) else ""
+    return "FSDP2" if any(vars(m).get("_is_fsdp_managed_module", False) for m in model.modules()) else ""
 
 
 def hit_recompile_limit(error: CaptureError) -> bool:

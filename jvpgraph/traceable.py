@@ -44,10 +44,10 @@ def make_traceable(model: nn.Module) -> None:
     if HOOKS not in sys.modules:
         return
     _tell_dynamo()
-    config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
-    if getattr(config, "ring_degree", 1) > 2:
-        _mend_ring()
     for module in model.modules():
+        config = getattr(vars(module).get("_parallel_config"), "context_parallel_config", None)
+        if getattr(config, "ring_degree", 1) > 2:
+            _mend_ring()
         registry = vars(module).get("_diffusers_hook")
         for hook in getattr(registry, "hooks", {}).values():
             metadata = getattr(hook, "module_forward_metadata", None)

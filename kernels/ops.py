@@ -128,7 +128,7 @@ def describe(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *rest:
         q, k, v, bias, rest: as of the op `attention`; fakes do, but for symbolic sizes.
     """
     if q.device.type == "meta":
-        return "depends on the device: these tensors are on none"
+        return "the kernel of the device it will be on: this is meta"
     chosen: Any = implementation(q, v)
     if chosen is attention_blocked:
         return "blocks of torch ops"
