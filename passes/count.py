@@ -61,8 +61,13 @@ def _kernel(node: fx.Node) -> str:
 
 
 def _at_this_size(x: Tensor) -> Tensor:
-    shape = [int(n.node.hint) if isinstance(n, torch.SymInt) else n for n in x.shape]
-    return torch.empty(shape, dtype=x.dtype, device=x.device)
+    return torch.empty([_hint(n) for n in x.shape], dtype=x.dtype, device=x.device)
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """Of a size that depends on data nothing is known, nor does the kernel depend on it."""
+    hint = size.node.hint if isinstance(size, torch.SymInt) else size
+    return 64 if hint is None else int(hint)
 
 
 def _attention_flops(node: fx.Node) -> tuple[Any, Any]:

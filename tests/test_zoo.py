@@ -1,4 +1,4 @@
-"""Twelve families of diffusers' transformers against their oracles; ``make zoo`` runs all classes."""
+"""Thirteen families of diffusers' transformers against their oracles; ``make zoo`` runs all classes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ WHOLE = (
     "HunyuanVideoTransformer3DModel",  # token refiner, masks
     "CogVideoXTransformer3DModel",  # 3-D rotary embedding
     "LTXVideoTransformer3DModel",
+    "MochiTransformer3DModel",  # attends to as many text tokens as the mask says
     "ZImageTransformer2DModel",  # lists of latents
     "T5FilmDecoder",  # attention written by hand
 )
