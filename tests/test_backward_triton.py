@@ -77,8 +77,8 @@ def check(case: Case, blocks: BackwardBlocks | None = SMALL) -> None:
 def test_every_subset_of_tangents_and_of_cotangents(tangents):
     case = make(b=1, h=2, kv_heads=1, n_q=20, n_k=35, d=16).to(FP16)
     case = case.without(*(name for name, given in zip(("q_dot", "k_dot", "v_dot"), tangents) if not given))
-    for missing in itertools.product((False, True), repeat=4):
-        check(case.without(*itertools.compress(OUTPUTS, missing)))
+    for missing in ((), ("o",), ("o_dot",), ("lse", "lse_dot"), ("o_dot", "lse_dot"), ("o", "o_dot", "lse"), OUTPUTS):
+        check(case.without(*missing))
 
 
 @runs_kernels
@@ -124,10 +124,10 @@ def biases(kind: str, b: int, h: int, n_q: int, n_k: int) -> Tensor:
 @pytest.mark.parametrize("kind", ["padding", "boolean", "additive", "hidden", "per query"])
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 def test_biases(kind, window, dtype):
-    bias = biases(kind, 2, 4, 40, 50)
+    bias = biases(kind, 2, 2, 40, 50)
     if bias.shape[2] == 40 and kind != "per query":
         bias[:, :, 3] = False if bias.dtype == torch.bool else -math.inf
-    case = make(b=2, h=4, kv_heads=2, n_q=40, n_k=50, d=16, bias=bias, window=window).without("bias_dot").to(dtype)
+    case = make(b=2, h=2, kv_heads=1, n_q=40, n_k=50, d=16, bias=bias, window=window).without("bias_dot").to(dtype)
     check(case)
 
 
