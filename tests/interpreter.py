@@ -47,7 +47,7 @@ def run_under_the_interpreter(file: str) -> None:
     if INTERPRETED or torch.cuda.is_available():
         pytest.skip("the tests of this file run in this process")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=5", file]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "-p", "no:cacheprovider", "--durations=5", file]
     # numpy warns of log2(0) and 0/0 in rows beyond the last query, which are not stored
     command += ["-W", "ignore:divide by zero:RuntimeWarning", "-W", "ignore:invalid value:RuntimeWarning"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
