@@ -28,11 +28,11 @@ from benchmarks.stages import PEER, Part
 from benchmarks.timing import Clock, interleaved, state, summary
 from jvpgraph.kernels import attention_blocked, reference
 from jvpgraph.kernels.attention import attention, attention_jvp, implementation
+from jvpgraph.kernels.blocks import Blocks, GluonBlocks, choose_blocks
 from jvpgraph.kernels.window import EVERYTHING
 
 if importlib.util.find_spec("triton"):
-    from jvpgraph.kernels import attention_triton
-    from jvpgraph.kernels.blocks import Blocks, choose_blocks
+    from jvpgraph.kernels import attention_gluon, attention_triton
 
 Result = tuple[Tensor, Tensor | None]  # o, o_dot
 Run = Callable[[], Result]
@@ -400,7 +400,8 @@ def warm(job: tuple[str, Any]) -> None:
         if isinstance(how, str):
             PEERS[how](case, Inputs(case, device))()
         else:
-            sweep_run(case, Inputs(small(case), device), how)()
+            kind, tile = how
+            sweep_run(kind, case, Inputs(small(case), device), tile)()
         if device == "cuda":
             torch.cuda.synchronize()
     except Exception:  # whatever it is, it is found and recorded where it is measured
@@ -420,13 +421,74 @@ def compile_ahead(part: Part, what: Iterable[tuple[Any, ...]]) -> None:
 # ----------------------------------------------------------------------------------------------------- sweep
 
 
-# Near the entries of the table: deeper pipelines, and smaller tiles that leave registers free. (block_q, block_k,
-# warps, stages)
-CANDIDATES: dict[tuple[str, int], list[tuple[int, int, int, int]]] = {
-    ("self", 128): [(128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 4, 2)],
-    ("self", 64): [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3)],
-    ("cross", 128): [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3)],
-    ("cross", 64): [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (64, 128, 4, 2)],
+# Near the entries of the tables: deeper pipelines, and smaller tiles that leave registers free. "forward" is the value
+# alone.
+CANDIDATES: dict[tuple[str, int], list[Blocks | GluonBlocks]] = {
+    ("self", 128): [
+        Blocks(128, 64, 8, 2),
+        Blocks(128, 64, 8, 3),
+        Blocks(128, 32, 8, 3),
+        Blocks(128, 32, 8, 4),
+        Blocks(64, 64, 4, 2),
+        GluonBlocks(64, 2),
+        GluonBlocks(64, 2, overlap=True),
+        GluonBlocks(32, 4),
+        GluonBlocks(32, 4, overlap=True),
+    ],
+    ("self", 64): [
+        Blocks(128, 128, 8, 2),
+        Blocks(128, 128, 8, 3),
+        Blocks(128, 64, 8, 3),
+        Blocks(128, 64, 8, 4),
+        Blocks(64, 64, 4, 3),
+        GluonBlocks(64, 4),
+        GluonBlocks(64, 4, overlap=True),
+        GluonBlocks(128, 2),
+        GluonBlocks(128, 2, overlap=True),
+    ],
+    ("cross", 128): [
+        Blocks(128, 64, 8, 3),
+        Blocks(128, 64, 8, 4),
+        Blocks(128, 128, 8, 2),
+        Blocks(128, 32, 8, 4),
+        Blocks(64, 64, 4, 3),
+        GluonBlocks(64, 4),
+        GluonBlocks(64, 4, overlap=True),
+        GluonBlocks(64, 3),
+    ],
+    ("cross", 64): [
+        Blocks(128, 128, 8, 3),
+        Blocks(128, 128, 8, 2),
+        Blocks(128, 64, 8, 4),
+        Blocks(64, 128, 4, 2),
+        Blocks(64, 64, 4, 3),
+        GluonBlocks(64, 4),
+        GluonBlocks(64, 4, overlap=True),
+        GluonBlocks(128, 3),
+    ],
+    ("self", 72): [
+        Blocks(128, 64, 8, 2),
+        Blocks(128, 64, 8, 3),
+        Blocks(128, 32, 8, 4),
+        Blocks(64, 64, 4, 2),
+        GluonBlocks(64, 2),
+        GluonBlocks(64, 2, overlap=True),
+    ],
+    ("forward", 128): [
+        Blocks(128, 128, 8, 2),
+        Blocks(128, 128, 8, 3),
+        Blocks(128, 64, 8, 3),
+        Blocks(128, 64, 8, 4),
+        Blocks(64, 64, 4, 3),
+        Blocks(64, 128, 4, 2),
+    ],
+    ("forward", 64): [
+        Blocks(128, 128, 8, 2),
+        Blocks(128, 128, 8, 3),
+        Blocks(128, 64, 8, 4),
+        Blocks(64, 128, 4, 3),
+        Blocks(64, 64, 4, 4),
+    ],
 }
 
 
@@ -435,28 +497,42 @@ def small(case: Case) -> Case:
     return replace(case, batch=1, n=256, n_kv=256)
 
 
-def sweep_run(case: Case, x: Inputs, tile: tuple[int, int, int, int] | None) -> Run:
-    """The Triton kernel with a tile, None for that of the table; without a GPU torch's blocks, of a size of theirs."""
+def sweep_run(kind: str, case: Case, x: Inputs, tile: Blocks | GluonBlocks | None) -> Run:
+    """A kernel with a tile, None for the Triton kernel with that of the table; without a GPU torch's blocks, of a size
+    of theirs."""
+    scale = case.head_dim**-0.5
 
     def run() -> Result:
-        scale = case.head_dim**-0.5
-        if x.q.is_cuda:
-            blocks = None if tile is None else Blocks(*tile)
-            o, _, o_dot, _ = attention_triton.attention_jvp(*x.all(), None, None, EVERYTHING, scale, blocks=blocks)
-        else:
-            sizes = {} if tile is None else {"block_q": tile[0] // 8, "block_k": tile[1] // 8}
+        if not x.q.is_cuda:
+            sizes = {} if tile is None else {"block_k": tile.block_k // 8}
             o, _, o_dot, _ = attention_blocked.attention_jvp(*x.all(), None, None, EVERYTHING, scale, **sizes)
+            return o, o_dot
+        blocks: dict[str, Any] = {"blocks": tile}
+        if kind == "forward":
+            return attention_triton.attention(x.q, x.k, x.v, None, EVERYTHING, scale, **blocks)[0], None
+        kernel = attention_gluon if isinstance(tile, GluonBlocks) else attention_triton
+        o, _, o_dot, _ = kernel.attention_jvp(*x.all(), None, None, EVERYTHING, scale, **blocks)
         return o, o_dot
 
     return run
 
 
+def tile_name(tile: Blocks | GluonBlocks | None) -> str:
+    if tile is None:
+        return "table"
+    name = "x".join(str(int(x)) for x in tile[: 3 if isinstance(tile, GluonBlocks) else 4])
+    return f"gluon {name}" if isinstance(tile, GluonBlocks) else name
+
+
 def sweep(part: Part) -> None:
     """Times of candidate tiles beside that of the table's entry; the table stays as it is."""
     n, heads, batch = (48, 2, 1) if part.dry_run else (8192, 12, 2)
-    swept = {at: Case(at[0], at[1], heads * (128 // at[1]), batch, n, n, ()) for at in CANDIDATES}
+    swept = {
+        (kind, dim): Case("cross" if kind == "cross" else "self", dim, heads * (128 // dim), batch, n, n, ())
+        for kind, dim in CANDIDATES
+    }
     if not part.dry_run:
-        compile_ahead(part, ((swept[at], tile) for at, tiles in CANDIDATES.items() for tile in (None, *tiles)))
+        compile_ahead(part, ((swept[at], (at[0], tile)) for at, tiles in CANDIDATES.items() for tile in (None, *tiles)))
     clock = Clock(part.device)
     found = part.data.setdefault("sweep", [])
     for (kind, dim), tiles in CANDIDATES.items():
@@ -466,14 +542,15 @@ def sweep(part: Part) -> None:
         case = swept[kind, dim]
         x = Inputs(case, part.device)
         truth = Truth(case, x)
+        matmuls = 2 if kind == "forward" else case.matmuls("jvpgraph")
         entry: dict[str, Any] = {"kind": kind, "head_dim": dim, "heads": case.heads, "batch": batch, "n": n}
-        entry["table"] = list(table_entry(part, dim))
+        entry["table"] = list(table_entry(part, kind, dim))
         tried: dict[str, dict[str, Any]] = {}
         runs = {}
         for tile in (None, *tiles):
-            name = "table" if tile is None else "x".join(map(str, tile))
+            name = tile_name(tile)
             part.save(running=[f"sweep {kind} D={dim}", name])
-            run = sweep_run(case, x, tile)
+            run = sweep_run(kind, case, x, tile)
             try:
                 poison(x)
                 errors = truth.errors(*run())
@@ -489,7 +566,7 @@ def sweep(part: Part) -> None:
         quick = {"least": 2, "most": 2} if part.dry_run else {"seconds": 1.0}
         for name, times in interleaved(clock, runs, **quick).items():
             tried[name] |= summary(times)
-            tried[name]["tflops"] = case.matmuls("jvpgraph") * case.product / tried[name]["seconds"] / 1e12
+            tried[name]["tflops"] = matmuls * case.product / tried[name]["seconds"] / 1e12
         entry["tried"] = tried
         if runs:
             entry["winner"] = min(runs, key=lambda name: tried[name]["seconds"])
@@ -500,13 +577,14 @@ def sweep(part: Part) -> None:
         raise SystemExit("an entry of the table is wrong or does not run")
 
 
-def table_entry(part: Part, dim: int) -> tuple[Any, ...]:
+def table_entry(part: Part, kind: str, dim: int) -> tuple[Any, ...]:
     """What the block table has for this device."""
     if part.device != "cuda":
         return ()
     major, minor = torch.cuda.get_device_capability()
     arch = 10 * major + minor
-    return choose_blocks(arch, (dim, dim), torch.bfloat16, "jvp", 90 <= arch < 120)
+    variant = "forward" if kind == "forward" else "jvp"
+    return choose_blocks(arch, (dim, dim), torch.bfloat16, variant, 90 <= arch < 120)
 
 
 def sweep_line(entry: dict[str, Any]) -> str:

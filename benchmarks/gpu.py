@@ -9,6 +9,7 @@ Stages, each a process of its own, so that none takes the others down:
   memcheck     one small case under compute-sanitizer
   sweep        tiles near those of the block table
   attention    attention and its JVP beside their peers: benchmarks/attention.py
+  backward     the backward, and that of the tangent: benchmarks/attention_backward.py
   plot         of what `attention` found
   dit          a whole step: benchmarks/dit.py
 
@@ -53,10 +54,11 @@ class Stage:
 STAGES = (
     Stage("install", 20),
     Stage("environment", 35),
-    Stage("tests", 150),
+    Stage("tests", 150, stops_itself=True),
     Stage("memcheck", 60),
     Stage("sweep", 45, stops_itself=True),
     Stage("attention", 175, patience=75, restarts=4, stops_itself=True),
+    Stage("backward", 20),
     Stage("plot", 10),
     Stage("dit", 15, least=40),
 )

@@ -13,8 +13,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +133,10 @@ def tests(part: Part) -> None:
         [*command, *files], cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert run.stdout is not None
+    # interrupted, it still says what failed and why
+    timer = threading.Timer(max(1.0, part.left - 5), run.send_signal, [signal.SIGINT])
+    timer.daemon = True
+    timer.start()
     counts: dict[str, int] = {}
     failures: list[str] = []
     reasons: set[str] = set()
@@ -149,6 +155,7 @@ def tests(part: Part) -> None:
             part.save(counts=counts, failures=failures)
             saved = time.monotonic()
     code = run.wait()
+    timer.cancel()
     summary = ", ".join(f"{n} {what}" for what, n in counts.items())
     part.save(counts=counts, failures=failures, skip_reasons=sorted(reasons), table=[summary, *failures[:20]])
     if code:
@@ -231,6 +238,12 @@ def attention(part: Part) -> None:
     attention.measure(part)
 
 
+def backward(part: Part) -> None:
+    from benchmarks import attention_backward
+
+    attention_backward.measure(part)
+
+
 def plot(part: Part) -> None:
     from benchmarks import plot
 
@@ -267,6 +280,7 @@ STAGES: tuple[Callable[[Part], None], ...] = (
     small_case,
     sweep,
     attention,
+    backward,
     plot,
     dit,
 )
