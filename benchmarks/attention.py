@@ -57,6 +57,7 @@ class Case:
     n: int
     n_kv: int
     peers: tuple[str, ...]
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def key(self) -> str:
@@ -108,7 +109,7 @@ class Inputs:
 
     def __init__(self, case: Case, device: str) -> None:
         def rows(n: int) -> Tensor:
-            return torch.randn(case.batch, case.heads, n, case.head_dim, device=device, dtype=torch.bfloat16)
+            return torch.randn(case.batch, case.heads, n, case.head_dim, device=device, dtype=case.dtype)
 
         self.q, self.k, self.v = rows(case.n), rows(case.n_kv), rows(case.n_kv)
         self.q_dot = rows(case.n)
@@ -421,74 +422,25 @@ def compile_ahead(part: Part, what: Iterable[tuple[Any, ...]]) -> None:
 # ----------------------------------------------------------------------------------------------------- sweep
 
 
-# Near the entries of the tables: deeper pipelines, and smaller tiles that leave registers free. "forward" is the value
-# alone.
-CANDIDATES: dict[tuple[str, int], list[Blocks | GluonBlocks]] = {
-    ("self", 128): [
-        Blocks(128, 64, 8, 2),
-        Blocks(128, 64, 8, 3),
-        Blocks(128, 32, 8, 3),
-        Blocks(128, 32, 8, 4),
-        Blocks(64, 64, 4, 2),
-        GluonBlocks(64, 2),
-        GluonBlocks(64, 2, overlap=True),
-        GluonBlocks(32, 4),
-        GluonBlocks(32, 4, overlap=True),
-    ],
-    ("self", 64): [
+# Near the entries of the tables, and those of the tables again: None. "forward" is the value alone.
+CANDIDATES: dict[tuple[str, int, torch.dtype], list[Blocks | GluonBlocks]] = {
+    ("self", 128, torch.bfloat16): [Blocks(64, 64, 4, 2), GluonBlocks(64, 2), GluonBlocks(64, 2, overlap=True)],
+    ("self", 64, torch.bfloat16): [
         Blocks(128, 128, 8, 2),
-        Blocks(128, 128, 8, 3),
-        Blocks(128, 64, 8, 3),
-        Blocks(128, 64, 8, 4),
         Blocks(64, 64, 4, 3),
-        GluonBlocks(64, 4),
-        GluonBlocks(64, 4, overlap=True),
         GluonBlocks(128, 2),
-        GluonBlocks(128, 2, overlap=True),
-    ],
-    ("cross", 128): [
-        Blocks(128, 64, 8, 3),
-        Blocks(128, 64, 8, 4),
-        Blocks(128, 128, 8, 2),
-        Blocks(128, 32, 8, 4),
-        Blocks(64, 64, 4, 3),
         GluonBlocks(64, 4),
-        GluonBlocks(64, 4, overlap=True),
-        GluonBlocks(64, 3),
     ],
-    ("cross", 64): [
-        Blocks(128, 128, 8, 3),
-        Blocks(128, 128, 8, 2),
-        Blocks(128, 64, 8, 4),
-        Blocks(64, 128, 4, 2),
-        Blocks(64, 64, 4, 3),
-        GluonBlocks(64, 4),
-        GluonBlocks(64, 4, overlap=True),
-        GluonBlocks(128, 3),
-    ],
-    ("self", 72): [
-        Blocks(128, 64, 8, 2),
-        Blocks(128, 64, 8, 3),
-        Blocks(128, 32, 8, 4),
-        Blocks(64, 64, 4, 2),
-        GluonBlocks(64, 2),
-        GluonBlocks(64, 2, overlap=True),
-    ],
-    ("forward", 128): [
-        Blocks(128, 128, 8, 2),
-        Blocks(128, 128, 8, 3),
-        Blocks(128, 64, 8, 3),
-        Blocks(128, 64, 8, 4),
-        Blocks(64, 64, 4, 3),
-        Blocks(64, 128, 4, 2),
-    ],
-    ("forward", 64): [
-        Blocks(128, 128, 8, 2),
-        Blocks(128, 128, 8, 3),
-        Blocks(128, 64, 8, 4),
-        Blocks(64, 128, 4, 3),
-        Blocks(64, 64, 4, 4),
-    ],
+    ("cross", 128, torch.bfloat16): [Blocks(128, 64, 8, 3), GluonBlocks(64, 4), GluonBlocks(64, 4, overlap=True)],
+    ("cross", 64, torch.bfloat16): [Blocks(64, 128, 4, 2), GluonBlocks(128, 3), GluonBlocks(128, 4)],
+    ("self", 72, torch.bfloat16): [Blocks(64, 64, 4, 2), GluonBlocks(64, 2)],
+    ("self", 96, torch.bfloat16): [GluonBlocks(64, 2)],
+    ("self", 128, torch.float16): [GluonBlocks(64, 2)],
+    ("self", 64, torch.float16): [GluonBlocks(128, 2)],
+    ("self", 48, torch.bfloat16): [GluonBlocks(128, 2)],
+    ("self", 32, torch.bfloat16): [GluonBlocks(128, 2)],
+    ("forward", 128, torch.bfloat16): [Blocks(128, 128, 8, 3), GluonBlocks(128, 2), GluonBlocks(64, 4)],
+    ("forward", 64, torch.bfloat16): [Blocks(64, 64, 4, 4), GluonBlocks(128, 4), GluonBlocks(128, 2)],
 }
 
 
@@ -508,9 +460,9 @@ def sweep_run(kind: str, case: Case, x: Inputs, tile: Blocks | GluonBlocks | Non
             o, _, o_dot, _ = attention_blocked.attention_jvp(*x.all(), None, None, EVERYTHING, scale, **sizes)
             return o, o_dot
         blocks: dict[str, Any] = {"blocks": tile}
-        if kind == "forward":
-            return attention_triton.attention(x.q, x.k, x.v, None, EVERYTHING, scale, **blocks)[0], None
         kernel = attention_gluon if isinstance(tile, GluonBlocks) else attention_triton
+        if kind == "forward":
+            return kernel.attention(x.q, x.k, x.v, None, EVERYTHING, scale, **blocks)[0], None
         o, _, o_dot, _ = kernel.attention_jvp(*x.all(), None, None, EVERYTHING, scale, **blocks)
         return o, o_dot
 
@@ -528,22 +480,23 @@ def sweep(part: Part) -> None:
     """Times of candidate tiles beside that of the table's entry; the table stays as it is."""
     n, heads, batch = (48, 2, 1) if part.dry_run else (8192, 12, 2)
     swept = {
-        (kind, dim): Case("cross" if kind == "cross" else "self", dim, heads * (128 // dim), batch, n, n, ())
-        for kind, dim in CANDIDATES
+        at: Case("cross" if at[0] == "cross" else "self", at[1], heads * 128 // at[1], batch, n, n, (), at[2])
+        for at in CANDIDATES
     }
     if not part.dry_run:
         compile_ahead(part, ((swept[at], (at[0], tile)) for at, tiles in CANDIDATES.items() for tile in (None, *tiles)))
     clock = Clock(part.device)
     found = part.data.setdefault("sweep", [])
-    for (kind, dim), tiles in CANDIDATES.items():
+    for (kind, dim, dtype), tiles in CANDIDATES.items():
         if part.left < 3 and not part.dry_run:
-            part.save(left_out=[f"{kind} D={dim}" for kind, dim in list(CANDIDATES)[len(found) :]])
+            part.save(left_out=[f"{kind} D={dim}" for kind, dim, _ in list(CANDIDATES)[len(found) :]])
             break
-        case = swept[kind, dim]
+        case = swept[kind, dim, dtype]
         x = Inputs(case, part.device)
         truth = Truth(case, x)
         matmuls = 2 if kind == "forward" else case.matmuls("jvpgraph")
         entry: dict[str, Any] = {"kind": kind, "head_dim": dim, "heads": case.heads, "batch": batch, "n": n}
+        entry["dtype"] = str(dtype).removeprefix("torch.")
         entry["table"] = list(table_entry(part, kind, dim))
         tried: dict[str, dict[str, Any]] = {}
         runs = {}
@@ -592,4 +545,4 @@ def sweep_line(entry: dict[str, Any]) -> str:
         f"{name} {tried['tflops']:.3g}" if "tflops" in tried else f"{name}: {next(iter(tried))}"
         for name, tried in entry["tried"].items()
     ]
-    return f"{entry['kind']} D={entry['head_dim']} (table {entry['table']}): " + "; ".join(figures)
+    return f"{entry['kind']} D={entry['head_dim']} {entry['dtype']} (table {entry['table']}): " + "; ".join(figures)

@@ -22,10 +22,13 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
 
 
 def commit() -> str:
-    """The commit, -dirty behind it if files differ; JVPGRAPH_COMMIT where the sources came without a repository."""
+    """JVPGRAPH_COMMIT, for sources that were copied here; else the repository's commit, -dirty behind it if files
+    differ."""
+    if named := os.environ.get("JVPGRAPH_COMMIT"):
+        return named
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:
         found = ""
-    return found or os.environ.get("JVPGRAPH_COMMIT", "unknown")
+    return found or "unknown"

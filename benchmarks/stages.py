@@ -8,6 +8,7 @@ Every stage saves what it knows in its part, a JSON file, as soon as it knows it
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -60,20 +61,27 @@ class Part:
 def install(part: Part) -> None:
     """Make jvpgraph and its peer importable: from files alone, with this python's own torch."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--find-links", str(WHEELS)]
-    done = []
-    for name, module, what in (
-        ("jvpgraph", "jvpgraph.kernels.attention", ["--editable", str(ROOT)]),
-        (PEER, PEER, [PEER]),
-    ):
-        # in a process of its own: this one would not see what was installed
-        if subprocess.run([sys.executable, "-c", f"import {module}"], cwd=ROOT, capture_output=True).returncode == 0:
-            done.append(f"{name}: there already")
-        elif name == PEER and not list(WHEELS.glob(f"{PEER}-*.whl")):
-            done.append(f"{name}: no wheel in {WHEELS.relative_to(ROOT)}")
-        else:
-            subprocess.run([*pip, *what], cwd=ROOT, check=True)
-            done.append(f"{name}: installed")
-        part.save(packages=done)
+    wheel = next(iter(WHEELS.glob(f"{PEER}-*.whl")), None)
+    needed = {"jvpgraph": ["--editable", str(ROOT)]}
+    if wheel is not None:
+        needed[PEER] = [str(wheel)]
+    missing = {name: what for name, what in needed.items() if not _is_installed(name)}
+    if missing:
+        subprocess.run([*pip, *(word for what in missing.values() for word in what)], cwd=ROOT, check=True)
+    done = [f"{name}: {'installed' if name in missing else 'there already'}" for name in needed]
+    if PEER not in needed and not _is_installed(PEER):
+        done.append(f"{PEER}: no wheel in {WHEELS.relative_to(ROOT)}")
+    part.save(packages=done)
+
+
+def _is_installed(name: str) -> bool:
+    """Whether it is, this package from here. To import it would take a quarter of a minute on a fresh machine."""
+    try:
+        found = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    source = json.loads(found.read_text("direct_url.json") or "{}").get("url")
+    return name != "jvpgraph" or source == ROOT.as_uri()
 
 
 def environment(part: Part) -> None:

@@ -26,6 +26,7 @@ Source
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -43,7 +44,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from jvpgraph.kernels import attention_triton
 from jvpgraph.kernels.attention_triton import (
-    attention,
     attention_backward,
     attention_jvp_backward,
     backward_path,
@@ -353,7 +353,7 @@ def attention_jvp_kernel(
     HAS_V_DOT: gl.constexpr,
 ):
     """128 queries of one head. All but lse, lse_dot are descriptors of [B, H, L, D]; that of an absent tangent, and
-    lse_dot where s does not move, stand for nothing and are not read."""
+    lse_dot where s does not move, stand for nothing and are not read. Without any tangent, nor is o_dot."""
     BLOCK_K: gl.constexpr = k.block_shape[2]
     WIDTH: gl.constexpr = k.block_shape[3]
 
@@ -434,6 +434,26 @@ def is_faster(q: Tensor, v: Tensor) -> bool:
     return (10 * major + minor, q.shape[-1], q.dtype) in GLUON_IS_FASTER
 
 
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    scale: float,
+    *,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
+    blocks: GluonBlocks | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(o, lse), as attention_triton gives them, which also takes what this kernel does not.
+
+    blocks: for tests and measurements, instead of those of the table.
+    """
+    if not _takes((q, k, v), bias, window, scale, cu_seqlens):
+        return attention_triton.attention(q, k, v, bias, window, scale, cu_seqlens=cu_seqlens)
+    return _attend(q, k, v, (None, None, None), scale, blocks)[:2]
+
+
 def attention_jvp(
     q: Tensor,
     k: Tensor,
@@ -454,22 +474,46 @@ def attention_jvp(
     blocks: for tests and measurements, instead of those of the table.
     """
     dots = (q_dot, k_dot, v_dot)
-    tensors = [x for x in (q, k, v, *dots) if x is not None]
-    if (
-        not supports(q, v, bias, window, scale, cu_seqlens)
-        or all(x is None for x in dots)
-        or any(x.numel() == 0 or not _fits(x) for x in tensors)
-    ):
+    moving = [x for x in dots if x is not None]
+    if not moving or not _takes((q, k, v, *moving), bias, window, scale, cu_seqlens):
         return attention_triton.attention_jvp(
             q, k, v, q_dot, k_dot, v_dot, bias, bias_dot, window, scale, cu_seqlens=cu_seqlens
         )
+    return _attend(q, k, v, dots, scale, blocks)
+
+
+def _takes(
+    tensors: Sequence[Tensor],
+    bias: Tensor | None,
+    window: Window,
+    scale: float,
+    cu_seqlens: tuple[Tensor, Tensor] | None,
+) -> bool:
+    """supports, of q, k, v and tangents as they lie in memory."""
+    return supports(tensors[0], tensors[2], bias, window, scale, cu_seqlens) and all(
+        x.numel() > 0 and _fits(x) for x in tensors
+    )
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dots: tuple[Tensor | None, Tensor | None, Tensor | None],
+    scale: float,
+    blocks: GluonBlocks | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o, lse, o_dot, lse_dot); without tangents the latter two stand for nothing."""
+    q_dot, k_dot, v_dot = dots
     batch, heads, length_q, head_dim = q.shape
     kv_heads, length_kv = k.shape[1:3]
-    o, o_dot = empty_rows(q, length_q, head_dim), empty_rows(q, length_q, head_dim)
+    moves = any(x is not None for x in dots)
+    o = empty_rows(q, length_q, head_dim)
+    o_dot = empty_rows(q, length_q, head_dim) if moves else o
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     s_moves = q_dot is not None or k_dot is not None
-    lse_dot = torch.empty_like(lse) if s_moves else torch.zeros_like(lse)
-    width, of_table = gluon_blocks(head_dim, 2 + (k_dot is not None) + (v_dot is not None))
+    lse_dot = torch.empty_like(lse) if s_moves else torch.zeros_like(lse) if moves else lse
+    width, of_table = gluon_blocks(head_dim, 2 + (k_dot is not None) + (v_dot is not None), moves)
     blocks = blocks or of_table
     operands = (q, q if q_dot is None else q_dot), (k, k if k_dot is None else k_dot, v, v if v_dot is None else v_dot)
     with torch.cuda.device(q.device):

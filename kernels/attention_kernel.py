@@ -368,9 +368,11 @@ def attention_kernel(
         c_hi = tl.zeros([BLOCK_Q, V_HI], tl.float32)
 
     log2_scale = scale * LOG2E
-    # twice the same loop: over key blocks that every query of this block sees whole, then over the others
+    # Twice the same loop: over key blocks that every query of this block sees whole, then over the others. Both are
+    # pipelined: where blocks lie at addresses that do not change in a loop, ptxas 12.8 loses descriptors of wgmma if
+    # the parts of the head dim are swizzled differently.
     for CUT in tl.static_range(2):
-        for step in tl.range(cut if CUT else whole, end if CUT else uncut, BLOCK_K, num_stages=1 if CUT else STAGES):
+        for step in tl.range(cut if CUT else whole, end if CUT else uncut, BLOCK_K, num_stages=STAGES):
             first_key = step
             end_of_part = end_kv
             if CUT and HAS_LEFT:

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from jvpgraph.kernels import attention_blocked, backward_triton, tangent_backward
 from jvpgraph.kernels.aten_backward import attention_backward, backward_path
 from jvpgraph.kernels.attention_kernel import attention_kernel
-from jvpgraph.kernels.blocks import Blocks, choose_blocks, max_head_dim, variant
+from jvpgraph.kernels.blocks import Blocks, choose_blocks, max_head_dim, one_swizzle, variant
 from jvpgraph.kernels.launch import addressable, arch_of, bias_kind, bias_strides, on_device, strides_of
 from jvpgraph.kernels.layout import empty_rows
 from jvpgraph.kernels.window import Window
@@ -162,6 +162,9 @@ def _attend(
     arch = arch_of(q.device)
     if by_descriptor is None:
         by_descriptor = 90 <= arch < 120 and all(x is None or fits_descriptor(x) for x in streamed)
+    # What follows a sequence in a descriptor's block is cleared in registers, which puts an end to the pipeline, and
+    # ptxas 12.8 then loses descriptors of wgmma if there are several ways to swizzle.
+    by_descriptor = by_descriptor and (cu_seqlens is None or one_swizzle(head_dim, head_dim_v))
     if blocks is None:
         kind = variant(o_moves, bias is not None)
         blocks = choose_blocks(arch, (head_dim, head_dim_v), q.dtype, kind, by_descriptor)

@@ -1,8 +1,8 @@
 """Block sizes of the attention kernel, as data.
 
-An entry is the largest tile that jvpgraph.kernels.gate compiles without a spill in its loop, with Triton 3.9.0 and
-3.6.0.
-None has run on a GPU yet, so which of two clean tiles is the faster one is a guess.
+An entry is a tile that jvpgraph.kernels.gate compiles without a spill in its loop, with Triton 3.9.0 and 3.6.0: for
+Hopper the fastest of those that were tried on an H100 (`make gpu`, benchmarks/results), for the others, which have run
+on no GPU yet, the largest.
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ def split_head_dim(dim: int, halves: bool = False) -> tuple[int, int]:
     return (lo // 2, lo // 2) if halves and lo >= 32 else (lo, 0)
 
 
+def one_swizzle(*head_dims: int) -> bool:
+    """Whether all parts of these head dims are swizzled alike in shared memory, as rows of so many bytes are."""
+    return len({min(width, 64) for dim in head_dims for width in split_head_dim(dim) if width}) == 1
+
+
 class Entry(NamedTuple):
     """What blocks are for."""
 
@@ -81,15 +86,16 @@ TABLE: dict[Entry, Blocks] = {
     Entry(80, 64, BF16, "bias"): Blocks(128, 32, 8, 2),
     Entry(80, 128, BF16, "bias"): Blocks(128, 16, 8, 2, halves=True),
     Entry(80, 256, BF16, "bias"): Blocks(64, 16, 4, 2, halves=True, v_width=64),
-    # Hopper: 128 query rows for two warpgroups; fewer would double the traffic from L2
-    Entry(90, 64, BF16, "jvp"): Blocks(128, 128, 8, 2),
+    # Hopper, as measured on an H100: with tangents 128 query rows for two warpgroups, fewer would double the traffic
+    # from L2; without, 64 rows leave room for a second program, which works while the first waits
+    Entry(90, 64, BF16, "jvp"): Blocks(128, 128, 8, 3),
     Entry(90, 80, BF16, "jvp"): Blocks(128, 64, 8, 3),
     Entry(90, 96, BF16, "jvp"): Blocks(128, 64, 8, 3),
     Entry(90, 128, BF16, "jvp"): Blocks(128, 64, 8, 2),
     Entry(90, 192, BF16, "jvp"): Blocks(128, 32, 8, 2, v_width=64),
     Entry(90, 256, BF16, "jvp"): Blocks(64, 32, 4, 2, v_width=128),
-    Entry(90, 64, BF16, "forward"): Blocks(128, 128, 8, 3),
-    Entry(90, 128, BF16, "forward"): Blocks(128, 128, 8, 2),
+    Entry(90, 64, BF16, "forward"): Blocks(64, 128, 4, 3),
+    Entry(90, 128, BF16, "forward"): Blocks(64, 64, 4, 3),
     Entry(90, 256, BF16, "forward"): Blocks(128, 64, 8, 2),
     Entry(90, 64, BF16, "bias"): Blocks(128, 64, 8, 2),
     Entry(90, 128, BF16, "bias"): Blocks(128, 32, 8, 2),
@@ -130,21 +136,27 @@ class GluonEntry(NamedTuple):
 
     head_dim: int  # the largest that they are for, to which others are padded
     streamed: int  # tensors read block by block: k, v, and those of k_dot and v_dot that there are
+    moves: bool = True  # there is some tangent
 
 
 # Overlap needs registers: at 128 columns it keeps them with all tensors and Triton 3.6, GluonBlocks(64, 2, True), but
-# not with 3.9. At 64 columns GluonBlocks(128, 3) without it is as clean. None of these has been timed.
+# not with 3.9, and gains 2 %.
 GLUON_TABLE: dict[GluonEntry, GluonBlocks] = {
-    GluonEntry(64, 2): GluonBlocks(64, 4, overlap=True),
-    GluonEntry(64, 3): GluonBlocks(64, 4, overlap=True),
-    GluonEntry(64, 4): GluonBlocks(64, 4, overlap=True),
+    GluonEntry(64, 2, moves=False): GluonBlocks(128, 4),
+    GluonEntry(64, 2): GluonBlocks(128, 3),
+    GluonEntry(64, 3): GluonBlocks(128, 2),
+    GluonEntry(64, 4): GluonBlocks(128, 2),
+    GluonEntry(128, 2, moves=False): GluonBlocks(128, 2),
     GluonEntry(128, 2): GluonBlocks(64, 4),
     GluonEntry(128, 3): GluonBlocks(64, 2),
     GluonEntry(128, 4): GluonBlocks(64, 2),
 }
 
-# (compute capability, head dim, dtype) where a GPU showed Gluon to be faster than the kernel of TABLE. None has yet.
-GLUON_IS_FASTER: frozenset[tuple[int, int, torch.dtype]] = frozenset()
+# (compute capability, head dim, dtype) where a GPU showed Gluon to be faster than the kernel of TABLE: an H100, see
+# benchmarks/results. Below 64 columns it pads, and was not measured.
+GLUON_IS_FASTER: frozenset[tuple[int, int, torch.dtype]] = frozenset(
+    (90, head_dim, dtype) for head_dim in (64, 72, 80, 96, 112, 128) for dtype in (torch.bfloat16, torch.float16)
+)
 
 # The interpreter takes as long for a small tile as for a large one.
 INTERPRETER = Blocks(64, 64, 4, 1)
@@ -182,10 +194,10 @@ def choose_blocks(
     return blocks
 
 
-def gluon_blocks(head_dim: int, streamed: int) -> tuple[int, GluonBlocks]:
+def gluon_blocks(head_dim: int, streamed: int, moves: bool = True) -> tuple[int, GluonBlocks]:
     """The head dim as padded, and the entry for it."""
     padded = min(entry.head_dim for entry in GLUON_TABLE if entry.head_dim >= head_dim)
-    return padded, GLUON_TABLE[GluonEntry(padded, streamed)]
+    return padded, GLUON_TABLE[GluonEntry(padded, streamed, moves)]
 
 
 # ------------------------------------------------------------------------------------------------ the backward

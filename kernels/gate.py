@@ -5,6 +5,7 @@
 Every entry of the block table is compiled by Triton for its architecture and must
     keep its registers: no load from or store to local memory in the loop over whole key blocks,
     run its wgmma asynchronously: ptxas says so (C7510 to C7514) where it does not,
+    find all operands of wgmma: some versions of ptxas lose descriptors (jvpgraph.kernels.sass),
     fit the shared memory, and on Blackwell the tensor memory,
     issue as many matrix instructions per key block as the products need: none replicated, none on other units.
 The entries for a bias are compiled for the mask of padded keys, which must keep all this, and for a full additive
@@ -19,11 +20,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -57,13 +55,13 @@ from jvpgraph.kernels.blocks import (
     Sweeps,
     parts_of_head_dim,
 )
+from jvpgraph.kernels.sass import Instruction, disassemble, inner_loops, is_product, main_loop, wrong_descriptors
 
 __all__ = ["Report", "check", "check_backward", "check_gluon", "compile_ahead", "compile_gluon", "main"]
 
 TENSOR_MEMORY = 512  # columns
 GLUON_REGISTERS = 240  # per thread of the two warpgroups that multiply
 TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 
 
 class Report(NamedTuple):
@@ -136,9 +134,10 @@ def check(entry: Entry, blocks: Blocks, flags: Flags | None = None) -> Report:
     flags = VARIANTS[entry.variant] if flags is None else flags
     by_descriptor = entry.arch >= 90 and entry.dtype != torch.float32
     compiled, log = compile_ahead(entry.arch, entry.head_dim, entry.head_dim, entry.dtype, blocks, flags, by_descriptor)
-    loop = _main_loop(_instructions(compiled.asm["cubin"]))
-    local = sum(opcode.startswith(("LDL", "STL")) for _, opcode, _ in loop)
-    products = sum(_is_product(opcode) for _, opcode, _ in loop)
+    code = disassemble(compiled.asm["cubin"])
+    loop = main_loop(code)
+    local = sum(x.opcode.startswith(("LDL", "STL")) for x in loop)
+    products = sum(map(is_product, loop))
     expected = expected_products(entry, blocks, flags)
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
     registers = _number(r"Used (\d+) registers", log)
@@ -148,7 +147,7 @@ def check(entry: Entry, blocks: Blocks, flags: Flags | None = None) -> Report:
             entry.arch, entry.head_dim, entry.head_dim, entry.dtype, blocks, FULL_BIAS, by_descriptor
         )
         shared = max(shared, largest.metadata.shared)
-    violations = _violations(loop, local, log, shared, entry.arch, tensor_memory)
+    violations = _violations(code, loop, local, log, shared, entry.arch, tensor_memory)
     if products != expected:
         violations.append(f"{products} matrix instructions per key block instead of {expected}")
     return Report(
@@ -168,17 +167,18 @@ def check(entry: Entry, blocks: Blocks, flags: Flags | None = None) -> Report:
 def check_gluon(entry: GluonEntry, blocks: GluonBlocks) -> Report:
     """As check, of the Gluon kernel: registers are those that its loops use, of the 240 that a warpgroup has."""
     started = time.time()
-    flags = Flags(has_k_dot=entry.streamed > 3, has_v_dot=entry.streamed > 2)
+    flags = Flags(entry.moves, has_k_dot=entry.streamed > 3, has_v_dot=entry.streamed > 2)
     compiled, log = compile_gluon(entry.head_dim, torch.bfloat16, blocks, flags)
-    instructions = _instructions(compiled.asm["cubin"])
-    loops = _inner_loops(instructions)
-    local = sum(opcode.startswith(("LDL", "STL")) for loop in loops for _, opcode, _ in loop)
-    products = [sum(_is_product(opcode) for _, opcode, _ in loop) for loop in loops]
-    on_keys, on_values = 2 + flags.has_k_dot, 2 + flags.has_v_dot
+    code = disassemble(compiled.asm["cubin"])
+    loops = inner_loops(code)
+    local = sum(x.opcode.startswith(("LDL", "STL")) for loop in loops for x in loop)
+    products = [sum(map(is_product, loop)) for loop in loops]
+    on_keys, on_values = 1 + entry.moves + flags.has_k_dot, 1 + entry.moves + flags.has_v_dot
     expected = entry.head_dim // 16 * on_keys + blocks.block_k // 16 * on_values  # m64, n as wide as the tile, k16
-    used = [int(number) + 1 for loop in loops for *_, text in loop for number in re.findall(r"\bR(\d+)", text)]
+    operands = " ".join(operand for loop in loops for x in loop for operand in x.operands)
+    used = [int(number) + 1 for number in re.findall(r"\bR(\d+)", operands)]
     registers = max(used, default=0)
-    granted = [int(text.split()[-1], 16) for _, opcode, text in instructions if opcode.startswith("USETMAXREG")]
+    granted = [int(x.operands[-1], 16) for x in code if x.opcode.startswith("USETMAXREG")]
     shared = compiled.metadata.shared
     violations = []
     if len(loops) != 2:
@@ -189,6 +189,8 @@ def check_gluon(entry: GluonEntry, blocks: GluonBlocks) -> Report:
         violations.append(f"wgmma is serialised, or setmaxnreg ignored: {', '.join(notes)}")
     if granted.count(GLUON_REGISTERS) < 2 or registers > GLUON_REGISTERS:
         violations.append(f"{registers} registers used, and {granted} granted")
+    if wrong := wrong_descriptors(code):
+        violations.append(f"{len(wrong)} products read by a wrong descriptor, the first at {wrong[0].address:#x}")
     if shared > SHARED_MEMORY[90]:
         violations.append(f"shared memory {shared} of {SHARED_MEMORY[90]} bytes")
     if any(found != expected for found in products):
@@ -213,12 +215,13 @@ def check_backward(entry: BackwardEntry, sweep: str, blocks: BackwardBlocks) -> 
     flags = VARIANTS["jvp" if entry.moves else "forward"]
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
     compiled, log = _compile(_backward_source(entry, blocks, sweep, flags), entry.arch, options)
-    loop = _main_loop(_instructions(compiled.asm["cubin"]))
-    local = sum(opcode.startswith(("LDL", "STL")) for _, opcode, _ in loop)
-    products = sum(_is_product(opcode) for _, opcode, _ in loop)
+    code = disassemble(compiled.asm["cubin"])
+    loop = main_loop(code)
+    local = sum(x.opcode.startswith(("LDL", "STL")) for x in loop)
+    products = sum(map(is_product, loop))
     expected = expected_backward_products(entry, sweep, blocks)
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-    violations = _violations(loop, local, log, compiled.metadata.shared, entry.arch, tensor_memory)
+    violations = _violations(code, loop, local, log, compiled.metadata.shared, entry.arch, tensor_memory)
     if products != expected:
         violations.append(f"{products} matrix instructions per block instead of {expected}")
     return Report(
@@ -236,7 +239,13 @@ def check_backward(entry: BackwardEntry, sweep: str, blocks: BackwardBlocks) -> 
 
 
 def _violations(
-    loop: list[tuple[int, str, str]], local: int, log: str, shared: int, arch: int, tensor_memory: int
+    code: list[Instruction],
+    loop: list[Instruction],
+    local: int,
+    log: str,
+    shared: int,
+    arch: int,
+    tensor_memory: int,
 ) -> list[str]:
     """What no kernel of tl may do."""
     violations = []
@@ -246,6 +255,8 @@ def _violations(
         violations.append(f"{local} spills in the loop")
     if notes := sorted(set(re.findall(r"\((C751[0-4])\)", log))):
         violations.append(f"wgmma is serialised: {', '.join(notes)}")
+    if wrong := wrong_descriptors(code):
+        violations.append(f"{len(wrong)} products read by a wrong descriptor, the first at {wrong[0].address:#x}")
     if shared > SHARED_MEMORY[arch]:
         violations.append(f"shared memory {shared} of {SHARED_MEMORY[arch]} bytes")
     if tensor_memory > TENSOR_MEMORY:
@@ -457,47 +468,6 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _instructions(cubin: bytes) -> list[tuple[int, str, str]]:
-    """(address, opcode, text) of each instruction, in the shipped disassembler's words."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [os.path.join(TOOLS, "cuobjdump"), "--dump-sass", file.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = []
-    for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", listing, re.MULTILINE):
-        opcode = re.sub(r"^@!?\S+\s+", "", text).split()[0]
-        found.append((int(address, 16), opcode, text))
-    return found
-
-
-def _is_product(opcode: str) -> bool:
-    return opcode.startswith(("HMMA", "HGMMA", "UTCHMMA"))
-
-
-def _inner_loops(instructions: list[tuple[int, str, str]]) -> list[list[tuple[int, str, str]]]:
-    """The innermost loops that take exponentials."""
-    spans = []
-    for i, (address, opcode, text) in enumerate(instructions):
-        target = re.search(r"0x([0-9a-f]+)", text) if opcode.startswith("BRA") else None
-        waits = any("TRYWAIT" in before for _, before, _ in instructions[max(0, i - 2) : i])
-        if target and int(target[1], 16) < address and not waits:  # a wait for a barrier jumps back too
-            spans.append((int(target[1], 16), address))
-    loops = [[x for x in instructions if first <= x[0] <= last] for first, last in spans]
-    loops = [loop for loop in loops if any(opcode.startswith("MUFU.EX2") for _, opcode, _ in loop)]
-    return [
-        loop
-        for loop in loops
-        if not any(loop[0][0] <= other[0][0] and other[-1][0] <= loop[-1][0] for other in loops if other is not loop)
-    ]
-
-
-def _main_loop(instructions: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
-    """The loop over whole key blocks: that with the fewest selects, for the other one masks."""
-    loops = _inner_loops(instructions)
-    return min(loops, key=lambda loop: sum(opcode.startswith("FSEL") for _, opcode, _ in loop), default=[])
-
-
 # -------------------------------------------------------------------------------------------------- command
 
 
@@ -509,7 +479,8 @@ def _row(entry: Entry, blocks: Blocks, report: Report) -> str:
 
 def _gluon_row(entry: GluonEntry, blocks: GluonBlocks, report: Report) -> str:
     tile = f"2x64x{blocks.block_k}"
-    compiled = f"{f'gluon {entry.streamed}':>7} {tile:>8} {'8 + 1':>5} {blocks.stages:>6}"
+    kind = f"gluon {entry.streamed}" if entry.moves else "gluon v"
+    compiled = f"{kind:>7} {tile:>8} {'8 + 1':>5} {blocks.stages:>6}"
     return f"{90:>4} {entry.head_dim:>4} {TYPE[torch.bfloat16]:>5} {compiled} | {_figures(report)}"
 
 

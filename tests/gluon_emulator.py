@@ -309,7 +309,7 @@ def emulated(blocks: GluonBlocks, module: ModuleType = attention_gluon):
             "attention_jvp_kernel": Launcher(module.attention_jvp_kernel.fn),
             "_descriptor": Descriptor,
             "supports": lambda *_: True,
-            "gluon_blocks": lambda head_dim, streamed: (max(16, 1 << (head_dim - 1).bit_length()), blocks),
+            "gluon_blocks": lambda head_dim, *_: (max(16, 1 << (head_dim - 1).bit_length()), blocks),
         }.items():
             patch.setattr(module, name, value)
         patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 
 from jvpgraph.kernels import attention_gluon, attention_triton, blocks, gate, reference
-from jvpgraph.kernels.blocks import GLUON_TABLE, SHARED_MEMORY, GluonBlocks, gluon_blocks
+from jvpgraph.kernels.blocks import GLUON_TABLE, SHARED_MEMORY, GluonBlocks, GluonEntry, gluon_blocks
 from jvpgraph.kernels.gate import Flags
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
 from tests.gluon_emulator import emulated
@@ -82,6 +82,16 @@ def test_emulated_inputs_that_do_not_move(active, overlap):
     with emulated(GluonBlocks(64, 2, overlap)) as attention_jvp:
         have = attention_jvp(*tensors, None, None, EVERYTHING, 0.2)
     assert max(errors(have, tensors, 0.2)) < TOLERANCE[FP16]
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize(("n_q", "n_k"), LENGTHS)
+def test_emulated_value_alone(n_q, n_k, stages):
+    q, k, v, *_ = make(n_q=n_q, n_k=n_k, d=16)
+    with emulated(GluonBlocks(32, stages)):
+        have = attention_gluon.attention(q, k, v, None, EVERYTHING, 0.3, blocks=GluonBlocks(32, stages))
+    want = reference.attention(q.double(), k.double(), v.double(), scale=0.3)
+    assert max((a - b).norm() / b.norm() for a, b in zip(have, want)) < TOLERANCE[BF16]
 
 
 @pytest.mark.parametrize("n_k", [512, 513])  # 513: the key that whole blocks leave over does not make mu alone
@@ -170,7 +180,8 @@ def test_supports(monkeypatch):
 
 def test_a_gpu_must_have_shown_it_to_be_faster(monkeypatch):
     with fake_cuda(monkeypatch) as x:
-        assert not attention_gluon.is_faster(x(64), x(64))
+        assert attention_gluon.is_faster(x(128), x(128))
+        assert not attention_gluon.is_faster(x(32), x(32))
         monkeypatch.setattr(attention_gluon, "GLUON_IS_FASTER", frozenset({(90, 64, BF16)}))
         assert attention_gluon.is_faster(x(64), x(64))
         assert not attention_gluon.is_faster(x(128), x(128))
@@ -196,7 +207,9 @@ def test_the_other_kernel_runs_what_this_one_does_not(monkeypatch):
     )):  # fmt: skip
         attention_gluon.attention_jvp(*other, None, None, EVERYTHING, 0.1)
         assert len(passed) == i + 1
-    assert attention_gluon.attention is attention_triton.attention
+    monkeypatch.setattr(attention_triton, "attention", lambda *x, **_: passed.append(x))
+    attention_gluon.attention(*(x[:1].expand_as(x) for x in tensors[:3]), None, EVERYTHING, 0.1)
+    assert len(passed) == 8
     assert attention_gluon.attention_backward is attention_triton.attention_backward
 
 
@@ -205,18 +218,19 @@ def test_the_other_kernel_runs_what_this_one_does_not(monkeypatch):
 
 def test_blocks_of_every_head_dim_and_number_of_tangents():
     assert {entry.streamed for entry in GLUON_TABLE} == {2, 3, 4}
+    assert all(GluonEntry(d, 2, False) in GLUON_TABLE for d in (64, 128))
     for streamed in (2, 3, 4):
         assert gluon_blocks(8, streamed)[0] == gluon_blocks(64, streamed)[0] == 64
         assert gluon_blocks(72, streamed)[0] == gluon_blocks(128, streamed)[0] == 128
 
 
 @compiles
-@pytest.mark.parametrize("active", range(1, 8))
+@pytest.mark.parametrize("active", range(8))
 def test_variants_compile_and_fit(active, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     flags = Flags(*(bool(active >> i & 1) for i in range(3)))
     d, dtype = (64, FP16) if active % 2 else (128, BF16)
-    _, tile = gluon_blocks(d, 2 + flags.has_k_dot + flags.has_v_dot)
+    _, tile = gluon_blocks(d, 2 + flags.has_k_dot + flags.has_v_dot, active > 0)
     compiled, log = gate.compile_gluon(d, dtype, tile, flags)
     assert compiled.metadata.shared <= SHARED_MEMORY[90]
     assert "serialized" not in log
@@ -242,7 +256,8 @@ def poisoned(monkeypatch) -> None:
     def another(*_, **__):
         raise AssertionError("attention_triton ran instead")
 
-    monkeypatch.setattr(attention_triton, "attention_jvp", another)
+    for name in ("attention", "attention_jvp"):
+        monkeypatch.setattr(attention_triton, name, another)
 
 
 def run(tensors: list[Tensor | None], limit: float | None = None) -> tuple[Tensor, ...]:
@@ -250,6 +265,8 @@ def run(tensors: list[Tensor | None], limit: float | None = None) -> tuple[Tenso
     have = attention_gluon.attention_jvp(*tensors, None, None, EVERYTHING, d**-0.5)
     assert max(errors(have, tensors, d**-0.5)) < (limit or TOLERANCE[tensors[0].dtype])
     assert all(x.transpose(1, 2).is_contiguous() for x in (have[0], have[2]))
+    value = attention_gluon.attention(*tensors[:3], None, EVERYTHING, d**-0.5)
+    assert all((a - b).norm() < 1e-2 * b.norm() for a, b in zip(value, have))
     return have
 
 
