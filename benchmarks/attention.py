@@ -73,8 +73,8 @@ class Case:
 
 
 FORWARDS = ("jvpgraph forward", "SDPA flash", "SDPA cuDNN")
-OURS = ("jvpgraph", "jvpgraph gluon", "jvpgraph forward")
-KERNELS = ("jvpgraph", "jvpgraph gluon", "jvpgraph forward", "SDPA flash", "SDPA cuDNN", PEER)
+OURS = ("jvpgraph", "jvpgraph triton", "jvpgraph forward")
+KERNELS = ("jvpgraph", "jvpgraph triton", "jvpgraph forward", "SDPA flash", "SDPA cuDNN", PEER)
 POINTERS = f"{PEER}, pointers"
 MATH = ("jvpgraph", "func.jvp", "compiled func.jvp")
 # Head dim: heads. Those of Wan 1.3B, of a DiT of width 1536, of DiT-XL and PixArt.
@@ -122,30 +122,36 @@ class Inputs:
 # ----------------------------------------------------------------------------------------------------- peers
 
 
-def ours(case: Case, x: Inputs, wanted: str) -> Run:
-    """The op, with one of its implementations."""
+def ours(case: Case, x: Inputs) -> Run:
+    """The op, with the kernel that it chooses."""
 
     def run() -> Result:
-        os.environ["JVPGRAPH_ATTENTION"] = wanted
+        os.environ.pop("JVPGRAPH_ATTENTION", None)
         o, _, o_dot, _ = attention_jvp(*x.all())
         return o, o_dot
 
-    if wanted == "gluon":
-        if not x.q.is_cuda:
-            raise Unavailable(NO_GPU)
-        os.environ["JVPGRAPH_ATTENTION"] = wanted
-        try:
-            chosen = implementation(x.q, x.v).__name__
-        except ValueError as error:
-            raise Unavailable(str(error)) from error
-        if "gluon" not in chosen:
-            raise Unavailable(f"{chosen} runs in its place")
+    return run
+
+
+def our_triton(case: Case, x: Inputs) -> Run:
+    """The op with the Triton kernel, where that is not the one chosen."""
+    if not x.q.is_cuda:
+        raise Unavailable(NO_GPU)
+    os.environ.pop("JVPGRAPH_ATTENTION", None)
+    if "gluon" not in implementation(x.q, x.v).__name__:
+        raise Unavailable("is what jvpgraph chooses")
+
+    def run() -> Result:
+        os.environ["JVPGRAPH_ATTENTION"] = "triton"
+        o, _, o_dot, _ = attention_jvp(*x.all())
+        return o, o_dot
+
     return run
 
 
 def our_forward(case: Case, x: Inputs) -> Run:
     def run() -> Result:
-        os.environ["JVPGRAPH_ATTENTION"] = "triton"
+        os.environ.pop("JVPGRAPH_ATTENTION", None)
         return attention(x.q, x.k, x.v)[0], None
 
     return run
@@ -203,8 +209,8 @@ def func_jvp(case: Case, x: Inputs, compiled: bool) -> Run:
 
 
 PEERS: dict[str, Callable[[Case, Inputs], Run]] = {
-    "jvpgraph": lambda case, x: ours(case, x, "triton"),
-    "jvpgraph gluon": lambda case, x: ours(case, x, "gluon"),
+    "jvpgraph": ours,
+    "jvpgraph triton": our_triton,
     "jvpgraph forward": our_forward,
     "SDPA flash": lambda case, x: sdpa(case, x, SDPBackend.FLASH_ATTENTION),
     "SDPA cuDNN": lambda case, x: sdpa(case, x, SDPBackend.CUDNN_ATTENTION),
@@ -281,7 +287,7 @@ def first_run(name: str, case: Case, x: Inputs, truth: Truth) -> tuple[dict[str,
         return {"refused" if isinstance(error, AssertionError) else "failed": what}, None
     result: dict[str, Any] = {"error": errors, "memory_bytes": memory}
     if name in OURS:
-        result["implementation"] = implementation(x.q, x.v).__name__
+        result["implementation"] = implementation(x.q, x.v).__name__  # as the run has left the variable for it
     if not max(errors.values()) < LIMIT:
         return {"wrong": True} | result, None
     return result, run

@@ -52,12 +52,12 @@ class Stage:
 
 
 STAGES = (
-    Stage("install", 25),
-    Stage("environment", 30),
-    Stage("tests", 160, stops_itself=True),
+    Stage("install", 15),
+    Stage("environment", 20),
+    Stage("tests", 175, stops_itself=True),
     Stage("memcheck", 30),
     Stage("sweep", 60, stops_itself=True),
-    Stage("attention", 155, patience=75, restarts=4, stops_itself=True),
+    Stage("attention", 165, patience=75, restarts=4, stops_itself=True),
     Stage("backward", 20),
     Stage("plot", 10),
     Stage("dit", 15, least=40),

@@ -216,6 +216,7 @@ def attention_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    CUT_STAGES: tl.constexpr,
     HAS_Q_DOT: tl.constexpr,
     HAS_K_DOT: tl.constexpr,
     HAS_V_DOT: tl.constexpr,
@@ -234,7 +235,7 @@ def attention_kernel(
     pointers, and the `_hi` arguments are None. BIAS is one of NO_BIAS, BOOLEAN_BIAS, ADDITIVE_BIAS. V_PARTS programs
     share the columns of v, V_LO each, where the accumulators of all would not fit the registers. Query i sees keys
     i - left .. i + right, each limit only if HAS_LEFT or HAS_RIGHT. PACKED: the lengths are those of all sequences
-    together.
+    together. CUT_STAGES are those of the loop over key blocks that are masked.
     """
     bias_strides = (bias_batch, bias_head, bias_row, bias_key)
     bias_dot_strides = (bias_dot_batch, bias_dot_head, bias_dot_row, bias_dot_key)
@@ -368,11 +369,11 @@ def attention_kernel(
         c_hi = tl.zeros([BLOCK_Q, V_HI], tl.float32)
 
     log2_scale = scale * LOG2E
-    # Twice the same loop: over key blocks that every query of this block sees whole, then over the others. Both are
-    # pipelined: where blocks lie at addresses that do not change in a loop, ptxas 12.8 loses descriptors of wgmma if
-    # the parts of the head dim are swizzled differently.
+    # twice the same loop: over key blocks that every query of this block sees whole, then over the others
     for CUT in tl.static_range(2):
-        for step in tl.range(cut if CUT else whole, end if CUT else uncut, BLOCK_K, num_stages=STAGES):
+        for step in tl.range(
+            cut if CUT else whole, end if CUT else uncut, BLOCK_K, num_stages=CUT_STAGES if CUT else STAGES
+        ):
             first_key = step
             end_of_part = end_kv
             if CUT and HAS_LEFT:

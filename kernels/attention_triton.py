@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from jvpgraph.kernels import attention_blocked, backward_triton, tangent_backward
 from jvpgraph.kernels.aten_backward import attention_backward, backward_path
 from jvpgraph.kernels.attention_kernel import attention_kernel
-from jvpgraph.kernels.blocks import Blocks, choose_blocks, max_head_dim, one_swizzle, variant
+from jvpgraph.kernels.blocks import Blocks, choose_blocks, max_head_dim, variant, widest_swizzle
 from jvpgraph.kernels.launch import addressable, arch_of, bias_kind, bias_strides, on_device, strides_of
 from jvpgraph.kernels.layout import empty_rows
 from jvpgraph.kernels.window import Window
@@ -162,15 +162,17 @@ def _attend(
     arch = arch_of(q.device)
     if by_descriptor is None:
         by_descriptor = 90 <= arch < 120 and all(x is None or fits_descriptor(x) for x in streamed)
-    # What follows a sequence in a descriptor's block is cleared in registers, which puts an end to the pipeline, and
-    # ptxas 12.8 then loses descriptors of wgmma if there are several ways to swizzle.
-    by_descriptor = by_descriptor and (cu_seqlens is None or one_swizzle(head_dim, head_dim_v))
+    # Blocks of keys that come through registers, as some do by pointer, or where what follows a sequence is cleared,
+    # are in no pipeline: parts must be swizzled alike then, see Blocks.cut_stages.
+    through_registers = not by_descriptor or cu_seqlens is not None or (blocks is not None and blocks.num_stages == 1)
+    least = widest_swizzle(head_dim, head_dim_v) if arch == 90 and through_registers else 16
     if blocks is None:
         kind = variant(o_moves, bias is not None)
-        blocks = choose_blocks(arch, (head_dim, head_dim_v), q.dtype, kind, by_descriptor)
+        padded = -(-head_dim // least) * least, -(-head_dim_v // least) * least
+        blocks = choose_blocks(arch, padded, q.dtype, kind, by_descriptor)
         if cu_seqlens is not None:
             blocks = packed_blocks(blocks)
-    d_lo, d_hi, v_lo, v_hi, v_parts = blocks.split(head_dim, head_dim_v)
+    d_lo, d_hi, v_lo, v_hi, v_parts = blocks.split(head_dim, head_dim_v, least)
     widths = ((d_lo, d_hi), (d_lo, d_hi), (v_lo, v_hi), (v_lo, v_hi))
     sources = [
         _sources(x, *width, blocks.block_k) if by_descriptor else (x, None) for x, width in zip(streamed, widths)
@@ -216,6 +218,7 @@ def _attend(
             BLOCK_Q=blocks.block_q,
             BLOCK_K=blocks.block_k,
             STAGES=blocks.num_stages,
+            CUT_STAGES=blocks.cut_stages(d_lo, d_hi, v_lo, v_hi),
             HAS_Q_DOT=q_dot is not None,
             HAS_K_DOT=k_dot is not None,
             HAS_V_DOT=v_dot is not None,

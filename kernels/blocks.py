@@ -24,33 +24,41 @@ class Blocks(NamedTuple):
     halves: bool = False  # a head dim of 2^n columns is taken in two halves
     v_width: int = MAX_HEAD_DIM  # columns of v per program, at most
 
-    def split(self, head_dim: int, head_dim_v: int) -> tuple[int, int, int, int, int]:
-        """(D_LO, D_HI, V_LO, V_HI, V_PARTS) of the kernel."""
-        d_lo, d_hi = split_head_dim(head_dim, self.halves)
-        if head_dim_v > self.v_width:
-            return d_lo, d_hi, self.v_width, 0, -(-head_dim_v // self.v_width)
-        return d_lo, d_hi, *split_head_dim(head_dim_v, self.halves), 1
+    def split(self, head_dim: int, head_dim_v: int, least: int = 16) -> tuple[int, int, int, int, int]:
+        """(D_LO, D_HI, V_LO, V_HI, V_PARTS) of the kernel, in parts of at least so many columns."""
+        d_lo, d_hi = split_head_dim(head_dim, self.halves, least)
+        v_width = max(self.v_width, least)
+        if head_dim_v > v_width:
+            return d_lo, d_hi, v_width, 0, -(-head_dim_v // v_width)
+        return d_lo, d_hi, *split_head_dim(head_dim_v, self.halves, least), 1
+
+    def cut_stages(self, *widths: int) -> int:
+        """Stages of the loop over key blocks that are masked, for parts of so many columns. One saves registers, but
+        where blocks lie at addresses that do not change in a loop and parts are swizzled differently, ptxas 12.8 loses
+        descriptors of wgmma: see jvpgraph.kernels.sass."""
+        return 1 if len({min(width, 64) for width in widths if width}) == 1 else self.num_stages
 
 
-def split_head_dim(dim: int, halves: bool = False) -> tuple[int, int]:
-    """dim up to the next multiple of 16 as two powers of two, the larger first; the second may be 0.
+def split_head_dim(dim: int, halves: bool = False, least: int = 16) -> tuple[int, int]:
+    """dim up to the next multiple of `least` as two powers of two, the larger first; the second may be 0.
 
     What two powers of two do not sum up to is rounded up: 72 -> 64 + 16, 112 -> 128.
     """
-    padded = max(16, -(-dim // 16) * 16)
+    padded = max(least, -(-dim // least) * least)
     lo = 1 << (padded.bit_length() - 1)
     hi = padded - lo
     if hi:
-        hi = max(16, 1 << (hi - 1).bit_length())
+        hi = max(least, 1 << (hi - 1).bit_length())
         if hi < lo:
             return lo, hi
         lo *= 2
-    return (lo // 2, lo // 2) if halves and lo >= 32 else (lo, 0)
+    return (lo // 2, lo // 2) if halves and lo >= 2 * least else (lo, 0)
 
 
-def one_swizzle(*head_dims: int) -> bool:
-    """Whether all parts of these head dims are swizzled alike in shared memory, as rows of so many bytes are."""
-    return len({min(width, 64) for dim in head_dims for width in split_head_dim(dim) if width}) == 1
+def widest_swizzle(*head_dims: int) -> int:
+    """As many columns as swizzling tells rows by: these head dims, in parts of at least so many, are all swizzled
+    alike in shared memory."""
+    return min(64, max(16, *(1 << (dim - 1).bit_length() for dim in head_dims)))
 
 
 class Entry(NamedTuple):

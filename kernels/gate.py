@@ -305,10 +305,16 @@ def expected_backward_products(entry: BackwardEntry, sweep: str, blocks: Backwar
 
 
 def _source(
-    head_dim: int, head_dim_v: int, dtype: torch.dtype, blocks: Blocks, flags: Flags, by_descriptor: bool
+    head_dim: int,
+    head_dim_v: int,
+    dtype: torch.dtype,
+    blocks: Blocks,
+    flags: Flags,
+    by_descriptor: bool,
+    least: int = 16,
 ) -> ASTSource:
     """The kernel with the types that the host function would pass: absent arguments are None."""
-    d_lo, d_hi, v_lo, v_hi, v_parts = blocks.split(head_dim, head_dim_v)
+    d_lo, d_hi, v_lo, v_hi, v_parts = blocks.split(head_dim, head_dim_v, least)
     s_moves = flags.has_q_dot or flags.has_k_dot or flags.has_bias_dot
     pointer = f"*{TYPE[dtype]}"
 
@@ -362,6 +368,7 @@ def _source(
         "BLOCK_Q": blocks.block_q,
         "BLOCK_K": blocks.block_k,
         "STAGES": blocks.num_stages,
+        "CUT_STAGES": blocks.cut_stages(d_lo, d_hi, v_lo, v_hi),
         **dict.fromkeys(("bias_key",) * bool(flags.bias) + ("bias_dot_key",) * flags.has_bias_dot, 1),
         "SCALE_IS_POSITIVE": True,
         "BY_DESCRIPTOR": by_descriptor,

@@ -132,8 +132,12 @@ def describe(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *rest:
     chosen: Any = implementation(q, v)
     if chosen is attention_blocked:
         return "blocks of torch ops"
-    name, why = chosen.backward_path(q, k, v, bias_to_rank4(q, bias), How(*rest).inside(q)[0], False, False)
-    forward = "Gluon" if chosen is attention_gluon else "Triton"
+    how, bias = How(*rest), bias_to_rank4(q, bias)
+    window, scale = how.inside(q)
+    name, why = chosen.backward_path(q, k, v, bias, window, False, False)
+    packed = None if how.cu_seqlens_q is None or how.cu_seqlens_kv is None else (how.cu_seqlens_q, how.cu_seqlens_kv)
+    gluon = chosen is attention_gluon and attention_gluon.supports(q, v, bias, window, scale, packed)
+    forward = "Gluon" if gluon else "Triton"
     return f"{forward}, backward by {NAMES_OF_BACKWARDS[name]}" + (f": {why}" if why else "")
 
 

@@ -142,7 +142,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "boolean and causal": ({"bias": "boolean"}, {"window": CAUSAL}),
     "additive": ({"bias": "additive"}, {}),
     "additive and window": ({"bias": "additive"}, {"window": Window(40, 400)}),
-    "head dims": ({"d": 72, "d_v": 40}, {}),
+    "head dims": ({"d": 72 if INTERPRETED else 56, "d_v": 40}, {}),  # of those that a GPU has room for in float32
     "by descriptor": ({"d": 40, "d_v": 24}, {"by_descriptor": True, "window": CAUSAL}),
     "batch and scale": ({"b": 2}, {"scale": -0.1}),
 }

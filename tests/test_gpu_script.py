@@ -68,7 +68,7 @@ def test_dry_run(tmp_path):
         assert ours["implementation"] == "jvpgraph.kernels.attention_blocked"
         assert ours["tflops"] == pytest.approx(entry["flop"] / ours["seconds"] / 1e12)
         assert ours["of_ceiling"] == pytest.approx(1e12 * ours["tflops"] / where["matmul_flops"])
-        for name in ("SDPA flash", "SDPA cuDNN", "jvpgraph gluon"):
+        for name in ("SDPA flash", "SDPA cuDNN", "jvpgraph triton"):
             assert entry["peers"].get(name, {"skipped": "needs a CUDA GPU"}) == {"skipped": "needs a CUDA GPU"}
 
 
