@@ -50,7 +50,7 @@ from jvpgraph.kernels.attention_triton import (
     descriptor_strides,
     fits_descriptor,
 )
-from jvpgraph.kernels.blocks import GLUON_IS_FASTER, GLUON_TABLE, GluonBlocks, gluon_blocks
+from jvpgraph.kernels.blocks import GLUON_IS_FASTER, GLUON_TABLE, GLUON_VALUE_FROM, GluonBlocks, gluon_blocks
 from jvpgraph.kernels.layout import empty_rows
 from jvpgraph.kernels.window import EVERYTHING, Window
 
@@ -449,7 +449,8 @@ def attention(
 
     blocks: for tests and measurements, instead of those of the table.
     """
-    if not _takes((q, k, v), bias, window, scale, cu_seqlens):
+    is_slower = blocks is None and q.shape[-1] < GLUON_VALUE_FROM
+    if is_slower or not _takes((q, k, v), bias, window, scale, cu_seqlens):
         return attention_triton.attention(q, k, v, bias, window, scale, cu_seqlens=cu_seqlens)
     return _attend(q, k, v, (None, None, None), scale, blocks)[:2]
 

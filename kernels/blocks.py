@@ -150,7 +150,6 @@ class GluonEntry(NamedTuple):
 # Overlap needs registers: at 128 columns it keeps them with all tensors and Triton 3.6, GluonBlocks(64, 2, True), but
 # not with 3.9, and gains 2 %.
 GLUON_TABLE: dict[GluonEntry, GluonBlocks] = {
-    GluonEntry(64, 2, moves=False): GluonBlocks(128, 4),
     GluonEntry(64, 2): GluonBlocks(128, 3),
     GluonEntry(64, 3): GluonBlocks(128, 2),
     GluonEntry(64, 4): GluonBlocks(128, 2),
@@ -160,11 +159,14 @@ GLUON_TABLE: dict[GluonEntry, GluonBlocks] = {
     GluonEntry(128, 4): GluonBlocks(64, 2),
 }
 
-# (compute capability, head dim, dtype) where a GPU showed Gluon to be faster than the kernel of TABLE: an H100, see
-# benchmarks/results. Below 64 columns it pads, and was not measured.
+# (compute capability, head dim, dtype) where a GPU showed Gluon to be faster than the kernel of TABLE: an H100 at 48,
+# 64, 72, 96 and 128 columns in bfloat16, at 64 and 128 in float16 (benchmarks/results). At the others both kernels pad
+# to what they pad one of these to. At 32 columns Gluon was slower.
 GLUON_IS_FASTER: frozenset[tuple[int, int, torch.dtype]] = frozenset(
-    (90, head_dim, dtype) for head_dim in (64, 72, 80, 96, 112, 128) for dtype in (torch.bfloat16, torch.float16)
+    (90, head_dim, dtype) for head_dim in range(40, 129, 8) for dtype in (torch.bfloat16, torch.float16)
 )
+# The same of the value alone: faster where both pad to 128 columns, slower at 64, and not measured in between.
+GLUON_VALUE_FROM = 104
 
 # The interpreter takes as long for a small tile as for a large one.
 INTERPRETER = Blocks(64, 64, 4, 1)

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 
 from jvpgraph.kernels import attention_gluon, attention_triton, blocks, gate, reference
-from jvpgraph.kernels.blocks import GLUON_TABLE, SHARED_MEMORY, GluonBlocks, GluonEntry, gluon_blocks
+from jvpgraph.kernels.blocks import GLUON_TABLE, GLUON_VALUE_FROM, SHARED_MEMORY, GluonBlocks, gluon_blocks
 from jvpgraph.kernels.gate import Flags
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
 from tests.gluon_emulator import emulated
@@ -208,8 +208,10 @@ def test_the_other_kernel_runs_what_this_one_does_not(monkeypatch):
         attention_gluon.attention_jvp(*other, None, None, EVERYTHING, 0.1)
         assert len(passed) == i + 1
     monkeypatch.setattr(attention_triton, "attention", lambda *x, **_: passed.append(x))
-    attention_gluon.attention(*(x[:1].expand_as(x) for x in tensors[:3]), None, EVERYTHING, 0.1)
-    assert len(passed) == 8
+    other = [torch.cat((x, x), -1)[:1].expand(2, -1, -1, -1) for x in tensors[:3]]
+    attention_gluon.attention(*other, None, EVERYTHING, 0.1)  # broadcast
+    attention_gluon.attention(*tensors[:3], None, EVERYTHING, 0.1)  # 64 columns, at which it is slower
+    assert len(passed) == 9
     assert attention_gluon.attention_backward is attention_triton.attention_backward
 
 
@@ -218,7 +220,7 @@ def test_the_other_kernel_runs_what_this_one_does_not(monkeypatch):
 
 def test_blocks_of_every_head_dim_and_number_of_tangents():
     assert {entry.streamed for entry in GLUON_TABLE} == {2, 3, 4}
-    assert all(GluonEntry(d, 2, False) in GLUON_TABLE for d in (64, 128))
+    assert gluon_blocks(GLUON_VALUE_FROM, 2, moves=False)[0] == 128
     for streamed in (2, 3, 4):
         assert gluon_blocks(8, streamed)[0] == gluon_blocks(64, streamed)[0] == 64
         assert gluon_blocks(72, streamed)[0] == gluon_blocks(128, streamed)[0] == 128
@@ -229,7 +231,7 @@ def test_blocks_of_every_head_dim_and_number_of_tangents():
 def test_variants_compile_and_fit(active, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     flags = Flags(*(bool(active >> i & 1) for i in range(3)))
-    d, dtype = (64, FP16) if active % 2 else (128, BF16)
+    d, dtype = (64, FP16) if active % 2 else (128, BF16)  # without tangents only 128
     _, tile = gluon_blocks(d, 2 + flags.has_k_dot + flags.has_v_dot, active > 0)
     compiled, log = gate.compile_gluon(d, dtype, tile, flags)
     assert compiled.metadata.shared <= SHARED_MEMORY[90]
@@ -265,7 +267,7 @@ def run(tensors: list[Tensor | None], limit: float | None = None) -> tuple[Tenso
     have = attention_gluon.attention_jvp(*tensors, None, None, EVERYTHING, d**-0.5)
     assert max(errors(have, tensors, d**-0.5)) < (limit or TOLERANCE[tensors[0].dtype])
     assert all(x.transpose(1, 2).is_contiguous() for x in (have[0], have[2]))
-    value = attention_gluon.attention(*tensors[:3], None, EVERYTHING, d**-0.5)
+    value = attention_gluon.attention(*tensors[:3], None, EVERYTHING, d**-0.5, blocks=GluonBlocks(128, 2))
     assert all((a - b).norm() < 1e-2 * b.norm() for a, b in zip(value, have))
     return have
 
