@@ -55,6 +55,10 @@ def test_dry_run(tmp_path):
         assert entry["winner"] in entry["tried"]
         assert all(tried["seconds"] > 0 for tried in entry["tried"].values())
 
+    for entry in found["stages"]["backward"]["cases"]:
+        assert set(entry["ways"]) == {"value, blocked", "tangent, blocked"}
+        assert all(way["seconds"] > 0 and way["error"] < 2e-2 for way in entry["ways"].values())
+
     entries = found["stages"]["attention"]["cases"]
     assert [entry["case"] for entry in entries] == [case.key for case in attention.cases(dry_run=True)]
     assert {entry["kind"] for entry in entries} == {"self", "cross"}
