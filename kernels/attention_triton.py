@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from jvpgraph.kernels import attention_blocked, backward_triton, tangent_backward
 from jvpgraph.kernels.aten_backward import attention_backward, backward_path
 from jvpgraph.kernels.attention_kernel import attention_kernel
-from jvpgraph.kernels.blocks import Blocks, choose_blocks, max_head_dim, variant, widest_swizzle
+from jvpgraph.kernels.blocks import Blocks, choose_blocks, least_columns, max_head_dim, variant
 from jvpgraph.kernels.launch import addressable, arch_of, bias_kind, bias_strides, on_device, strides_of
 from jvpgraph.kernels.layout import empty_rows
 from jvpgraph.kernels.window import Window
@@ -162,10 +162,9 @@ def _attend(
     arch = arch_of(q.device)
     if by_descriptor is None:
         by_descriptor = 90 <= arch < 120 and all(x is None or fits_descriptor(x) for x in streamed)
-    # Blocks of keys that come through registers, as some do by pointer, or where what follows a sequence is cleared,
-    # are in no pipeline: parts must be swizzled alike then, see Blocks.cut_stages.
-    through_registers = not by_descriptor or cu_seqlens is not None or (blocks is not None and blocks.num_stages == 1)
-    least = widest_swizzle(head_dim, head_dim_v) if arch == 90 and through_registers else 16
+    # what follows a sequence in a block that came by descriptor is cleared in registers
+    is_pipelined = by_descriptor and cu_seqlens is None and (blocks is None or blocks.num_stages > 1)
+    least = least_columns(arch, (head_dim, head_dim_v), q.dtype, is_pipelined)
     if blocks is None:
         kind = variant(o_moves, bias is not None)
         padded = -(-head_dim // least) * least, -(-head_dim_v // least) * least

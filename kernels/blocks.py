@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+BF16, FP32 = torch.bfloat16, torch.float32
 MAX_HEAD_DIM = 256
 
 
@@ -55,9 +56,12 @@ def split_head_dim(dim: int, halves: bool = False, least: int = 16) -> tuple[int
     return (lo // 2, lo // 2) if halves and lo >= 2 * least else (lo, 0)
 
 
-def widest_swizzle(*head_dims: int) -> int:
-    """As many columns as swizzling tells rows by: these head dims, in parts of at least so many, are all swizzled
-    alike in shared memory."""
+def least_columns(capability: int, head_dims: tuple[int, int], dtype: torch.dtype, is_pipelined: bool) -> int:
+    """Columns that parts of the head dims of q and v must have for all of them to be swizzled alike, where they have
+    to be: on Hopper, if blocks of keys come through registers, as some do by pointer, and not in a pipeline. See
+    Blocks.cut_stages."""
+    if capability != 90 or dtype == FP32 or is_pipelined:
+        return 16
     return min(64, max(16, *(1 << (dim - 1).bit_length() for dim in head_dims)))
 
 
@@ -74,8 +78,6 @@ def variant(moves: bool, has_bias: bool) -> str:
     """The variant of an entry."""
     return "bias" if has_bias else "jvp" if moves else "forward"
 
-
-BF16, FP32 = torch.bfloat16, torch.float32
 
 # Bytes per program. 80 stands for 86, 89 and 120 too, so its entries fit the 99 KiB that those have.
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -150,6 +152,7 @@ class GluonEntry(NamedTuple):
 # Overlap needs registers: at 128 columns it keeps them with all tensors and Triton 3.6, GluonBlocks(64, 2, True), but
 # not with 3.9, and gains 2 %.
 GLUON_TABLE: dict[GluonEntry, GluonBlocks] = {
+    GluonEntry(64, 2, moves=False): GluonBlocks(128, 2),
     GluonEntry(64, 2): GluonBlocks(128, 3),
     GluonEntry(64, 3): GluonBlocks(128, 2),
     GluonEntry(64, 4): GluonBlocks(128, 2),

@@ -53,6 +53,7 @@ from jvpgraph.kernels.blocks import (
     GluonBlocks,
     GluonEntry,
     Sweeps,
+    least_columns,
     parts_of_head_dim,
 )
 from jvpgraph.kernels.sass import Instruction, disassemble, inner_loops, is_product, main_loop, wrong_descriptors
@@ -107,7 +108,9 @@ def compile_ahead(
     by_descriptor: bool,
 ) -> tuple[Any, str]:
     """The compiled kernel, and what ptxas said."""
-    source = _source(head_dim, head_dim_v, dtype, blocks, flags, by_descriptor)
+    is_pipelined = by_descriptor and not flags.packed and blocks.num_stages > 1
+    least = least_columns(arch, (head_dim, head_dim_v), dtype, is_pipelined)
+    source = _source(head_dim, head_dim_v, dtype, blocks, flags, by_descriptor, least)
     return _compile(source, arch, {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages})
 
 

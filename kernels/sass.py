@@ -113,6 +113,8 @@ State = dict[str, Value]  # registers R.., UR.., and words of the stack, [..]
 
 def wrong_descriptors(code: list[Instruction]) -> list[Instruction]:
     """The products of Hopper with a descriptor whose upper half is none that Triton writes, or no constant."""
+    if not any(x.opcode.startswith("HGMMA") for x in code):
+        return []
     at = {x.address: i for i, x in enumerate(code)}
     entry: dict[int, State] = {0: {}}
     starts = {0} | {at[x.target] for x in code if x.target in at}

@@ -220,7 +220,7 @@ def test_the_other_kernel_runs_what_this_one_does_not(monkeypatch):
 
 def test_blocks_of_every_head_dim_and_number_of_tangents():
     assert {entry.streamed for entry in GLUON_TABLE} == {2, 3, 4}
-    assert gluon_blocks(GLUON_VALUE_FROM, 2, moves=False)[0] == 128
+    assert [gluon_blocks(d, 2, moves=False)[0] for d in (64, GLUON_VALUE_FROM)] == [64, 128]
     for streamed in (2, 3, 4):
         assert gluon_blocks(8, streamed)[0] == gluon_blocks(64, streamed)[0] == 64
         assert gluon_blocks(72, streamed)[0] == gluon_blocks(128, streamed)[0] == 128
@@ -231,7 +231,7 @@ def test_blocks_of_every_head_dim_and_number_of_tangents():
 def test_variants_compile_and_fit(active, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     flags = Flags(*(bool(active >> i & 1) for i in range(3)))
-    d, dtype = (64, FP16) if active % 2 else (128, BF16)  # without tangents only 128
+    d, dtype = (64, FP16) if active % 2 else (128, BF16)
     _, tile = gluon_blocks(d, 2 + flags.has_k_dot + flags.has_v_dot, active > 0)
     compiled, log = gate.compile_gluon(d, dtype, tile, flags)
     assert compiled.metadata.shared <= SHARED_MEMORY[90]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -23,7 +24,7 @@ from jvpgraph.kernels import (
     reference,
 )
 from jvpgraph.kernels.attention import implementation, merge_attention
-from jvpgraph.kernels.blocks import Blocks, choose_blocks, split_head_dim
+from jvpgraph.kernels.blocks import Blocks, choose_blocks, least_columns, split_head_dim
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
 from tests.interpreter import (  # noqa: F401 - fixtures
     DEVICE,
@@ -437,6 +438,18 @@ def test_head_dims_are_split_in_two(dim, parts):
     assert split_head_dim(dim) == parts
     assert all(sum(split_head_dim(d)) >= d and sum(split_head_dim(d)) < 1.34 * d + 16 for d in range(1, 257))
     assert split_head_dim(128, halves=True) == (64, 64)
+
+
+@pytest.mark.parametrize("blocks", [Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2, halves=True, v_width=64)])
+def test_parts_are_swizzled_alike_where_blocks_are_in_no_pipeline(blocks):
+    for dims in itertools.product([1, 8, 24, 40, 64, 72, 96, 136, 192, 256], repeat=2):
+        least = least_columns(90, dims, torch.bfloat16, False)
+        *widths, parts = blocks.split(*dims, least)
+        assert blocks.cut_stages(*widths) == 1
+        assert sum(widths[:2]) >= dims[0]
+        assert parts * sum(widths[2:]) >= dims[1]
+        assert least_columns(90, dims, torch.bfloat16, True) == least_columns(80, dims, torch.bfloat16, False) == 16
+    assert Blocks(128, 64, 8, 3).cut_stages(64, 16, 64, 16) == 3
 
 
 def test_common_layouts_are_taken_without_copies():

@@ -31,6 +31,7 @@ from jvpgraph.kernels.blocks import (
     variant,
 )
 from jvpgraph.kernels.gate import Flags
+from jvpgraph.kernels.sass import disassemble, wrong_descriptors
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter has replaced the compiler"
@@ -146,6 +147,7 @@ def test_other_variants_compile_and_fit(arch, d, d_v, dtype, flags, by_descripto
         blocks = packed_blocks(blocks)
     compiled, _ = gate.compile_ahead(arch, d, d_v, dtype, blocks, flags, by_descriptor)
     assert compiled.metadata.shared <= SHARED_MEMORY[arch]
+    assert not wrong_descriptors(disassemble(compiled.asm["cubin"]))
     assert (getattr(compiled.metadata, "tmem_size", None) or 0) <= gate.TENSOR_MEMORY
 
 
