@@ -76,12 +76,9 @@ def install(part: Part) -> None:
 
 def _is_installed(name: str) -> bool:
     """Whether it is, this package from here. To import it would take a quarter of a minute on a fresh machine."""
-    try:
-        found = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    source = json.loads(found.read_text("direct_url.json") or "{}").get("url")
-    return name != "jvpgraph" or source == ROOT.as_uri()
+    found = list(importlib.metadata.distributions(name=name))  # the folder's own .egg-info is one, and says nothing
+    sources = [json.loads(x.read_text("direct_url.json") or "{}").get("url") for x in found]
+    return ROOT.as_uri() in sources if name == "jvpgraph" else bool(found)
 
 
 def environment(part: Part) -> None:
