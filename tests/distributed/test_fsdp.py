@@ -130,18 +130,19 @@ def with_fsdp(
     assert "FSDP2" in dual.regions.reason
     assert all(not group.cause and group.graphs == 1 and group.calls for group in dual.regions.groups), dual.regions
     if checkpoints:
-        recomputes_no_tangent(dual, name)
+        recomputes_no_tangent(dual, name, compiler)
     return found
 
 
-def recomputes_no_tangent(dual: nn.Module, name: str) -> None:
+def recomputes_no_tangent(dual: nn.Module, name: str, compiler: str) -> None:
     with widened(dual):
         y, _ = dual(**MODELS[name].inputs(), tangents=MODELS[name].tangents())
     with CountOps() as backward:
         loss(y).backward()
     assert backward.ran["jvpgraph.attention_backward.default"] > 0
     assert backward.ran["jvpgraph.attention_jvp.default"] == 0
-    assert backward.ran["aten.gelu.default"] > 0, "nothing was recomputed"
+    of_forward = "aten.gelu.default" if compiler == "eager" else "aten.addmm.out"  # Inductor fuses the former
+    assert backward.ran[of_forward] > 0, "nothing was recomputed"
 
 
 RANKS = [2, pytest.param(4, marks=pytest.mark.matrix)]
