@@ -192,8 +192,7 @@ def check_gluon(entry: GluonEntry, blocks: GluonBlocks) -> Report:
         violations.append(f"wgmma is serialised, or setmaxnreg ignored: {', '.join(notes)}")
     if granted.count(GLUON_REGISTERS) < 2 or registers > GLUON_REGISTERS:
         violations.append(f"{registers} registers used, and {granted} granted")
-    if wrong := wrong_descriptors(code):
-        violations.append(f"{len(wrong)} products read by a wrong descriptor, the first at {wrong[0].address:#x}")
+    violations += _lost_operands(code)
     if shared > SHARED_MEMORY[90]:
         violations.append(f"shared memory {shared} of {SHARED_MEMORY[90]} bytes")
     if any(found != expected for found in products):
@@ -258,13 +257,17 @@ def _violations(
         violations.append(f"{local} spills in the loop")
     if notes := sorted(set(re.findall(r"\((C751[0-4])\)", log))):
         violations.append(f"wgmma is serialised: {', '.join(notes)}")
-    if wrong := wrong_descriptors(code):
-        violations.append(f"{len(wrong)} products read by a wrong descriptor, the first at {wrong[0].address:#x}")
+    violations += _lost_operands(code)
     if shared > SHARED_MEMORY[arch]:
         violations.append(f"shared memory {shared} of {SHARED_MEMORY[arch]} bytes")
     if tensor_memory > TENSOR_MEMORY:
         violations.append(f"tensor memory {tensor_memory} of {TENSOR_MEMORY} columns")
     return violations
+
+
+def _lost_operands(code: list[Instruction]) -> list[str]:
+    wrong = wrong_descriptors(code)
+    return [f"{len(wrong)} products read by a wrong descriptor, the first at {wrong[0].address:#x}"] if wrong else []
 
 
 def expected_products(entry: Entry, blocks: Blocks, flags: Flags) -> int:

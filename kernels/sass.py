@@ -34,6 +34,14 @@ class Instruction(NamedTuple):
     operands: tuple[str, ...]
     predicated: bool
 
+    @classmethod
+    def of(cls, address: int, text: str) -> Instruction:
+        """One line of the disassembler's, without the semicolon."""
+        bare = re.sub(r"^@!?\S+\s+", "", text).replace(".reuse", "").strip()
+        opcode, _, operands = bare.partition(" ")
+        fields = tuple(x.strip() for x in operands.split(",")) if operands else ()
+        return cls(address, opcode, fields, text.startswith("@"))
+
     @property
     def target(self) -> int | None:
         """Where a branch goes to."""
@@ -57,13 +65,8 @@ def disassemble(cubin: bytes) -> list[Instruction]:
         file.flush()
         command = [os.path.join(TOOLS, "cuobjdump"), "--dump-sass", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = []
-    for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", listing, re.MULTILINE):
-        bare = re.sub(r"^@!?\S+\s+", "", text).replace(".reuse", "").strip()
-        opcode, _, operands = bare.partition(" ")
-        fields = tuple(x.strip() for x in operands.split(",")) if operands else ()
-        found.append(Instruction(int(address, 16), opcode, fields, text.startswith("@")))
-    return found
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", listing, re.MULTILINE)
+    return [Instruction.of(int(address, 16), text) for address, text in lines]
 
 
 def is_product(x: Instruction) -> bool:

@@ -14,13 +14,7 @@ IN_REGISTERS = "HGMMA.64x64x16.F32.BF16 R24, R88, gdesc[UR4].tnspB, R24"  # a in
 
 
 def code(*lines: str) -> list[Instruction]:
-    found = []
-    for i, line in enumerate(lines):
-        bare = line.split(" ", 1)[1] if line.startswith("@") else line
-        opcode, _, operands = bare.partition(" ")
-        fields = tuple(x.strip() for x in operands.split(","))
-        found.append(Instruction(16 * i, opcode, fields, line.startswith("@")))
-    return found
+    return [Instruction.of(16 * i, line) for i, line in enumerate(lines)]
 
 
 RIGHT = {
