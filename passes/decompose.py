@@ -28,7 +28,7 @@ def decompose(graph: fx.Graph, context: Context) -> None:
         return
     recorder = Recorder(graph, table)
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in table:
+        if node.op != "call_function" or node.target not in table or not _gives_tensors(node):
             continue
         meta = {k: v for k, v in node.meta.items() if k not in NOT_INHERITED}
         with recorder.behind(node, meta, reuse=False):
@@ -42,6 +42,13 @@ def decompose(graph: fx.Graph, context: Context) -> None:
         else:
             node.replace_all_uses_with(new[0], propagate_meta=False)
         graph.erase_node(node)
+
+
+def _gives_tensors(node: fx.Node) -> bool:
+    """Sizes, strides and other numbers, and assertions, are the compiler's: there is nothing to expand in them."""
+    value = value_of(node)
+    results = [r for r in (value if isinstance(value, (tuple, list)) else [value]) if r is not None]
+    return bool(results) and all(isinstance(r, Tensor) for r in results)
 
 
 def _replace(node: fx.Node, new: fx.Node | None, graph: fx.Graph) -> None:
