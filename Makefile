@@ -7,6 +7,8 @@ CONSTRAINTS ?= constraints.txt
 OUT    ?= out
 # Figures of a GPU are kept beside the others.
 GPU_OUT ?= benchmarks/results
+# Which part of a long sweep to run: i/n.
+SHARD ?= 0/1
 
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -16,7 +18,7 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-dist lint format fuzz zoo bench bench-quality scaling wheels gpu dump clean
+.PHONY: help demo test test-dist lint format fuzz zoo opinfo opinfo-table bench bench-quality scaling wheels gpu dump clean
 .DEFAULT_GOAL := help
 
 help:
@@ -46,8 +48,14 @@ format: $(READY)  ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-fuzz: $(READY)  ## the property tests, for long
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -m fuzz tests
+fuzz: $(READY)  ## 10,000 random programs on four backends: make fuzz SHARD=0/4 runs a quarter of them
+	HYPOTHESIS_PROFILE=fuzz SHARD=$(SHARD) $(BIN)/python -m pytest -q -m fuzz tests
+
+opinfo: $(READY)  ## PyTorch's operator database through every backend, resumable: make opinfo SHARD=0/4
+	$(BIN)/python -W ignore -m tests.opinfo.run --shard $(SHARD) --out $(OUT)/opinfo
+
+opinfo-table: $(READY)  ## docs/opinfo.md from what make opinfo found
+	$(BIN)/python -W ignore -m tests.opinfo.run --out $(OUT)/opinfo --table docs/opinfo.md
 
 zoo: $(READY)  ## every transformer class of diffusers against its oracle, in float64, with gradients
 	$(BIN)/python -m tests.zoo.run
