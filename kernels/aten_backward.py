@@ -5,10 +5,13 @@ Math
     p = exp(s - lse),  dv = p' do,  ds = p * (do v' - rowsum(do * o)),  dq = scale ds k,  dk = scale ds' q
 Shapes
     q [B, H, Lq, Dqk], k [B, Hkv, Lkv, Dqk], v [B, Hkv, Lkv, Dv], bias [B | 1, H | 1, Lq | 1, Lkv | 1], lse
-    [B, H, Lq]. o in memory as B, L, H, D, which is how ATen's kernels want it.
+    [B, H, Lq]. Any strides: what ATen's kernels take for granted is seen to by layout.for_aten.
 Precision
     That of ATen, of backward_kernel or of attention_blocked. lse must be the natural logarithm, in float32: no kernel
-    can tell.
+    can tell. ATen's take p from lse, which has no digits left for it in a row whose keys are all hidden by a large
+    finite bias: such rows go to ours, which sum p anew.
+Scale
+    ATen's kernels set what is out of sight to -inf and multiply by scale then: below 0 all of that is seen, at 0 it is NaN.
 Windows
     Flash takes every window, but aligns it at the last query and the last key: as here only where Lq = Lkv.
 Refuses
@@ -25,7 +28,8 @@ import torch
 from torch import Tensor
 
 from jvpgraph.kernels import attention_blocked, backward_triton
-from jvpgraph.kernels.launch import ALL_BUT_BLIND
+from jvpgraph.kernels.attention_blocked import needs_own_sums
+from jvpgraph.kernels.layout import for_aten
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
 
 __all__ = ["Path", "attention_backward", "backward_path"]
@@ -41,20 +45,33 @@ class Path(NamedTuple):
 
 
 def backward_path(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: Window, has_lse_grad: bool, bias_needs_grad: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    scale: float,
+    has_lse_grad: bool,
+    bias_needs_grad: bool,
 ) -> Path:
-    """The first of "flash", "efficient", "triton" and "blocked" that is exact here."""
-    why = _not_for_aten(q, k, v, has_lse_grad, bias_needs_grad)
+    """The first of "flash", "efficient", "triton" and "blocked" that is exact here. Of an additive bias "efficient" is
+    for those that hide no row whole, which takes a look at lse."""
+    why = _not_for_aten(q, k, v, scale, has_lse_grad, bias_needs_grad)
     if not why:
         if _flash_takes(q, k, v, bias, window):
             return Path("flash")
         why = _not_for_efficient(q, k, bias, window)
+    ours = backward_triton.supports(q, k, v, bias_needs_grad)
+    if not why and bias is not None and bias.dtype != torch.bool and ours:
+        why = "an additive bias, which may hide whole rows"  # to see whether it does would wait for the GPU
     if not why:
         return Path("efficient")
-    return Path("triton" if backward_triton.supports(q, k, v, bias_needs_grad) else "blocked", why)
+    return Path("triton" if ours else "blocked", why)
 
 
-def _not_for_aten(q: Tensor, k: Tensor, v: Tensor, has_lse_grad: bool, bias_needs_grad: bool) -> str:
+def _not_for_aten(q: Tensor, k: Tensor, v: Tensor, scale: float, has_lse_grad: bool, bias_needs_grad: bool) -> str:
+    if not scale > 0:
+        return f"scale is {scale}"
     if has_lse_grad:
         return "lse has a gradient"  # which would enter rowsum(o * o_grad), and ATen's kernels form that inside
     if bias_needs_grad:
@@ -99,7 +116,9 @@ def attention_backward(
     bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dbias) from the forward's o and lse; dbias is None unless asked for."""
-    path = backward_path(q, k, v, bias, window, lse_grad is not None, bias_needs_grad).name
+    path = backward_path(q, k, v, bias, window, scale, lse_grad is not None, bias_needs_grad).name
+    if path == "efficient" and needs_own_sums(bias, lse, may_wait=not _is_capturing(q)):
+        path = "blocked"
     if path == "blocked":
         return attention_blocked.attention_backward(
             o_grad, lse_grad, q, k, v, bias, o, lse, window, scale, bias_needs_grad
@@ -110,8 +129,12 @@ def attention_backward(
         )
         return *grads[:3], None
     function = _flash_backward if path == "flash" else _efficient_backward
-    o_grad, q, k, v = map(_aligned, (o_grad, q, k, v))
-    return *function(o_grad, q, k, v, bias, o, lse, window, scale), None
+    o_grad, q, k, v, o = map(for_aten, (o_grad, q, k, v, o))
+    return *function(o_grad, q, k, v, bias, o, for_aten(lse), window, scale), None
+
+
+def _is_capturing(q: Tensor) -> bool:
+    return q.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _flash_backward(
@@ -132,7 +155,7 @@ def _flash_backward(
         left, right = (None if width is None else min(width, k.shape[2]) for width in window)  # int32 inside
         grads = aten._flash_attention_backward.default(
             *(x.transpose(1, 2) for x in (o_grad, q, k, v, o)),
-            lse.contiguous(),
+            lse,
             None,
             None,
             q.shape[2],
@@ -152,7 +175,7 @@ def _flash_backward(
         k,
         v,
         o,
-        lse.contiguous(),
+        lse,
         None,
         None,
         q.shape[2],
@@ -197,7 +220,7 @@ def _efficient_backward(
 
 def _padded_lse(lse: Tensor) -> Tensor:
     """[B, H, Lq up to a multiple of 32]; +inf, which makes p = 0, in the padding and in rows that see no key."""
-    lse = lse.masked_fill(lse < ALL_BUT_BLIND, math.inf)
+    lse = lse.masked_fill(lse == -math.inf, math.inf)
     return torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)
 
 
@@ -210,11 +233,3 @@ def _additive_aligned(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
     else:
         rows.copy_(bias)
     return rows.expand(*q.shape[:3], length)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy where rows are not whole in memory or do not begin at a multiple of 16 bytes: ATen's kernels load as
-    many at a time, and flash does not look."""
-    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
-    whole = all(step * x.itemsize % 16 == 0 for step in (x.storage_offset(), *steps))
-    return x if whole and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)

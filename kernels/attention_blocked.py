@@ -22,7 +22,8 @@ Shapes
 Precision
     float32 inside for float16 and bfloat16, else the dtype of the inputs; lse likewise. Without tangents a
     CPU uses ATen's own flash kernel where that computes the same thing, so the primal is then bit for bit
-    what the unchanged model gives.
+    what the unchanged model gives. Where a large finite bias hides all keys of a row, it leaves lse without the
+    digits that tell the keys apart: the backward then takes p from a maximum and a sum of its own.
 Refuses
     Nothing: jvpgraph.kernels.attention checks the arguments first.
 """
@@ -36,10 +37,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jvpgraph.kernels.layout import dtype_inside, empty_rows
+from jvpgraph.kernels.layout import dtype_inside, empty_rows, for_aten
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
 
-__all__ = ["attention", "attention_backward", "attention_jvp"]
+__all__ = ["attention", "attention_backward", "attention_jvp", "needs_own_sums"]
 
 aten = torch.ops.aten
 
@@ -50,6 +51,8 @@ TILE_ELEMENTS_ELSEWHERE = 1 << 25
 # Keys per block: long enough for an efficient matmul, short enough to leave rows in the block.
 BLOCK_K = {"cpu": 512}
 BLOCK_K_ELSEWHERE = 4096
+# Below this a logsumexp has lost digits of what exp(s - lse) needs. Scores do not come here, large negative biases do.
+LOW = -1e3
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def attention(
     block_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o, lse). block_q and block_k override the block sizes, for tests."""
-    if block_q is None and block_k is None and _flash_applies(q, k, v, bias, window):
+    if block_q is None and block_k is None and _flash_applies(q, k, v, bias, window, scale):
         return _flash(q, k, v, bias, window, scale)
     return _attend(q, k, v, (None, None, None, None), bias, window, scale, block_q, block_k)[:2]
 
@@ -372,7 +375,8 @@ def attention_backward(
         and not bias_needs_grad
         # in half types ATen takes 2.5 times as long as the blocks below at 64 keys, and less from 256 on
         and (q.dtype.itemsize > 2 or k.shape[2] >= 256)
-        and _flash_applies(q, k, v, bias, window)
+        and _flash_applies(q, k, v, bias, window, scale)
+        and not needs_own_sums(bias, lse)
     ):
         return *_flash_backward(o_grad, q, k, v, bias, o, lse, window, scale), None
     dtype = dtype_inside(q)
@@ -385,6 +389,7 @@ def attention_backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias
 
     hides = _hides(bias)
+    sums_anew = needs_own_sums(bias, lse, may_wait=lse.device.type == "cpu")
     delta = (o_grad.to(dtype) * o.to(dtype)).sum(-1)  # [B, H, Lq]
     if lse_grad is not None:
         delta = delta - lse_grad.masked_fill(lse == -math.inf, 0)  # a merge of parts may have none there but NaN
@@ -400,13 +405,16 @@ def attention_backward(
         for i, bq in _blocks(0, n_q, block_q):
             q_i, o_grad_i = _rows(q_c, i, bq), _rows(o_grad_c, i, bq)
             delta_i, lse_i = _rows(delta_c, i, bq).unsqueeze(-1), _rows(lse_c, i, bq).unsqueeze(-1)
+            log_l = None
+            if sums_anew:
+                lse_i, log_l = _row_sums(q_i, k_c, chunk, hides, window, i, bq, block_k)
             dq_i = torch.zeros_like(q_i)
             first, end = window.keys(i, bq, n_k)
             for j, bk in _blocks(first, end, block_k):
                 k_j, v_j = _narrow(k_c, 1, j, bk), _narrow(v_c, 1, j, bk)
                 s = torch.bmm(q_i, k_j.mT)
                 _mask_scores(s, chunk, hides, window, i, bq, j, bk)
-                p = s.sub_(lse_i).exp_()
+                p = s.sub_(lse_i).exp_() if log_l is None else s.sub_(lse_i).sub_(log_l).exp_()
                 _narrow(dv_c, 1, j, bk).baddbmm_(p.mT, o_grad_i)
                 ds = torch.bmm(o_grad_i, v_j.mT).sub_(delta_i).mul_(p)
                 _narrow(dk_c, 1, j, bk).baddbmm_(ds.mT, q_i)
@@ -422,14 +430,41 @@ def attention_backward(
     return dq, dk, dv, dbias
 
 
-def _flash_applies(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: Window) -> bool:
+def needs_own_sums(bias: Tensor | None, lse: Tensor, *, may_wait: bool = True) -> bool:
+    """Whether p = exp(s - lse) would be wrong, for lack of digits in lse: in rows whose keys are all hidden by a large
+    finite bias, so that lse = log N - 1e9. Answers yes where only the device knows, and one must not wait for it."""
+    if bias is None or bias.dtype == torch.bool:
+        return False
+    return not may_wait or bool(((lse < LOW) & (lse > -math.inf)).any())
+
+
+def _row_sums(
+    q_i: Tensor, k_c: Tensor, chunk: _Chunk, bias: Tensor | None, window: Window, i: int, bq: int, block_k: int
+) -> tuple[Tensor, Tensor]:
+    """(m, log l) with p = exp((s - m) - log l) for a block of queries, both [n, rows, 1], from s itself; +inf for m
+    in a row that sees no key, which makes p = 0."""
+    m = q_i.new_full((*q_i.shape[:2], 1), -math.inf)
+    l = torch.zeros_like(m)
+    first, end = window.keys(i, bq, k_c.shape[1])
+    for j, bk in _blocks(first, end, block_k):
+        s = torch.bmm(q_i, _narrow(k_c, 1, j, bk).mT)
+        _mask_scores(s, chunk, bias, window, i, bq, j, bk)
+        m_new = torch.maximum(m, s.amax(-1, keepdim=True))
+        safe = m_new.masked_fill(m_new == -math.inf, 0)
+        l = l * torch.exp(m - safe) + s.sub_(safe).exp_().sum(-1, keepdim=True)
+        m = m_new
+    blind = m == -math.inf
+    return m.masked_fill(blind, math.inf), l.masked_fill(blind, 1).log_()
+
+
+def _flash_applies(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: Window, scale: float) -> bool:
     """Whether ATen's CPU flash kernel computes exactly this, and takes these arguments."""
     return (
         q.device.type == "cpu"
         and q.shape[1] == k.shape[1]
         and q.shape[3] == v.shape[3]
         and (window == EVERYTHING or (window == CAUSAL and bias is None))
-        and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        and scale > 0  # it sets what is out of sight to -inf and then multiplies by scale
         and q.numel() > 0
         and k.numel() > 0
     )
@@ -443,11 +478,12 @@ def _additive(q: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | N
         return bias.new_zeros(bias.shape, dtype=q.dtype).masked_fill_(~bias, -math.inf), ~bias.any(-1)
     # the kernel takes float32 beside half types, but nothing else than the dtype of q otherwise
     additive = bias.to(q.dtype) if q.dtype == torch.float64 else bias
-    return additive, bias.amax(-1) == -math.inf
+    return for_aten(additive), bias.amax(-1) == -math.inf
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: Window, scale: float) -> tuple[Tensor, Tensor]:
     additive, empty = _additive(q, bias)
+    q, k, v = map(for_aten, (q, k, v))
     o, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, window == CAUSAL, attn_mask=additive, scale=scale
     )
@@ -470,8 +506,7 @@ def _flash_backward(
     additive, _ = _additive(q, bias)
     if bias is not None:
         lse = lse.masked_fill(lse == -math.inf, 0)
-    if o_grad.stride(-1) != 1:
-        o_grad = o_grad.contiguous()
+    o_grad, q, k, v, o, lse = map(for_aten, (o_grad, q, k, v, o, lse))
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(
         o_grad, q, k, v, o, lse, 0.0, window == CAUSAL, attn_mask=additive, scale=scale
     )

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ["check_call", "check_how", "check_operands", "check_outputs", "check_tangents", "refusal"]
+__all__ = [
+    "check_call",
+    "check_how",
+    "check_operands",
+    "check_outputs",
+    "check_sequences",
+    "check_tangents",
+    "refusal",
+]
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -77,6 +85,11 @@ def check_tangents(**pairs: tuple[Tensor | None, Tensor | None]) -> None:
         if x is None or not x.is_floating_point():
             state = "absent" if x is None else "boolean"
             raise ValueError(f"attention_jvp got {name}_dot, but {name} is {state}")
+        if x_dot.device != x.device:
+            raise refusal(
+                f"attention_jvp needs {name}_dot on the device of {name}, {x.device}, not on {x_dot.device}",
+                **{name: x, f"{name}_dot": x_dot},
+            )
         if x_dot.dtype != x.dtype or x_dot.dim() != x.dim() or _differ(x_dot.shape, x.shape):
             raise refusal(
                 f"attention_jvp needs {name}_dot of the shape and dtype of {name}",
@@ -109,6 +122,19 @@ def check_how(
             raise refusal(f"attention needs cu_seqlens as contiguous int32 [sequences + 1] on {q.device}", **given)
     if _surely(cu_seqlens_q.shape[0] != cu_seqlens_kv.shape[0]) or _surely(cu_seqlens_q.shape[0] < 1):
         raise refusal("attention needs cu_seqlens_q and cu_seqlens_kv of one length, sequences + 1", **given)
+
+
+def check_sequences(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor) -> None:
+    """Raise ValueError unless the offsets of packed sequences ascend from 0 to the lengths at most. On a GPU, which is
+    not waited for, what is wrong is an assertion that fails there."""
+    for name, cu, total in (("cu_seqlens_q", cu_seqlens_q, q.shape[2]), ("cu_seqlens_kv", cu_seqlens_kv, k.shape[2])):
+        right = (cu[0] == 0) & (cu[-1] <= total) & (cu[1:] >= cu[:-1]).all()
+        what = f"{name} must ascend from 0 to the total length {total} at most"
+        if cu.device.type == "cpu":
+            if not right:
+                raise ValueError(f"{what}; got {cu.tolist()}")
+        else:
+            torch._assert_async(right, what)
 
 
 def check_outputs(q: Tensor, v: Tensor, rows: dict[str, Tensor | None], row_sums: dict[str, Tensor | None]) -> None:

@@ -11,19 +11,22 @@ See jvpgraph.kernels.attention for what they compute. An op takes any strides; t
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib
 import itertools
 import math
+import operator
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from jvpgraph.kernels import attention_blocked, tangent_backward
-from jvpgraph.kernels.checks import check_how, check_operands, check_outputs, check_tangents
+from jvpgraph.kernels.checks import check_how, check_operands, check_outputs, check_sequences, check_tangents
 from jvpgraph.kernels.layout import (
     bias_grad,
     bias_to_rank4,
@@ -34,18 +37,22 @@ from jvpgraph.kernels.layout import (
     rows_from_rank4,
     to_rank4,
 )
-from jvpgraph.kernels.window import Window
-
-if TYPE_CHECKING or importlib.util.find_spec("triton"):  # there is none but for Linux
-    from jvpgraph.kernels import attention_triton
-else:
-    attention_triton = None
-try:
-    from jvpgraph.kernels import attention_gluon
-except (ImportError, AttributeError):  # no Triton, or one that has changed what it calls experimental
-    attention_gluon = None
+from jvpgraph.kernels.window import Window, packed_mask
 
 __all__ = ["OPS", "How", "describe", "implementation"]
+
+
+def _imported(name: str) -> tuple[Any, str]:
+    """(jvpgraph.kernels.<name>, ""), or (None, why not). There is no Triton but for Linux, one that is too old or too
+    new lacks what is asked of it, and one that is broken raises anything: nobody needs it to import this package."""
+    try:
+        return importlib.import_module(f"jvpgraph.kernels.{name}"), ""
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+attention_triton, NO_TRITON = _imported("attention_triton")
+attention_gluon, _ = _imported("attention_gluon")
 
 LIBRARY = torch.library.Library("jvpgraph", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -90,11 +97,24 @@ class How(NamedTuple):
 
     def sequences(self, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
         """The queries and the keys of each packed sequence. Waits for the device."""
-        ends = [x.tolist() for x in (self.cu_seqlens_q, self.cu_seqlens_kv) if x is not None]
-        for name, cu, total in zip(("cu_seqlens_q", "cu_seqlens_kv"), ends, (q.shape[2], k.shape[2])):
-            if cu != sorted(cu) or cu[0] != 0 or cu[-1] > total:
-                raise ValueError(f"{name} must ascend from 0 to the total length {total} at most; got {cu}")
+        assert self.cu_seqlens_q is not None
+        assert self.cu_seqlens_kv is not None
+        check_sequences(q, k, self.cu_seqlens_q, self.cu_seqlens_kv)
+        ends = self.cu_seqlens_q.tolist(), self.cu_seqlens_kv.tolist()
         yield from ((slice(*at_q), slice(*at_kv)) for at_q, at_kv in zip(*(itertools.pairwise(cu) for cu in ends)))
+
+    def without_waiting(self, q: Tensor, k: Tensor, bias: Tensor | None) -> tuple[How, Tensor | None]:
+        """This and the bias, but packed sequences as a dense mask while a CUDA graph is captured, which must not wait
+        for their lengths: a byte for each pair of a query and a key."""
+        if self.cu_seqlens_q is None or self.cu_seqlens_kv is None or not _is_capturing(q):
+            return self, bias
+        check_sequences(q, k, self.cu_seqlens_q, self.cu_seqlens_kv)
+        mask = packed_mask(self.cu_seqlens_q, self.cu_seqlens_kv, q.shape[2], k.shape[2], self.inside(q)[0])
+        return How(False, self.scale), mask
+
+
+def _is_capturing(q: Tensor) -> bool:
+    return q.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class Implementation(Protocol):
@@ -114,6 +134,12 @@ def implementation(q: Tensor, v: Tensor) -> Implementation:
     wanted = os.environ.get("JVPGRAPH_ATTENTION")
     if wanted not in (None, "gluon", "triton", "blocked"):
         raise ValueError(f"JVPGRAPH_ATTENTION is {wanted!r}: it takes gluon, triton or blocked")
+    if attention_triton is None and q.is_cuda and wanted != "blocked":
+        warnings.warn(
+            f"attention goes to blocks of torch ops, for Triton could not be imported ({NO_TRITON}): "
+            "install the one that this torch asks for, or set JVPGRAPH_ATTENTION=blocked",
+            stacklevel=2,
+        )
     if wanted == "blocked" or attention_triton is None or not attention_triton.supports(q, v):
         return attention_blocked
     if wanted == "triton" or attention_gluon is None or not attention_gluon.supports(q, v):
@@ -134,7 +160,7 @@ def describe(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *rest:
         return "blocks of torch ops"
     how, bias = How(*rest), bias_to_rank4(q, bias)
     window, scale = how.inside(q)
-    name, why = chosen.backward_path(q, k, v, bias, window, False, False)
+    name, why = chosen.backward_path(q, k, v, bias, window, scale, False, False)
     packed = None if how.cu_seqlens_q is None or how.cu_seqlens_kv is None else (how.cu_seqlens_q, how.cu_seqlens_kv)
     gluon = chosen is attention_gluon and attention_gluon.supports(q, v, bias, window, scale, packed)
     forward = "Gluon" if gluon else "Triton"
@@ -182,6 +208,7 @@ def _attention_real(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
     if how.cu_seqlens_q is None:
         o, lse = chosen.attention(*map(to_rank4, (q, k, v)), bias_to_rank4(q, bias), *inside)
     elif chosen is not attention_blocked:
+        check_sequences(q, k, *how[3:])
         o, lse = chosen.attention(q, k, v, None, *inside, cu_seqlens=how[3:])
     else:
         o, lse = _blind_o_and_lse(q, v)
@@ -229,6 +256,7 @@ def _attention_jvp_real(
         biases = bias_to_rank4(q, bias), bias_to_rank4(q, bias_dot)
         o, lse, o_dot, lse_dot = chosen.attention_jvp(*map(to_rank4, operands), *biases, *inside)
     elif chosen is not attention_blocked:
+        check_sequences(q, k, *how[3:])
         o, lse, o_dot, lse_dot = chosen.attention_jvp(*operands, None, None, *inside, cu_seqlens=how[3:])
     else:
         (o, lse), (o_dot, lse_dot) = _blind_o_and_lse(q, v), _empty_o_and_lse(q, v)
@@ -263,6 +291,7 @@ def _attention_backward_fake(
 ) -> tuple[Tensor, ...]:
     check_operands(q, k, v, bias)
     check_outputs(q, v, {"o_grad": o_grad, "o": o}, {"lse": lse, "lse_grad": lse_grad})
+    check_how(q, k, bias, *How(*rest[:5])[2:])
     bias_needs_grad = len(rest) > 5 and rest[5]
     return tuple(_grads_like(q, k, v, bias if bias_needs_grad else None, rows=3))
 
@@ -282,6 +311,7 @@ def _attention_backward_real(
     check_operands(q, k, v, bias)
     check_outputs(q, v, {"o_grad": o_grad, "o": o}, {"lse": lse, "lse_grad": lse_grad})
     check_how(q, k, bias, *how[2:])
+    how, bias = how.without_waiting(q, k, bias)
     chosen, inside = implementation(q, v), how.inside(q)
     dbias = None
     if how.cu_seqlens_q is None:
@@ -358,6 +388,7 @@ class Tangents(NamedTuple):
 def _attention_jvp_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     given, (needs_bias, needs_bias_dot) = Tangents(*args[:16]), (*args[21:], False, False)[:2]
     given.check()
+    check_how(given.q, given.k, given.bias, *How(*args[16:21])[2:])
     biases = given.bias if needs_bias else None, given.bias_dot if needs_bias_dot else None
     return tuple(_grads_like(*given[4:10], *biases, rows=6))
 
@@ -367,6 +398,8 @@ def _attention_jvp_backward_real(*args: Any) -> tuple[Tensor, ...]:
     q, k, v, bias, bias_dot = given.q, given.k, given.v, given.bias, given.bias_dot
     given.check()
     check_how(q, k, bias, *how[2:])
+    how, bias = how.without_waiting(q, k, bias)
+    given = given._replace(bias=bias)
     backward = _jvp_backward(q, v)
     if how.cu_seqlens_q is None:
         *grads, dbias, dbias_dot = backward(*given.rank4(), *how.inside(q), *needs)
@@ -386,13 +419,35 @@ def _attention_jvp_backward_real(*args: Any) -> tuple[Tensor, ...]:
     return *rows, *biases
 
 
+AUTOCAST_KEYS = functools.reduce(
+    operator.or_,
+    (
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+        for name in ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS", "AutocastHPU", "AutocastPrivateUse1")
+        if hasattr(torch._C.DispatchKey, name)
+    ),
+)
+
+
+def _without_autocast(real: Callable[..., Any]) -> Callable[..., Any]:
+    """An implementation knows the dtypes of what it is given, and casts by itself. A backward is called within
+    autocast where loss.backward() is, and a forward where what it is given was cast before."""
+
+    @functools.wraps(real)
+    def kernel(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
+            return real(*args)
+
+    return kernel
+
+
 for _name, _real, _fake in (
     ("attention", _attention_real, _attention_fake),
     ("attention_jvp", _attention_jvp_real, _attention_jvp_fake),
     ("attention_backward", _attention_backward_real, _attention_backward_fake),
     ("attention_jvp_backward", _attention_jvp_backward_real, _attention_jvp_backward_fake),
 ):
-    LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _without_autocast(_real), "CompositeExplicitAutograd")
     torch.library.register_fake(f"jvpgraph::{_name}", _fake, lib=LIBRARY)
 
 
@@ -529,16 +584,13 @@ for _name, _function in (
 
 def _autocast(op: str, device_type: str) -> Any:
     """Casts what scaled_dot_product_attention casts under autocast: floating-point tensors but float64."""
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCUDA
-    )
 
     def cast(x: Any) -> Any:
         eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
         return x.to(torch.get_autocast_dtype(device_type)) if eligible else x
 
     def kernel(*args: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(keys):
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
             return getattr(OPS, op).default(*map(cast, args))
 
     return kernel

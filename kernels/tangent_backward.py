@@ -51,9 +51,11 @@ from jvpgraph.kernels.attention_blocked import (
     _may_be_blind,
     _narrow,
     _plan,
+    _row_sums,
     _rows,
     _score_tangent_operands,
     attention_backward,
+    needs_own_sums,
 )
 from jvpgraph.kernels.layout import dtype_inside, empty_rows
 from jvpgraph.kernels.window import Window
@@ -121,6 +123,7 @@ def attention_jvp_backward(
     dim, dim_v, n_q, n_k = q.shape[3], v.shape[3], q.shape[2], k.shape[2]
 
     hides = _hides(bias)
+    sums_anew = needs_own_sums(bias, lse, may_wait=lse.device.type == "cpu")
     zero = lse.new_zeros(()).expand_as(lse)
     lse_grad, lse_dot_grad = (zero if x is None else x for x in (lse_grad, lse_dot_grad))
     if _may_be_blind(bias, window):
@@ -150,6 +153,9 @@ def attention_jvp_backward(
             q_i, grads_i, G_i = _rows(q_c, i, bq), _rows(grads, i, bq), _rows(G_c, i, bq)
             lse_i, e_shift_i, w_shift_i, r_i = (_rows(x, i, bq) for x in (lse_c, e_shift, w_shift, r_c))
             dlse_i, dr_i = _rows(dlse_c, i, bq), _rows(dr_c, i, bq)
+            log_l = None
+            if sums_anew:
+                lse_i, log_l = _row_sums(q_i, k_c, chunk, hides, window, i, bq, block_k)
             dq_i = torch.zeros_like(q_i)
             left_i = dleft_i = None
             if left is not None and centre is not None:
@@ -159,7 +165,7 @@ def attention_jvp_backward(
                 k_j, v_j, values_j = (_narrow(x, 1, j, bk) for x in (k_c, v_c, values))
                 s = torch.bmm(q_i, k_j.mT)
                 _mask_scores(s, chunk, hides, window, i, bq, j, bk)
-                p = s.sub_(lse_i).exp_()
+                p = s.sub_(lse_i).exp_() if log_l is None else s.sub_(lse_i).sub_(log_l).exp_()
                 _narrow(dvalues, 1, j, bk).baddbmm_(p.mT, grads_i)
                 e = torch.baddbmm(e_shift_i, grads_i, values_j.mT)
                 if s_moves:

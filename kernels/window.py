@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CAUSAL", "EVERYTHING", "Window"]
+__all__ = ["CAUSAL", "EVERYTHING", "Window", "packed_mask"]
 
 
 class Window(NamedTuple):
@@ -40,3 +40,17 @@ class Window(NamedTuple):
 
 EVERYTHING = Window()
 CAUSAL = Window(right=0)
+
+
+def packed_mask(cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, length_q: int, length_kv: int, window: Window) -> Tensor:
+    """[1, 1, Lq, Lkv], True where a query of packed sequences sees a key. Does not wait for the device."""
+
+    def places(cu: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Of which sequence each row is, and at which position in it; none is len(cu) - 1 and more."""
+        rows = torch.arange(length, device=cu.device, dtype=cu.dtype)
+        sequence = torch.searchsorted(cu, rows, right=True) - 1
+        return sequence, rows - cu[sequence.clamp(min=0)]
+
+    (of_q, at_q), (of_kv, at_kv) = places(cu_seqlens_q, length_q), places(cu_seqlens_kv, length_kv)
+    own = (of_q[:, None] == of_kv) & (of_q[:, None] < cu_seqlens_q.shape[0] - 1)
+    return (own & ~window.hides(at_kv - at_q[:, None]))[None, None]
