@@ -11,7 +11,8 @@ Precision
     can tell. ATen's take p from lse, which has no digits left for it in a row whose keys are all hidden by a large
     finite bias: such rows go to ours, which sum p anew.
 Scale
-    ATen's kernels set what is out of sight to -inf and multiply by scale then: below 0 all of that is seen, at 0 it is NaN.
+    ATen's kernels set what is out of sight to -inf and then multiply by scale: below 0 all of that is seen, at 0 it is
+    NaN.
 Windows
     Flash takes every window, but aligns it at the last query and the last key: as here only where Lq = Lkv.
 Refuses

@@ -10,13 +10,13 @@ Needs:
     The graph before AOTAutograd, with ``example_value`` on nodes.
 Keeps:
     Everything of which it is not certain: scores or probabilities with another user, a softmax over another
-    dim, a scale that is a tensor, writes in place or changes of autocast between the two products. Such a
-    softmax is reported with the reason.
+    dim, a scale that is a tensor, writes in place or changes of autocast between the two products, scores that are
+    filled with two finite numbers, or with one and have a mask added. Such a softmax is reported with the reason.
 Numerics:
     The same maths, without rounding scores and probabilities to half types. A row whose keys are all masked
-    gives o = 0 where masking by -inf gave NaN. Masking by a finite number (at most -1e4) becomes an additive
-    mask in float32: such a row keeps its value where the number is -1e9 or less, but its tangent goes through
-    the scores.
+    gives o = 0 where masking by -inf gave NaN. Filling with a finite number (at most -1e4) hides as -inf does, but a
+    row that has nothing else: there all scores are that number, whatever q and k are, so that its queries are set to
+    0 and see all that the number fills.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from jvpgraph.linearize import source_line
 from jvpgraph.passes.swap_attention import (
     SwapReport,
+    _unexpanded,
     active_graphs,
     emit,
     emit_attention,
@@ -94,8 +95,9 @@ class _Match:
     k: _Operand
     form: str
     scale: float = 1.0
-    biases: list[fx.Node] = field(default_factory=list)  # additive
-    fills: list[tuple[fx.Node, bool, float]] = field(default_factory=list)  # (mask, the value that hides, number)
+    biases: list[tuple[fx.Node, torch.dtype]] = field(default_factory=list)  # additive, and what the sum is rounded to
+    # (mask, the value that hides, number), from the product on
+    fills: list[tuple[fx.Node, bool, float]] = field(default_factory=list)
     v: _Operand = field(init=False)
     out: fx.Node = field(init=False)  # the second product
     out_dims: tuple[int, ...] = field(init=False)  # o [..., Lq, Dv] permuted to out
@@ -179,7 +181,7 @@ def _masked(node: fx.Node, factor: float) -> _Match | None:
         match, bias = _either(node)
         if not _value(bias).is_floating_point():
             raise _Unlike(f"the mask {bias.name} that is added is {_value(bias).dtype}")
-        match.biases.append(bias)
+        match.biases.append((bias, _value(node).dtype))
     elif _calls(node, MASKED_FILL):
         given = _arguments(node, "input", "mask", "value")
         _refuse_fill(given["mask"], given["value"], factor)
@@ -239,7 +241,7 @@ def _product(node: fx.Node, factor: float) -> _Match | None:
                 raise _Unlike("a bias is added before the scores are scaled")
             if not _broadcasts(_value(given["input"]), _value(node)):
                 raise _Unlike("the input of baddbmm does not broadcast to the scores")
-            match.biases.append(given["input"])
+            match.biases.append((given["input"], _value(node).dtype))
         elif given["beta"] != 0:
             raise _Unlike(f"beta of baddbmm is {given['beta']}")
         return match
@@ -411,7 +413,9 @@ def _insert(match: _Match, out: fx.Node, scores: fx.Node, probabilities: fx.Node
     operands = [x.emit(out) for x in (q, k, v)]
     if not autocast:
         operands = [x if _value(x).dtype == inside else emit(out, "to", x, inside) for x in operands]
-    bias = _bias(match, out, torch.float64 if inside == torch.float64 else torch.float32)
+    bias, dead = _bias(match, out, torch.float64 if inside == torch.float64 else torch.float32)
+    if dead is not None:
+        operands[0] = emit(out, "masked_fill", operands[0], dead, 0.0)
     o = emit_attention(out, *operands, bias, False, scale, inside)
     if inside != result:
         o = emit(out, "to", o, result)
@@ -440,23 +444,61 @@ def _without_upcast(x: _Operand, dtype: torch.dtype) -> tuple[_Operand, float] |
     return _Operand(node, dims), factor
 
 
-def _bias(match: _Match, out: fx.Node, dtype: torch.dtype) -> fx.Node | None:
-    """All masks as one: boolean if there is one and it hides by -inf, else their sum."""
-    if len(match.fills) == 1 and not match.biases and match.fills[0][2] == -math.inf:
-        ((mask, hides, _),) = match.fills
-        return emit(out, torch.logical_not, mask) if hides else mask
+def _bias(match: _Match, out: fx.Node, dtype: torch.dtype) -> tuple[fx.Node | None, fx.Node | None]:
+    """All masks as one, boolean where they only fill, else additive; and which rows are filled whole with a finite
+    number, so that their scores are alike, [..., Lq | 1, 1]."""
+    visible, dead = _visible(match, out) if match.fills else (None, None)
+    if not match.biases:
+        return visible, dead
+    if dead is not None:  # keys that it fills might weigh as much as those that the mask nearly hides
+        raise _Unlike("a mask is added to scores that are filled with a finite number")
     parts = []
-    for bias in match.biases:
+    for bias, rounded in match.biases:
         have = _value(bias).dtype
         if torch.promote_types(have, dtype) != dtype:
             raise _Unlike(f"the mask {bias.name} is {have}")
-        parts.append(bias if have == dtype else emit(out, "to", bias, dtype))
-    for mask, hides, number in match.fills:
-        hidden = mask if hides else emit(out, torch.logical_not, mask)
-        parts.append(emit(out, "masked_fill", emit(out, torch.zeros_like, mask, dtype=dtype), hidden, number))
+        bias = bias if have == dtype else emit(out, "to", bias, dtype)
+        parts.append(_as_in_half(bias, out) if rounded in (torch.float16, torch.bfloat16) else bias)
     while len(parts) > 1:
         parts.append(emit(out, torch.add, parts.pop(), parts.pop()))
-    return parts[0] if parts else None
+    if visible is not None:
+        parts = [emit(out, torch.where, visible, parts[0], -math.inf)]
+    return parts[0], None
+
+
+def _as_in_half(bias: fx.Node, out: fx.Node) -> fx.Node:
+    """A bias that leaves of scores, in float32, what it leaves in half types: nothing where it is -1e4 and less. In a
+    row without anything else all keys then weigh alike, as they do in the model."""
+    given = emit(out, "detach", bias)  # the derivative is that of a sum
+    more = emit(out, torch.sub, emit(out, "clamp", emit(out, torch.mul, given, 1e6), -1e38), given)
+    as_it_is = emit(out, torch.logical_or, emit(out, torch.gt, given, -9.9e3), emit(out, torch.isinf, given))
+    return emit(out, torch.add, bias, emit(out, "masked_fill", more, as_it_is, 0.0))
+
+
+def _visible(match: _Match, out: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """The fills as one boolean mask, True attends, and the rows of which they leave nothing but a finite number. What
+    is filled last counts."""
+    if len({number for *_, number in match.fills} - {-math.inf}) > 1:
+        raise _Unlike("scores are filled with two finite numbers")
+    hidden: dict[bool, fx.Node | None] = {True: None, False: None}  # by whether the number is finite
+    for mask, hides, number in match.fills:
+        mask = _unexpanded(mask)
+        mask = mask if hides else emit(out, torch.logical_not, mask)
+        finite = number != -math.inf
+        own, other = hidden[finite], hidden[not finite]
+        hidden[finite] = mask if own is None else emit(out, torch.logical_or, own, mask)
+        if other is not None:
+            hidden[not finite] = emit(out, torch.logical_and, other, emit(out, torch.logical_not, mask))
+    finite_ones, infinite_ones = hidden[True], hidden[False]
+    if finite_ones is None:
+        assert infinite_ones is not None
+        return emit(out, torch.logical_not, infinite_ones), None
+    if _value(finite_ones).dim() == 0:
+        raise _Unlike("the mask has no dims")
+    every = finite_ones if infinite_ones is None else emit(out, torch.logical_or, finite_ones, infinite_ones)
+    dead = emit(out, "all", every, -1, True)
+    shown = dead if infinite_ones is None else emit(out, torch.logical_and, dead, finite_ones)
+    return emit(out, torch.logical_or, emit(out, torch.logical_not, every), shown), dead
 
 
 # --------------------------------------------------------------------------------------------- reading nodes
