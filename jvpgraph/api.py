@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jvpgraph.backend import COMPILERS, Backend
-from jvpgraph.capture import in_one_piece, own_errors
+from jvpgraph.capture import backward_at_once, in_one_piece, own_errors
 from jvpgraph.config import Config
 from jvpgraph.dual_forward import dual_forward
 from jvpgraph.errors import CaptureError
@@ -271,7 +272,7 @@ class _Dual:
         if self.regions is not None and not self.regions.prefer_one_graph():
             return self.regions(self.forward, *inputs)
         try:
-            with own_errors(), in_one_piece():
+            with own_errors(), in_one_piece(), nullcontext() if self.regions is None else backward_at_once():
                 return self._compiled(*inputs)
         except CaptureError as error:
             if self.regions is None or hit_recompile_limit(error):

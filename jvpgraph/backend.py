@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import fx
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch.aot_autograd import aot_module_simplified
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 
+from jvpgraph.capture import NOT_COMPILED, REMEDY
 from jvpgraph.config import Config
+from jvpgraph.errors import CaptureError
 from jvpgraph.passes.context import Context, Report
 from jvpgraph.passes.lower import lower, wants_gradients_of_tangents
 from jvpgraph.passes.mark_stop_gradients import mark_stop_gradients
@@ -87,7 +90,17 @@ def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], pipeline: Pipel
     with torch._inductor.config.patch(dict(context.config.inductor)):
         context.decompositions = dict(select_decomp_table())
     # Rules are written for the ops that PyTorch differentiates: decomposing comes last in our own pipeline.
-    return compile_fx(gm, list(example_inputs), config_patches=patches, decompositions={})
+    return compile_fx(gm, list(example_inputs), inner_compile=_compile_inner, config_patches=patches, decompositions={})
+
+
+def _compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Compiled:
+    """Inductor itself. A backward is compiled when it first runs, where no caller of ours can tell what failed."""
+    try:
+        return compile_fx_inner(gm, example_inputs, **settings)
+    except BackendCompilerFailed as error:
+        if settings.get("is_backward"):
+            raise CaptureError(f"{NOT_COMPILED}in its backward, {error}\n{REMEDY}") from error
+        raise
 
 
 def _eager(gm: fx.GraphModule, example_inputs: Sequence[Any], pipeline: Pipeline) -> Compiled:

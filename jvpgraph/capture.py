@@ -6,13 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch._functorch.config as functorch_config
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parallel import DistributedDataParallel
 
 from jvpgraph.errors import CaptureError, JvpgraphError
 
-__all__ = ["first_cause", "in_one_piece", "own_errors"]
+__all__ = ["backward_at_once", "compile_failed", "first_cause", "in_one_piece", "own_errors"]
+
+NOT_CAPTURED = "the model cannot be captured as one graph: "
+NOT_COMPILED = "the compiler cannot make code of the graph: "
+REMEDY = (
+    'Use transform(model, regions="auto"), which compiles what can be compiled, backend="op_by_op", or '
+    'backend="eager", which takes the same graph without Inductor.'
+)
 
 
 @contextmanager
@@ -35,16 +43,34 @@ def own_errors() -> Iterator[None]:
             "the model was compiled in too many variants (sizes, types, sets of active inputs): pass dynamic=True, or "
             "raise torch._dynamo.config.recompile_limit"
         ) from error
-    except TorchDynamoException as error:
+    except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
         cause = first_cause(error, JvpgraphError)
         if cause is not None:
             raise cause.with_traceback(None) from None
-        if isinstance(error, BackendCompilerFailed) and first_cause(error, GuardOnDataDependentSymNode) is None:
-            raise
-        raise CaptureError(
-            f"the model cannot be captured as one graph: {error}\n"
-            'Use transform(model, regions="auto"), which compiles what can be captured, or backend="op_by_op".'
-        ) from error
+        head = NOT_COMPILED if compile_failed(error) else NOT_CAPTURED
+        raise CaptureError(f"{head}{_told(error)}\n{REMEDY}") from error
+
+
+def compile_failed(error: BaseException | None) -> bool:
+    """Whether a graph was captured that the backend then could not compile, so that nobody branched on data."""
+    return isinstance(error, BackendCompilerFailed) and first_cause(error, GuardOnDataDependentSymNode) is None
+
+
+def _told(error: Exception) -> str:
+    """What was raised inside of the wrappers that say no more than which backend raised it."""
+    while (inner := getattr(error, "inner_exception", None)) is not None:
+        error = inner
+    return str(error) if isinstance(error, TorchDynamoException) else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def backward_at_once() -> Iterator[None]:
+    """Compile the backward with the forward, where a failure can still be answered, not at its first run."""
+    if torch.is_grad_enabled() and hasattr(functorch_config, "force_non_lazy_backward_lowering"):
+        with functorch_config.patch(force_non_lazy_backward_lowering=True):
+            yield
+    else:
+        yield
 
 
 def first_cause(error: BaseException | None, kind: type[Exception]) -> Exception | None:

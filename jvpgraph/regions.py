@@ -36,7 +36,7 @@ from torch.utils.checkpoint import (
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from jvpgraph.backend import Backend
-from jvpgraph.capture import in_one_piece, own_errors
+from jvpgraph.capture import NOT_CAPTURED, NOT_COMPILED, backward_at_once, in_one_piece, own_errors
 from jvpgraph.dual_forward import dual_forward
 from jvpgraph.errors import CaptureError
 from jvpgraph.markers import MAKE_DUAL
@@ -48,7 +48,6 @@ __all__ = ["Choice", "Group", "Regions", "find_regions", "hit_recompile_limit", 
 
 Choice = str | type[nn.Module] | Sequence[type[nn.Module]] | Callable[[nn.Module], bool]
 SMALL = 0.05  # of the parameters of the largest group: below, one that "auto" finds is not worth a graph
-NOT_CAPTURED = "the model cannot be captured as one graph: "
 log = logging.getLogger("jvpgraph")
 
 
@@ -59,7 +58,7 @@ class Group:
     Attributes:
         kind: name of their class.
         names: their names in the model.
-        cause: why they cannot be captured; they run op by op, or their parts are regions instead. Else empty.
+        cause: why they are no graphs; they run op by op, or their parts are regions instead. Else empty.
         graphs: how many graphs were compiled for all of them.
         calls: how often one of them ran in a graph.
         functions: compiled functions by (paths of active arguments, how they call the module, serial).
@@ -76,7 +75,7 @@ class Group:
     def __str__(self) -> str:
         what = f"{len(self.names)} x {self.kind} ({self.names[0]}{', ...' if len(self.names) > 1 else ''})"
         if self.cause:
-            return f"{what}: not captured: {self.cause}"
+            return f"{what}: {self.cause}"
         return f"{what}: {self.graphs} graph{'s' if self.graphs != 1 else ''}, {self.calls} calls"
 
 
@@ -114,7 +113,9 @@ class Regions:
     def __str__(self) -> str:
         if self.whole:
             return f"one graph: {self.reason}"
-        head = f"{sum(len(g.names) for g in self.groups)} regions" + (f": {self.reason}" if self.reason else "")
+        count = sum(len(g.names) for g in self.groups)
+        head = "no parts, everything runs op by op" if self._structure and not count else f"{count} regions"
+        head += f": {self.reason}" if self.reason else ""
         return "\n".join([head, *(f"  {group}" for group in self.groups)])
 
     def prefer_one_graph(self) -> bool:
@@ -126,9 +127,10 @@ class Regions:
         return self.whole
 
     def one_graph_failed(self, error: CaptureError) -> None:
-        """The model cannot be captured whole: use regions from now on."""
+        """The model cannot be captured or compiled whole: use regions from now on."""
         self.whole, self._refused_one_graph = False, True
         self.reason = _brief(error)
+        log.warning("jvpgraph: the model is not one graph, its parts are tried: %s", self.reason)
 
     def __call__(self, forward: Callable[..., Any], *inputs: Any) -> Any:
         """``forward(*inputs)`` op by op, but for the regions."""
@@ -153,7 +155,10 @@ class Regions:
             return
         self._structure, self.groups, self._regions = structure, [], []
         self._add(find_regions(self._model, self._choice))
-        log.info("jvpgraph: %s", self)
+        if self.groups:
+            log.info("jvpgraph: %s", self)
+        else:
+            log.warning("jvpgraph: the whole model runs op by op, it has no parts: %s", self.reason)
 
     def _add(self, found: Sequence[tuple[str, nn.Module]]) -> list[_Region]:
         groups: dict[Any, Group] = {}
@@ -232,7 +237,7 @@ class Regions:
             if function is None:
                 function = group.functions[key, serial] = self._compile(group, key[1])
             try:
-                with own_errors(), in_one_piece():
+                with own_errors(), in_one_piece(), backward_at_once():
                     result = function(args, kwargs, dots)
             except CaptureError as error:
                 if not hit_recompile_limit(error) or region.serial is not None:
@@ -323,10 +328,10 @@ def check_choice(choice: Choice) -> None:
 
 
 def find_regions(model: nn.Module, choice: Choice) -> list[tuple[str, nn.Module]]:
-    """Names and modules of the outermost regions.
+    """Names and modules of the outermost regions; for "auto" none, where a model has no parts.
 
     Raises:
-        ValueError: no module of the model is a region.
+        ValueError: no module of the model is one of those that were asked for, or whole ones.
     """
     candidates = {name: module for name, module in model.named_modules() if _has_forward(module)}
     if choice == "auto":
@@ -337,14 +342,12 @@ def find_regions(model: nn.Module, choice: Choice) -> list[tuple[str, nn.Module]
             classes = choice if isinstance(choice, type) else tuple(choice)
             wanted = lambda module: isinstance(module, classes)  # noqa: E731
         found = _outermost({name: module for name, module in candidates.items() if wanted(module)})
-    if not found:
+    inside = [name for name, module in candidates.items() if name and _shards_inside(module)]
+    if not found and (choice != "auto" or inside):
         kinds = sorted({type(module).__name__ for name, module in candidates.items() if name and not _is_plain(module)})
-        inside = (
-            [name for name, module in candidates.items() if name and _shards_inside(module)] if choice == "auto" else []
-        )
-        why = (
-            f": parts inside of {', '.join(inside[:3])} are sharded on their own, shard whole blocks" if inside else ""
-        )
+        why = ""
+        if inside and choice == "auto":
+            why = f": parts inside of {', '.join(inside[:3])} are sharded on their own, shard whole blocks"
         raise ValueError(
             f"no module of {type(model).__name__} is a region; it has {', '.join(kinds) or 'no parts'}{why}"
         )
@@ -428,9 +431,13 @@ def _unwrapped(modules: nn.ModuleList) -> Iterator[nn.Module]:
 
 def _brief(error: CaptureError) -> str:
     """The first line that says something, and the user's line where Dynamo names it."""
-    lines = [line.strip() for line in str(error).splitlines()]
+    text = str(error).replace(NOT_CAPTURED, "not captured: ", 1).replace(NOT_COMPILED, "not compiled: ", 1)
+    lines = [line.strip() for line in text.splitlines()]
     caused = next((line for line in lines if line.startswith("Caused by: ")), "")
-    return " ".join(part for part in (lines[0].removeprefix(NOT_CAPTURED), caused) if part)
+    if not caused and "from user code:" in lines:
+        frames = [line for line in lines[lines.index("from user code:") :] if line.startswith("File ")]
+        caused = frames[-1] if frames else ""
+    return " ".join(part for part in (lines[0], caused) if part)
 
 
 @dataclass(frozen=True)
