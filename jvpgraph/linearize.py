@@ -38,6 +38,12 @@ __all__ = ["Linearization", "in_layout", "linearize", "source_line"]
 TANGENT_META = "jvpgraph_tangent_of"  # on a tangent node: the name of its primal
 NO_SOURCE = "(no source line)"
 TORCH = f'"{Path(torch.__file__).parent}/'  # how a frame of torch's own code starts
+NUMBERS = (torch.SymFloat, torch.SymInt, torch.SymBool, float, int, complex)  # what is no tensor has no tangent
+SIZES = ("aten::sym_size", "aten::sym_stride", "aten::sym_numel", "aten::sym_storage_offset")  # not of its contents
+NUMBER_HAS_NO_TANGENT = (
+    "a tensor with a tangent becomes a Python number, which has none, and a tensor is made of that: keep it a tensor, "
+    "or detach it"
+)
 INSERTED_META = "jvpgraph_inserted"  # on every node that linearize inserted
 
 
@@ -64,8 +70,10 @@ def linearize(graph: fx.Graph) -> Linearization:
     path = _reachable(starts, lambda n: n.users) & _reachable(ends, lambda n: n.all_input_nodes)
     recorder = Recorder(graph)
     tangent: dict[fx.Node, Any] = {}  # node -> tangent node, None for zero, a list for several outputs
+    read: dict[fx.Node, fx.Node] = {}  # number -> where it was read from something with a tangent
     taken = {_memory_of(n) for n in graph.output_node().all_input_nodes}  # what outputs already stand for
     refused: list[UnsupportedNode] = []
+    lost: dict[fx.Node, UnsupportedNode] = {}  # what was read as a number that a floating tensor is made of
 
     for node in list(graph.nodes):
         if node.target is MAKE_DUAL:
@@ -73,11 +81,20 @@ def linearize(graph: fx.Graph) -> Linearization:
         elif node.target is TANGENT_OF:
             _answer(node, tangent.get(node.all_input_nodes[0]), recorder, taken)
         elif node in path:
+            if (source := _number_read(node, tangent, read)) is not None:
+                if isinstance(node.meta.get("val"), NUMBERS):
+                    read[node] = source
+                    continue
+                if any_has_tangent(node.meta.get("val")):
+                    lost[source] = _unsupported(source, tangent, NUMBER_HAS_NO_TANGENT)
+                    tangent[node] = _pretended(node)
+                    continue
             try:
                 tangent[node] = _tangent_of_node(node, tangent, recorder, done)
             except NoRule as reason:
                 refused.append(_unsupported(node, tangent, str(reason)))
                 tangent[node] = _pretended(node)  # to go on and find the others
+    refused += lost.values()
     if refused:
         raise UnsupportedOp(refused)
 
@@ -92,6 +109,18 @@ def linearize(graph: fx.Graph) -> Linearization:
     for node in recorder.inserted:
         node.meta[INSERTED_META] = True
     return done
+
+
+def _number_read(node: fx.Node, tangent: dict[fx.Node, Any], read: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """Where a number that ``node`` reads, or is made of, was read from a tensor with a tangent.
+
+    What AOTAutograd turned back into a tensor, as it does for ``x * t.item()``, is no number any more.
+    """
+    is_size = isinstance(node.target, OpOverload) and node.target._schema.name in SIZES
+    reads = any(tangent.get(n) is not None for n in node.all_input_nodes) and not is_size
+    if reads and isinstance(node.meta.get("val"), NUMBERS):
+        return node
+    return next((read[n] for n in node.all_input_nodes if n in read), None)
 
 
 def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, done: Linearization) -> Any:

@@ -212,7 +212,7 @@ class _SymbolicSizes:
             if node.op == "placeholder":
                 self._last_input = node
             value = node.meta.get("val")
-            if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
+            if isinstance(value, (torch.SymInt, torch.SymFloat)) and isinstance(value.node.expr, sympy.Symbol):
                 self._nodes.setdefault(value.node.expr, node)
         for node in graph.find_nodes(op="placeholder"):  # symbols known only as the size of an input
             value = node.meta.get("val")
@@ -259,7 +259,7 @@ class _OnProxies(PythonReferenceAnalysis):
 
     @staticmethod
     def trunc_to_int(x: Any, dtype: Any) -> Any:
-        return _call(torch.sym_int, x)
+        return _call(math.trunc, x)
 
     @staticmethod
     def floor_to_int(x: Any, dtype: Any) -> Any:

@@ -21,6 +21,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch._refs
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
@@ -44,6 +45,10 @@ STOPS: tuple[Any, ...] = (
     *("detach", "detach_", torch.detach, torch.detach_, torch.Tensor.detach, torch.Tensor.detach_),
     *("new_tensor", torch.Tensor.new_tensor, torch.tensor, aten.detach.default, GET_DATA, torch.Tensor.data.__get__),  # type: ignore[attr-defined]
 )
+FROM_DATA = (  # torch._refs.tensor is what Dynamo makes of torch.tensor with a list
+    *(torch.tensor, "new_tensor", torch.Tensor.new_tensor, torch.as_tensor, torch.asarray),
+    getattr(torch._refs, "tensor", torch.tensor),
+)
 IN_PLACE = ("detach_", torch.detach_, torch.Tensor.detach_)
 NAMES = {"detach", "detach_", "data"}  # how Python code spells them
 
@@ -54,11 +59,14 @@ def mark_stop_gradients(gm: fx.GraphModule) -> None:
     Args:
         gm: Dynamo's graph; changed in place. Without a marked input it is left alone.
     Raises:
-        UnsupportedOp: something is written through a detached alias of what has a tangent.
+        UnsupportedOp: something is written through a detached alias of what has a tangent, or torch.tensor is given a
+            list with something that has one.
     """
     if not has_marker(gm):
         return
-    refused = [write for body, active in active_graphs(gm, active_nodes(gm)) for write in _writes(body, active, set())]
+    refused: list[UnsupportedNode] = []
+    for body, active in active_graphs(gm, active_nodes(gm)):
+        refused += [*_writes(body, active, set()), *_lists(body, active)]
     if refused:
         raise UnsupportedOp(refused)
     for body in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
@@ -145,6 +153,18 @@ def _without_overrides(function: FunctionType) -> FunctionType:
 
 
 # ------------------------------------------------------------------------------------- writes through the alias
+
+
+def _lists(gm: fx.GraphModule, active: set[fx.Node]) -> Iterator[UnsupportedNode]:
+    """``torch.tensor([x, y])``, which reads numbers; ``torch.tensor(x)`` is a copy of ``x.detach()``."""
+    for node in gm.graph.nodes:
+        if node.target not in FROM_DATA:
+            continue
+        data = (*node.args, *node.kwargs.values())
+        listed = torch.utils._pytree.tree_leaves([a for a in data if isinstance(a, (list, tuple))])
+        if any(isinstance(x, fx.Node) and x in active and has_tangent(x.meta.get("example_value")) for x in listed):
+            reason = "a tensor with a tangent becomes a Python number, which has none: torch.stack keeps it"
+            yield UnsupportedNode(str(node.target), node.name, (), source_line(node), reason)
 
 
 def _writes(gm: fx.GraphModule, active: set[fx.Node], stopped: set[fx.Node]) -> Iterator[UnsupportedNode]:

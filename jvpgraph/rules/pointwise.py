@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from jvpgraph.rules.registry import bilinear, jvp, linear, no_tangent
 
@@ -23,7 +24,7 @@ aten = torch.ops.aten
 
 def times(c: Any, x: Tensor) -> Tensor:
     """``c * x``, without a kernel for the usual ``c = 1``."""
-    return x if c == 1 else c * x
+    return x if guard_or_false(c == 1) else c * x
 
 
 def real(x: Tensor, *_: Any) -> bool:
@@ -86,10 +87,17 @@ jvp(aten.log.default)(lambda y, x, *, x_dot: x_dot / x)
 jvp(aten.log2.default)(lambda y, x, *, x_dot: x_dot / (x * math.log(2)))
 jvp(aten.log10.default)(lambda y, x, *, x_dot: x_dot / (x * math.log(10)))
 jvp(aten.log1p.default)(lambda y, x, *, x_dot: x_dot / (1 + x))
-jvp(aten.pow.Tensor_Scalar)(lambda y, x, n, *, x_dot: None if n == 0 else x_dot * (n * x ** (n - 1)))
 jvp(aten.pow.Scalar, when=positive)(lambda y, x, n, *, n_dot: n_dot * y * math.log(x))
 jvp(aten.pow.Tensor_Tensor)(lambda y, x, n, *, x_dot: torch.where(n == 0, 0, x_dot * n * x ** (n - 1)))
 jvp(aten.pow.Tensor_Tensor)(lambda y, x, n, *, n_dot: torch.where((x == 0) & (n >= 0), 0, n_dot * y * x.log()))
+
+
+@jvp(aten.pow.Tensor_Scalar)
+def pow_by_number(y, x, n, *, x_dot):
+    if isinstance(n, torch.SymFloat):  # read from data, so that nobody knows now whether it is 0
+        return torch.where(torch.scalar_tensor(n) == 0, 0, x_dot * (n * x ** (n - 1)))
+    return None if n == 0 else x_dot * (n * x ** (n - 1))
+
 
 # Trigonometry
 jvp(aten.sin.default)(lambda y, x, *, x_dot: x_dot * x.cos())
