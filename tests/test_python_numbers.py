@@ -1,4 +1,4 @@
-"""Python numbers read from tensors: refused where the tensor has a tangent, unless PyTorch makes tensors of them again."""
+"""Python numbers read from tensors: refused where one has a tangent, unless PyTorch makes a tensor of it again."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jvpgraph
 from tests.models import oracle
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
+NUMBERS_IN_FLOAT32 = {"rtol": 1e-6, "atol": 1e-6}  # as Inductor may compute with them
 GRAPHS = ("eager", "inductor")
 
 
@@ -113,10 +114,11 @@ def _check_constant(fn, backend, use):
         y, d = jvpgraph.jvp(lambda x: fn(x, x.sum().detach().item()), (values,), (v,), backend=backend)
         number = values.sum().item()
         y0, d0 = oracle(lambda x, number=number: fn(x, number), (values.detach(),), (v,))
-        assert_close((y.detach(), d), (y0, d0), **EXACT)
+        near = NUMBERS_IN_FLOAT32 if backend == "inductor" else EXACT
+        assert_close((y.detach(), d), (y0, d0), **near)
         if values.requires_grad:
             (g,), (g0,) = (torch.autograd.grad(out.sum(), values) for out in (y, fn(values, number)))
-            assert_close(g, g0, **EXACT)
+            assert_close(g, g0, **near)
 
 
 @pytest.mark.parametrize("backend", GRAPHS)
