@@ -16,7 +16,17 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["FORMS", "LAYOUTS", "OPS", "Call", "calls", "floating"]
 
+
+
+def _as_it_is(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return op(*args, **kwargs)
+
+
+database.wrapper_set_seed = _as_it_is  # the oracle seeds too, and Dynamo cannot trace this
 _FOREACH = [name for name in vars(database) if name.startswith("foreach_") and name.endswith("_op_db")]
+
+
+UNINITIALISED = ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided")
 
 
 def _named() -> dict[str, OpInfo]:
@@ -24,7 +34,7 @@ def _named() -> dict[str, OpInfo]:
     named: dict[str, OpInfo] = {}
     for op in [*database.op_db, *(op for name in _FOREACH for op in getattr(database, name))]:
         named[f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name] = op
-    return named
+    return {name: op for name, op in named.items() if op.name not in UNINITIALISED}
 
 
 OPS = _named()
@@ -62,7 +72,7 @@ def calls(name: str, dtype: torch.dtype, form: str, most: int, layout: str = LAY
         return
     samples = _samples(op, name, dtype)
     for i in range(min(most, len(samples))):
-        sample = samples[i * len(samples) // min(most, len(samples))]
+        sample = samples[(2 * i + 1) * len(samples) // (2 * min(most, len(samples)))]
         call = _call(op, sample, callee, form)
         if call is not None:
             yield Call(call.fn, tuple(_laid_out(x, layout) for x in call.tensors), call.source)

@@ -1,0 +1,92 @@
+"""A debugging pass: other strides with the same numbers, which must change nothing.
+
+Before: ``o, lse = attention(q, k, v);  dq = attention_backward(g, q, k, v, o, lse)``
+After:  ``o, lse = attention(odd(q), odd(k), odd(v));  dq = attention_backward(odd(g), odd(q), ..., odd(o), odd(lse))``
+
+``odd`` copies into another layout: dims in reverse order, every second element, or rows with room behind them. It is
+put on every tensor that an op of the package takes, and between every node of the forward and the nodes of the
+backward that use it. Inductor chooses such layouts by itself; here each run is made to meet them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from jvpgraph.passes.context import Context
+from jvpgraph.passes.pipeline import AFTER_AUTOGRAD, PIPELINE
+from jvpgraph.trace import Recorder, value_of
+
+BACKEND = importlib.import_module("jvpgraph.backend")  # the package has a function of that name
+__all__ = ["odd", "perturb_layouts", "perturbed"]
+
+# ATen's attention takes layouts for granted that Inductor warrants it by constraints of its own.
+LEFT_ALONE = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention")
+
+
+def odd(x: Tensor, kind: int) -> Tensor:
+    """The same numbers in other strides."""
+    if not x.dim():
+        return x.clone()
+    reverse = list(reversed(range(x.dim())))
+    if kind % 3 == 0:
+        return x.permute(reverse).clone(memory_format=torch.contiguous_format).permute(reverse)
+    if kind % 3 == 1:
+        return torch.stack([x, torch.ones_like(x)], -1).select(-1, 0)
+    return torch.cat([x, torch.ones_like(x)], -1).narrow(-1, 0, x.shape[-1])
+
+
+def perturb_layouts(graph: fx.Graph, context: Context) -> None:
+    """Insert copies in other layouts: see the module."""
+    backward = _backward(graph)
+    recorder = Recorder(graph)
+    for i, node in enumerate(list(graph.nodes)):
+        if node.op == "output" or not isinstance(node.meta.get("val"), Tensor) or not value_of(node).numel():
+            continue
+        crosses = node not in backward
+        users = [user for user in node.users if _takes_any_layout(user) or (crosses and user in backward)]
+        users = [user for user in users if _op(user) and not str(user.target._schema.name).startswith(LEFT_ALONE)]
+        if users:
+            with recorder.behind(node, reuse=False):
+                copy = recorder.node_of(odd(recorder.stand_in(node), i))
+            for user in users:
+                user.replace_input_with(node, copy)
+
+
+def _op(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and not node.target._schema.is_mutable
+
+
+def _takes_any_layout(node: fx.Node) -> bool:
+    return _op(node) and node.target.namespace == "jvpgraph"
+
+
+def _backward(graph: fx.Graph) -> set[fx.Node]:
+    """What depends on the gradients of the outputs."""
+    found = {node for node in graph.find_nodes(op="placeholder") if node.name.startswith("tangents_")}
+    for node in graph.nodes:
+        if any(x in found for x in node.all_input_nodes) and (isinstance(node.target, OpOverload) or node.target is operator.getitem):
+            found.add(node)
+    return found
+
+
+@contextmanager
+def perturbed() -> Iterator[None]:
+    """Whatever is compiled in this context goes through the pass, last before the compiler's own decompositions."""
+
+    def with_it(steps: tuple) -> tuple:
+        return (*steps[:-1], perturb_layouts, steps[-1])
+
+    with (
+        patch.object(BACKEND, "PIPELINE", with_it(PIPELINE)),
+        patch.object(BACKEND, "AFTER_AUTOGRAD", with_it(AFTER_AUTOGRAD)),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
