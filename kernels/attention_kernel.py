@@ -136,7 +136,8 @@ def _additive(bias):
     """An additive bias in units of log 2. The most negative finite number, with which models mask, stays finite: a row
     that has nothing else attends to all keys alike, and only -inf hides a key."""
     bias = bias.to(tl.float32)
-    return tl.where(bias == -float("inf"), bias, tl.maximum(bias, MOST_NEGATIVE) * LOG2E)
+    held = (bias < MOST_NEGATIVE) & (bias != -float("inf"))  # tl.maximum would drop a NaN
+    return tl.where(held, MOST_NEGATIVE, bias) * LOG2E
 
 
 @triton.jit

@@ -20,15 +20,16 @@ Streaming form
     27 products of a tile with D columns where everything moves; 7 where nothing does, for the mean of do v' is
     then rowsum(do * o).
 Shapes
-    As in attention_kernel. The row sums are float32 [4, B, H, Lq]: lse in units of log 2 and +inf where a row sees no
-    key, which makes p = 0; the shifts of e and of w; r. centre is the mean over keys of k and of k_dot, float32
-    [2, B, Hkv, Dqk].
+    As in attention_kernel. The row sums are float32 [5, B, H, Lq]: lse in units of log 2 and +inf where a row sees no
+    key, which makes p = 0; the shifts of e and of w; r; with an additive bias log2 l, and m in place of lse. centre
+    is the mean over keys of k and of k_dot, float32 [2, B, Hkv, Dqk].
     WIDTHS and WIDTHS_V cut the head dims into parts of 2^n columns, which a tile needs.
 Precision
     Sums in float32; p, p * u, ds and ds_dot are rounded to the dtype of the inputs for their products. With tangents
     the means are swept anew, since mean(do v') = rowsum(do * o) would take over what o was rounded by; and what
     rounding adds to the rows of ds and ds_dot, which sum up to dlse and dr, is multiplied by the centre and taken back.
-    Both matter where keys share a tangent.
+    Both matter where keys share a tangent. A large finite bias that hides all keys of a row leaves lse = m + log l
+    without the digits of l, so that with an additive bias the sums sweep takes m and l anew.
 """
 
 from __future__ import annotations
@@ -118,6 +119,26 @@ def _add_outer(sums, column, row, dim, WIDTHS: tl.constexpr):
 
 
 @triton.jit
+def _masked_scores(
+    q,
+    k,
+    bias,
+    scale,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
+    BY_KEY: tl.constexpr,
+):
+    """The scores of a tile in units of log 2, with their bias."""
+    s = _scores(q, k, _zeros(ROWS, COLUMNS), BY_KEY) * (scale * LOG2E)
+    if BIAS == 1:
+        s = tl.where(bias != 0, s, -float("inf"))
+    elif BIAS == 2:
+        s = s + _additive(bias)
+    return s
+
+
+@triton.jit
 def _weights(
     q,
     k,
@@ -141,17 +162,17 @@ def _weights(
 ):
     """(p, u, w, e) of a tile, [BLOCK_Q, BLOCK_K] or the transpose BY_KEY; u and w are p where scores do not move.
 
-    The tensors are tuples of parts, rows is (lse, shift of e, shift of w, r) and broadcasts, bias is a tile or None.
+    The tensors are tuples of parts, rows is (lse, shift of e, shift of w, r, log2 l) and broadcasts, bias is a tile or
+    None.
     """
-    lse, e_shift, w_shift, r = rows
+    lse, e_shift, w_shift, r, log_l = rows
     ROWS: tl.constexpr = BLOCK_K if BY_KEY else BLOCK_Q
     COLUMNS: tl.constexpr = BLOCK_Q if BY_KEY else BLOCK_K
-    s = _scores(q, k, _zeros(ROWS, COLUMNS), BY_KEY) * (scale * LOG2E)
-    if BIAS == 1:
-        s = tl.where(bias != 0, s, -float("inf"))
-    elif BIAS == 2:
-        s = s + _additive(bias)
-    p = tl.where(visible, tl.math.exp2(s - lse), 0.0)
+    s = _masked_scores(q, k, bias, scale, ROWS, COLUMNS, BIAS, BY_KEY)
+    s = s - lse
+    if BIAS == 2:
+        s = s - log_l
+    p = tl.math.exp2(tl.where(visible, s, -float("inf")))
     e = _scores(o_grad, v, _zeros(ROWS, COLUMNS), BY_KEY)
     if HAS_V_DOT:
         e = _scores(o_dot_grad, v_dot, e, BY_KEY)
@@ -288,7 +309,7 @@ def queries_kernel(
     SUMS: tl.constexpr,
 ):
     """One block of queries of one head. With SUMS its row sums: in come dlse, dr and r in the fields 1 to 3, out go the
-    shifts of e and of w, and an r that is the mean of s_dot to float32. Else dq and dq_dot."""
+    shifts of e and of w, an r that is the mean of s_dot to float32, and m and log2 l. Else dq and dq_dot."""
     bias_strides = (bias_batch, bias_head, bias_row, bias_key)
     S_MOVES: tl.constexpr = HAS_Q_DOT or HAS_K_DOT
     tiles = tl.cdiv(length_q, BLOCK_Q)
@@ -324,7 +345,33 @@ def queries_kernel(
         e_shift = tl.load(sums + size, mask=inside, other=0.0)
         if MOVES:
             w_shift = tl.load(sums + 2 * size, mask=inside, other=0.0)
-    rows = (lse[:, None], e_shift[:, None], w_shift[:, None], r[:, None])
+    log_l = e_shift
+    start, end = _seen_keys(first_row, length_kv, left, right, BLOCK_Q, HAS_LEFT, HAS_RIGHT)
+    if BIAS == 2:
+        if SUMS:
+            lse = tl.full([BLOCK_Q], -float("inf"), tl.float32)
+            l = tl.zeros([BLOCK_Q], tl.float32)
+            for first_key in tl.range(start, end, BLOCK_K, num_stages=STAGES):
+                keys_at = (batch, head_kv, first_key, length_kv)
+                k_parts = _load_parts(k, k_strides, keys_at, HEAD_DIM, WIDTHS, BLOCK_K)
+                at = (first_row, length_q, first_key, length_kv)
+                bias_tile = _bias_tile(bias, bias_strides, at, BLOCK_Q, BLOCK_K, BIAS_HAS_ROWS, BIAS, False)
+                keys = first_key + tl.arange(0, BLOCK_K)
+                visible = _visible(queries[:, None], keys[None, :], length_kv, left, right, HAS_LEFT, HAS_RIGHT)
+                s = _masked_scores(q_parts, k_parts, bias_tile, scale, BLOCK_Q, BLOCK_K, BIAS, False)
+                s = tl.where(visible, s, -float("inf"))
+                m = tl.maximum(lse, tl.max(s, 1))
+                base = tl.where(m == -float("inf"), 0.0, m)
+                l = l * tl.math.exp2(lse - base) + tl.sum(tl.math.exp2(s - base[:, None]), 1)
+                lse = m
+            seen = lse != -float("inf")
+            lse = tl.where(seen, lse, float("inf"))
+            log_l = tl.math.log2(tl.where(seen, l, 1.0))
+            tl.store(sums, lse, mask=inside)
+            tl.store(sums + 4 * size, log_l, mask=inside)
+        else:
+            log_l = tl.load(sums + 4 * size, mask=inside, other=0.0)
+    rows = (lse[:, None], e_shift[:, None], w_shift[:, None], r[:, None], log_l[:, None])
 
     # means under p, or what rounding took from the rows of ds and ds_dot
     total_u = tl.zeros([BLOCK_Q], tl.float32)
@@ -332,7 +379,6 @@ def queries_kernel(
     total_e = tl.zeros([BLOCK_Q], tl.float32)
     dq_parts = _zero_parts(WIDTHS, BLOCK_Q)
     dq_dot_parts = dq_parts
-    start, end = _seen_keys(first_row, length_kv, left, right, BLOCK_Q, HAS_LEFT, HAS_RIGHT)
     if SUMS and not MOVES:
         end = start
         o_parts = _load_parts(o, o_strides, queries_at, HEAD_DIM_V, WIDTHS_V, BLOCK_Q)
@@ -525,7 +571,10 @@ def keys_kernel(
             if S_MOVES:
                 w_shift = tl.load(own + 2 * size + queries, mask=inside, other=0.0)
                 r = tl.load(own + 3 * size + queries, mask=inside, other=0.0)
-            rows = (lse[None, :], e_shift[None, :], w_shift[None, :], r[None, :])
+            log_l = e_shift
+            if BIAS == 2:
+                log_l = tl.load(own + 4 * size + queries, mask=inside, other=0.0)
+            rows = (lse[None, :], e_shift[None, :], w_shift[None, :], r[None, :], log_l[None, :])
             at = (first_row, length_q, first_key, length_kv)
             bias_tile = _bias_tile(bias_base, bias_strides, at, BLOCK_Q, BLOCK_K, BIAS_HAS_ROWS, BIAS, True)
             visible = _visible(queries[None, :], keys[:, None], length_kv, left, right, HAS_LEFT, HAS_RIGHT)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jvpgraph.kernels.backward_kernel import keys_kernel, queries_kernel
 from jvpgraph.kernels.blocks import Sweeps, backward_sweeps, parts_of_head_dim
-from jvpgraph.kernels.launch import ALL_BUT_BLIND, addressable, arch_of, bias_kind, bias_strides, on_device, strides_of
+from jvpgraph.kernels.launch import addressable, arch_of, bias_kind, bias_strides, on_device, strides_of
 from jvpgraph.kernels.layout import empty_rows
 from jvpgraph.kernels.window import Window
 
@@ -145,9 +145,9 @@ NAMES = ("q", "k", "v", "q_dot", "k_dot", "v_dot", "o_grad", "o_dot_grad")
 
 
 def _row_sums(lse: Tensor, lse_grad: Tensor | None, lse_dot_grad: Tensor | None, lse_dot: Tensor | None) -> Tensor:
-    """[4, B, H, Lq] as queries_kernel takes it: lse in units of log 2, the gradients of lse and lse_dot, lse_dot."""
-    blind = lse < ALL_BUT_BLIND  # a merge of parts may have no gradient there but NaN
-    sums = lse.new_zeros(4, *lse.shape)
+    """[5, B, H, Lq] as queries_kernel takes it: lse in units of log 2, the gradients of lse and lse_dot, lse_dot."""
+    blind = lse == -math.inf  # a merge of parts may have no gradient there but NaN
+    sums = lse.new_zeros(5, *lse.shape)
     sums[0] = (lse * math.log2(math.e)).masked_fill(blind, math.inf)
     for field, x in zip(sums[1:], (lse_grad, lse_dot_grad, lse_dot)):
         if x is not None:

@@ -11,12 +11,7 @@ from torch import Tensor
 
 from jvpgraph.kernels.attention_kernel import ADDITIVE_BIAS, BIAS_DOT_STRIDES, BIAS_STRIDES, BOOLEAN_BIAS, NO_BIAS
 
-__all__ = ["ALL_BUT_BLIND", "addressable", "arch_of", "bias_kind", "bias_strides", "on_device", "strides_of"]
-
-
-# The logsumexp of a row that sees no key is -inf. That of one whose keys all have the most negative finite bias is
-# finite and lost all but its size, so that exp(s - lse) could be anything: to a backward both see no key.
-ALL_BUT_BLIND = -1e37
+__all__ = ["addressable", "arch_of", "bias_kind", "bias_strides", "on_device", "strides_of"]
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -43,8 +43,8 @@ def _scores(
 
 def _probabilities(s: Tensor) -> tuple[Tensor, Tensor]:
     lse = s.logsumexp(-1)
-    # exp(-inf - 0) = 0 keeps a fully masked row at zero instead of NaN
-    return (s - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp(), lse
+    blind = (lse == -math.inf)[..., None]
+    return s.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0), lse  # exp(s - lse) has no digits in a row of -1e9
 
 
 def _repeat_heads(q: Tensor, x: Tensor) -> Tensor:

@@ -219,6 +219,54 @@ def test_the_most_negative_finite_bias_hides_as_in_torch(dtype):
     assert all(x.isfinite().all() for x in grads)
 
 
+@runs_kernels
+@pytest.mark.parametrize(
+    ("fill", "window"), [(-1e4, EVERYTHING), (-1e9, CAUSAL), (-1e30, EVERYTHING), (-math.inf, CAUSAL)]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rows_hidden_by_a_finite_bias_have_gradients(dtype, fill, window):
+    """Of the value and through the tangent, as torch's softmax gives them: lse has no digits left for p."""
+    inputs, dots, _, _ = make(n_q=40, n_k=70, d=16, dtype=dtype)
+    mask = torch.zeros(1, 1, 40, 70, device=DEVICE)
+    mask[..., 30:] = mask[:, :, 7] = fill
+    outs = attention_triton.attention_jvp(*inputs, *dots, mask, None, window, 0.2)
+    o_grad, o_dot_grad = torch.randn_like(outs[0]), torch.randn_like(outs[0])
+    for G in (None, o_dot_grad):
+        got = backward_triton.attention_jvp_backward(
+            o_grad, None, G, None, *inputs, *dots, mask, outs[0], outs[1], outs[3], window, 0.2
+        )
+        q, k, v, *dots_64 = leaves = [double(x).requires_grad_() for x in (*inputs, *dots)]
+        ahead = torch.arange(70, device=DEVICE) - torch.arange(40, device=DEVICE)[:, None]
+        # in float32, as far as the mask goes: what it takes from the scores there is part of what is wanted
+        bias = (0.2 * (q @ k.mT).detach().float() + mask).double() - 0.2 * (q @ k.mT).detach()
+        bias = bias.masked_fill(window.hides(ahead), -math.inf)
+        blind = (bias == -math.inf).all(-1, keepdim=True)
+        o, _, o_dot, _ = reference.attention_jvp(q, k, v, *dots_64, bias.masked_fill(blind, 0), None, False, 0.2)
+        loss = (o * o_grad).masked_fill(blind, 0).sum()
+        loss = loss if G is None else loss + (o_dot * G).masked_fill(blind, 0).sum()
+        want = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        assert max(errors(got, want)) < 2 * TOLERANCE[dtype]
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [FULL, torch.bfloat16], ids=str)
+def test_a_nan_in_an_additive_bias_is_not_hidden(dtype):
+    (q, k, v), dots, _, _ = make(n_q=40, n_k=70, d=16, dtype=dtype)
+    mask = torch.zeros(1, 1, 40, 70, device=DEVICE)
+    mask[:, :, 3, 5] = math.nan
+    outs = attention_triton.attention_jvp(q, k, v, *dots, mask, None, EVERYTHING, 0.2)
+    for x in outs:
+        assert x[:, :, 3].isnan().all()
+        assert x[:, :, 4:].isfinite().all()
+    if dtype == torch.bfloat16:
+        o, lse, _, lse_dot = outs
+        got = backward_triton.attention_jvp_backward(
+            q, None, q, None, q, k, v, *dots, mask, o, lse, lse_dot, EVERYTHING, 0.2
+        )
+        assert got[0][:, :, 3].isnan().all()
+        assert got[0][:, :, 4:].isfinite().all()
+
+
 WINDOWS = [
     Window(left=20),
     Window(right=20),
@@ -566,7 +614,10 @@ PATHS = [
     ("efficient", {"d_v": 128}, {}),
     ("efficient", {"d": 256}, {}),
     ("efficient", {"n_k": 90}, {"bias": torch.bool}),
-    ("efficient", {}, {"bias": torch.bfloat16}),
+    ("triton", {}, {"bias": torch.bfloat16}),  # which may hide whole rows
+    ("triton", {}, {"scale": 0.0}),
+    ("triton", {}, {"scale": -0.1, "window": CAUSAL}),
+    ("blocked", {"dtype": torch.float32}, {"scale": -0.1}),
     ("triton", {}, {"bias": torch.float32}),
     ("blocked", {"dtype": torch.float32, "kv_heads": 2}, {}),
     ("triton", {"d_v": 128, "kv_heads": 2}, {}),
@@ -586,7 +637,8 @@ def test_backward_paths(path, shape, options, bias_rows, monkeypatch):
     # a torch without CUDA does not fake all that this calls
     monkeypatch.setattr(aten_backward, "_additive_aligned", lambda q, k, bias: bias.expand(*q.shape[:3], -1))
     monkeypatch.setattr(backward_triton, "arch_of", lambda device: 90)
-    options = {"bias": None, "window": EVERYTHING, "has_lse_grad": False, "bias_needs_grad": False} | options
+    defaults = {"bias": None, "window": EVERYTHING, "scale": 0.1, "has_lse_grad": False, "bias_needs_grad": False}
+    options = defaults | options
     with FakeTensorMode():
         q, k, v = fake(**shape)
         if options["bias"] is not None:
@@ -634,16 +686,16 @@ def test_what_the_efficient_backward_is_given():
 def test_backward_on_a_gpu(path, shape, options):
     dtype = shape.get("dtype", torch.bfloat16)
     inputs, _, _, _ = make(b=2, h=8, **{"n_q": 100, "n_k": 100, "dtype": dtype} | shape)
-    bias, window = None, options.get("window", EVERYTHING)
+    bias, window, scale = None, options.get("window", EVERYTHING), options.get("scale", 0.2)
     if "bias" in options:
         seen = torch.rand(2, 1, 1, inputs[1].shape[2], device=DEVICE) > 0.3
         seen[0] = False
         bias = seen if options["bias"] == torch.bool else torch.where(seen, 0.0, -math.inf).to(dtype)
-    o, lse = attention_triton.attention(*inputs, bias, window, 0.2)
+    o, lse = attention_triton.attention(*inputs, bias, window, scale)
     o_grad = torch.randn_like(o)
     lse_grad = torch.randn_like(lse) if options.get("has_lse_grad") else None
-    have = attention_triton.attention_backward(o_grad, lse_grad, *inputs, bias, o, lse, window, 0.2, False)[:3]
+    have = attention_triton.attention_backward(o_grad, lse_grad, *inputs, bias, o, lse, window, scale, False)[:3]
     want = attention_blocked.attention_backward(
-        *(double(x) for x in (o_grad, lse_grad, *inputs, bias, o, lse)), window, 0.2, False
+        *(double(x) for x in (o_grad, lse_grad, *inputs, bias, o, lse)), window, scale, False
     )[:3]
     assert max(errors(have, want)) < 2 * TOLERANCE[dtype]
