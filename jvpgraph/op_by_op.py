@@ -5,31 +5,35 @@ tangent of what stands there. A view of a tensor is then a view of its shadow, a
 and no tensor has to be wrapped: modules, hooks and autograd see what they always see. The ops arrive below autograd,
 so the primal records its graph as usual while the tangent records none, and what the backward runs later is not
 shadowed at all.
+
+A tensor whose values come from something with a tangent has one, or raises. So no tensor is taken for a constant
+unless an op that was seen made its storage, or it is older than the call; and what an op left empty or zero has to be
+so still when it is read, or something that is no op wrote there.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _pop_mode,
     _push_mode,
     is_traceable_wrapper_subclass,
-    is_traceable_wrapper_subclass_type,
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
+from jvpgraph.escapes import Calls, Newborn, frames
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.rules import TABLE, NoRule, tangents_of
 from jvpgraph.rules.apply import any_has_tangent, argument_tangent, bind, functional_form, has_tangent
@@ -39,8 +43,22 @@ if dist.is_available():
 
 __all__ = ["OpByOp", "is_dtensor", "is_to_come", "plain"]
 
+aten = torch.ops.aten
 Observer = Callable[[OpOverload, Any, Any], None]
 SWEEP_EVERY = 256  # ops between two looks for shadows whose storage is gone
+
+EMPTY = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
+ZERO = {"zeros", "zeros_like", "new_zeros"}
+LIKE = {"ones_like", "full_like", "rand_like", "randn_like", "randint_like", "new_ones", "new_full"}
+ABOUT = {"is_same_size", "_has_same_storage_numel", "is_pinned", "record_stream", "set_", "resize_", "lift_fresh"}
+COPIES = {"clone", "_to_copy"}
+READS_NOTHING = EMPTY | ZERO | LIKE | ABOUT
+DRAWS = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
+OVERWRITES = DRAWS | {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "index_put_", "_index_put_impl_"}
+OVERWRITES |= {"scatter_", "index_copy_", "index_fill_", "masked_fill_", "masked_scatter_", "put_", "_unsafe_index_put"}
+
+# Storages that were there before the call in which they were met first: parameters, buffers, constants.
+_constants: dict[StorageWeakRef, None] = {}
 
 
 class OpByOp(TorchDispatchMode):
@@ -50,7 +68,7 @@ class OpByOp(TorchDispatchMode):
         observer: called with (op, primal output, tangent output) after each active op.
 
     Raises (from inside):
-        UnsupportedOp: an op on the tangent path has no rule.
+        UnsupportedOp: an op on the tangent path has no rule, or something with a tangent leaves where ops can be seen.
     """
 
     supports_higher_order_operators = True
@@ -58,25 +76,55 @@ class OpByOp(TorchDispatchMode):
     def __init__(self, observer: Observer | None = None):
         super().__init__()
         self._shadows: dict[StorageWeakRef, torch.UntypedStorage] = {}
+        self._seen: dict[StorageWeakRef, None] = {}  # made by ops of this call
+        self._unwritten: dict[StorageWeakRef, str] = {}  # of those, what is "empty" or "zero" as far as ops can tell
+        self._handed_out: dict[StorageWeakRef, str] = {}  # memory that others know of, and by what
         self._stopped = WeakTensorKeyDictionary()  # what detach made and its views: in a storage with a shadow, without
+        self._stopping = False
         self._observer = observer
         self._ops = 0
+        self._newborn = Newborn()
+        self._calls = Calls(self)
+        self._entered = ExitStack()
 
     def __enter__(self) -> OpByOp:
         local = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
         self._keys_outside = local[0](), local[1]()
-        return super().__enter__()
+        for key in [key for key in _constants if key.expired()]:
+            _constants.pop(key, None)
+        with ExitStack() as entered:
+            # TorchScript's autodiff detaches what it is given.
+            entered.enter_context(torch.jit.optimized_execution(False))
+            entered.enter_context(self._newborn)
+            entered.enter_context(self._calls)
+            self._entered = entered.pop_all()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._entered.close()
+
+    # ----------------------------------------------------------------------------------------------- the tangents
 
     def tangent(self, x: Tensor) -> Tensor | None:
         """A view of the tangent of ``x``; None where it is zero. Of a DTensor, a DTensor of that of its local part.
 
         Raises:
-            UnsupportedOp: ``x`` wraps several tensors, and one of them has a tangent.
+            UnsupportedOp: ``x`` wraps several tensors, and one of them has a tangent; or nobody knows where its values
+                come from.
         """
         if is_traceable_wrapper_subclass(x):
             return self._wrapped_tangent(x)
-        shadow = self._shadows.get(_key(x)) if has_tangent(x) and x not in self._stopped else None
-        return _view_of(shadow, x) if shadow is not None else None
+        if not has_tangent(x):
+            return None
+        key = _key(x)
+        shadow = self._shadows.get(key) if key is not None else None
+        if shadow is not None:
+            return _view_of(shadow, x) if x not in self._stopped else None
+        if key is not None and key not in self._seen and key not in _constants:
+            self._vouch_for(x, key)
+        return None
 
     def _wrapped_tangent(self, x: Any) -> Tensor | None:
         parts, how = _flatten(x)
@@ -85,9 +133,18 @@ class OpByOp(TorchDispatchMode):
         if all(dot is None for dot in own):
             return None
         if len(own) > 1:
-            reason = f"a {type(x).__name__} with a tangent, which wraps several tensors, is handed to a region"
-            raise UnsupportedOp([UnsupportedNode(type(x).__name__, "op by op", (), _user_line(), reason)])
+            raise _refusal(type(x).__name__, "something with a tangent is in a tensor that wraps several")
         return own[0] if is_to_come(x) else type(x).__tensor_unflatten__(dots, how, x.size(), x.stride())
+
+    def _vouch_for(self, x: Tensor, key: StorageWeakRef) -> None:
+        """No op made it. Then it has to be older than the call."""
+        if x in self._newborn:
+            reason = (
+                "no op was seen that made it (C++, another thread, a compiled kernel), so that it may depend on something "
+                "with a tangent: make it before the call, or make an op of it with torch.library and give that a rule"
+            )
+            raise _refusal(f"a tensor of shape {tuple(x.shape)}", reason)
+        _constants[key] = None
 
     def stop(self, x: Tensor) -> None:
         """Let ``x`` have no tangent, though its storage has a shadow."""
@@ -100,19 +157,29 @@ class OpByOp(TorchDispatchMode):
     def set_tangent(self, x: Tensor, x_dot: Tensor) -> None:
         """Give ``x`` a tangent of the same shape; a DTensor one that is distributed alike."""
         x, x_dot = plain(x), plain(x_dot)
-        shadow = self._shadows.get(_key(x))
+        key = _key(x)
+        if key is None:
+            raise _refusal(f"a tensor of layout {x.layout}", "only dense tensors can have a tangent")
+        shadow = self._shadows.get(key)
         if shadow is None:
+            if key in self._handed_out:
+                name = self._handed_out[key]
+                raise _refusal(
+                    name, "something with a tangent is written to memory that was handed out: clone it first"
+                )
             size = x.untyped_storage().nbytes()
             shadow = torch.zeros(size, dtype=torch.uint8, device=x.device).untyped_storage()
-            self._shadows[_key(x)] = shadow
+            self._shadows[key] = shadow
         for dim, (size, stride) in enumerate(zip(x.size(), x.stride())):
             if stride == 0 and size > 1:  # one element stands for all of them
                 x, x_dot = x.narrow(dim, 0, 1), x_dot.narrow(dim, 0, 1)
         _view_of(shadow, x).copy_(x_dot)
 
     def sweep(self) -> None:
-        """Drop the shadows whose storage is gone."""
+        """Drop what is known of storages that are gone."""
         self._shadows = {key: shadow for key, shadow in self._shadows.items() if not key.expired()}
+        self._seen = {key: None for key in self._seen if not key.expired()}
+        self._unwritten = {key: value for key, value in self._unwritten.items() if not key.expired()}
 
     def bytes(self) -> int:
         """What all shadows hold."""
@@ -125,15 +192,105 @@ class OpByOp(TorchDispatchMode):
         while modes[-1] is not self:
             modes.append(_pop_mode())
         try:
-            yield
+            with self._calls.left():
+                yield
         finally:
             for mode in reversed(modes):
                 _push_mode(mode)
 
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """This mode, for what one of its ops is made of."""
+        _push_mode(self)
+        try:
+            yield
+        finally:
+            _pop_mode()
+
+    # ----------------------------------------------------------------------------------- what the torch functions do
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """What is detached within was meant to have no tangent."""
+        before, self._stopping = self._stopping, True
+        try:
+            yield
+        finally:
+            self._stopping = before
+
+    def handed_out(self, x: Tensor, name: str) -> None:
+        """``name`` lets others read and write the memory of ``x``."""
+        self._refuse_escape(x, name)
+        for part in _parts(x):
+            key = _key(part)
+            if key is not None:
+                self._handed_out[key] = name
+
+    def address_taken(self, x: Tensor, name: str) -> None:
+        """A kernel is given the memory of ``x``, to read it or to write there."""
+        self._refuse_escape(x, name)
+
+    def _refuse_escape(self, x: Tensor, name: str) -> None:
+        for part in _parts(x):
+            if self.shadowed(part):
+                reason = (
+                    "something with a tangent leaves for where no ops are seen: keep to torch's ops, or make an op of it "
+                    "with torch.library and give that a rule; what needs no tangent is .detach().clone()"
+                )
+                raise _refusal(name, reason)
+            self._unwritten.pop(_key(part), None)  # type: ignore[arg-type]
+
+    def made_a_number(self, x: Tensor, name: str) -> None:
+        if not is_dtensor(x) and any(self.tangent(part) is not None for part in _parts(x)):
+            raise _refusal(name, NUMBER)
+
+    def became_a_leaf(self, x: Tensor) -> None:
+        if any(part in self._stopped for part in _parts(x)):
+            reason = (
+                "a detached tensor becomes one to differentiate, but detach has stopped its tangent: take x.clone(), or "
+                "x.requires_grad_() itself"
+            )
+            raise _refusal("requires_grad_", reason)
+
+    def became_data(self, x: Tensor, of: Tensor) -> None:
+        self.tangent(x)
+        if plain(x) in self._stopped:
+            self.stop(of)
+        else:
+            self._stopped.pop(plain(of), None)
+
+    # --------------------------------------------------------------------------------------------------- the ops
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(map(is_traceable_wrapper_subclass_type, types)):
-            return NotImplemented  # a DTensor, a collective's result to come: the ops on what is inside come next
         kwargs = kwargs or {}
+        if types and self._left_to_wrappers(func, args, kwargs):
+            return NotImplemented
+        if isinstance(func, OpOverload):
+            with torch._C.DisableTorchFunction():
+                return self._dispatch(func, args, kwargs)
+        if str(func) in HIGHER_ORDER:
+            with self._again():
+                return HIGHER_ORDER[str(func)](*args, **kwargs)
+        if self._argument_tangent(tree_leaves([args, kwargs])) is not None:
+            raise _refusal(str(func), "a higher-order op that PyTorch compiles by itself: it has no tangent op by op")
+        return func(*args, **kwargs)
+
+    def _left_to_wrappers(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether the ops on what is inside come next: a DTensor's, a collective's result to come, others'.
+
+        Raises:
+            UnsupportedOp: a wrapper that may rearrange what it wraps has something with a tangent inside.
+        """
+        wrappers = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and _is_wrapper(x)]
+        for x in wrappers:
+            if not (is_dtensor(x) or is_to_come(x)) and any(map(self.shadowed, _parts(x))):
+                reason = (
+                    f"a {type(x).__name__} wraps something with a tangent, and what it makes of it is its own affair"
+                )
+                raise UnsupportedOp([UnsupportedNode(str(func), "op by op", (), _user_line(), reason)])
+        return bool(wrappers)
+
+    def _dispatch(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         self._ops += 1
         if self._ops % SWEEP_EVERY == 0:
             self.sweep()
@@ -142,49 +299,114 @@ class OpByOp(TorchDispatchMode):
             self.set_tangent(x, args[1])
             return x
         if func is TANGENT_OF:
+            self._check_written(func, {"y": args[0]}, [])
             dot = self.tangent(args[0])
-            return dot.clone() if dot is not None else torch.zeros_like(args[0])
-        if func is torch.ops.aten.detach.default and _key(args[0]) in self._shadows:
+            return self._made(dot.clone() if dot is not None else torch.zeros_like(args[0]))
+        if func is aten.detach.default and _key(args[0]) in self._shadows:
             out = func(*args, **kwargs)
-            self._stopped[out] = None
+            if self._stopping or _asked_for() or args[0] in self._stopped:
+                self._stopped[out] = None
             return out
-        if not isinstance(func, OpOverload):
-            if self._argument_tangent([*args, *kwargs.values()]) is not None:
-                reason = "a higher-order op, which PyTorch compiles by itself: it has a tangent in graphs only"
-                raise UnsupportedOp([UnsupportedNode(str(func), "op by op", (), _user_line(), reason)])
-            return func(*args, **kwargs)
-        return self._run(func, args, kwargs)
+        return self._made(self._run(func, args, kwargs))
+
+    def _made(self, out: Any) -> Any:
+        """Remember that an op made these storages."""
+        for x in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(x, Tensor) and (key := _key(x)) is not None:
+                self._seen[key] = None
+        return out
 
     def _run(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        name = func._schema.name.removeprefix("aten::")
         arguments = bind(func, args, kwargs)
         writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        if name in VOUCHED:
+            for x in tree_leaves(list(arguments.values())):
+                if isinstance(x, Tensor) and (key := _key(x)) is not None:
+                    self._seen[key] = None
+        elif self._unwritten:
+            self._check_written(func, arguments, writes)
         dots = {name: dot for name, v in arguments.items() if (dot := self._argument_tangent(v)) is not None}
         stopped = self._stopped_among(arguments) if self._stopped else []
-        if any(arguments[name] is x for name in writes for x in stopped):
+        if any(x is y for name in writes for x in _tensors(arguments[name]) for y in stopped):
             reason = "it writes through a detached alias of a tensor with a tangent: detach().clone() first"
             raise UnsupportedOp([_unsupported(func, dots, reason)])
         if dots and func.namespace == "c10d":
             reason = "a collective that writes into its arguments: take torch.distributed._functional_collectives"
             raise UnsupportedOp([_unsupported(func, dots, reason)])
+        if dots and func not in TABLE and func._can_decompose():  # composite ops come whole under inference mode
+            with self._again():
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        if name in EMPTY | ZERO or (name in COPIES and self._unwritten.get(_key(args[0])) == "empty"):  # type: ignore[arg-type]
+            out = func(*args, **kwargs)
+            if has_tangent(out) and (key := _key(out)) is not None:
+                self._unwritten[key] = "zero" if name in ZERO else "empty"
+            return out
         if not dots or (not writes and func.is_view):
+            self._refuse_reading_bits(func, arguments, writes)
             out = func(*args, **kwargs)
             for x in tree_leaves(out) if stopped else ():
                 if isinstance(x, Tensor) and any(_key(x) == _key(of) for of in stopped):
                     self._stopped[x] = None
-            return out
-        if func not in TABLE and func._can_decompose():  # composite ops come whole under inference mode
-            with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
+            if not dots or all(self.shadowed(x) for x in tree_leaves(out) if has_tangent(x)):
                 return out
+            self._record(func, out, self._rule(func, out, arguments, dots))  # a view by its schema, which was copied
+            return out
         if writes:
             return self._run_in_place(func, args, kwargs, arguments, writes, dots)
-        if func is torch.ops.aten._local_scalar_dense.default:
-            reason = "a tensor with a tangent becomes a Python number, which has none: keep it a tensor, or detach it"
-            raise UnsupportedOp([_unsupported(func, dots, reason)])
+        if func is aten._local_scalar_dense.default:
+            raise UnsupportedOp([_unsupported(func, dots, NUMBER)])
         out = func(*args, **kwargs)
         self._record(func, out, self._rule(func, out, arguments, dots))
         return out
+
+    def _check_written(self, func: OpOverload, arguments: dict[str, Any], writes: list[str]) -> None:
+        """Refuse to read what ops left empty or zero, where something that is no op may have written.
+
+        Raises:
+            UnsupportedOp: an empty tensor is read, or one of zeros has others in it.
+        """
+        name = func._schema.name.removeprefix("aten::")
+        outs = {a.name for a in func._schema.arguments if a.is_out}
+        for argument, value in arguments.items():
+            for x in _tensors(value):
+                key = _key(x)
+                if key not in self._unwritten:
+                    continue
+                unread = (
+                    name in READS_NOTHING or func is aten.detach.default or (func.is_view and not func._can_decompose())
+                )
+                if unread and argument not in writes:
+                    continue
+                if name in COPIES and self._unwritten[key] == "empty":
+                    continue  # what it makes is no less empty
+                ignored = arguments.get("beta") == 0 and argument in ("self", "input")
+                if argument not in outs and name not in OVERWRITES and func.namespace in ("aten", "jvpgraph"):
+                    if not ignored and x.numel() and not self._is_still_zero(x, key):
+                        reason = (
+                            f"{argument} was made {self._unwritten[key]}, and no op was seen that wrote to it (C++, a kernel "
+                            "launched by hand): make an op of what did with torch.library, and give that a rule"
+                        )
+                        raise UnsupportedOp([_unsupported(func, {}, reason)])
+                if not ignored:
+                    del self._unwritten[key]
+
+    def _is_still_zero(self, x: Tensor, key: StorageWeakRef) -> bool:
+        if x.device.type == "meta" or isinstance(x, FakeTensor):
+            return True
+        return self._unwritten[key] == "zero" and not bool(_view_of(x.untyped_storage(), _all_bytes(x)).any())
+
+    def _refuse_reading_bits(self, func: OpOverload, arguments: dict[str, Any], writes: list[str]) -> None:
+        """Integers in a storage with a shadow are the bits of what has a tangent."""
+        if not self._shadows or func.is_view or func._schema.name.removeprefix("aten::") in READS_NOTHING:
+            return
+        for name, value in arguments.items():
+            for x in _tensors(value):
+                if not has_tangent(x) and not _is_wrapper(x) and self.shadowed(x):
+                    reason = f"{name} are the bits, as {x.dtype}, of something with a tangent, which have none"
+                    raise UnsupportedOp([_unsupported(func, {}, reason)])
 
     def _run_in_place(
         self,
@@ -196,22 +418,26 @@ class OpByOp(TorchDispatchMode):
         dots: Any,
     ) -> Any:
         """The tangent of the functional form first, from the old values; then the write itself."""
-        targets = [arguments[name] for name in writes]
+        targets = [x for name in writes for x in _tensors(arguments[name])]
         functional = functional_form(func)
-        if len(targets) != 1 or functional is None:
+        if functional is None:
             raise UnsupportedOp([_unsupported(func, dots, "it writes to its arguments and has no functional form")])
         inputs = {a.name for a in functional._schema.arguments}
         arguments = {name: v for name, v in arguments.items() if name in inputs}
         dots = {name: dot for name, dot in dots.items() if name in inputs}
-        dot = None
-        if dots and torch.Tag.nondeterministic_seeded not in functional.tags:
-            before = functional(**arguments) if func is not torch.ops.aten.copy_.default else targets[0]
+        dot = before = None
+        if torch.Tag.nondeterministic_seeded in functional.tags:
+            if dots and func._schema.name.removeprefix("aten::") not in DRAWS:
+                raise UnsupportedOp([_unsupported(func, dots, "it draws random numbers in place")])
+        elif dots:
+            before = functional(**arguments) if func is not aten.copy_.default else targets[0]
+            if len(_tensors(before)) != len(targets):
+                raise UnsupportedOp([_unsupported(func, dots, "it writes to more than its functional form returns")])
             dot = self._rule(functional, before, arguments, dots)
         out = func(*args, **kwargs)
-        if dot is None:
-            dot = torch.zeros_like(targets[0])
-        if has_tangent(targets[0]):
-            self._record(func, targets[0], dot)
+        for x, x_dot in zip(targets, _flat_dots(dot, len(targets))):
+            if has_tangent(x) and (x_dot is not None or self.shadowed(x)):
+                self._record(func, x, torch.zeros_like(x) if x_dot is None else x_dot)
         return out
 
     def _rule(self, func: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[str, Any]) -> Any:
@@ -245,6 +471,23 @@ class OpByOp(TorchDispatchMode):
         return [x for x in tensors if x in self._stopped]
 
 
+NUMBER = "a tensor with a tangent becomes a Python number, which has none: keep it a tensor, or detach it"
+
+
+def _cond(pred: Any, true_fn: Any, false_fn: Any, operands: Any) -> Any:
+    return (true_fn if pred else false_fn)(*operands)
+
+
+def _while_loop(cond_fn: Any, body_fn: Any, carried: Any, additional: Any) -> Any:
+    while cond_fn(*carried, *additional):
+        carried = body_fn(*carried, *additional)
+    return tuple(carried)
+
+
+HIGHER_ORDER: dict[str, Callable[..., Any]] = {"cond": _cond, "while_loop": _while_loop}
+VOUCHED = {"lift_fresh", "lift", "set_"}  # made of Python's numbers or of a storage, whose escapes are refused
+
+
 def is_to_come(x: Any) -> bool:
     """Whether ``x`` stands for the result of a collective that may not have arrived."""
     return dist.is_available() and isinstance(x, dist._functional_collectives.AsyncCollectiveTensor)
@@ -270,8 +513,51 @@ def _flatten(x: Any) -> tuple[dict[str, Any], Any]:
     return {name: getattr(x, name) for name in names}, how
 
 
-def _key(x: Tensor) -> StorageWeakRef:
+def _key(x: Tensor) -> StorageWeakRef | None:
+    """The storage; None where there is no such thing, as in a sparse tensor."""
+    if x.layout is not torch.strided or x.is_nested or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return None
     return StorageWeakRef(x.untyped_storage())
+
+
+def _is_wrapper(x: Tensor) -> bool:
+    """Whether its class says what ops do."""
+    own = type(x).__torch_dispatch__
+    return own is not torch._C._disabled_torch_dispatch_impl and type(x) is not Tensor and not isinstance(x, FakeTensor)
+
+
+def _parts(x: Tensor) -> list[Tensor]:
+    """The plain tensors that a tensor consists of, whatever wraps them."""
+    if not _is_wrapper(x):
+        return [x]
+    inside = _flatten(x)[0] if is_traceable_wrapper_subclass(x) else vars(x)
+    return [
+        part for y in tree_leaves(list(inside.values())) if isinstance(y, Tensor) and y is not x for part in _parts(y)
+    ]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+    return []
+
+
+def _flat_dots(dot: Any, count: int) -> list[Any]:
+    if dot is None:
+        return [None] * count
+    return [dot] if isinstance(dot, Tensor) else list(dot)
+
+
+def _asked_for() -> bool:
+    """Whether a detach came through the dispatcher: autograd, which saves tensors detached, calls the mode directly."""
+    return bool(torch._C._dispatch_tls_local_exclude_set().has(torch._C.DispatchKey.AutogradFunctionality))
+
+
+def _all_bytes(x: Tensor) -> Tensor:
+    """Something of the shape of all of the storage."""
+    return torch.empty(x.untyped_storage().nbytes(), dtype=torch.uint8, device=x.device)
 
 
 def _view_of(shadow: torch.UntypedStorage, x: Tensor) -> Tensor:
@@ -288,17 +574,20 @@ def _arrived(func: OpOverload, dot: Any) -> Any:
     return tree_map_only(Tensor, torch.ops._c10d_functional.wait_tensor.default, dot)
 
 
+def _refusal(what: str, reason: str) -> UnsupportedOp:
+    return UnsupportedOp([UnsupportedNode(what, "op by op", (), _user_line(), reason)])
+
+
 def _unsupported(func: OpOverload, dots: dict[str, Any], reason: str) -> UnsupportedNode:
     return UnsupportedNode(str(func), "op by op", tuple(dots), _user_line(), reason)
 
 
 def _user_line() -> str:
     """The innermost Python frame outside of torch and this package."""
-    frame = sys._getframe()
-    while frame is not None:
+    for frame in frames():
         module = frame.f_globals.get("__name__", "")
         if not module.startswith(("torch.", "jvpgraph.")) and module not in ("torch", "jvpgraph"):
             code = frame.f_code
-            return f"{code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno} in {code.co_qualname}"
-        frame = frame.f_back  # type: ignore[assignment]
+            name = getattr(code, "co_qualname", code.co_name)
+            return f"{code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno} in {name}"
     return "(no source line)"

@@ -39,6 +39,7 @@ LAYERS = (
         "jvpgraph.trace",
         "jvpgraph.traceable",
         "jvpgraph.context_parallel",
+        "jvpgraph.escapes",
         "jvpgraph.markers",
         "jvpgraph.capture",
         "jvpgraph.structure",
