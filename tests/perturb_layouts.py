@@ -72,7 +72,9 @@ def _backward(graph: fx.Graph) -> set[fx.Node]:
     """What depends on the gradients of the outputs."""
     found = {node for node in graph.find_nodes(op="placeholder") if node.name.startswith("tangents_")}
     for node in graph.nodes:
-        if any(x in found for x in node.all_input_nodes) and (isinstance(node.target, OpOverload) or node.target is operator.getitem):
+        if any(x in found for x in node.all_input_nodes) and (
+            isinstance(node.target, OpOverload) or node.target is operator.getitem
+        ):
             found.add(node)
     return found
 

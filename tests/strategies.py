@@ -3,7 +3,7 @@
 shapes, dtypes      sizes from 1 up, floating types
 tensors             normal numbers in a drawn layout: dense, transposed, strided, expanded
 dit_like_modules    a diffusion transformer with random parts, and inputs for it
-op_graphs           a random straight-line program of torch ops, printed as the Python that it is
+op_graphs           a random program of torch ops, printed as the Python that it is
 
 Everything is drawn as small integers and choices, so that hypothesis shrinks an example to the shortest
 program or the plainest transformer that still fails.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import linecache
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -330,6 +331,31 @@ class Graph:
     source: str
     inputs: tuple[Tensor, ...]
     tangents: tuple[Tensor | None, ...]
+    middle: int = 0  # the line of the source before which it may be cut in two
+    reads_numbers: bool = False
+
+    @property
+    def narrow(self) -> torch.dtype | None:
+        """The narrowest type that it casts to."""
+        bfloat16, float32 = "bfloat16" in self.source, "float32" in self.source or "float()" in self.source
+        return torch.bfloat16 if bfloat16 else torch.float32 if float32 else None
+
+    @property
+    def widened(self) -> Callable[..., Any]:
+        """The same function with every cast to float64."""
+        wide = self.source
+        for cast in (".float()", ".bfloat16()"):
+            wide = wide.replace(cast, ".double()")
+        return _compiled(wide.replace("torch.float32", "torch.float64").replace("torch.bfloat16", "torch.float64"))
+
+    @property
+    def halves(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """``second(*first(*inputs))`` is the function."""
+        head, *body = self.source.splitlines()
+        names = re.findall(r"\bx\d\b", head) + re.findall(r"(?m)^ +(y\d+) =", "\n".join(body[: self.middle]))
+        live = ", ".join(dict.fromkeys(names))
+        first = "\n".join([head, *body[: self.middle], f"    return {live},", ""])
+        return _compiled(first), _compiled("\n".join([f"def f({live}):", *body[self.middle :], ""]))
 
     @property
     def fn(self) -> Callable[..., Any]:
@@ -446,29 +472,77 @@ IN_PLACE = _templates("""
     {y}.scatter_({d}, torch.zeros_like({y}, dtype=torch.long), 2 * {a})
     {y}.t_().sin_()
 """)
-KINDS = (UNARY, BINARY, REDUCTIONS, VIEWS, INDEXING, JOINS, PRODUCTS, COMPLEX, IN_PLACE)
+CASTS = _templates("""
+    {a}.float().tanh().double(); {a}.to(torch.bfloat16).sin().to(torch.float64); {a}.float(); {a}.bfloat16()
+    ({a}.float() @ {a}.float().mT).tanh().double(); F.softmax({a}, {d}, dtype=torch.float32).to({a}.dtype)
+    F.layer_norm({a}.float(), {a}.shape[-1:]).type_as({a}); {a}.to({b}.dtype); {a}.to(torch.bfloat16).sum({d}).double()
+""")
+# What takes several lines. {y} is the result.
+BLOCKS = (
+    "with torch.no_grad():\n    {y} = {a}.sin() * {b}",
+    "with torch.no_grad():\n    s = {a}.abs().amax().detach() + 1\n{y} = {a} / s",
+    "{y} = {a} + ({b} - {b}.detach())",
+    "{y} = {a} * {b}.detach().tanh()",
+    "q = torch.atleast_2d({a})\n"
+    "m = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).triu(1)\n"
+    "{y} = (q @ q.mT).masked_fill(m, -1e9).softmax(-1) @ q",
+    "q = torch.atleast_2d({a})\n"
+    "m = torch.zeros(q.shape[-2], q.shape[-2]).masked_fill(torch.eye(q.shape[-2]).bool(), -math.inf)\n"
+    "{y} = torch.softmax(q @ q.mT * 0.5 + m.to(q.dtype), -1).nan_to_num() @ q",
+    "q = torch.atleast_2d({a})\n"
+    "{y} = torch.softmax((q @ q.mT / math.sqrt(q.shape[-1])).float(), -1).to(q.dtype) @ q.tanh()",
+    "q = torch.atleast_3d({a})\n"
+    "m = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).tril()\n"
+    "{y} = F.scaled_dot_product_attention(q, q.sin(), q, attn_mask=m, scale=0.3)",
+    "{y} = {a}.clone()\nv = {y}[..., :1]\nv.mul_(2)\nv += {y}[..., -1:]",
+    "{y} = {a}.clone()\nfor part in {y}.split(1, {d}):\n    part.sin_()",
+    "{y} = torch.empty_like({a})\ntorch.mul({a}, 2, out={y})",
+    "{y} = torch.zeros_like({a})\n{y}.add_({a}).mul_({b})",
+    "p, q = torch.var_mean({a}, {d}, correction=0, keepdim=True)\n{y} = ({a} - q) * torch.rsqrt(p + 0.1)",
+    "p, q = torch.cat([{a}, {a}.cos()], {d}).chunk(2, {d})\n{y} = p * q",
+    "p = [{a}, {b}, {a}.tanh()]\n{y} = torch.stack(torch.broadcast_tensors(*p)).sum(0)",
+    "m = {a} > 0\n{y} = torch.where(m, {a}, {b}) * m",
+    "{y} = {a}.clone()\n{y}[{y} > 0.5] *= 2",
+    "p = torch._foreach_mul([{a}, {b}], 2.0)\n{y} = p[0] + p[1]",
+)
+# A number read from a tensor: refused, or right.
+NUMBERS = _templates("""
+    {a} * {b}.sum().item(); {a} + float({b}.mean()); torch.full_like({a}, {b}.amax().item()); {a} * {b}.tolist()[0]
+    {a}.clamp(max={b}.mean().item()); {a} * int(({b} > 0).sum()); {a}.masked_fill({a} > 0, {b}.sum().item())
+    {a} * torch.tensor([{b}.mean().item()], dtype={a}.dtype); {a} if {b}.sum() > 0 else -{a}
+""")
+KINDS = (UNARY, BINARY, REDUCTIONS, VIEWS, INDEXING, JOINS, PRODUCTS, COMPLEX, IN_PLACE, CASTS, BLOCKS)
+KINDS_WITH_NUMBERS = (*KINDS, NUMBERS)
 MAX_NUMEL = 256
 
 
 @st.composite
-def op_graphs(draw: st.DrawFn, max_steps: int = 8) -> Graph:
-    """A program of one to ``max_steps`` random ops on up to three inputs; it returns one or two tensors."""
+def op_graphs(draw: st.DrawFn, max_steps: int = 8, numbers: bool = False) -> Graph:
+    """A program of one to ``max_steps`` random ops on up to three inputs; it returns one to three tensors.
+
+    Args:
+        numbers: it may read Python numbers from tensors.
+    """
     base = draw(shapes(min_dims=1, max_dims=3))
     inputs = [draw(tensors(_broadcastable(draw, base))) for _ in range(draw(st.integers(1, 3)))]
     # Shapes are found by running the program so far; a step that does not fit them is left out.
     values = {f"x{i}": x for i, x in enumerate(inputs)}
     body: list[str] = []
+    starts, reads = [0], False
     for _ in range(draw(st.integers(1, max_steps))):
-        lines, name, value = _step(draw, values)
+        kind = draw(st.sampled_from(KINDS_WITH_NUMBERS if numbers else KINDS))
+        lines, name, value = _step(draw, values, kind)
         if lines:
             body += lines
             values[name] = value
-    results = draw(st.lists(st.sampled_from(list(values)[-3:]), min_size=1, max_size=2, unique=True))
+            starts.append(len(body))
+            reads = reads or kind is NUMBERS
+    results = draw(st.lists(st.sampled_from(list(values)[-3:]), min_size=1, max_size=3, unique=True))
     head = f"def f({', '.join(f'x{i}' for i in range(len(inputs)))}):"
     source = "\n".join([head, *(f"    {line}" for line in body), f"    return {', '.join(results)}", ""])
     active = draw(st.sets(st.integers(0, len(inputs) - 1), min_size=1))
     dots = [draw(tensors(tuple(x.shape))) if i in active else None for i, x in enumerate(inputs)]
-    return Graph(source, tuple(inputs), tuple(dots))
+    return Graph(source, tuple(inputs), tuple(dots), draw(st.sampled_from(starts)), reads)
 
 
 def _broadcastable(draw: st.DrawFn, base: tuple[int, ...]) -> tuple[int, ...]:
@@ -476,8 +550,7 @@ def _broadcastable(draw: st.DrawFn, base: tuple[int, ...]) -> tuple[int, ...]:
     return kept[draw(st.integers(0, len(base) - 1)) :]
 
 
-def _step(draw: st.DrawFn, values: dict[str, Tensor]) -> tuple[list[str], str, Any]:
-    kind = draw(st.sampled_from(KINDS))
+def _step(draw: st.DrawFn, values: dict[str, Tensor], kind: tuple[str, ...]) -> tuple[list[str], str, Any]:
     template = draw(st.sampled_from(kind))
     names = st.sampled_from(list(values)[::-1])  # the newest first: long chains
     a = draw(names)
@@ -493,7 +566,9 @@ def _step(draw: st.DrawFn, values: dict[str, Tensor]) -> tuple[list[str], str, A
         "d": -draw(st.integers(1, values[a].dim() or 1)),
     }
     line = template.format(**given)
-    lines = [f"{y} = {a}.clone()", line] if kind is IN_PLACE else [f"{y} = {line}"]
+    lines = line.splitlines() if kind is BLOCKS else [f"{y} = {line}"]
+    if kind is IN_PLACE:
+        lines = [f"{y} = {a}.clone()", line]
     namespace: dict[str, Any] = {"torch": torch, "F": F, "math": math, **values}
     try:
         exec("\n".join(lines), namespace)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given, seed, settings
 from hypothesis import strategies as st
-from strategies import DiTCase, Graph, dit_like_modules, normal, op_graphs
-from torch import Tensor
+from perturb_layouts import perturbed
+from strategies import Block, DiTCase, Graph, dit_like_modules, normal, op_graphs
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
@@ -22,15 +26,21 @@ import jvpgraph
 
 pytestmark = pytest.mark.fuzz
 
-TOLERANCE = 1e-9  # relative to the largest entry
+TOLERANCE = {None: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2}  # relative to the largest entry, by narrowest cast
+REFUSED = (jvpgraph.UnsupportedOp, jvpgraph.CaptureError)
 RESET_EVERY = 25  # examples between two resets of Dynamo, which keeps every graph
+SHARD, SHARDS = map(int, os.environ.get("SHARD", "0/1").split("/"))
 _count = itertools.count(1)
 
 
-def examples(in_ci: int, share: float = 1.0) -> Callable[[Any], Any]:
-    """So many examples in the ci profile, and in others a share of what the profile says."""
+def examples(in_ci: int, in_fuzz: int) -> Callable[[Any], Any]:
+    """So many examples in the ci profile; in fuzz this shard's part of them, with its seed."""
     ci = settings.get_current_profile_name() == "ci"
-    return settings(max_examples=in_ci if ci else int(share * settings().max_examples))
+
+    def decorate(test: Any) -> Any:
+        return settings(max_examples=in_ci if ci else math.ceil(in_fuzz / SHARDS))(test if ci else seed(SHARD)(test))
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -41,22 +51,35 @@ class Results:
     tangents: list[Tensor]
     gradients: list[Tensor | None]
 
-    def check(self, other: Results) -> None:
-        """Raise AssertionError unless ``other`` is the same to 1e-9."""
+    def check(self, other: Results, narrow: torch.dtype | None = None, own: Results | None = None) -> None:
+        """Raise AssertionError unless ``other`` is the same.
+
+        Args:
+            narrow: the narrowest type that was computed in.
+            own: PyTorch's results in these types, whose deviation is allowed tenfold.
+        """
         for what in ("values", "tangents", "gradients"):
             for i, (wanted, got) in enumerate(zip(getattr(self, what), getattr(other, what), strict=True)):
                 if wanted is None or got is None:
                     assert wanted is got or not torch.any(got if wanted is None else wanted), f"{what}, {i}"
                     continue
-                atol = TOLERANCE * max(1.0, wanted.abs().max().item() if wanted.numel() else 0.0)
+                peer = getattr(own, what)[i] if own is not None else None
+                allowed = TOLERANCE[narrow] * max(1.0, _largest(wanted))
+                if peer is not None:
+                    assert peer.dtype == got.dtype, f"{what}, {i}: {got.dtype} for {peer.dtype}"
+                    allowed += 10 * _largest(peer.to(wanted.dtype) - wanted)
                 torch.testing.assert_close(
-                    got, wanted, rtol=0, atol=atol, msg=lambda m, at=f"{what}, {i}": f"{at}: {m}"
+                    got.to(wanted.dtype), wanted, rtol=0, atol=allowed, msg=lambda m, at=f"{what}, {i}": f"{at}: {m}"
                 )
 
     @property
     def finite(self) -> bool:
         found = [*self.values, *self.tangents, *(g for g in self.gradients if g is not None)]
         return all(bool(x.isfinite().all()) for x in found)
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
 
 
 def gradients(outs: Sequence[Tensor], wrt: Sequence[Tensor]) -> list[Tensor | None]:
@@ -82,23 +105,97 @@ def expected(
         return Results(values, tangents, gradients(tree_leaves(fn(*inputs)), wrt) if wrt else [])
 
 
-def check_module(case: DiTCase, backend: str, dynamic: bool | None = False) -> None:
+def differences(fn: Callable[..., Any], inputs: Sequence[Tensor], dots: Sequence[Tensor | None]) -> list[Tensor]:
+    """Central differences; NaN where two steps disagree, as at a jump."""
+
+    def at(step: float) -> list[Tensor]:
+        moved = [x if d is None else x + step * d for x, d in zip(inputs, dots)]
+        return [y.clone() for y in tree_leaves(fn(*moved))]
+
+    def slopes(step: float) -> list[Tensor]:
+        return [(a - b) / (2 * step) for a, b in zip(at(step), at(-step))]
+
+    with torch.no_grad():
+        pairs = zip(slopes(1e-5), slopes(5e-6))
+        return [torch.where((a - b).abs() < 1e-6 * (1 + _largest(b)), b, torch.nan) for a, b in pairs]
+
+
+def check_module(case: DiTCase, backend: str, dynamic: bool | None = False, regions: Any = None) -> None:
     inputs, dots = list(case.inputs.values()), [case.tangents.get(name) for name in case.inputs]
     wrt = list(case.module.parameters())
-    dual = jvpgraph.transform(case.module, backend=backend, dynamic=dynamic)
+    dual = jvpgraph.transform(case.module, backend=backend, dynamic=dynamic, regions=regions)
     y, y_dot = dual(**case.inputs, tangents=case.tangents)
     assert not y_dot.requires_grad
     expected(case.module, inputs, dots, wrt).check(Results([y], [y_dot], gradients([y], wrt)))
 
 
-def check_graph(graph: Graph, backend: str, with_grad: bool) -> None:
+class Half(nn.Module):
+    def __init__(self, fn: Callable[..., Any]):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.fn(*inputs)
+
+
+class Halves(nn.Module):
+    """A program whose first half is a region."""
+
+    def __init__(self, graph: Graph):
+        super().__init__()
+        first, self.second = graph.halves
+        self.first = Half(first)
+
+    def forward(self, *x: Tensor) -> Any:
+        return self.second(*self.first(*x))
+
+
+def run(graph: Graph, way: str, inputs: tuple[Tensor, ...], wrt: Sequence[Tensor]) -> Results:
+    """A program by a backend, or with a region."""
+    if way == "regions":
+        dots = {f"x.{i}": d for i, d in enumerate(graph.tangents) if d is not None}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning)  # a half that is no graph runs op by op
+            dual = jvpgraph.transform(Halves(graph), backend="eager", regions=Half, dynamic=False)
+            out, out_dot = dual(*inputs, tangents=dots)
+    else:
+        options: dict[str, Any] = {} if way == "op_by_op" else {"dynamic": False}
+        if way == "inductor" and graph.narrow is not None:
+            options["config"] = jvpgraph.Config(inductor={"emulate_precision_casts": True})
+        out, out_dot = jvpgraph.jvp(graph.fn, inputs, graph.tangents, backend=way, **options)
+    outs = tree_leaves(out)
+    return Results(outs, tree_leaves(out_dot), gradients(outs, wrt))
+
+
+def check_graph(graph: Graph, ways: Sequence[str], with_grad: bool, perturb: bool = False) -> None:
+    """All ways agree with PyTorch in float64; a program that reads numbers may also be refused."""
     inputs = tuple(x.detach().requires_grad_(with_grad) for x in graph.inputs)
     wrt = inputs if with_grad else ()
-    right = expected(graph.fn, inputs, graph.tangents, wrt)
-    assume(right.finite)
-    out, out_dot = jvpgraph.jvp(graph.fn, inputs, graph.tangents, backend=backend, dynamic=False)
-    outs = tree_leaves(out)
-    right.check(Results(outs, tree_leaves(out_dot), gradients(outs, wrt)))
+    own = None
+    try:
+        right = expected(graph.widened, inputs, graph.tangents, wrt)
+        if graph.narrow is not None:
+            own = expected(graph.fn, inputs, graph.tangents, wrt)
+    except RuntimeError:  # forward AD does not take every mixture of types
+        assume(graph.narrow is None)
+        raise
+    if graph.reads_numbers:  # which forward AD takes for constants
+        assume("detach" not in graph.source and graph.narrow is None)
+        slopes = differences(graph.fn, graph.inputs, graph.tangents)
+        right = Results(right.values, slopes, right.gradients)
+    assume(right.finite and (own is None or own.finite))
+    for way in ways:
+        with perturbed() if perturb else nullcontext():
+            try:
+                found = run(graph, way, inputs, wrt)
+            except REFUSED:
+                if graph.reads_numbers:
+                    continue
+                raise
+        try:
+            right.check(found, torch.float32 if graph.reads_numbers else graph.narrow, own)
+        except AssertionError as error:
+            raise AssertionError(f"{way}, perturbed: {perturb}: {error}") from error
 
 
 def forget_some() -> None:
@@ -106,41 +203,63 @@ def forget_some() -> None:
         torch._dynamo.reset()
 
 
-@examples(in_ci=8)
+@examples(in_ci=8, in_fuzz=400)
 @given(case=dit_like_modules())
 def test_transformer_as_graph(case: DiTCase):
     forget_some()
     check_module(case, "eager")
 
 
-@examples(in_ci=25)
+@examples(in_ci=25, in_fuzz=800)
 @given(case=dit_like_modules())
 def test_transformer_op_by_op(case: DiTCase):
     check_module(case, "op_by_op")
 
 
-@examples(in_ci=2, share=0.05)
+@examples(in_ci=2, in_fuzz=40)
 @given(case=dit_like_modules())
 def test_transformer_compiled(case: DiTCase):
     forget_some()
     check_module(case, "inductor")
 
 
-@examples(in_ci=60)
-@given(graph=op_graphs(), with_grad=st.booleans())
-def test_program_as_graph(graph: Graph, with_grad: bool):
+@examples(in_ci=2, in_fuzz=100)
+@given(case=dit_like_modules(), regions=st.sampled_from((Block, "auto")))
+def test_transformer_in_regions(case: DiTCase, regions: Any):
     forget_some()
-    check_graph(graph, "eager", with_grad)
+    check_module(case, "eager", regions=regions)
 
 
-@examples(in_ci=100)
+@examples(in_ci=2, in_fuzz=100)
+@given(case=dit_like_modules())
+def test_transformer_with_other_layouts(case: DiTCase):
+    forget_some()
+    with perturbed():
+        check_module(case, "eager")
+
+
+@examples(in_ci=100, in_fuzz=2000)
 @given(graph=op_graphs(), with_grad=st.booleans())
 def test_program_op_by_op(graph: Graph, with_grad: bool):
-    check_graph(graph, "op_by_op", with_grad)
+    check_graph(graph, ["op_by_op"], with_grad)
 
 
-@examples(in_ci=3, share=0.05)
-@given(graph=op_graphs(), with_grad=st.booleans())
-def test_program_compiled(graph: Graph, with_grad: bool):
+@examples(in_ci=40, in_fuzz=6000)
+@given(graph=op_graphs(), with_grad=st.booleans(), perturb=st.booleans())
+def test_program_on_three_backends(graph: Graph, with_grad: bool, perturb: bool):
     forget_some()
-    check_graph(graph, "inductor", with_grad)
+    check_graph(graph, ["op_by_op", "eager", "regions"], with_grad, perturb)
+
+
+@examples(in_ci=10, in_fuzz=1700)
+@given(graph=op_graphs(max_steps=4, numbers=True), with_grad=st.booleans())
+def test_program_that_reads_numbers(graph: Graph, with_grad: bool):
+    forget_some()
+    check_graph(graph, ["op_by_op", "eager", "regions"], with_grad)
+
+
+@examples(in_ci=3, in_fuzz=300)
+@given(graph=op_graphs(), with_grad=st.booleans(), perturb=st.booleans())
+def test_program_compiled(graph: Graph, with_grad: bool, perturb: bool):
+    forget_some()
+    check_graph(graph, ["inductor"], with_grad, perturb)

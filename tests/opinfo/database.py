@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["FORMS", "LAYOUTS", "OPS", "Call", "calls", "floating"]
 
 
-
 def _as_it_is(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return op(*args, **kwargs)
 

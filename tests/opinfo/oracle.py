@@ -53,7 +53,7 @@ def truth(fn: Callable[..., Any], tensors: Sequence[Tensor], dots: Dots) -> Trut
         outs = _seeded(fn, tensors)
         values = [wide(y) for y in outs]
     analytic = forward_ad_of(fn, tensors, dots)
-    coarse, fine = (_differences(fn, tensors, dots, step) for step in (STEP, STEP / 2))
+    coarse, fine = (_differences(fn, tensors, dots, step, values) for step in (STEP, STEP / 2))
     tangents: list[list[tuple[Tensor, float]]] = []
     suspicious = False
     for i, value in enumerate(values):
@@ -92,7 +92,10 @@ def forward_ad_of(fn: Callable[..., Any], tensors: Sequence[Tensor], dots: Dots)
         return None
 
 
-def _differences(fn: Callable[..., Any], tensors: Sequence[Tensor], dots: Dots, step: float) -> list[Tensor] | None:
+def _differences(
+    fn: Callable[..., Any], tensors: Sequence[Tensor], dots: Dots, step: float, at: Sequence[Tensor]
+) -> list[Tensor] | None:
+    """Central differences; NaN where the slopes on the two sides of ``at`` differ, as at a kink or a jump."""
     try:
         with torch.no_grad():
             up, down = (
@@ -101,8 +104,15 @@ def _differences(fn: Callable[..., Any], tensors: Sequence[Tensor], dots: Dots, 
             )
     except RuntimeError:
         return None
-    pairs = zip(map(wide, up), map(wide, down))
-    return [(a - b) / (2 * step) if a.shape == b.shape else torch.full_like(a, torch.nan) for a, b in pairs]
+    slopes = []
+    for above, below, here in zip(map(wide, up), map(wide, down), at):
+        if not above.shape == below.shape == here.shape:
+            slopes.append(torch.full_like(here, torch.nan))
+            continue
+        slope, bend = (above - below) / (2 * step), (above + below - 2 * here).abs() / step
+        smooth = bend <= 1e-2 * (1 + slope.abs().max()) if slope.numel() else bend == 0
+        slopes.append(torch.where(smooth, slope, torch.nan))
+    return slopes
 
 
 def close(got: Tensor, wanted: Tensor, tolerance: float) -> bool:
@@ -128,4 +138,5 @@ def gradients(outs: Sequence[Tensor], wrt: Sequence[Tensor]) -> list[Tensor | No
             total = total + (y * w).sum().real.double()
     if not isinstance(total, Tensor):
         return [None] * len(wrt)
-    return list(torch.autograd.grad(total, wrt, allow_unused=True))
+    found = torch.autograd.grad(total, wrt, allow_unused=True)
+    return [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in found]
