@@ -118,7 +118,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dbias) from the forward's o and lse; dbias is None unless asked for."""
     path = backward_path(q, k, v, bias, window, scale, lse_grad is not None, bias_needs_grad).name
-    if path == "efficient" and needs_own_sums(bias, lse, may_wait=not _is_capturing(q)):
+    if path == "efficient" and needs_own_sums(bias, lse):
         path = "blocked"
     if path == "blocked":
         return attention_blocked.attention_backward(
@@ -132,10 +132,6 @@ def attention_backward(
     function = _flash_backward if path == "flash" else _efficient_backward
     o_grad, q, k, v, o = map(for_aten, (o_grad, q, k, v, o))
     return *function(o_grad, q, k, v, bias, o, for_aten(lse), window, scale), None
-
-
-def _is_capturing(q: Tensor) -> bool:
-    return q.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _flash_backward(

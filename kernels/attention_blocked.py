@@ -435,7 +435,9 @@ def needs_own_sums(bias: Tensor | None, lse: Tensor, *, may_wait: bool = True) -
     finite bias, so that lse = log N - 1e9. Answers yes where only the device knows, and one must not wait for it."""
     if bias is None or bias.dtype == torch.bool:
         return False
-    return not may_wait or bool(((lse < LOW) & (lse > -math.inf)).any())
+    if not may_wait or (lse.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return True
+    return bool(((lse < LOW) & (lse > -math.inf)).any())
 
 
 def _row_sums(

@@ -31,17 +31,18 @@ def empty_rows(like: Tensor, length: int, dim: int) -> Tensor:
     return like.new_empty(*like.shape[:-3], length, like.shape[-3], dim).transpose(-3, -2)
 
 
-def for_aten(x: Tensor) -> Tensor:
+def for_aten(x: Tensor, *, aligned: bool | None = None) -> Tensor:
     """x as ATen's fused kernels take for granted that it lies in memory, without looking: its last dim contiguous, its
     rows one behind the other, on a GPU from multiples of 16 bytes on, which is what they load at a time. A copy if it
-    does not. Every operand goes through here, whether it is rows, a mask, or one number per row."""
+    does not. Every operand goes through here, whether it is rows, a mask, or one number per row. aligned: to 16 bytes,
+    by default where x is not on the CPU."""
     steps = [step for size, step in zip(x.shape[:-1], x.stride()) if size > 1]
     whole = x.shape[-1] <= 1 or x.stride(-1) == 1
     if x.dim() > 1 and x.shape[-2] > 1:
         whole = whole and x.stride(-2) >= x.shape[-1]
     if x.dim() < 4:
         whole = x.is_contiguous()
-    elif x.device.type != "cpu":
+    elif x.device.type != "cpu" if aligned is None else aligned:
         whole = whole and all(step * x.itemsize % 16 == 0 for step in (x.storage_offset(), *steps))
     return x if whole else x.clone(memory_format=torch.contiguous_format)
 

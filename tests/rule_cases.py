@@ -209,6 +209,7 @@ POINTWISE = [
         *(call(R(3, 4), -1, 0.5), call(R(3, 4), None, 0.5), call(R(3, 4), 0), kink(V([0.0, 1.0]), 0, 1)),
     ),
     *rows([aten.clamp_min.default, aten.clamp_max.default], call(R(3, 4), 0.5), kink(V([0.0]), 0)),
+    *row(aten.nan_to_num.default, call(R(3, 4)), call(R(3, 4), 1.0, 2.0, 3.0)),
     *row(aten.clamp.Tensor, call(R(3, 4), R(4, high=0), R(4, low=0)), call(R(3, 4), None, R(4))),
     *rows([aten.clamp_min.Tensor, aten.clamp_max.Tensor], call(R(3, 4), R(4))),
     *rows(

@@ -25,6 +25,7 @@ from jvpgraph.kernels import (
 )
 from jvpgraph.kernels.attention import implementation, merge_attention
 from jvpgraph.kernels.blocks import Blocks, choose_blocks, least_columns, split_head_dim
+from jvpgraph.kernels.layout import for_aten
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
 from tests.interpreter import (  # noqa: F401 - fixtures
     DEVICE,
@@ -506,14 +507,14 @@ def test_common_layouts_are_taken_without_copies():
     for x in (*rows.unbind(2), rows[:, :, 0].transpose(1, 2).contiguous().transpose(1, 2), rows[:, :, 0, :1]):
         x = x.expand(-1, -1, 4, -1).transpose(1, 2)
         assert launch.addressable(x) is x
-        assert aten_backward._aligned(x) is x
+        assert for_aten(x, aligned=True) is x
 
 
 def test_what_atens_kernels_would_misread_is_copied():
     """Flash loads 16 bytes at a time, and does not look whether they are aligned."""
     x = torch.randn(2, 3, 7, 72, dtype=torch.bfloat16)
     for wrong in (x[..., 1:65], x.mT.contiguous().mT, torch.randn(2, 3, 7, 65).bfloat16()[..., :64], x[:, :, :, ::2]):
-        copy = aten_backward._aligned(wrong)
+        copy = for_aten(wrong, aligned=True)
         assert torch.equal(copy, wrong)
         assert copy.is_contiguous()
 

@@ -131,6 +131,7 @@ jvp(aten.hardswish.default)(lambda y, x, *, x_dot: aten.hardswish_backward(x_dot
 linear(aten.where.self, wrt="self other")
 linear(aten.masked_fill.Tensor, wrt="self value")
 linear(aten.masked_scatter.default, wrt="self source")
+jvp(aten.nan_to_num.default)(lambda y, x, *_, x_dot: torch.where(x.isfinite(), x_dot, 0))  # x_dot is NaN, too, there
 jvp(aten.masked_fill.Scalar)(lambda y, x, mask, value, *, x_dot: x_dot.masked_fill(mask, 0))
 jvp(aten.abs.default, when=real)(lambda y, x, *, x_dot: x_dot * x.sign())
 jvp(
