@@ -62,12 +62,12 @@ def backward_path(
         if _flash_takes(q, k, v, bias, window):
             return Path("flash")
         why = _not_for_efficient(q, k, bias, window)
-    ours = backward_triton.supports(q, k, v, bias_needs_grad)
-    if not why and bias is not None and bias.dtype != torch.bool and ours:
+    not_ours = backward_triton.why_not(q, k, v, bias, bias_needs_grad=bias_needs_grad)
+    if not why and bias is not None and bias.dtype != torch.bool and not not_ours:
         why = "an additive bias, which may hide whole rows"  # to see whether it does would wait for the GPU
     if not why:
         return Path("efficient")
-    return Path("triton" if ours else "blocked", why)
+    return Path("blocked", f"{why}, and {not_ours}" if not_ours != why else why) if not_ours else Path("triton", why)
 
 
 def _not_for_aten(q: Tensor, k: Tensor, v: Tensor, scale: float, has_lse_grad: bool, bias_needs_grad: bool) -> str:

@@ -51,6 +51,7 @@ from jvpgraph.kernels.attention_triton import (
     fits_descriptor,
 )
 from jvpgraph.kernels.blocks import GLUON_IS_FASTER, GLUON_TABLE, GLUON_VALUE_FROM, GluonBlocks, gluon_blocks
+from jvpgraph.kernels.launch import arch_of, on_device
 from jvpgraph.kernels.layout import empty_rows
 from jvpgraph.kernels.window import EVERYTHING, Window
 
@@ -412,9 +413,8 @@ def supports(
     """Whether the kernel takes tensors like these and such a call: on Hopper, in half types, as many columns in v as
     in q, a multiple of 8 up to 128; every key seen by every query of its head, and no bias."""
     return (
-        q.is_cuda
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        torch.version.hip is None
+        and arch_of(q.device) == 90
         and q.dtype in TYPES
         and q.shape[-1] == v.shape[-1]
         and q.shape[-1] % 8 == 0
@@ -430,8 +430,7 @@ def is_faster(q: Tensor, v: Tensor) -> bool:
     """Whether a GPU like this one has shown it to be, for such a head dim and dtype."""
     if not supports(q, v):
         return False
-    major, minor = torch.cuda.get_device_capability(q.device)
-    return (10 * major + minor, q.shape[-1], q.dtype) in GLUON_IS_FASTER
+    return (arch_of(q.device), q.shape[-1], q.dtype) in GLUON_IS_FASTER
 
 
 def attention(
@@ -517,7 +516,7 @@ def _attend(
     width, of_table = gluon_blocks(head_dim, 2 + (k_dot is not None) + (v_dot is not None), moves)
     blocks = blocks or of_table
     operands = (q, q if q_dot is None else q_dot), (k, k if k_dot is None else k_dot, v, v if v_dot is None else v_dot)
-    with torch.cuda.device(q.device):
+    with on_device(q.device):
         attention_jvp_kernel[(triton.cdiv(length_q, 2 * ROWS.value) * batch * heads,)](
             *(_descriptor(x, ROWS.value, width) for x in operands[0]),
             *(_descriptor(x, blocks.block_k, width) for x in operands[1]),

@@ -41,11 +41,10 @@ def supports(q: Tensor, v: Tensor) -> bool:
     """Whether the kernel takes tensors like these: on an NVIDIA GPU from Ampere on, of at most 256 columns in half
     types and 64 in float32."""
     return (
-        q.is_cuda
-        and torch.version.hip is None
+        torch.version.hip is None
         and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and max(q.shape[-1], v.shape[-1]) <= max_head_dim(q.dtype)
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and arch_of(q.device) >= 80
     )
 
 
@@ -114,7 +113,7 @@ def attention_jvp_backward(
 ) -> tangent_backward.Gradients:
     """As tangent_backward.attention_jvp_backward, in Triton where backward_triton supports it."""
     cotangents, inputs = (o_grad, lse_grad, o_dot_grad, lse_dot_grad), (q, k, v, q_dot, k_dot, v_dot)
-    if backward_triton.supports(q, k, v, bias_needs_grad, bias_dot, moves=True):
+    if backward_triton.supports(q, k, v, bias, bias_needs_grad=bias_needs_grad, bias_dot=bias_dot, moves=True):
         grads = backward_triton.attention_jvp_backward(*cotangents, *inputs, bias, o, lse, lse_dot, window, scale)
         return *grads, None, None
     needs = bias_needs_grad, bias_dot_needs_grad

@@ -1,7 +1,7 @@
 """The host side of jvpgraph.kernels.backward_kernel: from tensors to three launches.
 
 Refuses
-    Nothing: `supports` says what the kernels take, and jvpgraph.kernels.ops checks the arguments first.
+    Nothing: `why_not` says what the kernels do not take, and jvpgraph.kernels.ops checks the arguments first.
 """
 
 from __future__ import annotations
@@ -19,23 +19,42 @@ from jvpgraph.kernels.launch import addressable, arch_of, bias_kind, bias_stride
 from jvpgraph.kernels.layout import empty_rows
 from jvpgraph.kernels.window import Window
 
-__all__ = ["attention_jvp_backward", "supports"]
+__all__ = ["attention_jvp_backward", "supports", "why_not"]
 
 
-def supports(
-    q: Tensor, k: Tensor, v: Tensor, bias_needs_grad: bool = False, bias_dot: Tensor | None = None, moves: bool = False
-) -> bool:
-    """Whether the kernels take tensors like these: in half types, of a head dim that the table has, without gradients
-    or a tangent of a bias. moves: with a cotangent of the tangent."""
-    return (
-        q.dtype in (torch.float16, torch.bfloat16)
-        and backward_sweeps(arch_of(q.device), max(q.shape[-1], v.shape[-1]), moves) is not None
-        and q.numel() > 0
-        and k.numel() > 0
-        and v.numel() > 0
-        and not bias_needs_grad
-        and bias_dot is None
-    )
+def supports(*tensors: Any, **options: Any) -> bool:
+    """Whether the kernels take tensors like these: see why_not."""
+    return not why_not(*tensors, **options)
+
+
+def why_not(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bias_needs_grad: bool = False,
+    bias_dot: Tensor | None = None,
+    moves: bool = False,
+) -> str:
+    """Why the kernels do not take tensors like these, "" if they do: in half types, of a head dim that the table has
+    room for, without gradients or a tangent of a bias. moves: with a cotangent of the tangent."""
+    arch, columns = arch_of(q.device), max(q.shape[-1], v.shape[-1])
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"Triton's takes no {q.dtype}"
+    if bias_needs_grad or bias_dot is not None:
+        return "Triton's gives a bias no gradient, and takes no tangent of one"
+    if 0 in (q.numel(), k.numel(), v.numel()):
+        return "there is nothing to compute"
+    if backward_sweeps(arch, columns, moves, row_bytes(bias)) is None:
+        mask = f" with a {bias.dtype} mask of rows" if bias is not None and row_bytes(bias) else ""
+        return f"Triton's has no tile that fits sm_{arch} at {columns} columns{mask}"
+    return ""
+
+
+def row_bytes(bias: Tensor | None) -> int:
+    """Of an element, if the bias differs from query to query, so that tiles of it are staged; else 0."""
+    return bias.element_size() if bias is not None and bias.shape[2] > 1 else 0
 
 
 def attention_jvp_backward(
@@ -105,7 +124,7 @@ def attention_jvp_backward(
         "HAS_LEFT": left is not None,
         "HAS_RIGHT": right is not None,
     }
-    sweeps = sweeps or backward_sweeps(arch_of(q.device), max(head_dim, head_dim_v), moves)
+    sweeps = sweeps or backward_sweeps(arch_of(q.device), max(head_dim, head_dim_v), moves, row_bytes(bias))
     assert sweeps is not None
     with on_device(q.device):
         for blocks, sums_only in ((sweeps.sums, True), (sweeps.queries, False)):

@@ -79,8 +79,9 @@ def variant(moves: bool, has_bias: bool) -> str:
     return "bias" if has_bias else "jvp" if moves else "forward"
 
 
-# Bytes per program. 80 stands for 86, 89 and 120 too, so its entries fit the 99 KiB that those have.
-SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Bytes per program, of the GPUs that tiles are for. Others take the next lower one's: 87 those of 86, 103 those of 100.
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+LIKE_AMPERE = (86, 89, 120)  # the same matrix instructions in less shared memory, which all tiles for 80 fit
 
 TABLE: dict[Entry, Blocks] = {
     # Ampere: two accumulators and two query tiles leave little room in 255 registers per thread
@@ -125,6 +126,8 @@ TABLE: dict[Entry, Blocks] = {
     Entry(100, 128, BF16, "bias"): Blocks(128, 32, 8, 2),
     Entry(100, 256, BF16, "bias"): Blocks(128, 32, 8, 1, v_width=64),
 }
+for _arch in LIKE_AMPERE:
+    TABLE |= {entry._replace(arch=_arch): blocks for entry, blocks in TABLE.items() if entry.arch == 80}
 # float32 has no matrix units: each thread holds whole rows of q and q_dot, and beyond 64 columns they spill. Other
 # tiles than these abort the compiler of Triton 3.9.0 in one of the kernel's variants.
 for _arch in SHARED_MEMORY:
@@ -182,7 +185,7 @@ def max_head_dim(dtype: torch.dtype) -> int:
 
 
 def _table_arch(capability: int) -> int:
-    return 90 if capability == 90 else 100 if 100 <= capability < 120 else 80
+    return max(arch for arch in SHARED_MEMORY if arch <= capability)
 
 
 def choose_blocks(
@@ -192,7 +195,7 @@ def choose_blocks(
 
     head_dims are those of q and of v. Where tensors cannot be loaded by descriptor (TMA), Hopper and Blackwell take
     the entries of Ampere.
-    """
+    """  # which fit 99 KiB, see LIKE_AMPERE
     if capability == 0:
         return INTERPRETER
     dtype = FP32 if dtype == FP32 else BF16
@@ -254,23 +257,33 @@ class BackwardEntry(NamedTuple):
     arch: int
     head_dim: int  # the largest that they are for
     moves: bool  # there is a cotangent of the tangent
+    row_bytes: int = (
+        4  # of an element of the largest mask with rows, [.., Lq, Lkv], that they have room for; 0: of none
+    )
 
 
 # A tile with tangents holds four weights beside the accumulators, so tiles are narrow. Where everything moves at 128
-# columns, Ampere has room for none: attention_blocked takes over.
+# columns, Ampere has room for none: attention_blocked takes over. A mask with rows is staged through shared memory as
+# keys and values are, one of padded keys, [.., 1, Lkv], is not: where the former does not fit, it has an entry.
 BACKWARD_TABLE: dict[BackwardEntry, Sweeps] = {
-    BackwardEntry(80, 64, False): Sweeps(B(128, 64, 8, 3), B(128, 64, 8, 3), B(64, 128, 8, 3)),
-    BackwardEntry(80, 128, False): Sweeps(B(128, 32, 8, 3), B(128, 32, 8, 3), B(32, 128, 8, 3)),
-    BackwardEntry(80, 64, True): Sweeps(B(128, 32, 8, 3), B(128, 32, 8, 3), B(32, 128, 8, 2), B(32, 128, 8, 3)),
+    BackwardEntry(80, 64, False, 2): Sweeps(B(128, 64, 8, 3), B(128, 64, 8, 3), B(64, 128, 8, 3)),
+    BackwardEntry(80, 64, False): Sweeps(B(128, 64, 8, 2), B(128, 64, 8, 2), B(64, 64, 4, 2)),
+    BackwardEntry(80, 128, False, 0): Sweeps(B(128, 32, 8, 3), B(128, 32, 8, 3), B(32, 128, 8, 3)),
+    BackwardEntry(80, 128, False): Sweeps(B(64, 32, 4, 3), B(64, 32, 4, 3), B(32, 64, 4, 2)),
+    BackwardEntry(80, 64, True, 0): Sweeps(B(128, 32, 8, 3), B(128, 32, 8, 3), B(32, 128, 8, 2), B(32, 128, 8, 3)),
+    BackwardEntry(80, 64, True): Sweeps(B(128, 32, 8, 2), B(128, 32, 8, 2), B(32, 128, 8, 2), B(32, 128, 8, 3)),
     BackwardEntry(90, 64, False): Sweeps(B(128, 64, 8, 3), B(128, 64, 8, 3), B(64, 128, 8, 2)),
     BackwardEntry(90, 128, False): Sweeps(B(128, 64, 8, 3), B(128, 64, 8, 3), B(32, 128, 8, 3)),
     BackwardEntry(90, 64, True): Sweeps(B(128, 64, 8, 3), B(128, 32, 8, 3), B(32, 128, 8, 2), B(64, 128, 8, 2)),
-    BackwardEntry(90, 128, True): Sweeps(B(128, 32, 8, 3), B(128, 16, 8, 2), B(16, 128, 8, 2), B(32, 128, 8, 2)),
+    BackwardEntry(90, 128, True, 0): Sweeps(B(128, 32, 8, 3), B(128, 16, 8, 2), B(16, 128, 8, 2), B(32, 128, 8, 2)),
+    BackwardEntry(90, 128, True): Sweeps(B(128, 32, 8, 2), B(128, 16, 8, 2), B(16, 128, 8, 2), B(32, 128, 8, 2)),
     BackwardEntry(100, 64, False): Sweeps(B(128, 64, 8, 3), B(128, 64, 8, 3), B(64, 128, 8, 2)),
     BackwardEntry(100, 128, False): Sweeps(B(128, 64, 8, 2), B(128, 64, 8, 2), B(64, 128, 8, 2)),
     BackwardEntry(100, 64, True): Sweeps(B(128, 64, 8, 2), B(128, 32, 8, 2), B(32, 128, 8, 1), B(64, 128, 8, 1)),
     BackwardEntry(100, 128, True): Sweeps(B(128, 32, 8, 2), B(128, 16, 8, 2), B(16, 128, 8, 1), B(32, 128, 8, 1)),
 }
+for _arch in LIKE_AMPERE:
+    BACKWARD_TABLE |= {entry._replace(arch=_arch): x for entry, x in BACKWARD_TABLE.items() if entry.arch == 80}
 
 
 def parts_of_head_dim(dim: int) -> tuple[int, ...]:
@@ -279,11 +292,11 @@ def parts_of_head_dim(dim: int) -> tuple[int, ...]:
     return tuple(1 << bit for bit in reversed(range(4, padded.bit_length())) if padded >> bit & 1)
 
 
-def backward_sweeps(capability: int, head_dim: int, moves: bool) -> Sweeps | None:
-    """The entry of the next larger head dim, None if there is none; for a compute capability of 0, the
-    interpreter's."""
+def backward_sweeps(capability: int, head_dim: int, moves: bool, row_bytes: int = 0) -> Sweeps | None:
+    """The entry of the next larger head dim, and of the next larger mask, None if there is none; for a compute
+    capability of 0, the interpreter's."""
     if capability == 0:
         return Sweeps(*(B(64, 64, 4, 1),) * 3) if head_dim <= 128 else None
-    arch = _table_arch(capability)
-    dims = [x.head_dim for x in BACKWARD_TABLE if x.arch == arch and x.moves == moves and x.head_dim >= head_dim]
-    return BACKWARD_TABLE[BackwardEntry(arch, min(dims), moves)] if dims else None
+    wanted = BackwardEntry(_table_arch(capability), head_dim, moves, row_bytes)
+    found = [x for x in BACKWARD_TABLE if x[::2] == wanted[::2] and x[1] >= wanted[1] and x[3] >= wanted[3]]
+    return BACKWARD_TABLE[min(found)] if found else None

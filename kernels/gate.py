@@ -1,18 +1,23 @@
-"""What the attention kernel becomes on GPUs that are not here: compiled ahead of time, read off the binary.
+"""What the attention kernels become on GPUs that are not here: compiled ahead of time, read off the binary.
 
-    python -m jvpgraph.kernels.gate [--arch 90] [--table forward]
+    python -m jvpgraph.kernels.gate [--arch 90] [--table forward | backward | launches] [--jobs 2]
 
-Every entry of the block table is compiled by Triton for its architecture and must
+What is compiled is what the host functions launch: jvpgraph.kernels.recorded runs them on meta tensors. Every entry of
+the block tables is compiled by Triton for its architecture and must
     keep its registers: no load from or store to local memory in the loop over whole key blocks,
-    run its wgmma asynchronously: ptxas says so (C7510 to C7514) where it does not,
+    run its wgmma asynchronously: ptxas says so (C7510 to C7515) where it does not,
     find all operands of wgmma: some versions of ptxas lose descriptors (jvpgraph.kernels.sass),
     fit the shared memory, and on Blackwell the tensor memory,
     issue as many matrix instructions per key block as the products need: none replicated, none on other units.
-The entries for a bias are compiled for the mask of padded keys, which must keep all this, and for a full additive
-bias with a tangent, which must fit the shared memory. The masked loop over the last key blocks runs once per program
-and may spill. The same holds for the table of the Gluon kernel, for the loops of both warpgroups, and for that of the
-backward, whose launches are named after what they give (a dot: with the gradients of tangents). Registers and spills
-depend on the version of ptxas that Triton brings, so this is to be run with the version that will run the kernel.
+The entries for a bias are compiled for the mask of padded keys. The masked loop over the last key blocks runs once per
+program and may spill. The same holds for the table of the Gluon kernel, for the loops of both warpgroups, and for that
+of the backward, whose launches are named after what they give (a dot: with the gradients of tangents).
+
+Every launch of the calls of CALLS, forward and backward with masks of all kinds, must fit the shared and the tensor
+memory: for that it is compiled as far as it has any. With masks that have rows, some spill.
+
+Registers and spills depend on the version of ptxas that Triton brings, so this is to be run with the version that will
+run the kernel.
 """
 
 from __future__ import annotations
@@ -20,27 +25,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
+import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
+from torch import Tensor
 
-from jvpgraph.kernels import attention_gluon, backward_kernel
-from jvpgraph.kernels.attention_kernel import (
-    ADDITIVE_BIAS,
-    BIAS_DOT_STRIDES,
-    BIAS_STRIDES,
-    BOOLEAN_BIAS,
-    NO_BIAS,
-    attention_kernel,
-)
+from jvpgraph.kernels import attention_gluon, attention_triton, backward_triton, ops
+from jvpgraph.kernels.attention_kernel import ADDITIVE_BIAS, BOOLEAN_BIAS, NO_BIAS
 from jvpgraph.kernels.blocks import (
     BACKWARD_TABLE,
     GLUON_TABLE,
@@ -53,12 +52,25 @@ from jvpgraph.kernels.blocks import (
     GluonBlocks,
     GluonEntry,
     Sweeps,
-    least_columns,
+    backward_sweeps,
     parts_of_head_dim,
 )
+from jvpgraph.kernels.recorded import Launch, memory, recording
 from jvpgraph.kernels.sass import Instruction, disassemble, inner_loops, is_product, main_loop, wrong_descriptors
+from jvpgraph.kernels.window import EVERYTHING, Window
 
-__all__ = ["Report", "check", "check_backward", "check_gluon", "compile_ahead", "compile_gluon", "main"]
+__all__ = [
+    "CALLS",
+    "Call",
+    "Report",
+    "check",
+    "check_backward",
+    "check_gluon",
+    "compile_ahead",
+    "compile_gluon",
+    "main",
+    "too_large",
+]
 
 TENSOR_MEMORY = 512  # columns
 GLUON_REGISTERS = 240  # per thread of the two warpgroups that multiply
@@ -108,26 +120,29 @@ def compile_ahead(
     by_descriptor: bool,
 ) -> tuple[Any, str]:
     """The compiled kernel, and what ptxas said."""
-    is_pipelined = by_descriptor and not flags.packed and blocks.num_stages > 1
-    least = least_columns(arch, (head_dim, head_dim_v), dtype, is_pipelined)
-    source = _source(head_dim, head_dim_v, dtype, blocks, flags, by_descriptor, least)
-    return _compile(source, arch, {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages})
+    return _compile(forward_launch(arch, head_dim, head_dim_v, dtype, blocks, flags, by_descriptor))
 
 
 def compile_gluon(head_dim: int, dtype: torch.dtype, blocks: GluonBlocks, flags: Flags) -> tuple[Any, str]:
     """The compiled Gluon kernel, for Hopper, and what ptxas said."""
-    return _compile(_gluon_source(head_dim, dtype, blocks, flags), 90, {"num_warps": 4})
+    q, k, v = (meta_rows(head_dim, dtype) for _ in range(3))
+    with recording(90) as launches:
+        attention_gluon.attention_jvp(q, k, v, *_dots(flags, q, k, v), None, None, EVERYTHING, 1.0, blocks=blocks)
+        if not launches:  # it has no tangent
+            attention_gluon.attention(q, k, v, None, EVERYTHING, 1.0, blocks=blocks)
+    launch = launches[-1]
+    assert launch.name == "attention_jvp_kernel", launch.name
+    return _compile(launch)
 
 
-def _compile(source: ASTSource, arch: int, options: dict[str, Any]) -> tuple[Any, str]:
-    options = {**options, "enable_fp_fusion": True}
+def _compile(launch: Launch) -> tuple[Any, str]:
     log = io.StringIO()
     with (
         _knob(triton.knobs.nvidia, "dump_ptxas_log"),
         _knob(triton.knobs.compilation, "always_compile"),
         contextlib.redirect_stdout(log),
     ):
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        compiled = triton.compile(launch.source, target=launch.target, options=launch.options)
     return compiled, log.getvalue()
 
 
@@ -145,11 +160,6 @@ def check(entry: Entry, blocks: Blocks, flags: Flags | None = None) -> Report:
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
     registers = _number(r"Used (\d+) registers", log)
     shared = compiled.metadata.shared
-    if flags.bias and entry.dtype != torch.float32:  # whose tiles are small
-        largest, _ = compile_ahead(
-            entry.arch, entry.head_dim, entry.head_dim, entry.dtype, blocks, FULL_BIAS, by_descriptor
-        )
-        shared = max(shared, largest.metadata.shared)
     violations = _violations(code, loop, local, log, shared, entry.arch, tensor_memory)
     if products != expected:
         violations.append(f"{products} matrix instructions per key block instead of {expected}")
@@ -214,9 +224,7 @@ def check_gluon(entry: GluonEntry, blocks: GluonBlocks) -> Report:
 def check_backward(entry: BackwardEntry, sweep: str, blocks: BackwardBlocks) -> Report:
     """As check, of one launch of the backward: "sums", "queries", "keys", "values", or "keys and values"."""
     started = time.time()
-    flags = VARIANTS["jvp" if entry.moves else "forward"]
-    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
-    compiled, log = _compile(_backward_source(entry, blocks, sweep, flags), entry.arch, options)
+    compiled, log = _compile(backward_launch(entry, sweep, blocks))
     code = disassemble(compiled.asm["cubin"])
     loop = main_loop(code)
     local = sum(x.opcode.startswith(("LDL", "STL")) for x in loop)
@@ -255,7 +263,7 @@ def _violations(
         violations.append("no loop over keys in the binary")
     if local:
         violations.append(f"{local} spills in the loop")
-    if notes := sorted(set(re.findall(r"\((C751[0-4])\)", log))):
+    if notes := serialised(log):
         violations.append(f"wgmma is serialised: {', '.join(notes)}")
     violations += _lost_operands(code)
     if shared > SHARED_MEMORY[arch]:
@@ -263,6 +271,11 @@ def _violations(
     if tensor_memory > TENSOR_MEMORY:
         violations.append(f"tensor memory {tensor_memory} of {TENSOR_MEMORY} columns")
     return violations
+
+
+def serialised(log: str) -> list[str]:
+    """The notes of ptxas that wgmma does not run asynchronously."""
+    return sorted(set(re.findall(r"\((C751[0-5])\)", log)))
 
 
 def _lost_operands(code: list[Instruction]) -> list[str]:
@@ -307,160 +320,70 @@ def expected_backward_products(entry: BackwardEntry, sweep: str, blocks: Backwar
     return rows // min(rows, 128) * per_row_block
 
 
-# -------------------------------------------------------------------------------------------------- compiling
+# -------------------------------------------------------------------------------------------------- recording
+
+HEADS, LENGTH_Q, LENGTH_KV = 4, 160, 192  # of which no launch depends
 
 
-def _source(
+def meta_rows(dim: int, dtype: torch.dtype, length: int = LENGTH_Q, heads: int = HEADS, batch: int = 2) -> Tensor:
+    """[batch, heads, length, dim] on meta, in memory as B, L, H, D."""
+    return torch.empty(batch, length, heads, dim, dtype=dtype, device="meta").transpose(1, 2)
+
+
+def _dots(flags: Flags, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+    return tuple(x if there else None for x, there in zip(tensors, flags[:3]))
+
+
+def forward_launch(
+    arch: int,
     head_dim: int,
     head_dim_v: int,
     dtype: torch.dtype,
     blocks: Blocks,
     flags: Flags,
     by_descriptor: bool,
-    least: int = 16,
-) -> ASTSource:
-    """The kernel with the types that the host function would pass: absent arguments are None."""
-    d_lo, d_hi, v_lo, v_hi, v_parts = blocks.split(head_dim, head_dim_v, least)
-    s_moves = flags.has_q_dot or flags.has_k_dot or flags.has_bias_dot
-    pointer = f"*{TYPE[dtype]}"
-
-    def streamed(width: int) -> str | None:
-        if not by_descriptor:
-            return pointer
-        return f"tensordesc<{TYPE[dtype]}[1, 1, {blocks.block_k}, {width}]>" if width else None
-
-    def second(width: int) -> str | None:
-        return streamed(width) if by_descriptor else None
-
-    present = {"q": True, "k": True, "v": True}
-    present |= {"q_dot": flags.has_q_dot, "k_dot": flags.has_k_dot, "v_dot": flags.has_v_dot}
-    types: dict[str, Any] = {
-        "q": pointer,
-        "q_dot": pointer,
-        "k": streamed(d_lo),
-        "k_hi": second(d_hi),
-        "k_dot": streamed(d_lo),
-        "k_dot_hi": second(d_hi),
-        "v": streamed(v_lo),
-        "v_hi": second(v_hi),
-        "v_dot": streamed(v_lo),
-        "v_dot_hi": second(v_hi),
-        "bias": (None, "*u8", "*fp32")[flags.bias],
-        "bias_dot": "*fp32" if flags.has_bias_dot else None,
-        "o": pointer,
-        "lse": "*fp32",
-        "o_dot": pointer if s_moves or flags.has_v_dot else None,
-        "lse_dot": "*fp32" if s_moves else None,
-        "o_strides": ("i32",) * 3,
-        **dict.fromkeys(BIAS_STRIDES, "i32" if flags.bias else None),
-        **dict.fromkeys(BIAS_DOT_STRIDES, "i32" if flags.has_bias_dot else None),
-        "scale": "fp32",
-        **dict.fromkeys(("heads", "group", "length_q", "length_kv", "left", "right", "sequences"), "i32"),
-        **dict.fromkeys(("cu_q", "cu_kv"), "*i32" if flags.packed else None),
-    }
-    for name, there in present.items():
-        by_stride = there and (name.startswith("q") or not by_descriptor)
-        types[f"{name}_strides"] = ("i32",) * 3 if by_stride else None
-        if not there:
-            types[name] = types[f"{name}_hi"] = None
-    constants = {name: None for name, kind in types.items() if kind is None} | {
-        "HEAD_DIM": head_dim,
-        "HEAD_DIM_V": head_dim_v,
-        "D_LO": d_lo,
-        "D_HI": d_hi,
-        "V_LO": v_lo,
-        "V_HI": v_hi,
-        "V_PARTS": v_parts,
-        "BLOCK_Q": blocks.block_q,
-        "BLOCK_K": blocks.block_k,
-        "STAGES": blocks.num_stages,
-        "CUT_STAGES": blocks.cut_stages(d_lo, d_hi, v_lo, v_hi),
-        **dict.fromkeys(("bias_key",) * bool(flags.bias) + ("bias_dot_key",) * flags.has_bias_dot, 1),
-        "SCALE_IS_POSITIVE": True,
-        "BY_DESCRIPTOR": by_descriptor,
-        **{name.upper(): value for name, value in flags._asdict().items()},
-    }
-    return _source_of(attention_kernel, types, constants)
+) -> Launch:
+    """What attention_triton launches for a call of this variant, with these blocks."""
+    batch = 1 if flags.packed else 2
+    q = meta_rows(head_dim, dtype, batch=batch)
+    k, v = (meta_rows(dim, dtype, LENGTH_KV, batch=batch) for dim in (head_dim, head_dim_v))
+    shape = (batch, HEADS, LENGTH_Q, LENGTH_KV) if flags.bias_has_rows else (batch, 1, 1, LENGTH_KV)
+    of_bias = {NO_BIAS: None, BOOLEAN_BIAS: torch.bool, ADDITIVE_BIAS: torch.float32}[flags.bias]
+    bias = None if of_bias is None else torch.empty(shape, dtype=of_bias, device="meta")
+    window = Window(5 if flags.has_left else None, 0 if flags.has_right else None)
+    cu_seqlens = (torch.empty(4, dtype=torch.int32, device="meta"),) * 2 if flags.packed else None
+    with recording(arch) as launches:
+        attention_triton.attention_jvp(
+            *(q, k, v, *_dots(flags, q, k, v)),
+            *(bias, bias if flags.has_bias_dot else None, window, 1.0),
+            cu_seqlens=cu_seqlens,
+            blocks=blocks,
+            by_descriptor=by_descriptor,
+        )
+    (launch,) = launches
+    return launch
 
 
-def _source_of(kernel: Any, types: dict[str, Any], constants: dict[str, Any]) -> ASTSource:
-    """The kernel specialised as a launch would, types and constants by name."""
-    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    aligned = [["tt.divisibility", 16]]  # what the host's pointers and strides have, else loads are not of 16 bytes
-    hints: dict[tuple[int, ...], Any] = {}
-    for i, (name, kind) in enumerate(signature.items()):
-        if isinstance(kind, tuple):
-            hints |= {(i, j): aligned for j in range(len(kind))}
-        elif kind[0] == "*" and not name.startswith("cu"):
-            hints[(i,)] = aligned
-    present_constants = {name: constants[name] for name in signature if name in constants}
-    return ASTSource(fn=kernel, signature=signature, constexprs=present_constants, attrs=hints)
+def backward_launch(entry: BackwardEntry, sweep: str, blocks: BackwardBlocks) -> Launch:
+    """What backward_triton launches as this sweep, without a mask."""
+    q, lse = meta_rows(entry.head_dim, torch.bfloat16), torch.empty(2, HEADS, LENGTH_Q, device="meta")
+    k = meta_rows(entry.head_dim, torch.bfloat16, LENGTH_KV)
+    grads = (q, lse, q, lse) if entry.moves else (q, lse, None, None)
+    dots = (q, k, k) if entry.moves else (None,) * 3
+    sweeps = Sweeps(blocks, blocks, blocks, blocks if sweep in ("keys", "values") else None)
+    with recording(entry.arch) as launches:
+        backward_triton.attention_jvp_backward(
+            *grads, q, k, k, *dots, None, q, lse, lse if entry.moves else None, EVERYTHING, 1.0, sweeps=sweeps
+        )
+    return next(launch for launch in launches if sweep_of(launch) == sweep)
 
 
-def _backward_source(entry: BackwardEntry, blocks: BackwardBlocks, sweep: str, flags: Flags) -> ASTSource:
-    """A kernel of the backward with the types that the host function would pass: absent arguments are None."""
-    kernel = backward_kernel.queries_kernel if sweep in ("sums", "queries") else backward_kernel.keys_kernel
-    pointer = f"*{TYPE[torch.bfloat16]}"
-    there = {"q_dot": flags.has_q_dot, "k_dot": flags.has_k_dot, "v_dot": flags.has_v_dot}
-    moves = any(there.values())
-    names = ("q", "k", "v", *there, "o_grad", "o_dot_grad", "o", "dq", "dk", "dv", *(f"d{name}" for name in there))
-    present = dict.fromkeys(names, True) | there | {"o_dot_grad": moves}
-    present |= {f"d{name}": value for name, value in there.items()}
-    types: dict[str, Any] = {name: pointer if is_there else None for name, is_there in present.items()}
-    types |= {f"{name}_strides": ("i32",) * 3 if is_there else None for name, is_there in present.items()}
-    types |= {
-        "bias": (None, "*u8", pointer)[flags.bias],
-        **dict.fromkeys(BIAS_STRIDES, "i32" if flags.bias else None),
-        "sums": "*fp32",
-        "centre": "*fp32" if moves else None,
-        "scale": "fp32",
-        **dict.fromkeys(("heads", "group", "length_q", "length_kv", "left", "right"), "i32"),
-    }
-    widths = parts_of_head_dim(entry.head_dim)
-    constants = {name: None for name, kind in types.items() if kind is None} | {
-        "HEAD_DIM": entry.head_dim,
-        "HEAD_DIM_V": entry.head_dim,
-        "WIDTHS": widths,
-        "WIDTHS_V": widths,
-        "BLOCK_Q": blocks.block_q,
-        "BLOCK_K": blocks.block_k,
-        "STAGES": blocks.num_stages,
-        "MOVES": moves,
-        **dict.fromkeys(("bias_key",) * bool(flags.bias), 1),
-        "SUMS": sweep == "sums",
-        "HAS_DK": sweep in ("keys", "keys and values"),
-        "HAS_DV": sweep in ("values", "keys and values"),
-        **{name.upper(): value for name, value in flags._asdict().items()},
-    }
-    return _source_of(kernel, types, constants)
-
-
-def _gluon_source(head_dim: int, dtype: torch.dtype, blocks: GluonBlocks, flags: Flags) -> GluonASTSource:
-    """The Gluon kernel with the types that the host function would pass."""
-
-    def box(rows: int) -> str:
-        layout = attention_gluon.layout_of(rows, head_dim, dtype)
-        return f"tensordesc<{TYPE[dtype]}[1, 1, {rows}, {head_dim}],{layout!r}>"
-
-    kernel = attention_gluon.attention_jvp_kernel
-    constants = {
-        "STAGES": blocks.stages,
-        "OVERLAP": blocks.overlap,
-        "HAS_Q_DOT": flags.has_q_dot,
-        "HAS_K_DOT": flags.has_k_dot,
-        "HAS_V_DOT": flags.has_v_dot,
-    }
-    types = {
-        **dict.fromkeys(constants, "constexpr"),
-        **dict.fromkeys(("q", "q_dot", "o", "o_dot"), box(64)),
-        **dict.fromkeys(("k", "k_dot", "v", "v_dot"), box(blocks.block_k)),
-        **dict.fromkeys(("lse", "lse_dot"), "*fp32"),
-        "scale": "fp32",
-        **dict.fromkeys(("heads", "group", "length_q", "length_kv"), "i32"),
-    }
-    signature = {name: types[name] for name in kernel.arg_names}
-    hints = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
-    return GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+def sweep_of(launch: Launch) -> str:
+    """What a launch of the backward gives."""
+    flags = launch.constants
+    if launch.name == "queries_kernel":
+        return "sums" if flags["SUMS"] else "queries"
+    return " and ".join(name for name, flag in (("keys", "HAS_DK"), ("values", "HAS_DV")) if flags[flag])
 
 
 @contextlib.contextmanager
@@ -479,9 +402,6 @@ def _knob(owner: Any, name: str) -> Iterator[None]:
 def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     return int(found[1]) if found else 0
-
-
-# -------------------------------------------------------------------------------------------------- command
 
 
 def _row(entry: Entry, blocks: Blocks, report: Report) -> str:
@@ -517,36 +437,172 @@ def _figures(report: Report) -> str:
     return f"{size} | {loop} | {report.seconds:>5.1f}  " + ("; ".join(report.violations) or "ok")
 
 
+# -------------------------------------------------------------------------------------------------- all launches
+
+MASKS: dict[str, tuple[torch.dtype, int] | None] = {  # dtype and length
+    "no mask": None,
+    "padding": (torch.bool, 1),
+    "bool rows": (torch.bool, LENGTH_Q),
+    "half rows": (torch.bfloat16, LENGTH_Q),
+    "fp32 rows": (torch.float32, LENGTH_Q),
+}
+
+
+class Call(NamedTuple):
+    """A call of an op of ours whose launches must fit."""
+
+    way: str  # "value" and "tangent", forward or "d value" and "d tangent", backward
+    head_dim: int
+    mask: str
+    is_causal: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    is_expanded: bool = False  # keys and values without a batch of their own, which no descriptor takes
+
+    def launches(self, arch: int) -> list[Launch]:
+        """Of the call with heads grouped or not, and with a gradient of the logsumexp or not, each once."""
+        with recording(arch) as launches:
+            for kv_heads, has_lse_grad in itertools.product((HEADS, HEADS // 2), (False, True)):
+                self._run(kv_heads, has_lse_grad)
+        return list({launch.key: launch for launch in launches}.values())
+
+    def _run(self, kv_heads: int, has_lse_grad: bool) -> None:
+        q = meta_rows(self.head_dim, self.dtype)
+        k = meta_rows(self.head_dim, self.dtype, LENGTH_KV, kv_heads)
+        if self.is_expanded:
+            k = k[:1].expand_as(k)
+        lse, bias, of_mask = torch.empty(2, HEADS, LENGTH_Q, device="meta"), None, MASKS[self.mask]
+        if of_mask is not None:
+            shape = (2, 1, 1, LENGTH_KV) if of_mask[1] == 1 else (2, HEADS, LENGTH_Q, LENGTH_KV)
+            bias = torch.empty(shape, dtype=of_mask[0], device="meta")
+        bias_dot = bias if bias is not None and bias.is_floating_point() else None
+        how, lse_grad = ops.How(is_causal=self.is_causal), lse if has_lse_grad else None
+        if self.way == "value":
+            ops._attention_real(q, k, k, bias, *how)
+        elif self.way == "tangent":
+            ops._attention_jvp_real(q, k, k, q, k, k, bias, bias_dot, *how)
+        elif self.way == "d value":
+            ops._attention_backward_real(q, lse_grad, q, k, k, bias, q, lse, *how)
+        else:
+            grads, dots = (q, lse_grad, q, lse), (q, k, k)
+            ops._attention_jvp_backward_real(*grads, q, k, k, *dots, bias, None, q, lse, q, lse, *how)
+
+    def __str__(self) -> str:
+        notes = ("causal" * self.is_causal, "expanded" * self.is_expanded, "fp32" * (self.dtype == torch.float32))
+        return ", ".join((f"{self.way} {self.head_dim}", self.mask, *filter(None, notes)))
+
+
+def _calls() -> Iterator[Call]:
+    for way, mask in itertools.product(("d value", "d tangent", "value", "tangent"), MASKS):
+        for head_dim in (64, 128) if way.startswith("d ") else (64, 128, 256):
+            yield Call(way, head_dim, mask)
+            if mask == "bool rows" or (mask == "fp32 rows" and way.startswith("d ")):  # a window takes no memory
+                yield Call(way, head_dim, mask, is_causal=True)
+    for way, head_dim in itertools.product(("d value", "d tangent"), (72, 112)):  # in several parts
+        yield Call(way, head_dim, "fp32 rows")
+    for head_dim, mask in itertools.product((64, 128), ("no mask", "fp32 rows")):
+        yield Call("tangent", head_dim, mask, is_expanded=True)
+    for mask in ("no mask", "fp32 rows"):
+        yield Call("tangent", 64, mask, dtype=torch.float32)
+
+
+CALLS = tuple(_calls())
+
+
+def too_large(call: Call, archs: tuple[int, ...]) -> tuple[dict[int, dict[str, int]], list[str]]:
+    """The bytes of shared memory that each launch of the call takes, by architecture, and what does not fit."""
+    sizes: dict[int, dict[str, int]] = {}
+    violations, known = [], {}
+    for arch in archs:
+        sizes[arch] = {}
+        for launch in call.launches(arch):
+            key = launch.key
+            if key not in known:
+                known[key] = memory(launch)
+            shared, tensor_memory = known[key]
+            name = sweep_of(launch) if "backward" in launch.source.fn.__module__ else "forward"
+            sizes[arch][name] = max(shared, sizes[arch].get(name, 0))
+            if shared > SHARED_MEMORY[arch]:
+                violations.append(f"sm_{arch}, {name}: shared memory {shared} of {SHARED_MEMORY[arch]} bytes")
+            if tensor_memory > TENSOR_MEMORY:
+                violations.append(f"sm_{arch}, {name}: tensor memory {tensor_memory} of {TENSOR_MEMORY} columns")
+    return sizes, violations
+
+
+# -------------------------------------------------------------------------------------------------- command
+
+
+def _check_entry(entry: Entry, blocks: Blocks) -> tuple[str, bool]:
+    report = check(entry, blocks)
+    return _row(entry, blocks, report), not report.violations
+
+
+def _check_gluon_entry(entry: GluonEntry, blocks: GluonBlocks) -> tuple[str, bool]:
+    report = check_gluon(entry, blocks)
+    return _gluon_row(entry, blocks, report), not report.violations
+
+
+def _check_launch(entry: BackwardEntry, sweep: str, blocks: BackwardBlocks) -> tuple[str, bool]:
+    report = check_backward(entry, sweep, blocks)
+    return _backward_row(entry, sweep, blocks, report), not report.violations
+
+
+def _check_call(call: Call, archs: tuple[int, ...]) -> tuple[str, bool]:
+    started = time.time()
+    sizes, violations = too_large(call, archs)
+    found = "; ".join(
+        f"sm_{arch} " + (", ".join(f"{name} {size}" for name, size in launches.items()) or "no kernel of ours")
+        for arch, launches in sizes.items()
+    )
+    return f"{call}: {found} | {time.time() - started:>5.1f}  " + ("; ".join(violations) or "ok"), not violations
+
+
+def jobs(archs: tuple[int, ...], tables: tuple[str, ...]) -> list[Callable[[], tuple[str, bool]]]:
+    """What the command checks; each gives a line, and whether all is well. 86 has the tiles and the instructions of 89:
+    beside it, its entries are not assembled again."""
+    of_tables = [arch for arch in archs if arch != 86 or 89 not in archs]
+    found: list[Callable[[], tuple[str, bool]]] = []
+    if "forward" in tables:
+        found += [partial(_check_entry, *item) for item in TABLE.items() if item[0].arch in of_tables]
+        found += [partial(_check_gluon_entry, *item) for item in GLUON_TABLE.items() if 90 in archs]
+    for entry, sweeps in BACKWARD_TABLE.items() if "backward" in tables else ():
+        if entry.arch in of_tables and backward_sweeps(*entry[:3]) == sweeps:  # not for masks with rows alone
+            found += [partial(_check_launch, entry, sweep, blocks) for sweep, blocks in launches(entry, sweeps).items()]
+    groups = [tuple(arch for arch in archs if arch < 90), *((arch,) for arch in archs if arch >= 90)]  # see Launch.key
+    if "launches" in tables:
+        found += [partial(_check_call, call, group) for group in groups if group for call in CALLS]
+    return found
+
+
+def _do(job: Callable[[], tuple[str, bool]]) -> tuple[str, bool]:
+    return job()
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Check the table, print a line for each entry, return the number of entries with something wrong."""
-    parser = argparse.ArgumentParser(description="compile the attention kernel for absent GPUs, and check it")
-    parser.add_argument("--arch", type=int, choices=sorted({entry.arch for entry in TABLE}), help="only this one")
-    parser.add_argument("--table", choices=("forward", "backward"), help="only this one")
+    """Check the tables and the launches, print a line for each, return the number of lines with something wrong."""
+    parser = argparse.ArgumentParser(description="compile the attention kernels for absent GPUs, and check them")
+    parser.add_argument("--arch", type=int, choices=sorted(SHARED_MEMORY), help="only this one")
+    tables = ("forward", "backward", "launches")
+    parser.add_argument("--table", choices=tables, help="only the entries of this one, or only the launches")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args(arguments)
+    started = time.time()
     print(f"triton {triton.__version__}")
     print(
         f"{'arch':>4} {'D':>4} {'dtype':>5} {'':>7} {'tile':>8} {'warps':>5} {'stages':>6} | {'regs':>4} {'spills':>6} "
         f"{'shared':>7} {'tmem':>5} | {'local':>5} {'mma':>4} {'instr.':>6} | {'s':>5}"
     )
+    archs = tuple(sorted(SHARED_MEMORY)) if options.arch is None else (options.arch,)
+    todo = jobs(archs, tables if options.table is None else (options.table,))
     bad = 0
-    forward, backward = (options.table in (None, table) for table in ("forward", "backward"))
-    for entry, blocks in TABLE.items() if forward else ():
-        if options.arch in (None, entry.arch):
-            report = check(entry, blocks)
-            bad += bool(report.violations)
-            print(_row(entry, blocks, report), flush=True)
-    if forward and options.arch in (None, 90):
-        for gluon_entry, gluon_blocks in GLUON_TABLE.items():
-            report = check_gluon(gluon_entry, gluon_blocks)
-            bad += bool(report.violations)
-            print(_gluon_row(gluon_entry, gluon_blocks, report), flush=True)
-    for backward_entry, sweeps in BACKWARD_TABLE.items() if backward else ():
-        if options.arch in (None, backward_entry.arch):
-            for sweep, launch_blocks in launches(backward_entry, sweeps).items():
-                report = check_backward(backward_entry, sweep, launch_blocks)
-                bad += bool(report.violations)
-                print(_backward_row(backward_entry, sweep, launch_blocks, report), flush=True)
-    print(f"{bad} entries with violations")
+    with contextlib.ExitStack() as stack:
+        rows: Iterator[tuple[str, bool]] = map(_do, todo)
+        if options.jobs > 1:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(options.jobs))
+            rows = pool.imap(_do, todo)
+        for row, is_right in rows:
+            bad += not is_right
+            print(row, flush=True)
+    print(f"{bad} of {len(todo)} with violations, {time.time() - started:.0f} s")
     return bad
 
 

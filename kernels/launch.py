@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from jvpgraph.kernels.attention_kernel import ADDITIVE_BIAS, BIAS_DOT_STRIDES, BIAS_STRIDES, BOOLEAN_BIAS, NO_BIAS
 
-__all__ = ["addressable", "arch_of", "bias_kind", "bias_strides", "on_device", "strides_of"]
+__all__ = ["addressable", "arch_of", "bias_kind", "bias_strides", "on_device", "pretended_gpu", "strides_of"]
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -19,10 +20,24 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+_pretended = 0  # what meta tensors are taken to be on
+
+
+@contextlib.contextmanager
+def pretended_gpu(arch: int) -> Iterator[None]:
+    """Inside, meta tensors are on a GPU of this compute capability: for jvpgraph.kernels.recorded."""
+    global _pretended
+    before, _pretended = _pretended, arch
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
 def arch_of(device: torch.device) -> int:
     """Compute capability, 80 for 8.0; of the interpreter, 0."""
     if device.type != "cuda":
-        return 0
+        return _pretended if device.type == "meta" else 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
