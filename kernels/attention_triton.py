@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from jvpgraph.kernels import attention_blocked, backward_triton, tangent_backward
 from jvpgraph.kernels.aten_backward import attention_backward, backward_path
 from jvpgraph.kernels.attention_kernel import attention_kernel
+from jvpgraph.kernels.backward_triton import why_not
 from jvpgraph.kernels.blocks import Blocks, choose_blocks, least_columns, max_head_dim, variant
 from jvpgraph.kernels.launch import addressable, arch_of, bias_kind, bias_strides, on_device, strides_of
 from jvpgraph.kernels.layout import empty_rows
@@ -34,6 +35,7 @@ __all__ = [
     "descriptor_strides",
     "fits_descriptor",
     "supports",
+    "why_not",
 ]
 
 

@@ -147,11 +147,20 @@ def implementation(q: Tensor, v: Tensor) -> Implementation:
     return attention_gluon if wanted == "gluon" or attention_gluon.is_faster(q, v) else attention_triton
 
 
-def describe(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *rest: Any) -> str:
+def describe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *rest: Any,
+    bias_dot: Tensor | None = None,
+    differentiable_tangent: bool = False,
+) -> str:
     """Which kernels compute attention of tensors like these, and its gradients in q, k and v.
 
     Args:
         q, k, v, bias, rest: as of the op `attention`; fakes do, but for symbolic sizes.
+        bias_dot, differentiable_tangent: as of `attention_jvp`.
     """
     if q.device.type == "meta":
         return "the kernel of the device it will be on: this is meta"
@@ -164,7 +173,12 @@ def describe(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *rest:
     packed = None if how.cu_seqlens_q is None or how.cu_seqlens_kv is None else (how.cu_seqlens_q, how.cu_seqlens_kv)
     gluon = chosen is attention_gluon and attention_gluon.supports(q, v, bias, window, scale, packed)
     forward = "Gluon" if gluon else "Triton"
-    return f"{forward}, backward by {NAMES_OF_BACKWARDS[name]}" + (f": {why}" if why else "")
+    described = f"{forward}, backward by {NAMES_OF_BACKWARDS[name]}" + (f": {why}" if why else "")
+    if not differentiable_tangent:
+        return described
+    why_not = attention_triton.why_not(q, k, v, bias, bias_dot=bias_to_rank4(q, bias_dot), moves=True)
+    way = NAMES_OF_BACKWARDS["blocked" if why_not else "triton"]
+    return f"{described}; through the tangent by {way}" + (f": {why_not}" if why_not else "")
 
 
 NAMES_OF_BACKWARDS = {

@@ -54,10 +54,11 @@ def _flops(node: fx.Node) -> tuple[Any, Any]:
 def _kernel(node: fx.Node) -> str:
     """At the sizes of this call, without a guard on them."""
     names = [argument.name for argument in OPS.attention.default._schema.arguments]
+    names += ["bias_dot", "differentiable_tangent"]  # of attention_jvp
     bound = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
     with FakeTensorMode():
         given = [_at_this_size(x.meta["val"]) if isinstance(x, fx.Node) else x for x in map(bound.get, names)]
-        return describe(*given)
+        return describe(*given[:-2], bias_dot=given[-2], differentiable_tangent=bool(given[-1]))
 
 
 def _at_this_size(x: Tensor) -> Tensor:

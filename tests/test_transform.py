@@ -730,6 +730,7 @@ class TestExplain:
     def test_what_computes_attention(self, monkeypatch):
         """A backward that ATen's kernels do not take is said, with the reason."""
         triton = pytest.importorskip("jvpgraph.kernels.attention_triton")
+        backward_triton = pytest.importorskip("jvpgraph.kernels.backward_triton")
         monkeypatch.setattr(ops, "implementation", lambda q, v: triton)
         x, x_dot = torch.randn(2, 2, 4, 5, 8, dtype=torch.bfloat16)
         masks = {
@@ -742,6 +743,16 @@ class TestExplain:
             found = jvpgraph.transform(model).explain(x, tangents={"x": x_dot})
             assert dict(found.kernels) == {said: 1}
             assert f"1 by {said}" in str(found)
+        for arch, dim, way in (
+            (89, 128, "blocks of torch ops: Triton's has no tile that fits sm_89 at 128 columns"),
+            (89, 64, "Triton"),
+            (90, 128, "Triton"),
+        ):
+            monkeypatch.setattr(backward_triton, "arch_of", lambda device, arch=arch: arch)
+            x, x_dot = torch.randn(2, 2, 4, 5, dim, dtype=torch.bfloat16)
+            model = Wrapped(lambda x: F.scaled_dot_product_attention(x, x, x))
+            found = jvpgraph.transform(model, differentiable_tangent=True).explain(x, tangents={"x": x_dot})
+            assert dict(found.kernels) == {f"Triton, backward by ATen's flash; through the tangent by {way}": 1}
 
     def test_unsupported_and_uncaptured(self):
         x = torch.randn(3).double()
