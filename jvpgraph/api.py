@@ -164,7 +164,8 @@ class DualModule(nn.Module):
         """
         make_traceable(self.model)
         dots = match_tangents(tangents, Inputs.of(self.model, args, kwargs))
-        return explain(self.model, dual_forward(self.model), args, kwargs, dots, dynamic, self._dual.config)
+        forward = dual_forward(self.model, differentiable=self._dual.settings["differentiable_tangent"])
+        return explain(self.model, forward, args, kwargs, dots, dynamic, self._dual.config)
 
     @property
     def regions(self) -> Regions | None:

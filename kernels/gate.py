@@ -442,6 +442,7 @@ def _figures(report: Report) -> str:
 MASKS: dict[str, tuple[torch.dtype, int] | None] = {  # dtype and length
     "no mask": None,
     "padding": (torch.bool, 1),
+    "fp32 padding": (torch.float32, 1),
     "bool rows": (torch.bool, LENGTH_Q),
     "half rows": (torch.bfloat16, LENGTH_Q),
     "fp32 rows": (torch.float32, LENGTH_Q),
