@@ -87,10 +87,17 @@ def backend(compiler: str = "inductor", config: Config | None = None) -> Backend
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], pipeline: Pipeline) -> Compiled:
     context = pipeline.context
     patches = {**context.config.inductor, "joint_custom_pre_pass": pipeline}
+    if any(map(_has_symbols, example_inputs)):
+        # Where it wants another layout of what the backward keeps, Inductor compares symbolic strides, and fails.
+        patches.setdefault("layout_optimization", False)
     with torch._inductor.config.patch(dict(context.config.inductor)):
         context.decompositions = dict(select_decomp_table())
     # Rules are written for the ops that PyTorch differentiates: decomposing comes last in our own pipeline.
     return compile_fx(gm, list(example_inputs), inner_compile=_compile_inner, config_patches=patches, decompositions={})
+
+
+def _has_symbols(x: Any) -> bool:
+    return any(isinstance(n, torch.SymInt) for n in (x.shape if isinstance(x, torch.Tensor) else (x,)))
 
 
 def _compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Compiled:

@@ -1,0 +1,226 @@
+"""The default backend at several sizes, and what becomes of graphs that it cannot compile."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._inductor.lowering import lowerings
+
+import jvpgraph
+from tests.rounding import check_sizes
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # Dynamo looks
+]
+
+
+class Patches(nn.Module):
+    """A strided convolution as patch embedding, and a linear layer on the transposed result."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Conv1d(4, 8, 2, 2), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.embed(x).transpose(1, 2))
+
+
+class Image(nn.Module):
+    """Everything that reads sizes and strides: patches, resampled positions, a folded batch, numbers of entries."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.out = nn.Conv2d(3, 8, 2, 2), nn.GroupNorm(2, 8), nn.ConvTranspose2d(8, 3, 2, 2)
+        self.positions = nn.Parameter(torch.randn(1, 8, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        B, C, H, W = h.shape
+        h = self.norm(h) + F.interpolate(self.positions, size=(H, W), mode="bilinear")
+        tokens = h.permute(0, 2, 3, 1).reshape(B * H, W, C)
+        tokens = tokens.softmax(-1) * torch.arange(W, device=x.device)[:, None] / h.stride(1)
+        return self.out(tokens.view(B, H, W, C).permute(0, 3, 1, 2)).flatten(1).square().sum(1) / x.size(2)
+
+
+def sequence(batch: int, length: int) -> dict[str, Tensor]:
+    return {"x": torch.randn(batch, 4, length)}
+
+
+def image(batch: int, height: int, width: int) -> dict[str, Tensor]:
+    return {"x": torch.randn(batch, 3, height, width)}
+
+
+SEQUENCES = [(2, 12), (3, 16), (5, 22)]
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("settings", [{}, {"dynamic": True}, {"regions": "auto"}], ids=str)
+def test_patches(settings, grad):
+    check_sizes(Patches(), sequence, SEQUENCES, grad=grad, **settings)
+
+
+def test_patches_in_bfloat16():
+    check_sizes(Patches(), sequence, SEQUENCES, dtype=torch.bfloat16, dynamic=True)
+
+
+def test_sizes_of_an_image():
+    check_sizes(Image(), image, [(2, 8, 12), (3, 12, 8), (4, 16, 20)])
+
+
+def test_graphs_of_regions_at_several_sizes():
+    dual = check_sizes(
+        nn.Sequential(Patches()), lambda *size: {"input": sequence(*size)["x"]}, SEQUENCES, regions=Patches
+    )
+    assert dual.regions.groups[0].calls == 3
+
+
+# ------------------------------------------------------------------------------------------------- not compiled
+
+
+class Blocks(nn.Module):
+    """Two blocks, of which one can be compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.ModuleList([Scale()]), nn.ModuleList([Sequence()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second[0](self.first[0](x))
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x * self.gain)
+
+
+class Sequence(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix, self.gain = nn.Conv1d(4, 4, 3, padding=1), nn.Parameter(torch.randn(4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x).asinh() * self.gain
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Makes the compiler fail at an op, as it does where it has a bug."""
+
+    def at(op):
+        def fail(*args, **kwargs):
+            raise AssertionError("a bug of the compiler's")
+
+        monkeypatch.setitem(lowerings, op, fail)
+
+    uncached = torch._inductor.config.patch(fx_graph_cache=False)
+    with uncached, torch._functorch.config.patch(enable_autograd_cache=False):
+        yield at
+
+
+class TestNotCompiled:
+    @pytest.mark.parametrize("op", [torch.ops.aten.asinh.default, torch.ops.aten.convolution_backward.default], ids=str)
+    def test_regions_fall_back(self, broken, op, caplog):
+        """One graph, then blocks, then op by op; the backward is compiled at once, so that it can be told."""
+        broken(op)
+        dual = check_sizes(Blocks(), sequence, SEQUENCES, regions="auto", dynamic=True)
+        assert not dual.regions.whole
+        assert "not compiled: " in dual.regions.reason
+        assert "a bug of the compiler's" in str(dual.regions)
+        good, bad = dual.regions.groups
+        assert (good.kind, good.graphs, good.calls, good.cause) == ("Scale", 1, 3, "")
+        assert bad.kind == "Sequence"
+        assert "a bug of the compiler's" in bad.cause
+        assert bad.calls == 0
+        assert caplog.text.count("the model is not one graph") == 1
+        assert caplog.text.count("runs op by op: 1 x Sequence") == 1
+
+    def test_without_regions_the_remedy_is_told(self, broken):
+        broken(torch.ops.aten.asinh.default)
+        with pytest.raises(jvpgraph.CaptureError, match=r'cannot make code(?s:.*)compiler\'s(?s:.*)regions="auto"'):
+            jvpgraph.transform(Blocks())(torch.randn(2, 4, 6), tangents={"x": torch.randn(2, 4, 6)})
+
+    def test_so_it_is_in_a_backward(self, broken):
+        broken(torch.ops.aten.convolution_backward.default)
+        y, _ = jvpgraph.transform(Blocks())(torch.randn(2, 4, 6), tangents={"x": torch.randn(2, 4, 6)})
+        with pytest.raises(jvpgraph.CaptureError, match=r'its backward(?s:.*)compiler\'s(?s:.*)regions="auto"'):
+            y.sum().backward()
+
+    def test_ops_without_a_rule_are_still_refused(self):
+        """Op by op they have none either."""
+
+        class Sorts(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.ops.tests_sizes.opaque(x)
+
+        with torch.library._scoped_library("tests_sizes", "FRAGMENT") as library:
+            library.define("opaque(Tensor x) -> Tensor")
+            library.impl("opaque", lambda x: x * 2, "CompositeExplicitAutograd")
+            library.impl("opaque", lambda x: x * 2, "Meta")
+            dual = jvpgraph.transform(Sorts(), regions="auto")
+            with pytest.raises(jvpgraph.UnsupportedOp, match=r"opaque.*test_sizes.py"):
+                dual(torch.randn(3), tangents={"x": torch.randn(3)})
+
+
+class Splits(nn.Module):
+    """Has no parts, and as many pieces as the data say."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor, group: Tensor) -> Tensor:
+        pieces = (x * self.gain).split(torch.bincount(group).tolist())
+        return torch.cat([piece.sin() * i for i, piece in enumerate(pieces)])
+
+
+class Decides(nn.Module):
+    """One layer of PyTorch's, and a branch on data."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, group: Tensor) -> Tensor:
+        return self.layer(x).sin() if group.sum() > 0 else x
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize(("model", "where"), [(Splits, "bincount"), (Decides, "test_sizes.py")])
+def test_models_of_leaf_modules_run_op_by_op(model, where, backend, caplog):
+    def draw(tokens: int, groups: int) -> dict[str, Tensor]:
+        return {"x": torch.randn(tokens, 4), "group": torch.arange(tokens) % groups}
+
+    caplog.set_level(logging.WARNING, "jvpgraph")
+    dual = check_sizes(model(), draw, [(6, 3), (8, 2), (9, 4)], regions="auto", backend=backend)
+    assert "op by op" in str(dual.regions)
+    assert where in str(dual.regions)
+    assert caplog.text.count("it has no parts") == 1
+    with pytest.raises(jvpgraph.CaptureError, match='regions="auto"'):
+        jvpgraph.transform(dual.model, backend=backend)(**draw(4, 2), tangents={"x": torch.randn(4, 4)})
+
+
+def test_wrong_gradients_are_seen(monkeypatch):
+    """The check at three sizes fails where it should."""
+    from tests import rounding
+
+    right = rounding.dual_answer
+
+    def off(*args):
+        found = right(*args)
+        found.parameters["out.bias"] *= 1.001
+        return found
+
+    monkeypatch.setattr(rounding, "dual_answer", off)
+    with pytest.raises(AssertionError, match="parameters"):
+        check_sizes(Patches(), sequence, SEQUENCES, backend="op_by_op")
+    with pytest.raises(AssertionError, match="second size"):
+        check_sizes(Patches(), sequence, [(2, 12), (2, 16), (3, 14)], backend="op_by_op")
