@@ -1,7 +1,7 @@
 """What a dispatch mode cannot see: values that leave for where there are no ops, and tensors that come from there.
 
-Values leave by torch functions (``numpy``, ``tolist``, ``data_ptr``, pickling), which a function mode sees. Tensors that
-no op made are known by the age of their objects: one that was there before the call is a constant of the model.
+Values leave by torch functions (``numpy``, ``tolist``, ``data_ptr``, pickling), which a function mode sees. Tensors
+that no op made are known by the age of their objects: one that was there before the call is a constant of the model.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -80,11 +81,20 @@ class Calls(TorchFunctionMode):
     def __init__(self, watcher: Watcher):
         super().__init__()
         self._watcher = watcher
+        self.blind = 0  # Python functions of torch's that run now: what they call is not told
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         handle = _HANDLERS.get(func)
-        return func(*args, **kwargs) if handle is None else handle(self._watcher, func, args, kwargs)
+        if handle is not None:
+            return handle(self._watcher, func, args, kwargs)
+        if not isinstance(func, FunctionType):
+            return func(*args, **kwargs)
+        self.blind += 1
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.blind -= 1
 
     @contextmanager
     def left(self) -> Iterator[None]:
@@ -116,13 +126,16 @@ def frames() -> Iterator[Any]:
         frame = frame.f_back  # type: ignore[assignment]
 
 
+def _caller() -> str:
+    """The module of the innermost frame that means what it calls."""
+    modules = (frame.f_globals.get("__name__", "") for frame in frames())
+    return next((module for module in modules if not module.startswith((*LOOK_THROUGH, __name__))), "")
+
+
 def _asked_by_torch() -> bool:
     """Whether torch looks at the memory for its own bookkeeping."""
-    for frame in frames():
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith((*LOOK_THROUGH, __name__)):
-            return module.startswith(("torch.", "jvpgraph.")) and not module.startswith(LEAKY)
-    return False
+    module = _caller()
+    return module.startswith(("torch.", "jvpgraph.")) and not module.startswith(LEAKY)
 
 
 def _name(func: Any) -> str:
@@ -156,13 +169,15 @@ def _number(watcher: Watcher, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _data(watcher: Watcher, func: Any, args: Any, kwargs: Any) -> Any:
-    """A tensor in a list becomes a number; by itself it is copied by ops."""
+    """A tensor in a list becomes a number; by itself it is copied by ops, and detached by some of these functions."""
     for x in _tensors([a for a in (*args, *kwargs.values()) if not isinstance(a, Tensor)], {}):
         watcher.made_a_number(x, _name(func))
-    return func(*args, **kwargs)
+    return func(*args, **kwargs) if func in (torch.as_tensor, torch.asarray) else _detach(watcher, func, args, kwargs)
 
 
-def _get_data(watcher: Watcher, func: Any, args: Any, kwargs: Any) -> Any:
+def _detach(watcher: Watcher, func: Any, args: Any, kwargs: Any) -> Any:
+    if _caller().startswith("torch.masked"):  # which detaches whatever leaves a MaskedTensor
+        return func(*args, **kwargs)
     with watcher.stopping():
         return func(*args, **kwargs)
 
@@ -198,6 +213,7 @@ def _handlers() -> dict[Any, Handler]:
         _address: ("data_ptr", "untyped_storage", "storage"),
         _number: ("item", "tolist", "__float__", "__int__", "__index__", "__complex__"),
         _data: ("new_tensor", "new"),
+        _detach: ("detach",),
         _detach_in_place: ("detach_",),
         _require_grad: ("requires_grad_",),
         _text: ("__repr__", "__format__"),
@@ -206,7 +222,8 @@ def _handlers() -> dict[Any, Handler]:
     found |= dict.fromkeys((torch.tensor, torch.as_tensor, torch.asarray), _data)
     found[torch.detach_] = _detach_in_place
     found[Tensor.__cuda_array_interface__.__get__] = _memory  # type: ignore[attr-defined]
-    found[Tensor.data.__get__] = _get_data  # type: ignore[attr-defined]
+    found[Tensor.data.__get__] = _detach  # type: ignore[attr-defined]
+    found |= dict.fromkeys((torch.detach, torch.ops.aten.detach, torch.ops.aten.detach.default), _detach)
     found[Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
     found[Tensor.requires_grad.__set__] = _require_grad  # type: ignore[attr-defined]
     return found

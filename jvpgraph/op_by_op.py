@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo import eval_frame
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -88,13 +89,14 @@ class OpByOp(TorchDispatchMode):
         self._entered = ExitStack()
 
     def __enter__(self) -> OpByOp:
+        self._stance = eval_frame._stance
         local = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
         self._keys_outside = local[0](), local[1]()
         for key in [key for key in _constants if key.expired()]:
             _constants.pop(key, None)
         with ExitStack() as entered:
-            # TorchScript's autodiff detaches what it is given.
-            entered.enter_context(torch.jit.optimized_execution(False))
+            entered.enter_context(torch.jit.optimized_execution(False))  # nothing fused
+            entered.enter_context(torch.compiler.set_stance("force_eager"))  # torch.cond compiles itself
             entered.enter_context(self._newborn)
             entered.enter_context(self._calls)
             self._entered = entered.pop_all()
@@ -140,8 +142,8 @@ class OpByOp(TorchDispatchMode):
         """No op made it. Then it has to be older than the call."""
         if x in self._newborn:
             reason = (
-                "no op was seen that made it (C++, another thread, a compiled kernel), so that it may depend on something "
-                "with a tangent: make it before the call, or make an op of it with torch.library and give that a rule"
+                "no op was seen that made it (C++, another thread, a compiled kernel), so that it may depend on "
+                "something with a tangent: make it before the call, or make an op of it with torch.library and give that a rule"
             )
             raise _refusal(f"a tensor of shape {tuple(x.shape)}", reason)
         _constants[key] = None
@@ -191,10 +193,12 @@ class OpByOp(TorchDispatchMode):
         modes = [_pop_mode()]
         while modes[-1] is not self:
             modes.append(_pop_mode())
+        within = eval_frame._set_stance(self._stance)
         try:
             with self._calls.left():
                 yield
         finally:
+            eval_frame._set_stance(within)
             for mode in reversed(modes):
                 _push_mode(mode)
 
@@ -234,8 +238,8 @@ class OpByOp(TorchDispatchMode):
         for part in _parts(x):
             if self.shadowed(part):
                 reason = (
-                    "something with a tangent leaves for where no ops are seen: keep to torch's ops, or make an op of it "
-                    "with torch.library and give that a rule; what needs no tangent is .detach().clone()"
+                    "something with a tangent leaves for where no ops are seen: keep to torch's ops, or make an op of "
+                    "it with torch.library and give that a rule; what needs no tangent is .detach().clone()"
                 )
                 raise _refusal(name, reason)
             self._unwritten.pop(_key(part), None)  # type: ignore[arg-type]
@@ -247,8 +251,8 @@ class OpByOp(TorchDispatchMode):
     def became_a_leaf(self, x: Tensor) -> None:
         if any(part in self._stopped for part in _parts(x)):
             reason = (
-                "a detached tensor becomes one to differentiate, but detach has stopped its tangent: take x.clone(), or "
-                "x.requires_grad_() itself"
+                "a detached tensor becomes one to differentiate, but detach has stopped its tangent: take x.clone(), "
+                "or x.requires_grad_() itself"
             )
             raise _refusal("requires_grad_", reason)
 
@@ -304,7 +308,7 @@ class OpByOp(TorchDispatchMode):
             return self._made(dot.clone() if dot is not None else torch.zeros_like(args[0]))
         if func is aten.detach.default and _key(args[0]) in self._shadows:
             out = func(*args, **kwargs)
-            if self._stopping or _asked_for() or args[0] in self._stopped:
+            if self._stopping or (self._calls.blind and _asked_for()) or args[0] in self._stopped:
                 self._stopped[out] = None
             return out
         return self._made(self._run(func, args, kwargs))
@@ -348,7 +352,7 @@ class OpByOp(TorchDispatchMode):
             self._refuse_reading_bits(func, arguments, writes)
             out = func(*args, **kwargs)
             for x in tree_leaves(out) if stopped else ():
-                if isinstance(x, Tensor) and any(_key(x) == _key(of) for of in stopped):
+                if isinstance(x, Tensor) and _key(x) in {_key(of) for of in stopped}:
                     self._stopped[x] = None
             if not dots or all(self.shadowed(x) for x in tree_leaves(out) if has_tangent(x)):
                 return out
@@ -369,29 +373,27 @@ class OpByOp(TorchDispatchMode):
             UnsupportedOp: an empty tensor is read, or one of zeros has others in it.
         """
         name = func._schema.name.removeprefix("aten::")
-        outs = {a.name for a in func._schema.arguments if a.is_out}
+        outs = {a.name for a in func._schema.arguments if a.is_out or (a.name in writes and a.name != "self")}
         for argument, value in arguments.items():
             for x in _tensors(value):
                 key = _key(x)
                 if key not in self._unwritten:
                     continue
-                unread = (
-                    name in READS_NOTHING or func is aten.detach.default or (func.is_view and not func._can_decompose())
-                )
-                if unread and argument not in writes:
+                view = func.is_view and not func._can_decompose()
+                if (name in READS_NOTHING or view or func is aten.detach.default) and argument not in writes:
                     continue
                 if name in COPIES and self._unwritten[key] == "empty":
                     continue  # what it makes is no less empty
-                ignored = arguments.get("beta") == 0 and argument in ("self", "input")
-                if argument not in outs and name not in OVERWRITES and func.namespace in ("aten", "jvpgraph"):
-                    if not ignored and x.numel() and not self._is_still_zero(x, key):
-                        reason = (
-                            f"{argument} was made {self._unwritten[key]}, and no op was seen that wrote to it (C++, a kernel "
-                            "launched by hand): make an op of what did with torch.library, and give that a rule"
-                        )
-                        raise UnsupportedOp([_unsupported(func, {}, reason)])
-                if not ignored:
-                    del self._unwritten[key]
+                if arguments.get("beta") == 0 and argument in ("self", "input"):
+                    continue
+                written = argument in outs or name in OVERWRITES or func.namespace not in ("aten", "jvpgraph")
+                if not written and x.numel() and not self._is_still_zero(x, key):
+                    reason = (
+                        f"{argument} was made {self._unwritten[key]}, and no op was seen that wrote to it (C++, a "
+                        "kernel launched by hand): make an op of what did with torch.library, and give that a rule"
+                    )
+                    raise UnsupportedOp([_unsupported(func, {}, reason)])
+                del self._unwritten[key]
 
     def _is_still_zero(self, x: Tensor, key: StorageWeakRef) -> bool:
         if x.device.type == "meta" or isinstance(x, FakeTensor):
@@ -551,7 +553,10 @@ def _flat_dots(dot: Any, count: int) -> list[Any]:
 
 
 def _asked_for() -> bool:
-    """Whether a detach came through the dispatcher: autograd, which saves tensors detached, calls the mode directly."""
+    """Whether a detach came through the dispatcher: autograd, which saves tensors detached, calls the mode directly.
+
+    For code that torch functions are not told of. Elsewhere a detach that is none was not asked for by anyone.
+    """
     return bool(torch._C._dispatch_tls_local_exclude_set().has(torch._C.DispatchKey.AutogradFunctionality))
 
 
