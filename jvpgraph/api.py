@@ -18,7 +18,7 @@ from jvpgraph.dual_forward import dual_forward
 from jvpgraph.errors import CaptureError
 from jvpgraph.explain import Explanation, explain
 from jvpgraph.finite import check_finite
-from jvpgraph.op_by_op import OpByOp
+from jvpgraph.op_by_op import OpByOp, refuse_other_levels
 from jvpgraph.regions import Choice, Regions, hit_recompile_limit
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.sharding import explaining_heads
@@ -254,6 +254,7 @@ class _Dual:
     # A graph of its own, also inside a function that is being compiled: its markers must not meet those of another.
     @torch.compiler.disable(reason="a call with tangents= is compiled on its own")
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dots: dict[str, Tensor]) -> tuple[Any, Any]:
+        refuse_other_levels((args, kwargs, dots), self._call)
         if isinstance(self._call, nn.Module):
             make_traceable(self._call)
         if not self.settings["differentiable_tangent"]:

@@ -23,9 +23,11 @@ from torch import Tensor
 from torch._dynamo import eval_frame
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
     _pop_mode,
     _push_mode,
     is_traceable_wrapper_subclass,
@@ -42,7 +44,7 @@ from jvpgraph.rules.apply import any_has_tangent, argument_tangent, bind, functi
 if dist.is_available():
     from torch.distributed.tensor import DTensor
 
-__all__ = ["OpByOp", "is_dtensor", "is_to_come", "plain"]
+__all__ = ["OpByOp", "is_dtensor", "is_to_come", "plain", "refuse_other_levels"]
 
 aten = torch.ops.aten
 Observer = Callable[[OpOverload, Any, Any], None]
@@ -143,7 +145,8 @@ class OpByOp(TorchDispatchMode):
         if x in self._newborn:
             reason = (
                 "no op was seen that made it (C++, another thread, a compiled kernel), so that it may depend on "
-                "something with a tangent: make it before the call, or make an op of it with torch.library and give that a rule"
+                "something with a tangent: make it before the call, or make an op of it with torch.library and give "
+                "that a rule"
             )
             raise _refusal(f"a tensor of shape {tuple(x.shape)}", reason)
         _constants[key] = None
@@ -488,6 +491,36 @@ def _while_loop(cond_fn: Any, body_fn: Any, carried: Any, additional: Any) -> An
 
 HIGHER_ORDER: dict[str, Callable[..., Any]] = {"cond": _cond, "while_loop": _while_loop}
 VOUCHED = {"lift_fresh", "lift", "set_"}  # made of Python's numbers or of a storage, whose escapes are refused
+
+
+def refuse_other_levels(inputs: Any, call: Any) -> None:
+    """One set of tangents at a time.
+
+    Raises:
+        UnsupportedOp: this call is made by a model that is itself called with tangents.
+        ValueError: an input, a parameter or a buffer has a tangent of PyTorch's own forward AD, or is a stand-in of one
+            of the transforms that would lose what it stands for: ``torch.func.jvp`` and ``vmap``.
+    """
+    if any(isinstance(mode, OpByOp) for mode in _get_current_dispatch_mode_stack()):
+        raise _refusal("a call with tangents", "it stands inside a model that is called with tangents itself")
+    transforms = _functorch_transforms()
+    if forward_ad._current_level < 0 and not transforms:
+        return
+    own = [*call.parameters(), *call.buffers()] if isinstance(call, torch.nn.Module) else []
+    tensors = [x for x in tree_leaves([inputs, own]) if isinstance(x, Tensor)]
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)) and transforms & {"Jvp", "Vmap"}:
+        names = " and ".join(sorted(transforms & {"Jvp", "Vmap"})).lower()
+        raise ValueError(f"a call with tangents inside of torch.func's {names}: the other way round it would be right")
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if has_tangent(x)):
+        raise ValueError(
+            "an input, parameter or buffer has a tangent of torch.autograd.forward_ad, which would be lost: pass it as "
+            "tangents=, or its primal only"
+        )
+
+
+def _functorch_transforms() -> set[str]:
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return {str(interpreter.key()).rsplit(".", 1)[-1] for interpreter in stack}
 
 
 def is_to_come(x: Any) -> bool:
