@@ -14,9 +14,11 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 
+from jvpgraph.autograd_function import keep_calls_of_own_jvps
 from jvpgraph.capture import NOT_COMPILED, REMEDY
 from jvpgraph.config import Config
 from jvpgraph.errors import CaptureError
+from jvpgraph.passes.call_own_jvps import call_own_jvps
 from jvpgraph.passes.context import Context, Report
 from jvpgraph.passes.lower import lower, wants_gradients_of_tangents
 from jvpgraph.passes.mark_stop_gradients import mark_stop_gradients
@@ -29,6 +31,7 @@ from jvpgraph.sharding import register_sharding_rules
 __all__ = ["COMPILERS", "Backend", "backend"]
 
 register_sharding_rules()
+keep_calls_of_own_jvps()
 Compiled = Any  # what a backend returns: a callable of the graph's inputs
 COMPILERS = ("inductor", "eager")
 
@@ -56,6 +59,7 @@ class Backend:
             if self.config.recognize_attention:
                 report.attention.append(recognize_attention(gm, active_nodes(gm)))
         mark_stop_gradients(gm)
+        call_own_jvps(gm)
         context, steps = Context(self.config, report), PIPELINE
         autocast: AbstractContextManager[Any] = nullcontext()
         if wants_gradients_of_tangents(gm):

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
 
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.rules import NoRule, tangents_of
-from jvpgraph.rules.apply import any_has_tangent, argument_tangent, bind
+from jvpgraph.rules.apply import any_has_tangent, argument_tangent, bind, has_tangent
 from jvpgraph.rules.shape import stops_tangent
 from jvpgraph.trace import Recorder, value_of
 
@@ -67,7 +68,9 @@ def linearize(graph: fx.Graph) -> Linearization:
     ends = graph.find_nodes(op="call_function", target=TANGENT_OF)
     if not starts and not ends:
         return done
-    path = _reachable(starts, lambda n: n.users) & _reachable(ends, lambda n: n.all_input_nodes)
+    # What is marked anew, as the output of a Function with its own jvp is, needs no tangent from before.
+    path = _reachable(starts, lambda n: n.users)
+    path &= _reachable(ends, lambda n: [] if n.target is MAKE_DUAL else n.all_input_nodes)
     recorder = Recorder(graph)
     tangent: dict[fx.Node, Any] = {}  # node -> tangent node, None for zero, a list for several outputs
     read: dict[fx.Node, fx.Node] = {}  # number -> where it was read from something with a tangent
@@ -85,7 +88,7 @@ def linearize(graph: fx.Graph) -> Linearization:
                 if isinstance(node.meta.get("val"), NUMBERS):
                     read[node] = source
                     continue
-                if any_has_tangent(node.meta.get("val")):
+                if any(map(has_tangent, tree_leaves(node.meta.get("val")))):
                     lost[source] = _unsupported(source, tangent, NUMBER_HAS_NO_TANGENT)
                     tangent[node] = _pretended(node)
                     continue

@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from jvpgraph.autograd_function import functions_watched
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
 from jvpgraph.escapes import Calls, Newborn, frames
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
@@ -89,6 +90,7 @@ class OpByOp(TorchDispatchMode):
         self._newborn = Newborn()
         self._calls = Calls(self)
         self._entered = ExitStack()
+        self._asleep = False
 
     def __enter__(self) -> OpByOp:
         self._stance = eval_frame._stance
@@ -101,6 +103,7 @@ class OpByOp(TorchDispatchMode):
             entered.enter_context(torch.compiler.set_stance("force_eager"))  # torch.cond compiles itself
             entered.enter_context(self._newborn)
             entered.enter_context(self._calls)
+            entered.enter_context(functions_watched(self, _user_line))
             self._entered = entered.pop_all()
         super().__enter__()
         return self
@@ -108,6 +111,26 @@ class OpByOp(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._entered.close()
+
+    def is_watching(self) -> bool:
+        """Whether ops come here, and are looked at."""
+        return not self._asleep and any(mode is self for mode in _get_current_dispatch_mode_stack())
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """Let code run as if this mode were not there."""
+        before, self._asleep = self._asleep, True
+        try:
+            with self._calls.left():
+                yield
+        finally:
+            self._asleep = before
+
+    def adopt(self, out: Tensor, out_dot: Tensor | None) -> None:
+        """Take in what was made while this mode was asleep."""
+        self._made(out)
+        if out_dot is not None:
+            self.set_tangent(out, out_dot)
 
     # ----------------------------------------------------------------------------------------------- the tangents
 
@@ -270,6 +293,8 @@ class OpByOp(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._asleep:
+            return func(*args, **kwargs)
         if types and self._left_to_wrappers(func, args, kwargs):
             return NotImplemented
         if isinstance(func, OpOverload):

@@ -25,6 +25,7 @@ import torch._refs
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
+from jvpgraph.autograd_function import OWN_JVP
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
 from jvpgraph.linearize import source_line
 from jvpgraph.passes.swap_attention import (
@@ -111,7 +112,7 @@ def _nodes_from(node: fx.Node) -> set[fx.Node]:
 
 def _may_hide_stops(target: Any) -> bool:
     """Whether a function that is one node to Dynamo may detach in its Python code, as F.gumbel_softmax does."""
-    if not isinstance(target, FunctionType):
+    if not isinstance(target, FunctionType) or hasattr(target, OWN_JVP):
         return False
     foreign = target.__module__.split(".")[0] != "torch"  # what a user allowed in graphs
     return foreign or not NAMES.isdisjoint(target.__code__.co_names)

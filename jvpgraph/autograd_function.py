@@ -1,0 +1,289 @@
+"""The tangent of an autograd.Function that brings its own ``jvp``, in graphs and op by op.
+
+Left alone, Dynamo writes the forward of such a Function out, or refuses it where it needs a backward, so that the
+tangent would be that of the ops in its forward: zero for a straight-through estimator. In a graph with markers a call
+of it stays one node instead; :func:`call_own_jvp` makes of it, where it is active, a call that asks for the tangents of
+the arguments and marks the outputs with what ``jvp`` makes of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.utils import proxy_args_kwargs
+from torch._dynamo.variables import builder, misc
+from torch.autograd.function import _is_setup_context_defined
+
+from jvpgraph.errors import UnsupportedNode, UnsupportedOp
+from jvpgraph.markers import MAKE_DUAL, make_dual, tangent_of
+from jvpgraph.rules.apply import has_tangent
+
+__all__ = ["OWN_JVP", "call_own_jvp", "functions_watched", "has_own_jvp", "keep_calls_of_own_jvps"]
+
+Function = torch.autograd.Function
+NOTHING_ARRIVES = (
+    "the forward of this autograd.Function has no tangent, whatever its backward says: give it a jvp of its own"
+)
+OWN_JVP = "jvpgraph_own_jvp_of"  # on what stands for a Function's apply in a graph: the Function
+
+
+def has_own_jvp(function: Any) -> bool:
+    return function.jvp is not Function.jvp
+
+
+# ------------------------------------------------------------------------------------------------- in graphs
+
+
+def keep_calls_of_own_jvps() -> None:
+    """Let Dynamo keep ``function.apply(...)`` as one node, where function has its own jvp and the graph has markers."""
+    variable = misc.AutogradFunctionVariable
+    traced = variable.call_apply
+
+    @functools.wraps(traced)
+    def call_apply(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if not (has_own_jvp(self.fn_cls) and _has_markers(tx)):
+            return traced(self, tx, args, kwargs)
+        operands = proxy_args_kwargs(args, kwargs)
+        proxy = tx.output.create_proxy("call_function", _call(self.fn_cls), *operands)
+        return builder.wrap_fx_proxy(tx=tx, proxy=proxy)
+
+    variable.call_apply = call_apply  # type: ignore[method-assign]
+
+
+def _has_markers(tx: Any) -> bool:
+    return any(tracer.graph.find_nodes(op="call_function", target=MAKE_DUAL) for tracer in tx.output.tracers)
+
+
+@functools.cache
+def _call(function: Any) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function.apply(*args, **kwargs)
+
+    return _named(call, function)
+
+
+def call_own_jvp(node: fx.Node) -> None:
+    """Let an active call that was kept bring its tangent."""
+    node.target = _dual_call(getattr(node.target, OWN_JVP))
+
+
+@functools.cache
+def _dual_call(function: Any) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args = _bound(function, args, kwargs)
+        dots = [tangent_of(x) if has_tangent(x) else None for x in args]
+        several, *outs = _with_tangents(function).apply(*args, *dots)
+        half = len(outs) // 2
+        marked = tuple(map(_marked, outs[:half], outs[half:]))
+        return marked if several else marked[0]
+
+    return _named(call, function)
+
+
+def _marked(out: Any, out_dot: Tensor | None) -> Any:
+    if not has_tangent(out):
+        return out
+    return make_dual(out, torch.zeros_like(out) if out_dot is None else out_dot)
+
+
+def _named(call: Callable[..., Any], function: Any) -> Callable[..., Any]:
+    call.__name__ = call.__qualname__ = f"{function.__name__}_{id(call)}"  # in the code of the graph
+    setattr(call, OWN_JVP, function)
+    return call
+
+
+@functools.cache
+def _with_tangents(function: Any) -> Any:
+    """The Function of ``(*args, *tangents)`` whose outputs are whether there are several, they, and their tangents."""
+
+    class WithTangents(Function):
+        @staticmethod
+        def forward(ctx: Any, *args_and_dots: Any) -> Any:
+            half = len(args_and_dots) // 2
+            args, dots = args_and_dots[:half], args_and_dots[half:]
+            if _is_setup_context_defined(function.setup_context):
+                out = function.forward(*args)
+                function.setup_context(ctx, args, out)
+            else:
+                out = function.forward(ctx, *args)
+            outs = out if isinstance(out, tuple) else (out,)
+            return isinstance(out, tuple), *outs, *_own_tangents(function, ctx, outs, dots)
+
+        @staticmethod
+        def backward(ctx: Any, _: Any, *grads: Any) -> Any:
+            backward = function.backward if function.vjp is Function.vjp else function.vjp
+            found = backward(ctx, *grads[: len(grads) // 2])
+            found = found if isinstance(found, tuple) else (found,)
+            return *found, *[None] * (2 * len(ctx.needs_input_grad) - len(found))
+
+    # To the Function's own code, its arguments are all there are.
+    whole = torch._C._FunctionBase.needs_input_grad
+    context: Any = WithTangents._backward_cls  # type: ignore[attr-defined]
+    context.needs_input_grad = property(lambda ctx: (given := whole.__get__(ctx))[: len(given) // 2])
+    return WithTangents
+
+
+def _own_tangents(function: Any, ctx: Any, outs: tuple[Any, ...], dots: Any) -> tuple[Any, ...]:
+    found = function.jvp(ctx, *dots)
+    found = tuple(found) if isinstance(found, (tuple, list)) else (found,)
+    if len(found) != len(outs):
+        raise ValueError(f"{function.__name__}.jvp returned {len(found)} tangents for {len(outs)} outputs")
+    return found
+
+
+def _bound(function: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """The arguments in order, as Function.apply binds them."""
+    context = () if _is_setup_context_defined(function.setup_context) else (None,)
+    if context and not kwargs:
+        return args
+    bound = inspect.signature(function.forward).bind(*context, *args, **kwargs)
+    if not context:
+        bound.apply_defaults()
+    return bound.args[len(context) :]
+
+
+# ------------------------------------------------------------------------------------------------- op by op
+
+
+@contextmanager
+def functions_watched(mode: Any, where: Callable[[], str]) -> Iterator[None]:
+    """Within this context a Function with its own jvp gives its outputs their tangents in ``mode``, an OpByOp.
+
+    C++ looks ``forward`` up by name, whoever holds ``apply``: that is what is replaced. One without a jvp runs op by op
+    as any code does, and is refused where nothing of an active argument arrives in what it returns.
+    """
+    with ExitStack() as replaced:
+        for function in _functions(Function):
+            if _is_setup_context_defined(function.setup_context):
+                calls: list[Any] = []
+                _replace(function, "forward", _forward_of_two(function, mode, where, calls), replaced)
+                if has_own_jvp(function):
+                    _replace(function, "setup_context", _setup_context(function, mode, calls), replaced)
+            else:
+                _replace(function, "forward", _forward(function, mode, where), replaced)
+        yield
+
+
+def _functions(base: Any) -> Iterator[Any]:
+    """All Functions but torch's own and ours."""
+    for function in base.__subclasses__():
+        if not function.__module__.startswith(("torch.", "jvpgraph.")) and function.forward is not Function.forward:
+            yield function
+        yield from _functions(function)
+
+
+def _replace(function: Any, name: str, new: Callable[..., Any], replaced: ExitStack) -> None:
+    old = vars(function).get(name)
+    setattr(function, name, staticmethod(new))
+    if old is None:
+        replaced.callback(delattr, function, name)
+    else:
+        replaced.callback(setattr, function, name, old)
+
+
+def _forward(function: Any, mode: Any, where: Callable[[], str]) -> Callable[..., Any]:
+    forward = function.forward
+
+    @functools.wraps(forward)
+    def watched(ctx: Any, *args: Any, **kwargs: Any) -> Any:
+        dots = _tangents(mode, args)
+        if dots is None:
+            return forward(ctx, *args, **kwargs)
+        if not has_own_jvp(function):
+            return _arrived(function, forward(ctx, *args, **kwargs), mode, where)
+        with mode.asleep():
+            out = _apart(lambda: forward(ctx, *args, **kwargs), args)
+            outs = out if isinstance(out, tuple) else (out,)
+            out_dots = _own_tangents(function, ctx, outs, dots)
+        _give(mode, outs, out_dots)
+        return out
+
+    return watched
+
+
+def _forward_of_two(function: Any, mode: Any, where: Callable[[], str], calls: list[Any]) -> Callable[..., Any]:
+    """Of a Function whose setup_context is apart, so that the jvp has to wait for that."""
+    forward = function.forward
+
+    @functools.wraps(forward)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        dots = _tangents(mode, args)
+        if has_own_jvp(function):
+            calls.append(dots)
+        if dots is None:
+            return forward(*args, **kwargs)
+        if not has_own_jvp(function):
+            return _arrived(function, forward(*args, **kwargs), mode, where)
+        with mode.asleep():
+            return _apart(lambda: forward(*args, **kwargs), args)
+
+    return watched
+
+
+def _setup_context(function: Any, mode: Any, calls: list[Any]) -> Callable[..., Any]:
+    setup_context = function.setup_context
+
+    @functools.wraps(setup_context)
+    def watched(ctx: Any, inputs: Any, output: Any) -> Any:
+        dots = calls.pop()
+        if dots is None:
+            return setup_context(ctx, inputs, output)
+        outs = output if isinstance(output, tuple) else (output,)
+        with mode.asleep():
+            setup_context(ctx, inputs, output)
+            out_dots = _own_tangents(function, ctx, outs, dots)
+        _give(mode, outs, out_dots)
+        return None
+
+    return watched
+
+
+def _tangents(mode: Any, args: tuple[Any, ...]) -> list[Any] | None:
+    """What a jvp is given: zeros for what is not active. None where nothing is."""
+    if not mode.is_watching():
+        return None
+    dots = [mode.tangent(x) if has_tangent(x) else None for x in args]
+    if all(dot is None for dot in dots):
+        return None
+    with mode.asleep():
+        return [
+            None if not has_tangent(x) else torch.zeros_like(x) if dot is None else dot.clone()
+            for x, dot in zip(args, dots)
+        ]
+
+
+def _apart(forward: Callable[[], Any], args: tuple[Any, ...]) -> Any:
+    """The outputs. What shares memory with an argument that was not written to is copied: it has a tangent apart."""
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    versions = [0 if x.is_inference() else x._version for x in tensors]
+    out = forward()
+    unwritten = {
+        x.untyped_storage()._cdata
+        for x, version in zip(tensors, versions)
+        if (0 if x.is_inference() else x._version) == version
+    }
+
+    def copied(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata in unwritten else leaf
+
+    return tuple(map(copied, out)) if isinstance(out, tuple) else copied(out)
+
+
+def _give(mode: Any, outs: tuple[Any, ...], out_dots: tuple[Any, ...]) -> None:
+    with mode.asleep():
+        for out, dot in zip(outs, out_dots):
+            if isinstance(out, Tensor):
+                mode.adopt(out, None if not has_tangent(out) else torch.zeros_like(out) if dot is None else dot)
+
+
+def _arrived(function: Any, out: Any, mode: Any, where: Callable[[], str]) -> Any:
+    outs = [x for x in (out if isinstance(out, tuple) else (out,)) if has_tangent(x)]
+    if outs and all(mode.tangent(x) is None for x in outs):
+        raise UnsupportedOp([UnsupportedNode(function.__name__, "op by op", (), where(), NOTHING_ARRIVES)])
+    return out
