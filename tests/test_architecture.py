@@ -34,7 +34,7 @@ LAYERS = (
     ("jvpgraph.passes",),
     ("jvpgraph.dump", "jvpgraph.verify", "jvpgraph.sharding"),
     ("jvpgraph.linearize",),
-    ("jvpgraph.dual_forward",),
+    ("jvpgraph.dual_forward", "jvpgraph.autograd_function"),
     (
         "jvpgraph.trace",
         "jvpgraph.traceable",
