@@ -91,4 +91,5 @@ def perturbed() -> Iterator[None]:
         patch.object(BACKEND, "AFTER_AUTOGRAD", with_it(AFTER_AUTOGRAD)),
         torch._functorch.config.patch(enable_autograd_cache=False),
     ):
+        torch._dynamo.reset()  # graphs from before would be taken
         yield

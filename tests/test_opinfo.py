@@ -1,15 +1,110 @@
-"""A sample of ``make opinfo``: each phase with the ops in which a kind of failure has been seen, and some at large."""
+"""A sample of ``make opinfo``, and that it sees what is wrong."""
 
 from __future__ import annotations
 
-from collections import Counter
+import ctypes
+import time
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import jvpgraph
-from tests.opinfo.database import OPS, Call
+from tests.opinfo import run
+from tests.opinfo.database import Call
 from tests.opinfo.oracle import truth
-from tests.opinfo.phases import PHASES, Case, Phase, cases, examine
-from tests.opinfo.run import sweep
-from tests.opinfo.table import FAILURES, known, write_table
+from tests.opinfo.phases import Case, Phase, Verdict, examine
+from tests.opinfo.run import sweep, unexpected
+from tests.opinfo.table import known, write_table
+
+# Ops in which something has been wrong, and a few of everyday.
+OP_BY_OP = (
+    *("scatter_reduce.prod", "special.bessel_j0", "special.hermite_polynomial_h", "nn.functional.soft_margin_loss"),
+    *("nn.functional.cross_entropy", "native_layer_norm", "native_batch_norm", "nn.functional.binary_cross_entropy"),
+    *("as_strided.partial_views", "logcumsumexp", "linalg.solve", "mul", "cat", "index_put", "_foreach_addcmul"),
+)
+EAGER = (
+    *("addr", "ldexp", "nn.functional.huber_loss", "nn.functional.celu", "nn.functional.group_norm", "polar", "sgn"),
+    *("nn.functional.nll_loss", "cumprod", "matmul", "view_as_complex"),
+)
+SAMPLE = [
+    *((op, "op_by_op") for op in OP_BY_OP),
+    *((op, "op_by_op in place") for op in ("add", "_foreach_mul", "masked_fill", "copysign")),
+    *((op, "op_by_op out=") for op in ("mul", "cumsum", "cat")),
+    *((op, "op_by_op inference mode") for op in ("reshape", "flatten", "contiguous", "to", "nn.functional.mse_loss")),
+    *((op, "op_by_op layouts") for op in ("as_strided", "unfold", "nn.functional.conv2d", "softmax")),
+    *((op, "eager") for op in EAGER),
+    *((op, "eager dynamic=True") for op in ("nn.functional.prelu", "nn.functional.glu", "logdet")),
+    *((op, "eager differentiable") for op in ("polar", "linalg.inv", "tanh")),
+]
+
+
+def test_sample():
+    """Right, or refused as docs/opinfo.md says."""
+    listed = known()
+    found = [(op, phase, found) for op, phase in SAMPLE for found in sweep(op, phase)["found"]]
+    assert not [x for x in found if unexpected(x[2]["verdict"], x[0], x[1], listed)]
+
+
+def _case(fn, *tensors):
+    return Case(Call(fn, tensors, "call"), tuple(range(len(tensors))))
+
+
+def test_forward_mode_that_returns_silent_zeros_is_not_believed():
+    x = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    right = truth(torch.special.bessel_j0, [x], [torch.ones_like(x)])
+    ((slope, tolerance),) = right.tangents[0]
+    assert right.suspicious
+    assert tolerance > 1e-6
+    torch.testing.assert_close(slope, -torch.special.bessel_j1(x), rtol=0, atol=1e-8)
+
+
+def test_differences_are_not_believed_at_kinks_and_jumps():
+    x = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for fn in (lambda x: (x == 1).double(), lambda x: torch.where(x == 0, x, 3.0)):
+        tangents = truth(fn, [x], [torch.ones_like(x)]).tangents[0]
+        assert all(tolerance == 1e-6 for _, tolerance in tangents)  # forward AD's, or none
+
+
+@pytest.mark.parametrize("part", ["value", "tangent", "zero", "gradient"])
+def test_what_is_wrong_is_seen(part: str):
+    x = torch.rand(3, 4, dtype=torch.float64)
+
+    def wrong(fn, primals, tangents, **_):
+        y, y_dot = torch.func.jvp(fn, tuple(x.detach() for x in primals), tangents)
+        if part == "gradient":
+            y = y + primals[0].sin() - primals[0].sin().detach()
+        else:
+            y = fn(*primals)
+        y = y * 1.001 if part == "value" else y
+        return y, y_dot * {"tangent": 1.001, "zero": 0.0}.get(part, 1.0)
+
+    with patch.object(jvpgraph, "jvp", wrong):
+        verdict = examine(_case(torch.sin, x), Phase("op_by_op", 1))
+    assert verdict.what == "wrong"
+    assert part in verdict.why
+
+
+def test_a_process_that_dies_or_hangs_is_a_crash():
+    def die(case, phase):
+        return Verdict("right") if not case.call.tensors[0].dim() else ctypes.string_at(0)
+
+    with patch.object(run, "examine", die):
+        record = sweep("special.airy_ai", "op_by_op")
+    assert set(record["counts"]) == {"right", "crash"}  # it goes on behind the case that died
+    assert [found["why"] for found in record["found"]] == ["SIGSEGV"]
+    with patch.object(run, "examine", lambda case, phase: time.sleep(60)), patch.object(run, "PATIENCE", 0.5):
+        assert sweep("special.airy_ai", "eager")["found"][0]["why"] == "no answer"
+
+
+def test_the_table_lists_what_was_refused(tmp_path):
+    found = [{"verdict": "refused", "why": "aten.geqrf.default: no | formula", "case": "call", "count": 2}]
+    record = {"op": "geqrf", "phase": "eager", "counts": {"refused": 2}, "found": found}
+    path = tmp_path / "opinfo.md"
+    assert write_table([record], path) == 0
+    assert known(path) == {("refused", "geqrf", "eager")}
+    assert not unexpected("refused", "geqrf", "eager", known(path))
+    assert unexpected("refused", "geqrf", "op_by_op", known(path))
+    assert unexpected("wrong", "geqrf", "eager", known(path))
+    wrong = {**record, "found": [{**found[0], "verdict": "wrong"}]}
+    assert write_table([wrong], path) == 1
