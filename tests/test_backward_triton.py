@@ -187,10 +187,10 @@ def test_a_new_length_compiles_nothing(monkeypatch, tmp_path):
     for compiled, names in ((of_queries, ("sums", "queries")), (of_keys, ("keys", "values"))):
         assert len({id(x) for x in compiled}) == len(names)
         for launched, name in zip(compiled, names):
-            gated = gate._backward_source(entry, getattr(BACKWARD_TABLE[entry], name), name, gate.VARIANTS["jvp"])
+            gated = gate.backward_launch(entry, name, getattr(BACKWARD_TABLE[entry], name)).source
             assert launched.src.signature == gated.signature
             assert launched.src.constants == gated.constants
-            assert {at: hint for at, hint in launched.src.attrs.items() if hint} == gated.attrs
+            assert launched.src.attrs == gated.attrs
 
 
 def test_parts_of_head_dims():
@@ -213,3 +213,20 @@ def test_what_is_supported():
     assert not backward_triton.supports(q, q, q, bias_needs_grad=True)
     wide = torch.empty(1, 2, 5, 256, dtype=BF16)
     assert not backward_triton.supports(q, q, wide)
+    assert "no tile" in backward_triton.why_not(q, q, wide)
+    assert not backward_triton.supports(q, q, q, bias_dot=q)
+
+
+def test_a_mask_with_rows_has_tiles_of_its_own(monkeypatch):
+    """It is staged through shared memory, where a mask of padded keys is not."""
+    q, rows, keys = (torch.empty(1, 2, n, 64, dtype=BF16) for n in (64, 64, 1))
+    assert [backward_triton.row_bytes(x) for x in (None, keys, rows, rows.bool(), rows.float())] == [0, 0, 2, 1, 4]
+    wide = torch.empty(1, 2, 64, 128, dtype=BF16)
+    for arch, supported in ((80, False), (86, False), (89, False), (90, True), (100, True), (120, False)):
+        monkeypatch.setattr(backward_triton, "arch_of", lambda device, arch=arch: arch)
+        for mask in (None, keys, rows, rows.bool(), rows.float()):
+            assert backward_triton.supports(q, q, q, mask, moves=True)
+            assert backward_triton.supports(wide, wide, wide, mask)
+            why_not = backward_triton.why_not(wide, wide, wide, mask, moves=True)
+            assert bool(why_not) != supported
+            assert supported or f"sm_{arch} at 128 columns" in why_not
