@@ -6,6 +6,7 @@ that no op made are known by the age of their objects: one that was there before
 
 from __future__ import annotations
 
+import dis
 import gc
 import sys
 import weakref
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["Calls", "Newborn", "Watcher", "frames"]
 
 LOOK_THROUGH = ("torch._tensor", "torch.storage", "torch.overrides", "torch.utils._contextlib")
+IDENTITY = ("_cdata", "nbytes", "size", "_weak_ref", "device", "resizable", "is_shared")
 LEAKY = ("torch.serialization", "torch.multiprocessing", "torch.package")  # of torch, but what they read goes elsewhere
 
 
@@ -157,8 +159,20 @@ def _memory(watcher: Watcher, func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
+def _identifies() -> bool:
+    """Whether the caller only goes on to ask a storage which one it is, or how large."""
+    for frame in frames():
+        if not frame.f_globals.get("__name__", "").startswith((*LOOK_THROUGH, __name__)):
+            following = (
+                i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti and i.opname != "CACHE"
+            )
+            asked = next((i for i in following if not i.opname.startswith(("PRECALL", "CALL"))), None)
+            return asked is not None and asked.opname in ("LOAD_ATTR", "LOAD_METHOD") and asked.argval in IDENTITY
+    return False
+
+
 def _address(watcher: Watcher, func: Any, args: Any, kwargs: Any) -> Any:
-    if not _asked_by_torch():
+    if not (_asked_by_torch() or (func is Tensor.untyped_storage and _identifies())):
         watcher.address_taken(args[0], _name(func))
     return func(*args, **kwargs)
 
