@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.rules import NoRule, tangents_of
-from jvpgraph.rules.apply import any_has_tangent, argument_tangent, bind, has_tangent
+from jvpgraph.rules.apply import Unknown, any_has_tangent, argument_tangent, bind, has_tangent
 from jvpgraph.rules.shape import stops_tangent
 from jvpgraph.trace import Recorder, value_of
 
@@ -129,14 +129,17 @@ def _number_read(node: fx.Node, tangent: dict[fx.Node, Any], read: dict[fx.Node,
 def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, done: Linearization) -> Any:
     if node.target is operator.getitem:
         dots = tangent.get(node.all_input_nodes[0])
-        return dots[node.args[1]] if dots is not None else None
+        dot = dots[node.args[1]] if dots is not None else None
+        if isinstance(dot, Unknown):
+            raise NoRule(dot.reason)
+        return dot
     if not any(tangent.get(n) is not None for n in node.all_input_nodes):
         return None
     if not isinstance(node.target, OpOverload):
         raise NoRule("a higher-order op" if isinstance(node.target, torch._ops.HigherOrderOperator) else "not an op")
-    if not any_has_tangent(value_of(node)):
-        return None
     op = node.target
+    if not any_has_tangent(op, value_of(node)):
+        return None
     arguments = bind(op, node.args, node.kwargs)
     dots = {name: dot for name, v in arguments.items() if (dot := _argument_tangent(v, tangent)) is not None}
     first = len(recorder.inserted)
@@ -156,8 +159,8 @@ def _argument_tangent(value: Any, tangent: dict[fx.Node, Any]) -> Any:
 
 def _name_tangents(primal: fx.Node, out_dot: Any, recorder: Recorder, first: int) -> Any:
     """The nodes of the tangents; those inserted since the ``first`` are named after the primal."""
-    if out_dot is None:
-        return None
+    if out_dot is None or isinstance(out_dot, Unknown):
+        return out_dot
     if isinstance(out_dot, (list, tuple)):
         dots = [_name_tangents(primal, d, recorder, first) for d in out_dot]
         return dots if any(d is not None for d in dots) else None
@@ -260,6 +263,8 @@ def _reachable(roots: Iterable[fx.Node], step: Any) -> set[fx.Node]:
 
 
 def _unsupported(node: fx.Node, tangent: dict[fx.Node, Any], reason: str) -> UnsupportedNode:
+    if node.target is operator.getitem:
+        node = node.all_input_nodes[0]
     op = node.target
     names = [node.name]
     if isinstance(op, OpOverload):

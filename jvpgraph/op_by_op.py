@@ -40,7 +40,7 @@ from jvpgraph.errors import UnsupportedNode, UnsupportedOp
 from jvpgraph.escapes import Calls, Newborn, frames
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.rules import TABLE, NoRule, tangents_of
-from jvpgraph.rules.apply import any_has_tangent, argument_tangent, bind, functional_form, has_tangent
+from jvpgraph.rules.apply import Unknown, any_has_tangent, argument_tangent, bind, functional_form, has_tangent
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor
@@ -85,6 +85,7 @@ class OpByOp(TorchDispatchMode):
         self._handed_out: dict[StorageWeakRef, str] = {}  # memory that others know of, and by what
         self._stopped = WeakTensorKeyDictionary()  # what detach made and its views: in a storage with a shadow, without
         self._stopping = False
+        self._unknown: dict[StorageWeakRef, UnsupportedNode] = {}  # what no rule has a tangent of, and its op
         self._observer = observer
         self._ops = 0
         self._newborn = Newborn()
@@ -139,8 +140,10 @@ class OpByOp(TorchDispatchMode):
 
         Raises:
             UnsupportedOp: ``x`` wraps several tensors, and one of them has a tangent; or nobody knows where its values
-                come from.
+                come from, or no rule has its tangent.
         """
+        if self._unknown and not is_traceable_wrapper_subclass(x) and (maker := self._unknown.get(_key(x))):
+            raise UnsupportedOp([maker])
         if is_traceable_wrapper_subclass(x):
             return self._wrapped_tangent(x)
         if not has_tangent(x):
@@ -207,6 +210,7 @@ class OpByOp(TorchDispatchMode):
         """Drop what is known of storages that are gone."""
         self._shadows = {key: shadow for key, shadow in self._shadows.items() if not key.expired()}
         self._seen = {key: None for key in self._seen if not key.expired()}
+        self._unknown = {key: node for key, node in self._unknown.items() if not key.expired()}
         self._unwritten = {key: value for key, value in self._unwritten.items() if not key.expired()}
 
     def bytes(self) -> int:
@@ -471,7 +475,7 @@ class OpByOp(TorchDispatchMode):
         return out
 
     def _rule(self, func: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[str, Any]) -> Any:
-        if not any_has_tangent(out):
+        if not any_has_tangent(func, out):
             return None
         # Derived rules are forward AD, and where a mode gets its ops all that is above it is switched off.
         outside = torch._C._ForceDispatchKeyGuard(*self._keys_outside)
@@ -488,7 +492,9 @@ class OpByOp(TorchDispatchMode):
             self.set_tangent(out, dot)
         else:
             for o, d in zip(out, dot):
-                if d is not None:
+                if isinstance(d, Unknown):
+                    self._unknown[_key(o)] = _unsupported(func, {}, d.reason)
+                elif d is not None:
                     self.set_tangent(o, d)
         if self._observer is not None:
             self._observer(func, out, dot)

@@ -20,13 +20,21 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from jvpgraph.rules.apply import functional_form
+from jvpgraph.rules.derived import probing
 
 __all__ = ["Recorder", "value_of"]
 
+aten = torch.ops.aten
+OF_SHAPES = (aten.size.default, aten.stride.default, aten.storage_offset.default)  # asked by formulas in C++
+ZEROS: dict[Any, Callable[..., Any]] = {
+    aten._efficientzerotensor.default: lambda size, **how: (aten.zeros.default, (size,), how),
+    aten._new_zeros_with_same_feature_meta.default: lambda x, like, **_: (aten.zeros_like.default, (like,), {}),
+}
 INHERITED_META = ("stack_trace", "nn_module_stack", "seq_nr")
 
 
@@ -94,8 +102,12 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self._recording:
+        if not self._recording or func in OF_SHAPES:
             return func(*args, **kwargs)
+        if probing():
+            return tree_map_only(Tensor, lambda x: self._fresh(x) if x.is_inference() else x, func(*args, **kwargs))
+        if func in ZEROS:  # forward AD's symbolic zeros: tensors without memory
+            func, args, kwargs = ZEROS[func](*args, **kwargs)
         if func in self.decompositions:
             with self:
                 out = self.decompositions[func](*args, **kwargs)

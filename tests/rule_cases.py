@@ -25,6 +25,7 @@ from torch._ops import OpOverload
 import jvpgraph.kernels.attention  # noqa: F401  defines the ops
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
+fma = getattr(getattr(torch.ops.prims, "fma", None), "default", None)
 with_backward = torch.ops._c10d_functional_autograd
 
 Draw = Callable[[torch.Generator], Tensor]
@@ -91,7 +92,6 @@ class Case:
         reverse: whether its backward is one.
         strided: whether the op takes primals of any layout (tangents always come in any layout).
         aside: indices of outputs that get no tangent by convention, though they vary.
-        constant: indices of outputs that PyTorch's formula takes for constant, though they vary.
         group: whether it needs a process group.
     """
 
@@ -102,7 +102,6 @@ class Case:
     reverse: bool = True
     strided: bool = True
     aside: tuple[int, ...] = ()
-    constant: tuple[int, ...] = ()
     group: bool = False
 
     @property
@@ -123,6 +122,8 @@ POSITIVE = R(3, 4, low=0.3, high=3.0)
 INSIDE = R(3, 4, low=-0.9, high=0.9)
 IMAGE, VIDEO = R(2, 4, 6, 6), R(1, 2, 4, 4, 4)
 BROADCAST = (call(R(3, 4), R(4)), call(R(3, 1), R(2, 1, 4)), call(R(3, 4), R()), call(R(3), C(2, 3)))
+PROBABILITY = R(3, 4, low=0.1, high=0.9)
+LISTS = call([R(3, 4), R(2)], [0.3, -0.2])
 MIXED = coarse(R(3, 4, dtype=torch.float32), R(3, 4))
 IN_3_4 = Z(3, 4, below=3)
 
@@ -150,6 +151,15 @@ POINTWISE = [
     *row(aten.bernoulli.p, call(R(3, 4), 0.3), reverse=False),
     *row(aten.uniform.default, call(R(3, 4)), reverse=False),
     *row(aten.normal_functional.default, call(R(3, 4)), reverse=False),
+    *rows(
+        [aten.exponential.default, aten.log_normal.default, aten.cauchy.default, aten.random.default],
+        call(R(3, 4)),
+        reverse=False,
+    ),
+    *row(aten.geometric.default, call(R(3, 4), 0.3), reverse=False),
+    *rows([aten.random.to, aten.randint_like.default], call(R(3, 4), 7), reverse=False),
+    *rows([getattr(aten.random, "from"), aten.randint_like.low_dtype], call(R(3, 4), -2, 7), reverse=False),
+    *row(aten.new_empty_strided.default, kink(R(3, 4), [2, 2], [2, 1])),
     # arithmetic
     *row(aten.neg.default, call(R(3, 4)), call(C(3, 4))),
     *row(aten.mul.Tensor, *BROADCAST, MIXED, call(C(3), C(2, 3)), call(R(3, 4), 2.5)),
@@ -165,6 +175,7 @@ POINTWISE = [
     *row(aten.reciprocal.default, call(POSITIVE), call(C(3, 4))),
     *row(aten.addcmul.default, call(R(3, 4), R(4), R(3, 1)), call(R(4), R(3, 4), R(3, 4), value=2)),
     *row(aten.addcdiv.default, call(R(3, 4), R(4), POSITIVE), call(R(4), R(3, 4), POSITIVE, value=2)),
+    *(row(fma, call(R(3, 4), R(4), R(3, 1)), call(R(3), R(3), R(3)), formula=False) if fma is not None else ()),
     *row(aten.lerp.Scalar, call(R(3, 4), R(4), 0.3), call(R(3, 4), R(4), 0.8)),
     *row(aten.lerp.Tensor, call(R(3, 4), R(4), R(3, 1))),
     # powers, exponentials, logarithms
@@ -189,7 +200,9 @@ POINTWISE = [
     *row(aten.atan2.default, call(R(3, 4), R(4))),
     *row(aten.erf.default, call(R(3, 4))),
     # activations
-    *rows([aten.sigmoid.default, aten.tanh.default, aten.silu.default, aten.mish.default], call(R(3, 4))),
+    *rows([aten.sigmoid.default, aten.tanh.default, aten.mish.default], call(R(3, 4))),
+    *row(aten.silu.default, call(R(3, 4)), call(C(3, 4)), formula=False, reverse=False),  # theirs is wrong for complex
+    *row(aten.glu.default, call(R(3, 4)), call(R(4, 3, 2), -3)),
     *rows([aten.relu.default], call(R(3, 4)), kink(V([0.0, -1.0]))),
     *row(aten.gelu.default, call(R(3, 4)), call(R(3, 4), approximate="tanh")),
     *row(aten.softplus.default, call(R(3, 4)), call(R(3, 4), 2.0, 1.5)),
@@ -216,15 +229,42 @@ POINTWISE = [
         [aten.maximum.default, aten.minimum.default],
         *(call(R(3, 4), R(4)), MIXED, kink(V([0.0, 1.0]), V([0.0, 2.0]))),
     ),
+    *rows(
+        [aten._foreach_maximum.Scalar, aten._foreach_minimum.Scalar],
+        *(call([R(3, 4), R(2)], 0.3), kink([V([0.0, 1.0])], 1.0)),
+        formula=False,
+    ),
+    *rows([aten._foreach_maximum.ScalarList, aten._foreach_minimum.ScalarList], LISTS, formula=False),
     *row(
         aten.native_dropout.default,
         *(call(R(3, 4), p, train) for p, train in ((0.4, True), (1.0, True), (0.0, True), (0.4, False))),
         strided=False,
     ),
+    # losses
+    *row(
+        aten.binary_cross_entropy.default,
+        *(call(PROBABILITY, PROBABILITY, R(4), r) for r in (0, 1, 2)),
+        *(call(PROBABILITY, PROBABILITY), kink(V([0.0, 1.0]), V([0.3, 0.4]), None, 2)),
+        formula=False,
+        reverse=False,  # PyTorch gives the weight none
+    ),
+    *row(
+        aten.nll_loss_forward.default,
+        *(call(R(3, 4), Z(3, below=4), R(4, low=0.1), r, 2) for r in (0, 1, 2)),
+        *(call(R(3, 4), Z(3, below=4), None, 1, -100), call(R(4), Z(below=4), R(4, low=0.1), 1, -100)),
+        reverse=False,
+    ),
+    *row(
+        aten.nll_loss2d_forward.default,
+        *(call(R(2, 4, 3, 3), Z(2, 3, 3, below=4), R(4, low=0.1), r, 2) for r in (0, 1, 2)),
+        *(call(R(2, 4, 3, 3), Z(2, 3, 3, below=4), None, 1, -100),),
+        reverse=False,
+    ),
     # complex numbers
     *rows([aten._conj.default, aten.view_as_real.default], call(C(3, 4))),
     *row(aten.view_as_complex.default, call(R(3, 4, 2)), strided=False),
     *row(aten.complex.default, call(R(3, 4), R(4))),
+    *row(aten.view.dtype, call(R(3, 4), torch.complex128), call(C(3, 4), torch.float64), strided=False, reverse=False),
     *row(aten.polar.default, call(POSITIVE, R(4))),
 ]
 
@@ -238,6 +278,11 @@ REDUCE = [
     *row(aten._safe_softmax.default, call(R(3, 4), 1), call(V([[0.0, 1.0], [-float("inf")] * 2]), -1)),
     *row(aten._log_softmax.default, call(R(3, 4), 0, False), call(R(3, 4, 2), -1, False)),
     *row(aten.logsumexp.default, call(R(3, 4), [0]), call(R(3, 4, 2), [0, -1]), call(R(3, 4, 2), [1], True)),
+    *row(
+        aten.logcumsumexp.default,
+        *(call(R(3, 4), 0), call(R(3, 4), -1), call(R(), 0), kink(V([-30.0, 0.0, 30.0]), 0)),
+        formula=False,
+    ),
     *rows(
         [aten.var.correction, aten.std.correction, aten.var_mean.correction],
         *(call(R(3, 4)), call(R(3, 4, 2), [0, -1], correction=0), call(R(3, 4), [-1], keepdim=True)),
@@ -362,6 +407,7 @@ SHAPE = [
     *row(aten._fft_c2r.default, call(C(3, 4), [1], 2, 6)),
 ]
 
+FACTOR = R(3, 3, low=0.5)
 CONV = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
 MATMUL = [
     *row(aten.mm.default, call(R(2, 3), R(3, 4)), call(C(2, 3), C(3, 4))),
@@ -373,6 +419,12 @@ MATMUL = [
     *row(
         aten.baddbmm.default,
         *(call(R(2, 4), R(2, 2, 3), R(2, 3, 4)), call(R(4), R(2, 2, 3), R(2, 3, 4), beta=2, alpha=0.5)),
+    ),
+    *row(
+        aten.cholesky_solve.default,
+        *(call(R(3, 2), FACTOR, upper) for upper in (False, True)),
+        call(R(2, 3, 2), R(2, 3, 3, low=0.5)),
+        formula=False,  # theirs minds the other triangle
     ),
     *row(
         aten.convolution.default,
@@ -387,7 +439,6 @@ NORM = [
     *row(
         aten.native_layer_norm.default,
         *(call(R(2, 3, 4), [4], R(4), R(4), 1e-5), call(R(2, 3, 4), [3, 4], None, None, 1e-2)),
-        constant=(1, 2),
     ),
     *row(
         aten._fused_rms_norm.default,
@@ -396,7 +447,6 @@ NORM = [
     *row(
         aten.native_group_norm.default,
         *(call(R(2, 4, 3, 3), R(4), R(4), 2, 4, 9, 2, 1e-5), call(R(2, 4, 5), None, None, 2, 4, 5, 1, 1e-2)),
-        constant=(1, 2),
         strided=False,
     ),
     *row(
@@ -407,13 +457,12 @@ NORM = [
         aten.native_batch_norm.default,
         call(R(2, 3, 4), R(3), R(3), None, None, True, 0.1, 1e-5),
         call(R(2, 3, 4), None, None, None, None, True, 0.1, 1e-5),
-        constant=(1, 2),
     ),
+    *row(aten._native_batch_norm_legit.no_stats, call(R(2, 3, 4), R(3), R(3), True, 0.1, 1e-5)),
     *row(
         aten._native_batch_norm_legit_functional.default,
-        call(R(2, 3, 4), R(3), R(3), R(3), R(3, low=0.5), True, 0.1, 1e-5),
-        constant=(1, 2),
-        aside=(3, 4),
+        call(R(2, 3, 4), R(3), R(3), R(3), R(3, low=0.5), False, 0.1, 1e-5),
+        aside=(1, 2),
     ),
 ]
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, guard_or_false
 
-from jvpgraph.rules.derived import NotDerivable, derive
+from jvpgraph.errors import JvpgraphError
+from jvpgraph.rules.derived import NotDerivable, Unknown, derive
 from jvpgraph.rules.registry import TABLE, Rule
 
 __all__ = [
     "NoRule",
+    "Unknown",
     "any_has_tangent",
     "apply_rule",
     "argument_tangent",
@@ -26,6 +28,10 @@ __all__ = [
     "has_tangent",
     "tangents_of",
 ]
+
+
+# What is no matter of the rule: a size that depends on data, for which regions are the remedy, and full memory.
+NOT_OURS = (GuardOnDataDependentSymNode, torch.OutOfMemoryError)
 
 
 class NoRule(Exception):
@@ -37,9 +43,9 @@ def has_tangent(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def any_has_tangent(out: Any) -> bool:
-    """Whether one of an op's outputs can carry a tangent."""
-    return any(map(has_tangent, out if isinstance(out, (tuple, list)) else (out,)))
+def any_has_tangent(op: OpOverload, out: Any) -> bool:
+    """Whether one of an op's outputs can carry a tangent; as integers, bits can hide one."""
+    return op is torch.ops.aten.view.dtype or any(map(has_tangent, out if isinstance(out, (tuple, list)) else (out,)))
 
 
 def argument_tangent(value: Any, tangent_of: Callable[[Any], Any]) -> Any:
@@ -85,19 +91,33 @@ def tangents_of(op: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[
 
     Returns:
         ``(out_dot, source)``: None for a zero, or with the structure of ``out``; source is "table" or
-        "derived".
+        "derived". Among several outputs, one may be :class:`Unknown`: whoever uses it has to refuse.
 
     Raises:
-        NoRule: there is no forward derivative; the message gives the reason.
+        NoRule: there is no forward derivative, or none that works for these arguments; the message gives the reason.
     """
     rule = TABLE.get(op)
-    unmet = rule.unmet(arguments) if rule is not None else ""
-    if rule is not None and not unmet and (not rule.terms or set(dots) <= set(rule.wrt)):
-        return apply_rule(rule, out, arguments, dots), "table"
     try:
-        return _conform(op, out, derive(op, out, arguments, dots)), "derived"
-    except NotDerivable as reason:
-        raise NoRule(f"{unmet}, and {reason}" if unmet else str(reason)) from reason
+        unmet = rule.unmet(arguments) if rule is not None else ""
+        if rule is not None and not unmet and (not rule.terms or set(dots) <= set(rule.wrt)):
+            return apply_rule(rule, out, arguments, dots), "table"
+        try:
+            out_dot = _conform(op, out, derive(op, out, arguments, dots))
+        except NotDerivable as reason:
+            raise NoRule(f"{unmet}, and {reason}" if unmet else str(reason)) from reason
+    except (NoRule, JvpgraphError, *NOT_OURS):
+        raise
+    except NotImplementedError as reason:
+        raise NoRule((str(reason).strip() or "not implemented").splitlines()[0]) from reason
+    except Exception as error:
+        raise NoRule(f"its derivative failed: {_first_line(error)}") from error
+    if isinstance(out_dot, Unknown):
+        raise NoRule(out_dot.reason)
+    return out_dot, "derived"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'without a message').splitlines()[0]}"
 
 
 def apply_rule(rule: Rule, out: Any, arguments: dict[str, Any], dots: dict[str, Any]) -> Any:
@@ -125,8 +145,8 @@ def _plus(a: Any, b: Any) -> Any:
 
 def _conform(op: OpOverload, out: Any, out_dot: Any) -> Any:
     """Broadcast and promote a tangent to its primal, and check that it fits."""
-    if out_dot is None:
-        return None
+    if out_dot is None or isinstance(out_dot, Unknown):
+        return out_dot
     if isinstance(out, (tuple, list)):
         if len(out) != len(out_dot):
             raise AssertionError(f"the rule of {op} gave {len(out_dot)} tangents for {len(out)} outputs")

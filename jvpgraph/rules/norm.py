@@ -1,10 +1,11 @@
 """Normalisations, in float32 from the statistics that the primal saved, as ATen's own backward does.
 
-Only the normalised input is in the table; an active weight or bias takes PyTorch's own formula.
+PyTorch's own formulas leave the statistics without a tangent, so every operand is in the table.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,11 +33,19 @@ def standardized(x: Tensor, mean: Tensor, rstd: Tensor, dims: Any, x_dot: Tensor
     return rstd * (x_dot - mean_dot - x_hat * slope), mean_dot, -rstd * rstd * slope
 
 
+def standard(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return (in_float32(x) - in_float32(mean)) * in_float32(rstd)
+
+
 @jvp(aten.native_layer_norm.default)
 def layer_norm(outs, x, shape, weight, *_, x_dot):
     _, mean, rstd = outs
     x_hat_dot, mean_dot, rstd_dot = standardized(x, mean, rstd, tuple(range(-len(shape), 0)), x_dot)
     return weighted(x_hat_dot, weight), mean_dot, rstd_dot
+
+
+jvp(aten.native_layer_norm.default)(lambda o, x, n, w, *_, w_dot: (standard(x, o[1], o[2]) * w_dot, None, None))
+jvp(aten.native_layer_norm.default)(lambda o, x, n, w, b, eps, *, b_dot: (b_dot, None, None))
 
 
 @jvp(aten._fused_rms_norm.default)
@@ -48,33 +57,101 @@ def rms_norm(outs, x, shape, weight, eps, *, x_dot):
     return weighted(rstd * (x_dot - x_hat * slope), weight), -rstd * rstd * slope
 
 
+jvp(aten._fused_rms_norm.default)(lambda o, x, n, w, eps, *, w_dot: (in_float32(x) * in_float32(o[1]) * w_dot, None))
+
+
 @jvp(aten.native_group_norm.default)
-def group_norm(outs, x, weight, bias, N, C, HxW, group, eps, *, x_dot):
+def group_norm(outs, x, weight, bias, N, C, HxW, group, eps, *, x_dot=None, weight_dot=None, bias_dot=None):
     def grouped(t: Tensor) -> Tensor:
-        return t.reshape(N, group, -1)
+        return t.reshape(N, group, C // group * HxW)
+
+    def of_groups(t: Tensor) -> Tensor:
+        return t.reshape(N, group, 1)
 
     _, mean, rstd = outs
-    dots = standardized(grouped(x), grouped(mean), grouped(rstd), -1, grouped(x_dot))
-    x_hat_dot, mean_dot, rstd_dot = dots[0].reshape(x.shape), dots[1].squeeze(-1), dots[2].squeeze(-1)
-    per_channel = None if weight is None else weight.view(-1, *[1] * (x.dim() - 2))
-    return weighted(x_hat_dot, per_channel), mean_dot, rstd_dot
+    y_dot, mean_dot, rstd_dot = None, None, None
+    if x_dot is not None:
+        dots = standardized(grouped(x), of_groups(mean), of_groups(rstd), -1, grouped(x_dot))
+        y_dot = weighted(dots[0].reshape(x.shape), over_channels(weight, x))
+        mean_dot, rstd_dot = dots[1].squeeze(-1), dots[2].squeeze(-1)
+    x_hat = standard(grouped(x), of_groups(mean), of_groups(rstd)).reshape(x.shape)
+    return affine(y_dot, x_hat, over_channels(weight_dot, x), over_channels(bias_dot, x)), mean_dot, rstd_dot
+
+
+def over_channels(of_channels: Tensor | None, x: Tensor) -> Tensor | None:
+    """[C] as [C, 1, ...], to go with ``x`` [N, C, ...]."""
+    return None if of_channels is None else of_channels.reshape(-1, *[1] * (x.dim() - 2))
+
+
+def affine(y_dot: Tensor | None, x_hat: Tensor, weight_dot: Tensor | None, bias_dot: Tensor | None) -> Tensor:
+    """What the tangents of weight and bias add to ``y_dot``."""
+    terms = [y_dot, None if weight_dot is None else x_hat * weight_dot, bias_dot]
+    return sum(term for term in terms if term is not None)  # type: ignore[return-value]
+
+
+def batch_norm(outs, x, weight, running_mean, running_var, training, momentum, eps, dots):
+    """Tangents of y, of the batch's mean and rstd, and of the running statistics; ``dots`` in the order of arguments.
+
+    In training a layer norm over all dims but the channel's, else affine.
+    """
+    x_dot, weight_dot, bias_dot, running_mean_dot, running_var_dot = dots
+    weight, weight_dot, bias_dot = (over_channels(t, x) for t in (weight, weight_dot, bias_dot))
+    stats_dot: list[Tensor | None] = [None] * 4
+    if training:
+        if running_mean_dot is not None or running_var_dot is not None:
+            raise NotImplementedError("running statistics with a tangent, in training: detach them")
+        mean, rstd = outs[1].view(-1, *[1] * (x.dim() - 2)), outs[2].view(-1, *[1] * (x.dim() - 2))
+        if x_dot is None:
+            return affine(None, standard(x, mean, rstd), weight_dot, bias_dot), *stats_dot
+        dims = [0, *range(2, x.dim())]
+        x_hat_dot, mean_dot, rstd_dot = standardized(x, mean, rstd, dims, x_dot)
+        mean_dot, rstd_dot = mean_dot.flatten(), rstd_dot.flatten()
+        n = math.prod(x.shape[d] for d in dims)
+        var_dot = -2 * rstd_dot / in_float32(outs[2]) ** 3 * (n / (n - 1))
+        stats_dot = [mean_dot, rstd_dot, momentum * mean_dot, momentum * var_dot]
+    else:
+        mean = over_channels(running_mean, x)
+        rstd = over_channels((running_var + eps).rsqrt(), x)
+        x_hat_dot = None if x_dot is None else x_dot * rstd
+        if running_mean_dot is not None:
+            x_hat_dot = (0 if x_hat_dot is None else x_hat_dot) - over_channels(running_mean_dot, x) * rstd
+        if running_var_dot is not None:
+            shrinks = over_channels(running_var_dot, x) * rstd**3 / 2
+            x_hat_dot = (0 if x_hat_dot is None else x_hat_dot) - (x - mean) * shrinks
+    y_dot = None if x_hat_dot is None else weighted(x_hat_dot, weight)
+    return affine(y_dot, standard(x, mean, rstd), weight_dot, bias_dot), *stats_dot
 
 
 @jvp(aten._native_batch_norm_legit_no_training.default)
-def batch_norm_eval(outs, x, weight, bias, running_mean, running_var, momentum, eps, *, x_dot):
-    """Fixed statistics make it affine."""
-    scale = weighted((running_var + eps).rsqrt(), weight)
-    return x_dot * scale.view(-1, *[1] * (x.dim() - 2)), None, None
+def batch_norm_eval(
+    outs, x, w, b, mean, var, momentum, eps, *, x_dot=None, w_dot=None, b_dot=None, mean_dot=None, var_dot=None
+):
+    dots = (x_dot, w_dot, b_dot, mean_dot, var_dot)
+    return batch_norm(outs, x, w, mean, var, False, momentum, eps, dots)[:3]
 
 
 @jvp(aten.native_batch_norm.default, aten._native_batch_norm_legit_functional.default)
-def batch_norm(outs, x, weight, bias, running_mean, running_var, training, momentum, eps, *, x_dot):
-    """In training as a layer norm over all dims but the channel's. Running statistics are state and get no tangent."""
-    shape = [1, -1, *[1] * (x.dim() - 2)]
-    scale = None if weight is None else weight.view(shape)
-    if not training:
-        return weighted(x_dot * (running_var + eps).rsqrt().view(shape), scale), *[None] * (len(outs) - 1)
-    dims = [0, *range(2, x.dim())]
-    dots = standardized(x, outs[1].view(shape), outs[2].view(shape), dims, x_dot)
-    x_hat_dot, mean_dot, rstd_dot = dots[0], dots[1].flatten(), dots[2].flatten()
-    return weighted(x_hat_dot, scale), mean_dot, rstd_dot, *[None] * (len(outs) - 3)
+def batch_norm_of_stats(
+    outs,
+    x,
+    w,
+    b,
+    mean,
+    var,
+    training,
+    momentum,
+    eps,
+    *,
+    x_dot=None,
+    w_dot=None,
+    b_dot=None,
+    mean_dot=None,
+    var_dot=None,
+):
+    dots = (x_dot, w_dot, b_dot, mean_dot, var_dot)
+    return batch_norm(outs, x, w, mean, var, training, momentum, eps, dots)[: len(outs)]
+
+
+@jvp(aten._native_batch_norm_legit.no_stats)
+def batch_norm_without_stats(outs, x, w, b, training, momentum, eps, *, x_dot=None, w_dot=None, b_dot=None):
+    return batch_norm(outs, x, w, None, None, True, momentum, eps, (x_dot, w_dot, b_dot, None, None))[:3]

@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+import torch._inductor.inductor_prims  # defines fma
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
@@ -20,6 +21,7 @@ from jvpgraph.rules.registry import bilinear, jvp, linear, no_tangent
 __all__ = ["real", "times"]
 
 aten = torch.ops.aten
+fma = getattr(getattr(torch.ops.prims, "fma", None), "default", None)
 
 
 def times(c: Any, x: Tensor) -> Tensor:
@@ -29,6 +31,10 @@ def times(c: Any, x: Tensor) -> Tensor:
 
 def real(x: Tensor, *_: Any) -> bool:
     return not x.is_complex()
+
+
+def both_real(x: Tensor, y: Tensor) -> bool:
+    return not x.is_complex() and not y.is_complex()
 
 
 def positive(x: Any, *_: Any) -> bool:
@@ -42,7 +48,11 @@ no_tangent(aten.zeros_like.default, aten.ones_like.default, aten.full_like.defau
 no_tangent(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
 no_tangent(aten.zero.default, aten.fill.Scalar)
 no_tangent(aten.rand_like.default, aten.randn_like.default, aten.bernoulli.default, aten.bernoulli.p)
-no_tangent(aten.uniform.default, aten.normal_functional.default)
+no_tangent(aten.uniform.default, aten.normal_functional.default, aten.exponential.default, aten.geometric.default)
+no_tangent(
+    aten.log_normal.default, aten.cauchy.default, aten.random.default, aten.random.to, getattr(aten.random, "from")
+)
+no_tangent(aten.randint_like.default, aten.randint_like.low_dtype, aten.new_empty_strided.default)
 
 # Arithmetic
 linear(aten.neg.default, aten.mul.Scalar, aten.div.Scalar)
@@ -73,6 +83,10 @@ jvp(aten.addcmul.default)(lambda y, a, b, c, value, *, c_dot: times(value, b * c
 jvp(aten.addcdiv.default)(lambda y, a, b, c, value, *, a_dot: a_dot)
 jvp(aten.addcdiv.default)(lambda y, a, b, c, value, *, b_dot: times(value, b_dot / c))
 jvp(aten.addcdiv.default)(lambda y, a, b, c, value, *, c_dot: times(-value, (b / c) * (c_dot / c)))
+if fma is not None:  # a * b + c, which Dynamo makes of addcmul_
+    jvp(fma)(lambda y, a, b, c, *, a_dot: a_dot * b)
+    jvp(fma)(lambda y, a, b, c, *, b_dot: a * b_dot)
+    jvp(fma)(lambda y, a, b, c, *, c_dot: c_dot)
 jvp(aten.lerp.Scalar, aten.lerp.Tensor)(lambda y, a, b, w, *, a_dot: a_dot * (1 - w))
 jvp(aten.lerp.Scalar, aten.lerp.Tensor)(lambda y, a, b, w, *, b_dot: b_dot * w)
 jvp(aten.lerp.Tensor)(lambda y, a, b, w, *, w_dot: w_dot * (b - a))
@@ -88,8 +102,10 @@ jvp(aten.log2.default)(lambda y, x, *, x_dot: x_dot / (x * math.log(2)))
 jvp(aten.log10.default)(lambda y, x, *, x_dot: x_dot / (x * math.log(10)))
 jvp(aten.log1p.default)(lambda y, x, *, x_dot: x_dot / (1 + x))
 jvp(aten.pow.Scalar, when=positive)(lambda y, x, n, *, n_dot: n_dot * y * math.log(x))
-jvp(aten.pow.Tensor_Tensor)(lambda y, x, n, *, x_dot: torch.where(n == 0, 0, x_dot * n * x ** (n - 1)))
-jvp(aten.pow.Tensor_Tensor)(lambda y, x, n, *, n_dot: torch.where((x == 0) & (n >= 0), 0, n_dot * y * x.log()))
+jvp(aten.pow.Tensor_Tensor, when=both_real)(lambda y, x, n, *, x_dot: torch.where(n == 0, 0, x_dot * n * x ** (n - 1)))
+jvp(aten.pow.Tensor_Tensor, when=both_real)(
+    lambda y, x, n, *, n_dot: torch.where((x == 0) & (n >= 0), 0, n_dot * y * x.log())
+)
 
 
 @jvp(aten.pow.Tensor_Scalar)
@@ -116,7 +132,25 @@ jvp(aten.erf.default)(lambda y, x, *, x_dot: x_dot * (2 / math.sqrt(math.pi)) * 
 jvp(aten.sigmoid.default, when=real)(lambda y, x, *, x_dot: aten.sigmoid_backward(x_dot, y))
 jvp(aten.tanh.default, when=real)(lambda y, x, *, x_dot: aten.tanh_backward(x_dot, y))
 jvp(aten.relu.default)(lambda y, x, *, x_dot: aten.threshold_backward(x_dot, y, 0))
-jvp(aten.silu.default, when=real)(lambda y, x, *, x_dot: aten.silu_backward(x_dot, x))
+
+
+@jvp(aten.silu.default)
+def silu(y, x, *, x_dot):
+    """PyTorch's kernel, or where it is wrong, as for complex numbers: s * (1 + x * (1 - s))."""
+    if real(x):
+        return aten.silu_backward(x_dot, x)
+    s = x.sigmoid()
+    return x_dot * (s + y * (1 - s))
+
+
+@jvp(aten.glu.default)
+def glu(y, x, dim, *, x_dot):
+    a, b = x.chunk(2, dim)
+    a_dot, b_dot = x_dot.chunk(2, dim)
+    s = b.sigmoid()
+    return a_dot * s + a * aten.sigmoid_backward(b_dot, s)
+
+
 jvp(aten.gelu.default)(lambda y, x, a, *, x_dot: aten.gelu_backward(x_dot, x, approximate=a))
 jvp(aten.mish.default)(lambda y, x, *, x_dot: aten.mish_backward(x_dot, x))
 jvp(aten.softplus.default)(lambda y, x, b, t, *, x_dot: aten.softplus_backward(x_dot, x, b, t))
@@ -146,11 +180,63 @@ def _share(wins: Tensor, tie: Tensor, x_dot: Tensor) -> Tensor:
     return torch.where(tie, 0.5 * x_dot, torch.where(wins, x_dot, 0))
 
 
+def each(fn: Any) -> Any:
+    """The rule of a foreach op whose first list is active: ``fn(x, c, x_dot)`` of each tensor with its number."""
+
+    def rule(ys, xs, cs, *, xs_dot):
+        cs = cs if isinstance(cs, (list, tuple)) else [cs] * len(xs)
+        return [None if x_dot is None else fn(y, x, c, x_dot) for y, x, c, x_dot in zip(ys, xs, cs, xs_dot)]
+
+    return rule
+
+
+# PyTorch's formulas scale the tangent by the number where it wins.
+jvp(
+    *(aten._foreach_maximum.Scalar, aten._foreach_maximum.ScalarList),
+    *(aten._foreach_minimum.Scalar, aten._foreach_minimum.ScalarList),
+)(each(lambda y, x, c, x_dot: _share(y == x, x == c, x_dot)))
+
+
 @jvp(aten.native_dropout.default)
 def dropout(outs, x, p, train, *, x_dot):
     """The mask that the primal drew, and its scale."""
     return (x_dot if train is False or p == 0 else x_dot * outs[1] * (0 if p == 1 else 1 / (1 - p)), None)
 
+
+# Losses
+def reduced(loss: Tensor, reduction: int) -> Tensor:
+    return (loss, loss.mean(), loss.sum())[reduction] if reduction else loss
+
+
+@jvp(aten.binary_cross_entropy.default)
+def binary_cross_entropy(y, x, t, w, reduction, *, x_dot=None, t_dot=None, w_dot=None):
+    """-w (t log x + (1 - t) log(1 - x)), with both logarithms cut off at -100, as the op has them."""
+    log_x, log_rest = x.log().clamp_min(-100), (-x).log1p().clamp_min(-100)
+    terms = []
+    if x_dot is not None:
+        terms.append(x_dot * (x - t) / ((1 - x) * x).clamp_min(1e-12))  # PyTorch's bound
+    if t_dot is not None:
+        terms.append(t_dot * (log_rest - log_x))
+    slope = sum(terms) if w is None or not terms else sum(terms) * w
+    if w_dot is not None:
+        slope = slope - w_dot * (t * log_x + (1 - t) * log_rest) if terms else -w_dot * (t * log_x + (1 - t) * log_rest)
+    return reduced(slope, reduction)
+
+
+def negative_log_likelihood(op: Any) -> None:
+    """Linear in the logarithms; a mean is over the weights of the classes that were hit."""
+    jvp(op)(lambda outs, x, t, w, *how, x_dot: (op(x_dot, t, w, *how)[0], None))
+
+    @jvp(op)
+    def weights(outs, x, t, w, reduction, ignore_index, *, w_dot):
+        if reduction != 1:
+            return op(x, t, w_dot, reduction, ignore_index)
+        sum_dot, total_dot = op(x, t, w_dot, 2, ignore_index)
+        return (sum_dot - outs[0] * total_dot) / outs[1], total_dot
+
+
+negative_log_likelihood(aten.nll_loss_forward.default)
+negative_log_likelihood(aten.nll_loss2d_forward.default)
 
 # Complex numbers
 linear(aten._conj.default, aten.view_as_real.default)

@@ -54,6 +54,23 @@ def logsumexp(y, x, dim, keepdim, *, x_dot):
     return (p * x_dot).sum(dim, keepdim)
 
 
+@jvp(aten.logcumsumexp.default, when=real)
+def logcumsumexp(y, x, dim, *, x_dot):
+    """y_dot = sum over j <= i of exp(x_j - y_i) * x_dot_j, for tangents moved to where all are positive.
+
+    The weights add up to 1, so what was added to all tangents is in y_dot as it is. PyTorch's own formula divides by
+    exp(max x), which leaves nothing of what is far below.
+    """
+    if x.dim() == 0:
+        return x_dot
+    x, y, x_dot = in_float32(x), in_float32(y), in_float32(x_dot)
+    largest = x_dot.abs().amax(dim, keepdim=True)
+    shift = torch.where(largest == 0, 1, 2 * largest)
+    begun = y > -math.inf  # nothing but exp(-inf) up to here
+    moved = (x + (x_dot + shift).log()).logcumsumexp(dim) - torch.where(begun, y, 0)
+    return torch.where(begun, moved.exp() - shift, 0)
+
+
 # Second moments
 def half_spread(x: Tensor, dim: Any, correction: Any, keepdim: bool, x_dot: Tensor) -> Tensor:
     """Half the tangent of the variance: sum((x - mean(x)) * x_dot) / (n - correction)."""

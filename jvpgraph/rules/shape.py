@@ -44,6 +44,20 @@ def as_strided(y, x, size, stride, offset, *, x_dot):
     return x_dot.clone(memory_format=torch.contiguous_format).as_strided(size, stride, offset)
 
 
+def check_bits(of: torch.dtype, seen_as: torch.dtype) -> None:
+    """Raise NotImplementedError where bits are seen in another dtype than the complex or real one of theirs."""
+    numbers = seen_as.is_floating_point or seen_as.is_complex
+    if not numbers or of.to_real() != seen_as.to_real():
+        raise NotImplementedError(f"the bits of {of} numbers with a tangent are seen as {seen_as}: use .to({seen_as})")
+
+
+@jvp(aten.view.dtype)
+def view_as(y, x, dtype, *, x_dot):
+    """Complex numbers as pairs of real ones, and back."""
+    check_bits(x.dtype, dtype)
+    return x_dot.contiguous().view(dtype)
+
+
 linear(aten.clone.default, aten._to_copy.default)
 linear(torch.ops.prims.convert_element_type.default)
 linear(aten.detach.default)  # PyTorch's own: a user's stops the tangent by the mark behind it, or op by op
