@@ -22,9 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 from torch.utils._pytree import tree_leaves
 
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
@@ -205,16 +207,24 @@ def _memory_of(node: fx.Node) -> fx.Node:
 
 def in_layout(x: Tensor, like: Tensor) -> Tensor:
     """``x`` in the strides of ``like``: itself, or a copy."""
-    strides = [s for s, n in zip(zip(x.stride(), like.stride()), x.shape) if n != 1]
-    if all(a == b for a, b in strides):
+    strides = [s for s, n in zip(zip(x.stride(), like.stride()), x.shape) if guard_or_true(n != 1)]
+    if all(guard_or_false(a == b) for a, b in strides):
         return x
-    order = sorted(range(like.dim()), key=lambda d: -_hint(like.stride(d)))
+    sizes = _as_numbers(like.stride())
+    order = sorted(range(like.dim()), key=lambda d: -sizes[d])
     inverse = [order.index(d) for d in range(like.dim())]
     return x.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
 
 
-def _hint(size: Any) -> int:
-    return size.node.hint if isinstance(size, torch.SymInt) and size.node.hint is not None else int(size)
+def _as_numbers(sizes: Any) -> list[int]:
+    """Sizes by which to tell which is larger: as they were in the first call, or else every symbol a large number."""
+    hints = [size.node.hint if isinstance(size, torch.SymInt) else size for size in sizes]
+    if all(hint is not None for hint in hints):
+        return [int(hint) for hint in hints]
+    exprs = [size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size) for size in sizes]
+    symbols = sorted(set().union(*(expr.free_symbols for expr in exprs)), key=str)
+    numbers = {symbol: 8192 + i for i, symbol in enumerate(symbols)}
+    return [int(expr.xreplace(numbers)) for expr in exprs]
 
 
 def _unmarked(marker: fx.Node, recorder: Recorder) -> fx.Node:

@@ -158,7 +158,7 @@ POINTWISE = [
     ),
     *row(aten.geometric.default, call(R(3, 4), 0.3), reverse=False),
     *rows([aten.random.to, aten.randint_like.default], call(R(3, 4), 7), reverse=False),
-    *rows([getattr(aten.random, "from"), aten.randint_like.low_dtype], call(R(3, 4), -2, 7), reverse=False),
+    *rows([aten.randint_like.low_dtype], call(R(3, 4), -2, 7), reverse=False),
     *row(aten.new_empty_strided.default, kink(R(3, 4), [2, 2], [2, 1])),
     # arithmetic
     *row(aten.neg.default, call(R(3, 4)), call(C(3, 4))),
@@ -215,6 +215,8 @@ POINTWISE = [
     *row(aten.where.self, call(M(3, 4), R(3, 4), R(4)), call(M(3, 1), R(4), R())),
     *row(aten.masked_fill.Scalar, call(R(3, 4), M(4), 7.0), call(R(4), M(3, 4), -float("inf"))),
     *row(aten.masked_fill.Tensor, call(R(3, 4), M(4), R())),
+    *row(aten.masked_select.default, call(R(3, 4), M(4)), call(R(4), M(3, 4))),
+    *row(aten.bincount.default, call(Z(5, below=3), R(5)), call(Z(3, below=2), R(3), 4), reverse=False),
     *row(aten.masked_scatter.default, call(R(3, 4), M(4), R(3, 4))),
     *row(aten.abs.default, call(R(3, 4)), kink(V([0.0, 1.0]))),
     *row(
@@ -425,6 +427,7 @@ MATMUL = [
         *(call(R(3, 2), FACTOR, upper) for upper in (False, True)),
         call(R(2, 3, 2), R(2, 3, 3, low=0.5)),
         formula=False,  # theirs minds the other triangle
+        reverse=False,
     ),
     *row(
         aten.convolution.default,
@@ -452,6 +455,8 @@ NORM = [
     *row(
         aten._native_batch_norm_legit_no_training.default,
         *(call(R(2, 3, 4), w, b, R(3), R(3, low=0.5), 0.1, 1e-5) for w, b in ((R(3), R(3)), (None, None))),
+        formula=False,  # none for the statistics
+        reverse=False,
     ),
     *row(
         aten.native_batch_norm.default,
@@ -463,6 +468,8 @@ NORM = [
         aten._native_batch_norm_legit_functional.default,
         call(R(2, 3, 4), R(3), R(3), R(3), R(3, low=0.5), False, 0.1, 1e-5),
         aside=(1, 2),
+        formula=False,
+        reverse=False,
     ),
 ]
 

@@ -300,7 +300,7 @@ def check_symbolic(case: Case, primals: Values, dots: Values) -> None:
 
     graph = make_fx(tangents, tracing_mode="symbolic")(*tensors)
     # an addition may ask whether there is more than one element to add, and no more
-    assert all(guard.startswith("Ne(") for guard in guards)
+    assert all(guard.startswith("Ne(") for guard in guards), guards
     for got, want in zip(graph(*tensors), tangents(*tensors), strict=True):
         torch.testing.assert_close(got, want)
 
@@ -476,11 +476,11 @@ def tangents(op: OpOverload, *args: Any, **dots: Any) -> tuple[Any, str]:
 
 
 def test_argument_that_the_rule_does_not_know_is_derived():
-    x, c, c_dot = torch.rand(3, 4, 2), torch.randn(3), torch.randn(4, 2)
+    x, c_dot = torch.rand(3, 4, 2), torch.randn(4, 2)
     with table_without(aten.mul.Tensor):
         jvp(aten.mul.Tensor)(lambda y, a, b, *, a_dot: a_dot * b)
         out_dot, source = tangents(aten.mul.Tensor, x, c_dot, other=c_dot)
-    assert source == "derived" and c.numel()
+    assert source == "derived"
     torch.testing.assert_close(out_dot, x * c_dot)
 
 

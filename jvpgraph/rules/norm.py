@@ -63,7 +63,7 @@ jvp(aten._fused_rms_norm.default)(lambda o, x, n, w, eps, *, w_dot: (in_float32(
 @jvp(aten.native_group_norm.default)
 def group_norm(outs, x, weight, bias, N, C, HxW, group, eps, *, x_dot=None, weight_dot=None, bias_dot=None):
     def grouped(t: Tensor) -> Tensor:
-        return t.reshape(N, group, C // group * HxW)
+        return t.unflatten(1, (group, -1)).flatten(2)  # also of no samples, of which reshape infers nothing
 
     def of_groups(t: Tensor) -> Tensor:
         return t.reshape(N, group, 1)
@@ -110,6 +110,7 @@ def batch_norm(outs, x, weight, running_mean, running_var, training, momentum, e
         var_dot = -2 * rstd_dot / in_float32(outs[2]) ** 3 * (n / (n - 1))
         stats_dot = [mean_dot, rstd_dot, momentum * mean_dot, momentum * var_dot]
     else:
+        stats_dot[2:] = running_mean_dot, running_var_dot
         mean = over_channels(running_mean, x)
         rstd = over_channels((running_var + eps).rsqrt(), x)
         x_hat_dot = None if x_dot is None else x_dot * rstd

@@ -49,9 +49,7 @@ no_tangent(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
 no_tangent(aten.zero.default, aten.fill.Scalar)
 no_tangent(aten.rand_like.default, aten.randn_like.default, aten.bernoulli.default, aten.bernoulli.p)
 no_tangent(aten.uniform.default, aten.normal_functional.default, aten.exponential.default, aten.geometric.default)
-no_tangent(
-    aten.log_normal.default, aten.cauchy.default, aten.random.default, aten.random.to, getattr(aten.random, "from")
-)
+no_tangent(aten.log_normal.default, aten.cauchy.default, aten.random.default, aten.random.to)
 no_tangent(aten.randint_like.default, aten.randint_like.low_dtype, aten.new_empty_strided.default)
 
 # Arithmetic
@@ -145,8 +143,8 @@ def silu(y, x, *, x_dot):
 
 @jvp(aten.glu.default)
 def glu(y, x, dim, *, x_dot):
-    a, b = x.chunk(2, dim)
-    a_dot, b_dot = x_dot.chunk(2, dim)
+    n = y.shape[dim]
+    a, b, a_dot, b_dot = (aten.slice(t, dim, start, start + n) for t in (x, x_dot) for start in (0, n))
     s = b.sigmoid()
     return a_dot * s + a * aten.sigmoid_backward(b_dot, s)
 
@@ -201,6 +199,10 @@ jvp(
 def dropout(outs, x, p, train, *, x_dot):
     """The mask that the primal drew, and its scale."""
     return (x_dot if train is False or p == 0 else x_dot * outs[1] * (0 if p == 1 else 1 / (1 - p)), None)
+
+
+linear(aten.masked_select.default)
+jvp(aten.bincount.default)(lambda y, x, w, least, *, w_dot: aten.bincount(x, w_dot, least))
 
 
 # Losses
