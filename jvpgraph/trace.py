@@ -20,7 +20,6 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -57,6 +56,7 @@ class Recorder(TorchDispatchMode):
         self.decompositions = decompositions or {}
         self.inserted: list[fx.Node] = []
         self._fake_mode = _fake_mode_of(graph)
+        self._probes: list[fx.Node] = []  # of calls whose results are thrown away
         self._symbols = _SymbolicSizes(graph)
         self._known: dict[int, tuple[Tensor, fx.Node]] = {}  # id of a stand-in -> itself, kept alive, and its node
         self._cursor: fx.Node | None = None
@@ -75,9 +75,12 @@ class Recorder(TorchDispatchMode):
         """
         self._cursor, self._primal = _last_output(node), node if reuse else None
         self._meta = dict(meta) if meta is not None else {k: node.meta[k] for k in INHERITED_META if k in node.meta}
-        with torch.inference_mode(False), torch.no_grad(), self._fake_mode, self:
-            yield
-        self._known.clear()
+        try:
+            with torch.inference_mode(False), torch.no_grad(), self._fake_mode, self:
+                yield
+        finally:
+            self._known.clear()
+            self._erase_probes()
 
     def stand_in(self, node: fx.Node) -> Any:
         """A fresh fake value for ``node``, known to the recorder.
@@ -104,8 +107,6 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self._recording or func in OF_SHAPES:
             return func(*args, **kwargs)
-        if probing():
-            return tree_map_only(Tensor, lambda x: self._fresh(x) if x.is_inference() else x, func(*args, **kwargs))
         if func in ZEROS:  # forward AD's symbolic zeros: tensors without memory
             func, args, kwargs = ZEROS[func](*args, **kwargs)
         if func in self.decompositions:
@@ -165,8 +166,13 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, Tensor):
             node.meta["tensor_meta"] = _extract_tensor_metadata(value)
         self._cursor = node
-        self.inserted.append(node)
+        (self._probes if probing() else self.inserted).append(node)
         return node
+
+    def _erase_probes(self) -> None:
+        for node in reversed(self._probes):
+            self.graph.erase_node(node)
+        self._probes.clear()
 
     def _getitem(self, node: fx.Node, index: int) -> fx.Node:
         for user in node.users:

@@ -202,6 +202,12 @@ POINTWISE = [
     # activations
     *rows([aten.sigmoid.default, aten.tanh.default, aten.mish.default], call(R(3, 4))),
     *row(aten.silu.default, call(R(3, 4)), call(C(3, 4)), formula=False, reverse=False),  # theirs is wrong for complex
+    *row(
+        aten.rrelu_with_noise_functional.default,
+        *(call(R(3, 4), R(3, 4), 0.1, 0.4, training) for training in (False, True)),
+        aside=(1,),
+        reverse=False,
+    ),
     *row(aten.glu.default, call(R(3, 4)), call(R(4, 3, 2), -3)),
     *rows([aten.relu.default], call(R(3, 4)), kink(V([0.0, -1.0]))),
     *row(aten.gelu.default, call(R(3, 4)), call(R(3, 4), approximate="tanh")),

@@ -141,6 +141,14 @@ def silu(y, x, *, x_dot):
     return x_dot * (s + y * (1 - s))
 
 
+@jvp(aten.rrelu_with_noise_functional.default)
+def rrelu(outs, x, noise, lower, upper, training, _, *, x_dot):
+    """The slopes that the primal drew, or their mean."""
+    if training:
+        return x_dot * outs[1], None
+    return aten.leaky_relu_backward(x_dot, x, (lower + upper) / 2, False), None
+
+
 @jvp(aten.glu.default)
 def glu(y, x, dim, *, x_dot):
     n = y.shape[dim]
