@@ -207,6 +207,7 @@ POINTWISE = [
         *(call(R(3, 4), R(3, 4), 0.1, 0.4, training) for training in (False, True)),
         aside=(1,),
         reverse=False,
+        strided=False,
     ),
     *row(aten.glu.default, call(R(3, 4)), call(R(4, 3, 2), -3)),
     *rows([aten.relu.default], call(R(3, 4)), kink(V([0.0, -1.0]))),
