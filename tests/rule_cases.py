@@ -188,10 +188,18 @@ POINTWISE = [
         *(call(R(3, 4), n) for n in (0, 1, 2, 3, -1)),
         *(call(POSITIVE, 0.5), call(C(3), 3), kink(V([0.0, 1.0]), 0), kink(V([0.0, 1.0]), 1.5)),
     ),
-    *row(aten.pow.Scalar, call(2.5, R(3, 4))),
+    *row(
+        aten.pow.Scalar,
+        *(call(2.5, R(3, 4)), call(2 + 1j, R(3, 4)), call(-2.5, C(3)), call(1j, C(3))),
+        formula=False,  # theirs takes the real part of the logarithm
+        reverse=False,
+    ),
     *row(
         aten.pow.Tensor_Tensor,
         *(call(POSITIVE, R(4)), call(R(3, 4, low=0.1), R()), kink(V([0.0, 0.0, 2.0]), V([0.0, 2.0, 0.0]))),
+        *(call(C(3, 4), C(4)), call(POSITIVE, C(4)), call(C(4), R(3, 4))),
+        formula=False,
+        reverse=False,
     ),
     # trigonometry
     *rows([aten.sin.default, aten.cos.default, aten.tan.default], call(R(3, 4)), call(C(3, 4))),

@@ -8,6 +8,7 @@ PyTorch's (relu'(0) = 0, a clamp passes its bounds, equal operands of a maximum 
 
 from __future__ import annotations
 
+import cmath
 import math
 from typing import Any
 
@@ -33,12 +34,12 @@ def real(x: Tensor, *_: Any) -> bool:
     return not x.is_complex()
 
 
-def both_real(x: Tensor, y: Tensor) -> bool:
-    return not x.is_complex() and not y.is_complex()
+def has_logarithm(x: Any, n: Tensor) -> bool:
+    return x != 0 and (isinstance(x, complex) or n.is_complex() or x > 0)
 
 
-def positive(x: Any, *_: Any) -> bool:
-    return not isinstance(x, complex) and x > 0
+def logarithm(x: Any) -> Any:
+    return cmath.log(x) if isinstance(x, complex) or x < 0 else math.log(x)
 
 
 # Piecewise constant, constant, or random
@@ -99,18 +100,15 @@ jvp(aten.log.default)(lambda y, x, *, x_dot: x_dot / x)
 jvp(aten.log2.default)(lambda y, x, *, x_dot: x_dot / (x * math.log(2)))
 jvp(aten.log10.default)(lambda y, x, *, x_dot: x_dot / (x * math.log(10)))
 jvp(aten.log1p.default)(lambda y, x, *, x_dot: x_dot / (1 + x))
-jvp(aten.pow.Scalar, when=positive)(lambda y, x, n, *, n_dot: n_dot * y * math.log(x))
-jvp(aten.pow.Tensor_Tensor, when=both_real)(lambda y, x, n, *, x_dot: torch.where(n == 0, 0, x_dot * n * x ** (n - 1)))
-jvp(aten.pow.Tensor_Tensor, when=both_real)(
-    lambda y, x, n, *, n_dot: torch.where((x == 0) & (n >= 0), 0, n_dot * y * x.log())
-)
+jvp(aten.pow.Scalar, when=has_logarithm)(lambda y, x, n, *, n_dot: n_dot * y * logarithm(x))
+jvp(aten.pow.Tensor_Tensor)(lambda y, x, n, *, x_dot: torch.where(n == 0, 0, x_dot * n * x ** (n - 1)))
 
 
-@jvp(aten.pow.Tensor_Scalar)
-def pow_by_number(y, x, n, *, x_dot):
-    if isinstance(n, torch.SymFloat):  # read from data, so that nobody knows now whether it is 0
-        return torch.where(torch.scalar_tensor(n) == 0, 0, x_dot * (n * x ** (n - 1)))
-    return None if n == 0 else x_dot * (n * x ** (n - 1))
+@jvp(aten.pow.Tensor_Tensor)
+def pow_by_exponent(y, x, n, *, n_dot):
+    """A real base of a complex exponent has a complex logarithm, which PyTorch's formula cuts down to its real part."""
+    at_zero = (x == 0) & ((n.real if n.is_complex() else n) >= 0)
+    return torch.where(at_zero, 0, n_dot * y * x.to(y.dtype).log())
 
 
 # Trigonometry
