@@ -147,8 +147,8 @@ def attention_backward(
 def merge_attention(*parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Attention over the union of disjoint key sets, from attention over each.
 
-    With w_i = exp(lse_i - lse): o = sum w_i o_i, o_dot = sum w_i (o_dot_i + (lse_dot_i - lse_dot) o_i),
-    lse_dot = sum w_i lse_dot_i.
+    With w_i = exp(lse_i - lse), which sum up to 1: o = sum w_i o_i, lse_dot = sum w_i lse_dot_i,
+    o_dot = sum w_i (o_dot_i + (lse_dot_i - lse_dot) o_i).
 
     Args:
         parts: (o, lse) or (o, lse, o_dot, lse_dot) of each key set, shaped as attention and attention_jvp
@@ -161,7 +161,10 @@ def merge_attention(*parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         raise ValueError("merge_attention needs tuples (o, lse), or tuples (o, lse, o_dot, lse_dot), all of one length")
     lses = torch.stack([part[1] for part in parts])
     lse = lses.logsumexp(0)
-    weights = (lses - lse.masked_fill(lse == -math.inf, 0)).exp()
+    blind = lse == -math.inf
+    # not exp(lses - lse), which has no digits where a large finite mask hides all keys; keys of such parts weigh alike
+    # where parts have as many
+    weights = lses.masked_fill(blind, 0).softmax(0).masked_fill(blind, 0)
     dtype = parts[0][0].dtype
     o = sum(w[..., None] * part[0] for w, part in zip(weights, parts))
     if len(parts[0]) == 2:

@@ -5,8 +5,11 @@ transform they meet."""
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import weakref
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 
 import pytest
 import torch
@@ -22,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from jvpgraph.kernels import attention_blocked as blocked
-from jvpgraph.kernels import reference
+from jvpgraph.kernels import checks, ops, reference
 from jvpgraph.kernels.attention import (
     attention,
     attention_backward,
@@ -373,6 +376,79 @@ def test_fully_masked_rows(boolean, blocks):
         assert boolean or not dbias[empty].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fill", [-1e4, -1e9, -1e30, "min"])
+@pytest.mark.parametrize("n_k", [9, 300])
+def test_rows_hidden_by_a_finite_mask_are_torchs(n_k, fill, dtype):
+    """Weights, tangent and gradients are those of softmax(s + mask): lse has no digits left that tell p."""
+    fill = torch.finfo(dtype).min if fill == "min" else fill
+    (q, k, v), dots, _, _ = make(n_q=12, n_k=n_k, dtype=dtype)
+    mask = torch.zeros(2, 1, 12, n_k, dtype=dtype)
+    mask[..., 5:] = mask[:, :, 2] = mask[1] = fill
+    inside = torch.promote_types(dtype, torch.float32)
+
+    def model(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        s = 0.3 * (q.to(inside) @ k.to(inside).mT) + mask.to(inside)
+        return s.softmax(-1) @ v.to(inside)
+
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, mask)]
+    wanted, wanted_dot = torch.func.jvp(model, tuple(inputs), (*dots, torch.zeros_like(mask)))
+    o_grad, o_dot_grad = torch.randn_like(wanted).to(dtype), torch.randn_like(wanted).to(dtype)
+    plain = torch.autograd.grad(wanted, inputs, o_grad.to(inside), retain_graph=True)
+    both = torch.autograd.grad((wanted, wanted_dot), inputs, (o_grad.to(inside), o_dot_grad.to(inside)))
+    for trainable in (3, 4):  # ATen's kernel has no gradient of a mask
+        given = [*inputs[:trainable], *(x.detach() for x in inputs[trainable:])]
+        o, _ = attention(*given, scale=0.3)
+        grads = torch.autograd.grad(o, given[:trainable], o_grad)
+        assert_near((o, *grads), (wanted, *plain[:trainable]), dtype)
+        outs = attention_jvp(*given[:3], *dots, given[3], scale=0.3, differentiable_tangent=True)
+        grads = torch.autograd.grad(outs[::2], given[:trainable], (o_grad, o_dot_grad))
+        assert_near((*outs[::2], *grads), (wanted, wanted_dot, *both[:trainable]), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [-0.4, 0.0, -0.0, -3.0])
+@pytest.mark.parametrize(
+    ("shape", "how"),
+    [
+        ({}, {}),
+        ({"n_q": 37, "n_k": 37}, {"is_causal": True}),
+        ({"n_q": 300, "n_k": 300}, {"is_causal": True}),
+        ({"n_q": 5, "n_k": 290, "bias": "additive_padding"}, {}),
+        ({"bias": "bool", "kv_heads": 2}, {"is_causal": True}),
+    ],
+    ids=str,
+)
+def test_scales_of_zero_and_less(shape, how, scale, dtype):
+    """ATen's kernels hide by -inf and then multiply by the scale: below 0 that shows, and at 0 it is NaN."""
+    inputs, dots, bias, _ = make(**shape, dtype=dtype)
+    if bias is not None:
+        bias[..., :1] = 0 if bias.is_floating_point() else True  # torch has no gradient of a row that sees no key
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    o, lse = attention(*leaves, bias, scale=scale, **how)
+    o_grad = torch.randn_like(o)
+    grads = torch.autograd.grad(o, leaves, o_grad)
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    want = reference.attention(*doubles, double(bias), scale=scale, **how)
+    want_grads = torch.autograd.grad(want[0], doubles, o_grad.double())
+    assert_near((o, lse, *grads), (*want, *want_grads), dtype)
+    o_dot = attention_jvp(*inputs, *dots, bias, scale=scale, **how)[2]
+    want_dot = reference.attention_jvp(*map(double, (*inputs, *dots, bias)), None, scale=scale, **how)[2]
+    assert_near((o_dot,), (want_dot,), dtype)
+
+
+def test_merging_parts_that_a_finite_mask_hides_whole():
+    """Padded keys on two ranks: each part says -1e30."""
+    (q, k, v), dots, _, _ = make(n_q=5, n_k=8)
+    mask = torch.full((5, 8), -1e30, dtype=torch.float64)
+    mask[1:, :3] = 0
+    parts = [
+        attention_jvp(q, k[:, :, at], v[:, :, at], dots[0], *(x[:, :, at] for x in dots[1:]), mask[:, at])
+        for at in (slice(0, 4), slice(4, 8))
+    ]
+    assert_near(merge_attention(*parts)[::2], attention_jvp(q, k, v, *dots, mask)[::2], torch.float64)
+
+
 def test_nan_is_not_hidden():
     (q, k, v), dots, _, _ = make()
     q[0, 0, 3, 2] = math.nan
@@ -668,6 +744,37 @@ def test_compiles_with_dynamic_shapes(backend):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("n", [12, 300])
+@pytest.mark.parametrize("case", ["plain", "grouped", "lse", "bias", "packed", "tangent"])
+def test_backward_within_autocast(case, n):
+    """As that of a caller who writes loss.backward() there: the gradients are those outside of it."""
+    (q, k, v), dots, bias, _ = make(
+        b=1,
+        n_q=n,
+        n_k=n,
+        dtype=torch.bfloat16,
+        kv_heads=2 if case == "grouped" else None,
+        bias="per_head" if case == "bias" else "none",
+    )
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, *([] if bias is None else [bias]))]
+    cu = {}
+    if case == "packed":
+        ends = torch.tensor([0, 5, n], dtype=torch.int32)
+        cu = {"cu_seqlens_q": ends, "cu_seqlens_kv": ends}
+
+    def loss() -> Tensor:
+        if case == "tangent":
+            o, lse, o_dot, _ = attention_jvp(*leaves[:3], *dots, differentiable_tangent=True)
+            return (o.float() * o_dot.float()).sum() + lse.sum()
+        o, lse = attention(*leaves, **cu)
+        return o.float().square().sum() + (lse.sum() if case == "lse" else 0)
+
+    want = torch.autograd.grad(loss(), leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        have = torch.autograd.grad(loss(), leaves)
+    assert_near(have, want, torch.bfloat16)
+
+
 def test_autocast_casts_as_for_sdpa():
     (q, k, v), dots, bias, _ = make(dtype=torch.float32, bias="per_query")
     q.requires_grad_()
@@ -782,6 +889,101 @@ def test_merging_key_splits(tangents):
         assert all(x.isfinite().all() for x in (*whole, *merged))
 
 
+def elsewhere(**tensors: Tensor) -> list[tuple[str, list[Tensor | None]]]:
+    """The tensors, one of them on another device, and its name."""
+    return [(name, [x.to("meta") if other == name else x for other, x in tensors.items()]) for name in tensors]
+
+
+WRONG_OFFSETS = [[1, 4, 9], [0, 5, 4, 9], [0, 4, 10], [0, -1, 9], [-1, 4, 9], [9, 0]]
+
+
+@pytest.mark.parametrize("offsets", WRONG_OFFSETS, ids=str)
+def test_wrong_offsets_of_packed_sequences_are_refused(offsets):
+    """By every op, before anything is computed; on a GPU by an assertion that nobody waits for."""
+    (q, k, v), dots, _, _ = make(b=1, n_q=9, n_k=9)
+    wrong, right = (torch.tensor(x, dtype=torch.int32) for x in (offsets, [0, *[9] * (len(offsets) - 1)]))
+    o, lse, o_dot, lse_dot = attention_jvp(q, k, v, *dots)
+    for name, cu in (("cu_seqlens_q", (wrong, right)), ("cu_seqlens_kv", (right, wrong))):
+        how = (False, None, None, *cu)
+        for call in (
+            lambda how=how: OPS.attention(q, k, v, None, *how),
+            lambda how=how: OPS.attention_jvp(q, k, v, *dots, None, None, *how),
+            lambda how=how: OPS.attention_backward(o, None, q, k, v, None, o, lse, *how),
+            lambda how=how: OPS.attention_jvp_backward(
+                *(o, None, o, None, q, k, v, *dots, None, None, o, lse, o_dot, lse_dot, *how)
+            ),
+        ):
+            with pytest.raises(ValueError, match=f"{name} must ascend from 0"):
+                call()
+
+
+@pytest.mark.parametrize("offsets", WRONG_OFFSETS, ids=str)
+def test_a_gpu_asserts_offsets(offsets, monkeypatch):
+    """Without a wait: what is computed there is a single boolean."""
+    asserted = []
+    monkeypatch.setattr(torch, "_assert_async", lambda condition, what: asserted.append((condition, what)))
+    q = torch.empty(1, 2, 9, 4)
+    cu = [torch.tensor(x, dtype=torch.int32) for x in (offsets, [0, 5, 9])]
+
+    class OnGpu(Tensor):
+        device = torch.device("cuda")
+
+    checks.check_sequences(q, q, *(x.as_subclass(OnGpu) for x in cu))
+    (wrong, what), (right, _) = asserted
+    assert not wrong
+    assert right
+    assert what.startswith("cu_seqlens_q must ascend from 0")
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("lengths", [[(5, 5), (1, 9), (12, 4)], [(7, 0), (0, 3), (6, 6)], [(0, 0)], []], ids=str)
+def test_packed_backward_under_capture(lengths, window, monkeypatch):
+    """It must not wait for the lengths: the sequences are a mask there, and the gradients the same."""
+    cu_q, cu_kv = (
+        torch.tensor([0, *accumulate(x)], dtype=torch.int32) for x in ([n for n, _ in lengths], [n for _, n in lengths])
+    )
+    (q, k, v), dots, _, _ = make(b=1, n_q=int(cu_q[-1]) + 2, n_k=int(cu_kv[-1]) + 3, kv_heads=2)
+    is_causal, widths, _ = WINDOWS[window]
+    how = (is_causal, 0.3, widths, cu_q, cu_kv)
+    outs = OPS.attention_jvp(q, k, v, *dots, None, None, *how)
+    cotangents = [torch.randn_like(x) for x in outs]
+
+    def grads() -> list[Tensor]:
+        plain = OPS.attention_backward(*cotangents[:2], q, k, v, None, *outs[:2], *how)
+        return [*plain[:3], *OPS.attention_jvp_backward(*cotangents, q, k, v, *dots, None, None, *outs, *how)[:6]]
+
+    want = grads()
+    monkeypatch.setattr(ops, "_is_capturing", lambda q: True)
+    monkeypatch.setattr(Tensor, "tolist", lambda x: pytest.fail("waits for the device"))
+    assert_near(tuple(grads()), tuple(want), torch.float64)
+
+
+BROKEN_TRITONS = {
+    "absent": "raise ModuleNotFoundError('No module named triton', name='triton')",
+    "broken": "raise ImportError('DLL load failed while importing libtriton')",
+    "too old": "from . import language; __version__ = '2.1.0'; jit = lambda f: f",
+    "no driver": "from . import language; __version__ = '3.9.0'\ndef jit(*_, **__): raise RuntimeError('0 active drivers')",
+}
+
+
+@pytest.mark.parametrize("triton", BROKEN_TRITONS)
+def test_the_package_imports_without_a_triton_that_works(triton, tmp_path):
+    """It is needed on GPUs alone. torch.compile itself asks for triton.language.dtype, where there is a triton."""
+    folder = tmp_path / "triton"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(BROKEN_TRITONS[triton])
+    (folder / "language.py").write_text("class dtype: pass\nclass constexpr:\n    def __init__(self, value): pass\n")
+    code = (
+        "import torch, jvpgraph; from jvpgraph.kernels import ops; from jvpgraph.kernels.attention import attention\n"
+        "assert ops.attention_triton is None and ops.attention_gluon is None, ops.attention_triton\n"
+        "q = torch.ones(1, 1, 2, 4); assert attention(q, q, q)[0].allclose(q); print(ops.NO_TRITON)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "Error" in run.stdout
+
+
 def test_refusals_name_what_was_given():
     (q, k, v), (q_dot, k_dot, v_dot), bias, bias_dot = make(bias="additive")
     mask, cu = bias > 0, torch.tensor([0, 17], dtype=torch.int32)
@@ -822,6 +1024,17 @@ def test_refusals_name_what_was_given():
         ("needs lse \\(2, 4, 17\\)", lambda: attention_backward(o_grad, None, q, k, v, None, o, lse.mT)),
         ("in torch.float64", lambda: attention_backward(o_grad, None, q, k, v, None, o, lse.float())),
         ("needs lse_grad", lambda: attention_backward(o_grad, lse[:, :1], q, k, v, None, o, lse)),
+        *(
+            (f"needs {name}.* on the device of", lambda dots=dots: attention_jvp(q, k, v, *dots[:3], bias, dots[3]))
+            for name, dots in elsewhere(q_dot=q_dot, k_dot=k_dot, v_dot=v_dot, bias_dot=bias_dot)
+        ),
+        ("bias on cpu, not on meta", lambda: attention(q, k, v, bias.to("meta"))),
+        ("one device", lambda: attention(q, k.to("meta"), v)),
+        ("on cpu", lambda: attention_backward(o_grad.to("meta"), None, q, k, v, None, o, lse)),
+        ("on cpu", lambda: attention_backward(o_grad, None, q, k, v, None, o, lse.to("meta"))),
+        ("on cpu", lambda: attention_backward(o_grad, None, q, k, v, None, o.to("meta"), lse)),
+        ("on cpu", lambda: attention_backward(o_grad, lse.to("meta"), q, k, v, None, o, lse)),
+        ("int32.*on cpu", lambda: attention(q[:1], k[:1], v[:1], cu_seqlens_q=cu, cu_seqlens_kv=cu.to("meta"))),
         ("ascend.*17.*got", lambda: attention(q[:1], k[:1], v[:1], cu_seqlens_q=2 * cu, cu_seqlens_kv=cu)),
     ]
     for message, call in refused:
