@@ -958,26 +958,30 @@ def test_packed_backward_under_capture(lengths, window, monkeypatch):
     assert_near(tuple(grads()), tuple(want), torch.float64)
 
 
-BROKEN_TRITONS = {
+# A package of this name on the path, or what is done to the real one: torch itself imports more of it.
+FAKE_TRITONS = {
     "absent": "raise ModuleNotFoundError('No module named triton', name='triton')",
     "broken": "raise ImportError('DLL load failed while importing libtriton')",
-    "too old": "from . import language; __version__ = '2.1.0'; jit = lambda f: f",
-    "no driver": "from . import language; __version__ = '3.9.0'\ndef jit(*_, **__): raise RuntimeError('0 active drivers')",
+}
+LESSER_TRITONS = {
+    "too old": "import sys; sys.modules['triton.tools.tensor_descriptor'] = None",
+    "no driver": "import triton; triton.jit = lambda *_, **__: 1 / 0",
 }
 
 
-@pytest.mark.parametrize("triton", BROKEN_TRITONS)
+@pytest.mark.parametrize("triton", [*FAKE_TRITONS, *LESSER_TRITONS])
 def test_the_package_imports_without_a_triton_that_works(triton, tmp_path):
-    """It is needed on GPUs alone. torch.compile itself asks for triton.language.dtype, where there is a triton."""
-    folder = tmp_path / "triton"
-    folder.mkdir()
-    (folder / "__init__.py").write_text(BROKEN_TRITONS[triton])
-    (folder / "language.py").write_text("class dtype: pass\nclass constexpr:\n    def __init__(self, value): pass\n")
+    if triton in FAKE_TRITONS:
+        (tmp_path / "triton").mkdir()
+        (tmp_path / "triton" / "__init__.py").write_text(FAKE_TRITONS[triton])
+    else:
+        pytest.importorskip("triton")
     code = (
         "import torch, jvpgraph; from jvpgraph.kernels import ops; from jvpgraph.kernels.attention import attention\n"
         "assert ops.attention_triton is None and ops.attention_gluon is None, ops.attention_triton\n"
         "q = torch.ones(1, 1, 2, 4); assert attention(q, q, q)[0].allclose(q); print(ops.NO_TRITON)"
     )
+    code = LESSER_TRITONS.get(triton, "") + "\n" + code
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
