@@ -258,6 +258,8 @@ def is_in_place(node: fx.Node) -> bool:
         return (node.target.endswith("_") and not node.target.endswith("__")) or node.target == "__setitem__"
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
+    if node.target in (operator.or_, operator.and_, operator.not_):
+        return False  # the underscore is not torch's
     name = getattr(node.target, "__name__", "")
     return node.target in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -303,7 +304,7 @@ def t5(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def two_masks(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = (x @ k.mT) / 3.0 + torch.linspace(0, 1, 63, dtype=x.dtype).view(7, 9)
-    return s.masked_fill(~MASK, -1e9).softmax(-1) @ v
+    return s.masked_fill(~MASK, -math.inf).masked_fill(~MASK[:, :1], -math.inf).softmax(-1) @ v
 
 
 def decomposed_position_bias(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -391,16 +392,133 @@ def test_upcast_is_undone():
     assert node.args[5] == 0.3
 
 
-def test_fully_masked_rows_keep_their_value():
-    mask = MASK.clone()
-    mask[1] = False
+HIDDEN = torch.zeros(4, 4, dtype=torch.bool)
+HIDDEN[0] = HIDDEN[2, 3] = True
+PADDED = torch.zeros(2, 1, 1, 4, dtype=torch.bool)
+PADDED[0] = PADDED[1, ..., 2:] = True
 
-    def model(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (x @ k.mT).masked_fill(~mask, -1e9).softmax(-1) @ v
 
-    passes, operands = Passes(), qkv()
-    torch.testing.assert_close(torch.compile(model, backend=passes)(*operands), model(*operands))
-    assert passes.attentions == 1
+WIDER = {torch.float64: torch.float64, torch.float32: torch.float64, torch.bfloat16: torch.float32}
+
+
+def added(mask: Tensor, n: float, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(mask, n)
+
+
+HIDDEN_WHOLE: dict[str, Callable[[float], Callable[..., Tensor]]] = {
+    "fill": lambda n: lambda q, k, v: (q @ k.mT).masked_fill(HIDDEN, n).softmax(-1) @ v,
+    "fill_padding": lambda n: (
+        lambda q, k, v: (q @ k.mT * 0.3).masked_fill(PADDED.expand(2, 3, 4, 4), n).softmax(-1) @ v
+    ),
+    "where": lambda n: lambda q, k, v: torch.where(~HIDDEN, q @ k.mT * 0.3, n).softmax(-1) @ v,
+    "fill_twice": lambda n: lambda q, k, v: (q @ k.mT).masked_fill(HIDDEN, n).masked_fill(PADDED, n).softmax(-1) @ v,
+    "infinite_first": lambda n: (
+        lambda q, k, v: (q @ k.mT).masked_fill(HIDDEN, -math.inf).masked_fill(PADDED | HIDDEN[:, :1], n).softmax(-1) @ v
+    ),
+    "finite_first": lambda n: (
+        lambda q, k, v: (q @ k.mT).masked_fill(HIDDEN, n).masked_fill(HIDDEN[2:3], -math.inf).softmax(-1) @ v
+    ),
+    "add": lambda n: lambda q, k, v: (q @ k.mT + added(HIDDEN, n, q.dtype)).softmax(-1) @ v,
+    "add_padding": lambda n: lambda q, k, v: (q @ k.mT + added(PADDED, n, q.dtype)).softmax(-1) @ v,
+    "add_upcast": lambda n: (
+        lambda q, k, v: (q @ k.mT + added(PADDED, n, q.dtype)).softmax(-1, dtype=WIDER[q.dtype]).to(q.dtype) @ v
+    ),
+    "einsum": lambda n: (
+        lambda q, k, v: torch.einsum(
+            "bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k).masked_fill(PADDED, n).softmax(-1), v
+        )
+    ),
+}
+
+
+def assert_as_the_model(model: Callable[..., Tensor], dtype: torch.dtype, backend: str, tolerance: float) -> None:
+    inputs = [torch.randn(2, 3, 4, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+    dots = [torch.randn_like(x).detach() for x in inputs]
+    want, want_dot = torch.func.jvp(model, tuple(inputs), tuple(dots))
+    y_grad = torch.randn_like(want)
+    wanted = (want, want_dot, *torch.autograd.grad(model(*inputs), inputs, y_grad))
+    y, y_dot = jvpgraph.jvp(model, tuple(inputs), tuple(dots), backend=backend)
+    for have, should in zip((y, y_dot, *torch.autograd.grad(y, inputs, y_grad)), wanted):
+        assert (have - should).norm() <= tolerance * should.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", HIDDEN_WHOLE)
+def test_rows_hidden_whole_by_a_finite_number_are_the_models(form, dtype):
+    """Their weights are uniform, where scores are filled they have neither tangent nor gradient, where the number is
+    added they have both."""
+    tolerance = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 5e-2}[dtype]
+    numbers = {torch.float64: [-1e9], torch.float32: [-1e4, torch.finfo(dtype).min], torch.bfloat16: [-1e4]}
+    for number in numbers[dtype]:
+        assert_as_the_model(HIDDEN_WHOLE[form](number), dtype, "eager", tolerance)
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("form", HIDDEN_WHOLE)
+def test_rows_hidden_whole_are_recognised(form):
+    passes, model = Passes(), HIDDEN_WHOLE[form](-1e9)
+    torch.compile(lambda x, k, v: model(x, k, v), backend=passes)(*(torch.randn(2, 3, 4, 8) for _ in range(3)))
+    assert passes.attentions == 1, passes.recognize.left
+
+
+def test_rows_hidden_whole_through_inductor():
+    assert_as_the_model(HIDDEN_WHOLE["fill"](-1e30), torch.float32, "inductor", 1e-5)
+
+
+BLIND = {
+    "probabilities": lambda q, k, v: (q @ k.mT).masked_fill(HIDDEN, -math.inf).softmax(-1).nan_to_num() @ v,
+    "output": lambda q, k, v: ((q @ k.mT).masked_fill(HIDDEN, -math.inf).softmax(-1) @ v).nan_to_num(0.0),
+    "added": lambda q, k, v: ((q @ k.mT + added(HIDDEN, -math.inf, q.dtype)).softmax(-1) @ v).nan_to_num(),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "backend"),
+    [*product(BLIND, ("op_by_op", "eager")), ("probabilities", "inductor"), ("output", "inductor")],
+)
+def test_what_nan_to_num_makes_of_rows_that_see_no_key_has_no_tangent(form, backend):
+    inputs, dots = ([torch.randn(2, 3, 4, 8) for _ in range(3)] for _ in range(2))
+    y, y_dot = jvpgraph.jvp(BLIND[form], tuple(inputs), tuple(dots), backend=backend)
+    assert not y[:, :, 0].any()
+    assert not y_dot[:, :, 0].any()
+    shown = HIDDEN.clone()
+    shown[0] = False  # as if they saw everything: the other rows are the same
+    want = torch.func.jvp(
+        lambda q, k, v: (q @ k.mT).masked_fill(shown, -math.inf).softmax(-1) @ v, tuple(inputs), tuple(dots)
+    )
+    for have, should in zip((y, y_dot), want):
+        torch.testing.assert_close(have[:, :, 1:], should[:, :, 1:], rtol=1e-5, atol=1e-5)
+
+
+def test_eager_llama_with_left_padding():
+    """transformers masks by the most negative number, added; rows of padding see nothing else."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=11,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attn_implementation="eager",
+    )
+    net = transformers.LlamaModel(config)
+    seen = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+
+    def model(x: Tensor) -> Tensor:
+        return net(inputs_embeds=x, attention_mask=seen, use_cache=False).last_hidden_state
+
+    x, x_dot = (torch.randn(2, 5, 16) for _ in range(2))
+    x.requires_grad_()
+    parameters = [p for p in net.parameters() if p.dim() > 1][1:]
+    want, want_dot = torch.func.jvp(model, (x,), (x_dot,))
+    y_grad = torch.randn_like(want)
+    wanted = torch.autograd.grad(model(x), (x, *parameters), y_grad)
+    y, y_dot = jvpgraph.jvp(model, (x,), (x_dot,), backend="eager")
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y_dot, want_dot, rtol=1e-4, atol=1e-5)
+    for have, should in zip(torch.autograd.grad(y, (x, *parameters), y_grad), wanted):
+        assert (have - should).norm() <= 1e-5 * should.norm()
 
 
 # ------------------------------------------------------------------------------------- hand-written and left
@@ -462,6 +580,18 @@ NOT_ATTENTION = {
     "mask_scaled": (
         lambda x, k, v: torch.softmax((x @ k.mT + v.mean(-1).unsqueeze(2)) * 0.3, -1) @ v,
         "scaled",
+    ),
+    "finite_fills": (
+        lambda x, k, v: (x @ k.mT).masked_fill(~MASK, -1e9).masked_fill(MASK[:1], -1e4).softmax(-1) @ v,
+        "two finite numbers",
+    ),
+    "bias_and_finite_fill": (
+        lambda x, k, v: (x @ k.mT + v.mean(-1).unsqueeze(2)).masked_fill(~MASK, -1e9).softmax(-1) @ v,
+        "filled with a finite number",
+    ),
+    "finite_fill_and_bias": (
+        lambda x, k, v: ((x @ k.mT).masked_fill(~MASK, -1e9) + v.mean(-1).unsqueeze(2)).softmax(-1) @ v,
+        "filled with a finite number",
     ),
     "finite_fill": (lambda x, k, v: (x @ k.mT).masked_fill(~MASK, -5.0).softmax(-1) @ v, "set to -5.0"),
     "activation": (lambda x, k, v: torch.softmax((x @ k.mT).tanh(), -1) @ v, "pass through tanh"),
