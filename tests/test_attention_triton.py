@@ -548,6 +548,12 @@ def test_blocks_of_the_next_larger_head_dim():
 def test_a_new_length_compiles_nothing(limits, packed, bias, monkeypatch, tmp_path):
     """What the host function launches is what the gate compiles, once for all lengths, widths of a window and numbers
     of sequences: on a GPU that is pretended."""
+    blocks = choose_blocks(90, (32, 32), torch.bfloat16, "jvp" if bias == "none" else "bias", True)
+    if packed:
+        blocks = attention_triton.packed_blocks(blocks)
+    masks = {"none": gate.Flags(), "padding": gate.VARIANTS["bias"], "additive": gate.FULL_BIAS}
+    flags = masks[bias]._replace(has_left=limits[0] is not None, has_right=limits[1] is not None, packed=packed)
+    gated = gate.forward_launch(90, 32, 32, torch.bfloat16, blocks, flags, True).source
     compiled = compile_only(monkeypatch, attention_triton, "attention_kernel", tmp_path)
     monkeypatch.setattr(attention_triton, "arch_of", lambda device: 90)
     packing = torch.tensor([0, 5, 5, 20, 64, 65], dtype=torch.int32)
@@ -558,12 +564,6 @@ def test_a_new_length_compiles_nothing(limits, packed, bias, monkeypatch, tmp_pa
         cu_seqlens = (packing[: n + 1], packing[1 : n + 2]) if packed else None
         attention_triton.attention_jvp(q, k, v, *dots, mask, mask_dot, window, 0.1, cu_seqlens=cu_seqlens)
     assert len({id(x) for x in compiled}) == 1
-    blocks = choose_blocks(90, (32, 32), torch.bfloat16, "jvp" if bias == "none" else "bias", True)
-    if packed:
-        blocks = attention_triton.packed_blocks(blocks)
-    masks = {"none": gate.Flags(), "padding": gate.VARIANTS["bias"], "additive": gate.FULL_BIAS}
-    flags = masks[bias]._replace(has_left=limits[0] is not None, has_right=limits[1] is not None, packed=packed)
-    gated = gate.forward_launch(90, 32, 32, torch.bfloat16, blocks, flags, True).source
     source = compiled[0].src
     assert source.signature == gated.signature
     assert source.constants == gated.constants

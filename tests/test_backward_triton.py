@@ -174,6 +174,8 @@ def test_what_all_keys_share_costs_no_precision(dtype, name):
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="pretends a GPU to Triton's compiler")
 def test_a_new_length_compiles_nothing(monkeypatch, tmp_path):
     """What the host function launches is what the gate compiles, once for all lengths: on a GPU that is pretended."""
+    entry, names = BackwardEntry(90, 64, True), ("sums", "queries", "keys", "values")
+    gated = {x: gate.backward_launch(entry, x, getattr(BACKWARD_TABLE[entry], x)).source for x in names}
     of_queries = compile_only(monkeypatch, backward_triton, "queries_kernel", tmp_path)
     of_keys = compile_only(monkeypatch, backward_triton, "keys_kernel", tmp_path)
     monkeypatch.setattr(backward_triton, "arch_of", lambda device: 90)
@@ -183,14 +185,12 @@ def test_a_new_length_compiles_nothing(monkeypatch, tmp_path):
         cotangents = [case.cotangents[name] for name in OUTPUTS]
         lse = torch.zeros(b, 2, n_q)
         backward_triton.attention_jvp_backward(*cotangents, *tensors, cotangents[0], lse, lse, EVERYTHING, 0.1)
-    entry = BackwardEntry(90, 64, True)
     for compiled, names in ((of_queries, ("sums", "queries")), (of_keys, ("keys", "values"))):
         assert len({id(x) for x in compiled}) == len(names)
         for launched, name in zip(compiled, names):
-            gated = gate.backward_launch(entry, name, getattr(BACKWARD_TABLE[entry], name)).source
-            assert launched.src.signature == gated.signature
-            assert launched.src.constants == gated.constants
-            assert launched.src.attrs == gated.attrs
+            assert launched.src.signature == gated[name].signature
+            assert launched.src.constants == gated[name].constants
+            assert launched.src.attrs == gated[name].attrs
 
 
 def test_parts_of_head_dims():
