@@ -7,8 +7,9 @@ CONSTRAINTS ?= constraints.txt
 OUT    ?= out
 # Figures of a GPU are kept beside the others.
 GPU_OUT ?= benchmarks/results
-# Which part of a long sweep to run: i/n.
+# Which part of a long sweep to run: i/n with i from 0; and after how many minutes `make zoo` stops, to go on when called again.
 SHARD ?= 0/1
+MINUTES ?= 20
 
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -18,7 +19,7 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-dist lint format fuzz zoo opinfo opinfo-table bench bench-quality scaling wheels gpu dump clean
+.PHONY: help demo test test-dist lint format fuzz zoo zoo-exact opinfo opinfo-table bench bench-quality scaling wheels gpu dump clean
 .DEFAULT_GOAL := help
 
 help:
@@ -57,7 +58,10 @@ opinfo: $(READY)  ## PyTorch's operator database through every backend, resumabl
 opinfo-table: $(READY)  ## docs/opinfo.md from what make opinfo found
 	$(BIN)/python -W ignore -m tests.opinfo.run --out $(OUT)/opinfo --table docs/opinfo.md
 
-zoo: $(READY)  ## every transformer class of diffusers against its oracle, in float64, with gradients
+zoo: $(READY)  ## what the default makes of every transformer of diffusers: `make zoo SHARD=0/16`; goes on when called again
+	TORCHINDUCTOR_COMPILE_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m tests.zoo.sweep --shard $(SHARD) --minutes $(MINUTES) --out $(OUT)/zoo
+
+zoo-exact: $(READY)  ## the same models in float64 without Inductor, against oracles that share nothing with us
 	$(BIN)/python -m tests.zoo.run
 
 bench: $(READY)  ## time and memory beside torch.func.jvp and finite differences; compile time against depth

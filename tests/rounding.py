@@ -54,7 +54,7 @@ def answer(
     wrt: Sequence[str],
     grad: bool = True,
 ) -> Answer:
-    """What ``call(inputs)`` returns, flat, and its gradients in the parameters and in the inputs at the paths ``wrt``."""
+    """What ``call(inputs)`` returns, flat, and gradients in the parameters and in the inputs at the paths ``wrt``."""
     given = {path: leaf(inputs, path).detach().clone().requires_grad_(grad) for path in wrt}
     with torch.set_grad_enabled(grad):
         out, dots = call(with_leaves(dict(inputs), given))

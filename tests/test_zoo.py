@@ -1,11 +1,19 @@
-"""Thirteen families of diffusers' transformers against their oracles; ``make zoo`` runs all classes."""
+"""Families of diffusers' transformers, exactly and on the default backend; ``make zoo`` runs all classes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from types import SimpleNamespace
+
 import pytest
 
+import jvpgraph
+from tests.zoo import sweep
 from tests.zoo.base import QUIET
 from tests.zoo.cases import CASES, missing_classes
+from tests.zoo.oracle import random_tangents
 from tests.zoo.run import examine
 
 WHOLE = (
@@ -45,17 +53,87 @@ def test_one_graph(name):
     assert result.table > 50
 
 
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
-def test_inductor(name):
-    result = examine(CASES[name], backend="inductor", variants=(0,))
-    assert result.right, str(result)
+# Under Inductor a layer less, where one kind of block stands twice.
+DEFAULT = {
+    "DiTTransformer2DModel": {"num_layers": 1},
+    "PixArtTransformer2DModel": {"num_layers": 1},
+    "SanaTransformer2DModel": {"num_layers": 1},
+    "SD3Transformer2DModel": {"num_layers": 1},
+    "FluxTransformer2DModel": {},
+    "QwenImageTransformer2DModel": {"num_layers": 1},
+    "WanTransformer3DModel": {"num_layers": 1},
+    "HunyuanVideoTransformer3DModel": {},
+    "CogVideoXTransformer3DModel": {"num_layers": 1},
+    "LTXVideoTransformer3DModel": {"num_layers": 1},
+    "StableAudioDiTModel": {"num_layers": 1},
+    "T5FilmDecoder": {"num_layers": 1},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULT)
+def test_default(name, one_thread):
+    """Inductor in float32, symbolic sizes, three of them: value, tangent, gradients of parameters and inputs."""
+    case = CASES[name]
+    run = sweep.examine(replace(case, config=case.config | DEFAULT[name]), "float32", True, variants=(0, 1, 2))
+    assert (run["status"], run.get("capture"), run["sizes"]) == ("right", "one graph", 3), sweep.line(name, run)
+    assert run["gradients"]
+
+
+def test_what_inductor_cannot_compile_runs_in_regions(one_thread):
+    """A slice of a constant mask: lowering fails in plain torch.compile, too."""
+    run = sweep.examine(CASES["HunyuanVideoFramepackTransformer3DModel"], "float32", dynamic=None)
+    assert (run["status"], run["capture"], run["sizes"]) == ("right", "regions", 2), run
+
+
+class TestSweep:
+    """The tool behind ``make zoo``."""
+
+    def test_wrong_is_told(self, monkeypatch):
+        right = sweep.dual_answer
+
+        def off(*args):
+            found = right(*args)
+            return replace(found, tangent=[1.01 * dot for dot in found.tangent])
+
+        monkeypatch.setattr(sweep, "dual_answer", off)
+        monkeypatch.setattr(sweep, "_plain", lambda case, wanted, *_: wanted.own)
+        monkeypatch.setattr(sweep.jvpgraph, "transform", partial(jvpgraph.transform, backend="eager"))
+        run = sweep.examine(CASES["PriorTransformer"], "float32", None, variants=(1,))
+        assert run["status"] == "wrong"
+        assert set(run["wrong"][1]) == {"tangent"}
+        assert sweep.bad({"name": "PriorTransformer", "runs": [run]})
+        assert "0 of 1 right as one graph in all runs, 1 wrong" in sweep.section([{"name": "x", "runs": [run]}])
+
+    def test_shards_are_all_of_it(self):
+        parts = [sweep.shard(list(CASES), f"{i}/7") for i in range(7)]
+        assert sorted(chain(*parts)) == sorted(CASES)
+
+    def test_goes_on_where_it_stopped(self, tmp_path, monkeypatch):
+        """And says which process died in which run."""
+        calls = []
+
+        def run(command, **_):
+            calls.append(command)
+            return SimpleNamespace(returncode=-11)
+
+        monkeypatch.setattr(sweep.subprocess, "run", run)
+        done = {"dtype": "float32", "dynamic": None, "checkpointing": False, "status": "right", "errors": {}}
+        sweep.write(tmp_path, "PriorTransformer", [done])
+        assert sweep.sweep(["PriorTransformer"], tmp_path, minutes=1) == []
+        runs = sweep.runs_of(tmp_path, "PriorTransformer")
+        assert [r["status"] for r in runs] == ["right", "failed", "failed", "failed"]
+        assert len(calls) == 3
+        assert "ended with -11" in runs[1]["cause"]
+
+    def test_its_section_is_replaced(self):
+        new = sweep.section([])
+        once = sweep.with_section("# The zoo\n\ntext\n", new)
+        assert sweep.with_section(once, new) == once
+        assert once.startswith("# The zoo\n\ntext\n\n## What")
 
 
 def test_attention_written_by_hand_is_fused():
     """T5FilmDecoder spells softmax(q k') v out."""
-    import jvpgraph
-    from tests.zoo.oracle import random_tangents
-
     case = CASES["T5FilmDecoder"]
     inputs = case.inputs(0)
     found = jvpgraph.transform(case.build()).explain(**inputs, tangents=random_tangents(inputs, case.tangents))

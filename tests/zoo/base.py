@@ -54,8 +54,12 @@ class Draw:
         return torch.randint(high, shape, generator=self.generator)
 
 
-def pick(variant: int, *options: Any) -> Any:
-    return options[variant]
+def pick(variant: int, first: Any, second: Any) -> Any:
+    """Of sizes, batch first, or of lengths of each sample. Variant 2 is the second's batch with the first's sizes."""
+    if variant < 2:
+        return (first, second)[variant]
+    sizes = isinstance(first, tuple) and len(first) == len(second) and all(isinstance(n, int) for n in first)
+    return (second[0], *first[1:]) if sizes else second
 
 
 def padding(length: int, *valid: int) -> Tensor:
@@ -160,7 +164,7 @@ class Case:
         return model
 
     def inputs(self, variant: int = 0, seed: int = 0) -> dict[str, Any]:
-        """Keyword arguments for forward, which returns a plain tuple; variants differ in shape."""
+        """Keyword arguments for forward, which returns a plain tuple; variants 0 and 1 differ in every size."""
         kwargs = self.draw(Draw(1000 * seed + variant), variant)
         takes_flag = "return_dict" in inspect.signature(model_class(self.name).forward).parameters
         return kwargs | ({"return_dict": False} if takes_flag else {})

@@ -25,6 +25,7 @@ from torch.overrides import _pop_mode, _push_mode
 import jvpgraph
 from jvpgraph.backend import Backend
 from jvpgraph.structure import leaves
+from tests.zoo import sweep
 from tests.zoo.base import QUIET, Case
 from tests.zoo.cases import CASES, NOT_CONSTRUCTIBLE
 from tests.zoo.oracle import NARROW, AllDouble, float_leaves, oracle, oracle_grads, projected, random_tangents
@@ -204,7 +205,7 @@ def markdown(results: list[Result]) -> str:
     head = [
         "# The zoo",
         "",
-        "Written by `python -m tests.zoo.run --table docs/zoo.md`; `make zoo` prints the same. Every transformer",
+        "Written by `python -m tests.zoo.run --table docs/zoo.md`; `make zoo-exact` prints the same. Every transformer",
         "class of diffusers, small, in float64, at two shapes; tangents for latents and timestep. Errors of value,",
         "tangent and parameter gradients are relative to the largest entry. The oracle is `torch.func.jvp` with the",
         "math attention, or extrapolated central differences where forward AD does not exist.",
@@ -276,7 +277,9 @@ def main() -> None:
             print(f"{name:38s} not built     {reason}")
     print(_summary(results))
     if options.table:
-        options.table.write_text(markdown(results))
+        before = options.table.read_text() if options.table.exists() else ""
+        found = before.find(f"\n{sweep.TITLE}\n")
+        options.table.write_text(markdown(results) + (before[found:] if found >= 0 else ""))
     wrong = _wrong(results)
     sys.exit(f"wrong: {', '.join(wrong)}" if wrong else 0)
 
