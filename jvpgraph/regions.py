@@ -430,10 +430,10 @@ def _unwrapped(modules: nn.ModuleList) -> Iterator[nn.Module]:
 
 
 def _brief(error: CaptureError) -> str:
-    """The first line that says something, and the user's line where Dynamo names it."""
+    """The first line that says something, and the user's line, or the compiler's op, where they are named."""
     text = str(error).replace(NOT_CAPTURED, "not captured: ", 1).replace(NOT_COMPILED, "not compiled: ", 1)
     lines = [line.strip() for line in text.splitlines()]
-    caused = next((line for line in lines if line.startswith("Caused by: ")), "")
+    caused = next((line for line in lines if line.startswith(("Caused by: ", "target: "))), "")
     if not caused and "from user code:" in lines:
         frames = [line for line in lines[lines.index("from user code:") :] if line.startswith("File ")]
         caused = frames[-1] if frames else ""
