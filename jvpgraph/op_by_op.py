@@ -55,6 +55,7 @@ EMPTY = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", 
 ZERO = {"zeros", "zeros_like", "new_zeros"}
 LIKE = {"ones_like", "full_like", "rand_like", "randn_like", "randint_like", "new_ones", "new_full"}
 ABOUT = {"is_same_size", "_has_same_storage_numel", "is_pinned", "record_stream", "set_", "resize_", "lift_fresh"}
+METADATA = {"detach", "dim", "numel", "size", "storage_offset", "stride"}
 COPIES = {"clone", "_to_copy"}
 READS_NOTHING = EMPTY | ZERO | LIKE | ABOUT
 DRAWS = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
@@ -318,7 +319,7 @@ class OpByOp(TorchDispatchMode):
             UnsupportedOp: a wrapper that may rearrange what it wraps has something with a tangent inside.
         """
         wrappers = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and _is_wrapper(x)]
-        for x in wrappers:
+        for x in wrappers if not _is_about(func) else ():
             if not (is_dtensor(x) or is_to_come(x)) and any(map(self.shadowed, _parts(x))):
                 reason = (
                     f"a {type(x).__name__} wraps something with a tangent, and what it makes of it is its own affair"
@@ -338,12 +339,20 @@ class OpByOp(TorchDispatchMode):
             self._check_written(func, {"y": args[0]}, [])
             dot = self.tangent(args[0])
             return self._made(dot.clone() if dot is not None else torch.zeros_like(args[0]))
-        if func is aten.detach.default and _key(args[0]) in self._shadows:
-            out = func(*args, **kwargs)
-            if self._stopping or (self._calls.blind and _asked_for()) or args[0] in self._stopped:
-                self._stopped[out] = None
-            return out
+        if func is aten.detach.default:
+            return self._detach(*args)
         return self._made(self._run(func, args, kwargs))
+
+    def _detach(self, x: Tensor) -> Tensor:
+        """Never raises: autograd, which saves tensors detached, could not go on."""
+        out = aten.detach.default(x)
+        key = _key(x)
+        if key in self._shadows:
+            if self._stopping or (self._calls.blind and _asked_for()) or x in self._stopped:
+                self._stopped[out] = None
+        elif key is not None and key not in self._seen and x not in self._newborn:
+            _constants[key] = None
+        return out
 
     def _made(self, out: Any) -> Any:
         """Remember that an op made these storages."""
@@ -621,7 +630,19 @@ def _asked_for() -> bool:
 
     For code that torch functions are not told of. Elsewhere a detach that is none was not asked for by anyone.
     """
-    return bool(torch._C._dispatch_tls_local_exclude_set().has(torch._C.DispatchKey.AutogradFunctionality))
+    if not torch._C._dispatch_tls_local_exclude_set().has(torch._C.DispatchKey.AutogradFunctionality):
+        return False
+    modules = (frame.f_globals.get("__name__", "") for frame in frames())
+    between = ("jvpgraph.op_by_op", "torch._dynamo.", "torch._compile", "torch.utils._python_dispatch")
+    return next(module for module in modules if not module.startswith(between)) != "torch.autograd.graph"
+
+
+def _is_about(func: Any) -> bool:
+    """Whether an op asks for sizes and the like, from where nothing may be raised; a detach is autograd's."""
+    if not isinstance(func, OpOverload):
+        return False
+    name = func._schema.name.split("::")[1]
+    return func.namespace == "prim" or name in METADATA or name.startswith(("sym_", "is_"))
 
 
 def _all_bytes(x: Tensor) -> Tensor:

@@ -1,0 +1,432 @@
+"""Op by op, and so between regions: a tensor whose values come from something with a tangent has one, or raises."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import io
+import pickle
+import random
+import threading
+from multiprocessing.reduction import ForkingPickler
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._higher_order_ops.map import map as map_of_torch
+from torch._higher_order_ops.while_loop import while_loop
+from torch.autograd import forward_ad
+from torch.masked import masked_tensor
+from torch.testing import assert_close
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import checkpoint
+
+import jvpgraph
+
+OURS = (jvpgraph.UnsupportedOp, jvpgraph.CaptureError, ValueError)
+NET = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Softmax(-1), nn.Sigmoid()).double()
+
+
+@torch.jit.script
+def modulate(x, s):
+    return x * (1 + s) + s
+
+
+def canary(x):
+    """The identity, where no op can be seen."""
+    with _disable_current_modes():
+        return x.clone()
+
+
+def canary_into(make):
+    def call(x):
+        y = make(x)
+        with _disable_current_modes():
+            y.copy_(x)
+        return y * 2
+
+    return call
+
+
+def by_address(x):
+    y = torch.empty_like(x)
+    ctypes.memmove(y.data_ptr(), x.data_ptr(), x.numel() * x.itemsize)
+    return y * 2
+
+
+def by_storage(x):
+    y = torch.empty_like(x)
+    ctypes.memmove(y.untyped_storage().data_ptr(), x.untyped_storage().data_ptr(), x.numel() * x.itemsize)
+    return y * 2
+
+
+class Numpy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.from_numpy(np.sin(x.numpy()))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def saved(x):
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file) * 2
+
+
+def in_a_thread(x):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(x * 2))
+    thread.start()
+    thread.join()
+    return found[0] + x
+
+
+def foreach(x):
+    xs = [x.clone(), 2 * x]
+    torch._foreach_mul_(xs, 3.0)
+    torch._foreach_addcmul_(xs, [x, x], [xs[1], x], 0.5)
+    return torch.stack(xs)
+
+
+def list_out(x):
+    parts = [torch.empty(2, dtype=x.dtype), torch.empty(2, dtype=x.dtype)]
+    torch.split_with_sizes_copy(x * 2, [2, 2], out=parts)
+    return torch.stack(parts)
+
+
+def gradient(x):
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(NET(x).exp().sum(), x, create_graph=True)[0]
+
+
+def gradient_of_detached(x):
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(NET(x).exp().sum(), x)[0]
+
+
+def backward(x):
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        NET(x).sum().backward()
+        return x.grad
+
+
+def jagged(x):
+    return torch.nested.nested_tensor_from_jagged(x[:, None], torch.tensor([0, 2, 4]))
+
+
+def replaced_data(x):
+    y = torch.zeros_like(x)
+    y.data = x * 3
+    return y * 2
+
+
+def inference(f):
+    def call(x):
+        with torch.inference_mode():
+            return f(x)
+
+    return call
+
+
+# What leaves where ops can be seen, or comes from there. Each is refused.
+REFUSED = {
+    "numpy": lambda x: torch.from_numpy(np.sin(x.numpy())),
+    "numpy of detached": lambda x: torch.from_numpy(x.detach().numpy() * 2),
+    "numpy by itself": lambda x: np.sin(x),
+    "asarray of numpy": lambda x: torch.asarray(np.asarray(x) * 2),
+    "numbers in an array": lambda x: torch.from_numpy(np.array([float(e) for e in x])),
+    "numpy in a function": Numpy.apply,
+    "from_dlpack": lambda x: torch.from_numpy(np.from_dlpack(x) * 2),
+    "dlpack": lambda x: torch.from_dlpack(x) * 2,
+    "dlpack capsule": lambda x: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(x)) * 2,
+    "tensor of tensors": lambda x: torch.tensor([x.sum(), x.sum()]),
+    "nested list": lambda x: torch.tensor([[x[0], 1.0], [2.0, x[1]]]),
+    "as_tensor": lambda x: torch.as_tensor([x.sum(), x.sum()]),
+    "asarray": lambda x: torch.asarray([x.sum(), x.sum()]),
+    "new_tensor": lambda x: x.new_tensor([x.sum(), x.sum()]),
+    "legacy": lambda x: torch.DoubleTensor([x.sum(), x.sum()]),
+    "tolist": lambda x: torch.tensor(x.tolist()),
+    "tolist of one": lambda x: x * x.sum().reshape(1).tolist()[0],
+    "item": lambda x: x * x.sum().item(),
+    "float": lambda x: x * float(x.sum()),
+    "full": lambda x: torch.full((2,), x.sum()),
+    "ctypes": by_address,
+    "ctypes by storage": by_storage,
+    "save": saved,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)) * 2,
+    "forking pickler": lambda x: pickle.loads(ForkingPickler.dumps(x)) * 2,
+    "deepcopy": lambda x: copy.deepcopy(x) * 2,
+    "apply_": lambda x: x.clone().apply_(lambda e: e * 2),
+    "map_": lambda x: torch.zeros_like(x).map_(x, lambda _, b: b * 2),
+    "thread": in_a_thread,
+    "bits": lambda x: x.view(torch.int64).clone().view(x.dtype),
+    "canary": lambda x: canary(x) * 2,
+    "canary as output": canary,
+    "canary as parameter": lambda x: nn.Parameter(canary(x)) * 2,
+    "canary into empty": canary_into(torch.empty_like),
+    "canary into zeros": canary_into(torch.zeros_like),
+    "canary into a cast of empty": canary_into(lambda x: torch.empty(x.shape).to(x.dtype)),
+    "jagged": lambda x: jagged(x).values() * 2,
+    "jagged, an op": lambda x: (jagged(x) * 2).values(),
+    "strided nested": lambda x: torch.nested.nested_tensor([x[:2], x[2:]]).unbind()[0],
+    "masked": lambda x: (masked_tensor(x, x > 0) * 2).to_tensor(0.0),
+    "sparse": lambda x: x[:, None].to_sparse().to_dense(),
+    "gradient of detached": gradient_of_detached,
+    "random in place": lambda x: F.rrelu(x.clone(), training=True, inplace=True),
+}
+
+OWN = (("full", True), ("forking pickler", True))  # refused by PyTorch itself
+
+# Right, with the tangent of finite differences.
+RIGHT = {
+    "scripted": lambda x: modulate(x, x.sin()),
+    "foreach": foreach,
+    "list out": list_out,
+    "out": lambda x: torch.mul(x, x, out=torch.empty_like(x)),
+    "several outs": lambda x: torch.sort(x * 2, out=(torch.empty_like(x), torch.empty(4, dtype=torch.int64)))[0],
+    "gradient": gradient,
+    "backward": backward,
+    "func.grad": lambda x: torch.func.grad(lambda a: NET(a).exp().sum())(x),
+    "func.vmap": lambda x: torch.func.vmap(NET)(torch.stack([x, x * 2])),
+    "jacrev": lambda x: torch.func.jacrev(NET)(x),
+    "checkpoint": lambda x: checkpoint(NET, x, use_reentrant=False),
+    "cond": lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)),
+    "while_loop": lambda x: while_loop(lambda i, _: i < 3, lambda i, a: (i + 1, a.sin()), (torch.tensor(0), x))[1],
+    "constant of numpy": lambda x: x * torch.from_numpy(np.arange(4.0)) * torch.tensor([1.0, 2.0, 3.0, 4.0]),
+    "bits there and back": lambda x: x.view(torch.int64).view(x.dtype) * 2,
+    "data of another": replaced_data,
+    "printed": lambda x: (repr(x), f"{x.sum():.3f}") and x * 2,
+    "empty, ignored": lambda x: torch.baddbmm(x.new_empty(1, 4, 4), x[None, :, None], x[None, None], beta=0),
+    "empty, then written": lambda x: torch.stack([y := torch.empty_like(x).copy_(x), y.mul_(2)]),
+    "zeros, then added to": lambda x: torch.zeros(8, dtype=x.dtype).index_add_(0, torch.arange(4), x * 2),
+    "inference, reshape": inference(lambda x: x.view(2, 2).T.reshape(-1)),
+    "inference, contiguous": inference(lambda x: x.view(2, 2).T.contiguous()),
+    "inference, flatten": inference(lambda x: x.view(2, 2).T.flatten()),
+    "inference, ravel": inference(lambda x: x.view(2, 2).swapaxes(0, 1).ravel()),
+    "inference, to": inference(lambda x: x.to(torch.complex128).real * 2),
+    "inference, type_as": inference(lambda x: x.type_as(torch.zeros(1, dtype=torch.complex128)).real * 2),
+    "inference, a derived rule after": inference(lambda x: F.mse_loss(x.view(2, 2).T.reshape(-1), x * x + 1)),
+}
+
+
+class Wrapped(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.first, self.blocks, self.fn = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), fn
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x).sin()
+        return self.fn(x)
+
+
+def call(fn, way, x, x_dot):
+    """(value, tangent) by one of the ways."""
+    if way in ("op_by_op", "eager", "inductor"):
+        return jvpgraph.jvp(fn, (x,), (x_dot,), backend=way)
+    torch.manual_seed(0)
+    dual = jvpgraph.transform(Wrapped(fn).double(), regions=nn.Linear, backend="eager")
+    return dual(x, tangents={"x": x_dot})
+
+
+def differences(fn, x, x_dot, h=1e-6):
+    return (fn(x + h * x_dot) - fn(x - h * x_dot)).detach() / (2 * h)
+
+
+def inputs(seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(4).double(), torch.randn(4).double()
+
+
+@pytest.mark.filterwarnings("ignore")  # of nested, masked and sparse tensors, which are prototypes, and of copies
+class TestEscapes:
+    @pytest.mark.parametrize(
+        ("name", "with_grad"), [(n, g) for n in REFUSED for g in (False, True) if (n, g) not in OWN]
+    )
+    def test_refused(self, name, with_grad):
+        x, x_dot = inputs()
+        for _ in range(2):
+            with pytest.raises(jvpgraph.UnsupportedOp, match=r"test_op_by_op\.py|copy\.py|reduction\.py"):
+                call(REFUSED[name], "op_by_op", x.clone().requires_grad_(with_grad), x_dot)
+
+    @pytest.mark.parametrize("name", RIGHT)
+    def test_right(self, name):
+        x, x_dot = inputs()
+        for _ in range(2):
+            out, out_dot = call(RIGHT[name], "op_by_op", x, x_dot)
+            assert_close(out, RIGHT[name](x))
+            assert_close(out_dot, differences(RIGHT[name], x, x_dot), rtol=1e-6, atol=1e-6)
+            x, x_dot = inputs(1)
+
+    @pytest.mark.parametrize("name", ["canary", "numpy", "tolist of one", "jagged", "ctypes", "canary into zeros"])
+    def test_refused_between_regions(self, name):
+        with pytest.raises(jvpgraph.UnsupportedOp, match=r"test_op_by_op\.py"):
+            call(REFUSED[name], "regions", *inputs())
+
+    @pytest.mark.parametrize("name", ["scripted", "gradient", "inference, reshape", "foreach", "cond"])
+    def test_right_between_regions(self, name):
+        x, x_dot = inputs()
+        torch.manual_seed(0)
+        model = Wrapped(RIGHT[name]).double()
+        dual = jvpgraph.transform(model, regions=nn.Linear, backend="eager")
+        for _ in range(2):
+            out_dot = dual(x, tangents={"x": x_dot})[1]
+            assert_close(out_dot, differences(model, x, x_dot), rtol=1e-6, atol=1e-6)
+
+
+def test_graph_saved_by_autograd_keeps_its_tangent_and_a_stop_stays_one():
+    x, x_dot = inputs()
+    for stop in (torch.Tensor.detach, torch.detach, lambda x: x.data, torch.ops.aten.detach, lambda x: x.detach_()):
+        out_dot = call(lambda x, stop=stop: x + stop(x.sin()), "op_by_op", x, x_dot)[1]
+        assert_close(out_dot, x_dot)
+    hard = lambda x: F.gumbel_softmax(x, hard=True) * 2  # noqa: E731  a detach in torch's own Python
+    torch.manual_seed(0)
+    found = call(hard, "op_by_op", x, x_dot)[1]
+    torch.manual_seed(0)
+    assert_close(found, torch.func.jvp(hard, (x,), (x_dot,))[1])
+
+
+def test_detached_copies_may_leave():
+    x, x_dot = inputs()
+    out_dot = call(lambda x: x * x.detach().clone().numpy().sum() * x.detach().sum().item(), "op_by_op", x, x_dot)[1]
+    assert_close(out_dot, x_dot * x.sum() ** 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_nearest_exact_in_one_dim(dtype):
+    x = torch.randn(1, 2, 5).to(dtype)
+    up = lambda x: F.interpolate(x, size=7, mode="nearest-exact")  # noqa: E731
+    assert_close(call(up, "op_by_op", x, x * 2)[1], up(x * 2))
+
+
+def test_a_compiled_part_is_seen_or_run_as_it_is():
+    part = torch.compile(lambda x: x.sin() * 2, backend="aot_eager")
+    x, x_dot = inputs()
+    part(x)
+    assert_close(call(lambda x: part(x) + x, "op_by_op", x, x_dot)[1], x_dot * (2 * x.cos() + 1))
+
+
+def test_what_is_older_than_the_call_is_a_constant():
+    x, x_dot = inputs()
+    with _disable_current_modes():
+        constant = torch.randn(4).double()
+    assert_close(call(lambda x: x * constant, "op_by_op", x, x_dot)[1], x_dot * constant)
+
+
+@pytest.mark.parametrize("collect", [lambda: None, gc.collect, lambda: gc.collect(0), lambda: gc.collect(1)])
+def test_a_birth_is_known_after_a_collection(collect):
+    def fn(x):
+        y = canary(x)
+        collect()
+        return y * 2
+
+    with pytest.raises(jvpgraph.UnsupportedOp, match="no op was seen that made it"):
+        call(fn, "op_by_op", *inputs())
+
+
+class Block(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 8), nn.Linear(8, width)
+
+    def forward(self, x):
+        return x + self.down(F.silu(self.up(self.norm(x))))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("regions", [False, True])
+def test_a_canary_at_a_random_place_is_refused(seed, regions):
+    """An identity without a rule, which no mode sees, in front of or behind a random module of a model."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(Block() for _ in range(3))).double()
+    places = [m for name, m in model.named_modules() if not regions or (name and "." not in name)]
+    place = draw.choice(places)
+    kind = draw.choice([canary, canary_into(torch.zeros_like), lambda x: torch.from_numpy(x.detach().numpy().copy())])
+    if draw.random() < 0.5:
+        place.register_forward_hook(lambda _m, _args, out: kind(out))
+    else:
+        place.register_forward_pre_hook(lambda _m, args: (kind(args[0]),))
+    settings = {"regions": Block, "backend": "eager"} if regions else {"backend": "op_by_op"}
+    x = torch.randn(2, 4).double()
+    with pytest.raises(OURS):
+        jvpgraph.transform(model, **settings)(x, tangents={"input": x})
+
+
+class TestLevels:
+    """One set of tangents at a time."""
+
+    @pytest.mark.parametrize("inner", ["op_by_op", "eager"])
+    @pytest.mark.parametrize("outer", ["op_by_op", "eager"])
+    def test_a_call_inside_another_is_refused(self, outer, inner):
+        x, x_dot = inputs()
+        fn = lambda x: call(torch.sin, inner, x, x_dot)[1]  # noqa: E731
+        with pytest.raises((jvpgraph.UnsupportedOp, jvpgraph.CaptureError), match=r"inside a model|one graph"):
+            call(fn, outer, x, x_dot)
+
+    @pytest.mark.parametrize("way", ["op_by_op", "eager", "inductor", "regions"])
+    def test_a_forward_ad_tangent_would_be_lost(self, way):
+        x, x_dot = inputs()
+        with forward_ad.dual_level(), pytest.raises(ValueError, match="would be lost"):
+            call(torch.sin, way, forward_ad.make_dual(x, x_dot), x_dot)
+        with pytest.raises(ValueError, match=r"inside of torch.func's jvp"):
+            torch.func.jvp(lambda x: call(torch.sin, "op_by_op", x, x_dot)[0], (x,), (x_dot,))
+
+    def test_the_modes_are_gone_afterwards(self):
+        x, x_dot = inputs()
+        callbacks = list(gc.callbacks)
+        with pytest.raises(jvpgraph.UnsupportedOp):
+            call(lambda x: x * x.sum().item(), "op_by_op", x, x_dot)
+        assert gc.callbacks == callbacks
+        assert torch._C._len_torch_function_stack() == 0
+        assert torch._C._get_graph_executor_optimize()
+        assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_encoder_layers_take_the_way_that_has_a_tangent():
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).double().eval()
+    x = torch.randn(2, 3, 4).double()
+    with torch.no_grad():
+        y_dot = jvpgraph.transform(encoder, backend="op_by_op")(x, tangents={"src": x})[1]
+        assert_close(y_dot, differences(encoder, x, x), rtol=1e-6, atol=1e-6)
+
+
+def test_other_higher_order_ops_are_named():
+    with pytest.raises(jvpgraph.UnsupportedOp, match=r"map_impl.*higher-order"):
+        call(lambda x: map_of_torch(torch.sin, x), "op_by_op", *inputs())
+
+
+# ------------------------------------------------------------------------------------------ every kind on every way
+
+KINDS = {**REFUSED, **RIGHT}
+INDUCTOR = ("numpy of detached", "tolist of one", "item", "scripted", "gradient", "foreach", "inference, reshape")
+WAYS = [(name, way) for name in KINDS for way in ("eager", "auto")] + [(name, "inductor") for name in INDUCTOR]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "way"), WAYS)
+def test_right_or_refused(name, way):
+    """No zero that nobody computed, and no error of PyTorch's, at two calls."""
+    x, x_dot = inputs()
+    torch.manual_seed(0)
+    model = Wrapped(KINDS[name]).double()
+    settings = {"regions": "auto", "backend": "eager"} if way == "auto" else {"backend": way}
+    dual = jvpgraph.transform(model, **settings)
+    for _ in range(2):
+        try:
+            out_dot = dual(x, tangents={"x": x_dot})[1]
+        except OURS:
+            continue
+        expected = differences(model, x, x_dot)
+        assert_close(out_dot.to(expected.dtype), expected, rtol=1e-5, atol=1e-6)
