@@ -35,9 +35,14 @@ def in_one_piece() -> Iterator[None]:
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Errors of ours come out as they were raised, Dynamo's as a CaptureError."""
+    """Errors of ours come out as they were raised, Dynamo's as a CaptureError.
+
+    Dispatch keys are put back: where a compiler fails inside of the model's inference_mode, PyTorch leaves its own.
+    """
+    keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     try:
-        yield
+        with torch._C._ForceDispatchKeyGuard(*keys):
+            yield
     except FailOnRecompileLimitHit as error:
         raise CaptureError(
             "the model was compiled in too many variants (sizes, types, sets of active inputs): pass dynamic=True, or "

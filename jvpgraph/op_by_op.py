@@ -81,6 +81,7 @@ class OpByOp(TorchDispatchMode):
     def __init__(self, observer: Observer | None = None):
         super().__init__()
         self._shadows: dict[StorageWeakRef, torch.UntypedStorage] = {}
+        self._dtypes: dict[StorageWeakRef, torch.dtype] = {}  # of what has a shadow
         self._seen: dict[StorageWeakRef, None] = {}  # made by ops of this call
         self._unwritten: dict[StorageWeakRef, str] = {}  # of those, what is "empty" or "zero" as far as ops can tell
         self._handed_out: dict[StorageWeakRef, str] = {}  # memory that others know of, and by what
@@ -152,7 +153,11 @@ class OpByOp(TorchDispatchMode):
         key = _key(x)
         shadow = self._shadows.get(key) if key is not None else None
         if shadow is not None:
-            return _view_of(shadow, x) if x not in self._stopped else None
+            if x in self._stopped:
+                return None
+            if x.dtype.to_real() != self._dtypes[key]:
+                raise _refusal("view", f"its bits are read as {x.dtype}, and they are the bits of {self._dtypes[key]}")
+            return _view_of(shadow, x)
         if key is not None and key not in self._seen and key not in _constants:
             self._vouch_for(x, key)
         return None
@@ -201,7 +206,9 @@ class OpByOp(TorchDispatchMode):
                 )
             size = x.untyped_storage().nbytes()
             shadow = torch.zeros(size, dtype=torch.uint8, device=x.device).untyped_storage()
-            self._shadows[key] = shadow
+            self._shadows[key], self._dtypes[key] = shadow, x.dtype.to_real()
+        elif x.dtype.to_real() != self._dtypes[key]:
+            raise _refusal("a write", f"it puts {x.dtype} in memory that has {self._dtypes[key]} with a tangent")
         for dim, (size, stride) in enumerate(zip(x.size(), x.stride())):
             if stride == 0 and size > 1:  # one element stands for all of them
                 x, x_dot = x.narrow(dim, 0, 1), x_dot.narrow(dim, 0, 1)
@@ -210,6 +217,7 @@ class OpByOp(TorchDispatchMode):
     def sweep(self) -> None:
         """Drop what is known of storages that are gone."""
         self._shadows = {key: shadow for key, shadow in self._shadows.items() if not key.expired()}
+        self._dtypes = {key: self._dtypes[key] for key in self._shadows}
         self._seen = {key: None for key in self._seen if not key.expired()}
         self._unknown = {key: node for key, node in self._unknown.items() if not key.expired()}
         self._unwritten = {key: value for key, value in self._unwritten.items() if not key.expired()}
