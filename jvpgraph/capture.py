@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,12 +38,17 @@ def in_one_piece() -> Iterator[None]:
 def own_errors() -> Iterator[None]:
     """Errors of ours come out as they were raised, Dynamo's as a CaptureError.
 
-    Dispatch keys are put back: where a compiler fails inside of the model's inference_mode, PyTorch leaves its own.
+    Dispatch keys are put back: where a compiler fails inside of the model's inference_mode, the guard of that lives on
+    in the frames of the error, and would bring those of the compiler back when it goes.
     """
     keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     try:
         with torch._C._ForceDispatchKeyGuard(*keys):
-            yield
+            try:
+                yield
+            except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
+                _forget_frames(error)
+                raise
     except FailOnRecompileLimitHit as error:
         raise CaptureError(
             "the model was compiled in too many variants (sizes, types, sets of active inputs): pass dynamic=True, or "
@@ -54,6 +60,12 @@ def own_errors() -> Iterator[None]:
             raise cause.with_traceback(None) from None
         head = NOT_COMPILED if compile_failed(error) else NOT_CAPTURED
         raise CaptureError(f"{head}{_told(error)}\n{REMEDY}") from error
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
 
 
 def compile_failed(error: BaseException | None) -> bool:
