@@ -18,7 +18,7 @@ both.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from torch import Tensor, fx
 from torch._decomp import get_decompositions
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.autograd_function import autograd_function_apply
+from torch._higher_order_ops.effects import with_effects
+from torch._ops import OpOverload
 
 from jvpgraph.errors import CaptureError, UnsupportedNode, UnsupportedOp
 from jvpgraph.linearize import INSERTED_META, source_line
@@ -34,9 +36,9 @@ from jvpgraph.markers import TANGENT_OF
 from jvpgraph.passes.context import Context
 from jvpgraph.passes.swap_attention import is_in_place
 from jvpgraph.rules.apply import bind, has_tangent
-from jvpgraph.trace import value_of
+from jvpgraph.trace import Recorder, value_of
 
-__all__ = ["check_gradients", "lower", "wants_gradients_of_tangents"]
+__all__ = ["check_gradients", "lower", "wants_gradients_of_tangents", "write_out_copies"]
 
 aten = torch.ops.aten
 # Ops with statistics that tangent rules use and that PyTorch gives no gradient: taken apart.
@@ -81,6 +83,9 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     inputs = gm.graph.find_nodes(op="placeholder")
 
     lowered = _forward_of(gm, example_inputs)
+    tokens = sum(isinstance(arg, fx.Node) and arg.op == "placeholder" for arg in _tokens(lowered.graph))
+    if tokens:
+        _without_effect_tokens(lowered, tokens)
     if len(lowered.graph.find_nodes(op="placeholder")) != len(inputs):
         raise CaptureError("inputs share memory that the model writes to: with differentiable_tangent, pass copies")
     lowered.meta.update(gm.meta)
@@ -102,7 +107,7 @@ def _forward_of(gm: fx.GraphModule, examples: Sequence[Any]) -> fx.GraphModule:
         graphs.append(gm)
         return make_boxed_func(gm.forward)
 
-    apart: Any = {**get_decompositions(NORMS), aten.copy.default: _copied}
+    apart: Any = {**get_decompositions(NORMS), **APART}
     with torch.no_grad():
         aot_module_simplified(gm, examples, fw_compiler=keep, decompositions=apart, keep_inference_input_mutations=True)
     return graphs[0]
@@ -111,6 +116,78 @@ def _forward_of(gm: fx.GraphModule, examples: Sequence[Any]) -> fx.GraphModule:
 def _copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """What x.copy_(source) leaves in x: aten.copy itself has no gradient."""
     return source.to(x.device, x.dtype).expand(x.shape).clone()
+
+
+def _polar(abs: Tensor, angle: Tensor) -> Tensor:
+    """PyTorch's backward of polar has the wrong sign where abs is negative."""
+    return torch.complex(abs * angle.cos(), abs * angle.sin())
+
+
+def _cumprod(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """By doubling: PyTorch's tangent divides by x, and so has no gradient where that is zero."""
+    y, step = x.to(x.dtype if dtype is None else dtype), 1
+    while y.dim() and step < y.shape[dim]:
+        rest = y.shape[dim] - step
+        y = torch.cat([y.narrow(dim, 0, step), y.narrow(dim, step, rest) * y.narrow(dim, 0, rest)], dim)
+        step *= 2
+    return y if step > 1 or y is not x else x.clone()
+
+
+APART: dict[OpOverload, Callable[..., Tensor]] = {
+    aten.copy.default: _copied,
+    aten.polar.default: _polar,
+    aten.cumprod.default: _cumprod,
+}
+
+
+def _tokens(graph: fx.Graph) -> list[Any]:
+    """What the first op of each kind of effects waits for: one input of the graph for each kind."""
+    return list({node.args[0] for node in graph.find_nodes(op="call_function", target=with_effects)})
+
+
+def _without_effect_tokens(gm: fx.GraphModule, tokens: int) -> None:
+    """Let ops with effects, such as the check whether a matrix was singular, stand in their order, as before tracing.
+
+    Before: ``token, out = with_effects(token, op, *args)``
+    After:  ``out = op(*args)``
+    """
+    graph = gm.graph
+    for node in graph.find_nodes(op="call_function", target=with_effects):
+        token, op, *args = node.args
+        with graph.inserting_before(node):
+            call = graph.call_function(op, tuple(args), node.kwargs)
+        results = node.meta["val"][1:]
+        call.meta.update(node.meta, val=results if len(results) > 1 else results[0] if results else None)
+        for item in list(node.users):
+            index = item.args[1]
+            if index == 0:
+                item.replace_all_uses_with(token)
+                graph.erase_node(item)
+            elif len(results) > 1:
+                item.args = (call, index - 1)
+            else:
+                item.replace_all_uses_with(call)
+                graph.erase_node(item)
+        graph.erase_node(node)
+    output = graph.output_node()
+    output.args = (tuple(output.args[0][tokens:]),)
+    for placeholder in graph.find_nodes(op="placeholder")[:tokens]:
+        graph.erase_node(placeholder)
+    gm.recompile()
+
+
+def write_out_copies(graph: fx.Graph, context: Context) -> None:
+    """Replace the copies that derived rules make by what has a gradient.
+
+    Before: ``abs_dot = copy(zeros, x)``
+    After:  ``abs_dot = clone(expand(x))``
+    """
+    recorder = Recorder(graph)
+    for node in graph.find_nodes(op="call_function", target=aten.copy.default):
+        with recorder.behind(node, node.meta, reuse=False):
+            new = recorder.node_of(_copied(*recorder.stand_ins(node.args[:2])))
+        node.replace_all_uses_with(new, propagate_meta=False)
+        graph.erase_node(node)
 
 
 def _detach_instead_of_no_grad(gm: fx.GraphModule) -> list[UnsupportedNode]:
@@ -145,7 +222,7 @@ def check_gradients(graph: fx.Graph, context: Context) -> None:
     refused = []
     for node in graph.find_nodes(op="call_function", target=operator.getitem):
         (source,) = node.all_input_nodes
-        used = INSERTED_META not in source.meta and any(INSERTED_META in user.meta for user in node.users)
+        used = any(INSERTED_META in user.meta for user in node.users)
         if used and has_tangent(value_of(node)) and not _has_gradient(source, node.args[1]):
             reason = f"the tangent depends on its output {node.args[1]}, which PyTorch does not differentiate"
             refused.append(UnsupportedNode(str(source.target), source.name, (), source_line(source), reason))

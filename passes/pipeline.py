@@ -22,7 +22,7 @@ from jvpgraph.passes.decompose import decompose
 from jvpgraph.passes.drop_dead_tangents import drop_dead_tangents
 from jvpgraph.passes.fuse_aten_attention import fuse_aten_attention
 from jvpgraph.passes.fuse_attention import differentiate_attention, fuse_attention
-from jvpgraph.passes.lower import check_gradients
+from jvpgraph.passes.lower import check_gradients, write_out_copies
 from jvpgraph.passes.pair_collectives import pair_collectives
 from jvpgraph.rules import TABLE
 from jvpgraph.verify import verify
@@ -53,6 +53,7 @@ BEFORE_AUTOGRAD: tuple[Step, ...] = (
     fuse_attention,
     fuse_aten_attention,
     differentiate_attention,
+    write_out_copies,
     check_gradients,
 )
 AFTER_AUTOGRAD: tuple[Step, ...] = (count, decompose)
