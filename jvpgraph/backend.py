@@ -17,9 +17,11 @@ from torch._inductor.decomposition import select_decomp_table
 from jvpgraph.autograd_function import keep_calls_of_own_jvps
 from jvpgraph.capture import NOT_COMPILED, REMEDY
 from jvpgraph.config import Config
-from jvpgraph.errors import CaptureError
+from jvpgraph.errors import CaptureError, UnsupportedNode, UnsupportedOp
 from jvpgraph.passes.call_own_jvps import call_own_jvps
+from jvpgraph.markers import MAKE_DUAL
 from jvpgraph.passes.context import Context, Report
+from jvpgraph.passes.copy_overlapping_outputs import copy_overlapping_outputs
 from jvpgraph.passes.lower import lower, wants_gradients_of_tangents
 from jvpgraph.passes.mark_stop_gradients import mark_stop_gradients
 from jvpgraph.passes.pipeline import AFTER_AUTOGRAD, BEFORE_AUTOGRAD, PIPELINE, Pipeline, check_config
@@ -60,6 +62,8 @@ class Backend:
                 report.attention.append(recognize_attention(gm, active_nodes(gm)))
         mark_stop_gradients(gm)
         call_own_jvps(gm)
+        copy_overlapping_outputs(gm)
+        marked = _marked_inputs(gm)
         context, steps = Context(self.config, report), PIPELINE
         autocast: AbstractContextManager[Any] = nullcontext()
         if wants_gradients_of_tangents(gm):
@@ -70,12 +74,31 @@ class Backend:
             autocast = torch._C._DisableAutocast()  # its casts are ops by now
         with autocast:
             compiled = self.compile(gm, example_inputs, Pipeline(context, steps))
+        if report.linearization.absolute:
+            compiled = _at_the_start(compiled, marked, report.linearization.absolute)
         self.reports.append(report)  # not earlier: Dynamo may break an attempt off and start anew
         return compiled
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], pipeline: Pipeline) -> Compiled:
         """AOTAutograd, the passes on its joint graph, and code."""
         return _COMPILE[self.compiler](gm, example_inputs, pipeline)
+
+
+def _marked_inputs(gm: fx.GraphModule) -> list[int]:
+    """Positions of the inputs that are marked."""
+    marked = {node.args[0] for node in gm.graph.find_nodes(op="call_function", target=MAKE_DUAL)}
+    return [i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if node in marked]
+
+
+def _at_the_start(compiled: Compiled, marked: list[int], refused: list[UnsupportedNode]) -> Compiled:
+    """``compiled``, for inputs that begin at the start of their memory; Dynamo has no guard for that."""
+
+    def checked(*inputs: Any) -> Any:
+        if any(inputs[i].storage_offset() for i in marked):
+            raise UnsupportedOp(refused)
+        return compiled(*inputs)
+
+    return checked
 
 
 def backend(compiler: str = "inductor", config: Config | None = None) -> Backend:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true, statically_known_true
 from torch.utils._pytree import tree_leaves
 
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
@@ -47,6 +47,10 @@ NUMBER_HAS_NO_TANGENT = (
     "a tensor with a tangent becomes a Python number, which has none, and a tensor is made of that: keep it a tensor, "
     "or detach it"
 )
+ABSOLUTE = (
+    "as_strided with an offset counts from the start of the memory of an input that begins further on: pass x.clone(), or "
+    "take as_strided without an offset"
+)
 INSERTED_META = "jvpgraph_inserted"  # on every node that linearize inserted
 
 
@@ -57,6 +61,7 @@ class Linearization:
     rules: dict[str, Counter[str]] = field(default_factory=lambda: {"table": Counter(), "derived": Counter()})
     active: int = 0  # nodes with a tangent
     inactive: int = 0  # other ATen nodes of the forward half
+    absolute: list[UnsupportedNode] = field(default_factory=list)  # what counts from the start of an input's memory
 
 
 def linearize(graph: fx.Graph) -> Linearization:
@@ -142,6 +147,8 @@ def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recor
     op = node.target
     if not any_has_tangent(op, value_of(node)):
         return None
+    if op is torch.ops.aten.as_strided.default:
+        return _tangent_of_strided(node, tangent, recorder, done)
     arguments = bind(op, node.args, node.kwargs)
     dots = {name: dot for name, v in arguments.items() if (dot := _argument_tangent(v, tangent)) is not None}
     first = len(recorder.inserted)
@@ -153,6 +160,66 @@ def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recor
             raise NoRule(str(reason)) from reason
         done.rules[source][str(op)] += 1
         return _name_tangents(node, out_dot, recorder, first)
+
+
+def _tangent_of_strided(
+    node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, done: Linearization
+) -> fx.Node:
+    """Of as_strided, which counts in memory: it is one of the tangent of what owns the memory, laid out alike."""
+    x, size, stride, offset = bind(node.target, node.args, node.kwargs).values()  # type: ignore[arg-type]
+    owner = _memory_of(x)
+    value, dot = value_of(owner), tangent.get(owner)
+    size, stride, start = fx.node.map_arg((size, stride, offset), value_of)
+    if owner.target is MAKE_DUAL and offset is not None:
+        if not statically_known_true(value_of(owner.args[0]).storage_offset() == 0):
+            raise NoRule(ABSOLUTE)
+        done.absolute.append(_unsupported(node, tangent, ABSOLUTE))
+    if start is None:
+        start = value_of(x).storage_offset()
+    end = start + _span(size, stride)
+    if not isinstance(dot, fx.Node) or value.dtype != value_of(node).dtype or not guard_or_false(end <= _span(*_how(value))):
+        raise NoRule("it reads outside of what has a tangent, or as another type")
+    if _overlaps(value):
+        raise NoRule("an element of memory that stands for several has no tangent of its own: clone() first")
+    first = len(recorder.inserted)
+    with recorder.behind(node):
+        flat = _flat_memory(recorder.stand_in(dot), value)
+        size, stride = recorder.stand_ins((size, stride))
+        done.rules["table"][str(node.target)] += 1
+        named: fx.Node = _name_tangents(node, flat.as_strided(size, stride, start), recorder, first)
+        return named
+
+
+def _how(x: Tensor) -> tuple[Any, Any]:
+    return x.shape, x.stride()
+
+
+def _span(size: Any, stride: Any) -> Any:
+    """How many elements of memory lie from the first to the last."""
+    return 1 + sum((n - 1) * s for n, s in zip(size, stride))
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether elements of ``x`` share memory, as far as is known."""
+    strides = _as_numbers(x.stride())
+    reach: Any = 1
+    for d in sorted(range(x.dim()), key=lambda d: strides[d]):
+        if statically_known_true(x.shape[d] == 1):
+            continue
+        if not guard_or_false(x.stride(d) >= reach):
+            return True
+        reach = reach + (x.shape[d] - 1) * x.stride(d)
+    return False
+
+
+def _flat_memory(x: Tensor, like: Tensor) -> Tensor:
+    """The memory that ``x`` would have, were it laid out as ``like``: zeros where that has holes."""
+    span = _span(*_how(like))
+    if not guard_or_false(span == like.numel()):
+        return x.new_zeros(span).as_strided_scatter(x, like.shape, like.stride(), 0)
+    strides = _as_numbers(like.stride())
+    order = sorted(range(like.dim()), key=lambda d: -strides[d])
+    return x.permute(order).clone(memory_format=torch.contiguous_format).view(-1)
 
 
 def _argument_tangent(value: Any, tangent: dict[fx.Node, Any]) -> Any:
@@ -200,9 +267,12 @@ def _answer(marker: fx.Node, dot: fx.Node | None, recorder: Recorder, taken: set
 
 def _memory_of(node: fx.Node) -> fx.Node:
     """The node whose memory this one is, or is a view of."""
-    while isinstance(node.target, OpOverload) and (node.target.is_view or node.target is torch.ops.aten.detach.default):
-        node = node.all_input_nodes[0]
-    return node
+    while True:
+        of = node.all_input_nodes[0] if node.target is operator.getitem else node  # split, unbind
+        target = of.target
+        if not isinstance(target, OpOverload) or not (target.is_view or target is torch.ops.aten.detach.default):
+            return node
+        node = of.all_input_nodes[0]
 
 
 def in_layout(x: Tensor, like: Tensor) -> Tensor:
@@ -234,11 +304,15 @@ def _unmarked(marker: fx.Node, recorder: Recorder) -> fx.Node:
     """
     primal = marker.args[0]
     assert isinstance(primal, fx.Node)
-    if not _escapes(marker):
+    aliases = list(_aliases(marker))
+    if not any(alias.op == "output" for alias in aliases):
         return primal
     with recorder.behind(marker):
-        copy = recorder.stand_in(primal).clone()
-        return recorder.node_of(copy)
+        x = recorder.stand_in(primal)
+        if any(alias.target is torch.ops.aten.as_strided.default for alias in aliases):  # which sees holes in the memory
+            memory = x.as_strided((_span(*_how(x)),), (1,)).clone()
+            return recorder.node_of(memory.as_strided(x.shape, x.stride(), 0))
+        return recorder.node_of(x.clone())
 
 
 def _erase_stops(graph: fx.Graph) -> None:
@@ -250,15 +324,15 @@ def _erase_stops(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _escapes(node: fx.Node) -> bool:
-    """Whether the node, or a view of it, is an output of the graph."""
+def _aliases(node: fx.Node) -> Iterator[fx.Node]:
+    """The views of a node, and the output of the graph if one of them is in it."""
     for user in node.users:
-        if user.op == "output":
-            return True
-        aliases = user.target is operator.getitem or (isinstance(user.target, OpOverload) and user.target.is_view)
-        if (aliases or user.target is torch.ops.aten.detach.default) and _escapes(user):
-            return True
-    return False
+        views = user.target is operator.getitem or (isinstance(user.target, OpOverload) and user.target.is_view)
+        if views or user.target is torch.ops.aten.detach.default:
+            yield user
+            yield from _aliases(user)
+        elif user.op == "output":
+            yield user
 
 
 def _reachable(roots: Iterable[fx.Node], step: Any) -> set[fx.Node]:

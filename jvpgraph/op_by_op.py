@@ -340,9 +340,14 @@ class OpByOp(TorchDispatchMode):
         if self._ops % SWEEP_EVERY == 0:
             self.sweep()
         if func is MAKE_DUAL:
-            x = args[0].clone()
+            x = _copy_of_memory(args[0])
             self.set_tangent(x, args[1])
+            if x.storage_offset() != args[0].storage_offset() or x.stride() != args[0].stride():
+                self._moved[_key(x)] = args[0].stride()
             return x
+        if func is aten.as_strided.default and _key(args[0]) in self._moved:
+            if len(args) > 3 or kwargs or x_strides_differ(self._moved[_key(args[0])], args[0]):
+                raise UnsupportedOp([_unsupported(func, {"self": None}, MOVED)])
         if func is TANGENT_OF:
             self._check_written(func, {"y": args[0]}, [])
             dot = self.tangent(args[0])

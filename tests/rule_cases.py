@@ -429,6 +429,14 @@ CONV = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
 MATMUL = [
     *row(aten.mm.default, call(R(2, 3), R(3, 4)), call(C(2, 3), C(3, 4))),
     *row(aten.bmm.default, call(R(2, 2, 3), R(2, 3, 4))),
+    *row(
+        aten._linalg_solve_ex.default,
+        *(call(R(3, 3), R(3, 2)), call(R(3, 3), R(3)), call(R(2, 3, 3), R(2, 3)), call(C(3, 3), C(3, 2))),
+        call(R(3, 3), R(2, 3), left=False),
+        aside=(1,),
+    ),
+    *row(aten._linalg_det.default, call(R(3, 3)), call(R(2, 3, 3)), call(C(3, 3)), aside=(1,)),
+    *row(aten._linalg_slogdet.default, call(R(3, 3)), call(C(3, 3)), aside=(2,)),
     *row(aten.mv.default, call(R(2, 3), R(3))),
     *row(aten.dot.default, call(R(3), R(3))),
     *row(aten.addmm.default, call(R(4), R(2, 3), R(3, 4)), call(R(2, 4), R(2, 3), R(3, 4), beta=2, alpha=0.5)),

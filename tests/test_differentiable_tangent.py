@@ -200,6 +200,69 @@ def test_refusals():
         jvpgraph.jvp(Custom.apply, (x,), (x.detach(),), backend="eager", differentiable_tangent=True)
 
 
+class Fourier(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.fft.rfft(x)
+        return torch.cat([z.abs(), (z.abs() + 1).log(), z.angle().sin(), torch.fft.fft2(x).abs()], -1)
+
+
+class Complex(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.complex(x, x.flip(0) + 0.5)
+        parts = [z.tanh(), z.prod(0, keepdim=True), z.reciprocal(), torch.sgn(z), torch.polar(x, x.flip(1))]
+        return torch.cat([torch.view_as_real(z).flatten(1) for z in parts])
+
+
+class Solving(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        a = x @ x.mT + 3 * torch.eye(4, dtype=x.dtype)
+        lower = torch.linalg.cholesky(a)
+        parts = [torch.linalg.inv(a), torch.linalg.solve(a + x, x), lower, torch.cholesky_solve(x, lower)]
+        parts += [torch.linalg.solve(a, x[0])[None], torch.linalg.matrix_exp(x), torch.linalg.pinv(a)]
+        return torch.cat(parts) * torch.logdet(a) + torch.linalg.det(x)
+
+
+class Quotient(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.solve(x @ x.mT + 3 * torch.eye(4, dtype=x.dtype), x).cumprod(1)
+
+
+class Products(nn.Module):
+    """At zeros, where PyTorch's tangent of cumprod has no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x.cumprod(0), x.cumprod(1), x.prod(1, keepdim=True).expand(4, 4)])
+
+
+@pytest.mark.parametrize("model", [Fourier, Complex, Solving, Products])
+def test_formulas_that_derive(model):
+    x, x_dot = torch.randn(4, 4).double(), torch.randn(4, 4).double()
+    if model is Products:
+        x[0, 1] = x[1, 1] = x[1, 3] = 0
+        x[3] = 0
+    check_module(model(), (x,), (x_dot,), ("x",))
+
+
+@pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # Inductor's own
+def test_formulas_that_derive_with_inductor():
+    x, x_dot = torch.randn(4, 4).double(), torch.randn(4, 4).double()
+    check_module(Quotient(), (x,), (x_dot,), ("x",), "inductor")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_singular_matrix_is_still_an_error(backend):
+    x = torch.ones(4, 4).double()
+    with pytest.raises(RuntimeError, match="singular"):
+        jvpgraph.jvp(torch.linalg.inv, (x,), (x,), backend=backend, differentiable_tangent=True)
+
+
+def test_factors_without_a_gradient_are_refused():
+    """Of a formula that computes them anew, too."""
+    x = torch.randn(4, 4).double()
+    with pytest.raises(jvpgraph.UnsupportedOp, match="does not differentiate"):
+        jvpgraph.jvp(lambda x: torch.linalg.lu(x)[2], (x,), (x,), backend="eager", differentiable_tangent=True)
+
+
 class Normalising(nn.Linear):
     """EDM2's forced weight normalisation."""
 

@@ -1,4 +1,4 @@
-"""Products and convolutions: one term per operand, none for the operands that are inactive."""
+"""Products, convolutions and what undoes products: one term per operand, none for the operands that are inactive."""
 
 from __future__ import annotations
 
@@ -38,3 +38,38 @@ def cholesky_solve(y, b, c, upper, *, b_dot=None, c_dot=None):
         square = factor.mH @ factor_dot if upper else factor_dot @ factor.mH
         b_dot = (0 if b_dot is None else b_dot) - (square + square.mH) @ y
     return aten.cholesky_solve(b_dot, c, upper)
+
+
+# Solving and determinants. PyTorch's formulas take the factors that the op returns besides, which have no gradient.
+@jvp(aten._linalg_solve_ex.default)
+def solve(outs, a, b, left, check_errors, *, a_dot=None, b_dot=None):
+    """With a y = b:  a y_dot = b_dot - a_dot y."""
+    y = outs[0].unsqueeze(-1) if _is_vector(a, b) else outs[0]
+    moved = None if a_dot is None else a_dot @ y if left else y @ a_dot
+    if moved is not None and _is_vector(a, b):
+        moved = moved.squeeze(-1)
+    right = b_dot if moved is None else -moved if b_dot is None else b_dot - moved
+    return aten._linalg_solve_ex(a, right, left=left)[0], None, None, None
+
+
+def _is_vector(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return b.dim() == 1 or (b.dim() == a.dim() - 1 and tuple(b.shape) == tuple(a.shape[:-1]))
+
+
+def _trace_of_quotient(a: torch.Tensor, a_dot: torch.Tensor) -> torch.Tensor:
+    return aten._linalg_solve_ex(a, a_dot)[0].diagonal(0, -2, -1).sum(-1)
+
+
+@jvp(aten._linalg_det.default)
+def det(outs, a, *, a_dot):
+    """d det(a) = det(a) tr(a^-1 da)."""
+    return outs[0] * _trace_of_quotient(a, a_dot), None, None
+
+
+@jvp(aten._linalg_slogdet.default)
+def slogdet(outs, a, *, a_dot):
+    """log det(a) = log sign + log |det|, and so real and imaginary part of tr(a^-1 da)."""
+    trace = _trace_of_quotient(a, a_dot)
+    if not a.is_complex():
+        return None, trace, None, None
+    return 1j * trace.imag * outs[0], trace.real, None, None

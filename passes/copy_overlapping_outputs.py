@@ -1,0 +1,55 @@
+"""Copy outputs whose elements share memory, on the torch-level graph that Dynamo gives out.
+
+Before: ``return x.unfold(0, 2, 1)``
+After:  ``return x.unfold(0, 2, 1).clone()``
+Needs:
+    ``example_value`` on nodes.
+Keeps:
+    Every other output, also one that shares memory with an input that is not marked.
+Numerics:
+    The same. AOTAutograd brings the gradient of an output into the strides of the output, where the elements of one that
+    overlaps overwrite each other (as in plain torch.compile, for views of what the model computed).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from jvpgraph.passes.swap_attention import emit, has_marker
+
+__all__ = ["copy_overlapping_outputs"]
+
+
+def copy_overlapping_outputs(gm: fx.GraphModule) -> None:
+    """Insert the copies. Without a marked input, gm is left alone."""
+    if not has_marker(gm):
+        return
+    output = gm.graph.output_node()
+    inputs = {memory for node in gm.graph.find_nodes(op="placeholder") for memory in _memory(node)}
+    for node in output.all_input_nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, Tensor) and value.requires_grad and _overlaps(value) and inputs.isdisjoint(_memory(node)):
+            with gm.graph.inserting_before(output):
+                copy = emit(node, torch.clone, node, memory_format=torch.contiguous_format)
+            output.replace_input_with(node, copy)
+    gm.recompile()
+
+
+def _memory(node: fx.Node) -> set[int]:
+    value = node.meta.get("example_value")
+    return {value.untyped_storage()._cdata} if type(value) is not Tensor and hasattr(value, "fake_mode") else set()
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether elements of ``x`` share memory; for symbolic sizes AOTAutograd makes gradients contiguous."""
+    if not all(isinstance(n, int) for n in (*x.shape, *x.stride())):
+        return False
+    reach = 1
+    for stride, n in sorted(zip(x.stride(), x.shape)):
+        if n == 1:
+            continue
+        if stride < reach:
+            return x.numel() > 0
+        reach += (n - 1) * stride
+    return False
