@@ -47,7 +47,7 @@ def main() -> int:
     i, n = map(int, args.shard.split("/"))
     names = args.ops or list(OPS)[i::n]
     done = set() if args.fresh else {(r["op"], r["phase"]) for r in records(args.out)}
-    _warm_up(args.phases)
+    warm_up(args.phases)
     bad, listed = 0, known()
     with (args.out / f"shard-{i}-of-{n}.jsonl").open("a") as file:
         for phase in args.phases:
@@ -68,7 +68,7 @@ def unexpected(verdict: str, op: str, phase: str, listed: set[tuple[str, str, st
     return verdict in FAILURES or (verdict in ("refused", "torch") and (verdict, op, phase) not in listed)
 
 
-def _warm_up(phases: list[str]) -> None:
+def warm_up(phases: list[str]) -> None:
     """Import here what every process would import for itself."""
     for phase in {PHASES[name].backend: PHASES[name] for name in phases}.values():
         for case in itertools.islice(cases("sin", phase), 1):
