@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-dist lint format fuzz zoo zoo-exact opinfo opinfo-table bench bench-quality scaling wheels gpu dump clean
+.PHONY: help demo test test-dist lint format gate fuzz zoo zoo-exact opinfo opinfo-table bench bench-quality scaling wheels gpu dump clean
 .DEFAULT_GOAL := help
 
 help:
@@ -48,6 +48,9 @@ lint: $(READY)  ## ruff and mypy
 format: $(READY)  ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+gate: $(READY)  ## every kernel that is launched, compiled for six GPUs that are not here: memory, registers, instructions
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m jvpgraph.kernels.gate
 
 fuzz: $(READY)  ## 10,000 random programs on four backends: make fuzz SHARD=0/4 runs a quarter of them
 	HYPOTHESIS_PROFILE=fuzz SHARD=$(SHARD) $(BIN)/python -m pytest -q -m fuzz tests

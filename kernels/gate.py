@@ -500,13 +500,16 @@ class Call(NamedTuple):
 
 
 def _calls() -> Iterator[Call]:
-    for way, mask in itertools.product(("d value", "d tangent", "value", "tangent"), MASKS):
-        for head_dim in (64, 128) if way.startswith("d ") else (64, 128, 256):
+    head_dims = {"d value": (64, 128), "d tangent": (64, 128), "value": (64, 128), "tangent": (64, 128, 256)}
+    for (way, of_way), mask in itertools.product(head_dims.items(), MASKS):
+        for head_dim in of_way:
             yield Call(way, head_dim, mask)
             if mask == "bool rows" or (mask == "fp32 rows" and way.startswith("d ")):  # a window takes no memory
                 yield Call(way, head_dim, mask, is_causal=True)
-    for way, head_dim in itertools.product(("d value", "d tangent"), (72, 112)):  # in several parts
-        yield Call(way, head_dim, "fp32 rows")
+    parts = {"d value": (72, 112), "d tangent": (72, 112), "value": (256,), "tangent": (96, 192)}
+    for way, of_way in parts.items():  # several parts of the head dim, or of v
+        for head_dim in of_way:
+            yield Call(way, head_dim, "fp32 rows")
     for head_dim, mask in itertools.product((64, 128), ("no mask", "fp32 rows")):
         yield Call("tangent", head_dim, mask, is_expanded=True)
     for mask in ("no mask", "fp32 rows"):

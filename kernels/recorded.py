@@ -76,7 +76,8 @@ class _Recorded:
 def recording(arch: int) -> Iterator[list[Launch]]:
     """Inside, attention of meta tensors takes the way that it would take on a GPU of this compute capability, and its
     launches are collected instead of made."""
-    target, launches = GPUTarget("cuda", arch, 32), []
+    launches: list[Launch] = []
+    target = GPUTarget("cuda", arch, 32)
     device = -arch  # kernels keep what they compiled by device
 
     class Absent:

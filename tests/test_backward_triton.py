@@ -15,7 +15,15 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from jvpgraph.kernels import attention_blocked, backward_triton, gate
-from jvpgraph.kernels.blocks import BACKWARD_TABLE, BackwardBlocks, BackwardEntry, Sweeps, parts_of_head_dim
+from jvpgraph.kernels.blocks import (
+    BACKWARD_TABLE,
+    LIKE_AMPERE,
+    BackwardBlocks,
+    BackwardEntry,
+    Sweeps,
+    backward_sweeps,
+    parts_of_head_dim,
+)
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
 from tests.interpreter import (  # noqa: F401 - fixtures
     DEVICE,
@@ -31,6 +39,11 @@ from tests.test_tangent_backward import NAMES, OUTPUTS, TOLERANCE, Case, error, 
 pytestmark = pytest.mark.usefixtures("repaired_bfloat16", "poisoned_memory")
 BF16, FP16 = torch.bfloat16, torch.float16
 SMALL = BackwardBlocks(32, 32, 4, 1)
+ONLY_FOR_ROWS = [
+    entry
+    for entry, sweeps in BACKWARD_TABLE.items()
+    if entry.arch not in LIKE_AMPERE and backward_sweeps(*entry[:3]) != sweeps
+]
 
 
 @pytest.mark.slow
@@ -38,12 +51,14 @@ def test_under_the_interpreter():
     run_under_the_interpreter(__file__)
 
 
-def computed(case: Case, blocks: BackwardBlocks | None = SMALL) -> dict[str, Tensor | None]:
+def computed(case: Case, blocks: BackwardBlocks | Sweeps | None = SMALL) -> dict[str, Tensor | None]:
     """The gradients by name, from the forward in blocks of torch."""
     inputs = {name: None if x is None else x.to(DEVICE) for name, x in case.inputs.items()}
     tensors: tuple[Any, ...] = tuple(inputs[name] for name in NAMES)
     o, lse, _, lse_dot = attention_blocked.attention_jvp(*tensors, case.window, case.scale)
     cotangents = (None if x is None else x.to(DEVICE) for x in (case.cotangents[name] for name in OUTPUTS))
+    if isinstance(blocks, BackwardBlocks):
+        blocks = Sweeps(*(blocks,) * (4 if case.window == CAUSAL else 3))
     got = backward_triton.attention_jvp_backward(
         *cotangents,
         *tensors[:7],
@@ -52,12 +67,12 @@ def computed(case: Case, blocks: BackwardBlocks | None = SMALL) -> dict[str, Ten
         lse_dot,
         case.window,
         case.scale,
-        sweeps=blocks and Sweeps(*(blocks,) * (4 if case.window == CAUSAL else 3)),
+        sweeps=blocks,
     )
     return {name: None if x is None else x.cpu() for name, x in zip(NAMES, got)}
 
 
-def check(case: Case, blocks: BackwardBlocks | None = SMALL) -> None:
+def check(case: Case, blocks: BackwardBlocks | Sweeps | None = SMALL) -> None:
     q = case.inputs["q"]
     assert q is not None
     got, want = computed(case, blocks), expected(case)
@@ -129,6 +144,24 @@ def test_biases(kind, window, dtype):
         bias[:, :, 3] = False if bias.dtype == torch.bool else -math.inf
     case = make(b=2, h=2, kv_heads=1, n_q=40, n_k=50, d=16, bias=bias, window=window).without("bias_dot").to(dtype)
     check(case)
+
+
+@runs_kernels
+@pytest.mark.parametrize("mask", [torch.bool, BF16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("entry", "window"),
+    [(x, CAUSAL if x.moves else EVERYTHING) for x in ONLY_FOR_ROWS],
+    ids=str,
+)
+def test_tiles_for_masks_with_rows(entry, window, mask):
+    """What has an entry because its tiles without a mask would not fit, with these tiles."""
+    d = entry.head_dim - 24
+    bias = biases("boolean" if mask == torch.bool else "hidden", 1, 2, 66, 100)
+    bias[:, :, 3] = False if mask == torch.bool else -math.inf
+    case = make(b=1, h=2, kv_heads=1, n_q=66, n_k=100, d=d, bias=bias, window=window).without("bias_dot").to(BF16)
+    if not entry.moves:
+        case = case.without("q_dot", "k_dot", "v_dot", "o_dot", "lse_dot")
+    check(replace(case, inputs=case.inputs | {"bias": bias.to(mask)}), BACKWARD_TABLE[entry])
 
 
 @runs_kernels
