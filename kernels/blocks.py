@@ -1,9 +1,8 @@
 """Block sizes of the attention kernel, as data.
 
 An entry is a tile that jvpgraph.kernels.gate compiles without a spill in its loop, with Triton 3.9.0 and 3.6.0 (but for
-backward entries of masks with rows, which fit the memory): for
-Hopper the fastest of those that were tried on an H100 (`make gpu`, benchmarks/results), for the others, which have run
-on no GPU yet, the largest.
+those of the backward for masks with rows, which need only fit the memory): for Hopper the fastest of those that were
+tried on an H100 (`make gpu`, benchmarks/results), for the others, which have run on no GPU yet, the largest.
 """
 
 from __future__ import annotations
