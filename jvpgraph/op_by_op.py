@@ -144,21 +144,23 @@ class OpByOp(TorchDispatchMode):
             UnsupportedOp: ``x`` wraps several tensors, and one of them has a tangent; or nobody knows where its values
                 come from, or no rule has its tangent.
         """
-        if self._unknown and not is_traceable_wrapper_subclass(x) and (maker := self._unknown.get(_key(x))):
-            raise UnsupportedOp([maker])
         if is_traceable_wrapper_subclass(x):
             return self._wrapped_tangent(x)
+        key = _key(x)
+        if key is None:
+            return None
+        if key in self._unknown:
+            raise UnsupportedOp([self._unknown[key]])
         if not has_tangent(x):
             return None
-        key = _key(x)
-        shadow = self._shadows.get(key) if key is not None else None
+        shadow = self._shadows.get(key)
         if shadow is not None:
             if x in self._stopped:
                 return None
             if x.dtype.to_real() != self._dtypes[key]:
                 raise _refusal("view", f"its bits are read as {x.dtype}, and they are the bits of {self._dtypes[key]}")
             return _view_of(shadow, x)
-        if key is not None and key not in self._seen and key not in _constants:
+        if key not in self._seen and key not in _constants:
             self._vouch_for(x, key)
         return None
 
@@ -514,8 +516,8 @@ class OpByOp(TorchDispatchMode):
             self.set_tangent(out, dot)
         else:
             for o, d in zip(out, dot):
-                if isinstance(d, Unknown):
-                    self._unknown[_key(o)] = _unsupported(func, {}, d.reason)
+                if isinstance(d, Unknown) and (key := _key(o)) is not None:
+                    self._unknown[key] = _unsupported(func, {}, d.reason)
                 elif d is not None:
                     self.set_tangent(o, d)
         if self._observer is not None:
