@@ -18,15 +18,16 @@ from jvpgraph.autograd_function import keep_calls_of_own_jvps
 from jvpgraph.capture import NOT_COMPILED, REMEDY
 from jvpgraph.config import Config
 from jvpgraph.errors import CaptureError, UnsupportedNode, UnsupportedOp
-from jvpgraph.passes.call_own_jvps import call_own_jvps
+from jvpgraph.linearize import ABSOLUTE, source_line
 from jvpgraph.markers import MAKE_DUAL
+from jvpgraph.passes.call_own_jvps import call_own_jvps
 from jvpgraph.passes.context import Context, Report
 from jvpgraph.passes.copy_overlapping_outputs import copy_overlapping_outputs
 from jvpgraph.passes.lower import lower, wants_gradients_of_tangents
 from jvpgraph.passes.mark_stop_gradients import mark_stop_gradients
 from jvpgraph.passes.pipeline import AFTER_AUTOGRAD, BEFORE_AUTOGRAD, PIPELINE, Pipeline, check_config
 from jvpgraph.passes.recognize_attention import recognize_attention
-from jvpgraph.passes.swap_attention import active_nodes, swap_attention
+from jvpgraph.passes.swap_attention import active_graphs, active_nodes, swap_attention
 from jvpgraph.passes.swap_flex_attention import swap_flex_attention
 from jvpgraph.sharding import register_sharding_rules
 
@@ -35,6 +36,7 @@ __all__ = ["COMPILERS", "Backend", "backend"]
 register_sharding_rules()
 keep_calls_of_own_jvps()
 Compiled = Any  # what a backend returns: a callable of the graph's inputs
+AS_STRIDED = ("as_strided", torch.as_strided, torch.Tensor.as_strided, torch.ops.aten.as_strided.default)
 COMPILERS = ("inductor", "eager")
 
 
@@ -63,6 +65,7 @@ class Backend:
         mark_stop_gradients(gm)
         call_own_jvps(gm)
         copy_overlapping_outputs(gm)
+        absolute = _absolute_views(gm)
         marked = _marked_inputs(gm)
         context, steps = Context(self.config, report), PIPELINE
         autocast: AbstractContextManager[Any] = nullcontext()
@@ -74,8 +77,8 @@ class Backend:
             autocast = torch._C._DisableAutocast()  # its casts are ops by now
         with autocast:
             compiled = self.compile(gm, example_inputs, Pipeline(context, steps))
-        if report.linearization.absolute:
-            compiled = _at_the_start(compiled, marked, report.linearization.absolute)
+        if absolute:
+            compiled = _at_the_start(compiled, marked, absolute)
         self.reports.append(report)  # not earlier: Dynamo may break an attempt off and start anew
         return compiled
 
@@ -88,6 +91,30 @@ def _marked_inputs(gm: fx.GraphModule) -> list[int]:
     """Positions of the inputs that are marked."""
     marked = {node.args[0] for node in gm.graph.find_nodes(op="call_function", target=MAKE_DUAL)}
     return [i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if node in marked]
+
+
+def _absolute_views(gm: fx.GraphModule) -> list[UnsupportedNode]:
+    """What counts from the start of the memory of a marked input: as_strided with an offset.
+
+    Found here, as a graph that comes from a cache of the compiler's was not seen by the passes.
+    """
+    return [
+        UnsupportedNode("as_strided", node.name, (), source_line(node), ABSOLUTE)
+        for body, active in active_graphs(gm, active_nodes(gm))
+        for node in body.graph.nodes
+        if node in active and node.target in AS_STRIDED and _offset(node) is not None and _is_of_input(node, body is gm)
+    ]
+
+
+def _offset(node: fx.Node) -> Any:
+    return node.args[3] if len(node.args) > 3 else node.kwargs.get("storage_offset")
+
+
+def _is_of_input(node: fx.Node, is_whole: bool) -> bool:
+    """Whether it is of a marked input, or in a body might be."""
+    memory = node.meta["example_value"].untyped_storage()._cdata
+    markers = node.graph.find_nodes(op="call_function", target=MAKE_DUAL)
+    return not is_whole or memory in {m.meta["example_value"].untyped_storage()._cdata for m in markers}
 
 
 def _at_the_start(compiled: Compiled, marked: list[int], refused: list[UnsupportedNode]) -> Compiled:

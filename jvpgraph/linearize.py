@@ -36,7 +36,7 @@ from jvpgraph.rules.apply import Unknown, any_has_tangent, argument_tangent, bin
 from jvpgraph.rules.shape import stops_tangent
 from jvpgraph.trace import Recorder, value_of
 
-__all__ = ["Linearization", "in_layout", "linearize", "source_line"]
+__all__ = ["ABSOLUTE", "Linearization", "in_layout", "linearize", "source_line"]
 
 TANGENT_META = "jvpgraph_tangent_of"  # on a tangent node: the name of its primal
 NO_SOURCE = "(no source line)"
@@ -48,8 +48,8 @@ NUMBER_HAS_NO_TANGENT = (
     "or detach it"
 )
 ABSOLUTE = (
-    "as_strided with an offset counts from the start of the memory of an input that begins further on: pass x.clone(), or "
-    "take as_strided without an offset"
+    "as_strided with an offset counts from the start of the memory of an input that begins further on: pass x.clone(), "
+    "or take as_strided without an offset"
 )
 INSERTED_META = "jvpgraph_inserted"  # on every node that linearize inserted
 
@@ -61,7 +61,6 @@ class Linearization:
     rules: dict[str, Counter[str]] = field(default_factory=lambda: {"table": Counter(), "derived": Counter()})
     active: int = 0  # nodes with a tangent
     inactive: int = 0  # other ATen nodes of the forward half
-    absolute: list[UnsupportedNode] = field(default_factory=list)  # what counts from the start of an input's memory
 
 
 def linearize(graph: fx.Graph) -> Linearization:
@@ -162,22 +161,23 @@ def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recor
         return _name_tangents(node, out_dot, recorder, first)
 
 
-def _tangent_of_strided(
-    node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, done: Linearization
-) -> fx.Node:
+def _tangent_of_strided(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, done: Linearization) -> fx.Node:
     """Of as_strided, which counts in memory: it is one of the tangent of what owns the memory, laid out alike."""
     x, size, stride, offset = bind(node.target, node.args, node.kwargs).values()  # type: ignore[arg-type]
     owner = _memory_of(x)
     value, dot = value_of(owner), tangent.get(owner)
     size, stride, start = fx.node.map_arg((size, stride, offset), value_of)
-    if owner.target is MAKE_DUAL and offset is not None:
-        if not statically_known_true(value_of(owner.args[0]).storage_offset() == 0):
-            raise NoRule(ABSOLUTE)
-        done.absolute.append(_unsupported(node, tangent, ABSOLUTE))
+    whole = owner.target is not MAKE_DUAL or statically_known_true(value_of(owner.args[0]).storage_offset() == 0)
+    if offset is not None and not whole:
+        raise NoRule(ABSOLUTE)
     if start is None:
         start = value_of(x).storage_offset()
     end = start + _span(size, stride)
-    if not isinstance(dot, fx.Node) or value.dtype != value_of(node).dtype or not guard_or_false(end <= _span(*_how(value))):
+    if (
+        not isinstance(dot, fx.Node)
+        or value.dtype != value_of(node).dtype
+        or not guard_or_false(end <= _span(*_how(value)))
+    ):
         raise NoRule("it reads outside of what has a tangent, or as another type")
     if _overlaps(value):
         raise NoRule("an element of memory that stands for several has no tangent of its own: clone() first")
@@ -309,9 +309,10 @@ def _unmarked(marker: fx.Node, recorder: Recorder) -> fx.Node:
         return primal
     with recorder.behind(marker):
         x = recorder.stand_in(primal)
-        if any(alias.target is torch.ops.aten.as_strided.default for alias in aliases):  # which sees holes in the memory
+        strided = any(alias.target is torch.ops.aten.as_strided.default for alias in aliases)
+        if strided and not guard_or_false(_span(*_how(x)) == x.numel()):  # it sees holes in the memory
             memory = x.as_strided((_span(*_how(x)),), (1,)).clone()
-            return recorder.node_of(memory.as_strided(x.shape, x.stride(), 0))
+            return recorder.node_of(memory.as_strided(x.shape, x.stride()))
         return recorder.node_of(x.clone())
 
 

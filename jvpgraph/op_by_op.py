@@ -48,6 +48,10 @@ if dist.is_available():
 __all__ = ["OpByOp", "is_dtensor", "is_to_come", "plain", "refuse_other_levels"]
 
 aten = torch.ops.aten
+MOVED = (
+    "as_strided counts in the memory of an input, which is a small part of a larger one and has been copied from "
+    "there: pass x.clone()"
+)
 Observer = Callable[[OpOverload, Any, Any], None]
 SWEEP_EVERY = 256  # ops between two looks for shadows whose storage is gone
 
@@ -85,6 +89,9 @@ class OpByOp(TorchDispatchMode):
         self._seen: dict[StorageWeakRef, None] = {}  # made by ops of this call
         self._unwritten: dict[StorageWeakRef, str] = {}  # of those, what is "empty" or "zero" as far as ops can tell
         self._handed_out: dict[StorageWeakRef, str] = {}  # memory that others know of, and by what
+        self._moved: dict[
+            StorageWeakRef | None, bool
+        ] = {}  # copies of inputs that lie elsewhere: whether strides are kept
         self._stopped = WeakTensorKeyDictionary()  # what detach made and its views: in a storage with a shadow, without
         self._stopping = False
         self._unknown: dict[StorageWeakRef, UnsupportedNode] = {}  # what no rule has a tangent of, and its op
@@ -344,12 +351,11 @@ class OpByOp(TorchDispatchMode):
         if func is MAKE_DUAL:
             x = _copy_of_memory(args[0])
             self.set_tangent(x, args[1])
-            if x.storage_offset() != args[0].storage_offset() or x.stride() != args[0].stride():
-                self._moved[_key(x)] = args[0].stride()
+            if (x.storage_offset(), x.stride()) != (args[0].storage_offset(), args[0].stride()):
+                self._moved[_key(x)] = x.stride() == args[0].stride()
             return x
-        if func is aten.as_strided.default and _key(args[0]) in self._moved:
-            if len(args) > 3 or kwargs or x_strides_differ(self._moved[_key(args[0])], args[0]):
-                raise UnsupportedOp([_unsupported(func, {"self": None}, MOVED)])
+        if func is aten.as_strided.default and not self._counts_alike(*args, **kwargs):
+            raise UnsupportedOp([_unsupported(func, {"self": args[0]}, MOVED)])
         if func is TANGENT_OF:
             self._check_written(func, {"y": args[0]}, [])
             dot = self.tangent(args[0])
@@ -368,6 +374,11 @@ class OpByOp(TorchDispatchMode):
         elif key is not None and key not in self._seen and x not in self._newborn:
             _constants[key] = None
         return out
+
+    def _counts_alike(self, x: Tensor, size: Any, stride: Any, storage_offset: int | None = None) -> bool:
+        """Whether as_strided finds in the copy of an input what it would find in the input."""
+        same_strides = self._moved.get(_key(x))  # type: ignore[arg-type]
+        return same_strides is None or (same_strides and storage_offset is None)
 
     def _made(self, out: Any) -> Any:
         """Remember that an op made these storages."""
@@ -601,6 +612,17 @@ def _flatten(x: Any) -> tuple[dict[str, Any], Any]:
     """What a wrapper wraps, of which a DTensor's mesh is no tensor, and how."""
     names, how = x.__tensor_flatten__()
     return {name: getattr(x, name) for name in names}, how
+
+
+def _copy_of_memory(x: Tensor) -> Tensor:
+    """A copy of ``x`` that lies in memory as x does, with what else is there; where x is a small part, only that."""
+    if _is_wrapper(x) or x.is_conj() or x.is_neg() or x.layout is not torch.strided:
+        return x.clone()
+    items = x.untyped_storage().nbytes() // x.itemsize
+    if items > 2 * x.numel():
+        return x.clone()
+    whole = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), 0, (items,), (1,))
+    return whole.clone().as_strided(x.size(), x.stride(), x.storage_offset())
 
 
 def _key(x: Tensor) -> StorageWeakRef | None:

@@ -7,8 +7,8 @@ Needs:
 Keeps:
     Every other output, also one that shares memory with an input that is not marked.
 Numerics:
-    The same. AOTAutograd brings the gradient of an output into the strides of the output, where the elements of one that
-    overlaps overwrite each other (as in plain torch.compile, for views of what the model computed).
+    The same. AOTAutograd brings the gradient of an output into the strides of the output, where elements that share
+    memory overwrite each other (as in plain torch.compile, for views of what the model computed).
 """
 
 from __future__ import annotations

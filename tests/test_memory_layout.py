@@ -1,0 +1,138 @@
+"""Views that count in memory, on inputs that lie in it with an offset or holes; outputs whose elements share memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import jvpgraph
+
+BACKENDS = ("op_by_op", "eager", "inductor")
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+PLACES = {
+    "whole": lambda memory: memory[:5].clone(),
+    "the rest unused": lambda memory: memory[:8].clone()[:5],
+    "with an offset": lambda memory: memory[3:10].clone()[2:],
+    "with holes": lambda memory: memory[:9].clone()[::2],
+    "far on": lambda memory: memory[30:35],
+    "far on, with holes": lambda memory: memory[31:40:2],
+}
+RELATIVE = {
+    "as_strided": lambda x: x.as_strided((2, 2), (1, 1)) * 2,
+    "of a view": lambda x: x[1:].as_strided((2,), (1,)) * 2,
+    "of what is computed": lambda x: x.sin().as_strided((3, 2), (1, 1), 1) * 2,
+    "of a view of that": lambda x: x.sin()[1:].as_strided((2,), (1,), 0) * 2,
+    "of a part of that": lambda x: x.sin().split(2)[1].as_strided((2,), (2,), 1) * 2,
+    "of another order": lambda x: torch.outer(x, x.exp()).t().as_strided((3, 3), (2, 1), 1) * 2,
+    "unfold": lambda x: x.unfold(0, 2, 1) * 2,
+    "unfold as output": lambda x: x.unfold(0, 2, 1),
+    "unfold of what is computed": lambda x: x.sin().unfold(0, 3, 1),
+    "as_strided as output": lambda x: x.as_strided((2,), (1,)),
+    "overlapping as output": lambda x: x.sin().as_strided((3, 2), (1, 1), 1),
+    "expand as output": lambda x: x.sin().expand(3, -1),
+    "several outputs": lambda x: (x.unfold(0, 2, 1), x[1:], x.sin().unfold(0, 2, 2)),
+}
+ABSOLUTE = {
+    "from the start": lambda x: x.as_strided((3,), (1,), 0) * 2,
+    "overlapping": lambda x: x.as_strided((2, 2), (1, 1), 1) * 2,
+    "as output": lambda x: x.as_strided((2, 2), (1, 1), 1),
+}
+
+
+def _check(fn, place: str, backend: str) -> None:
+    memory = torch.arange(40.0).double() / 7
+    x, v = PLACES[place](memory).requires_grad_(), torch.randn(5).double()
+    expected = _several(fn(x))
+    weights = [torch.randn(y.shape).double() for y in expected]
+    (g0,) = torch.autograd.grad(sum((y * w).sum() for y, w in zip(expected, weights)), x)
+    dots = _several(torch.func.jvp(fn, (x.detach(),), (v,))[1])
+    y, d = map(_several, jvpgraph.jvp(fn, (x,), (v,), backend=backend, dynamic=False))
+    assert_close((y, d), (expected, dots), **EXACT)
+    (g,) = torch.autograd.grad(sum((a * w).sum() for a, w in zip(y, weights)), x)
+    assert_close(g, g0, **EXACT)
+
+
+def _several(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+@pytest.mark.parametrize("view", RELATIVE)
+def test_in_graphs(view):
+    for place in PLACES:
+        _check(RELATIVE[view], place, "eager")
+
+
+def test_compiled():
+    def all_of_them(x):
+        return tuple(part for fn in RELATIVE.values() for part in _several(fn(x)))
+
+    for place in ("with an offset", "with holes"):
+        _check(all_of_them, place, "inductor")
+
+
+@pytest.mark.parametrize("place", ["whole", "the rest unused", "with an offset", "with holes"])
+def test_op_by_op(place):
+    for fn in (RELATIVE | ABSOLUTE).values():
+        _check(fn, place, "op_by_op")
+
+
+def test_a_small_part_op_by_op():
+    """It is copied from a memory that may be large, without what is around it."""
+    for view, fn in RELATIVE.items():
+        if "as_strided" not in view and view != "of a view":
+            _check(fn, "far on, with holes", "op_by_op")
+        _check(fn, "far on", "op_by_op")
+    for place, fn in (("far on, with holes", RELATIVE["of a view"]), ("far on", ABSOLUTE["from the start"])):
+        with pytest.raises(jvpgraph.UnsupportedOp, match=r"test_memory_layout.py:\d+.*pass x.clone\(\)"):
+            _check(fn, place, "op_by_op")
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_an_offset_counts_from_the_start_of_the_memory(backend):
+    """Dynamo has no guard on where an input begins: a graph for one that is whole is not for one that is not."""
+    for view in ("from the start", "as output") if backend == "eager" else ("overlapping",):
+        fn = ABSOLUTE[view]
+        _check(fn, "whole", backend)
+        _check(fn, "the rest unused", backend)
+        for place in ("with an offset", "whole", "far on"):
+            if place == "whole":
+                _check(fn, place, backend)
+                torch._dynamo.reset()  # a first call that is refused
+            else:
+                with pytest.raises(jvpgraph.UnsupportedOp, match=r"test_memory_layout.py:\d+.*pass x.clone\(\)"):
+                    _check(fn, place, backend)
+
+
+def test_outside_of_what_has_a_tangent():
+    memory = torch.randn(12).double()
+    with pytest.raises(jvpgraph.UnsupportedOp, match=r"test_memory_layout.py:\d+.*outside of what has a tangent"):
+        jvpgraph.jvp(lambda x: x.as_strided((4,), (2,)) * 2, (memory[:5],), (memory[:5],), backend="eager")
+    expanded = memory[:1].expand(3)
+    with pytest.raises(jvpgraph.UnsupportedOp, match="stands for several"):
+        jvpgraph.jvp(lambda x: x.as_strided((1,), (1,)) * 2, (expanded,), (memory[:3],), backend="eager")
+
+
+def test_inputs_that_share_memory():
+    """Each has its own tangent, and a view of one reads its own."""
+    memory, v, w = torch.randn(6).double(), torch.randn(4).double(), torch.randn(4).double()
+
+    def fn(a, b):
+        return a.as_strided((3,), (1,)) * b.unfold(0, 2, 1)[:, 0]
+
+    for backend in ("op_by_op", "eager"):
+        _, d = jvpgraph.jvp(fn, (memory[:4], memory[2:]), (v, w), backend=backend)
+        assert_close(d, v[:3] * memory[2:5] + memory[:3] * w[:3], **EXACT)
+
+
+def test_dynamic_sizes():
+    """A spectrogram frames its input by as_strided."""
+
+    def fn(x):
+        return torch.stft(x, 4, 2, window=torch.ones(4).double(), center=False, return_complex=True).abs().square()
+
+    for backend, n in (("eager", 12), ("eager", 16), ("eager", 21), ("op_by_op", 12)):
+        x, v = torch.randn(2 * n).double()[::2], torch.randn(n).double()
+        _, d = jvpgraph.jvp(fn, (x,), (v,), backend=backend, dynamic=True)
+        assert_close(d, torch.func.jvp(fn, (x,), (v,))[1], **EXACT)
