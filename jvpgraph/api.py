@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -18,6 +17,7 @@ from jvpgraph.dual_forward import dual_forward
 from jvpgraph.errors import CaptureError
 from jvpgraph.explain import Explanation, explain
 from jvpgraph.finite import check_finite
+from jvpgraph.functions import Function, Kept, call_function, identity, note_graphs
 from jvpgraph.op_by_op import OpByOp, refuse_other_levels
 from jvpgraph.regions import Choice, Regions, hit_recompile_limit
 from jvpgraph.rules.apply import has_tangent
@@ -25,11 +25,12 @@ from jvpgraph.sharding import explaining_heads
 from jvpgraph.structure import map_leaves
 from jvpgraph.tangents import Inputs, match_tangents
 from jvpgraph.traceable import make_traceable
+from jvpgraph.unguarded import modules_of, unguarded
 
 __all__ = ["BACKENDS", "DualModule", "jvp", "transform"]
 
 BACKENDS = (*COMPILERS, "op_by_op")
-KEPT_FUNCTIONS = 64  # graphs of plain functions that jvp keeps, least recently used first out
+KEPT_VARIANTS = 4  # of a model whose classes or global hooks changed: profilers take their hooks away again
 
 
 def transform(
@@ -88,8 +89,10 @@ def jvp(
     """``torch.func.jvp`` as one compiled graph: ``(fn(*primals), J @ tangents)``, plus aux if ``has_aux``.
 
     Args:
-        fn: a function of tensors, or of nested tuples, lists and dicts of them. The graphs of the functions used
-            last are kept, so pass the same function object again rather than a new lambda.
+        fn: a function of tensors, or of nested tuples, lists and dicts of them. Functions of the same code, such as
+            the lambdas of a line, share a graph: the tensors that a closure holds are its inputs and get gradients.
+            Python values are part of it: where they keep changing, it is compiled anew, with a warning. No function
+            is kept alive.
         primals: its positional arguments.
         tangents: one per primal, with its structure; None for an inactive one, at any depth.
         has_aux: ``fn`` returns ``(output, aux)``; aux has no tangent.
@@ -106,10 +109,11 @@ def jvp(
         raise ValueError("primals and tangents must be tuples")
     if len(primals) != len(tangents):
         raise ValueError(f"{len(primals)} primals but {len(tangents)} tangents")
-    dual = _dual_of_function(fn, backend, dynamic, config or Config(), differentiable_tangent, has_aux)
     given = dict(enumerate(tangents))
-    dots = match_tangents(given, Inputs.positional(primals), dual.config.check_finite)
-    out, out_dot = dual(primals, {}, dots)
+    config = config or Config()
+    dots = match_tangents(given, Inputs.positional(primals, first=1), config.check_finite)
+    settings = (backend, dynamic, config, differentiable_tangent, has_aux)
+    out, out_dot = _of_function(fn, settings, primals, dots)
     return (out[0], out_dot, out[1]) if has_aux else (out, out_dot)
 
 
@@ -238,25 +242,32 @@ class _Dual:
         self.settings = {"backend": backend, "dynamic": dynamic, "config": config, "regions": regions}
         self.settings["differentiable_tangent"] = differentiable_tangent
         self.config, self.has_aux = config, has_aux
-        self.forward = dual_forward(call, has_aux, differentiable_tangent)
-        self._call = call
+        self._call, self._dynamic = call, dynamic
+        self.forward = self._new_forward()
         self.backend: Backend | None = None
         if isinstance(backend, Backend):
             self.backend = backend
         elif backend in COMPILERS:
             self.backend = Backend(backend, config)
-        if self.backend is not None:
-            self._compiled = torch.compile(self.forward, backend=self.backend, fullgraph=True, dynamic=dynamic)
+        self._variants: Kept[Callable[..., Any]] = Kept(KEPT_VARIANTS)
         self.regions: Regions | None = None
         if self.backend is not None and regions is not None and isinstance(call, nn.Module):
             self.regions = Regions(call, regions, self.backend, dynamic)
+
+    @property
+    def graphs(self) -> int:
+        """How many its backend has compiled, for whomever."""
+        return 0 if self.backend is None else len(self.backend.reports)
+
+    def _new_forward(self) -> Callable[..., Any]:
+        return dual_forward(self._call, self.has_aux, self.settings["differentiable_tangent"])
 
     # A graph of its own, also inside a function that is being compiled: its markers must not meet those of another.
     @torch.compiler.disable(reason="a call with tangents= is compiled on its own")
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dots: dict[str, Tensor]) -> tuple[Any, Any]:
         refuse_other_levels((args, kwargs, dots), self._call)
-        if isinstance(self._call, nn.Module):
-            make_traceable(self._call)
+        for module in self._modules(args):
+            make_traceable(module)
         if not self.settings["differentiable_tangent"]:
             dots = {path: dot.detach() for path, dot in dots.items()}
         out, flat_dots = self._run(args, kwargs, dots)
@@ -265,6 +276,18 @@ class _Dual:
         remaining = iter(flat_dots)
         differentiated = out[0] if self.has_aux else out
         return out, map_leaves(differentiated, lambda _, leaf: next(remaining) if has_tangent(leaf) else None)
+
+    def _modules(self, args: tuple[Any, ...]) -> list[nn.Module]:
+        """What is called: the model, or the modules of a function."""
+        return [self._call] if isinstance(self._call, nn.Module) else modules_of(args[0].fn)
+
+    def _compiled(self, *inputs: Any) -> tuple[Any, list[Tensor]]:
+        """The graph, captured anew when something changed that Dynamo does not look at."""
+        key = unguarded(self._modules(inputs[0]))
+        return self._variants.get(key, self._compile)(*inputs)
+
+    def _compile(self) -> Callable[..., Any]:
+        return torch.compile(self._new_forward(), backend=self.backend, fullgraph=True, dynamic=self._dynamic)
 
     def _run(self, *inputs: Any) -> tuple[Any, list[Tensor]]:
         """The output and the tangents of its leaves, by the way that was asked for."""
@@ -288,13 +311,21 @@ def _alone() -> bool:
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
-@functools.lru_cache(maxsize=KEPT_FUNCTIONS)
-def _dual_of_function(
-    fn: Callable[..., Any],
-    backend: str | Backend,
-    dynamic: bool | None,
-    config: Config,
-    differentiable_tangent: bool,
-    has_aux: bool,
-) -> _Dual:
-    return _Dual(fn, backend, dynamic, config, differentiable_tangent, has_aux)
+_functions: Kept[_Dual] = Kept()
+
+
+def _of_function(fn: Callable[..., Any], settings: tuple[Any, ...], primals: Any, dots: dict[str, Tensor]) -> Any:
+    """Output and tangent of a plain function, in a graph that may have been made for another one of the same code."""
+    key = (identity(fn), *settings)
+    while True:
+        dual = _functions.get(key, lambda: _Dual(call_function, *settings))
+        before = dual.graphs
+        try:
+            return dual((Function(fn), *primals), {}, dots)
+        except CaptureError as error:
+            if not hit_recompile_limit(error) or before == 0:
+                raise
+            _functions.drop(key)  # what its closures hold varies: the next ones get a graph of their own
+        finally:
+            if dual.graphs > before:
+                note_graphs(fn, dual.graphs - before)

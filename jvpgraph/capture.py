@@ -26,12 +26,15 @@ REMEDY = (
 
 @contextmanager
 def in_one_piece() -> Iterator[None]:
-    """Inside DDP, Dynamo cuts graphs at its gradient buckets: tangents could not cross from one piece to the next."""
-    if DistributedDataParallel._get_active_ddp_module() is None:
+    """Dynamo as we need it: it looks at hooks, which come and go, and leaves graphs whole.
+
+    Inside DDP it cuts them at its gradient buckets, and tangents could not cross from one piece to the next.
+    """
+    settings = {"skip_nnmodule_hook_guards": False}
+    if DistributedDataParallel._get_active_ddp_module() is not None:
+        settings["optimize_ddp"] = False
+    with torch._dynamo.config.patch(settings):
         yield
-    else:
-        with torch._dynamo.config.patch(optimize_ddp=False):
-            yield
 
 
 @contextmanager

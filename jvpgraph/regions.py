@@ -43,6 +43,7 @@ from jvpgraph.markers import MAKE_DUAL
 from jvpgraph.op_by_op import OpByOp, is_dtensor, is_to_come, plain
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.structure import leaves, map_leaves
+from jvpgraph.unguarded import unguarded
 
 __all__ = ["Choice", "Group", "Regions", "find_regions", "hit_recompile_limit", "hooks_forbid_one_graph"]
 
@@ -150,7 +151,7 @@ class Regions:
 
     def _find(self) -> None:
         """Find the regions, anew when modules were added, taken away, wrapped or sharded since."""
-        structure = tuple((id(m), type(m)) for m in self._model.modules())
+        structure = (tuple((id(m), type(m)) for m in self._model.modules()), unguarded([self._model]))
         if structure == self._structure:
             return
         self._structure, self.groups, self._regions = structure, [], []

@@ -43,9 +43,9 @@ class Inputs:
         return Inputs._collect(named + [(name, f"kwargs.{name}", value) for name, value in kwargs.items()])
 
     @staticmethod
-    def positional(args: tuple[Any, ...]) -> Inputs:
-        """The inputs of a plain function, named by position."""
-        return Inputs._collect([(f"{i}", f"args.{i}", value) for i, value in enumerate(args)])
+    def positional(args: tuple[Any, ...], first: int = 0) -> Inputs:
+        """The inputs of a plain function, named by position; they are passed behind ``first`` other arguments."""
+        return Inputs._collect([(f"{i}", f"args.{first + i}", value) for i, value in enumerate(args)])
 
     @staticmethod
     def _collect(named: list[tuple[str, str, Any]]) -> Inputs:

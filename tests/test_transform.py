@@ -21,6 +21,7 @@ from torch.testing import assert_close
 
 import jvpgraph
 from jvpgraph import api
+from jvpgraph.functions import identity
 from jvpgraph.kernels import ops
 from jvpgraph.passes.pipeline import PIPELINE
 from tests.models import Checkpointed, Computed, CountOps, Output, TinyDiT, inputs, oracle
@@ -693,7 +694,7 @@ class TestJvp:
     def test_the_graph_is_kept(self):
         for _ in range(3):
             jvpgraph.jvp(_twice_the_same, (torch.ones(2),), (torch.ones(2),), backend="eager", dynamic=False)
-        kept = api._dual_of_function(_twice_the_same, "eager", False, jvpgraph.Config(), False, False)
+        kept = api._functions.get((identity(_twice_the_same), "eager", False, jvpgraph.Config(), False, False), None)
         assert len(kept.backend.reports) == 1
 
     def test_errors(self):
