@@ -22,7 +22,7 @@ from jvpgraph.op_by_op import OpByOp, refuse_other_levels
 from jvpgraph.regions import Choice, Regions, hit_recompile_limit
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.sharding import explaining_heads
-from jvpgraph.structure import map_leaves
+from jvpgraph.structure import map_leaves, refuse_hidden
 from jvpgraph.tangents import Inputs, match_tangents
 from jvpgraph.traceable import make_traceable
 from jvpgraph.unguarded import modules_of, unguarded
@@ -140,11 +140,13 @@ class DualModule(nn.Module):
 
         Returns:
             ``out_dot`` has the structure of ``out``, with None in place of what is not a floating tensor, and zeros
-            where an output does not depend on the active inputs. It is detached unless ``differentiable_tangent``;
+            where an output does not depend on the active inputs. Tensors are looked for in tuples, lists, deques,
+            mappings and dataclasses. It is detached unless ``differentiable_tangent``;
             ``out`` is not.
 
         Raises:
-            ValueError: a tangent's name, shape, dtype or device does not fit; the message lists what would.
+            ValueError: a tangent's name, shape, dtype or device does not fit; the message lists what would. Or the
+                output has tensors in a set or another object, where their tangents have no place.
             UnsupportedOp: ops on the tangent path have no derivative rule.
             CaptureError: the model cannot be captured as one graph.
             NonFiniteTangent: with ``Config(check_finite=True)``.
@@ -275,6 +277,7 @@ class _Dual:
             check_finite(self.forward if _alone() else None, (args, kwargs, dots), flat_dots)
         remaining = iter(flat_dots)
         differentiated = out[0] if self.has_aux else out
+        refuse_hidden(differentiated)
         return out, map_leaves(differentiated, lambda _, leaf: next(remaining) if has_tangent(leaf) else None)
 
     def _modules(self, args: tuple[Any, ...]) -> list[nn.Module]:

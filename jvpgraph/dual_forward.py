@@ -28,7 +28,7 @@ def dual_forward(
         def mark(path: str, leaf: Any) -> Any:
             return make_dual(leaf, dots[path], differentiable) if path in dots else leaf
 
-        args, kwargs = map_leaves(args, mark, "args"), map_leaves(kwargs, mark, "kwargs")
+        args, kwargs = map_leaves(args, mark, "args", dots), map_leaves(kwargs, mark, "kwargs", dots)
         out = call(*args, **kwargs)
         differentiated = out[0] if has_aux else out
         active = [leaf for _path, leaf in leaves(differentiated) if has_tangent(leaf)]

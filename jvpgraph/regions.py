@@ -42,7 +42,7 @@ from jvpgraph.errors import CaptureError
 from jvpgraph.markers import MAKE_DUAL
 from jvpgraph.op_by_op import OpByOp, is_dtensor, is_to_come, plain
 from jvpgraph.rules.apply import has_tangent
-from jvpgraph.structure import leaves, map_leaves
+from jvpgraph.structure import leaves, map_leaves, refuse_hidden
 from jvpgraph.unguarded import unguarded
 
 __all__ = ["Choice", "Group", "Regions", "find_regions", "hit_recompile_limit", "hooks_forbid_one_graph"]
@@ -191,8 +191,9 @@ class Regions:
         key = (tuple(dots), call)
         try:
             with own, mode.left(), _hooks_taken_off(len(frames)):
-                given = map_leaves(passed, lambda path, leaf: self._as_argument(leaf) if path in dots else leaf)
+                given = map_leaves(passed, lambda path, leaf: self._as_argument(leaf), only=dots)
                 out, out_dots = self._compiled(region, key, given["args"], given["kwargs"], dots)
+                refuse_hidden(out, CaptureError)
         except CaptureError as error:
             self._give_up(region.group, _brief(error))
             return self._plainly(region, frames, args, kwargs)

@@ -1,39 +1,46 @@
-"""Walking the arguments and outputs of models: tensors inside tuples, lists, mappings and dataclasses.
+"""Walking the arguments and outputs of models: tensors inside tuples, lists, deques, mappings and dataclasses.
 
 Plain recursion over plain containers, because Dynamo traces it.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["leaves", "map_leaves"]
+__all__ = ["leaves", "map_leaves", "refuse_hidden"]
 
 LEAVES = (Tensor, type(None), bool, int, float, complex, str, nn.Module)
 
 
-def map_leaves(tree: Any, fn: Callable[[str, Any], Any], path: str = "") -> Any:
+def map_leaves(tree: Any, fn: Callable[[str, Any], Any], path: str = "", only: Collection[str] | None = None) -> Any:
     """``tree`` with every leaf replaced by ``fn(path, leaf)``; paths are dotted: ``added_cond.text_embeds``, ``x.0``.
 
-    Mappings keep their type (diffusers' output classes are mappings), as do named tuples and dataclasses.
+    Containers keep their type: mappings (diffusers' output classes are mappings), named tuples, torch.return_types,
+    deques, dataclasses.
+
+    Args:
+        only: the paths of the leaves to replace. What has none of them inside is handed through as it is.
     """
+    if only is not None and path not in only and not any(known.startswith(f"{path}.") for known in only):
+        return tree
     if isinstance(tree, LEAVES):
         return fn(path, tree)
     if isinstance(tree, Mapping):
-        return _like(tree, {k: map_leaves(v, fn, _join(path, k)) for k, v in tree.items()})
-    if isinstance(tree, (list, tuple)):
-        items = [map_leaves(v, fn, _join(path, i)) for i, v in enumerate(tree)]
-        if hasattr(tree, "_fields"):
-            return type(tree)(*items)
-        return tuple(items) if isinstance(tree, tuple) else items
+        return _mapping_like(tree, {k: map_leaves(v, fn, _join(path, k), only) for k, v in tree.items()})
+    if isinstance(tree, (list, tuple, deque)):
+        return _sequence_like(tree, [map_leaves(v, fn, _join(path, i), only) for i, v in enumerate(tree)])
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return dataclasses.replace(
-            tree, **{n: map_leaves(getattr(tree, n), fn, _join(path, n)) for n in _field_names(tree)}
-        )
+        names = _field_names(tree, computed=not torch.compiler.is_compiling())
+        return _dataclass_like(tree, {n: map_leaves(getattr(tree, n), fn, _join(path, n), only) for n in names})
     return fn(path, tree)
 
 
@@ -50,26 +57,141 @@ def _collect(tree: Any, path: str, found: list[tuple[str, Any]]) -> None:
     elif isinstance(tree, Mapping):
         for k, v in tree.items():
             _collect(v, _join(path, k), found)
-    elif isinstance(tree, (list, tuple)):
+    elif isinstance(tree, (list, tuple, deque)):
         for i, v in enumerate(tree):
             _collect(v, _join(path, i), found)
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         for name in _field_names(tree):
             _collect(getattr(tree, name), _join(path, name), found)
+    elif isinstance(tree, frozenset) and torch.compiler.is_compiling():
+        raise ValueError(f"Dynamo cannot return a frozenset, as the output at {path!r} is: return a list")
     else:
         found.append((path, tree))
 
 
-def _field_names(tree: Any) -> list[str]:
-    """The fields a dataclass is made of; what it computes from them is left to its constructor."""
-    return [f.name for f in dataclasses.fields(tree) if f.init]
+def _field_names(tree: Any, computed: bool = True) -> list[str]:
+    """The fields of a dataclass, without those that its constructor computes or with them."""
+    return [f.name for f in dataclasses.fields(tree) if (f.init or computed) and hasattr(tree, f.name)]
 
 
 def _join(path: str, key: Any) -> str:
     return f"{path}.{key}" if path else f"{key}"
 
 
-def _like(tree: Any, items: dict[Any, Any]) -> Any:
-    if type(tree) is dict:
+def _mapping_like(tree: Any, items: dict[Any, Any]) -> Any:
+    kind = type(tree)
+    if kind is dict:
         return items
-    return type(tree)(**items) if all(isinstance(k, str) for k in items) else type(tree)(items)
+    if kind is OrderedDict:
+        return OrderedDict(items)
+    if kind is defaultdict:
+        return defaultdict(tree.default_factory, items)
+    if kind is types.MappingProxyType:
+        return types.MappingProxyType(items)
+    if torch.compiler.is_compiling():  # Dynamo knows no copy
+        if dataclasses.is_dataclass(kind):
+            return kind(**items)
+        if not isinstance(tree, dict):
+            return kind(items)
+        new = kind.__new__(kind)
+        for name, value in vars(tree).items():
+            setattr(new, name, value)
+    else:
+        new = copy.copy(tree)
+    for key, value in items.items():
+        new[key] = value
+    return new
+
+
+def _sequence_like(tree: Any, items: list[Any]) -> Any:
+    kind = type(tree)
+    if kind in (list, tuple):
+        return kind(items)
+    if isinstance(tree, deque):
+        return deque(items, tree.maxlen)
+    if hasattr(tree, "_fields"):
+        return kind(*items)
+    if kind.__module__ == "torch.return_types":
+        return kind(items)
+    if torch.compiler.is_compiling():
+        return tuple(items) if isinstance(tree, tuple) else items
+    if isinstance(tree, tuple):  # torch.Size has room for numbers only
+        return tuple(items) if isinstance(tree, torch.Size) else tuple.__new__(kind, items)
+    new = copy.copy(tree)
+    new[:] = items
+    return new
+
+
+def _dataclass_like(tree: Any, fields: dict[str, Any]) -> Any:
+    if torch.compiler.is_compiling():  # Dynamo knows no copy, and what the constructor computes has its tangent
+        return dataclasses.replace(tree, **fields)
+    new = copy.copy(tree)
+    for name, value in fields.items():
+        object.__setattr__(new, name, value)
+    return new
+
+
+def refuse_hidden(out: Any, error: type[Exception] = ValueError) -> None:
+    """Raise ``error`` where an output holds tensors in something that is not walked through: they would have no
+    tangent, and nobody would say so."""
+    for path, leaf in leaves(out):
+        if isinstance(leaf, LEAVES):
+            continue
+        what = f"the output{f' at {path!r}' if path else ''} is {_a(type(leaf).__name__)}"
+        if isinstance(leaf, Iterator):
+            raise error(f"{what}, which is computed when it is read: return a list")
+        if isinstance(leaf, (set, frozenset)) and _holds_tensors(leaf):
+            raise error(f"{what} of tensors, which has no order to give their tangents in: return a list")
+        if _holds_tensors(leaf):
+            raise error(
+                f"{what} that holds tensors, whose tangents have no place: return the tensors, or a tuple, list, "
+                "mapping or dataclass of them"
+            )
+
+
+def _holds_tensors(value: Any) -> bool:
+    waiting, seen = [value], set()
+    while waiting:
+        here = waiting.pop()
+        if id(here) in seen or isinstance(here, (type, types.ModuleType, nn.Module)):
+            continue
+        seen.add(id(here))
+        if isinstance(here, Tensor):
+            if here.is_floating_point() or here.is_complex():
+                return True
+        else:
+            waiting += _inside(here)
+    return False
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """What an object holds: its elements, its attributes, the cells and defaults of a function."""
+    if isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, (list, tuple, deque, set, frozenset, type({}.values()), type({}.items()))):
+        yield from value
+    elif isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.MethodType):
+        yield value.__self__
+    elif isinstance(value, types.FunctionType):
+        yield from value.__defaults__ or ()
+        for cell in value.__closure__ or ():
+            yield from _contents(cell)
+    yield from getattr(value, "__dict__", {}).values()
+    for base in type(value).__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(value, name):
+                yield getattr(value, name)
+
+
+def _contents(cell: types.CellType) -> Iterator[Any]:
+    try:
+        yield cell.cell_contents
+    except ValueError:  # not assigned yet
+        return
+
+
+def _a(name: str) -> str:
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
