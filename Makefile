@@ -79,7 +79,7 @@ scaling: $(READY)  ## FLOPs, traffic and memory per rank of a Wan 14B block on u
 
 wheels:  ## fetch what `make gpu` needs where there is no network, into benchmarks/.wheels
 	rm -rf benchmarks/.wheels
-	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --dest benchmarks/.wheels setuptools jvp_flash_attention
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --dest benchmarks/.wheels setuptools 'jvp_flash_attention==0.14.*'
 
 gpu:  ## on a CUDA GPU, in under nine minutes: the kernels' tests, tiles, attention beside its peers; see benchmarks/
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu --out $(GPU_OUT)

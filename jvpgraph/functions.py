@@ -51,18 +51,25 @@ class _Same:
 def identity(fn: Callable[..., Any]) -> Hashable:
     """What functions share that can share a graph: the code and the globals of a Python function, the class of another
     callable. Closures, defaults, what it is bound to and what it was made a partial of may differ."""
-    while isinstance(fn, (functools.partial, types.MethodType)):
-        fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
+    fn = _innermost(fn)
     if isinstance(fn, types.FunctionType):
         return _Same(fn.__code__), _Same(fn.__globals__)
-    if isinstance(getattr(type(fn), "__call__", None), types.FunctionType) and not _is_torchs(fn):
-        return _Same(type(fn))
-    return _Same(fn)
+    if type(fn).__module__ == "torch._ops":  # PyTorch's ops are objects of one class
+        return _Same(fn)
+    return _Same(type(fn)) if _code_of_class(fn) is not None else _Same(fn)
 
 
-def _is_torchs(fn: Callable[..., Any]) -> bool:
-    """An op of PyTorch's: these are objects of one class."""
-    return type(fn).__module__ == "torch._ops"
+def _innermost(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a method or a partial."""
+    while isinstance(fn, (functools.partial, types.MethodType)):
+        fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
+    return fn
+
+
+def _code_of_class(fn: Callable[..., Any]) -> types.CodeType | None:
+    """What a callable object runs, if that is Python."""
+    calls = (vars(base)["__call__"] for base in type(fn).__mro__ if "__call__" in vars(base))
+    return getattr(next(calls, None), "__code__", None)
 
 
 class Kept(Generic[T]):
@@ -86,13 +93,12 @@ class Kept(Generic[T]):
 
 
 def line_of(fn: Callable[..., Any]) -> str:
-    """Where a function is written."""
-    while isinstance(fn, (functools.partial, types.MethodType)):
-        fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
-    code = getattr(fn, "__code__", None) or getattr(getattr(type(fn), "__call__", None), "__code__", None)
+    """Where a function is written; the name of one that is not written in Python."""
+    fn = _innermost(fn)
+    code = getattr(fn, "__code__", None) or _code_of_class(fn)
     if code is None:
-        return getattr(fn, "__qualname__", None) or type(fn).__qualname__
-    return f"{code.co_filename}:{code.co_firstlineno} in {code.co_qualname if hasattr(code, 'co_qualname') else code.co_name}"
+        return str(getattr(fn, "__qualname__", type(fn).__qualname__))
+    return f"{code.co_filename}:{code.co_firstlineno} in {getattr(code, 'co_qualname', code.co_name)}"
 
 
 _graphs_of: Counter[str] = Counter()

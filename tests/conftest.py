@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 from collections.abc import Iterator
 
@@ -18,6 +20,17 @@ settings.register_profile("fuzz", max_examples=500, deadline=None, suppress_heal
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(2)
+
+# pytest listens to torch's structured trace too, and would print hundreds of its empty lines below every failure.
+logging.getLogger("torch.__trace").addFilter(lambda _record: "TORCH_TRACE" in os.environ)
+
+
+def _last_words_unsaid() -> None:
+    """What triton's bindings find alive when the interpreter is taken down is of no interest, and is long."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+atexit.register(_last_words_unsaid)
 
 
 @pytest.fixture(autouse=True)

@@ -254,9 +254,10 @@ def test_checkpointing_keeps_less_and_recomputes_no_tangent(model, lora):
     names, F, _, grads, kept, plain = measured(model, lora, False)
     names_ck, F_ck, _, grads_ck, kept_ck, ran = measured(model, lora, True)
     assert names == names_ck
-    assert torch.equal(F, F_ck)
+    torch.testing.assert_close(F, F_ck)
     assert grads.keys() == grads_ck.keys()
-    assert all(torch.equal(grads[name], grads_ck[name]) for name in grads)
+    scale = max(g.abs().max() for g in grads.values())
+    assert all((grads[name] - grads_ck[name]).abs().max() < 1e-5 * scale for name in grads)
     assert kept_ck < 0.5 * kept, (kept_ck, kept)
     gelu = "aten.gelu.default"
     assert plain[gelu] == 0
@@ -269,7 +270,7 @@ def test_checkpointing_keeps_less_and_recomputes_no_tangent(model, lora):
 
 @pytest.mark.parametrize("model", ["dit", "wan"])
 def test_checkpointing_leaves_the_tangent_alone(model):
-    assert torch.equal(measured(model, False, False)[2], measured(model, False, True)[2])
+    torch.testing.assert_close(measured(model, False, False)[2], measured(model, False, True)[2])
 
 
 @pytest.mark.slow

@@ -816,13 +816,14 @@ def test_a_second_process_starts_warm(tmp_path):
     assert lines[1][3] == "0"
 
 
-def test_primal_is_bit_for_bit_the_model():
+def test_primal_is_the_model_to_rounding():
     model = TinyDiT().float()
     x, t, x_dot, _ = inputs(dtype=torch.float32)
     config = jvpgraph.Config(swap_attention=False)
     with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         y, _ = jvpgraph.transform(model, backend="eager", config=config)(x, t, tangents={"x": x_dot})
-        assert torch.equal(y, model(x, t))
+        wanted = model(x, t)
+    assert (y - wanted).abs().max() <= 16 * torch.finfo(y.dtype).eps * wanted.abs().max()
 
 
 def test_import_is_quiet():

@@ -1,0 +1,514 @@
+"""What comes through the front door: functions made anew at each step, models that change, containers of any kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import types
+import warnings
+import weakref
+from collections import OrderedDict, UserDict, defaultdict, deque
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.nn.utils import parametrize
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+import jvpgraph
+from jvpgraph.structure import leaves, map_leaves
+from jvpgraph.unguarded import modules_of, unguarded
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+# ------------------------------------------------------------------------------- functions made anew at each step
+
+
+class Sampler:
+    def __init__(self, net: nn.Module, batch: Tensor):
+        self.net, self.batch = net, batch
+
+    def velocity(self, z: Tensor) -> Tensor:
+        return self.net(z) * self.batch
+
+    __call__ = velocity
+
+
+def scaled(z: Tensor, net: nn.Module, *, batch: Tensor) -> Tensor:
+    return net(z) * batch
+
+
+def with_defaults(net: nn.Module, batch: Tensor) -> Callable[..., Any]:
+    def velocity(z: Tensor, by: Tensor = batch, *, plus: Tensor = batch) -> Tensor:
+        return net(z) * by + plus
+
+    return velocity
+
+
+def with_inner(net: nn.Module, batch: Tensor) -> Callable[..., Any]:
+    def inner(x: Tensor) -> Tensor:
+        return x * batch
+
+    return lambda z: inner(net(z))
+
+
+def with_a_cell_that_changes(net: nn.Module, batch: Tensor) -> Callable[..., Any]:
+    held = batch * 0
+    velocity = lambda z: net(z) * held  # noqa: E731
+    held = batch
+    return velocity
+
+
+def in_another_net(net: nn.Module, batch: Tensor) -> Callable[..., Any]:
+    """The network is another object each time, of the same parameters."""
+    other = nn.Linear(4, 4)
+    other._parameters = net._parameters
+    return lambda z: other(z) * batch
+
+
+MADE = {
+    "lambda": lambda net, batch: lambda z: net(z) * batch,
+    "list": lambda net, batch: (lambda held: lambda z: net(z) * held[0] + held[1])([batch, batch.detach() * 2]),
+    "dict": lambda net, batch: (lambda held: lambda z: net(z) * held["a"]["b"])({"a": {"b": batch}}),
+    "partial": lambda net, batch: functools.partial(scaled, net=net, batch=batch),
+    "bound method": lambda net, batch: Sampler(net, batch).velocity,
+    "callable object": Sampler,
+    "defaults": with_defaults,
+    "nested": with_inner,
+    "cell": with_a_cell_that_changes,
+    "another net": in_another_net,
+    "decorated": lambda net, batch: functools.wraps(scaled)(lambda z: scaled(z, net, batch=batch)),
+}
+
+
+def check_functions(make: Callable[..., Any], backend: str, steps: int = 4) -> tuple[int, int]:
+    """Each step is right, with gradients; (functions and batches that are alive afterwards, graphs)."""
+    net, made, before = nn.Linear(4, 4), [], counters["stats"]["unique_graphs"]
+    for _ in range(steps):
+        batch = torch.randn(3, 4).requires_grad_()
+        z, z_dot = torch.randn(2, 3, 4)
+        z.requires_grad_()
+        fn = make(net, batch)
+        got, wanted = jvpgraph.jvp(fn, (z,), (z_dot,), backend=backend), torch.func.jvp(fn, (z,), (z_dot,))
+        assert_close(got, wanted, **CLOSE)
+        assert not got[1].requires_grad
+        where = [batch, z, *net.parameters()]
+        assert_close(*(torch.autograd.grad(y.square().sum(), where) for y, _ in (got, wanted)), **CLOSE)
+        made += [weakref.ref(batch)] + [weakref.ref(fn)] * (not isinstance(fn, types.MethodType))
+        del fn, batch, got, wanted, where
+    gc.collect()
+    return sum(reference() is not None for reference in made), counters["stats"]["unique_graphs"] - before
+
+
+@pytest.mark.parametrize("how", MADE)
+def test_functions_of_the_same_code_share_a_graph_and_none_is_kept(how):
+    assert check_functions(MADE[how], "eager") == (0, 1)
+
+
+@pytest.mark.parametrize("how", ["lambda", "partial"])
+def test_by_default_too(how):
+    assert check_functions(MADE[how], "inductor") == (0, 1)
+
+
+def test_op_by_op_nothing_is_kept():
+    assert check_functions(MADE["lambda"], "op_by_op") == (0, 0)
+
+
+def test_the_network_of_a_function_is_not_kept():
+    net = nn.Linear(4, 4)
+    reference = weakref.ref(net)
+    x = torch.randn(3, 4)
+    jvpgraph.jvp(lambda z: net(z), (x,), (x,), backend="eager")
+    jvpgraph.jvp(net, (x,), (x,), backend="eager")
+    del net
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_numbers_in_a_closure_count(backend):
+    x, x_dot = torch.randn(2, 5)
+
+    def make(n: Any) -> Callable[..., Any]:
+        return lambda z: z.sin() * n
+
+    for n in (2, 3, 7, 0.5, -1.5, True):
+        assert_close(jvpgraph.jvp(make(n), (x,), (x_dot,), backend=backend), (x.sin() * n, x_dot * x.cos() * n))
+
+
+def test_a_global_that_changes(monkeypatch):
+    x, x_dot = torch.randn(2, 5)
+    for batch in torch.randn(3, 5):
+        monkeypatch.setitem(globals(), "SHIFT", batch)
+        got = jvpgraph.jvp(lambda z: z.sin() * SHIFT, (x,), (x_dot,), backend="eager")  # noqa: F821
+        assert_close(got, (x.sin() * batch, x_dot * x.cos() * batch))
+
+
+def test_equal_code_of_other_globals_is_another_function():
+    x = torch.ones(3)
+    code = compile("f = lambda z: z * SCALE", "<somewhere>", "exec")
+    for scale in (2.0, 5.0):
+        names = {"SCALE": scale, "__name__": "somewhere"}
+        exec(code, names)
+        assert_close(jvpgraph.jvp(names["f"], (x,), (x,), backend="op_by_op"), (x * scale, x * scale))
+        assert_close(jvpgraph.jvp(names["f"], (x,), (x,), backend="eager"), (x * scale, x * scale))
+
+
+def test_a_primal_that_the_closure_holds_too_is_active_as_a_primal_only():
+    x, x_dot = torch.randn(2, 5)
+    assert_close(jvpgraph.jvp(lambda z: z * x, (x,), (x_dot,), backend="eager"), (x * x, x_dot * x))
+
+
+def test_the_third_recompilation_of_a_line_is_said_once():
+    x = torch.randn(3)
+
+    def step(name: str) -> Any:
+        return jvpgraph.jvp(lambda z: z * len(name), (x,), (x,), backend="eager")
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for n in range(3):
+            step("a" * n)
+        assert not said
+        for n in range(3, 12):  # and the recompile limit is no end of it
+            assert_close(step("a" * n)[1], x * n)
+    assert [w.category for w in said] == [RuntimeWarning]
+    assert "test_door.py" in str(said[0].message)
+
+
+def test_a_hook_on_a_network_in_a_closure_is_noticed():
+    net, x = nn.Linear(4, 4), torch.randn(3, 4)
+    run = lambda: jvpgraph.jvp(lambda z: net(z).sin(), (x,), (x,), backend="eager")  # noqa: E731
+    run()
+    net.register_forward_hook(lambda _module, _args, out: out * 3)
+    assert_close(run(), torch.func.jvp(lambda z: net(z).sin(), (x,), (x,)), **CLOSE)
+    assert modules_of(functools.partial(lambda a, b: a, [net])) == [net]
+
+
+# ----------------------------------------------------------------------- models that change after the first call
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.act, self.loud, self.options = nn.Linear(4, 4), nn.Tanh(), False, {"times": 1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.lin(x)) * self.options["times"]
+        return self.finish(3 * x if self.loud else x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts, self.head = nn.ModuleList([Part(), Part()]), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return self.head(x)
+
+
+class Doubled(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return 2 * w
+
+
+class Louder(Part):
+    def forward(self, x: Tensor) -> Tensor:
+        return 5 * super().forward(x)
+
+
+def tripled(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+    return 3 * out
+
+
+def tripled_input(_module: nn.Module, args: Any) -> Any:
+    return (3 * args[0],)
+
+
+def with_its_forward_replaced(model: Whole) -> None:
+    own = model.parts[0].forward
+    model.parts[0].forward = lambda x: 4 * own(x)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "hook": lambda m: m.parts[0].register_forward_hook(tripled),
+    "hook inside": lambda m: m.parts[0].lin.register_forward_hook(tripled),
+    "pre-hook inside": lambda m: m.parts[1].lin.register_forward_pre_hook(tripled_input),
+    "hook of the model": lambda m: m.register_forward_hook(tripled),
+    "global hook": lambda m: nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: 3 * out if isinstance(module, nn.Linear) else None
+    ),
+    "global pre-hook": lambda m: nn.modules.module.register_module_forward_pre_hook(tripled_input),
+    "parametrization": lambda m: parametrize.register_parametrization(m.parts[0].lin, "weight", Doubled()),
+    "submodule": lambda m: setattr(m.parts[0], "act", nn.ReLU()),
+    "submodule of the same class": lambda m: setattr(m.parts[0], "lin", nn.Linear(4, 4)),
+    "block": lambda m: m.parts.__setitem__(1, Louder()),
+    "one more block": lambda m: m.parts.append(Part()),
+    "class": lambda m: setattr(m.parts[0], "__class__", Louder),
+    "attribute": lambda m: setattr(m.parts[0], "loud", True),
+    "option": lambda m: m.parts[0].options.update(times=2),
+    "forward": with_its_forward_replaced,
+    "method of the class": lambda m: setattr(Part, "finish", lambda self, x: 7 * x),
+    "forward of the class": lambda m: setattr(Part, "forward", Louder.forward_of_its_own),  # type: ignore[attr-defined]
+}
+Louder.forward_of_its_own = lambda self, x: self.lin(x).sin()  # type: ignore[attr-defined]
+
+
+def disagreement(dual: Any, x: Tensor, x_dot: Tensor) -> None:
+    """Value, tangent and gradients are those of the model as it is now."""
+    model = dual.model
+    y, y_dot = dual(x, tangents={"x": x_dot})
+    wanted, wanted_dot = torch.func.jvp(model, (x,), (x_dot,))
+    assert_close((y, y_dot), (wanted, wanted_dot), **CLOSE)
+    assert_close(dual(x), y, **CLOSE)
+    mine, own = (torch.autograd.grad(out.sum(), list(model.parameters()), allow_unused=True) for out in (y, model(x)))
+    assert_close(list(mine), list(own), **CLOSE)
+
+
+@pytest.mark.parametrize("regions", [None, Part], ids=["one graph", "regions"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_after_the_first_call_is_noticed(change, regions, monkeypatch):
+    for name in ("forward", "finish"):  # put back afterwards
+        monkeypatch.setattr(Part, name, vars(Part)[name])
+    dual = jvpgraph.transform(Whole(), backend="eager", regions=regions)
+    x, x_dot = torch.randn(2, 3, 4)
+    disagreement(dual, x, x_dot)
+    handle = CHANGES[change](dual.model)
+    try:
+        disagreement(dual, x, x_dot)
+    finally:
+        if change.startswith("global"):
+            handle.remove()
+    if change in ("hook", "hook inside", "global hook"):
+        handle.remove()
+        disagreement(dual, x, x_dot)
+
+
+def test_by_default_a_hook_is_noticed():
+    dual = jvpgraph.transform(Whole())
+    x, x_dot = torch.randn(2, 3, 4)
+    disagreement(dual, x, x_dot)
+    dual.parts[0].lin.register_forward_hook(tripled)
+    disagreement(dual, x, x_dot)
+
+
+@pytest.mark.parametrize("regions", [None, Part], ids=["one graph", "regions"])
+def test_what_changes_nothing_compiles_nothing(regions):
+    model = Whole()
+    dual = jvpgraph.transform(model, backend="eager", regions=regions)
+    x, x_dot = torch.randn(2, 3, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    dual(x, tangents={"x": x_dot})[0].sum().backward()
+    graphs = dual._dual.graphs
+    optimizer.step()
+    optimizer.zero_grad()
+    model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()})
+    model.parts[0].loud = model.parts[0].loud
+    type(model).__doc__ = "Read by nobody."
+    model.parts[0].register_forward_hook(tripled).remove()
+    disagreement(dual, x, x_dot)
+    with FlopCounterMode(display=False):
+        dual(x, tangents={"x": x_dot})
+    assert dual._dual.graphs == graphs
+
+
+def test_what_dynamo_takes_for_granted():
+    model = Whole()
+    before = unguarded([model])
+    assert before == unguarded([model])
+    assert hash(before) == hash(unguarded([Whole()]))
+    assert before != unguarded([nn.Sequential(model)])
+
+
+# -------------------------------------------------------------------------------------- containers of any kind
+
+
+class Own(dict):
+    """A mapping whose constructor takes something else."""
+
+    def __init__(self, a: Any, b: Any):
+        super().__init__(a=a, b=b)
+
+
+class Holder:
+    def __init__(self, a: Tensor):
+        self.a = a
+
+
+class Slots:
+    __slots__ = ("a",)
+
+    def __init__(self, a: Tensor):
+        self.a = a
+
+
+class Row(tuple):
+    pass
+
+
+@dataclasses.dataclass
+class Derived:
+    a: Tensor
+    size: Tensor = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = self.a.square().mean()
+
+
+class Model(nn.Module):
+    def __init__(self, shape: Callable[[Tensor], Any]):
+        super().__init__()
+        self.shape, self.gain = shape, nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.shape((x * self.gain).sin())
+
+
+class Around(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, *rest: Any) -> Any:
+        return self.model(x * 1, *rest)
+
+
+def transformed(model: nn.Module, way: str) -> Any:
+    if way == "regions":
+        return jvpgraph.transform(Around(model), backend="eager", regions=type(model))
+    return jvpgraph.transform(model, backend=way)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for _, leaf in leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
+    "torch.return_types": lambda y: {"found": y.max(0)},
+    "deque": lambda y: deque([y, 2 * y], maxlen=3),
+    "OrderedDict": lambda y: OrderedDict(a=y),
+    "defaultdict": lambda y: defaultdict(list, a=y),
+    "dict subclass": lambda y: Own(y, [2 * y]),
+    "tuple subclass": lambda y: Row((y, 2 * y)),
+    "mapping proxy": lambda y: types.MappingProxyType({"a": y}),
+    "computed field": lambda y: Derived(y),
+    "with other things": lambda y: (y, "label", y.shape, torch.float32, slice(1)),
+}
+
+
+@pytest.mark.parametrize("way", ["op_by_op", "eager", "regions"])
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_outputs_keep_their_type_and_have_their_tangents(kind, way):
+    dual = transformed(Model(OUTPUTS[kind]), way)
+    x, x_dot = torch.randn(2, 3, 4)
+    out, out_dot = dual(x, tangents={"x": x_dot})
+    wanted = torch.func.jvp(lambda x: tensors(dual.model(x)), (x,), (x_dot,))
+    assert type(out_dot) is type(out) is type(dual.model(x))
+    assert_close((tensors(out), tensors(out_dot)), wanted, **CLOSE)
+    if kind == "torch.return_types":
+        assert type(out_dot["found"]) is torch.return_types.max
+        assert out_dot["found"].indices is None
+        assert_close(out_dot["found"].values, wanted[1][0], **CLOSE)
+
+
+def test_by_default_outputs_keep_their_type():
+    dual = jvpgraph.transform(Model(lambda y: deque([y.max(0), Own(y, 2 * y)])))
+    x, x_dot = torch.randn(2, 3, 4)
+    out, out_dot = dual(x, tangents={"x": x_dot})
+    assert type(out_dot[0]) is torch.return_types.max
+    assert type(out_dot[1]) is Own
+    wanted = torch.func.jvp(lambda x: tensors(dual.model(x)), (x,), (x_dot,))
+    assert_close((tensors(out), tensors(out_dot)), wanted, **CLOSE)
+
+
+HIDING: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "object": (Holder, "a Holder that holds tensors"),
+    "object in a list": (lambda y: [y, {"b": Holder(y)}], "'1.b' is a Holder"),
+    "slots": (Slots, "a Slots that holds tensors"),
+    "set": (lambda y: {y, 2 * y}, "a set of tensors"),
+    "distribution": (lambda y: torch.distributions.Normal(y, 1.0, validate_args=False), "a Normal"),
+    "function": (lambda y: lambda: y, "a function that holds tensors"),
+    "iterator": (lambda y: map(torch.sin, [y]), "computed when it is read"),
+}
+
+
+@pytest.mark.parametrize("way", ["op_by_op", "eager", "regions"])
+@pytest.mark.parametrize("kind", HIDING)
+def test_tensors_whose_tangents_have_no_place_are_refused(kind, way):
+    shape, said = HIDING[kind]
+    x = torch.randn(3, 4)
+    with pytest.raises((ValueError, jvpgraph.CaptureError), match=said):
+        transformed(Model(shape), way)(x, tangents={"x": x})
+
+
+def test_inside_a_model_a_region_may_hand_on_an_object():
+    """Its parts run op by op then, where an object is only an object."""
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model(Holder)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x * 1).a.exp()
+
+    dual = jvpgraph.transform(Reader(), backend="eager", regions=Model)
+    x, x_dot = torch.randn(2, 3, 4)
+    assert_close(dual(x, tangents={"x": x_dot}), torch.func.jvp(dual.model, (x,), (x_dot,)), **CLOSE)
+
+
+class Conditional(nn.Module):
+    def forward(self, x: Tensor, cond: Any) -> Tensor:
+        return x.sin() * (cond[0] if isinstance(cond, deque) else cond["a"])
+
+
+ARGUMENTS: dict[str, Callable[[Tensor], Any]] = {
+    "defaultdict": lambda c: defaultdict(list, a=c),
+    "OrderedDict": lambda c: OrderedDict(a=c),
+    "dict subclass": lambda c: Own(c, 2),
+    "UserDict": lambda c: UserDict(a=c),
+    "mapping proxy": lambda c: types.MappingProxyType({"a": c}),
+    "deque": lambda c: deque([c]),
+}
+
+
+@pytest.mark.parametrize("way", ["op_by_op", "eager", "regions"])
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_containers_as_arguments_with_and_without_tangents(kind, way):
+    x, x_dot, c, c_dot = torch.randn(4, 3, 4)
+    dual = transformed(Conditional(), way)
+    cond = ARGUMENTS[kind](c)
+    name = {"regions": "rest.0"}.get(way, "cond") + (".0" if kind == "deque" else ".a")
+    _, dot = dual(x, cond, tangents={"x": x_dot})
+    assert_close(dot, x_dot * x.cos() * c, **CLOSE)
+    _, dot = dual(x, cond, tangents={"x": x_dot, name: c_dot})
+    assert_close(dot, x_dot * x.cos() * c + x.sin() * c_dot, **CLOSE)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_tokenizers_output_as_an_argument(backend):
+    encoding = pytest.importorskip("transformers").BatchEncoding
+    x, x_dot, c, c_dot = torch.randn(4, 3, 4)
+    dual = jvpgraph.transform(Conditional(), backend=backend)
+    cond = encoding({"a": c, "ids": torch.arange(3)})
+    assert_close(dual(x, cond, tangents={"x": x_dot})[1], x_dot * x.cos() * c, **CLOSE)
+    _, dot = dual(x, cond, tangents={"x": x_dot, "cond": {"a": c_dot}})
+    assert_close(dot, x_dot * x.cos() * c + x.sin() * c_dot, **CLOSE)
+
+
+def test_only_what_is_replaced_is_made_anew():
+    tree = {"a": [1, 2], "b": Own(3, (4,))}
+    assert map_leaves(tree, lambda path, leaf: leaf + 10, only={"a.1"}) == {"a": [1, 12], "b": {"a": 3, "b": (4,)}}
+    assert map_leaves(tree, lambda path, leaf: leaf, only={"a.1"})["b"] is tree["b"]
+    assert map_leaves(tree, lambda path, leaf: leaf, only=()) is tree
