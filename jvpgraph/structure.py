@@ -30,7 +30,7 @@ def map_leaves(tree: Any, fn: Callable[[str, Any], Any], path: str = "", only: C
     Args:
         only: the paths of the leaves to replace. What has none of them inside is handed through as it is.
     """
-    if only is not None and path not in only and not any(known.startswith(f"{path}.") for known in only):
+    if only is not None and path not in only and not any(known.startswith(_join(path, "")) for known in only):
         return tree
     if isinstance(tree, LEAVES):
         return fn(path, tree)
