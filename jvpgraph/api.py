@@ -25,7 +25,7 @@ from jvpgraph.sharding import explaining_heads
 from jvpgraph.structure import map_leaves, refuse_hidden
 from jvpgraph.tangents import Inputs, match_tangents
 from jvpgraph.traceable import make_traceable
-from jvpgraph.unguarded import modules_of, unguarded
+from jvpgraph.unguarded import held_by, modules_of, unguarded
 
 __all__ = ["BACKENDS", "DualModule", "jvp", "transform"]
 
@@ -267,7 +267,7 @@ class _Dual:
     # A graph of its own, also inside a function that is being compiled: its markers must not meet those of another.
     @torch.compiler.disable(reason="a call with tangents= is compiled on its own")
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dots: dict[str, Tensor]) -> tuple[Any, Any]:
-        refuse_other_levels((args, kwargs, dots), self._call)
+        refuse_other_levels((args, kwargs, dots, self._held(args)), self._call)
         for module in self._modules(args):
             make_traceable(module)
         if not self.settings["differentiable_tangent"]:
@@ -279,6 +279,14 @@ class _Dual:
         differentiated = out[0] if self.has_aux else out
         refuse_hidden(differentiated)
         return out, map_leaves(differentiated, lambda _, leaf: next(remaining) if has_tangent(leaf) else None)
+
+    def _held(self, args: tuple[Any, ...]) -> list[Tensor]:
+        """The tensors that a function brings along, and the parameters of its modules."""
+        if isinstance(self._call, nn.Module):
+            return []
+        held = held_by(args[0].fn)
+        parameters = [p for module in held if isinstance(module, nn.Module) for p in module.parameters()]
+        return parameters + [x for x in held if isinstance(x, Tensor)]
 
     def _modules(self, args: tuple[Any, ...]) -> list[nn.Module]:
         """What is called: the model, or the modules of a function."""

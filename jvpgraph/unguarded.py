@@ -11,10 +11,10 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torchs
 
-__all__ = ["modules_of", "unguarded"]
+__all__ = ["held_by", "modules_of", "unguarded"]
 
 METHODS = (types.FunctionType, property, classmethod, staticmethod, functools.partialmethod)
 GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_pre_hooks")
@@ -51,7 +51,12 @@ def _global_hooks() -> Iterator[int]:
 
 def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:
     """The modules that a function holds in its closure, its defaults, what it is bound to, or finds in its globals."""
-    found: list[nn.Module] = []
+    return [value for value in held_by(fn) if isinstance(value, nn.Module)]
+
+
+def held_by(fn: Callable[..., Any]) -> list[nn.Module | Tensor]:
+    """The modules and tensors that a function holds, in containers and other functions too."""
+    found: list[nn.Module | Tensor] = []
     waiting: list[Any] = [fn]
     seen: set[int] = set()
     while waiting:
@@ -59,18 +64,20 @@ def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, nn.Module):
+        if isinstance(value, (nn.Module, Tensor)):
             found.append(value)
         elif isinstance(value, functools.partial):
             waiting += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, types.MethodType):
-            waiting += [value.__func__, value.__self__]
+            waiting += [value.__func__, value.__self__, *getattr(value.__self__, "__dict__", {}).values()]
         elif isinstance(value, types.FunctionType):
             waiting += _held(value)
         elif isinstance(value, (list, tuple)):
             waiting += value
         elif isinstance(value, dict):
             waiting += value.values()
+        elif value is fn:
+            waiting += getattr(value, "__dict__", {}).values()
     return found
 
 
@@ -84,5 +91,5 @@ def _held(fn: types.FunctionType) -> Iterator[Any]:
     yield from (fn.__kwdefaults__ or {}).values()
     for name in fn.__code__.co_names:
         value = fn.__globals__.get(name)
-        if isinstance(value, (nn.Module, types.FunctionType)):
+        if isinstance(value, (nn.Module, Tensor, types.FunctionType)):
             yield value

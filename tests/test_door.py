@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
 from torch.utils.module_tracker import ModuleTracker
@@ -160,6 +161,16 @@ def test_equal_code_of_other_globals_is_another_function():
         x = torch.ones(3)
         assert_close(jvpgraph.jvp(fn, (x,), (x,), backend="op_by_op"), (x * scale, x * scale))
     assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "op_by_op"])
+def test_a_closure_that_carries_a_tangent_is_refused(backend):
+    net, x = nn.Linear(4, 4), torch.randn(3, 4)
+    with forward_ad.dual_level():
+        batch = forward_ad.make_dual(x, x)
+        for how in ("lambda", "dict", "partial", "bound method", "callable object", "nested"):
+            with pytest.raises(ValueError, match="forward_ad"):
+                jvpgraph.jvp(MADE[how](net, batch), (x,), (x,), backend=backend)
 
 
 def test_a_primal_that_the_closure_holds_too_is_active_as_a_primal_only():
