@@ -7,6 +7,7 @@ sweep goes on where it stopped. ``--table docs/opinfo.md`` makes the table of wh
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import itertools
 import json
@@ -167,6 +168,8 @@ def _in_child(name: str, phase: str, first: int, writer: int) -> None:
     os.dup2(null, 1)
     os.dup2(null, 2)
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # the threads of the parent are not here
+    faulthandler.disable()
 
     def tell(**message: Any) -> None:
         os.write(writer, json.dumps(message).encode() + b"\n")
