@@ -442,6 +442,7 @@ def assert_as_the_model(model: Callable[..., Tensor], dtype: torch.dtype, backen
         assert (have - should).norm() <= tolerance * should.norm()
 
 
+@pytest.mark.filterwarnings("ignore:jvpgraph.jvp compiled the function:RuntimeWarning")  # for each number anew
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", HIDDEN_WHOLE)
 def test_rows_hidden_whole_by_a_finite_number_are_the_models(form, dtype):
