@@ -100,7 +100,8 @@ def explain(
     except UnsupportedOp as error:
         found.unsupported = error.nodes
     except CaptureError as error:
-        found.not_captured = str(error)
+        if first_cause(error, _Captured) is None:
+            found.not_captured = str(error)
     except Exception as error:
         if first_cause(error, _Captured) is None:
             raise
