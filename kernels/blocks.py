@@ -1,14 +1,8 @@
 """Block sizes of the attention kernel, as data.
 
 An entry is a tile that jvpgraph.kernels.gate compiles without a spill in its loop, with Triton 3.9.0 and 3.6.0 (but for
-<<<<<<< HEAD
 those of the backward for masks with rows, which need only fit the memory): for Hopper the fastest of those that were
 tried on an H100 (`make gpu`, benchmarks/results), for the others, which have run on no GPU yet, the largest.
-=======
-backward entries of masks with rows, which fit the memory): for
-Hopper the fastest of those that were tried on an H100 (`make gpu`, benchmarks/results), for the others, which have run
-on no GPU yet, the largest.
->>>>>>> 5118434 (make gate; tiles of masks with rows are checked in the interpreter; docs)
 """
 
 from __future__ import annotations
