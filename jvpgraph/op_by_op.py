@@ -18,7 +18,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo import eval_frame
 from torch._ops import OpOverload
@@ -41,11 +40,21 @@ from jvpgraph.escapes import Calls, Newborn, frames
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.rules import TABLE, NoRule, tangents_of
 from jvpgraph.rules.apply import Unknown, any_has_tangent, argument_tangent, bind, functional_form, has_tangent
+from jvpgraph.storages import (
+    all_bytes,
+    copy_of_memory,
+    flatten,
+    is_dtensor,
+    is_to_come,
+    is_wrapper,
+    key_of,
+    parts_of,
+    plain,
+    tensors_in,
+    view_of,
+)
 
-if dist.is_available():
-    from torch.distributed.tensor import DTensor
-
-__all__ = ["OpByOp", "is_dtensor", "is_to_come", "plain", "refuse_other_levels"]
+__all__ = ["OpByOp", "refuse_other_levels"]
 
 aten = torch.ops.aten
 MOVED = (
@@ -153,7 +162,7 @@ class OpByOp(TorchDispatchMode):
         """
         if is_traceable_wrapper_subclass(x):
             return self._wrapped_tangent(x)
-        key = _key(x)
+        key = key_of(x)
         if key is None:
             return None
         if key in self._unknown:
@@ -166,13 +175,13 @@ class OpByOp(TorchDispatchMode):
                 return None
             if x.dtype.to_real() != self._dtypes[key]:
                 raise _refusal("view", f"its bits are read as {x.dtype}, and they are the bits of {self._dtypes[key]}")
-            return _view_of(shadow, x)
+            return view_of(shadow, x)
         if key not in self._seen and key not in _constants:
             self._vouch_for(x, key)
         return None
 
     def _wrapped_tangent(self, x: Any) -> Tensor | None:
-        parts, how = _flatten(x)
+        parts, how = flatten(x)
         dots = {name: self.tangent(part) if isinstance(part, Tensor) else part for name, part in parts.items()}
         own = [dots[name] for name, part in parts.items() if isinstance(part, Tensor)]
         if all(dot is None for dot in own):
@@ -198,12 +207,12 @@ class OpByOp(TorchDispatchMode):
 
     def shadowed(self, x: Tensor) -> bool:
         """Whether something in the storage of ``x`` has a tangent."""
-        return _key(plain(x)) in self._shadows
+        return key_of(plain(x)) in self._shadows
 
     def set_tangent(self, x: Tensor, x_dot: Tensor) -> None:
         """Give ``x`` a tangent of the same shape; a DTensor one that is distributed alike."""
         x, x_dot = plain(x), plain(x_dot)
-        key = _key(x)
+        key = key_of(x)
         if key is None:
             raise _refusal(f"a tensor of layout {x.layout}", "only dense tensors can have a tangent")
         shadow = self._shadows.get(key)
@@ -221,7 +230,7 @@ class OpByOp(TorchDispatchMode):
         for dim, (size, stride) in enumerate(zip(x.size(), x.stride())):
             if stride == 0 and size > 1:  # one element stands for all of them
                 x, x_dot = x.narrow(dim, 0, 1), x_dot.narrow(dim, 0, 1)
-        _view_of(shadow, x).copy_(x_dot)
+        view_of(shadow, x).copy_(x_dot)
 
     def sweep(self) -> None:
         """Drop what is known of storages that are gone."""
@@ -273,8 +282,8 @@ class OpByOp(TorchDispatchMode):
     def handed_out(self, x: Tensor, name: str) -> None:
         """``name`` lets others read and write the memory of ``x``."""
         self._refuse_escape(x, name)
-        for part in _parts(x):
-            key = _key(part)
+        for part in parts_of(x):
+            key = key_of(part)
             if key is not None:
                 self._handed_out[key] = name
 
@@ -283,21 +292,21 @@ class OpByOp(TorchDispatchMode):
         self._refuse_escape(x, name)
 
     def _refuse_escape(self, x: Tensor, name: str) -> None:
-        for part in _parts(x):
+        for part in parts_of(x):
             if self.shadowed(part):
                 reason = (
                     "something with a tangent leaves for where no ops are seen: keep to torch's ops, or make an op of "
                     "it with torch.library and give that a rule; what needs no tangent is .detach().clone()"
                 )
                 raise _refusal(name, reason)
-            self._unwritten.pop(_key(part), None)  # type: ignore[arg-type]
+            self._unwritten.pop(key_of(part), None)  # type: ignore[arg-type]
 
     def made_a_number(self, x: Tensor, name: str) -> None:
-        if not is_dtensor(x) and any(self.tangent(part) is not None for part in _parts(x)):
+        if not is_dtensor(x) and any(self.tangent(part) is not None for part in parts_of(x)):
             raise _refusal(name, NUMBER)
 
     def became_a_leaf(self, x: Tensor) -> None:
-        if any(part in self._stopped for part in _parts(x)):
+        if any(part in self._stopped for part in parts_of(x)):
             reason = (
                 "a detached tensor becomes one to differentiate, but detach has stopped its tangent: take x.clone(), "
                 "or x.requires_grad_() itself"
@@ -335,9 +344,9 @@ class OpByOp(TorchDispatchMode):
         Raises:
             UnsupportedOp: a wrapper that may rearrange what it wraps has something with a tangent inside.
         """
-        wrappers = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and _is_wrapper(x)]
+        wrappers = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and is_wrapper(x)]
         for x in wrappers if not _is_about(func) else ():
-            if not (is_dtensor(x) or is_to_come(x)) and any(map(self.shadowed, _parts(x))):
+            if not (is_dtensor(x) or is_to_come(x)) and any(map(self.shadowed, parts_of(x))):
                 reason = (
                     f"a {type(x).__name__} wraps something with a tangent, and what it makes of it is its own affair"
                 )
@@ -349,10 +358,10 @@ class OpByOp(TorchDispatchMode):
         if self._ops % SWEEP_EVERY == 0:
             self.sweep()
         if func is MAKE_DUAL:
-            x = _copy_of_memory(args[0])
+            x = copy_of_memory(args[0])
             self.set_tangent(x, args[1])
             if (x.storage_offset(), x.stride()) != (args[0].storage_offset(), args[0].stride()):
-                self._moved[_key(x)] = x.stride() == args[0].stride()
+                self._moved[key_of(x)] = x.stride() == args[0].stride()
             return x
         if func is aten.as_strided.default and not self._counts_alike(*args, **kwargs):
             raise UnsupportedOp([_unsupported(func, {"self": args[0]}, MOVED)])
@@ -367,7 +376,7 @@ class OpByOp(TorchDispatchMode):
     def _detach(self, x: Tensor) -> Tensor:
         """Never raises: autograd, which saves tensors detached, could not go on."""
         out = aten.detach.default(x)
-        key = _key(x)
+        key = key_of(x)
         if key in self._shadows:
             if self._stopping or (self._calls.blind and _asked_for()) or x in self._stopped:
                 self._stopped[out] = None
@@ -377,13 +386,13 @@ class OpByOp(TorchDispatchMode):
 
     def _counts_alike(self, x: Tensor, size: Any, stride: Any, storage_offset: int | None = None) -> bool:
         """Whether as_strided finds in the copy of an input what it would find in the input."""
-        same_strides = self._moved.get(_key(x))  # type: ignore[arg-type]
+        same_strides = self._moved.get(key_of(x))  # type: ignore[arg-type]
         return same_strides is None or (same_strides and storage_offset is None)
 
     def _made(self, out: Any) -> Any:
         """Remember that an op made these storages."""
         for x in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(x, Tensor) and (key := _key(x)) is not None:
+            if isinstance(x, Tensor) and (key := key_of(x)) is not None:
                 self._seen[key] = None
         return out
 
@@ -393,13 +402,13 @@ class OpByOp(TorchDispatchMode):
         writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         if name in VOUCHED:
             for x in tree_leaves(list(arguments.values())):
-                if isinstance(x, Tensor) and (key := _key(x)) is not None:
+                if isinstance(x, Tensor) and (key := key_of(x)) is not None:
                     self._seen[key] = None
         elif self._unwritten:
             self._check_written(func, arguments, writes)
         dots = {name: dot for name, v in arguments.items() if (dot := self._argument_tangent(v)) is not None}
         stopped = self._stopped_among(arguments) if self._stopped else []
-        if any(x is y for name in writes for x in _tensors(arguments[name]) for y in stopped):
+        if any(x is y for name in writes for x in tensors_in(arguments[name]) for y in stopped):
             reason = "it writes through a detached alias of a tensor with a tangent: detach().clone() first"
             raise UnsupportedOp([_unsupported(func, dots, reason)])
         if dots and func.namespace == "c10d":
@@ -410,16 +419,16 @@ class OpByOp(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        if name in EMPTY | ZERO or (name in COPIES and self._unwritten.get(_key(args[0])) == "empty"):  # type: ignore[arg-type]
+        if name in EMPTY | ZERO or (name in COPIES and self._unwritten.get(key_of(args[0])) == "empty"):  # type: ignore[arg-type]
             out = func(*args, **kwargs)
-            if has_tangent(out) and (key := _key(out)) is not None:
+            if has_tangent(out) and (key := key_of(out)) is not None:
                 self._unwritten[key] = "zero" if name in ZERO else "empty"
             return out
         if not dots or (not writes and func.is_view):
             self._refuse_reading_bits(func, arguments, writes)
             out = func(*args, **kwargs)
             for x in tree_leaves(out) if stopped else ():
-                if isinstance(x, Tensor) and _key(x) in {_key(of) for of in stopped}:
+                if isinstance(x, Tensor) and key_of(x) in {key_of(of) for of in stopped}:
                     self._stopped[x] = None
             if not dots or all(self.shadowed(x) for x in tree_leaves(out) if has_tangent(x)):
                 return out
@@ -442,8 +451,8 @@ class OpByOp(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         outs = {a.name for a in func._schema.arguments if a.is_out or (a.name in writes and a.name != "self")}
         for argument, value in arguments.items():
-            for x in _tensors(value):
-                key = _key(x)
+            for x in tensors_in(value):
+                key = key_of(x)
                 if key not in self._unwritten:
                     continue
                 view = func.is_view and not func._can_decompose()
@@ -465,15 +474,15 @@ class OpByOp(TorchDispatchMode):
     def _is_still_zero(self, x: Tensor, key: StorageWeakRef) -> bool:
         if x.device.type == "meta" or isinstance(x, FakeTensor):
             return True
-        return self._unwritten[key] == "zero" and not bool(_view_of(x.untyped_storage(), _all_bytes(x)).any())
+        return self._unwritten[key] == "zero" and not bool(view_of(x.untyped_storage(), all_bytes(x)).any())
 
     def _refuse_reading_bits(self, func: OpOverload, arguments: dict[str, Any], writes: list[str]) -> None:
         """Integers in a storage with a shadow are the bits of what has a tangent."""
         if not self._shadows or func.is_view or func._schema.name.removeprefix("aten::") in READS_NOTHING:
             return
         for name, value in arguments.items():
-            for x in _tensors(value):
-                if not has_tangent(x) and not _is_wrapper(x) and self.shadowed(x):
+            for x in tensors_in(value):
+                if not has_tangent(x) and not is_wrapper(x) and self.shadowed(x):
                     reason = f"{name} are the bits, as {x.dtype}, of something with a tangent, which have none"
                     raise UnsupportedOp([_unsupported(func, {}, reason)])
 
@@ -487,7 +496,7 @@ class OpByOp(TorchDispatchMode):
         dots: Any,
     ) -> Any:
         """The tangent of the functional form first, from the old values; then the write itself."""
-        targets = [x for name in writes for x in _tensors(arguments[name])]
+        targets = [x for name in writes for x in tensors_in(arguments[name])]
         functional = functional_form(func)
         if functional is None:
             raise UnsupportedOp([_unsupported(func, dots, "it writes to its arguments and has no functional form")])
@@ -500,7 +509,7 @@ class OpByOp(TorchDispatchMode):
                 raise UnsupportedOp([_unsupported(func, dots, "it draws random numbers in place")])
         elif dots:
             before = functional(**arguments) if func is not aten.copy_.default else targets[0]
-            if len(_tensors(before)) != len(targets):
+            if len(tensors_in(before)) != len(targets):
                 raise UnsupportedOp([_unsupported(func, dots, "it writes to more than its functional form returns")])
             dot = self._rule(functional, before, arguments, dots)
         out = func(*args, **kwargs)
@@ -527,7 +536,7 @@ class OpByOp(TorchDispatchMode):
             self.set_tangent(out, dot)
         else:
             for o, d in zip(out, dot):
-                if isinstance(d, Unknown) and (key := _key(o)) is not None:
+                if isinstance(d, Unknown) and (key := key_of(o)) is not None:
                     self._unknown[key] = _unsupported(func, {}, d.reason)
                 elif d is not None:
                     self.set_tangent(o, d)
@@ -589,73 +598,6 @@ def _functorch_transforms() -> set[str]:
     return {str(interpreter.key()).rsplit(".", 1)[-1] for interpreter in stack}
 
 
-def is_to_come(x: Any) -> bool:
-    """Whether ``x`` stands for the result of a collective that may not have arrived."""
-    return dist.is_available() and isinstance(x, dist._functional_collectives.AsyncCollectiveTensor)
-
-
-def is_dtensor(x: Any) -> bool:
-    return dist.is_available() and isinstance(x, DTensor)
-
-
-def plain(x: Any) -> Tensor:
-    """The tensor in a wrapper of one."""
-    while is_traceable_wrapper_subclass(x):
-        tensors = [part for part in _flatten(x)[0].values() if isinstance(part, Tensor)]
-        if len(tensors) != 1:
-            break
-        x = tensors[0]
-    return x
-
-
-def _flatten(x: Any) -> tuple[dict[str, Any], Any]:
-    """What a wrapper wraps, of which a DTensor's mesh is no tensor, and how."""
-    names, how = x.__tensor_flatten__()
-    return {name: getattr(x, name) for name in names}, how
-
-
-def _copy_of_memory(x: Tensor) -> Tensor:
-    """A copy of ``x`` that lies in memory as x does, with what else is there; where x is a small part, only that."""
-    if _is_wrapper(x) or x.is_conj() or x.is_neg() or x.layout is not torch.strided:
-        return x.clone()
-    items = x.untyped_storage().nbytes() // x.itemsize
-    if items > 2 * x.numel():
-        return x.clone()
-    whole = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), 0, (items,), (1,))
-    return whole.clone().as_strided(x.size(), x.stride(), x.storage_offset())
-
-
-def _key(x: Tensor) -> StorageWeakRef | None:
-    """The storage; None where there is no such thing, as in a sparse tensor."""
-    if x.layout is not torch.strided or x.is_nested or torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return None
-    return StorageWeakRef(x.untyped_storage())
-
-
-def _is_wrapper(x: Tensor) -> bool:
-    """Whether its class says what ops do."""
-    own = type(x).__torch_dispatch__
-    return own is not torch._C._disabled_torch_dispatch_impl and type(x) is not Tensor and not isinstance(x, FakeTensor)
-
-
-def _parts(x: Tensor) -> list[Tensor]:
-    """The plain tensors that a tensor consists of, whatever wraps them."""
-    if not _is_wrapper(x):
-        return [x]
-    inside = _flatten(x)[0] if is_traceable_wrapper_subclass(x) else vars(x)
-    return [
-        part for y in tree_leaves(list(inside.values())) if isinstance(y, Tensor) and y is not x for part in _parts(y)
-    ]
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
-    return []
-
-
 def _flat_dots(dot: Any, count: int) -> list[Any]:
     if dot is None:
         return [None] * count
@@ -680,18 +622,6 @@ def _is_about(func: Any) -> bool:
         return False
     name = func._schema.name.split("::")[1]
     return func.namespace == "prim" or name in METADATA or name.startswith(("sym_", "is_"))
-
-
-def _all_bytes(x: Tensor) -> Tensor:
-    """Something of the shape of all of the storage."""
-    return torch.empty(x.untyped_storage().nbytes(), dtype=torch.uint8, device=x.device)
-
-
-def _view_of(shadow: torch.UntypedStorage, x: Tensor) -> Tensor:
-    view = torch.empty(0, dtype=x.dtype, device=x.device)
-    view.set_(shadow, x.storage_offset(), x.size(), x.stride())
-    view = view.conj() if x.is_conj() else view
-    return torch._neg_view(view) if x.is_neg() else view
 
 
 def _arrived(func: OpOverload, dot: Any) -> Any:

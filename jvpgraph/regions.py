@@ -40,8 +40,9 @@ from jvpgraph.capture import NOT_CAPTURED, NOT_COMPILED, backward_at_once, in_on
 from jvpgraph.dual_forward import dual_forward
 from jvpgraph.errors import CaptureError
 from jvpgraph.markers import MAKE_DUAL
-from jvpgraph.op_by_op import OpByOp, is_dtensor, is_to_come, plain
+from jvpgraph.op_by_op import OpByOp
 from jvpgraph.rules.apply import has_tangent
+from jvpgraph.storages import is_dtensor, is_to_come, plain
 from jvpgraph.structure import leaves, map_leaves, refuse_hidden
 from jvpgraph.unguarded import unguarded
 

@@ -42,6 +42,7 @@ LAYERS = (
         "jvpgraph.escapes",
         "jvpgraph.markers",
         "jvpgraph.capture",
+        "jvpgraph.storages",
         "jvpgraph.structure",
         "jvpgraph.config",
     ),
