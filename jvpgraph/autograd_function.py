@@ -123,7 +123,7 @@ def _with_tangents(function: Any) -> Any:
             return *found, *[None] * (2 * len(ctx.needs_input_grad) - len(found))
 
     # To the Function's own code, its arguments are all there are.
-    whole = torch._C._FunctionBase.needs_input_grad
+    whole: Any = torch._C._FunctionBase.needs_input_grad
     context: Any = WithTangents._backward_cls  # type: ignore[attr-defined]
     context.needs_input_grad = property(lambda ctx: (given := whole.__get__(ctx))[: len(given) // 2])
     return WithTangents

@@ -167,7 +167,8 @@ def _tangent_of_strided(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Re
     owner = _memory_of(x)
     value, dot = value_of(owner), tangent.get(owner)
     size, stride, start = fx.node.map_arg((size, stride, offset), value_of)
-    whole = owner.target is not MAKE_DUAL or statically_known_true(value_of(owner.args[0]).storage_offset() == 0)
+    given = value_of(owner.all_input_nodes[0]) if owner.target is MAKE_DUAL else value
+    whole = statically_known_true(given.storage_offset() == 0)
     if offset is not None and not whole:
         raise NoRule(ABSOLUTE)
     if start is None:

@@ -13,6 +13,8 @@ Numerics:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -37,7 +39,7 @@ def copy_overlapping_outputs(gm: fx.GraphModule) -> None:
 
 
 def _memory(node: fx.Node) -> set[int]:
-    value = node.meta.get("example_value")
+    value: Any = node.meta.get("example_value")
     return {value.untyped_storage()._cdata} if type(value) is not Tensor and hasattr(value, "fake_mode") else set()
 
 

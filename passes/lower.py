@@ -170,7 +170,8 @@ def _without_effect_tokens(gm: fx.GraphModule, tokens: int) -> None:
                 graph.erase_node(item)
         graph.erase_node(node)
     output = graph.output_node()
-    output.args = (tuple(output.args[0][tokens:]),)
+    returned: Any = output.args[0]
+    output.args = (tuple(returned[tokens:]),)
     for placeholder in graph.find_nodes(op="placeholder")[:tokens]:
         graph.erase_node(placeholder)
     gm.recompile()
