@@ -15,7 +15,7 @@ from torch import nn
 from jvpgraph.backend import Backend
 from jvpgraph.capture import first_cause, own_errors
 from jvpgraph.config import Config
-from jvpgraph.errors import CaptureError, UnsupportedNode, UnsupportedOp
+from jvpgraph.errors import CaptureError, JvpgraphError, UnsupportedNode, UnsupportedOp
 from jvpgraph.passes.context import Report
 from jvpgraph.tangents import Inputs
 
@@ -110,7 +110,7 @@ def explain(
     return found
 
 
-class _Captured(Exception):
+class _Captured(JvpgraphError):
     """Thrown by the capturing backend once it has what it wants."""
 
 
