@@ -262,7 +262,7 @@ class _Dual:
         return 0 if self.backend is None else len(self.backend.reports)
 
     def _new_forward(self) -> Callable[..., Any]:
-        return dual_forward(self._call, self.has_aux, self.settings["differentiable_tangent"])
+        return dual_forward(self._call, self.has_aux, bool(self.settings["differentiable_tangent"]))
 
     # A graph of its own, also inside a function that is being compiled: its markers must not meet those of another.
     @torch.compiler.disable(reason="a call with tangents= is compiled on its own")
@@ -298,6 +298,7 @@ class _Dual:
         return self._variants.get(key, self._compile)(*inputs)
 
     def _compile(self) -> Callable[..., Any]:
+        assert self.backend is not None
         return torch.compile(self._new_forward(), backend=self.backend, fullgraph=True, dynamic=self._dynamic)
 
     def _run(self, *inputs: Any) -> tuple[Any, list[Tensor]]:

@@ -79,7 +79,7 @@ def _join(path: str, key: Any) -> str:
 
 
 def _mapping_like(tree: Any, items: dict[Any, Any]) -> Any:
-    kind = type(tree)
+    kind: Any = type(tree)
     if kind is dict:
         return items
     if kind is OrderedDict:

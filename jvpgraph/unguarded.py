@@ -17,8 +17,7 @@ from torch.nn.modules import module as torchs
 __all__ = ["held_by", "modules_of", "unguarded"]
 
 METHODS = (types.FunctionType, property, classmethod, staticmethod, functools.partialmethod)
-GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_pre_hooks")
-GLOBAL_HOOKS += ("_global_backward_hooks",)
+GLOBAL_HOOKS = tuple(f"_global_{kind}_hooks" for kind in ("forward_pre", "forward", "backward_pre", "backward"))
 OBSERVERS = "torch.utils.module_tracker"  # its hooks change nothing: FlopCounterMode brings them
 
 
@@ -32,7 +31,8 @@ def unguarded(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
 
 def _classes(modules: Iterable[nn.Module]) -> dict[type, None]:
     classes: dict[type, None] = {}
-    waiting, seen = list(modules), set()
+    waiting: list[nn.Module | None] = [*modules]
+    seen: set[int] = set()
     while waiting:
         module = waiting.pop()
         if module is not None and id(module) not in seen:
