@@ -51,6 +51,7 @@ ABSOLUTE = (
     "as_strided with an offset counts from the start of the memory of an input that begins further on: pass x.clone(), "
     "or take as_strided without an offset"
 )
+RUN_OP_BY_OP = ("cond", "while_loop")  # higher-order ops that are Python there
 INSERTED_META = "jvpgraph_inserted"  # on every node that linearize inserted
 
 
@@ -142,7 +143,7 @@ def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recor
     if not any(tangent.get(n) is not None for n in node.all_input_nodes):
         return None
     if not isinstance(node.target, OpOverload):
-        raise NoRule("a higher-order op" if isinstance(node.target, torch._ops.HigherOrderOperator) else "not an op")
+        raise NoRule(_why_no_op(node.target))
     op = node.target
     if not any_has_tangent(op, value_of(node)):
         return None
@@ -221,6 +222,14 @@ def _flat_memory(x: Tensor, like: Tensor) -> Tensor:
     strides = _as_numbers(like.stride())
     order = sorted(range(like.dim()), key=lambda d: -strides[d])
     return x.permute(order).clone(memory_format=torch.contiguous_format).view(-1)
+
+
+def _why_no_op(target: Any) -> str:
+    if not isinstance(target, torch._ops.HigherOrderOperator):
+        return "not an op"
+    runs = 'backend="op_by_op" runs it, and so does code between regions='
+    remedy = runs if target.name() in RUN_OP_BY_OP else "write it in plain Python"
+    return f"a higher-order op: its body is a graph of its own, into which tangents do not follow; {remedy}"
 
 
 def _argument_tangent(value: Any, tangent: dict[fx.Node, Any]) -> Any:
