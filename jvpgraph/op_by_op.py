@@ -103,7 +103,7 @@ class OpByOp(TorchDispatchMode):
         ] = {}  # copies of inputs that lie elsewhere: whether strides are kept
         self._stopped = WeakTensorKeyDictionary()  # what detach made and its views: in a storage with a shadow, without
         self._stopping = False
-        self._unknown: dict[StorageWeakRef, UnsupportedNode] = {}  # what no rule has a tangent of, and its op
+        self._unknown: dict[StorageWeakRef | None, UnsupportedNode] = {}  # what no rule has a tangent of, and its op
         self._observer = observer
         self._ops = 0
         self._newborn = Newborn()
@@ -237,7 +237,7 @@ class OpByOp(TorchDispatchMode):
         self._shadows = {key: shadow for key, shadow in self._shadows.items() if not key.expired()}
         self._dtypes = {key: self._dtypes[key] for key in self._shadows}
         self._seen = {key: None for key in self._seen if not key.expired()}
-        self._unknown = {key: node for key, node in self._unknown.items() if not key.expired()}
+        self._unknown = {key: node for key, node in self._unknown.items() if key is not None and not key.expired()}
         self._unwritten = {key: value for key, value in self._unwritten.items() if not key.expired()}
 
     def bytes(self) -> int:

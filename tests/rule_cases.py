@@ -489,8 +489,7 @@ NORM = [
     *row(aten._native_batch_norm_legit.no_stats, call(R(2, 3, 4), R(3), R(3), True, 0.1, 1e-5)),
     *row(
         aten._native_batch_norm_legit_functional.default,
-        call(R(2, 3, 4), R(3), R(3), R(3), R(3, low=0.5), False, 0.1, 1e-5),
-        aside=(1, 2),
+        *(call(R(2, 3, 4), R(3), R(3), R(3), R(3, low=0.5), training, 0.1, 1e-5) for training in (True, False)),
         formula=False,
         reverse=False,
     ),

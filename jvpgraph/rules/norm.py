@@ -78,9 +78,13 @@ def group_norm(outs, x, weight, bias, N, C, HxW, group, eps, *, x_dot=None, weig
     return affine(y_dot, x_hat, over_channels(weight_dot, x), over_channels(bias_dot, x)), mean_dot, rstd_dot
 
 
-def over_channels(of_channels: Tensor | None, x: Tensor) -> Tensor | None:
+def per_channel(of_channels: Tensor, x: Tensor) -> Tensor:
     """[C] as [C, 1, ...], to go with ``x`` [N, C, ...]."""
-    return None if of_channels is None else of_channels.reshape(-1, *[1] * (x.dim() - 2))
+    return of_channels.reshape(-1, *[1] * (x.dim() - 2))
+
+
+def over_channels(of_channels: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if of_channels is None else per_channel(of_channels, x)
 
 
 def affine(y_dot: Tensor | None, x_hat: Tensor, weight_dot: Tensor | None, bias_dot: Tensor | None) -> Tensor:
@@ -97,29 +101,31 @@ def batch_norm(outs, x, weight, running_mean, running_var, training, momentum, e
     x_dot, weight_dot, bias_dot, running_mean_dot, running_var_dot = dots
     weight, weight_dot, bias_dot = (over_channels(t, x) for t in (weight, weight_dot, bias_dot))
     stats_dot: list[Tensor | None] = [None] * 4
+    x_hat_dot: Any = None
     if training:
-        if running_mean_dot is not None or running_var_dot is not None:
-            raise NotImplementedError("running statistics with a tangent, in training: detach them")
-        mean, rstd = outs[1].view(-1, *[1] * (x.dim() - 2)), outs[2].view(-1, *[1] * (x.dim() - 2))
-        if x_dot is None:
-            return affine(None, standard(x, mean, rstd), weight_dot, bias_dot), *stats_dot
-        dims = [0, *range(2, x.dim())]
-        x_hat_dot, mean_dot, rstd_dot = standardized(x, mean, rstd, dims, x_dot)
-        mean_dot, rstd_dot = mean_dot.flatten(), rstd_dot.flatten()
-        n = math.prod(x.shape[d] for d in dims)
-        var_dot = -2 * rstd_dot / in_float32(outs[2]) ** 3 * (n / (n - 1))
-        stats_dot = [mean_dot, rstd_dot, momentum * mean_dot, momentum * var_dot]
+        stats_dot[2] = None if running_mean_dot is None else running_mean_dot * (1 - momentum)
+        stats_dot[3] = None if running_var_dot is None else running_var_dot * (1 - momentum)
+        mean, rstd = per_channel(outs[1], x), per_channel(outs[2], x)
+        if x_dot is not None:
+            dims = [0, *range(2, x.dim())]
+            x_hat_dot, mean_dot, rstd_dot = standardized(x, mean, rstd, dims, x_dot)
+            mean_dot, rstd_dot = mean_dot.flatten(), rstd_dot.flatten()
+            n = math.prod(x.shape[d] for d in dims)
+            var_dot = -2 * rstd_dot / in_float32(outs[2]) ** 3 * n / (n - 1)
+            of_batch = [mean_dot, rstd_dot, momentum * mean_dot, momentum * var_dot]
+            stats_dot = [b if a is None else a + b for a, b in zip(stats_dot, of_batch)]
     else:
         stats_dot[2:] = running_mean_dot, running_var_dot
-        mean = over_channels(running_mean, x)
-        rstd = over_channels((running_var + eps).rsqrt(), x)
+        mean, rstd = (per_channel(t, x) for t in (running_mean, (running_var + eps).rsqrt()))
         x_hat_dot = None if x_dot is None else x_dot * rstd
         if running_mean_dot is not None:
-            x_hat_dot = (0 if x_hat_dot is None else x_hat_dot) - over_channels(running_mean_dot, x) * rstd
+            x_hat_dot = (0 if x_hat_dot is None else x_hat_dot) - per_channel(running_mean_dot, x) * rstd
         if running_var_dot is not None:
-            shrinks = over_channels(running_var_dot, x) * rstd**3 / 2
+            shrinks = per_channel(running_var_dot, x) * rstd**3 / 2
             x_hat_dot = (0 if x_hat_dot is None else x_hat_dot) - (x - mean) * shrinks
     y_dot = None if x_hat_dot is None else weighted(x_hat_dot, weight)
+    if y_dot is None and weight_dot is None and bias_dot is None:
+        return None, *stats_dot
     return affine(y_dot, standard(x, mean, rstd), weight_dot, bias_dot), *stats_dot
 
 
@@ -131,7 +137,7 @@ def batch_norm_eval(
     return batch_norm(outs, x, w, mean, var, False, momentum, eps, dots)[:3]
 
 
-@jvp(aten.native_batch_norm.default, aten._native_batch_norm_legit_functional.default)
+@jvp(aten._native_batch_norm_legit_functional.default)
 def batch_norm_of_stats(
     outs,
     x,
@@ -149,8 +155,31 @@ def batch_norm_of_stats(
     mean_dot=None,
     var_dot=None,
 ):
-    dots = (x_dot, w_dot, b_dot, mean_dot, var_dot)
-    return batch_norm(outs, x, w, mean, var, training, momentum, eps, dots)[: len(outs)]
+    return batch_norm(outs, x, w, mean, var, training, momentum, eps, (x_dot, w_dot, b_dot, mean_dot, var_dot))
+
+
+@jvp(aten.native_batch_norm.default)
+def batch_norm_op_by_op(
+    outs,
+    x,
+    w,
+    b,
+    mean,
+    var,
+    training,
+    momentum,
+    eps,
+    *,
+    x_dot=None,
+    w_dot=None,
+    b_dot=None,
+    mean_dot=None,
+    var_dot=None,
+):
+    """In training it writes to the running statistics and does not say so. They are state, and get no tangent."""
+    if training and not (mean_dot is None and var_dot is None):
+        raise NotImplementedError("running statistics with a tangent, in training: detach them")
+    return batch_norm(outs, x, w, mean, var, training, momentum, eps, (x_dot, w_dot, b_dot, mean_dot, var_dot))[:3]
 
 
 @jvp(aten._native_batch_norm_legit.no_stats)

@@ -111,6 +111,13 @@ def pow_by_exponent(y, x, n, *, n_dot):
     return torch.where(at_zero, 0, n_dot * y * x.to(y.dtype).log())
 
 
+@jvp(aten.pow.Tensor_Scalar)
+def pow_by_number(y, x, n, *, x_dot):
+    if isinstance(n, torch.SymFloat):  # read from data, so that nobody knows now whether it is 0
+        return torch.where(torch.scalar_tensor(n) == 0, 0, x_dot * (n * x ** (n - 1)))
+    return None if n == 0 else x_dot * (n * x ** (n - 1))
+
+
 # Trigonometry
 jvp(aten.sin.default)(lambda y, x, *, x_dot: x_dot * x.cos())
 jvp(aten.cos.default)(lambda y, x, *, x_dot: -x_dot * x.sin())
