@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch._ops import OpOverload
 
+from jvpgraph.rules.derived import Unknown
 from jvpgraph.rules.pointwise import times
 from jvpgraph.rules.registry import bilinear, jvp
 
@@ -41,6 +42,9 @@ def cholesky_solve(y, b, c, upper, *, b_dot=None, c_dot=None):
 
 
 # Solving and determinants. PyTorch's formulas take the factors that the op returns besides, which have no gradient.
+FACTORS = Unknown("the factors that it returns besides have no tangent: take torch.linalg.lu_factor")
+
+
 @jvp(aten._linalg_solve_ex.default)
 def solve(outs, a, b, left, check_errors, *, a_dot=None, b_dot=None):
     """With a y = b:  a y_dot = b_dot - a_dot y."""
@@ -49,7 +53,7 @@ def solve(outs, a, b, left, check_errors, *, a_dot=None, b_dot=None):
     if moved is not None and _is_vector(a, b):
         moved = moved.squeeze(-1)
     right = b_dot if moved is None else -moved if b_dot is None else b_dot - moved
-    return aten._linalg_solve_ex(a, right, left=left)[0], None, None, None
+    return aten._linalg_solve_ex(a, right, left=left)[0], FACTORS, None, None
 
 
 def _is_vector(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -63,7 +67,7 @@ def _trace_of_quotient(a: torch.Tensor, a_dot: torch.Tensor) -> torch.Tensor:
 @jvp(aten._linalg_det.default)
 def det(outs, a, *, a_dot):
     """d det(a) = det(a) tr(a^-1 da)."""
-    return outs[0] * _trace_of_quotient(a, a_dot), None, None
+    return outs[0] * _trace_of_quotient(a, a_dot), FACTORS, None
 
 
 @jvp(aten._linalg_slogdet.default)
@@ -71,5 +75,5 @@ def slogdet(outs, a, *, a_dot):
     """log det(a) = log sign + log |det|, and so real and imaginary part of tr(a^-1 da)."""
     trace = _trace_of_quotient(a, a_dot)
     if not a.is_complex():
-        return None, trace, None, None
-    return 1j * trace.imag * outs[0], trace.real, None, None
+        return None, trace, FACTORS, None
+    return 1j * trace.imag * outs[0], trace.real, FACTORS, None

@@ -17,6 +17,7 @@ import torch._inductor.inductor_prims  # defines fma
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from jvpgraph.rules.derived import Unknown
 from jvpgraph.rules.registry import bilinear, jvp, linear, no_tangent
 
 __all__ = ["real", "times"]
@@ -41,6 +42,8 @@ def has_logarithm(x: Any, n: Tensor) -> bool:
 def logarithm(x: Any) -> Any:
     return cmath.log(x) if isinstance(x, complex) or x < 0 else math.log(x)
 
+
+BUFFER = Unknown("what the op saves for its backward has no tangent")
 
 # Piecewise constant, constant, or random
 no_tangent(aten.floor.default, aten.ceil.default, aten.trunc.default, aten.sign.default)
@@ -165,7 +168,7 @@ def glu(y, x, dim, *, x_dot):
 jvp(aten.gelu.default)(lambda y, x, a, *, x_dot: aten.gelu_backward(x_dot, x, approximate=a))
 jvp(aten.mish.default)(lambda y, x, *, x_dot: aten.mish_backward(x_dot, x))
 jvp(aten.softplus.default)(lambda y, x, b, t, *, x_dot: aten.softplus_backward(x_dot, x, b, t))
-jvp(aten.log_sigmoid_forward.default)(lambda out, x, *, x_dot: (x_dot * (-x).sigmoid(), None))
+jvp(aten.log_sigmoid_forward.default)(lambda out, x, *, x_dot: (x_dot * (-x).sigmoid(), BUFFER))
 jvp(aten.leaky_relu.default)(lambda y, x, slope, *, x_dot: aten.leaky_relu_backward(x_dot, x, slope, False))
 jvp(aten.elu.default)(lambda y, x, a, s, i, *, x_dot: aten.elu_backward(x_dot, a, s, i, False, x))
 jvp(aten.hardtanh.default)(lambda y, x, low, high, *, x_dot: aten.hardtanh_backward(x_dot, x, low, high))
