@@ -284,6 +284,12 @@ BACKWARD_TABLE: dict[BackwardEntry, Sweeps] = {
 }
 for _arch in LIKE_AMPERE:
     BACKWARD_TABLE |= {entry._replace(arch=_arch): x for entry, x in BACKWARD_TABLE.items() if entry.arch == 80}
+# On sm_120 wider tiles of dk and dv spill.
+for _entry, _keys in (
+    (BackwardEntry(120, 64, False, 2), B(32, 128, 8, 3)),
+    (BackwardEntry(120, 128, False, 0), B(32, 64, 4, 2)),
+):
+    BACKWARD_TABLE[_entry] = BACKWARD_TABLE[_entry]._replace(keys=_keys)
 
 
 def parts_of_head_dim(dim: int) -> tuple[int, ...]:
