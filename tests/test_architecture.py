@@ -40,6 +40,8 @@ LAYERS = (
         "jvpgraph.traceable",
         "jvpgraph.context_parallel",
         "jvpgraph.escapes",
+        "jvpgraph.functions",
+        "jvpgraph.unguarded",
         "jvpgraph.markers",
         "jvpgraph.capture",
         "jvpgraph.storages",
