@@ -162,9 +162,7 @@ def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recor
         return _name_tangents(node, out_dot, recorder, first)
 
 
-def _tangent_of_strided(
-    node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, done: Linearization
-) -> fx.Node:
+def _tangent_of_strided(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, done: Linearization) -> fx.Node:
     """Of as_strided, which counts in memory: it is one of the tangent of what owns the memory, laid out alike."""
     x, size, stride, offset = bind(node.target, node.args, node.kwargs).values()  # type: ignore[arg-type]
     owner = _memory_of(x)
@@ -177,7 +175,11 @@ def _tangent_of_strided(
     if start is None:
         start = value_of(x).storage_offset()
     end = start + _span(size, stride)
-    if not isinstance(dot, fx.Node) or value.dtype != value_of(node).dtype or not guard_or_false(end <= _span(*_how(value))):
+    if (
+        not isinstance(dot, fx.Node)
+        or value.dtype != value_of(node).dtype
+        or not guard_or_false(end <= _span(*_how(value)))
+    ):
         raise NoRule("it reads outside of what has a tangent, or as another type")
     if _overlaps(value):
         raise NoRule("an element of memory that stands for several has no tangent of its own: clone() first")
