@@ -158,6 +158,7 @@ def layouts(n: int) -> list[Tensor]:
     return [R(n, n), R(n, n).mT, R(n, 2 * n)[:, ::2]]
 
 
+@pytest.mark.filterwarnings("ignore:jvpgraph.jvp compiled the function:RuntimeWarning")  # for each layout
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("backend", WAYS)
 def test_formulas_at_other_sizes_and_layouts(backend: str, dynamic: bool | None):
