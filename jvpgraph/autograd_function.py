@@ -4,6 +4,9 @@ Left alone, Dynamo writes the forward of such a Function out, or refuses it wher
 tangent would be that of the ops in its forward: zero for a straight-through estimator. In a graph with markers a call
 of it stays one node instead; :func:`call_own_jvp` makes of it, where it is active, a call that asks for the tangents of
 the arguments and marks the outputs with what ``jvp`` makes of them.
+
+A Function without a ``jvp`` has the tangent of its forward. Where that has none, though an argument is active, the
+backward of a straight-through estimator would say otherwise: it is refused (``ARRIVED`` in graphs).
 """
 
 from __future__ import annotations
@@ -17,19 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.utils import proxy_args_kwargs
-from torch._dynamo.variables import builder, misc
+from torch._dynamo.variables import TensorVariable, builder, lists, misc
 from torch.autograd.function import _is_setup_context_defined
 
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
-from jvpgraph.markers import MAKE_DUAL, make_dual, tangent_of
+from jvpgraph.markers import ARRIVED, MAKE_DUAL, make_dual, tangent_of
 from jvpgraph.rules.apply import has_tangent
 
-__all__ = ["OWN_JVP", "call_own_jvp", "functions_watched", "has_own_jvp", "keep_calls_of_own_jvps"]
+__all__ = ["NOTHING_ARRIVES", "OWN_JVP", "call_own_jvp", "functions_watched", "has_own_jvp", "keep_calls_of_own_jvps"]
 
 Function = torch.autograd.Function
 NOTHING_ARRIVES = (
     "the forward of this autograd.Function has no tangent, whatever its backward says: give it a jvp of its own"
 )
+OF_TORCH = ("torch.", "jvpgraph.")  # modules whose Functions are known
 OWN_JVP = "jvpgraph_own_jvp_of"  # on what stands for a Function's apply in a graph: the Function
 
 
@@ -47,13 +51,34 @@ def keep_calls_of_own_jvps() -> None:
 
     @functools.wraps(traced)
     def call_apply(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if not (has_own_jvp(self.fn_cls) and _has_markers(tx)):
+        if not _has_markers(tx):
             return traced(self, tx, args, kwargs)
+        if not has_own_jvp(self.fn_cls):
+            return _asked(tx, self.fn_cls, traced(self, tx, args, kwargs), [*args, *kwargs.values()])
         operands = proxy_args_kwargs(args, kwargs)
         proxy = tx.output.create_proxy("call_function", _call(self.fn_cls), *operands)
         return builder.wrap_fx_proxy(tx=tx, proxy=proxy)
 
     variable.call_apply = call_apply  # type: ignore[method-assign]
+
+
+def _asked(tx: Any, function: Any, out: Any, arguments: list[Any]) -> Any:
+    """``out``, of which Dynamo's first floating tensor is asked whether the tangents of the arguments arrive."""
+    several = isinstance(out, lists.TupleVariable)
+    outs = list(out.items) if several else [out]
+    given, floating = ([x for x in xs if _is_floating(x)] for xs in (arguments, outs))
+    returned = any(x is y for x in floating for y in given)  # as they came, or written in place
+    if function.__module__.startswith(OF_TORCH) or not given or not floating or returned:
+        return out
+    first, *others = floating
+    operands = (first.as_proxy(), [x.as_proxy() for x in others], [x.as_proxy() for x in given], function.__name__)
+    proxy = tx.output.create_proxy("call_function", ARRIVED, operands, {})
+    asked = builder.wrap_fx_proxy(tx=tx, proxy=proxy)
+    return lists.TupleVariable([asked if x is first else x for x in outs]) if several else asked
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, TensorVariable) and x.dtype is not None and (x.dtype.is_floating_point or x.dtype.is_complex)
 
 
 def _has_markers(tx: Any) -> bool:
@@ -173,7 +198,7 @@ def functions_watched(mode: Any, where: Callable[[], str]) -> Iterator[None]:
 def _functions(base: Any) -> Iterator[Any]:
     """All Functions but torch's own and ours."""
     for function in base.__subclasses__():
-        if not function.__module__.startswith(("torch.", "jvpgraph.")) and function.forward is not Function.forward:
+        if not function.__module__.startswith(OF_TORCH) and function.forward is not Function.forward:
             yield function
         yield from _functions(function)
 

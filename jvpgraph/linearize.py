@@ -18,7 +18,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true, statically_known_true
 from torch.utils._pytree import tree_leaves
 
+from jvpgraph.autograd_function import NOTHING_ARRIVES
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
-from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
+from jvpgraph.markers import ARRIVED, MAKE_DUAL, TANGENT_OF
 from jvpgraph.rules import NoRule, tangents_of
 from jvpgraph.rules.apply import Unknown, any_has_tangent, argument_tangent, bind, has_tangent
 from jvpgraph.rules.shape import stops_tangent
@@ -90,6 +91,11 @@ def linearize(graph: fx.Graph) -> Linearization:
             tangent[node] = node.args[1]
         elif node.target is TANGENT_OF:
             _answer(node, tangent.get(node.all_input_nodes[0]), recorder, taken)
+        elif node.target is ARRIVED:
+            y, others, given, what = node.args
+            tangent[node] = tangent.get(y)
+            if _any_tangent(given, tangent) and not _any_tangent([y, *others], tangent):
+                refused.append(replace(_unsupported(node, tangent, NOTHING_ARRIVES), op=str(what)))
         elif node in path:
             if (source := _number_read(node, tangent, read)) is not None:
                 if isinstance(node.meta.get("val"), NUMBERS):
@@ -111,14 +117,19 @@ def linearize(graph: fx.Graph) -> Linearization:
     forward = _reachable(ends, lambda n: n.all_input_nodes)
     done.active = sum(1 for dot in tangent.values() if dot is not None)
     done.inactive = sum(1 for n in forward if isinstance(n.target, OpOverload) and tangent.get(n) is None)
-    for node in reversed(ends + starts):
-        if node.target is MAKE_DUAL:
+    asked = graph.find_nodes(op="call_function", target=ARRIVED)
+    for node in reversed(ends + starts + asked):
+        if node.target is not TANGENT_OF:
             node.replace_all_uses_with(_unmarked(node, recorder))
         graph.erase_node(node)
     _erase_stops(graph)
     for node in recorder.inserted:
         node.meta[INSERTED_META] = True
     return done
+
+
+def _any_tangent(nodes: Any, tangent: dict[fx.Node, Any]) -> bool:
+    return any(tangent.get(x) is not None for x in nodes)
 
 
 def _number_read(node: fx.Node, tangent: dict[fx.Node, Any], read: dict[fx.Node, fx.Node]) -> fx.Node | None:
@@ -308,7 +319,8 @@ def _as_numbers(sizes: Any) -> list[int]:
 
 
 def _unmarked(marker: fx.Node, recorder: Recorder) -> fx.Node:
-    """What replaces ``make_dual(x, x_dot)``: x itself, or a copy where an output of the graph would alias the input.
+    """What replaces ``make_dual(x, ...)`` or ``arrived(x, ...)``: x itself, or a copy where an output of the graph
+    would alias the input.
 
     AOTAutograd was told that the marker makes a new tensor, so its outputs must not share memory with inputs.
     """

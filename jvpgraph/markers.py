@@ -1,26 +1,31 @@
-"""The two marker ops: where forward mode starts, and where its result is asked for.
+"""The marker ops: where forward mode starts, where its result is asked for, and where it has to arrive.
 
-``make_dual(x, x_dot)`` is ``x`` with a tangent; ``tangent_of(y)`` is the tangent that ``y`` has by then. Both are
-opaque to Dynamo and AOTAutograd, and are erased by :mod:`jvpgraph.linearize`. They may be used directly inside a
-function compiled with ``torch.compile(fn, backend=jvpgraph.backend())``; anywhere else they refuse to run, so that
-a marker which nobody linearised can never pass for a zero tangent.
+``make_dual(x, x_dot)`` is ``x`` with a tangent; ``tangent_of(y)`` is the tangent that ``y`` has by then. ``arrived(y,
+others, given, what)`` is ``y``, and refuses a tangent of one of ``given`` of which nothing is left in ``y`` and
+``others``. They are opaque to Dynamo and AOTAutograd, and are erased by :mod:`jvpgraph.linearize`. The first two may be
+used directly inside a function compiled with ``torch.compile(fn, backend=jvpgraph.backend())``; anywhere else they
+refuse to run, so that a marker which nobody linearised can never pass for a zero tangent.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jvpgraph.rules.apply import has_tangent
 
-__all__ = ["MAKE_DUAL", "TANGENT_OF", "make_dual", "tangent_of"]
+__all__ = ["ARRIVED", "MAKE_DUAL", "TANGENT_OF", "make_dual", "tangent_of"]
 
 _library = torch.library.Library("jvpgraph", "FRAGMENT")
 _library.define("make_dual(Tensor x, Tensor x_dot) -> Tensor")
 _library.define("tangent_of(Tensor y, bool differentiable=False) -> Tensor")
+_library.define("arrived(Tensor y, Tensor[] others, Tensor[] given, str what) -> Tensor")
 
 MAKE_DUAL = torch.ops.jvpgraph.make_dual.default
 TANGENT_OF = torch.ops.jvpgraph.tangent_of.default
+ARRIVED = torch.ops.jvpgraph.arrived.default
 
 
 def make_dual(x: Tensor, x_dot: Tensor, differentiable: bool = False) -> Tensor:
@@ -72,9 +77,19 @@ def _make_dual_backward(_ctx: object, grad: Tensor) -> tuple[Tensor, None]:
     return grad, None
 
 
+def _arrived_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return grad, [None] * ctx.others, [None] * ctx.given, None
+
+
+def _arrived_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.others, ctx.given = len(inputs[1]), len(inputs[2])
+
+
 torch.library.register_fake("jvpgraph::make_dual", _same_layout, lib=_library)
 torch.library.register_fake("jvpgraph::tangent_of", _same_layout, lib=_library)
 torch.library.register_autograd("jvpgraph::make_dual", _make_dual_backward, lib=_library)
 torch.library.register_autograd("jvpgraph::tangent_of", _no_backward, lib=_library)
-for _name in ("make_dual", "tangent_of"):
+torch.library.register_fake("jvpgraph::arrived", _same_layout, lib=_library)
+torch.library.register_autograd("jvpgraph::arrived", _arrived_backward, setup_context=_arrived_setup, lib=_library)
+for _name in ("make_dual", "tangent_of", "arrived"):
     _library.impl(_name, _refuse, "CompositeExplicitAutograd")

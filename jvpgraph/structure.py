@@ -89,7 +89,7 @@ def _mapping_like(tree: Any, items: dict[Any, Any]) -> Any:
     if kind is types.MappingProxyType:
         return types.MappingProxyType(items)
     if torch.compiler.is_compiling():  # Dynamo knows no copy
-        if dataclasses.is_dataclass(kind):
+        if dataclasses.is_dataclass(tree):
             return kind(**items)
         if not isinstance(tree, dict):
             return kind(items)
@@ -138,6 +138,8 @@ def refuse_hidden(out: Any, error: type[Exception] = ValueError) -> None:
         if isinstance(leaf, LEAVES):
             continue
         what = f"the output{f' at {path!r}' if path else ''} is {_a(type(leaf).__name__)}"
+        if hasattr(leaf, "__array_interface__") and leaf.__array_interface__["typestr"][1] in "fc":
+            raise error(f"{what}, of which nobody knows whether it has a tangent: return a tensor")
         if isinstance(leaf, Iterator):
             raise error(f"{what}, which is computed when it is read: return a list")
         if isinstance(leaf, (set, frozenset)) and _holds_tensors(leaf):

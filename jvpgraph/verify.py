@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 
 from jvpgraph.errors import VerifyError
 from jvpgraph.linearize import TANGENT_META
-from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
+from jvpgraph.markers import ARRIVED, MAKE_DUAL, TANGENT_OF
 
 __all__ = ["INVARIANTS", "verify"]
 
@@ -36,7 +36,7 @@ def tangents_fit_their_primals(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]
 
 
 def no_marker_is_left(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
-    for target in (MAKE_DUAL, TANGENT_OF):
+    for target in (ARRIVED, MAKE_DUAL, TANGENT_OF):
         for node in graph.find_nodes(op="call_function", target=target):
             yield node, "is a marker that was not linearised"
 

@@ -16,21 +16,21 @@ Packed sequences
     q [1, H, Tq, Dqk], k and v [1, Hkv, Tkv, D] of sequences one after the other; sequence n has the queries
     cu_seqlens_q[n] to cu_seqlens_q[n + 1] and the keys cu_seqlens_kv[n] to cu_seqlens_kv[n + 1], both int32, and sees
     itself only. Positions in a window count within a sequence. Lengths are read on the device: none is compiled in.
-    Offsets that do not ascend from 0 to the length at most are a ValueError, on a GPU a failing assertion of the device.
+    Offsets that do not ascend from 0 to the length at most are a ValueError, on a GPU a failing assertion there.
     The backward waits for the lengths, and takes each sequence on its own; while a CUDA graph is captured it takes a
     dense mask instead, a byte for each pair of a query and a key.
 Precision
     lse in natural log; lse and all sums in float32 (float64 for float64 inputs), o in the dtype of q.
 Fully masked rows
-    o = 0, lse = -inf, and zero tangents and gradients. That is of rows hidden by -inf or a boolean bias. A finite bias,
-    however large, hides no row whole: it is added in the dtype inside, and p, the tangent and the gradients are those of
-    softmax(s + bias), which is uniform where the bias leaves nothing of s.
+    o = 0, lse = -inf, and zero tangents and gradients. That is of rows hidden by -inf or a boolean bias. A finite
+    bias, however large, hides no row whole: it is added in the dtype inside, and p, the tangent and the gradients are
+    those of softmax(s + bias), which is uniform where the bias leaves nothing of s.
 Layouts
     Any strides, of every operand: what ATen's kernels take for granted is made for them (layout.for_aten).
 Refuses
-    Mixed dtypes and devices, head dims or head counts that do not fit, a bias that does not broadcast, dropout, a last dim that
-    is not contiguous (ValueError); forward-mode AD through the ops, which would otherwise give a silent zero, and
-    gradients of o_dot unless differentiable_tangent (RuntimeError).
+    Mixed dtypes and devices, head dims or head counts that do not fit, a bias that does not broadcast, dropout, a last
+    dim that is not contiguous (ValueError); forward-mode AD through the ops, which would otherwise give a silent zero,
+    and gradients of o_dot unless differentiable_tangent (RuntimeError).
 Source
     Dao et al., FlashAttention (2022) for the online softmax; Lu and Song, sCM (2024), appendix F for its JVP.
 """

@@ -253,3 +253,73 @@ def test_a_jvp_with_too_many_tangents(backend):
     x = torch.randn(3).double()
     with pytest.raises(Exception, match=r"WrongNumber.jvp returned 2 tangents for 1 output"):
         jvpgraph.jvp(WrongNumber.apply, (x,), (x,), backend=backend)
+
+
+class Straight(torch.autograd.Function):
+    """Straight through by its backward alone."""
+
+    @staticmethod
+    def forward(ctx, x, several=False):
+        return (x.round(), x.sign(), x > 0) if several else x.round()
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        return g, None
+
+
+class Shifted(Straight):
+    """Of its outputs one has a tangent, the others have none; or it returns what it was given."""
+
+    @staticmethod
+    def forward(ctx, x, several=False):
+        return (x.round(), 2 * x, x > 0) if several else x.view_as(x)
+
+
+class Calling(nn.Module):
+    def __init__(self, function, several):
+        super().__init__()
+        self.function, self.several, self.w = function, several, nn.Parameter(torch.rand(3, dtype=torch.float64))
+
+    def forward(self, x):
+        out = self.function.apply(x * self.w, self.several)
+        return out[0] * self.w + out[1] if self.several else out * self.w
+
+
+class Scaled(nn.Module):
+    def __init__(self, x):
+        super().__init__()
+        self.x = nn.Parameter(x)
+
+    def forward(self, z):
+        return Straight.apply(self.x) * z
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("several", [False, True])
+def test_without_a_jvp_something_has_to_arrive(backend, grad, several):
+    """A straight-through estimator's zero would contradict its backward."""
+    x, x_dot = torch.randn(2, 4, 3, dtype=torch.float64)
+    dual = jvpgraph.transform(Calling(Straight, several).requires_grad_(grad), backend=backend)
+    for n in (4, 2):
+        with pytest.raises(jvpgraph.UnsupportedOp, match=r"Straight.*functions.py:\d+ in .*give it a jvp"):
+            dual(x[:n].clone().requires_grad_(grad), tangents={"x": x_dot[:n]})
+    fixed = jvpgraph.transform(Scaled(x), backend=backend)
+    other = torch.randn_like(x)
+    right = x.round() * other, x.round() * x_dot
+    assert_close(fixed(other, tangents={"z": x_dot}), right, **EXACT)  # of what is not active nothing is asked
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("several", [False, True])
+def test_without_a_jvp_the_forward_is_differentiated(backend, several):
+    model = Calling(Shifted, several)
+    dual = jvpgraph.transform(model, backend=backend)
+    for n in (4, 2, 3):
+        x, x_dot = torch.randn(2, n, 3, dtype=torch.float64)
+        x.requires_grad_()
+        y, y_dot = dual(x, tangents={"x": x_dot})
+        assert_close(y, model(x), **EXACT)
+        assert_close(y_dot, (2 if several else model.w) * model.w * x_dot, **EXACT)
+        wanted = torch.autograd.grad(model(x).sum(), (x, model.w))
+        assert_close(torch.autograd.grad(y.sum(), (x, model.w)), wanted, **EXACT)

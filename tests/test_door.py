@@ -12,6 +12,7 @@ from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -465,6 +466,28 @@ def test_tensors_whose_tangents_have_no_place_are_refused(kind, way):
     x = torch.randn(3, 4)
     with pytest.raises((ValueError, jvpgraph.CaptureError), match=said):
         transformed(Model(shape), way)(x, tangents={"x": x})
+
+
+@pytest.mark.parametrize("backend", ["op_by_op", "eager"])
+def test_an_array_of_numpys_is_refused(backend):
+    """numpy's functions are traced, so that the array depends on what has a tangent."""
+    x = torch.randn(3)
+    for fn in (np.sin, lambda x: (x, x.numpy() * 2)):
+        with pytest.raises((ValueError, jvpgraph.UnsupportedOp), match=r"ndarray|__array__|numpy"):
+            jvpgraph.jvp(fn, (x,), (x,), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["op_by_op", "eager"])
+def test_the_fast_path_of_transformers(backend):
+    """Op by op takes the ordinary one; a graph says how to switch it off."""
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval()
+    dual, (x, x_dot) = jvpgraph.transform(net, backend=backend), torch.randn(2, 1, 3, 8)
+    with torch.no_grad():
+        if backend == "op_by_op":
+            assert dual(x, tangents={"src": x_dot})[1].abs().sum() > 0
+        else:
+            with pytest.raises(jvpgraph.UnsupportedOp, match=r"torch.backends.mha.set_fastpath_enabled\(False\)"):
+                dual(x, tangents={"src": x_dot})
 
 
 def test_inside_a_model_a_region_may_hand_on_an_object():

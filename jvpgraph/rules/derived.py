@@ -37,6 +37,9 @@ Place = tuple[str, "int | None"]  # a tensor among the arguments: its name, and 
 _probes = 0  # how many of the calls in progress are made to see what is defined
 _noticed: dict[Any, list[bool]] = {}  # what _defined found, by call and active operand
 
+FAST_PATH = "; switch PyTorch's fast path of transformers off: torch.backends.mha.set_fastpath_enabled(False)"
+REMEDY = dict.fromkeys(("aten::_transformer_encoder_layer_fwd", "aten::_native_multi_head_attention"), FAST_PATH)
+
 
 class NotDerivable(Exception):
     """PyTorch has no forward derivative for this op."""
@@ -92,7 +95,7 @@ def derive(op: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[str, 
         unnoticed = _unnoticed(call, defined)
     except NotImplementedError as error:
         if "forward AD with" in str(error):
-            raise NotDerivable("PyTorch has no forward formula for it") from error
+            raise NotDerivable(f"PyTorch has no forward formula for it{REMEDY.get(op._schema.name, '')}") from error
         raise NotDerivable(str(error).splitlines()[0]) from error
     constant = PIECEWISE_CONSTANT.get(op, ())
     told = [_told(i, *of, constant) for i, of in enumerate(zip(_flat(out), results, defined, unnoticed))]

@@ -117,7 +117,8 @@ def pow_by_exponent(y, x, n, *, n_dot):
 @jvp(aten.pow.Tensor_Scalar)
 def pow_by_number(y, x, n, *, x_dot):
     if isinstance(n, torch.SymFloat):  # read from data, so that nobody knows now whether it is 0
-        return torch.where(torch.scalar_tensor(n) == 0, 0, x_dot * (n * x ** (n - 1)))
+        power: Any = n
+        return torch.where(torch.scalar_tensor(power) == 0, 0, x_dot * (power * x ** (power - 1)))
     return None if n == 0 else x_dot * (n * x ** (n - 1))
 
 
