@@ -532,14 +532,12 @@ class OpByOp(TorchDispatchMode):
     def _record(self, func: OpOverload, out: Any, dot: Any) -> None:
         if dot is None:
             return
-        if isinstance(out, Tensor):
-            self.set_tangent(out, dot)
-        else:
-            for o, d in zip(out, dot):
-                if isinstance(d, Unknown) and (key := key_of(o)) is not None:
+        for o, d in [(out, dot)] if isinstance(out, Tensor) else zip(out, dot):
+            if isinstance(d, Unknown):
+                if (key := key_of(o)) is not None:
                     self._unknown[key] = _unsupported(func, {}, d.reason)
-                elif d is not None:
-                    self.set_tangent(o, d)
+            elif d is not None:
+                self.set_tangent(o, d)
         if self._observer is not None:
             self._observer(func, out, dot)
 

@@ -55,12 +55,22 @@ def flatten(x: Any) -> tuple[dict[str, Any], Any]:
     return {name: getattr(x, name) for name in names}, how
 
 
+def _overlaps(x: Tensor) -> bool:
+    """Whether elements share memory, as in what expand made: the tangents given for them need not be the same."""
+    reach = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.size()) if size != 1):
+        if stride < reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
 def copy_of_memory(x: Tensor) -> Tensor:
     """A copy of ``x`` that lies in memory as x does, with what else is there; where x is a small part, only that."""
     if is_wrapper(x) or x.is_conj() or x.is_neg() or x.layout is not torch.strided:
         return x.clone()
     items = x.untyped_storage().nbytes() // x.itemsize
-    if items > 2 * x.numel():
+    if items > 2 * x.numel() or _overlaps(x):
         return x.clone()
     whole = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), 0, (items,), (1,))
     return whole.clone().as_strided(x.size(), x.stride(), x.storage_offset())

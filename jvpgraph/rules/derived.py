@@ -97,9 +97,24 @@ def derive(op: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[str, 
         if "forward AD with" in str(error):
             raise NotDerivable(f"PyTorch has no forward formula for it{REMEDY.get(op._schema.name, '')}") from error
         raise NotDerivable(str(error).splitlines()[0]) from error
-    constant = PIECEWISE_CONSTANT.get(op, ())
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # sizes that depend on data, a singular matrix
+            raise
+        # The op itself has run with these arguments.
+        raise NotDerivable(f"PyTorch's forward formula for it fails: {str(error).splitlines()[0]}") from error
+    constant = (*PIECEWISE_CONSTANT.get(op, ()), *_of_inactive(call, len(results)))
     told = [_told(i, *of, constant) for i, of in enumerate(zip(_flat(out), results, defined, unnoticed))]
     return told if isinstance(out, (tuple, list)) else told[0]
+
+
+def _of_inactive(call: _Call, outputs: int) -> set[int]:
+    """Outputs of a foreach op of which nothing is active: each depends on the tensors of its own index."""
+    indices = {i for _, i in call.tangents}
+    return set() if None in indices or not _is_foreach(call.op) else set(range(outputs)) - indices  # type: ignore[arg-type]
+
+
+def _is_foreach(op: OpOverload) -> bool:
+    return op._schema.name.startswith("aten::_foreach")
 
 
 def _told(i: int, out: Any, dot: Any, defined: bool, unnoticed: str, constant: tuple[int, ...]) -> Any:
@@ -162,7 +177,7 @@ def _unnoticed(call: _Call, defined: list[bool]) -> list[str]:
     names: list[str] = [""] * len(defined)
     if len(call.tangents) == 1:
         return names
-    each = call.op._schema.name.startswith("aten::_foreach")  # the outputs then belong to the inputs of their index
+    each = _is_foreach(call.op)  # the outputs then belong to the inputs of their index
     for name in dict.fromkeys(name for name, _ in call.tangents):
         places = [place for place in call.tangents if place[0] == name]
         alone = _defined(call, places)
