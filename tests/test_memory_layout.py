@@ -136,3 +136,13 @@ def test_dynamic_sizes():
         x, v = torch.randn(2 * n).double()[::2], torch.randn(n).double()
         _, d = jvpgraph.jvp(fn, (x,), (v,), backend=backend, dynamic=True)
         assert_close(d, torch.func.jvp(fn, (x,), (v,))[1], **EXACT)
+
+
+@pytest.mark.parametrize("backend", ["op_by_op", "eager"])
+@pytest.mark.parametrize("how", ["expanded", "windows"])
+def test_elements_that_share_memory_have_tangents_of_their_own(backend: str, how: str):
+    base = torch.arange(6.0, dtype=torch.float64)
+    x = base.expand(3, 6) if how == "expanded" else base.unfold(0, 3, 1)
+    x_dot = torch.randn(x.shape, dtype=torch.float64)
+    _, y_dot = jvpgraph.jvp(torch.sin, (x,), (x_dot,), backend=backend)
+    torch.testing.assert_close(y_dot, x.cos() * x_dot)
