@@ -24,8 +24,8 @@ differences bear out, and PyTorch's plain backward. Each op runs in a process of
 here fails.
 
 Unknown: there is no oracle (no forward AD, and central differences do not settle, as at a jump). Raises: the op
-itself does. torch: plain `torch.compile` of the call fails or is wrong as well. Phases with few cases have run for a part
-of the ops only.
+itself does. torch: plain `torch.compile` of the call fails or is wrong as well. Phases with few cases have run for a
+part of the ops only.
 """
 
 
