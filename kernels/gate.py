@@ -127,11 +127,13 @@ def compile_ahead(
 def compile_gluon(head_dim: int, dtype: torch.dtype, blocks: GluonBlocks, flags: Flags) -> tuple[Any, str]:
     """The compiled Gluon kernel, for Hopper, and what ptxas said."""
     q, k, v = (meta_rows(head_dim, dtype) for _ in range(3))
+    dots = _dots(flags, q, k, v)
     with recording(90) as launches:
-        attention_gluon.attention_jvp(q, k, v, *_dots(flags, q, k, v), None, None, EVERYTHING, 1.0, blocks=blocks)
-        if not launches:  # it has no tangent
+        if any(x is not None for x in dots):
+            attention_gluon.attention_jvp(q, k, v, *dots, None, None, EVERYTHING, 1.0, blocks=blocks)
+        else:
             attention_gluon.attention(q, k, v, None, EVERYTHING, 1.0, blocks=blocks)
-    launch = launches[-1]
+    (launch,) = launches
     assert launch.name == "attention_jvp_kernel", launch.name
     return _compile(launch)
 
