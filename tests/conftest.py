@@ -1,4 +1,4 @@
-"""What every test starts from: a hypothesis profile, a seed, two threads; and no graph outlives its file."""
+"""What every test starts from: a hypothesis profile, a seed, its threads; and no graph outlives its file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ settings.register_profile(
 settings.register_profile("fuzz", max_examples=500, deadline=None, suppress_health_check=SLOW_IS_FINE)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # `make test` runs one process a core
 
 # pytest listens to torch's structured trace too, and would print hundreds of its empty lines below every failure.
 logging.getLogger("torch.__trace").addFilter(lambda _record: "TORCH_TRACE" in os.environ)
