@@ -318,3 +318,15 @@ def test_higher_order_ops_say_what_to_do(name: str):
         jvpgraph.jvp(fn, (R(4),), (R(4),), backend="eager")
     if "op_by_op" in remedy:
         check(fn, R(4), backend="op_by_op")
+
+
+@pytest.mark.parametrize("backend", ["op_by_op", "eager"])
+def test_determinants_of_singular_matrices(backend):
+    """PyTorch's formula gives 0 there, as it multiplies by the determinant."""
+    rank_two = torch.randn(3, 3, dtype=torch.float64) @ torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64))
+    nilpotent = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    for a in (rank_two, torch.ones(2, 2, dtype=torch.float64), nilpotent, torch.zeros(3, 3, dtype=torch.float64)):
+        v = torch.randn_like(a)
+        ahead, behind = (torch.linalg.det(a + h * v) for h in (1e-5, -1e-5))
+        got = jvpgraph.jvp(torch.linalg.det, (a,), (v,), backend=backend)[1]
+        torch.testing.assert_close(got, (ahead - behind) / 2e-5, rtol=1e-7, atol=1e-9)
