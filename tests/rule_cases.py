@@ -446,6 +446,13 @@ MATMUL = [
         *(call(R(2, 4), R(2, 2, 3), R(2, 3, 4)), call(R(4), R(2, 2, 3), R(2, 3, 4), beta=2, alpha=0.5)),
     ),
     *row(
+        aten.cholesky_inverse.default,
+        *(call(FACTOR, upper) for upper in (False, True)),
+        call(R(2, 3, 3, low=0.5)),
+        formula=False,  # theirs is wrong, and their backward minds the other triangle
+        reverse=False,
+    ),
+    *row(
         aten.cholesky_solve.default,
         *(call(R(3, 2), FACTOR, upper) for upper in (False, True)),
         call(R(2, 3, 2), R(2, 3, 3, low=0.5)),

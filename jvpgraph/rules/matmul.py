@@ -33,12 +33,22 @@ jvp(aten.convolution.default)(lambda y, x, w, b, *how, b_dot: b_dot.view(-1, *[1
 @jvp(aten.cholesky_solve.default)
 def cholesky_solve(y, b, c, upper, *, b_dot=None, c_dot=None):
     """(L L')^-1 b. What is on the other side of the diagonal does not matter."""
-    half = torch.triu if upper else torch.tril
     if c_dot is not None:
-        factor, factor_dot = half(c), half(c_dot)
-        square = factor.mH @ factor_dot if upper else factor_dot @ factor.mH
-        b_dot = (0 if b_dot is None else b_dot) - (square + square.mH) @ y
+        b_dot = (0 if b_dot is None else b_dot) - _square_dot(c, c_dot, upper) @ y
     return aten.cholesky_solve(b_dot, c, upper)
+
+
+@jvp(aten.cholesky_inverse.default)
+def cholesky_inverse(y, c, upper=False, *, c_dot):
+    """(L L')^-1. PyTorch's formula is right for few L only."""
+    return -(y @ _square_dot(c, c_dot, upper) @ y)
+
+
+def _square_dot(c: torch.Tensor, c_dot: torch.Tensor, upper: bool) -> torch.Tensor:
+    half = torch.triu if upper else torch.tril
+    factor, factor_dot = half(c), half(c_dot)
+    square = factor.mH @ factor_dot if upper else factor_dot @ factor.mH
+    return square + square.mH
 
 
 # Solving and determinants. PyTorch's formulas take the factors that the op returns besides, which have no gradient.
