@@ -63,6 +63,13 @@ def test_differences_are_not_believed_at_kinks_and_jumps():
         assert all(tolerance == 1e-6 for _, tolerance in tangents)  # forward AD's, or none
 
 
+def test_ties_have_a_convention_and_no_derivative():
+    x = torch.zeros(3, dtype=torch.float64)
+    right = truth(torch.median, [x], [torch.tensor([0.0, 1.0, 5.0], dtype=torch.float64)])
+    assert not right.suspicious
+    assert [value.item() for value, _ in right.tangents[0]] == [2.0]  # PyTorch's mean, not the median of the slopes
+
+
 @pytest.mark.parametrize("part", ["value", "tangent", "zero", "gradient"])
 def test_what_is_wrong_is_seen(part: str):
     x = torch.rand(3, 4, dtype=torch.float64)

@@ -145,11 +145,25 @@ def examine(case: Case, phase: Phase) -> Verdict:
             wanted = _wanted_of_tangent(call, tensors, dots)
         with mode:
             verdict = _run(call, inputs, dots, right, wanted, phase)
+            if verdict.what == "raw" and (cause := _raised(call, tensors)):
+                return Verdict("raises", cause)  # of this layout or dtype, which the oracle does not see
+            if verdict == Verdict("wrong", "gradient") and phase.layouts != LAYOUTS[:1]:
+                _, wanted = _with_gradients(call, tuple(x.detach().clone().contiguous() for x in tensors), phase)
+                verdict = _run(call, inputs, dots, right, wanted, phase)  # equal numbers are sorted as they lie
         if verdict.what in ("wrong", "raw") and phase.backend != "op_by_op" and _torch_fails(call, inputs, phase):
             return Verdict("torch", verdict.why)
         if verdict.what != "right":
             return verdict
     return verdict
+
+
+def _raised(call: Call, tensors: Sequence[Tensor]) -> str:
+    """What the plain op raises of these very tensors, or nothing."""
+    try:
+        call.fn(*(x.detach() for x in tensors))
+    except Exception as error:
+        return _first_line(error)
+    return ""
 
 
 def _run(
