@@ -24,7 +24,11 @@ from torch.utils._pytree import tree_leaves
 
 import jvpgraph
 
-pytestmark = pytest.mark.fuzz
+pytestmark = [
+    pytest.mark.fuzz,
+    # The same program is drawn again with other inputs, and replayed while one is made smaller.
+    pytest.mark.filterwarnings("ignore:jvpgraph.jvp compiled the function:RuntimeWarning"),
+]
 
 TOLERANCE = {None: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2}  # relative to the largest entry, by narrowest cast
 REFUSED = (jvpgraph.UnsupportedOp, jvpgraph.CaptureError)
