@@ -17,14 +17,28 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Calls", "Newborn", "Watcher", "frames"]
+__all__ = ["HIGHER_ORDER", "Calls", "Newborn", "Watcher", "frames"]
 
 LOOK_THROUGH = ("torch._tensor", "torch.storage", "torch.overrides", "torch.utils._contextlib")
 IDENTITY = ("_cdata", "nbytes", "size", "_weak_ref", "device", "resizable", "is_shared")
 LEAKY = ("torch.serialization", "torch.multiprocessing", "torch.package")  # of torch, but what they read goes elsewhere
+
+
+def _cond(pred: Any, true_fn: Any, false_fn: Any, operands: Any) -> Any:
+    return (true_fn if pred else false_fn)(*operands)
+
+
+def _while_loop(cond_fn: Any, body_fn: Any, carried: Any, additional: Any) -> Any:
+    while cond_fn(*carried, *additional):
+        carried = body_fn(*carried, *additional)
+    return tuple(carried)
+
+
+HIGHER_ORDER: dict[str, Callable[..., Any]] = {"cond": _cond, "while_loop": _while_loop}
 
 
 class Watcher(Protocol):
@@ -90,6 +104,9 @@ class Calls(TorchFunctionMode):
         handle = _HANDLERS.get(func)
         if handle is not None:
             return handle(self._watcher, func, args, kwargs)
+        if isinstance(func, HigherOrderOperator) and str(func) in HIGHER_ORDER:
+            with self:  # above autograd: what the branches hold gets gradients too
+                return HIGHER_ORDER[str(func)](*args, **kwargs)
         if not isinstance(func, FunctionType):
             return func(*args, **kwargs)
         self.blind += 1

@@ -36,7 +36,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from jvpgraph.autograd_function import functions_watched
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
-from jvpgraph.escapes import Calls, Newborn, frames
+from jvpgraph.escapes import HIGHER_ORDER, Calls, Newborn, frames
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.rules import TABLE, NoRule, tangents_of
 from jvpgraph.rules.apply import Unknown, any_has_tangent, argument_tangent, bind, functional_form, has_tangent
@@ -552,17 +552,6 @@ class OpByOp(TorchDispatchMode):
 NUMBER = "a tensor with a tangent becomes a Python number, which has none: keep it a tensor, or detach it"
 
 
-def _cond(pred: Any, true_fn: Any, false_fn: Any, operands: Any) -> Any:
-    return (true_fn if pred else false_fn)(*operands)
-
-
-def _while_loop(cond_fn: Any, body_fn: Any, carried: Any, additional: Any) -> Any:
-    while cond_fn(*carried, *additional):
-        carried = body_fn(*carried, *additional)
-    return tuple(carried)
-
-
-HIGHER_ORDER: dict[str, Callable[..., Any]] = {"cond": _cond, "while_loop": _while_loop}
 VOUCHED = {"lift_fresh", "lift", "set_"}  # made of Python's numbers or of a storage, whose escapes are refused
 
 

@@ -433,3 +433,28 @@ def test_right_or_refused(name, way):
             continue
         expected = differences(model, x, x_dot)
         assert_close(out_dot.to(expected.dtype), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fn", "times"),
+    [
+        (lambda net, x: torch.cond(x.sum() > -99, lambda a: net(a).sin(), torch.cos, (x,)), 1),
+        (lambda net, x: while_loop(lambda i, _: i < 2, lambda i, a: (i + 1, net(a).sin()), (torch.tensor(0), x))[1], 2),
+    ],
+    ids=["cond", "while_loop"],
+)
+def test_branches_and_what_they_hold_have_gradients(fn, times):
+    torch.manual_seed(0)
+    net, x, x_dot = nn.Linear(4, 4).double(), torch.randn(3, 4).double().requires_grad_(), torch.randn(3, 4).double()
+    y, y_dot = jvpgraph.jvp(lambda a: fn(net, a), (x,), (x_dot,), backend="op_by_op")
+
+    def written_out(a):
+        for _ in range(times):
+            a = net(a).sin()
+        return a
+
+    torch.testing.assert_close((y, y_dot), torch.func.jvp(written_out, (x,), (x_dot,)))
+    wrt = [x, *net.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(y.square().sum(), wrt), torch.autograd.grad(written_out(x).square().sum(), wrt)
+    )
