@@ -181,13 +181,20 @@ def _writes(gm: fx.GraphModule, active: set[fx.Node], stopped: set[fx.Node]) -> 
             if not active.isdisjoint(node.all_input_nodes):
                 stopped.add(node)
             continue
-        if node.args and node.args[0] in stopped and is_in_place(node) and node.target != "requires_grad_":
+        if is_in_place(node) and node.target != "requires_grad_" and not stopped.isdisjoint(_written(node)):
             yield UnsupportedNode(str(node.target), node.name, (), source_line(node), reason)
         for index, body in bodies(gm, node):
             inputs = inputs_of_body(node, index, body, stopped)
             yield from _writes(body, set(), inputs) if inputs else ()
         if _shares_memory(node, stopped.intersection(node.all_input_nodes)):
             stopped.add(node)
+
+
+def _written(node: fx.Node) -> list[Any]:
+    """What an op that writes is given to write to: ``out``, or its first argument; each may be a list."""
+    out = node.kwargs.get("out")
+    first = next(iter((*node.args, *node.kwargs.values())), None)
+    return [x for x in torch.utils._pytree.tree_leaves(first if out is None else out) if isinstance(x, fx.Node)]
 
 
 def _shares_memory(node: fx.Node, others: Iterable[fx.Node]) -> bool:

@@ -16,9 +16,11 @@ likewise.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -250,7 +252,7 @@ def _is_marker(node: fx.Node) -> bool:
 
 def is_in_place(node: fx.Node) -> bool:
     """Whether node writes to its first argument."""
-    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
+    if _asked_for_in_place(node) or node.kwargs.get("out") is not None:
         return True
     if node.op not in ("call_function", "call_method"):
         return False
@@ -262,6 +264,12 @@ def is_in_place(node: fx.Node) -> bool:
         return False  # the underscore is not torch's
     name = getattr(node.target, "__name__", "")
     return node.target in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+
+
+def _asked_for_in_place(node: fx.Node) -> bool:
+    """By ``inplace=True``, or by its place, as in ``F.relu(x, True)``."""
+    names = list(inspect.signature(node.target).parameters) if isinstance(node.target, FunctionType) else []
+    return bool({**dict(zip(names, node.args)), **node.kwargs}.get("inplace"))
 
 
 def _leaves(args: Any) -> list[Any]:

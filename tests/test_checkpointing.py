@@ -302,6 +302,41 @@ def test_writing_through_a_detached_alias_is_refused(kind, backend):
 
 
 @pytest.mark.parametrize("backend", ["op_by_op", "eager"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda y, x: torch.mul(x.detach(), 2, out=y.detach()),
+        lambda y, x: torch.add(x[0].detach(), 1, out=y.detach()[0]),
+        lambda y, x: torch._foreach_mul_([y.detach()], 2.0),
+        lambda y, x: torch._foreach_copy_([torch.empty_like(x), y.detach()], [x.detach(), x.detach()]),
+        lambda y, x: F.relu(y.detach(), True),
+        lambda y, x: F.hardtanh(y.detach(), -1.0, 1.0, True),
+        lambda y, x: F.silu(input=y.detach(), inplace=True),
+    ],
+    ids=["out", "out of a row", "foreach", "foreach copy", "by place", "last by place", "by name"],
+)
+def test_each_way_of_writing_is_seen(write, backend):
+    def fn(x: Tensor) -> Tensor:
+        y = x * 2
+        write(y, x)
+        return y * 3
+
+    with pytest.raises(jvpgraph.UnsupportedOp, match="through a detached alias"):
+        check(fn, "none", backend)
+
+
+@pytest.mark.parametrize("backend", ["op_by_op", "eager"])
+def test_a_detached_alias_may_be_read_into_another(backend):
+    def fn(x: Tensor) -> Tensor:
+        a = torch.mul(x.detach(), 2, out=torch.empty_like(x))
+        b = torch.empty_like(x)
+        torch._foreach_copy_([b], [x.detach()])
+        return x * a + b
+
+    check(fn, "none", backend)
+
+
+@pytest.mark.parametrize("backend", ["op_by_op", "eager"])
 def test_a_detached_copy_and_a_detached_constant_may_be_written(backend):
     def fn(x: Tensor) -> Tensor:
         copy, mean = x.detach().clone(), torch.zeros(4, dtype=x.dtype)
