@@ -20,6 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +144,20 @@ def _capture(regions: Regions) -> dict[str, Any]:
     return {"capture": "regions" if groups else "op by op", "cause": regions.reason[:300], "regions": count}
 
 
-def examine_class(case: Case, out: Path) -> None:
-    """The runs of a class that are not there yet, each written when it is done."""
+def examine_class(case: Case, out: Path, count: int = len(RUNS)) -> None:
+    """Those of the first ``count`` runs of a class that are not there yet, each written when it is done."""
     runs, checkpointing = runs_of(out, case.name), has_checkpointing(case)
-    for dtype, dynamic in RUNS[len(runs) :]:
-        runs.append(examine(case, dtype, dynamic, checkpointing and dynamic is True))
+    for dtype, dynamic in RUNS[len(runs) : count]:
+        run = examine(case, dtype, dynamic, checkpointing and dynamic is True)
+        runs.append(run | {"layers": case.config.get("num_layers")})
         print(f"  {line(case.name, runs[-1])}", flush=True)
         write(out, case.name, runs)
+
+
+def shallow(case: Case, layers: int | None) -> Case:
+    """The case with so many layers, where its class calls them ``num_layers``."""
+    given = layers is not None and "num_layers" in case.config
+    return replace(case, config=case.config | {"num_layers": layers}) if given else case
 
 
 def runs_of(out: Path, name: str) -> list[dict[str, Any]]:
@@ -177,20 +185,22 @@ def shard(names: list[str], part: str) -> list[str]:
     return names[i::n]
 
 
-def sweep(names: list[str], out: Path, minutes: float) -> list[str]:
-    """Run what is not there yet; the names for which there was no time."""
+def sweep(
+    names: list[str], out: Path, minutes: float, count: int = len(RUNS), options: Sequence[str] = ()
+) -> list[str]:
+    """Do those of the first ``count`` runs that are not there yet; the names for which there was no time."""
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
     for i, name in enumerate(names):
-        while len(runs_of(out, name)) < len(RUNS):
+        while len(runs_of(out, name)) < count:
             print(name, flush=True)
-            command = [sys.executable, "-m", "tests.zoo.sweep", "--one", name, "--out", str(out)]
+            command = [sys.executable, "-m", "tests.zoo.sweep", "--one", name, "--out", str(out), *options]
             try:
                 code = subprocess.run(command, timeout=max(end - time.monotonic(), 0), check=False).returncode
             except subprocess.TimeoutExpired:
                 return names[i:]
             after = runs_of(out, name)
-            if len(after) < len(RUNS):  # the process died in the run that follows
+            if len(after) < count:  # the process died in the run that follows
                 dtype, dynamic = RUNS[len(after)]
                 died = {"dtype": dtype, "dynamic": dynamic, "checkpointing": False, "errors": {}, "seconds": 0}
                 write(out, name, [*after, died | {"status": "failed", "cause": f"its process ended with {code}"}])
@@ -217,6 +227,8 @@ def section(results: list[dict[str, Any]]) -> str:
         "Errors are the largest of all calls, of value / tangent / gradients of parameters / gradients of inputs,",
         "against the model in float64.",
         "",
+        *coverage(results),
+        "",
         "| model | default | float32 | bfloat16 | checkpointing |",
         "|---|---|---|---|---|",
     ]
@@ -234,6 +246,22 @@ def section(results: list[dict[str, Any]]) -> str:
     summary = f"{count} of {len(results)} right as one graph in all runs, {sum(map(bad, results))} wrong or failed"
     causes = ["", 'Not one graph, and why; with `regions="auto"` the regions:', "", *notes] if notes else []
     return "\n".join([*head, *rows, "", summary, *causes]) + "\n"
+
+
+def coverage(results: list[dict[str, Any]]) -> list[str]:
+    """Which of the runs have been done for how many of the classes."""
+    counts = []
+    for i, (dtype, dynamic) in enumerate(RUNS):
+        done = sum(len(result["runs"]) > i for result in results)
+        counts.append(f"{dtype} {'with' if dynamic else 'without'} `dynamic=True` {done}")
+    layers = [r["name"] for r in results if any(_fewer(r["name"], run) for run in r["runs"])]
+    told = [f"With fewer layers than in float64: {', '.join(layers)}."] if layers else []
+    return [f"So far {len(results)} of {len(CASES)} classes: {', '.join(counts)}.", *told]
+
+
+def _fewer(name: str, run: dict[str, Any]) -> bool:
+    config = CASES[name].config if name in CASES else {}
+    return "layers" in run and run["layers"] != config.get("num_layers")
 
 
 def _verdict(run: dict[str, Any]) -> str:
@@ -262,6 +290,8 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th class from the i-th on, i from 0")
     parser.add_argument("--out", type=Path, default=Path("out/zoo"), help="folder of the JSON files")
     parser.add_argument("--minutes", type=float, default=20, help="stop after this long, to go on when called again")
+    parser.add_argument("--runs", type=int, default=len(RUNS), help="only so many of the runs of each class")
+    parser.add_argument("--layers", type=int, help="so many layers, where a class calls them num_layers")
     parser.add_argument("--again", action="store_true", help="do again what is there")
     parser.add_argument("--table", type=Path, help="write what is there into this file as Markdown, and run nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -274,7 +304,7 @@ def main() -> None:
         for quiet in QUIET:
             action, message, category = quiet.split(":")
             warnings.filterwarnings(action, message, getattr(builtins, category))
-        examine_class(CASES[options.one], options.out)
+        examine_class(shallow(CASES[options.one], options.layers), options.out, options.runs)
         return
     unknown = set(options.names) - set(CASES)
     if unknown:
@@ -283,7 +313,8 @@ def main() -> None:
     if options.again:
         for name in names:
             (options.out / f"{name}.json").unlink(missing_ok=True)
-    left = sweep(names, options.out, options.minutes)
+    passed_on = ["--runs", str(options.runs), *(["--layers", str(options.layers)] if options.layers else [])]
+    left = sweep(names, options.out, options.minutes, options.runs, passed_on)
     done = [result for result in read(options.out) if result["name"] in names]
     wrong = [result["name"] for result in done if bad(result)]
     print(f"{len(done)} of {len(names)} classes done, {len(wrong)} wrong or failed: {', '.join(wrong)}")
