@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 OUT    ?= out
 # Figures of a GPU are kept beside the others.
 GPU_OUT ?= benchmarks/results
-# How many processes run the tests, a file each at a time; a process takes a core, and a GB or two of memory.
+# How many processes run the tests; a process takes a core, and a GB or two of memory.
 JOBS   ?= 2
 # Which part of a long sweep to run: i/n with i from 0; and after how many minutes `make zoo` stops, to go on when called again.
 SHARD ?= 0/1
@@ -37,7 +37,7 @@ demo: $(READY)  ## distil a diffusion transformer on handwritten digits: out/dem
 	$(BIN)/python -m jvpgraph.trainer.demo --out $(OUT)/demo
 
 test: $(READY)  ## all tests but the long sweeps, in JOBS processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=15 -m "not matrix" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=15 -m "not matrix" tests
 
 test-dist: $(READY)  ## every combination of parallelism on real process groups, with a table of errors
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=15 tests/distributed
