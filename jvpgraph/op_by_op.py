@@ -14,7 +14,7 @@ so still when it is read, or something that is no op wrote there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -77,6 +77,17 @@ OVERWRITES |= {"scatter_", "index_copy_", "index_fill_", "masked_fill_", "masked
 
 # Storages that were there before the call in which they were met first: parameters, buffers, constants.
 _constants: dict[StorageWeakRef, None] = {}
+
+
+def _lazy_bits() -> AbstractContextManager[Any]:
+    """Conjugation and negation are resolved in here, too.
+
+    PyTorch excludes both inside of a mode: an op that calls others on x.mH, as pinv does, would take it for x.mT.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative):
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 class OpByOp(TorchDispatchMode):
@@ -329,7 +340,7 @@ class OpByOp(TorchDispatchMode):
         if types and self._left_to_wrappers(func, args, kwargs):
             return NotImplemented
         if isinstance(func, OpOverload):
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), _lazy_bits():
                 return self._dispatch(func, args, kwargs)
         if str(func) in HIGHER_ORDER:
             with self._again():

@@ -317,6 +317,12 @@ def test_a_compiled_part_is_seen_or_run_as_it_is():
     assert_close(call(lambda x: part(x) + x, "op_by_op", x, x_dot)[1], x_dot * (2 * x.cos() + 1))
 
 
+def test_ops_that_conjugate_inside_have_their_own_value():
+    x, v = torch.randn(2, 4, 4, dtype=torch.complex128)
+    out, out_dot = jvpgraph.jvp(torch.pinverse, (x,), (v,), backend="op_by_op")
+    assert_close((out, out_dot), torch.func.jvp(torch.pinverse, (x,), (v,)))
+
+
 def test_what_is_older_than_the_call_is_a_constant():
     x, x_dot = inputs()
     with _disable_current_modes():
