@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.opinfo.database import OPS
 from tests.opinfo.phases import PHASES, VERDICTS
 
 __all__ = ["FAILURES", "TABLE", "known", "write_table"]
@@ -24,8 +25,8 @@ differences bear out, and PyTorch's plain backward. Each op runs in a process of
 here fails.
 
 Unknown: there is no oracle (no forward AD, and central differences do not settle, as at a jump). Raises: the op
-itself does. torch: plain `torch.compile` of the call fails or is wrong as well. Phases with few cases have run for a
-part of the ops only.
+itself does. torch: plain `torch.compile` of the call fails or is wrong as well. Numbers are complete where all ops are
+in; of the other phases this many ops have run, spread over the database, and what their other ops refuse is not listed.
 """
 
 
@@ -48,14 +49,16 @@ def write_table(records: Sequence[dict[str, Any]], path: Path = TABLE) -> int:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
         counts[record["phase"]].update(record["counts"])
+    ran = Counter(record["phase"] for record in records)
     order = ("right", "refused", *FAILURES, "torch", "unknown", "raises")
     assert set(order) == set(VERDICTS)
-    lines = [HEAD.format(ops=len({r["op"] for r in records}))]
-    lines += [f"| phase | {' | '.join(order)} |", f"|---|{'---|' * len(order)}"]
+    lines = [HEAD.format(ops=len(OPS))]
+    lines += [f"| phase | ops | {' | '.join(order)} |", f"|---|---|{'---|' * len(order)}"]
     for phase in (name for name in PHASES if name in counts):
-        lines.append(f"| {phase} | {' | '.join(str(counts[phase][v]) for v in order)} |")
+        share = "all" if ran[phase] >= len(OPS) else ran[phase]
+        lines.append(f"| {phase} | {share} | {' | '.join(str(counts[phase][v]) for v in order)} |")
     total: Counter[str] = sum(counts.values(), Counter())
-    lines.append(f"| all | {' | '.join(str(total[v]) for v in order)} |")
+    lines.append(f"| all | | {' | '.join(str(total[v]) for v in order)} |")
     for verdict, title in LISTED.items():
         lines += ["", f"## {title}", "", "| why | phases | ops |", "|---|---|---|", *_rows(records, verdict)]
     failures = _rows(records, *FAILURES)
