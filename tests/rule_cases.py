@@ -435,7 +435,7 @@ MATMUL = [
         call(R(3, 3), R(2, 3), left=False),
         aside=(1,),
     ),
-    *row(aten._linalg_det.default, call(R(3, 3)), call(R(2, 3, 3)), call(C(3, 3)), aside=(1,)),
+    *row(aten._linalg_det.default, call(R(3, 3)), call(R(2, 3, 3)), call(C(3, 3)), call(R(2, 0, 0)), aside=(1,)),
     *row(aten._linalg_slogdet.default, call(R(3, 3)), call(C(3, 3)), aside=(2,)),
     *row(aten.mv.default, call(R(2, 3), R(3))),
     *row(aten.dot.default, call(R(3), R(3))),

@@ -77,6 +77,8 @@ def _trace_of_quotient(a: torch.Tensor, a_dot: torch.Tensor) -> torch.Tensor:
 @jvp(aten._linalg_det.default)
 def det(outs, a, *, a_dot):
     """d det(a) = det(a) tr(a^-1 da) = tr(adj(a) da), which is continuous: of a singular a that of its neighbour."""
+    if a.shape[-1] == 0:
+        return torch.zeros_like(outs[0]), FACTORS, None
     size = a.detach().abs().amax((-2, -1), keepdim=True)
     step = torch.where(size == 0, 1, size) * torch.finfo(a.dtype).eps
     identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
