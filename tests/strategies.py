@@ -493,7 +493,7 @@ BLOCKS = (
     "{y} = F.scaled_dot_product_attention(q, q.sin(), q, attn_mask=m, scale=0.3)",
     "{y} = {a}.clone()\nv = {y}[..., :1]\nv.mul_(2)\nv += {y}[..., -1:]",
     "{y} = {a}.clone()\nfor i in range({y}.shape[{d}]):\n    {y}.select({d}, i).sin_()",
-    "{y} = torch.empty_like({a})\ntorch.mul({a}, 2, out={y})",
+    "with torch.no_grad():\n    {y} = torch.empty_like({a})\n    torch.mul({a}, 2, out={y})",
     "{y} = torch.zeros_like({a})\n{y}.add_({a}).mul_({b})",
     "p, q = torch.var_mean({a}, {d}, correction=0, keepdim=True)\n{y} = ({a} - q) * torch.rsqrt(p + 0.1)",
     "p, q = torch.cat([{a}, {a}.cos()], {d}).chunk(2, {d})\n{y} = p * q",

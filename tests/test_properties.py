@@ -20,6 +20,7 @@ from strategies import Block, DiTCase, Graph, dit_like_modules, normal, op_graph
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import jvpgraph
@@ -93,13 +94,22 @@ def gradients(outs: Sequence[Tensor], wrt: Sequence[Tensor]) -> list[Tensor | No
     return list(torch.autograd.grad(sum(weighted), wrt, allow_unused=True))
 
 
+class CopiedOut(TorchFunctionMode):
+    """Forward AD has no ``out=``: the result is copied there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        out = kwargs.pop("out", None)
+        return func(*args, **kwargs) if out is None else out.copy_(func(*args, **kwargs))
+
+
 def expected(
     fn: Callable[..., Any], inputs: Sequence[Tensor], dots: Sequence[Tensor | None], wrt: Sequence[Tensor]
 ) -> Results:
     """PyTorch's forward mode and its backward, with the attention that has both in float64."""
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".torch.jit.script", DeprecationWarning)  # in torch's own formulas
-        with torch.no_grad(), forward_ad.dual_level():
+        with torch.no_grad(), forward_ad.dual_level(), CopiedOut():
             # Dense, as PyTorch cannot give an expanded tensor a tangent.
             dense = [x.detach().contiguous() for x in inputs]
             duals = [x if d is None else forward_ad.make_dual(x, d) for x, d in zip(dense, dots)]
