@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch._refs
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
@@ -181,7 +182,8 @@ def _writes(gm: fx.GraphModule, active: set[fx.Node], stopped: set[fx.Node]) -> 
             if not active.isdisjoint(node.all_input_nodes):
                 stopped.add(node)
             continue
-        if is_in_place(node) and node.target != "requires_grad_" and not stopped.isdisjoint(_written(node)):
+        writes = is_in_place(node) and node.target != "requires_grad_"
+        if (writes or _renormalises(node)) and not stopped.isdisjoint(_written(node)):
             yield UnsupportedNode(str(node.target), node.name, (), source_line(node), reason)
         for index, body in bodies(gm, node):
             inputs = inputs_of_body(node, index, body, stopped)
@@ -192,9 +194,17 @@ def _writes(gm: fx.GraphModule, active: set[fx.Node], stopped: set[fx.Node]) -> 
 
 def _written(node: fx.Node) -> list[Any]:
     """What an op that writes is given to write to: ``out``, or its first argument; each may be a list."""
+    if _renormalises(node):
+        return [node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)]
     out = node.kwargs.get("out")
     first = next(iter((*node.args, *node.kwargs.values())), None)
     return [x for x in torch.utils._pytree.tree_leaves(first if out is None else out) if isinstance(x, fx.Node)]
+
+
+def _renormalises(node: fx.Node) -> bool:
+    """Whether node is a lookup that first shortens the rows of its table, in place."""
+    given = node.kwargs.get("max_norm", node.args[3] if len(node.args) > 3 else None)
+    return node.target in (F.embedding, F.embedding_bag) and given is not None
 
 
 def _shares_memory(node: fx.Node, others: Iterable[fx.Node]) -> bool:

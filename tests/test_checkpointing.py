@@ -312,8 +312,10 @@ def test_writing_through_a_detached_alias_is_refused(kind, backend):
         lambda y, x: F.relu(y.detach(), True),
         lambda y, x: F.hardtanh(y.detach(), -1.0, 1.0, True),
         lambda y, x: F.silu(input=y.detach(), inplace=True),
+        lambda y, x: F.embedding(torch.tensor([0]), y.detach().view(1, -1), None, 0.1),
+        lambda y, x: F.embedding_bag(torch.tensor([[0]]), y.detach().view(1, -1), max_norm=0.1),
     ],
-    ids=["out", "out of a row", "foreach", "foreach copy", "by place", "last by place", "by name"],
+    ids=["out", "out of a row", "foreach", "foreach copy", "by place", "last by place", "by name", "table", "bag"],
 )
 def test_each_way_of_writing_is_seen(write, backend):
     def fn(x: Tensor) -> Tensor:
