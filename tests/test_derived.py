@@ -277,7 +277,7 @@ def test_what_a_formula_raises_is_told_with_the_line(backend: str, monkeypatch: 
         raise RuntimeError("it INTERNAL ASSERT FAILED\nmore")
 
     monkeypatch.setattr("jvpgraph.rules.derived._forward_ad", broken)
-    with pytest.raises(UnsupportedOp, match=r"test_derived.py:\d+ in fails_inside .*RuntimeError: it INTERNAL"):
+    with pytest.raises(UnsupportedOp, match=r"test_derived.py:\d+ in fails_inside .*it INTERNAL"):
         jvpgraph.jvp(fails_inside, (R(4),), (R(4),), backend=backend)
 
 
