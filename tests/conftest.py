@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from jvpgraph import functions
+
 # A random model is drawn and compiled within one example: it may take long without anything being wrong.
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(
@@ -36,6 +38,12 @@ atexit.register(_last_words_unsaid)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_how_often_lines_were_compiled() -> None:
+    """The parameters of a test share its lines."""
+    functions._graphs_of.clear()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import linecache
 import math
 import re
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -568,7 +569,11 @@ def _step(draw: st.DrawFn, values: dict[str, Tensor], kind: tuple[str, ...]) -> 
         lines = [f"{y} = {a}.clone()", line]
     namespace: dict[str, Any] = {"torch": torch, "F": F, "math": math, **values}
     try:
-        exec("\n".join(lines), namespace)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # given once in a process: as errors, drawing would depend on it
+            exec("\n".join(lines), namespace)
     except (RuntimeError, IndexError, TypeError, ValueError):  # the shape does not suit the op
         return [], y, None
     out = namespace[y]
