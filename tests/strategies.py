@@ -570,9 +570,7 @@ def _step(draw: st.DrawFn, values: dict[str, Tensor], kind: tuple[str, ...]) -> 
     namespace: dict[str, Any] = {"torch": torch, "F": F, "math": math, **values}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # given once in a process: as errors, drawing would depend on it
+            warnings.simplefilter("ignore")  # given once in a process: as errors, drawing would depend on it
             exec("\n".join(lines), namespace)
     except (RuntimeError, IndexError, TypeError, ValueError):  # the shape does not suit the op
         return [], y, None

@@ -91,6 +91,7 @@ def test_what_becomes_a_tensor_again_is_right(backend, dtype):
     assert_close(g, g0, **near)
 
 
+@pytest.mark.filterwarnings("ignore:jvpgraph.jvp compiled the function:RuntimeWarning")  # for each use anew
 @pytest.mark.parametrize(
     ("backend", "uses"), [("op_by_op", USES | WITHOUT_GRADIENTS), ("eager", USES | WITHOUT_GRADIENTS)]
 )
