@@ -70,6 +70,12 @@ def test_ties_have_a_convention_and_no_derivative():
     assert [value.item() for value, _ in right.tangents[0]] == [2.0]  # PyTorch's mean, not the median of the slopes
 
 
+def test_at_a_kink_either_convention_of_pytorchs_will_do():
+    x, low = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), torch.tensor([2, 2, 2])
+    right = truth(lambda x: torch.clamp(x, low), [x], [torch.ones_like(x)])  # forward AD holds the bound back
+    assert [value.tolist() for value, _ in right.tangents[0]] == [[0.0, 0.0, 1.0], [0.0, 1.0, 1.0]]
+
+
 @pytest.mark.parametrize("part", ["value", "tangent", "zero", "gradient"])
 def test_what_is_wrong_is_seen(part: str):
     x = torch.rand(3, 4, dtype=torch.float64)

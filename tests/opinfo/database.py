@@ -141,7 +141,8 @@ def _call(op: OpInfo, sample: Any, callee: Any, form: str) -> Call | None:
         into = "o" if isinstance(results, Tensor) else ", ".join(f"o[{i}]" for i in range(len(outs)))
         made = made if isinstance(results, Tensor) else f"[{made}]"
         into = into if isinstance(results, Tensor) else f"({into},)"
-        body = [f"o = {made}", f"wrapper(lambda *a, **k: op(*a, **k, out={into}), {first}{rest})", "return o"]
+        body = [f"o = {made}", f"wrapper(lambda *a, **k: op(*a, **k, out={into}), {first}{rest})"]
+        body += [f"return after({'o' if isinstance(results, Tensor) else 'tuple(o)'})"]
     else:
         body = [f"return after(wrapper(op, {first}{rest}))"]
     parameters = ", ".join(f"t{i}" for i in range(len(source.tensors)))

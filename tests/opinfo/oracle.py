@@ -53,6 +53,7 @@ def truth(fn: Callable[..., Any], tensors: Sequence[Tensor], dots: Dots) -> Trut
         outs = _seeded(fn, tensors)
         values = [wide(y) for y in outs]
     analytic = forward_ad_of(fn, tensors, dots)
+    pulled = _by_backward(fn, tensors, dots)
     coarse, fine = (_differences(fn, tensors, dots, step, values) for step in (STEP, STEP / 2))
 
     def additive(i: int, seed: int) -> bool:
@@ -78,6 +79,8 @@ def truth(fn: Callable[..., Any], tensors: Sequence[Tensor], dots: Dots) -> Trut
                 candidates.append((a, 1e-6))
                 if known:  # PyTorch's formula may be the less exact of the two
                     candidates.append((f, 1e-6))
+                elif f is not None and pulled is not None and pulled[i].shape == a.shape:  # a kink may have either's
+                    candidates.append((torch.where(f.isfinite(), a, pulled[i]), 1e-6))
         elif known and a is not None and bool(a.any()) and not all(additive(i, seed) for seed in range(4)):
             candidates.append((a, 1e-6))  # a tie, as in a median: there is a convention, no derivative
         elif known:
@@ -104,6 +107,25 @@ def forward_ad_of(fn: Callable[..., Any], tensors: Sequence[Tensor], dots: Dots)
             found = [torch.zeros_like(y.primal) if y.tangent is None else y.tangent.clone() for y in pairs]
             return [wide(x) for x in found]
     except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _by_backward(fn: Callable[..., Any], tensors: Sequence[Tensor], dots: Dots) -> list[Tensor] | None:
+    """Tangents of the outputs by the backward of the backward; None where PyTorch has none."""
+    try:
+        inputs = [x if d is None else x.clone().requires_grad_() for x, d in zip(tensors, dots)]
+        outs = _seeded(fn, inputs)
+        weights = [torch.zeros_like(y, requires_grad=True) for y in outs]
+        active = [(x, d) for x, d in zip(inputs, dots) if d is not None]
+        recorded = [(y, w) for y, w in zip(outs, weights) if y.requires_grad]
+        pulled = torch.autograd.grad(
+            *([y for y, _ in recorded], [x for x, _ in active], [w for _, w in recorded]),
+            create_graph=True,
+            materialize_grads=True,
+        )
+        found = torch.autograd.grad(pulled, weights, [d for _, d in active], materialize_grads=True)
+        return [wide(x) for x in found]
+    except (NotImplementedError, RuntimeError, ValueError):
         return None
 
 
