@@ -297,7 +297,7 @@ REDUCE = [
     *row(aten.logsumexp.default, call(R(3, 4), [0]), call(R(3, 4, 2), [0, -1]), call(R(3, 4, 2), [1], True)),
     *row(
         aten.logcumsumexp.default,
-        *(call(R(3, 4), 0), call(R(3, 4), -1), call(R(), 0), kink(V([-30.0, 0.0, 30.0]), 0)),
+        *(call(R(3, 4), 0), call(R(3, 4), -1), call(R(), 0), kink(V([-30.0, 0.0, 30.0]), 0), call(C(3, 4), 1)),
         formula=False,
     ),
     *rows(

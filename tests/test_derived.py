@@ -257,11 +257,15 @@ def test_own_rules_are_right(name: str, backend: str):
     check(fn, *primals, backend=backend)
 
 
-def test_logcumsumexp_far_below_the_largest():
-    x = torch.tensor([-50.0, 0.0, 50.0], dtype=torch.float64)
-    for backend in ("eager", "op_by_op"):
-        _, y_dot = jvpgraph.jvp(lambda x: torch.logcumsumexp(x, 0), (x,), (torch.ones_like(x),), backend=backend)
-        torch.testing.assert_close(y_dot, torch.ones_like(x))
+@pytest.mark.parametrize("backend", ["eager", "op_by_op"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.bfloat16])
+@pytest.mark.parametrize("values", [[-50.0, 0.0, 50.0], [1e4, 1e4, 1e4]])
+def test_weights_of_a_logsumexp_add_up_to_one(values: list[float], dtype: torch.dtype, backend: str):
+    """Also where the largest is out of reach of the others, or its exponential of any number."""
+    x = torch.tensor(values, dtype=dtype)
+    for fn in (lambda x: torch.logcumsumexp(x, 0), lambda x: torch.logsumexp(x, 0, keepdim=True)):
+        y, y_dot = jvpgraph.jvp(fn, (x,), (torch.ones_like(x),), backend=backend)
+        torch.testing.assert_close(y_dot, torch.ones_like(y), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
 
 
 # ------------------------------------------------------------------------------------------- never a raw error

@@ -25,6 +25,11 @@ def in_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def unrounded(y: Tensor, x: Tensor, op: Any, *args: Any) -> Tensor:
+    """``y = op(x)``, computed again where it is of a lower precision: in an exponent half's rounding is a factor."""
+    return y if y.dtype == x.dtype else op(x, *args)
+
+
 def kept(y: Tensor, x: Tensor, dim: Any, keepdim: bool) -> Tensor:
     """A reduction ``y`` of ``x`` over ``dim`` (none: all), with its reduced dims as size 1."""
     for d in [] if keepdim or not x.dim() else sorted(d % x.dim() for d in dim or range(x.dim())):
@@ -50,23 +55,26 @@ def log_softmax(y, x, dim, _, *, x_dot):
 @jvp(aten.logsumexp.default)
 def logsumexp(y, x, dim, keepdim, *, x_dot):
     """y_dot = sum(p * x_dot)."""
-    p = (in_float32(x) - kept(y, x, dim, keepdim)).exp()
+    x = in_float32(x)
+    y = unrounded(y, x, aten.logsumexp.default, dim, keepdim)
+    p = (x - kept(y, x, dim, keepdim)).exp()
     return (p * x_dot).sum(dim, keepdim)
 
 
-@jvp(aten.logcumsumexp.default, when=real)
+@jvp(aten.logcumsumexp.default)
 def logcumsumexp(y, x, dim, *, x_dot):
-    """y_dot = sum over j <= i of exp(x_j - y_i) * x_dot_j, for tangents moved to where all are positive.
+    """y_dot = sum over j <= i of exp(x_j - y_i) * x_dot_j, for tangents moved to where their real parts are positive.
 
     The weights add up to 1, so what was added to all tangents is in y_dot as it is. PyTorch's own formula divides by
     exp(max x), which leaves nothing of what is far below.
     """
     if x.dim() == 0:
         return x_dot
-    x, y, x_dot = in_float32(x), in_float32(y), in_float32(x_dot)
+    x, x_dot = in_float32(x), in_float32(x_dot)
+    y = unrounded(y, x, aten.logcumsumexp.default, dim)
     largest = x_dot.abs().amax(dim, keepdim=True)
     shift = torch.where(largest == 0, 1, 2 * largest)
-    begun = y > -math.inf  # nothing but exp(-inf) up to here
+    begun = y.real > -math.inf  # nothing but exp(-inf) up to here
     moved = (x + (x_dot + shift).log()).logcumsumexp(dim) - torch.where(begun, y, 0)
     return torch.where(begun, moved.exp() - shift, 0)
 
