@@ -27,8 +27,13 @@ from jvpgraph.trace import Recorder, value_of
 BACKEND = importlib.import_module("jvpgraph.backend")  # the package has a function of that name
 __all__ = ["odd", "perturb_layouts", "perturbed"]
 
-# ATen's attention takes layouts for granted that Inductor warrants it by constraints of its own.
-LEFT_ALONE = ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention")
+# Kernels of ATen that take layouts for granted without looking. Whoever calls them sees to it: Inductor of attention by
+# constraints of its own, autograd's formulas of norms, whose statistics are contiguous as the forward made them and
+# whose other operands are made so by ops in the graph. Inductor takes norms apart.
+LEFT_ALONE = (
+    *("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
+    *("aten::native_layer_norm_backward", "aten::native_group_norm", "aten::_weight_norm_interface_backward"),
+)
 
 
 def odd(x: Tensor, kind: int) -> Tensor:

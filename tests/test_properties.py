@@ -244,9 +244,6 @@ def test_transformer_in_regions(case: DiTCase, regions: Any):
     check_module(case, "eager", regions=regions)
 
 
-@pytest.mark.xfail(
-    reason="open: behind a patch convolution, other strides change the gradient of its weight", strict=False
-)
 @examples(in_ci=2, in_fuzz=100)
 @given(case=dit_like_modules())
 def test_transformer_with_other_layouts(case: DiTCase):
