@@ -294,7 +294,7 @@ class _Dual:
 
     def _compiled(self, *inputs: Any) -> tuple[Any, list[Tensor]]:
         """The graph, captured anew when something changed that Dynamo does not look at."""
-        key = unguarded(self._modules(inputs[0]))
+        key = unguarded([self._call] if isinstance(self._call, nn.Module) else held_by(inputs[0][0].fn))
         return self._variants.get(key, self._compile)(*inputs)
 
     def _compile(self) -> Callable[..., Any]:

@@ -264,7 +264,7 @@ class Regions:
         """``compiled``, unless something that is not an argument brings a tangent along, which would be lost."""
         placeholders = gm.graph.find_nodes(op="placeholder")
         known = {n for marker in gm.graph.find_nodes(op="call_function", target=MAKE_DUAL) for n in marker.args}
-        others = [i for i, node in enumerate(placeholders) if node not in known]
+        others = [i for i, node in enumerate(placeholders) if node not in known and not _is_number(node)]
 
         def checked(*inputs: Any) -> Any:
             for i in others:
@@ -486,6 +486,12 @@ def _refuse_writes(gm: fx.GraphModule) -> None:
     written += [marker.args[0] for marker in markers if _version(marker.meta["example_value"])]
     if written:
         raise CaptureError(f"it writes to {written[0].name} in place, which the code around it may see")
+
+
+def _is_number(placeholder: fx.Node) -> bool:
+    """Whether a Python number is given, of which Dynamo makes a tensor."""
+    given = placeholder.meta.get("grapharg")
+    return given is not None and not given.is_tensor
 
 
 def _version(x: Any) -> int:

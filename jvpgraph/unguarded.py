@@ -1,7 +1,8 @@
 """What decides how modules run and no guard of Dynamo's looks at.
 
 Dynamo guards the modules of a graph, their attributes and, where it is told to, their hooks. It takes for granted that
-classes keep their methods and that the hooks of all modules stay what they are.
+classes keep their methods, those of modules and of what modules hold (diffusers' attention processors), and that the
+hooks of all modules stay what they are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torchs
 
@@ -18,27 +20,54 @@ __all__ = ["held_by", "modules_of", "unguarded"]
 
 METHODS = (types.FunctionType, property, classmethod, staticmethod, functools.partialmethod)
 GLOBAL_HOOKS = tuple(f"_global_{kind}_hooks" for kind in ("forward_pre", "forward", "backward_pre", "backward"))
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+SIMPLE = frozenset(
+    {type(None), bool, int, float, str, types.FunctionType, Tensor, nn.Parameter, torch.dtype, torch.device}
+)
+MOST = 64  # of what a container holds: a vocabulary is none of processors
+DEPTH = 2  # of plain objects in plain objects: a module may hold its trainer, and that the whole program
 OBSERVERS = "torch.utils.module_tracker"  # its hooks change nothing: FlopCounterMode brings them
 
 
-def unguarded(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
-    """Equal, and of equal hash, as long as the classes inside ``modules`` keep their methods and there are no other
-    global hooks. Some tenths of a millisecond for a thousand modules."""
-    bases = {base: None for cls in _classes(modules) for base in cls.__mro__ if base not in (nn.Module, object)}
-    methods = tuple(value for base in bases for value in vars(base).values() if isinstance(value, METHODS))
+def unguarded(called: Iterable[Any]) -> tuple[Any, ...]:
+    """Equal, and of equal hash, as long as the classes of ``called`` and of what is inside keep their methods, and no
+    other global hooks come. Some milliseconds for a thousand modules."""
+    classes = _classes([(value, 1) for value in called])
+    bases = {base for cls in classes for base in cls.__mro__ if base not in (nn.Module, object)}
+    methods = frozenset(
+        (base, name, value, getattr(value, "__code__", None))
+        for base in bases
+        for name, value in vars(base).items()
+        if isinstance(value, METHODS)
+    )
     return methods, tuple(_global_hooks())
 
 
-def _classes(modules: Iterable[nn.Module]) -> dict[type, None]:
-    classes: dict[type, None] = {}
-    waiting: list[nn.Module | None] = [*modules]
+def _classes(waiting: list[tuple[Any, int]]) -> set[type]:
+    """The classes of modules, of the modules in them and of the plain objects that these hold, and those hold."""
+    classes: set[type] = set()
     seen: set[int] = set()
     while waiting:
-        module = waiting.pop()
-        if module is not None and id(module) not in seen:
-            seen.add(id(module))
-            classes[type(module)] = None
-            waiting += module._modules.values()
+        value, depth = waiting.pop()
+        kind = type(value)
+        if kind in SIMPLE or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            classes.add(kind)
+            waiting += [(module, 1) for module in value._modules.values()]
+            attributes = vars(value)
+            names = attributes.keys() - OF_EVERY_MODULE
+            waiting += [(held, 1) for name in names if type(held := attributes[name]) not in SIMPLE]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += [(held, depth) for held in value] if len(value) <= MOST else []
+        elif isinstance(value, dict):
+            waiting += [(held, depth) for held in value.values()] if len(value) <= MOST else []
+        elif isinstance(value, types.MethodType):
+            waiting.append((value.__self__, depth))
+        elif depth <= DEPTH and not isinstance(value, (type, types.ModuleType, Tensor)):
+            classes.add(kind)
+            waiting += [(held, depth + 1) for held in getattr(value, "__dict__", {}).values()]
     return classes
 
 
@@ -54,9 +83,9 @@ def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:
     return [value for value in held_by(fn) if isinstance(value, nn.Module)]
 
 
-def held_by(fn: Callable[..., Any]) -> list[nn.Module | Tensor]:
-    """The modules and tensors that a function holds, in containers and other functions too."""
-    found: list[nn.Module | Tensor] = []
+def held_by(fn: Callable[..., Any]) -> list[Any]:
+    """The modules, tensors and plain objects that a function holds, in containers and other functions too."""
+    found: list[Any] = []
     waiting: list[Any] = [fn]
     seen: set[int] = set()
     while waiting:
@@ -76,8 +105,9 @@ def held_by(fn: Callable[..., Any]) -> list[nn.Module | Tensor]:
             waiting += value
         elif isinstance(value, dict):
             waiting += value.values()
-        elif value is fn:
-            waiting += getattr(value, "__dict__", {}).values()
+        elif type(value) not in SIMPLE:
+            found.append(value)
+            waiting += getattr(value, "__dict__", {}).values() if value is fn else ()
     return found
 
 

@@ -208,13 +208,31 @@ def test_a_hook_on_a_network_in_a_closure_is_noticed():
 # ----------------------------------------------------------------------- models that change after the first call
 
 
+class Processor:
+    """A plain object, as diffusers' attention processors are."""
+
+    gain = 1.0
+
+    def __call__(self, part: Part, x: Tensor) -> Tensor:
+        return self.scaled(part.lin(x))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.gain * x
+
+
+class LoudProcessor(Processor):
+    def scaled(self, x: Tensor) -> Tensor:
+        return 3 * x
+
+
 class Part(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lin, self.act, self.loud, self.options = nn.Linear(4, 4), nn.Tanh(), False, {"times": 1}
+        self.processor = Processor()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.lin(x)) * self.options["times"]
+        x = self.act(self.processor(self, x)) * self.options["times"]
         return self.finish(3 * x if self.loud else x)
 
     def finish(self, x: Tensor) -> Tensor:
@@ -275,6 +293,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "attribute": lambda m: setattr(m.parts[0], "loud", True),
     "option": lambda m: m.parts[0].options.update(times=2),
     "forward": with_its_forward_replaced,
+    "number of a processor": lambda m: setattr(m.parts[0].processor, "gain", 1.5),
+    "method of a processor's class": lambda m: setattr(Processor, "scaled", LoudProcessor.scaled),
+    "code of a method": lambda m: setattr(Processor.scaled, "__code__", LoudProcessor.scaled.__code__),
     "method of the class": lambda m: setattr(Part, "finish", lambda self, x: 7 * x),
     "forward of the class": lambda m: setattr(Part, "forward", Louder.forward_of_its_own),  # type: ignore[attr-defined]
 }
@@ -297,6 +318,8 @@ def disagreement(dual: Any, x: Tensor, x_dot: Tensor) -> None:
 def test_what_changes_after_the_first_call_is_noticed(change, regions, monkeypatch):
     for name in ("forward", "finish"):  # put back afterwards
         monkeypatch.setattr(Part, name, vars(Part)[name])
+    monkeypatch.setattr(Processor, "scaled", Processor.scaled)
+    monkeypatch.setattr(Processor.scaled, "__code__", Processor.scaled.__code__)
     dual = jvpgraph.transform(Whole(), backend="eager", regions=regions)
     x, x_dot = torch.randn(2, 3, 4)
     disagreement(dual, x, x_dot)
@@ -345,6 +368,14 @@ def test_what_dynamo_takes_for_granted():
     assert before == unguarded([model])
     assert hash(before) == hash(unguarded([Whole()]))
     assert before != unguarded([nn.Sequential(model)])
+
+
+def test_a_method_of_what_a_function_is_bound_to_is_noticed(monkeypatch):
+    processor, part, x = Processor(), Part(), torch.randn(3, 4)
+    run = lambda: jvpgraph.jvp(lambda z: processor(part, z), (x,), (x,), backend="eager")  # noqa: E731
+    run()
+    monkeypatch.setattr(Processor, "scaled", LoudProcessor.scaled)
+    assert_close(run(), torch.func.jvp(lambda z: processor(part, z), (x,), (x,)), **CLOSE)
 
 
 # -------------------------------------------------------------------------------------- containers of any kind
