@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from jvpgraph.passes.context import Context
 from jvpgraph.passes.pipeline import AFTER_AUTOGRAD, PIPELINE
@@ -53,7 +54,7 @@ def perturb_layouts(graph: fx.Graph, context: Context) -> None:
     backward = _backward(graph)
     recorder = Recorder(graph)
     for i, node in enumerate(list(graph.nodes)):
-        if node.op == "output" or not isinstance(node.meta.get("val"), Tensor) or not value_of(node).numel():
+        if node.op == "output" or not isinstance(node.meta.get("val"), Tensor) or _may_be_empty(value_of(node)):
             continue
         crosses = node not in backward
         users = [user for user in node.users if _takes_any_layout(user) or (crosses and user in backward)]
@@ -63,6 +64,10 @@ def perturb_layouts(graph: fx.Graph, context: Context) -> None:
                 copy = recorder.node_of(odd(recorder.stand_in(node), i))
             for user in users:
                 user.replace_input_with(node, copy)
+
+
+def _may_be_empty(x: Tensor) -> bool:
+    return not statically_known_true(x.numel() > 0)
 
 
 def _op(node: fx.Node) -> bool:

@@ -351,10 +351,15 @@ class Graph:
 
     @property
     def halves(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """``second(*first(*inputs))`` is the function."""
+        """``second(*first(*inputs))`` is the function.
+
+        What the second does not use is no output of the first: a compiled graph's backward has zeros for its gradient,
+        where PyTorch's has none, and zero times infinity is NaN.
+        """
         head, *body = self.source.splitlines()
         names = re.findall(r"\bx\d\b", head) + re.findall(r"(?m)^ +(y\d+) =", "\n".join(body[: self.middle]))
-        live = ", ".join(dict.fromkeys(names))
+        used = set(re.findall(r"\w+", "\n".join(body[self.middle :])))
+        live = ", ".join(name for name in dict.fromkeys(names) if name in used)
         first = "\n".join([head, *body[: self.middle], f"    return {live},", ""])
         return _compiled(first), _compiled("\n".join([f"def f({live}):", *body[self.middle :], ""]))
 
