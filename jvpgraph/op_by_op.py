@@ -466,6 +466,8 @@ class OpByOp(TorchDispatchMode):
                 key = key_of(x)
                 if key not in self._unwritten:
                     continue
+                if torch.Tag.inplace_view in func.tags or name == "_unsafe_view":
+                    continue  # of the memory it reads and writes nothing
                 view = func.is_view and not func._can_decompose()
                 if (name in READS_NOTHING or view or func is aten.detach.default) and argument not in writes:
                     continue

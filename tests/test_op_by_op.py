@@ -194,6 +194,10 @@ RIGHT = {
     "foreach": foreach,
     "list out": list_out,
     "out": lambda x: torch.mul(x, x, out=torch.empty_like(x)),
+    "out in another shape": lambda x: torch.kron(x, x, out=x.new_empty(16)),  # seen as (4, 4) before it is written
+    "out transposed": lambda x: torch.svd(x.diag() + 1, some=False, out=[x.new_empty(n) for n in ((4, 4), 4, (4, 4))])[
+        1
+    ],
     "several outs": lambda x: torch.sort(x * 2, out=(torch.empty_like(x), torch.empty(4, dtype=torch.int64)))[0],
     "gradient": gradient,
     "backward": backward,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from jvpgraph.rules.pointwise import real
 from jvpgraph.rules.registry import jvp, linear
@@ -23,11 +24,6 @@ aten = torch.ops.aten
 def in_float32(x: Tensor) -> Tensor:
     """``x`` in float32, unless it is wider than that already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def unrounded(y: Tensor, x: Tensor, op: Any, *args: Any) -> Tensor:
-    """``y = op(x)``, computed again where it is of a lower precision: in an exponent half's rounding is a factor."""
-    return y if y.dtype == x.dtype else op(x, *args)
 
 
 def kept(y: Tensor, x: Tensor, dim: Any, keepdim: bool) -> Tensor:
@@ -56,7 +52,7 @@ def log_softmax(y, x, dim, _, *, x_dot):
 def logsumexp(y, x, dim, keepdim, *, x_dot):
     """y_dot = sum(p * x_dot)."""
     x = in_float32(x)
-    y = unrounded(y, x, aten.logsumexp.default, dim, keepdim)
+    y = y if y.dtype == x.dtype else x.logsumexp(dim, keepdim)  # in an exponent half's rounding is a factor
     p = (x - kept(y, x, dim, keepdim)).exp()
     return (p * x_dot).sum(dim, keepdim)
 
@@ -68,10 +64,12 @@ def logcumsumexp(y, x, dim, *, x_dot):
     The weights add up to 1, so what was added to all tangents is in y_dot as it is. PyTorch's own formula divides by
     exp(max x), which leaves nothing of what is far below.
     """
-    if x.dim() == 0:
+    if x.dim() == 0 or guard_or_false(x.numel() == 0):
         return x_dot
     x, x_dot = in_float32(x), in_float32(x_dot)
-    y = unrounded(y, x, aten.logcumsumexp.default, dim)
+    highest = x.real.amax(dim, keepdim=True)
+    x = x - torch.where(highest.isfinite(), highest, 0)  # what all have in common would round the differences
+    y = x.logcumsumexp(dim)
     largest = x_dot.abs().amax(dim, keepdim=True)
     shift = torch.where(largest == 0, 1, 2 * largest)
     begun = y.real > -math.inf  # nothing but exp(-inf) up to here
