@@ -129,6 +129,7 @@ IN_3_4 = Z(3, 4, below=3)
 
 POINTWISE = [
     # no tangent
+    *row(aten.copysign.Tensor, call(R(3, 4), R(4)), kink(V([0.0, 1.0, -1.0]), V([1.0, -0.0, 1.0]))),
     *rows([aten.floor.default, aten.ceil.default, aten.trunc.default, aten.sign.default], call(R(3, 4))),
     *rows([aten.round.default], call(R(3, 4))),
     *row(aten.round.decimals, call(R(3, 4), decimals=1)),
@@ -405,6 +406,16 @@ SHAPE = [
     *row(aten.avg_pool3d.default, call(VIDEO, [2, 2, 2])),
     *row(aten._adaptive_avg_pool2d.default, call(IMAGE, [2, 3])),
     *row(aten._adaptive_avg_pool3d.default, call(VIDEO, [2, 3, 1])),
+    *row(
+        aten.grid_sampler_2d.default,
+        *(
+            call(IMAGE, R(2, 3, 5, 2, low=-1.2, high=1.2), mode, padding, False)
+            for mode in (0, 2)
+            for padding in (0, 1)
+        ),
+        *(call(R(1, 3, 4, 5), R(1, 2, 3, 2), 0, 2, True), call(R(1, 3, 4, 5), R(1, 2, 3, 2), 1, 0, True)),
+    ),
+    *row(aten.grid_sampler_3d.default, call(VIDEO, R(1, 2, 3, 2, 3, low=-1.2, high=1.2), 0, 0, False)),
     *row(aten.upsample_nearest1d.default, call(R(2, 3, 4), [7])),
     *rows([aten.upsample_nearest2d.default, aten._upsample_nearest_exact2d.default], call(IMAGE, [9, 8])),
     *rows([aten.upsample_nearest3d.default, aten._upsample_nearest_exact3d.default], call(VIDEO, [6, 8, 5])),

@@ -191,6 +191,11 @@ jvp(aten.maximum.default, aten.minimum.default)(lambda y, a, b, *, a_dot: _share
 jvp(aten.maximum.default, aten.minimum.default)(lambda y, a, b, *, b_dot: _share(y == b, a == b, b_dot))
 
 
+@jvp(aten.copysign.Tensor)
+def copysign(y, x, sign, *, x_dot=None, sign_dot=None):
+    return None if x_dot is None else x_dot * (x.sign() * y.sign())
+
+
 def _share(wins: Tensor, tie: Tensor, x_dot: Tensor) -> Tensor:
     return torch.where(tie, 0.5 * x_dot, torch.where(wins, x_dot, 0))
 

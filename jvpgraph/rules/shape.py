@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from jvpgraph.rules.reduce import in_float32
 from jvpgraph.rules.registry import jvp, linear
 
 aten = torch.ops.aten
@@ -107,6 +108,26 @@ linear(aten._upsample_nearest_exact2d.default, aten._upsample_nearest_exact3d.de
 linear(aten.upsample_linear1d.default, aten.upsample_bilinear2d.default, aten.upsample_trilinear3d.default)
 linear(aten.upsample_bicubic2d.default)
 linear(aten._upsample_bilinear2d_aa.default, aten._upsample_bicubic2d_aa.default)
+
+
+def grid_sampler(op: Any, backward: Any) -> None:
+    """Linear in the images. The op's backward has the slopes by the grid, if each channel is an image of its own.
+
+    In float32, as positions in half are off by much of a pixel.
+    """
+    jvp(op)(lambda y, x, grid, *how, x_dot: op(in_float32(x_dot), in_float32(grid), *how))
+
+    @jvp(op)
+    def by_the_grid(y, x, grid, mode, padding, corners, *, grid_dot):
+        images = in_float32(x).flatten(0, 1).unsqueeze(1).contiguous()
+        grid, grid_dot = (in_float32(g).repeat_interleave(x.shape[1], 0) for g in (grid, grid_dot))
+        ones = torch.ones_like(in_float32(y)).flatten(0, 1).unsqueeze(1).contiguous()
+        slope = backward(ones, images, grid, mode, padding, corners, [False, True])[1]
+        return (slope * grid_dot).sum(-1).reshape(y.shape)
+
+
+grid_sampler(aten.grid_sampler_2d.default, aten.grid_sampler_2d_backward)
+grid_sampler(aten.grid_sampler_3d.default, aten.grid_sampler_3d_backward)
 
 # Fourier
 linear(aten._fft_r2c.default, aten._fft_c2c.default, aten._fft_c2r.default)
