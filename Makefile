@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-dist lint format gate fuzz zoo zoo-exact opinfo opinfo-table bench bench-quality scaling wheels gpu dump clean
+.PHONY: help demo test test-dist test-kernels lint format gate fuzz zoo zoo-exact opinfo opinfo-table bench bench-quality scaling wheels gpu dump clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +41,9 @@ test: $(READY)  ## all tests but the long sweeps, in JOBS processes
 
 test-dist: $(READY)  ## every combination of parallelism on real process groups, with a table of errors
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=15 tests/distributed
+
+test-kernels: $(READY)  ## every combination of the attention kernels' options, interpreted and assembled
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=15 $(addprefix tests/test_,attention_triton.py backward_triton.py attention_gluon.py kernel_gate.py)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

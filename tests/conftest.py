@@ -9,14 +9,21 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from jvpgraph import functions
 
 # A random model is drawn and compiled within one example: it may take long without anything being wrong.
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
+# A random model that fails is made smaller for up to five minutes, which is done where somebody waits for it: SHRINK=1.
 settings.register_profile(
-    "ci", derandomize=True, max_examples=20, deadline=None, database=None, suppress_health_check=SLOW_IS_FINE
+    "ci",
+    derandomize=True,
+    max_examples=20,
+    deadline=None,
+    database=None,
+    suppress_health_check=SLOW_IS_FINE,
+    phases=tuple(Phase) if "SHRINK" in os.environ else (Phase.explicit, Phase.generate),
 )
 settings.register_profile("fuzz", max_examples=500, deadline=None, suppress_health_check=SLOW_IS_FINE)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -33,6 +40,30 @@ def _last_words_unsaid() -> None:
 
 
 atexit.register(_last_words_unsaid)
+
+
+# Files with tests of half a minute and more, the longest first: what is begun last should be short.
+LONG = (
+    "test_attention_triton",
+    "test_backward_triton",
+    "test_zoo",
+    "test_properties",
+    "test_gpu_script",
+    "test_kernel_gate",
+    "test_regions",
+    "test_transform",
+    "test_derived",
+    "test_sample",
+    "test_differentiable_tangent",
+    "test_op_layouts",
+    "test_testing",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process begins with the long ones; another takes from the end of what is left, once its half is done."""
+    places = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,12 @@ decorated. Where there is a GPU, the tests run on it instead."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -21,6 +23,16 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 runs_kernels = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="run by test_under_the_interpreter"
 )
+
+
+def share(of: int, *axes: Iterable[Any]) -> list[Any]:
+    """All combinations, of which `make test` runs one of so many and `make test-kernels` the others. Of three axes no
+    shorter than that it has every pair of values, of two every value."""
+    numbered = itertools.product(*map(enumerate, axes))
+    return [
+        pytest.param(*(x for _, x in row), marks=[pytest.mark.matrix] * (sum(i for i, _ in row) % of > 0))
+        for row in numbered
+    ]
 
 
 def compile_only(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, cache: Any) -> list[Any]:
@@ -42,12 +54,13 @@ def compile_only(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, cache: 
     return compiled
 
 
-def run_under_the_interpreter(file: str) -> None:
-    """The tests of a file, which runs_kernels skips elsewhere."""
+def run_under_the_interpreter(file: str, config: pytest.Config) -> None:
+    """The tests of a file, which runs_kernels skips elsewhere; without those of a sweep where this run is."""
     if INTERPRETED or torch.cuda.is_available():
         pytest.skip("the tests of this file run in this process")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "-p", "no:cacheprovider", "--durations=5", file]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=5", file]
+    command += ["-m", config.option.markexpr]
     # numpy warns of log2(0) and 0/0 in rows beyond the last query, which are not stored
     command += ["-W", "ignore:divide by zero:RuntimeWarning", "-W", "ignore:invalid value:RuntimeWarning"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

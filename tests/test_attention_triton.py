@@ -35,6 +35,7 @@ from tests.interpreter import (  # noqa: F401 - fixtures
     repaired_bfloat16,
     run_under_the_interpreter,
     runs_kernels,
+    share,
 )
 
 # Errors relative to the norm of the reference.
@@ -46,8 +47,8 @@ pytestmark = pytest.mark.usefixtures("repaired_bfloat16", "poisoned_memory")
 
 
 @pytest.mark.slow
-def test_under_the_interpreter():
-    run_under_the_interpreter(__file__)
+def test_under_the_interpreter(pytestconfig):
+    run_under_the_interpreter(__file__, pytestconfig)
 
 
 def make(
@@ -121,16 +122,19 @@ def check(inputs, dots, bias, bias_dot, window=EVERYTHING, scale=0.2, by_descrip
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize(("n_q", "n_k"), [(1, 1), (1, 65), (63, 65), (65, 63), (64, 128), (130, 1)])
-def test_lengths(n_q, n_k, dtype):
+@pytest.mark.parametrize(
+    ("lengths", "dtype"),
+    share(3, [(1, 1), (1, 65), (63, 65), (65, 63), (64, 128), (130, 1)], [FULL, *HALF]),
+    ids=str,
+)
+def test_lengths(lengths, dtype):
+    n_q, n_k = lengths
     check(*make(n_q=n_q, n_k=n_k, dtype=dtype))
 
 
 @runs_kernels
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("window", [EVERYTHING, CAUSAL])
+@pytest.mark.parametrize(("window", "dtype"), share(2, [EVERYTHING, CAUSAL], [FULL, *HALF]), ids=str)
 def test_longer(window, dtype):
     check(*make(h=1, n_q=190, n_k=999, dtype=dtype), window=window)
     check(*make(h=1, n_q=999, n_k=190, dtype=dtype), window=window)
@@ -151,8 +155,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", [FULL, *HALF], ids=str)
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("option", "dtype"), share(2, OPTIONS, [FULL, *HALF]), ids=str)
 def test_every_option_at_odd_lengths(option, dtype):
     shape, how = OPTIONS[option]
     if dtype == FULL and not INTERPRETED:
@@ -164,21 +167,31 @@ def test_every_option_at_odd_lengths(option, dtype):
 
 
 @runs_kernels
-@pytest.mark.parametrize("by_descriptor", [False, True])
 @pytest.mark.parametrize(
-    ("d", "d_v"), [(8, 24), (40, 40), (72, 72), (80, 48), (96, 96), (112, 64), (128, 128), (192, 136), (256, 256)]
+    ("head_dims", "by_descriptor"),
+    share(
+        2,
+        [(8, 24), (40, 40), (72, 72), (80, 48), (96, 96), (112, 64), (128, 128), (192, 136), (256, 256)],
+        [False, True],
+    ),
+    ids=str,
 )
-def test_head_dims(d, d_v, by_descriptor):
-    dtype = torch.float16
+def test_head_dims(head_dims, by_descriptor):
+    (d, d_v), dtype = head_dims, torch.float16
     for blocks in (Blocks(32, 64, 4, 1), Blocks(64, 32, 4, 1, halves=True), Blocks(64, 64, 4, 1, v_width=32)):
         check(*make(h=1, d=d, d_v=d_v, dtype=dtype), by_descriptor=by_descriptor, blocks=blocks)
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", [FULL, *HALF], ids=str)
-@pytest.mark.parametrize("window", [EVERYTHING, CAUSAL])
 @pytest.mark.parametrize(
-    "bias", ["none", "padding", "boolean", "additive", "additive_padding", "per_head", "per_query"]
+    ("bias", "window", "dtype"),
+    share(
+        2,
+        ["none", "padding", "boolean", "additive", "additive_padding", "per_head", "per_query"],
+        [EVERYTHING, CAUSAL],
+        [FULL, *HALF],
+    ),
+    ids=str,
 )
 def test_masks(bias, window, dtype):
     check(*make(b=2, kv_heads=1, n_q=70, n_k=130, d=16, bias=bias, dtype=dtype), window=window)
@@ -187,9 +200,11 @@ def test_masks(bias, window, dtype):
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", [FULL, *HALF], ids=str)
-@pytest.mark.parametrize("window", [EVERYTHING, CAUSAL])
-@pytest.mark.parametrize("bias", ["padding", "boolean", "additive"])
+@pytest.mark.parametrize(
+    ("bias", "window", "dtype"),
+    share(2, ["padding", "boolean", "additive"], [EVERYTHING, CAUSAL], [FULL, *HALF]),
+    ids=str,
+)
 def test_fully_masked_rows_are_zero(bias, window, dtype):
     inputs, dots, mask, mask_dot = make(b=2, n_q=70, n_k=130, d=16, bias=bias, dtype=dtype)
     nothing = False if mask.dtype == torch.bool else -math.inf
@@ -282,11 +297,10 @@ WINDOWS = [
 
 
 @runs_kernels
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize(("n_q", "n_k"), [(130, 130), (65, 230), (200, 63)])
-def test_windows(n_q, n_k, window):
+@pytest.mark.parametrize(("lengths", "window"), share(2, [(130, 130), (65, 230), (200, 63)], WINDOWS), ids=str)
+def test_windows(lengths, window):
     """On either side of the queries, as narrow as one key and wider than the keys; with rows that see no key."""
-    blocks = Blocks(64, 32, 4, 1)
+    (n_q, n_k), blocks = lengths, Blocks(64, 32, 4, 1)
     check(*make(h=1, n_q=n_q, n_k=n_k, d=16), window=window, blocks=blocks)
     inputs = make(kv_heads=1, n_q=n_q, n_k=n_k, d=16, bias="padding", dtype=torch.float16)
     check(*inputs, window=window, by_descriptor=True)
@@ -303,9 +317,11 @@ def test_queries_whose_window_lies_behind_the_keys_see_nothing(window):
 
 
 @runs_kernels
-@pytest.mark.parametrize("window", [EVERYTHING, Window(20, 5)], ids=str)
-@pytest.mark.parametrize("bias", ["none", "additive_padding"])
-@pytest.mark.parametrize("active", range(16))
+@pytest.mark.parametrize(
+    ("active", "bias", "window"),
+    share(2, range(16), ["none", "additive_padding"], [EVERYTHING, Window(20, 5)]),
+    ids=str,
+)
 def test_absent_tangents_are_zeros(active, bias, window):
     inputs, dots, mask, mask_dot = make(h=1, n_q=33, n_k=70, d=16, bias=bias)
     chosen = [x if active >> i & 1 else None for i, x in enumerate((*dots, mask_dot))]
@@ -355,16 +371,17 @@ def check_packed(lengths, poisoned, window, by_descriptor=None, blocks=None, act
 
 @runs_kernels
 @pytest.mark.parametrize(
-    ("dtype", "by_descriptor"), [(torch.float32, False), (torch.float16, True), (torch.bfloat16, False)], ids=str
+    ("window", "dtype"), share(2, [EVERYTHING, CAUSAL, Window(30, 10), Window(left=70)], [FULL, *HALF]), ids=str
 )
-@pytest.mark.parametrize("window", [EVERYTHING, CAUSAL, Window(30, 10), Window(left=70)], ids=str)
-def test_packed_sequences(window, by_descriptor, dtype):
+def test_packed_sequences(window, dtype):
+    by_descriptor = dtype == torch.float16
     check_packed(LENGTHS, (), window, by_descriptor, h=2, kv_heads=1, d=16, dtype=dtype)
 
 
 @runs_kernels
-@pytest.mark.parametrize("by_descriptor", [False, True])
-@pytest.mark.parametrize("window", [EVERYTHING, CAUSAL, Window(30, 10)], ids=str)
+@pytest.mark.parametrize(
+    ("window", "by_descriptor"), share(2, [EVERYTHING, CAUSAL, Window(30, 10)], [False, True]), ids=str
+)
 def test_nan_stays_in_its_sequence(window, by_descriptor):
     """Blocks of keys reach into the next sequence."""
     for blocks in (Blocks(64, 32, 4, 1, halves=True), Blocks(32, 64, 4, 1, v_width=16)):

@@ -33,6 +33,7 @@ from tests.interpreter import (  # noqa: F401 - fixtures
     repaired_bfloat16,
     run_under_the_interpreter,
     runs_kernels,
+    share,
 )
 from tests.test_tangent_backward import NAMES, OUTPUTS, TOLERANCE, Case, error, expected, make
 
@@ -47,8 +48,8 @@ ONLY_FOR_ROWS = [
 
 
 @pytest.mark.slow
-def test_under_the_interpreter():
-    run_under_the_interpreter(__file__)
+def test_under_the_interpreter(pytestconfig):
+    run_under_the_interpreter(__file__, pytestconfig)
 
 
 def computed(case: Case, blocks: BackwardBlocks | Sweeps | None = SMALL) -> dict[str, Tensor | None]:
@@ -97,11 +98,13 @@ def test_every_subset_of_tangents_and_of_cotangents(tangents):
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 @pytest.mark.parametrize(
-    ("n_q", "n_k"), [(1, 1), (1, 65), (63, 65), (65, 63), (64, 128), (130, 1), (999, 65), (65, 999)]
+    ("lengths", "dtype"),
+    share(2, [(1, 1), (1, 65), (63, 65), (65, 63), (64, 128), (130, 1), (999, 65), (65, 999)], [FP16, BF16]),
+    ids=str,
 )
-def test_lengths(n_q, n_k, dtype):
+def test_lengths(lengths, dtype):
+    n_q, n_k = lengths
     check(make(b=1, h=1, n_q=n_q, n_k=n_k, d=16).to(dtype), BackwardBlocks(64, 64, 4, 1))
 
 
@@ -115,11 +118,17 @@ def test_head_dims(d, d_v):
 
 @runs_kernels
 @pytest.mark.parametrize(
-    "window", [EVERYTHING, CAUSAL, Window(20, 5), Window(left=20), Window(0, 0), Window(1 << 40, 3)]
+    ("window", "lengths"),
+    share(
+        2,
+        [EVERYTHING, CAUSAL, Window(20, 5), Window(left=20), Window(0, 0), Window(1 << 40, 3)],
+        [(70, 70), (40, 100), (100, 40)],
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize(("n_q", "n_k"), [(70, 70), (40, 100), (100, 40)])
-def test_windows(n_q, n_k, window):
+def test_windows(window, lengths):
     """With queries that see no key, and keys that no query sees."""
+    n_q, n_k = lengths
     check(make(b=1, h=2, kv_heads=1, n_q=n_q, n_k=n_k, d=16, window=window).to(FP16))
 
 
@@ -135,9 +144,11 @@ def biases(kind: str, b: int, h: int, n_q: int, n_k: int) -> Tensor:
 
 
 @runs_kernels
-@pytest.mark.parametrize("window", [EVERYTHING, CAUSAL])
-@pytest.mark.parametrize("kind", ["padding", "boolean", "additive", "hidden", "per query"])
-@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "window", "dtype"),
+    share(2, ["padding", "boolean", "additive", "hidden", "per query"], [EVERYTHING, CAUSAL], [FP16, BF16]),
+    ids=str,
+)
 def test_biases(kind, window, dtype):
     bias = biases(kind, 2, 2, 40, 50)
     if bias.shape[2] == 40 and kind != "per query":
@@ -147,14 +158,10 @@ def test_biases(kind, window, dtype):
 
 
 @runs_kernels
-@pytest.mark.parametrize("mask", [torch.bool, BF16, torch.float32], ids=str)
-@pytest.mark.parametrize(
-    ("entry", "window"),
-    [(x, CAUSAL if x.moves else EVERYTHING) for x in ONLY_FOR_ROWS],
-    ids=str,
-)
-def test_tiles_for_masks_with_rows(entry, window, mask):
+@pytest.mark.parametrize(("entry", "mask"), share(3, ONLY_FOR_ROWS, [torch.bool, BF16, torch.float32]), ids=str)
+def test_tiles_for_masks_with_rows(entry, mask):
     """What has an entry because its tiles without a mask would not fit, with these tiles."""
+    window = CAUSAL if entry.moves else EVERYTHING
     d = entry.head_dim - 24
     bias = biases("boolean" if mask == torch.bool else "hidden", 1, 2, 66, 100)
     bias[:, :, 3] = False if mask == torch.bool else -math.inf
@@ -193,8 +200,7 @@ def test_any_strides():
 
 
 @runs_kernels
-@pytest.mark.parametrize("name", ["k", "v", "k_dot", "v_dot"])
-@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize(("dtype", "name"), share(2, [FP16, BF16], ["k", "v", "k_dot", "v_dot"]), ids=str)
 def test_what_all_keys_share_costs_no_precision(dtype, name):
     """30 standard deviations, as the derivative with respect to time: the gradients see what keys do not share."""
     case = make(b=1, h=1, n_q=70, n_k=300, d=32)
