@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -11,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jvpgraph.backend import COMPILERS, Backend
-from jvpgraph.capture import backward_at_once, in_one_piece, own_errors
+from jvpgraph.capture import backward_at_once, in_one_piece, own_errors, stands_aside
 from jvpgraph.config import Config
 from jvpgraph.dual_forward import dual_forward
-from jvpgraph.errors import CaptureError
+from jvpgraph.errors import CaptureError, MarkerExecuted
 from jvpgraph.explain import Explanation, explain
 from jvpgraph.finite import check_finite
 from jvpgraph.functions import Function, Kept, call_function, identity, note_graphs
@@ -30,6 +31,7 @@ from jvpgraph.unguarded import held_by, modules_of, unguarded
 __all__ = ["BACKENDS", "DualModule", "jvp", "transform"]
 
 BACKENDS = (*COMPILERS, "op_by_op")
+log = logging.getLogger("jvpgraph")
 KEPT_VARIANTS = 4  # of a model whose classes or global hooks changed: profilers take their hooks away again
 
 
@@ -245,6 +247,7 @@ class _Dual:
         self.settings["differentiable_tangent"] = differentiable_tangent
         self.config, self.has_aux = config, has_aux
         self._call, self._dynamic = call, dynamic
+        self._said_aside = False
         self.forward = self._new_forward()
         self.backend: Backend | None = None
         if isinstance(backend, Backend):
@@ -304,18 +307,37 @@ class _Dual:
     def _run(self, *inputs: Any) -> tuple[Any, list[Tensor]]:
         """The output and the tangents of its leaves, by the way that was asked for."""
         if self.backend is None:
-            with OpByOp():
-                return self.forward(*inputs)
+            return self._op_by_op(*inputs)
+        if aside := stands_aside():
+            return self._without_compiler(aside, *inputs)
         if self.regions is not None and not self.regions.prefer_one_graph():
             return self.regions(self.forward, *inputs)
         try:
-            with own_errors(), in_one_piece(), nullcontext() if self.regions is None else backward_at_once():
+            asked = self.backend.compiler, bool(self.settings["differentiable_tangent"])
+            with own_errors(*asked), in_one_piece(), nullcontext() if self.regions is None else backward_at_once():
                 return self._compiled(*inputs)
+        except MarkerExecuted:  # by a stance of torch.compile's
+            return self._without_compiler("which may run eagerly for now,", *inputs)
         except CaptureError as error:
             if self.regions is None or hit_recompile_limit(error):
                 raise
             self.regions.one_graph_failed(error)
         return self.regions(self.forward, *inputs)
+
+    def _op_by_op(self, *inputs: Any) -> tuple[Any, list[Tensor]]:
+        with OpByOp():
+            return self.forward(*inputs)
+
+    def _without_compiler(self, aside: str, *inputs: Any) -> tuple[Any, list[Tensor]]:
+        """Op by op, where torch.compile would run eagerly."""
+        if self.settings["differentiable_tangent"]:
+            raise CaptureError(
+                f"torch.compile, {aside} makes no graph, and op by op tangents have no gradients: call it outside"
+            )
+        if not self._said_aside:
+            log.warning("jvpgraph: torch.compile, %s compiles nothing: this call runs op by op", aside)
+        self._said_aside = True
+        return self._op_by_op(*inputs)
 
 
 def _alone() -> bool:

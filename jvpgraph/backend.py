@@ -13,18 +13,20 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._sympy.symbol import SymT, free_symbol_is_type
 
 from jvpgraph.autograd_function import keep_calls_of_own_jvps
-from jvpgraph.capture import NOT_COMPILED, REMEDY
+from jvpgraph.capture import NOT_COMPILED, first_cause, remedy
 from jvpgraph.config import Config
 from jvpgraph.errors import CaptureError, UnsupportedNode, UnsupportedOp
-from jvpgraph.linearize import ABSOLUTE, source_line
+from jvpgraph.linearize import ABSOLUTE, NUMBER_HAS_NO_TANGENT, source_line
 from jvpgraph.markers import MAKE_DUAL
 from jvpgraph.passes.call_own_jvps import call_own_jvps
 from jvpgraph.passes.context import Context, Report
 from jvpgraph.passes.copy_overlapping_outputs import copy_overlapping_outputs
 from jvpgraph.passes.lower import lower, wants_gradients_of_tangents
-from jvpgraph.passes.mark_stop_gradients import mark_stop_gradients
+from jvpgraph.passes.mark_stop_gradients import STOPS, mark_stop_gradients
 from jvpgraph.passes.pipeline import AFTER_AUTOGRAD, BEFORE_AUTOGRAD, PIPELINE, Pipeline, check_config
 from jvpgraph.passes.recognize_attention import recognize_attention
 from jvpgraph.passes.swap_attention import active_graphs, active_nodes, swap_attention
@@ -67,6 +69,7 @@ class Backend:
         copy_overlapping_outputs(gm)
         absolute = _absolute_views(gm)
         marked = _marked_inputs(gm)
+        captured = gm
         context, steps = Context(self.config, report), PIPELINE
         autocast: AbstractContextManager[Any] = nullcontext()
         if wants_gradients_of_tangents(gm):
@@ -75,8 +78,13 @@ class Backend:
             gm.recompile()
             steps = AFTER_AUTOGRAD
             autocast = torch._C._DisableAutocast()  # its casts are ops by now
-        with autocast:
-            compiled = self.compile(gm, example_inputs, Pipeline(context, steps))
+        try:
+            with autocast:
+                compiled = self.compile(gm, example_inputs, Pipeline(context, steps))
+        except Exception as error:
+            if _asks_for_a_number(error) and (numbers := _active_numbers(captured)):
+                raise UnsupportedOp(numbers) from error
+            raise
         if absolute:
             compiled = _at_the_start(compiled, marked, absolute)
         self.reports.append(report)  # not earlier: Dynamo may break an attempt off and start anew
@@ -91,6 +99,29 @@ def _marked_inputs(gm: fx.GraphModule) -> list[int]:
     """Positions of the inputs that are marked."""
     marked = {node.args[0] for node in gm.graph.find_nodes(op="call_function", target=MAKE_DUAL)}
     return [i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if node in marked]
+
+
+def _asks_for_a_number(error: Exception) -> bool:
+    """Whether PyTorch, in a backward, wanted to know a float that was read from a tensor."""
+    guard = first_cause(error, GuardOnDataDependentSymNode)
+    condition = getattr(guard, "cond", None)
+    return condition is not None and free_symbol_is_type(condition, SymT.UNBACKED_FLOAT)
+
+
+def _active_numbers(gm: fx.GraphModule) -> list[UnsupportedNode]:
+    """The floats that are read from something with a tangent."""
+    waiting, found, numbers = list(gm.graph.find_nodes(op="call_function", target=MAKE_DUAL)), set(), []
+    while waiting:
+        node = waiting.pop()
+        if node in found or node.target in STOPS:
+            continue
+        found.add(node)
+        if isinstance(node.meta.get("example_value"), torch.SymFloat):
+            reason = f"{NUMBER_HAS_NO_TANGENT}: its value decides how the backward runs"
+            numbers.append(UnsupportedNode("item", node.name, (), source_line(node), reason))
+        else:
+            waiting += node.users
+    return numbers
 
 
 def _absolute_views(gm: fx.GraphModule) -> list[UnsupportedNode]:
@@ -160,7 +191,7 @@ def _compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings
         return compile_fx_inner(gm, example_inputs, **settings)
     except BackendCompilerFailed as error:
         if settings.get("is_backward"):
-            raise CaptureError(f"{NOT_COMPILED}in its backward, {error}\n{REMEDY}") from error
+            raise CaptureError(f"{NOT_COMPILED}in its backward, {error}\n{remedy()}") from error
         raise
 
 

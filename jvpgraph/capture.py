@@ -8,20 +8,33 @@ from contextlib import contextmanager
 
 import torch
 import torch._functorch.config as functorch_config
+from torch._dynamo import eval_frame
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from jvpgraph.errors import CaptureError, JvpgraphError
+from jvpgraph.unguarded import unobserved
 
-__all__ = ["backward_at_once", "compile_failed", "first_cause", "in_one_piece", "own_errors"]
+__all__ = ["backward_at_once", "compile_failed", "first_cause", "in_one_piece", "own_errors", "remedy", "stands_aside"]
 
 NOT_CAPTURED = "the model cannot be captured as one graph: "
 NOT_COMPILED = "the compiler cannot make code of the graph: "
-REMEDY = (
-    'Use transform(model, regions="auto"), which compiles what can be compiled, backend="op_by_op", or '
-    'backend="eager", which takes the same graph without Inductor.'
+NO_BACKWARD = (
+    "PyTorch has no backward of this op, with or without tangents: detach what goes in, take another op (for "
+    "floor_divide, torch.div with a rounding_mode), or call under torch.no_grad()."
 )
+
+
+def stands_aside() -> str:
+    """Why torch.compile runs everything as it is now; empty where it compiles."""
+    for mode in _get_current_dispatch_mode_stack():
+        if not any(getattr(mode, name, bool)() for name in ("is_infra_mode", "ignore_compile_internals")):
+            return f"inside of a dispatch mode, {type(mode).__name__},"
+    if torch._dynamo.config.disable:
+        return "switched off (TORCHDYNAMO_DISABLE),"
+    return "with the stance force_eager," if eval_frame._stance.stance == "force_eager" else ""
 
 
 @contextmanager
@@ -33,13 +46,27 @@ def in_one_piece() -> Iterator[None]:
     settings = {"skip_nnmodule_hook_guards": False}
     if DistributedDataParallel._get_active_ddp_module() is not None:
         settings["optimize_ddp"] = False
-    with torch._dynamo.config.patch(settings):
+    with torch._dynamo.config.patch(settings), unobserved():
         yield
 
 
+def remedy(compiled: bool = True, compiler: str = "inductor", differentiable: bool = False) -> str:
+    """What to do instead, where a graph was not captured, or was and could not be ``compiled``."""
+    ways = []
+    if not differentiable:
+        ways += ['transform(model, regions="auto"), which compiles what can be compiled', 'backend="op_by_op"']
+    if compiled and compiler == "inductor":
+        ways.append('backend="eager", which takes the same graph without Inductor')
+    if not ways:
+        return "With differentiable_tangent=True all has to be one graph: there is no way to run this."
+    return f"Use {', or '.join(ways)}."
+
+
 @contextmanager
-def own_errors() -> Iterator[None]:
+def own_errors(compiler: str = "inductor", differentiable: bool = False) -> Iterator[None]:
     """Errors of ours come out as they were raised, Dynamo's as a CaptureError.
+
+    What was asked for says what can be done instead.
 
     Dispatch keys are put back: where a compiler fails inside of the model's inference_mode, the guard of that lives on
     in the frames of the error, and would bring those of the compiler back when it goes.
@@ -61,8 +88,15 @@ def own_errors() -> Iterator[None]:
         cause = first_cause(error, JvpgraphError)
         if cause is not None:
             raise cause.with_traceback(None) from None
-        head = NOT_COMPILED if compile_failed(error) else NOT_CAPTURED
-        raise CaptureError(f"{head}{_told(error)}\n{REMEDY}") from error
+        compiled = compile_failed(error)
+        head = NOT_COMPILED if compiled else NOT_CAPTURED
+        told = _told(error)
+        how = NO_BACKWARD if _has_no_backward(told) else remedy(compiled, compiler, differentiable)
+        raise CaptureError(f"{head}{told}\n{how}") from error
+
+
+def _has_no_backward(told: str) -> bool:
+    return "derivative for" in told and "is not implemented" in told
 
 
 def _forget_frames(error: BaseException | None) -> None:

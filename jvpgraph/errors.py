@@ -12,6 +12,7 @@ from dataclasses import dataclass
 __all__ = [
     "CaptureError",
     "JvpgraphError",
+    "MarkerExecuted",
     "NonFiniteTangent",
     "UnsupportedNode",
     "UnsupportedOp",
@@ -25,6 +26,10 @@ class JvpgraphError(Exception):
 
 class CaptureError(JvpgraphError):
     """torch.compile could not capture the model as one graph."""
+
+
+class MarkerExecuted(JvpgraphError, RuntimeError):
+    """A marker ran as an op: what it stands in was not compiled."""
 
 
 class NonFiniteTangent(JvpgraphError, ArithmeticError):

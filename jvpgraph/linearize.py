@@ -37,7 +37,7 @@ from jvpgraph.rules.apply import Unknown, any_has_tangent, argument_tangent, bin
 from jvpgraph.rules.shape import stops_tangent
 from jvpgraph.trace import Recorder, value_of
 
-__all__ = ["ABSOLUTE", "Linearization", "in_layout", "linearize", "source_line"]
+__all__ = ["ABSOLUTE", "NUMBER_HAS_NO_TANGENT", "Linearization", "in_layout", "linearize", "source_line"]
 
 TANGENT_META = "jvpgraph_tangent_of"  # on a tangent node: the name of its primal
 NO_SOURCE = "(no source line)"

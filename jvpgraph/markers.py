@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jvpgraph.errors import MarkerExecuted
 from jvpgraph.rules.apply import has_tangent
 
 __all__ = ["ARRIVED", "MAKE_DUAL", "TANGENT_OF", "make_dual", "tangent_of"]
@@ -63,7 +64,7 @@ def _same_layout(x: Tensor, *_: object) -> Tensor:
 
 
 def _refuse(*_: object) -> Tensor:
-    raise RuntimeError(
+    raise MarkerExecuted(
         "a jvpgraph marker was executed: make_dual and tangent_of work inside jvpgraph.transform, jvpgraph.jvp, or "
         "a function compiled with torch.compile(..., backend=jvpgraph.backend())"
     )

@@ -38,7 +38,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from jvpgraph.backend import Backend
 from jvpgraph.capture import NOT_CAPTURED, NOT_COMPILED, backward_at_once, in_one_piece, own_errors
 from jvpgraph.dual_forward import dual_forward
-from jvpgraph.errors import CaptureError
+from jvpgraph.errors import CaptureError, MarkerExecuted
 from jvpgraph.markers import MAKE_DUAL
 from jvpgraph.op_by_op import OpByOp
 from jvpgraph.rules.apply import has_tangent
@@ -195,6 +195,8 @@ class Regions:
                 given = map_leaves(passed, lambda path, leaf: self._as_argument(leaf), only=dots)
                 out, out_dots = self._compiled(region, key, given["args"], given["kwargs"], dots)
                 refuse_hidden(out, CaptureError)
+        except MarkerExecuted:  # by a stance of torch.compile's, for now
+            return self._plainly(region, frames, args, kwargs)
         except CaptureError as error:
             self._give_up(region.group, _brief(error))
             return self._plainly(region, frames, args, kwargs)

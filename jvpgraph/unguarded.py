@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torchs
 
-__all__ = ["held_by", "modules_of", "unguarded"]
+__all__ = ["held_by", "modules_of", "unguarded", "unobserved"]
 
 METHODS = (types.FunctionType, property, classmethod, staticmethod, functools.partialmethod)
 GLOBAL_HOOKS = tuple(f"_global_{kind}_hooks" for kind in ("forward_pre", "forward", "backward_pre", "backward"))
@@ -26,7 +27,8 @@ SIMPLE = frozenset(
 )
 MOST = 64  # of what a container holds: a vocabulary is none of processors
 DEPTH = 2  # of plain objects in plain objects: a module may hold its trainer, and that the whole program
-OBSERVERS = "torch.utils.module_tracker"  # its hooks change nothing: FlopCounterMode brings them
+# Their hooks change nothing: FlopCounterMode and MemTracker bring them.
+OBSERVERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
 
 
 def unguarded(called: Iterable[Any]) -> tuple[Any, ...]:
@@ -74,8 +76,30 @@ def _classes(waiting: list[tuple[Any, int]]) -> set[type]:
 def _global_hooks() -> Iterator[int]:
     for name in GLOBAL_HOOKS:
         for key, hook in getattr(torchs, name, {}).items():
-            if getattr(hook, "__module__", None) != OBSERVERS:
+            if not _observes(hook):
                 yield key
+
+
+def _observes(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) in OBSERVERS
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Without the hooks of trackers, which Dynamo cannot trace."""
+    taken = []
+    for name in GLOBAL_HOOKS:
+        hooks = getattr(torchs, name, {})
+        if any(map(_observes, hooks.values())):
+            taken.append((hooks, dict(hooks)))
+            for key in [key for key, hook in hooks.items() if _observes(hook)]:
+                del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before in taken:
+            hooks.clear()
+            hooks.update(before)
 
 
 def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:

@@ -39,7 +39,7 @@ from jvpgraph.passes.swap_attention import (
 )
 from jvpgraph.rules.apply import has_tangent
 
-__all__ = ["mark_stop_gradients"]
+__all__ = ["STOPS", "mark_stop_gradients"]
 
 aten = torch.ops.aten
 GET_DATA = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]  # what Dynamo makes of x.data

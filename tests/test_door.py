@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 import jvpgraph
@@ -376,6 +377,57 @@ def test_a_method_of_what_a_function_is_bound_to_is_noticed(monkeypatch):
     run()
     monkeypatch.setattr(Processor, "scaled", LoudProcessor.scaled)
     assert_close(run(), torch.func.jvp(lambda z: processor(part, z), (x,), (x,)), **CLOSE)
+
+
+# ------------------------------------------------------------------------------ where torch.compile stands aside
+
+ASIDE: dict[str, Callable[[], Any]] = {
+    "counter": lambda: FlopCounterMode(display=False),
+    "tracker": ModuleTracker,  # which Dynamo cannot trace
+    "force_eager": lambda: torch.compiler.set_stance("force_eager"),
+    "eager_on_recompile": lambda: torch.compiler.set_stance("eager_on_recompile"),
+    "switched off": lambda: torch._dynamo.config.patch(disable=True),
+}
+
+
+@pytest.mark.parametrize("regions", [None, Part], ids=["one graph", "regions"])
+@pytest.mark.parametrize("aside", ASIDE)
+def test_where_nothing_is_compiled_a_call_runs_op_by_op(aside, regions):
+    dual = jvpgraph.transform(Whole(), backend="eager", regions=regions)
+    x, x_dot = torch.randn(2, 3, 4)
+    wanted = torch.func.jvp(dual.model, (x,), (x_dot,))
+    for _ in range(2):
+        with ASIDE[aside]():
+            assert_close(dual(x, tangents={"x": x_dot}), wanted, **CLOSE)
+    assert_close(dual(x, tangents={"x": x_dot}), wanted, **CLOSE)
+    assert dual._dual.graphs >= 1
+
+
+def test_a_counter_counts_by_default_and_no_gradients_of_tangents_are_lost():
+    x = torch.randn(3, 4)
+    with FlopCounterMode(display=False) as counter:
+        jvpgraph.transform(nn.Linear(4, 4))(x, tangents={"input": x})
+        with pytest.raises(jvpgraph.CaptureError, match="FlopCounterMode, makes no graph"):
+            jvpgraph.transform(nn.Linear(4, 4), differentiable_tangent=True)(x, tangents={"input": x})
+    assert counter.get_total_flops() == 2 * 2 * 3 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("fn", "settings", "remedy", "untrue"),
+    [
+        (lambda x: x * 2 if x.sum() > 0 else x, {}, 'regions="auto"', 'backend="eager"'),
+        (lambda x: x * 2 if x.sum() > 0 else x, {"differentiable_tangent": True}, "no way to run", "regions"),
+        (lambda x: x * x.floor_divide(0.3), {}, "no_grad", 'backend="eager"'),
+    ],
+    ids=["branches", "branches, with gradients of tangents", "no backward"],
+)
+def test_a_remedy_is_not_what_was_asked_for(fn, settings, remedy, untrue):
+    x = torch.randn(3).requires_grad_()
+    with pytest.raises(jvpgraph.CaptureError) as error, torch.autograd.set_detect_anomaly(False):
+        jvpgraph.jvp(fn, (x,), (x,), backend="eager", **settings)
+    last = str(error.value).splitlines()[-1]
+    assert remedy in last
+    assert untrue not in last
 
 
 # -------------------------------------------------------------------------------------- containers of any kind

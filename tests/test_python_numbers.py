@@ -52,9 +52,12 @@ def _inputs(requires_grad: bool = True) -> tuple[Tensor, Tensor]:
     return (torch.rand(4).double() + 0.5).requires_grad_(requires_grad), torch.randn(4).double()
 
 
-@pytest.mark.parametrize("use", USES | WITHOUT_GRADIENTS)
-def test_refused_with_the_line(use):
-    x, v = _inputs(use in USES)
+@pytest.mark.parametrize(
+    ("use", "requires_grad"),
+    [*((use, True) for use in USES | WITHOUT_GRADIENTS), *((use, False) for use in WITHOUT_GRADIENTS)],
+)
+def test_refused_with_the_line(use, requires_grad):
+    x, v = _inputs(requires_grad)
     fn = (USES | WITHOUT_GRADIENTS)[use]
     for backend in ("eager", "op_by_op"):
         with pytest.raises(jvpgraph.UnsupportedOp, match=r"test_python_numbers.py:\d+ .*becomes a Python number"):
