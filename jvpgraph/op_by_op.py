@@ -72,6 +72,7 @@ METADATA = {"detach", "dim", "numel", "size", "storage_offset", "stride"}
 COPIES = {"clone", "_to_copy"}
 READS_NOTHING = EMPTY | ZERO | LIKE | ABOUT
 DRAWS = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
+BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}  # their arguments differ by name only
 OVERWRITES = DRAWS | {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "index_put_", "_index_put_impl_"}
 OVERWRITES |= {"scatter_", "index_copy_", "index_fill_", "masked_fill_", "masked_scatter_", "put_", "_unsafe_index_put"}
 
@@ -435,6 +436,8 @@ class OpByOp(TorchDispatchMode):
             if has_tangent(out) and (key := key_of(out)) is not None:
                 self._unwritten[key] = "zero" if name in ZERO else "empty"
             return out
+        if dots and name in BATCH_NORMS and arguments["training"] and arguments["running_mean"] is not None:
+            return self._run_batch_norm(func, args, kwargs, arguments, dots)
         if not dots or (not writes and func.is_view):
             self._refuse_reading_bits(func, arguments, writes)
             out = func(*args, **kwargs)
@@ -451,6 +454,15 @@ class OpByOp(TorchDispatchMode):
             raise UnsupportedOp([_unsupported(func, dots, NUMBER)])
         out = func(*args, **kwargs)
         self._record(func, out, self._rule(func, out, arguments, dots))
+        return out
+
+    def _run_batch_norm(self, func: OpOverload, args: Any, kwargs: Any, arguments: dict[str, Any], dots: Any) -> Any:
+        """In training it writes to the running statistics and does not say so."""
+        out = func(*args, **kwargs)
+        functional = aten._native_batch_norm_legit_functional.default
+        names = [a.name for a in functional._schema.arguments]
+        outs = (*out[:3], arguments["running_mean"], arguments["running_var"])
+        self._record(func, outs, self._rule(functional, outs, dict(zip(names, arguments.values())), dots))
         return out
 
     def _check_written(self, func: OpOverload, arguments: dict[str, Any], writes: list[str]) -> None:
@@ -511,6 +523,8 @@ class OpByOp(TorchDispatchMode):
         """The tangent of the functional form first, from the old values; then the write itself."""
         targets = [x for name in writes for x in tensors_in(arguments[name])]
         functional = functional_form(func)
+        if any(_reads_later(value, targets) for name, value in arguments.items() if name not in writes):
+            raise UnsupportedOp([_unsupported(func, dots, "it reads for one tensor what it writes for one before")])
         if functional is None:
             raise UnsupportedOp([_unsupported(func, dots, "it writes to its arguments and has no functional form")])
         inputs = {a.name for a in functional._schema.arguments}
@@ -596,6 +610,13 @@ def refuse_other_levels(inputs: Any, call: Any) -> None:
 def _functorch_transforms() -> set[str]:
     stack = torch._C._functorch.get_interpreter_stack() or []
     return {str(interpreter.key()).rsplit(".", 1)[-1] for interpreter in stack}
+
+
+def _reads_later(value: Any, targets: list[Tensor]) -> bool:
+    """Whether an op on lists, which goes through them in order, reads in ``value`` what it has written by then."""
+    per_tensor = value if isinstance(value, (list, tuple)) else [value] * len(targets)
+    read = [set(map(key_of, tensors_in(x))) for x in per_tensor]
+    return any(key_of(x) in keys for i, x in enumerate(targets) for keys in read[i + 1 :])
 
 
 def _flat_dots(dot: Any, count: int) -> list[Any]:

@@ -62,13 +62,13 @@ def mark_stop_gradients(gm: fx.GraphModule) -> None:
         gm: Dynamo's graph; changed in place. Without a marked input it is left alone.
     Raises:
         UnsupportedOp: something is written through a detached alias of what has a tangent, or torch.tensor is given a
-            list with something that has one.
+            list with something that has one, or a foreach op reads what it has written.
     """
     if not has_marker(gm):
         return
     refused: list[UnsupportedNode] = []
     for body, active in active_graphs(gm, active_nodes(gm)):
-        refused += [*_writes(body, active, set()), *_lists(body, active)]
+        refused += [*_writes(body, active, set()), *_lists(body, active), *_reads_later(body, active)]
     if refused:
         raise UnsupportedOp(refused)
     for body in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
@@ -167,6 +167,22 @@ def _lists(gm: fx.GraphModule, active: set[fx.Node]) -> Iterator[UnsupportedNode
         if any(isinstance(x, fx.Node) and x in active and has_tangent(x.meta.get("example_value")) for x in listed):
             reason = "a tensor with a tangent becomes a Python number, which has none: torch.stack keeps it"
             yield UnsupportedNode(str(node.target), node.name, (), source_line(node), reason)
+
+
+def _reads_later(gm: fx.GraphModule, active: set[fx.Node]) -> Iterator[UnsupportedNode]:
+    """``torch._foreach_add_(xs, xs[::-1])``, whose tensors are written in turn: to PyTorch's compiler, all at once."""
+    for node in gm.graph.nodes:
+        if (
+            node not in active
+            or not getattr(node.target, "__name__", "").startswith("_foreach_")
+            or not is_in_place(node)
+        ):
+            continue
+        written, *read = [arg for arg in node.args if isinstance(arg, (list, tuple))]
+        nodes = [[x for x in others if isinstance(x, fx.Node)] for others in read]
+        if any(_shares_memory(x, others[i + 1 :]) for others in nodes for i, x in enumerate(written)):
+            reason = "it reads for one tensor what it writes for one before"
+            yield UnsupportedNode(node.target.__name__, node.name, (), source_line(node), reason)
 
 
 def _writes(gm: fx.GraphModule, active: set[fx.Node], stopped: set[fx.Node]) -> Iterator[UnsupportedNode]:

@@ -139,6 +139,12 @@ def inference(f):
 
 
 # What leaves where ops can be seen, or comes from there. Each is refused.
+def list_in_another_order(x):
+    xs = [x.clone(), 2 * x]
+    torch._foreach_add_(xs, xs[::-1])
+    return xs[1]
+
+
 REFUSED = {
     "numpy": lambda x: torch.from_numpy(np.sin(x.numpy())),
     "numpy of detached": lambda x: torch.from_numpy(x.detach().numpy() * 2),
@@ -183,6 +189,7 @@ REFUSED = {
     "masked": lambda x: (masked_tensor(x, x > 0) * 2).to_tensor(0.0),
     "sparse": lambda x: x[:, None].to_sparse().to_dense(),
     "gradient of detached": gradient_of_detached,
+    "list in another order": list_in_another_order,
     "random in place": lambda x: F.rrelu(x.clone(), training=True, inplace=True),
 }
 
@@ -312,6 +319,16 @@ def test_nearest_exact_in_one_dim(dtype):
     x = torch.randn(1, 2, 5).to(dtype)
     up = lambda x: F.interpolate(x, size=7, mode="nearest-exact")  # noqa: E731
     assert_close(call(up, "op_by_op", x, x * 2)[1], up(x * 2))
+
+
+def test_running_statistics_that_are_read_have_tangents():
+    def fn(x):
+        mean, var = torch.zeros(2).double(), torch.ones(2).double()
+        F.batch_norm(x.view(2, 2), mean, var, training=True)
+        return F.batch_norm(x.view(2, 2), mean, var, training=True).sum(1) * mean * var
+
+    x, x_dot = inputs()
+    assert_close(call(fn, "op_by_op", x, x_dot)[1], differences(fn, x, x_dot), rtol=1e-6, atol=1e-6)
 
 
 def test_a_compiled_part_is_seen_or_run_as_it_is():
