@@ -188,11 +188,38 @@ def _has_symbols(x: Any) -> bool:
 def _compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Compiled:
     """Inductor itself. A backward is compiled when it first runs, where no caller of ours can tell what failed."""
     try:
-        return compile_fx_inner(gm, example_inputs, **settings)
+        return compile_fx_inner(gm, _one_symbol_each(example_inputs), **settings)
     except BackendCompilerFailed as error:
         if settings.get("is_backward"):
             raise CaptureError(f"{NOT_COMPILED}in its backward, {error}\n{remedy()}") from error
         raise
+
+
+def _one_symbol_each(example_inputs: Sequence[Any]) -> list[Any]:
+    """The inputs, with each number's symbol the one that the graph knows it by.
+
+    Of numbers that a guard found to be equal the graph has one symbol. Where that one's own input is not used and so is
+    gone, Inductor binds the other's symbol, and its code is without the first ("name 's27' is not defined").
+    """
+    bound = {symbol for x in example_inputs for symbol in _bound_by(x)}
+    return [
+        x.node.shape_env.create_symintnode(x.node.expr, hint=x.node.hint)
+        if _is_renamed(x) and x.node.expr not in bound
+        else x
+        for x in example_inputs
+    ]
+
+
+def _bound_by(x: Any) -> list[Any]:
+    """The symbols that Inductor reads off an input: a number's own, and those of sizes and strides."""
+    if isinstance(x, torch.Tensor):
+        strides = x.stride() if x.layout is torch.strided else ()
+        return [n.node.expr for n in (*x.shape, *strides) if isinstance(n, torch.SymInt)]
+    return [x.node._expr] if isinstance(x, torch.SymInt) else []
+
+
+def _is_renamed(x: Any) -> bool:
+    return isinstance(x, torch.SymInt) and x.node.expr.is_symbol and x.node.expr != x.node._expr
 
 
 def _eager(gm: fx.GraphModule, example_inputs: Sequence[Any], pipeline: Pipeline) -> Compiled:

@@ -72,6 +72,33 @@ def test_sizes_of_an_image():
     check_sizes(Image(), image, [(2, 8, 12), (3, 12, 8), (4, 16, 20)])
 
 
+class Rotary(nn.Module):
+    """Complex rotary embedding of sizes that are given for each sample, and have to be equal."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(4, 4)
+        self.turns = torch.polar(torch.ones(16, 2), torch.randn(16, 2))
+
+    def forward(self, x: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        height, width = sizes[0]
+        if not all(size == sizes[0] for size in sizes):
+            raise ValueError("one size for all")
+        turns = torch.cat([self.turns[-(width - width // 2) :], self.turns[: width // 2]])
+        turns = turns.view(1, width, 2).expand(height, width, 2).reshape(height * width, 2)
+        return torch.view_as_real(torch.view_as_complex(self.out(x).unflatten(-1, (2, 2))) * turns).flatten(2)
+
+
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning")
+def test_numbers_that_a_guard_found_equal():
+    """Inductor bound the symbol of one number, and its code was of the other's: NameError."""
+
+    def draw(batch: int, height: int, width: int) -> dict[str, object]:
+        return {"x": torch.randn(batch, height * width, 4), "sizes": [(height, width)] * 2}
+
+    check_sizes(Rotary(), draw, [(2, 4, 4), (3, 3, 5), (4, 6, 2)], dynamic=True)
+
+
 def test_graphs_of_regions_at_several_sizes():
     dual = check_sizes(
         nn.Sequential(Patches()), lambda *size: {"input": sequence(*size)["x"]}, SEQUENCES, regions=Patches
