@@ -353,15 +353,21 @@ class Graph:
     def halves(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """``second(*first(*inputs))`` is the function.
 
-        What the second does not use is no output of the first: a compiled graph's backward has zeros for its gradient,
-        where PyTorch's has none, and zero times infinity is NaN.
+        The second has no dead code, and what it does not use is no output of the first: a compiled graph's backward has
+        zeros for its gradient where PyTorch's has none, and zero times infinity is NaN.
         """
         head, *body = self.source.splitlines()
         names = re.findall(r"\bx\d\b", head) + re.findall(r"(?m)^ +(y\d+) =", "\n".join(body[: self.middle]))
-        used = set(re.findall(r"\w+", "\n".join(body[self.middle :])))
+        used: set[str] = set()
+        second: list[str] = []
+        for line in reversed(body[self.middle :]):
+            made = re.match(r" +(\w+) = ", line)
+            if made is None or made[1] in used:
+                used |= set(re.findall(r"\w+", line))
+                second.insert(0, line)
         live = ", ".join(name for name in dict.fromkeys(names) if name in used)
         first = "\n".join([head, *body[: self.middle], f"    return {live},", ""])
-        return _compiled(first), _compiled("\n".join([f"def f({live}):", *body[self.middle :], ""]))
+        return _compiled(first), _compiled("\n".join([f"def f({live}):", *second, ""]))
 
     @property
     def fn(self) -> Callable[..., Any]:
