@@ -25,6 +25,7 @@ from jvpgraph.markers import MAKE_DUAL
 from jvpgraph.passes.call_own_jvps import call_own_jvps
 from jvpgraph.passes.context import Context, Report
 from jvpgraph.passes.copy_overlapping_outputs import copy_overlapping_outputs
+from jvpgraph.passes.detach_outputs import detach_outputs
 from jvpgraph.passes.lower import lower, wants_gradients_of_tangents
 from jvpgraph.passes.mark_stop_gradients import STOPS, mark_stop_gradients
 from jvpgraph.passes.pipeline import AFTER_AUTOGRAD, BEFORE_AUTOGRAD, PIPELINE, Pipeline, check_config
@@ -66,6 +67,7 @@ class Backend:
                 report.attention.append(recognize_attention(gm, active_nodes(gm)))
         mark_stop_gradients(gm)
         call_own_jvps(gm)
+        detach_outputs(gm)
         copy_overlapping_outputs(gm)
         absolute = _absolute_views(gm)
         marked = _marked_inputs(gm)

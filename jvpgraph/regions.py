@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ from jvpgraph.errors import CaptureError, MarkerExecuted
 from jvpgraph.markers import MAKE_DUAL
 from jvpgraph.op_by_op import OpByOp
 from jvpgraph.rules.apply import has_tangent
-from jvpgraph.storages import is_dtensor, is_to_come, plain
+from jvpgraph.storages import is_dtensor, is_to_come, key_of, plain
 from jvpgraph.structure import leaves, map_leaves, refuse_hidden
 from jvpgraph.unguarded import unguarded
 
@@ -205,11 +206,10 @@ class Regions:
         with mode.left():
             outs = [leaf for _, leaf in leaves(out) if has_tangent(leaf)]
             handed_through = list(map(mode.shadowed, outs))
-            for leaf, dot, known in zip(outs, out_dots, handed_through):
-                if not known:
-                    mode.set_tangent(leaf, dot)
-                elif not any(_same_storage(leaf, inputs[path]) for path in dots):
+            for leaf, known in zip(outs, handed_through):
+                if known and not any(_same_storage(leaf, inputs[path]) for path in dots):
                     mode.stop(leaf)  # a detached argument that is handed through
+            _set_tangents(mode, [x for x in zip(outs, out_dots, handed_through) if not x[2]])
             mode.sweep()
         return out
 
@@ -498,6 +498,22 @@ def _is_number(placeholder: fx.Node) -> bool:
 
 def _version(x: Any) -> int:
     return x._version if has_tangent(x) else 0
+
+
+def _set_tangents(mode: OpByOp, outs: Sequence[tuple[Tensor, Tensor, bool]]) -> None:
+    """Give new tensors their tangents. Where ``y`` and ``y.detach()`` share memory, so do their tangents."""
+    sharing = Counter(key_of(plain(leaf)) for leaf, *_ in outs)
+    without = []
+    for leaf, dot, _ in outs:
+        if sharing[key_of(plain(leaf))] == 1 or plain(dot).any():
+            mode.set_tangent(leaf, dot)
+        else:
+            without.append((leaf, dot))
+    for leaf, dot in without:
+        if not mode.shadowed(leaf):
+            mode.set_tangent(leaf, dot)
+        elif (seen := mode.tangent(plain(leaf))) is not None and seen.any():
+            mode.stop(leaf)
 
 
 def _same_storage(x: Tensor, y: Tensor) -> bool:

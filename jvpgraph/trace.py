@@ -99,6 +99,18 @@ class Recorder(TorchDispatchMode):
         """``tree`` of arguments with every node replaced by its stand-in."""
         return fx.node.map_arg(tree, self.stand_in)
 
+    def value_again(self, node: fx.Node) -> Any:
+        """The fake value of a view, made anew of the values of its arguments: in the memory of the first."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+        op: Any = node.target
+        if op in (aten.view.default, aten._unsafe_view.default):
+            op = aten.reshape.default  # a decomposition may have another layout than the op that it stands for
+        with torch.inference_mode(False), torch.no_grad(), self._fake_mode:
+            if "unbacked_bindings" in node.meta:  # sizes would be drawn anew
+                old = value_of(node)
+                return torch.as_strided(args[0], old.shape, old.stride(), old.storage_offset())
+            return op(*args, **kwargs)
+
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node that computes a tensor seen under this recorder."""
         return self._known[id(tensor)][1]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+
+import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from jvpgraph.linearize import TANGENT_META
 from jvpgraph.passes.context import Context
@@ -10,6 +14,7 @@ from jvpgraph.trace import Recorder, value_of
 
 __all__ = ["decompose"]
 
+COPIES_IF_NEEDED = (torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default)
 NOT_INHERITED = ("val", "tensor_meta", "original_aten", "from_node", "eager_input_vals", TANGENT_META)
 
 
@@ -21,7 +26,8 @@ def decompose(graph: fx.Graph, context: Context) -> None:
 
     Linearize works on the ops that PyTorch differentiates, where rules are short and numerically kind; the
     compiler wants the decomposed ones. Needs linearize; changes numerics exactly as the compiler's own tracing
-    would. Does nothing for ``backend="eager"``.
+    would. Does nothing for ``backend="eager"``. In the end views have values in the memory of what they view, see
+    :func:`_share_memory`.
     """
     table = context.decompositions
     if not table:
@@ -42,6 +48,31 @@ def decompose(graph: fx.Graph, context: Context) -> None:
         else:
             node.replace_all_uses_with(new[0], propagate_meta=False)
         graph.erase_node(node)
+    _share_memory(graph, recorder)
+
+
+def _share_memory(graph: fx.Graph, recorder: Recorder) -> None:
+    """Give each view a value in the memory of the value that it views, as tracing does.
+
+    The compiler asks there who aliases whom: which copies it may drop, as it may not where an output would become an
+    input, and what may be written in place.
+    """
+    for node in graph.nodes:
+        if node.target is operator.getitem and _is_view(node.args[0]):
+            node.meta["val"] = value_of(node.args[0])[node.args[1]]
+        elif _is_view(node) and _memory(node) != _memory(node.all_input_nodes[0]):
+            node.meta["val"] = recorder.value_again(node)
+
+
+def _is_view(node: fx.Node) -> bool:
+    op = node.target
+    return isinstance(op, OpOverload) and (op.is_view or op in COPIES_IF_NEEDED) and bool(node.all_input_nodes)
+
+
+def _memory(node: fx.Node) -> int | None:
+    value = value_of(node)
+    parts = [value] if isinstance(value, Tensor) else value
+    return parts[0].untyped_storage()._cdata if parts else None
 
 
 def _gives_tensors(node: fx.Node) -> bool:

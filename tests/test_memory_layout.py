@@ -146,3 +146,70 @@ def test_elements_that_share_memory_have_tangents_of_their_own(backend: str, how
     x_dot = torch.randn(x.shape, dtype=torch.float64)
     _, y_dot = jvpgraph.jvp(torch.sin, (x,), (x_dot,), backend=backend)
     torch.testing.assert_close(y_dot, x.cos() * x_dot)
+
+
+def _without_gradients(x):
+    with torch.no_grad():
+        return x.view(-1)
+
+
+# Outputs that are the input, or made of nothing else.
+CONSTANT = {
+    "detach": lambda x: x.detach(),
+    "data": lambda x: x.data,
+    "part": lambda x: x[1:].detach(),
+    "clone": lambda x: x.clone().detach(),
+    "detach_": lambda x: x.clone().detach_(),
+    "twice": lambda x: (x.detach(), x.view(-1).detach()),
+    "beside dead code": lambda x: (x.sin()[torch.tensor([0, 0])].sin(), x.detach())[1],
+}
+BESIDE = {
+    "itself": lambda x: (x.detach(), x),
+    "others": lambda x: (x.sin(), x.detach()),
+    "a view": lambda x: (x.detach(), x.view(3, 1)),
+    "its own": lambda x: (lambda y: (y.detach(), y[1:], y[:2].detach(), _without_gradients(y)))(x.sin()),
+    "a view without gradients": lambda x: (_without_gradients(x), x.sin()),
+    "such a view and itself": lambda x: (_without_gradients(x), x.view(3, 1), _without_gradients(x.sin())),
+}
+
+
+def _gradient(ys: tuple[Tensor, ...], x: Tensor) -> Tensor:
+    parts = [(i + 2) * y.cos().sum() for i, y in enumerate(ys) if y.requires_grad]
+    (g,) = torch.autograd.grad(torch.stack(parts).sum(), x, allow_unused=True) if parts else (None,)
+    return torch.zeros_like(x) if g is None else g
+
+
+def _same_gradient(fn, backend: str) -> None:
+    x, v = torch.randn(3).double().requires_grad_(), torch.randn(3).double()
+    for recording in (True, False):
+        with torch.set_grad_enabled(recording):
+            wanted = _several(fn(x))
+            ys, dots = map(_several, jvpgraph.jvp(fn, (x,), (v,), backend=backend, dynamic=False))
+        assert_close((ys, dots), (wanted, _several(torch.func.jvp(fn, (x.detach(),), (v,))[1])), **EXACT)
+        assert all(y is not x for y in ys)
+        if recording:
+            assert_close(_gradient(ys, x), _gradient(wanted, x), **EXACT)
+        else:
+            assert not any(y.requires_grad for y in ys)
+
+
+@pytest.mark.parametrize("kind", CONSTANT | BESIDE)
+def test_what_is_detached_has_no_gradient(kind):
+    for backend in ("op_by_op", "eager"):
+        _same_gradient((CONSTANT | BESIDE)[kind], backend)
+
+
+@pytest.mark.parametrize("kinds", [["detach"], ["a view"], list(CONSTANT), list(BESIDE)], ids=str)
+def test_what_is_detached_has_no_gradient_compiled(kinds):
+    """With nothing else beside it, Inductor's graph has no backward."""
+    fns = [(CONSTANT | BESIDE)[kind] for kind in kinds]
+    _same_gradient(lambda x: tuple(y for fn in fns for y in _several(fn(x))), "inductor")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copy_is_one(backend):
+    """Inductor drops copies, unless that would make an output of an input; it asks the fake values for that."""
+    x, v = torch.randn(3).double(), torch.randn(3).double()
+    ys, dots = jvpgraph.jvp(lambda x: (x.clone().detach(), x.view(-1).clone()), (x,), (v,), backend=backend)
+    memory = [t.untyped_storage().data_ptr() for t in (x, v, *ys, *dots)]
+    assert len(set(memory)) == len(memory)

@@ -211,7 +211,9 @@ class TestArguments:
         dual = assert_right(Model(depth=1).double())
         assert dual.regions.groups[0].calls == 2
 
-    @pytest.mark.parametrize("kind", ["input", "view", "detached", "expanded", "two views"])
+    @pytest.mark.parametrize(
+        "kind", ["input", "view", "detached", "detached twice", "beside it", "expanded", "two views"]
+    )
     def test_outputs_that_alias(self, kind):
         class Part(nn.Module):
             def forward(self, x):
@@ -221,6 +223,8 @@ class TestArguments:
                     "input": lambda: (x, x * 2),
                     "view": lambda: (x.t(), x[0].expand(3, -1)),
                     "detached": lambda: (x.detach(), x.cos()),
+                    "detached twice": lambda: (x[0].detach(), x.detach()),
+                    "beside it": lambda: (x.detach(), x),
                     "expanded": lambda: (x.sum().expand(4), x.exp()),
                 }[kind]()
 
