@@ -92,6 +92,18 @@ def test_what_is_wrong_is_seen(part: str):
     assert part in verdict.why
 
 
+def test_no_graph_of_what_torch_compile_takes_is_a_fault():
+    def no_graph(*_, **__):
+        raise jvpgraph.CaptureError("the compiler cannot make code of the graph: one of our passes")
+
+    def no_graph_either(x):
+        return x.sin() if x.sum().item() else x.cos()
+
+    with patch.object(jvpgraph, "jvp", no_graph):
+        verdicts = [examine(_case(fn, torch.rand(3)), Phase("eager", 1)) for fn in (torch.sin, no_graph_either)]
+    assert [verdict.what for verdict in verdicts] == ["raw", "refused"]
+
+
 def test_a_process_that_dies_or_hangs_is_a_crash():
     def die(case, phase):
         return Verdict("right") if not case.call.tensors[0].dim() else ctypes.string_at(0)

@@ -25,6 +25,7 @@ __all__ = ["PHASES", "VERDICTS", "Case", "Phase", "Verdict", "cases", "examine"]
 VERDICTS = ("crash", "wrong", "raw", "torch", "refused", "unknown", "raises", "right")
 PACKAGE = Path(jvpgraph.__file__).parent.parent
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}  # at least; and what PyTorch's is off by
+NO_GRAPH = ("the model cannot be captured", "the compiler cannot make code")
 OWN = (jvpgraph.UnsupportedOp, jvpgraph.CaptureError)
 
 trace_rules.MOD_INLINELIST.add("torch.testing._internal")  # the database's lambdas are user code here
@@ -157,6 +158,8 @@ def examine(case: Case, phase: Phase) -> Verdict:
                     verdict = _run(call, inputs, dots, right, wanted, phase)
         if verdict.what in ("wrong", "raw") and phase.backend != "op_by_op" and _torch_fails(call, inputs, phase):
             return Verdict("torch", verdict.why)
+        if verdict.what == "refused" and verdict.why.startswith(NO_GRAPH) and not _torch_fails(call, inputs, phase):
+            return Verdict("raw", f"with tangents only: {verdict.why}")
         if verdict.what != "right":
             return verdict
     return verdict
@@ -278,6 +281,8 @@ def _torch_fails(call: Call, inputs: tuple[Tensor, ...], phase: Phase) -> bool:
     compiler = "inductor" if phase.backend == "inductor" else "aot_eager"
     torch._dynamo.reset()
     try:
+        if phase.differentiable:
+            inputs = tuple(x.detach().requires_grad_(floating(x)) for x in inputs)
         torch.manual_seed(0)
         plain = float_leaves(call.fn(*inputs))
         torch.manual_seed(0)
