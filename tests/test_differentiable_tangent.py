@@ -74,7 +74,8 @@ def check_module(model, primals, dots, names, backend="eager") -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_diffusion_transformer(backend):
     x, t, x_dot, t_dot = inputs()
-    check_module(TinyDiT(depth=2).double(), (x, t), (x_dot, t_dot), ("x", "t"), backend)
+    depth = 1 if backend == "inductor" else 2  # a second block is compiled as the first is
+    check_module(TinyDiT(depth=depth).double(), (x, t), (x_dot, t_dot), ("x", "t"), backend)
 
 
 class Gated(nn.Module):
@@ -120,7 +121,8 @@ def test_layer_norm_where_torch_is_wrong():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_activation_checkpointing(backend):
     x, t, x_dot, t_dot = inputs()
-    check_module(Checkpointed(depth=2).double(), (x, t), (x_dot, t_dot), ("x", "t"), backend)
+    depth = 1 if backend == "inductor" else 2
+    check_module(Checkpointed(depth=depth).double(), (x, t), (x_dot, t_dot), ("x", "t"), backend)
 
 
 def test_dynamic_shapes_compile_once():

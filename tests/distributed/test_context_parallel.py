@@ -151,8 +151,14 @@ def on_own_uneven(ring: int, ulysses: int, tokens: int, compiler: str) -> Errors
 # ------------------------------------------------------------------------------------------------------ tests
 
 
-@pytest.mark.parametrize("name", ["wan", "flux"])
-@pytest.mark.parametrize(("layout", "ring", "ulysses"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "layout", "ring", "ulysses"),
+    [
+        pytest.param(name, *layout, marks=[pytest.mark.matrix] * ((name, layout) not in zip(("wan", "flux"), TWO)))
+        for layout in [*TWO, *FOUR]
+        for name in ("wan", "flux")
+    ],
+)
 def test_diffusers_interface(name, layout, ring, ulysses):
     """Each attention, of each hop of the ring, becomes one attention_jvp that the Function's backward goes on with."""
     attention = FLASH if ring > 1 else None
