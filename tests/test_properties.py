@@ -217,14 +217,14 @@ def forget_some() -> None:
         torch._dynamo.reset()
 
 
-@examples(in_ci=8, in_fuzz=400)
+@examples(in_ci=5, in_fuzz=400)
 @given(case=dit_like_modules())
 def test_transformer_as_graph(case: DiTCase):
     forget_some()
     check_module(case, "eager")
 
 
-@examples(in_ci=25, in_fuzz=800)
+@examples(in_ci=15, in_fuzz=800)
 @given(case=dit_like_modules())
 def test_transformer_op_by_op(case: DiTCase):
     check_module(case, "op_by_op")
@@ -252,20 +252,20 @@ def test_transformer_with_other_layouts(case: DiTCase):
         check_module(case, "eager")
 
 
-@examples(in_ci=100, in_fuzz=2000)
+@examples(in_ci=60, in_fuzz=2000)
 @given(graph=op_graphs(), with_grad=st.booleans())
 def test_program_op_by_op(graph: Graph, with_grad: bool):
     check_graph(graph, ["op_by_op"], with_grad)
 
 
-@examples(in_ci=40, in_fuzz=6000)
+@examples(in_ci=25, in_fuzz=6000)
 @given(graph=op_graphs(), with_grad=st.booleans(), perturb=st.booleans())
 def test_program_on_three_backends(graph: Graph, with_grad: bool, perturb: bool):
     forget_some()
     check_graph(graph, ["op_by_op", "eager", "regions"], with_grad, perturb)
 
 
-@examples(in_ci=10, in_fuzz=1700)
+@examples(in_ci=6, in_fuzz=1700)
 @given(graph=op_graphs(max_steps=4, numbers=True), with_grad=st.booleans())
 def test_program_that_reads_numbers(graph: Graph, with_grad: bool):
     forget_some()
