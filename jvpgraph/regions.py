@@ -410,7 +410,9 @@ def _outermost(modules: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
 
 def _has_forward(module: nn.Module) -> bool:
     """Containers are not called, and wrappers for checkpointing stay around the region."""
-    return type(module).forward is not nn.Module.forward and not isinstance(module, ActivationWrapper)
+    if isinstance(module, (ActivationWrapper, torch.jit.ScriptModule)):
+        return False
+    return type(module).forward is not nn.Module.forward
 
 
 def _is_plain(module: nn.Module) -> bool:

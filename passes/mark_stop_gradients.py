@@ -36,6 +36,7 @@ from jvpgraph.passes.swap_attention import (
     has_marker,
     inputs_of_body,
     is_in_place,
+    is_of_numpy,
 )
 from jvpgraph.rules.apply import has_tangent
 
@@ -158,15 +159,34 @@ def _without_overrides(function: FunctionType) -> FunctionType:
 
 
 def _lists(gm: fx.GraphModule, active: set[fx.Node]) -> Iterator[UnsupportedNode]:
-    """``torch.tensor([x, y])``, which reads numbers; ``torch.tensor(x)`` is a copy of ``x.detach()``."""
+    """``torch.tensor([x, y])`` and ``torch.tensor(x.numpy())``, which read numbers; of ``x`` by itself it copies what
+    ``x.detach()`` is."""
+    carrying = _carrying(gm, active)
     for node in gm.graph.nodes:
         if node.target not in FROM_DATA:
             continue
         data = (*node.args, *node.kwargs.values())
         listed = torch.utils._pytree.tree_leaves([a for a in data if isinstance(a, (list, tuple))])
-        if any(isinstance(x, fx.Node) and x in active and has_tangent(x.meta.get("example_value")) for x in listed):
+        copied = node.target not in (torch.as_tensor, torch.asarray)
+        listed += [a for a in data if copied and isinstance(a, fx.Node) and _is_array(a)]
+        if any(isinstance(x, fx.Node) and x in carrying and has_tangent(x.meta.get("example_value")) for x in listed):
             reason = "a tensor with a tangent becomes a Python number, which has none: torch.stack keeps it"
             yield UnsupportedNode(str(node.target), node.name, (), source_line(node), reason)
+
+
+def _carrying(gm: fx.GraphModule, active: set[fx.Node]) -> set[fx.Node]:
+    """The active nodes that are not behind a stop-gradient."""
+    carrying: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        inputs = active.intersection(node.all_input_nodes)
+        if node in active and node.target not in STOPS and (not inputs or not carrying.isdisjoint(inputs)):
+            carrying.add(node)
+    return carrying
+
+
+def _is_array(node: fx.Node) -> bool:
+    """Whether this is an array of numpy's, as far as a graph tells: the result of its functions, and of x.numpy()."""
+    return is_of_numpy(node) or (node.target == "view_as" and node.args[0] is node.args[1])
 
 
 def _reads_later(gm: fx.GraphModule, active: set[fx.Node]) -> Iterator[UnsupportedNode]:

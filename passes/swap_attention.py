@@ -43,6 +43,7 @@ __all__ = [
     "has_marker",
     "inputs_of_body",
     "is_in_place",
+    "is_of_numpy",
     "same_shape",
     "swap_attention",
     "with_layout_of",
@@ -246,6 +247,18 @@ def has_marker(gm: fx.GraphModule) -> bool:
     return any(_is_marker(n) or any(has_marker(m) for _, m in bodies(gm, n)) for n in gm.graph.nodes)
 
 
+IN_PLACE_OF_NUMPY = {
+    f"wrapped_{name}"
+    for name in (
+        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"),
+        *("__setitem__", "fill", "sort", "partition", "put", "itemset", "copyto", "place", "putmask", "fill_diagonal"),
+    )
+}
+NUMPY = tuple(
+    value for name, value in vars(torch._dynamo.utils).items() if name.startswith("numpy_") and "wrapper" in name
+)
+
+
 def _is_marker(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.name() == "jvpgraph::make_dual"
 
@@ -263,7 +276,14 @@ def is_in_place(node: fx.Node) -> bool:
     if node.target in (operator.or_, operator.and_, operator.not_):
         return False  # the underscore is not torch's
     name = getattr(node.target, "__name__", "")
+    if is_of_numpy(node):
+        return name in IN_PLACE_OF_NUMPY
     return node.target in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+
+
+def is_of_numpy(node: fx.Node) -> bool:
+    """Whether node is a function, method or operator of numpy's, of which Dynamo makes ops."""
+    return type(node.target) in NUMPY
 
 
 def _asked_for_in_place(node: fx.Node) -> bool:

@@ -6,6 +6,7 @@ import copy
 import ctypes
 import gc
 import io
+import operator
 import pickle
 import random
 import threading
@@ -308,6 +309,43 @@ def test_graph_saved_by_autograd_keeps_its_tangent_and_a_stop_stays_one():
     assert_close(found, torch.func.jvp(hard, (x,), (x_dot,))[1])
 
 
+def written_as_an_array(write):
+    def fn(x):
+        y = x.clone()
+        write(y.detach().numpy())
+        return y * x
+
+    return fn
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        written_as_an_array(lambda a: operator.imul(a, 2)),
+        written_as_an_array(lambda a: a.__setitem__(0, 5)),
+        written_as_an_array(lambda a: a.sort()),
+        written_as_an_array(lambda a: operator.iadd(a.reshape(2, 2).T, 1)),
+        lambda x: torch.tensor(x.numpy()) * x,
+        lambda x: torch.tensor(np.sin(x.numpy())) * x,
+    ],
+    ids=["operator", "element", "method", "view", "copied", "copied result"],
+)
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+@pytest.mark.parametrize("way", ["eager", "op_by_op"])
+def test_what_numpy_writes_or_copies_is_refused(fn, way):
+    with pytest.raises(jvpgraph.UnsupportedOp, match=r"test_op_by_op\.py"):
+        call(fn, way, *inputs())
+
+
+def test_to_graphs_numpy_is_ops_and_a_detached_array_stops():
+    x, x_dot = inputs()
+    assert_close(
+        call(lambda x: x * torch.from_numpy(np.sin(x.detach().numpy())), "eager", x, x_dot)[1], x_dot * x.sin()
+    )
+    assert_close(call(lambda x: torch.from_numpy(np.sin(x.numpy())), "eager", x, x_dot)[1], x_dot * x.cos())
+    assert_close(call(lambda x: x * torch.tensor([x.detach().sum(), 2, 3, 4]), "eager", x, x_dot)[1].shape, x.shape)
+
+
 def test_detached_copies_may_leave():
     x, x_dot = inputs()
     out_dot = call(lambda x: x * x.detach().clone().numpy().sum() * x.detach().sum().item(), "op_by_op", x, x_dot)[1]
@@ -329,6 +367,15 @@ def test_running_statistics_that_are_read_have_tangents():
 
     x, x_dot = inputs()
     assert_close(call(fn, "op_by_op", x, x_dot)[1], differences(fn, x, x_dot), rtol=1e-6, atol=1e-6)
+
+
+def test_a_scripted_part_is_no_region():
+    parts = [torch.jit.script(nn.Linear(4, 4)), torch.jit.trace(nn.Linear(4, 4), torch.randn(4)), nn.Linear(4, 4)]
+    model = nn.Sequential(*parts).double()
+    x, x_dot = inputs()
+    dual = jvpgraph.transform(model, regions="auto", backend="eager")
+    for _ in range(2):
+        assert_close(dual(x, tangents={"input": x_dot})[1], torch.func.jvp(model, (x,), (x_dot,))[1])
 
 
 def test_a_compiled_part_is_seen_or_run_as_it_is():
