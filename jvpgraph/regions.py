@@ -409,7 +409,7 @@ def _outermost(modules: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
 
 
 def _has_forward(module: nn.Module) -> bool:
-    """Containers are not called, and wrappers for checkpointing stay around the region."""
+    """Containers are not called, wrappers for checkpointing stay around the region, and TorchScript is not captured."""
     if isinstance(module, (ActivationWrapper, torch.jit.ScriptModule)):
         return False
     return type(module).forward is not nn.Module.forward
