@@ -21,6 +21,7 @@ def _as_it_is(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return op(*args, **kwargs)
 
 
+SEEDS = database.wrapper_set_seed
 database.wrapper_set_seed = _as_it_is  # the oracle seeds too, and Dynamo cannot trace this
 _FOREACH = [name for name in vars(database) if name.startswith("foreach_") and name.endswith("_op_db")]
 
@@ -151,7 +152,8 @@ def _call(op: OpInfo, sample: Any, callee: Any, form: str) -> Call | None:
     parameters = ", ".join(f"t{i}" for i in range(len(source.tensors)))
     text = f"def call({parameters}):\n" + "".join(f"    {line}\n" for line in body)
     after = sample.output_process_fn_grad if not isinstance(op, ForeachFuncInfo) else lambda x: x
-    names = {"torch": torch, "op": callee, "wrapper": op.gradcheck_wrapper, "after": after, **source.names}
+    wrapper = _as_it_is if op.gradcheck_wrapper is SEEDS else op.gradcheck_wrapper
+    names = {"torch": torch, "op": callee, "wrapper": wrapper, "after": after, **source.names}
     exec(compile(text, f"<{op.name}>", "exec"), names)
     return Call(names["call"], tuple(source.tensors), "; ".join(body))
 
