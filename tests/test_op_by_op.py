@@ -385,6 +385,82 @@ def test_a_compiled_part_is_seen_or_run_as_it_is():
     assert_close(call(lambda x: part(x) + x, "op_by_op", x, x_dot)[1], x_dot * (2 * x.cos() + 1))
 
 
+def views_written(x):
+    y = x.clone().view(2, 2)
+    y.t()[0][1:].mul_(3)
+    y.view(-1)[::2].add_(x[:2])
+    return y.reshape(4) * x
+
+
+def data_replaced_by_storage(x):
+    y = torch.empty(0, dtype=x.dtype)
+    return y.set_((x * 2).untyped_storage(), 0, (4,), (1,)) * x
+
+
+def own_leaf(x):
+    with torch.enable_grad():
+        z = x.detach().requires_grad_()
+        return x * torch.autograd.grad((z.sin() * z).sum(), z)[0]
+
+
+def forward_ad_inside(x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(forward_ad.make_dual(x, torch.ones_like(x)).sin()).tangent
+
+
+def complex_views(x):
+    z = torch.view_as_complex(x.clone().view(2, 2))
+    z.mul_(z)
+    return x.clone().view(torch.complex128).exp().view(torch.float64) + torch.view_as_real(z).reshape(4)
+
+
+LENGTHS = torch.tensor([2, 2])
+INDEX = torch.tensor([0, 0, 1, 2])
+TABLE = torch.arange(8.0).double().view(2, 4).sin()
+# What bug reports are about, beyond the kinds above: (function, whether it is refused).
+NEIGHBOURS = {
+    "views of views": (views_written, False),
+    "set_ to a storage": (data_replaced_by_storage, True),
+    "set_ to a tensor": (lambda x: torch.empty(0, dtype=x.dtype).set_(x * 2), True),
+    "a leaf of its own": (own_leaf, True),
+    "forward AD inside": (forward_ad_inside, False),
+    "jvp inside": (lambda x: torch.func.jvp(lambda a: a.sin() * a, (x,), (torch.ones_like(x),))[1], False),
+    "vjp inside": (lambda x: torch.func.vjp(lambda a: a.sin() * a, x)[1](torch.ones_like(x))[0], False),
+    "complex views": (complex_views, False),
+    "quantised": (lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8).dequantize() * x, False),
+    "fake quantised": (lambda x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127), True),
+    "normal of a mean": (lambda x: torch.normal(x, 1.0), True),
+    "poisson": (lambda x: torch.poisson(x.exp()) + x, True),
+    "rsample of a gamma": (lambda x: torch.distributions.Gamma(x.exp(), 1.0).rsample(), True),
+    "sparse": (lambda x: torch.sparse.mm(torch.eye(4).double().to_sparse_csr(), x[:, None])[:, 0], True),
+    "product of scatter_reduce": (lambda x: torch.ones(4).double().scatter_reduce(0, INDEX, x, "prod"), True),
+    "maximum of scatter_reduce": (lambda x: torch.zeros(4).double().scatter_reduce(0, INDEX, x, "amax"), False),
+    "index_reduce": (lambda x: torch.ones(4).double().index_reduce(0, INDEX, x, "prod"), True),
+    "segment_reduce": (lambda x: torch.segment_reduce(x, "prod", lengths=LENGTHS), True),
+    "bessel": (torch.special.bessel_j0, True),
+    "weights of a loss": (lambda x: F.nll_loss(TABLE, torch.tensor([0, 1]), x.exp()) * x, False),
+    "max_norm": (lambda x: F.embedding(torch.tensor([0, 1]), x.view(2, 2), max_norm=0.5), True),
+    "points of grid_sample": (lambda x: F.grid_sample(TABLE[None, None], x.view(1, 1, 2, 2)), False),
+    "float builtin": (lambda x: x * float(x.sum()), True),
+    "index builtin": (lambda x: x[int(x.argmax())] * x, False),
+    "sorted builtin": (lambda x: torch.stack(sorted(x)), False),
+    "contains": (lambda x: x * (2 if 5.0 in x else 3), False),
+    "distances": (lambda x: torch.cdist(x.view(2, 2), 2 * x.view(2, 2)), True),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_neighbours(name):
+    fn, refused = NEIGHBOURS[name]
+    x, x_dot = inputs()
+    if refused:
+        with pytest.raises(OURS, match="|".join((r"test_op_by_op\.py", r"distributions"))):
+            call(fn, "op_by_op", x, x_dot)
+    else:
+        assert_close(call(fn, "op_by_op", x, x_dot)[1], differences(fn, x, x_dot), rtol=1e-5, atol=1e-6)
+
+
 def test_ops_that_conjugate_inside_have_their_own_value():
     x, v = torch.randn(2, 4, 4, dtype=torch.complex128)
     out, out_dot = jvpgraph.jvp(torch.pinverse, (x,), (v,), backend="op_by_op")
