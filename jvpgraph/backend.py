@@ -89,6 +89,7 @@ class Backend:
             raise
         if absolute:
             compiled = _at_the_start(compiled, marked, absolute)
+        compiled = _never_an_input(compiled, marked)
         self.reports.append(report)  # not earlier: Dynamo may break an attempt off and start anew
         return compiled
 
@@ -124,6 +125,16 @@ def _active_numbers(gm: fx.GraphModule) -> list[UnsupportedNode]:
         else:
             waiting += node.users
     return numbers
+
+
+def _never_an_input(compiled: Compiled, marked: list[int]) -> Compiled:
+    """``compiled``, of which no output is a marked input: without gradients, Inductor returns x for x + zeros."""
+
+    def checked(*inputs: Any) -> Any:
+        given = {id(inputs[i]) for i in marked}
+        return [x.detach().clone() if id(x) in given else x for x in compiled(*inputs)]
+
+    return checked
 
 
 def _absolute_views(gm: fx.GraphModule) -> list[UnsupportedNode]:

@@ -101,7 +101,8 @@ class Recorder(TorchDispatchMode):
 
     def value_again(self, node: fx.Node) -> Any:
         """The fake value of a view, made anew of the values of its arguments: in the memory of the first."""
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+        args: Any = fx.node.map_arg(node.args, value_of)
+        kwargs: Any = fx.node.map_arg(node.kwargs, value_of)
         op: Any = node.target
         if op in (aten.view.default, aten._unsafe_view.default):
             op = aten.reshape.default  # a decomposition may have another layout than the op that it stands for

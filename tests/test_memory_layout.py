@@ -161,6 +161,7 @@ CONSTANT = {
     "clone": lambda x: x.clone().detach(),
     "detach_": lambda x: x.clone().detach_(),
     "twice": lambda x: (x.detach(), x.view(-1).detach()),
+    "a zero added": lambda x: x.detach() + torch.zeros(3, dtype=x.dtype),
     "beside dead code": lambda x: (x.sin()[torch.tensor([0, 0])].sin(), x.detach())[1],
 }
 BESIDE = {
