@@ -133,8 +133,10 @@ def _cumprod(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     return y if step > 1 or y is not x else x.clone()
 
 
+# What functionalized writes are, and which has no gradient itself, zero not where it is complex.
+WRITES: dict[OpOverload, Callable[..., Tensor]] = {aten.copy.default: _copied, aten.zero.default: torch.zeros_like}
 APART: dict[OpOverload, Callable[..., Tensor]] = {
-    aten.copy.default: _copied,
+    **WRITES,
     aten.polar.default: _polar,
     aten.cumprod.default: _cumprod,
 }
@@ -178,17 +180,18 @@ def _without_effect_tokens(gm: fx.GraphModule, tokens: int) -> None:
 
 
 def write_out_copies(graph: fx.Graph, context: Context) -> None:
-    """Replace the copies that derived rules make by what has a gradient.
+    """Replace the copies and zeros that derived rules write by what has a gradient.
 
     Before: ``abs_dot = copy(zeros, x)``
     After:  ``abs_dot = clone(expand(x))``
     """
     recorder = Recorder(graph)
-    for node in graph.find_nodes(op="call_function", target=aten.copy.default):
-        with recorder.behind(node, node.meta, reuse=False):
-            new = recorder.node_of(_copied(*recorder.stand_ins(node.args[:2])))
-        node.replace_all_uses_with(new, propagate_meta=False)
-        graph.erase_node(node)
+    for op, instead in WRITES.items():
+        for node in graph.find_nodes(op="call_function", target=op):
+            with recorder.behind(node, node.meta, reuse=False):
+                new = recorder.node_of(instead(*recorder.stand_ins(node.args[:2])))
+            node.replace_all_uses_with(new, propagate_meta=False)
+            graph.erase_node(node)
 
 
 def _detach_instead_of_no_grad(gm: fx.GraphModule) -> list[UnsupportedNode]:

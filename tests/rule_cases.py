@@ -470,6 +470,8 @@ MATMUL = [
         formula=False,  # theirs minds the other triangle
         reverse=False,
     ),
+    *row(aten._linalg_eigh.default, call(R(4, 4)), call(R(2, 3, 3), "U"), formula=False, reverse=False),
+    *row(aten.linalg_eig.default, kink(R(4, 4)), kink(R(2, 3, 3)), reverse=False),  # up to a phase
     *row(
         aten.convolution.default,
         *(call(IMAGE, R(3, 4, 3, 3), R(3), *CONV), call(IMAGE, R(3, 4, 2, 2), None, [2, 2], *CONV[1:])),

@@ -224,6 +224,13 @@ class Solving(nn.Module):
         return torch.cat(parts) * torch.logdet(a) + torch.linalg.det(x)
 
 
+class Eigenvectors(nn.Module):
+    """In PyTorch's formulas 0 / 0 stands on the diagonal, under a zero that is written in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigh(x @ x.mT)[1].abs() + torch.linalg.eig(x)[1].abs()
+
+
 class Quotient(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.linalg.solve(x @ x.mT + 3 * torch.eye(4, dtype=x.dtype), x).cumprod(1)
@@ -236,7 +243,7 @@ class Products(nn.Module):
         return torch.cat([x.cumprod(0), x.cumprod(1), x.prod(1, keepdim=True).expand(4, 4)])
 
 
-@pytest.mark.parametrize("model", [Fourier, Complex, Solving, Products])
+@pytest.mark.parametrize("model", [Fourier, Complex, Solving, Eigenvectors, Products])
 def test_formulas_that_derive(model):
     x, x_dot = torch.randn(4, 4).double(), torch.randn(4, 4).double()
     if model is Products:

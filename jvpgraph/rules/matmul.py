@@ -93,3 +93,33 @@ def slogdet(outs, a, *, a_dot):
     if not a.is_complex():
         return None, trace, FACTORS, None
     return 1j * trace.imag * outs[0], trace.real, FACTORS, None
+
+
+# Eigenvectors. PyTorch's formulas divide 0 by 0 on the diagonal and write 0 there, after which gradients are NaN.
+def turned(values: torch.Tensor, vectors: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    """Tangents of the eigenvectors, none along themselves: V (m_ij / (l_j - l_i)) for m = V^-1 A_dot V."""
+    same = torch.eye(m.shape[-1], dtype=torch.bool, device=m.device)
+    apart = torch.where(same, 1, values.unsqueeze(-2) - values.unsqueeze(-1))
+    return vectors @ torch.where(same, 0, m / apart)
+
+
+def with_vectors(a: torch.Tensor, uplo: str, compute_v: bool) -> bool | str:
+    return compute_v or "the tangents of eigenvalues need the eigenvectors: take torch.linalg.eigh"
+
+
+@jvp(aten._linalg_eigh.default, when=with_vectors)
+def eigh(outs, a, uplo, compute_v, *, a_dot):
+    """Of the half of ``a`` that is read."""
+    values, v = outs
+    half = a_dot.tril(-1) if uplo.upper() == "L" else a_dot.triu(1)
+    m = v.mH @ (half + half.mH + torch.diag_embed(a_dot.diagonal(0, -2, -1).real)) @ v
+    return m.diagonal(0, -2, -1).real, turned(values, v, m)
+
+
+@jvp(aten.linalg_eig.default)
+def eig(outs, a, *, a_dot):
+    """The eigenvectors stay of length 1."""
+    values, v = outs
+    m = torch.linalg.solve_ex(v, a_dot.to(v.dtype) @ v)[0]
+    v_dot = turned(values, v, m)
+    return m.diagonal(0, -2, -1), v_dot - v * (v.conj() * v_dot).sum(-2, keepdim=True).real
