@@ -430,6 +430,18 @@ def test_a_remedy_is_not_what_was_asked_for(fn, settings, remedy, untrue):
     assert untrue not in last
 
 
+@pytest.mark.parametrize("settings", [{"backend": "op_by_op"}, {"backend": "eager", "regions": "auto"}], ids=str)
+def test_module_hooks_of_the_backward_are_not_for_graphs(settings):
+    model, x = Whole(), torch.randn(3, 4)
+    model.parts[0].lin.register_full_backward_hook(lambda _module, grads, _out: (3 * grads[0],))
+    with pytest.raises(jvpgraph.CaptureError, match=r'backwards hooks(.|\n)*Use transform\(model, regions="auto"'):
+        jvpgraph.transform(model, backend="eager")(x, tangents={"x": x})
+    x.requires_grad_()
+    y, y_dot = jvpgraph.transform(model, **settings)(x, tangents={"x": x.detach()})
+    assert_close(y_dot, torch.func.jvp(model.forward, (x,), (x,))[1], **CLOSE)
+    assert_close(*(torch.autograd.grad(out.sum(), x) for out in (y, model(x))), **CLOSE)
+
+
 # -------------------------------------------------------------------------------------- containers of any kind
 
 
