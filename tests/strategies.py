@@ -361,7 +361,7 @@ class Graph:
         used: set[str] = set()
         second: list[str] = []
         for line in reversed(body[self.middle :]):
-            made = re.match(r" +(\w+) = ", line)
+            made = re.match(r" {4}(\w+) = ", line)
             if made is None or made[1] in used:
                 used |= set(re.findall(r"\w+", line))
                 second.insert(0, line)

@@ -203,7 +203,7 @@ def check_graph(graph: Graph, ways: Sequence[str], with_grad: bool, perturb: boo
             try:
                 found = run(graph, way, inputs, wrt)
             except REFUSED:
-                if graph.reads_numbers:
+                if graph.reads_numbers or "as_strided" in graph.source:  # of a copy of an input that was expanded
                     continue
                 raise
         try:

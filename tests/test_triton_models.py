@@ -33,8 +33,8 @@ pytestmark = [
 ]
 
 
-def test_under_the_interpreter():
-    run_under_the_interpreter(__file__)
+def test_under_the_interpreter(pytestconfig):
+    run_under_the_interpreter(__file__, pytestconfig)
 
 
 class Errors(NamedTuple):
