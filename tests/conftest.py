@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.testing._internal.common_utils  # loads a hypothesis profile of its own: before ours
 from hypothesis import HealthCheck, Phase, settings
 
 from jvpgraph import functions

@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.fuzz,
     # The same program is drawn again with other inputs, and replayed while one is made smaller.
     pytest.mark.filterwarnings("ignore:jvpgraph.jvp compiled the function:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning"),  # Inductor's own
 ]
 
 TOLERANCE = {None: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2}  # relative to the largest entry, by narrowest cast

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -151,6 +152,11 @@ class _Loader(StatefulDataLoader):
                 self._positions.start += self._stream.step
                 self._report(bad)
                 yield batch
+        except (EOFError, ConnectionError) as error:
+            if "DataLoader worker" in str(error):  # one of the dataset's, told by a worker
+                raise
+            traceback.clear_frames(error.__traceback__)  # which hold open files
+            raise RuntimeError("a DataLoader worker exited unexpectedly, in the middle of a batch") from error
         finally:
             # Left to the garbage collector, which an error's traceback delays, workers end late or in a later fork.
             if self.num_workers:
