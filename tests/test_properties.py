@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import jvpgraph
+from jvpgraph.storages import copy_of_memory
 
 pytestmark = [
     pytest.mark.fuzz,
@@ -204,7 +205,7 @@ def check_graph(graph: Graph, ways: Sequence[str], with_grad: bool, perturb: boo
             try:
                 found = run(graph, way, inputs, wrt)
             except REFUSED:
-                if graph.reads_numbers or "as_strided" in graph.source:  # of a copy of an input that was expanded
+                if graph.reads_numbers or ("as_strided" in graph.source and any(map(_is_moved, graph.inputs))):
                     continue
                 raise
         try:
@@ -213,19 +214,25 @@ def check_graph(graph: Graph, ways: Sequence[str], with_grad: bool, perturb: boo
             raise AssertionError(f"{way}, perturbed: {perturb}: {error}") from error
 
 
+def _is_moved(x: Tensor) -> bool:
+    """Whether a marked input's copy lies otherwise in memory, so that as_strided would count there."""
+    copy = copy_of_memory(x)
+    return (copy.storage_offset(), copy.stride()) != (x.storage_offset(), x.stride())
+
+
 def forget_some() -> None:
     if next(_count) % RESET_EVERY == 0:
         torch._dynamo.reset()
 
 
-@examples(in_ci=5, in_fuzz=400)
+@examples(in_ci=8, in_fuzz=400)
 @given(case=dit_like_modules())
 def test_transformer_as_graph(case: DiTCase):
     forget_some()
     check_module(case, "eager")
 
 
-@examples(in_ci=15, in_fuzz=800)
+@examples(in_ci=25, in_fuzz=800)
 @given(case=dit_like_modules())
 def test_transformer_op_by_op(case: DiTCase):
     check_module(case, "op_by_op")
@@ -253,20 +260,20 @@ def test_transformer_with_other_layouts(case: DiTCase):
         check_module(case, "eager")
 
 
-@examples(in_ci=60, in_fuzz=2000)
+@examples(in_ci=100, in_fuzz=2000)
 @given(graph=op_graphs(), with_grad=st.booleans())
 def test_program_op_by_op(graph: Graph, with_grad: bool):
     check_graph(graph, ["op_by_op"], with_grad)
 
 
-@examples(in_ci=25, in_fuzz=6000)
+@examples(in_ci=40, in_fuzz=6000)
 @given(graph=op_graphs(), with_grad=st.booleans(), perturb=st.booleans())
 def test_program_on_three_backends(graph: Graph, with_grad: bool, perturb: bool):
     forget_some()
     check_graph(graph, ["op_by_op", "eager", "regions"], with_grad, perturb)
 
 
-@examples(in_ci=6, in_fuzz=1700)
+@examples(in_ci=10, in_fuzz=1700)
 @given(graph=op_graphs(max_steps=4, numbers=True), with_grad=st.booleans())
 def test_program_that_reads_numbers(graph: Graph, with_grad: bool):
     forget_some()
