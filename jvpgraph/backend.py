@@ -89,7 +89,8 @@ class Backend:
             raise
         if absolute:
             compiled = _at_the_start(compiled, marked, absolute)
-        compiled = _never_an_input(compiled, marked)
+        if marked:
+            compiled = _never_an_input(compiled, marked)
         self.reports.append(report)  # not earlier: Dynamo may break an attempt off and start anew
         return compiled
 
