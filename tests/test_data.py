@@ -22,6 +22,7 @@ import webdataset as wds
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.data import BadShard, Sample, collate, digits, loader, safetensors_folder, webdataset
@@ -751,6 +752,16 @@ def test_a_worker_that_is_killed_ends_the_run():
     next(iter(set(multiprocessing.active_children()) - others)).kill()
     with pytest.raises(RuntimeError, match=r"worker (\(pid.*\) )?(exited unexpectedly|is killed)"):
         take(stream, 20)
+
+
+def test_a_worker_that_is_killed_within_a_batch_is_told(monkeypatch):
+    def broken(_self):
+        raise EOFError
+        yield
+
+    monkeypatch.setattr(StatefulDataLoader, "__iter__", broken)
+    with pytest.raises(RuntimeError, match="exited unexpectedly, in the middle of a batch"):
+        take(loader(Numbers(9), 2, 0), 1)
 
 
 @pytest.mark.slow
