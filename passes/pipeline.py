@@ -14,6 +14,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import jvpgraph.linearize
+from jvpgraph import kernels, passes
 from jvpgraph.config import Config
 from jvpgraph.dump import Dump
 from jvpgraph.passes.context import Context
@@ -107,9 +108,9 @@ def _rules() -> list[Any]:
 
 @functools.cache
 def _code_hash() -> str:
+    """Of everything that decides what graph comes out, however it is installed; rglob does not follow links."""
+    folders = (Path(folder) for module in (jvpgraph, passes, kernels) for folder in module.__path__)
     digest = hashlib.sha256()
-    package = Path(jvpgraph.linearize.__file__).parent
-    for folder in (package, Path(__file__).parent):
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(path.read_bytes())
+    for path in sorted({path.resolve() for folder in folders for path in folder.rglob("*.py")}):
+        digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -416,7 +416,8 @@ def _insert(match: _Match, out: fx.Node, scores: fx.Node, probabilities: fx.Node
     bias, dead = _bias(match, out, torch.float64 if inside == torch.float64 else torch.float32)
     if dead is not None:
         operands[0] = emit(out, "masked_fill", operands[0], dead, 0.0)
-    o = emit_attention(out, *operands, bias, False, scale, inside)
+    q_inside, k_inside, v_inside = operands
+    o = emit_attention(out, q_inside, k_inside, v_inside, bias, False, scale, inside)
     if inside != result:
         o = emit(out, "to", o, result)
     o = _Operand(o, match.out_dims).emit(out)

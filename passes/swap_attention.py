@@ -163,7 +163,7 @@ def _fake_mode(x: Any) -> Any:
     return inside.fake_mode if isinstance(inside, FakeTensor) else None
 
 
-def _unexpanded(bias: Any) -> fx.Node | None:
+def _unexpanded(bias: Any) -> Any:
     """bias before it was expanded: the op broadcasts by itself, and a compiler might write the copies out."""
     while bias is not None and bias.op == "call_method" and bias.target in ("expand", "expand_as"):
         bias = bias.args[0]

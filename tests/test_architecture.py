@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,3 +134,19 @@ def test_files_fit_in_a_head():
     lengths = {module: len(path.read_text().splitlines()) for module, path in SOURCES.items()}
     long = {module: n for module, n in lengths.items() if n > 700}
     assert not long, f"split these by meaning: {long}"
+
+
+def test_types_are_seen_across_folders(tmp_path):
+    """The links in jvpgraph/ show the other folders to a type checker; of a wheel they are no part."""
+    planted = tmp_path / "planted.py"
+    planted.write_text(
+        "from jvpgraph.kernels.window import Window\n"
+        "from jvpgraph.passes.context import Context\n"
+        "from jvpgraph.trainer.batch import Batch\n"
+        "Context('x', 'y', 3, 4, 5)\n"
+        "Window(left='1', right=None)\n"
+        "Batch(no_such_field=1)\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(planted)]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    assert {line.split(":")[1] for line in told.splitlines() if "error:" in line} >= {"4", "5", "6"}, told

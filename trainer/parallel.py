@@ -200,9 +200,9 @@ class Layout:
                 policy = MixedPrecisionPolicy(reduce_dtype=wide)
                 fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=whole)
                 if context_parallel(self.sizes):  # sums over the tokens, means over the samples
-                    module.set_gradient_divide_factor(self.parts)  # type: ignore[union-attr]
+                    module.set_gradient_divide_factor(self.parts)  # type: ignore[operator]
                     # Else a factor of one's own becomes PREMUL_SUM, which is NCCL's only.
-                    module.set_force_sum_reduction_for_comms(True)  # type: ignore[union-attr]
+                    module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
         return model.to(self.device)
 
     @property

@@ -206,7 +206,7 @@ def export_run(folder: Path, out: Path, *, ema: float | None = None, step: int |
     times = {}
     if run.sampler == "consistency":
         times = {n: few_step_times(n, run.config.sampling) for n in run.config.sampling.steps}
-    net.save_pretrained(out)
+    net.save_pretrained(out)  # type: ignore[operator]  # found above
     if times:
         (out / "sampling.json").write_text(json.dumps({"times": times}, indent=2) + "\n")
     return out
