@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--compiler", default="inductor", choices=("inductor", "eager"), help="eager: nothing is fused")
-    parser.add_argument("--out", type=Path, default=None, help="folder for dit_<device>.json")
+    parser.add_argument("--out", type=Path, default=None, help="folder for dit_<device>_<dtype>_<tokens>.json")
     o = parser.parse_args()
 
     torch.manual_seed(0)
@@ -155,7 +155,7 @@ def main() -> None:
         o.out.mkdir(parents=True, exist_ok=True)
         record = environment(o.device) | {"settings": {k: str(v) for k, v in vars(o).items()}, "seconds": medians}
         record |= {"ratio": {n: v / floor for n, v in medians.items()}, "tangent_error": errors}
-        path = o.out / f"dit_{o.device}_{o.dtype}.json"
+        path = o.out / f"dit_{o.device}_{o.dtype}_{o.tokens}.json"
         path.write_text(json.dumps(record, indent=2) + "\n")
         print(f"written to {path}")
 

@@ -32,7 +32,7 @@ def test_dry_run(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "attention_dry_run.json",
         "attention_dry_run.png",
-        "dit_cpu_float32.json",
+        "dit_cpu_float32_4.json",
         "gpu.log",
     ]
     assert (tmp_path / "attention_dry_run.png").stat().st_size > 10_000
