@@ -114,13 +114,15 @@ def attention_jvp_backward(
     bias_dot_needs_grad: bool,
 ) -> tangent_backward.Gradients:
     """As tangent_backward.attention_jvp_backward, in Triton where backward_triton supports it."""
-    cotangents, inputs = (o_grad, lse_grad, o_dot_grad, lse_dot_grad), (q, k, v, q_dot, k_dot, v_dot)
+    cotangents = o_grad, lse_grad, o_dot_grad, lse_dot_grad
     if backward_triton.supports(q, k, v, bias, bias_needs_grad=bias_needs_grad, bias_dot=bias_dot, moves=True):
-        grads = backward_triton.attention_jvp_backward(*cotangents, *inputs, bias, o, lse, lse_dot, window, scale)
+        grads = backward_triton.attention_jvp_backward(
+            *cotangents, q, k, v, q_dot, k_dot, v_dot, bias, o, lse, lse_dot, window, scale
+        )
         return *grads, None, None
-    needs = bias_needs_grad, bias_dot_needs_grad
+    saved, needs = (o, lse, o_dot, lse_dot), (bias_needs_grad, bias_dot_needs_grad)
     return tangent_backward.attention_jvp_backward(
-        *cotangents, *inputs, bias, bias_dot, o, lse, o_dot, lse_dot, window, scale, *needs
+        *cotangents, q, k, v, q_dot, k_dot, v_dot, bias, bias_dot, *saved, window, scale, *needs
     )
 
 

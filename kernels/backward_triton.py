@@ -140,9 +140,10 @@ def attention_jvp_backward(
                 SUMS=sums_only,
                 **blocks.options(),
             )
-        for blocks, has_dk, has_dv in ((sweeps.keys, True, sweeps.values is None), (sweeps.values, False, True)):
-            if blocks is None:
-                continue
+        of_keys = [(sweeps.keys, True, sweeps.values is None)]
+        if sweeps.values is not None:
+            of_keys.append((sweeps.values, False, True))
+        for blocks, has_dk, has_dv in of_keys:
             keys_kernel[(triton.cdiv(length_kv, blocks.block_k) * batch * kv_heads,)](
                 **common,
                 dk=dk,

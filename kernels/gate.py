@@ -340,8 +340,8 @@ def meta_rows(dim: int, dtype: torch.dtype, length: int = LENGTH_Q, heads: int =
     return torch.empty(batch, length, heads, dim, dtype=dtype, device="meta").transpose(1, 2)
 
 
-def _dots(flags: Flags, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-    return tuple(x if there else None for x, there in zip(tensors, flags[:3]))
+def _dots(flags: Flags, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return q if flags.has_q_dot else None, k if flags.has_k_dot else None, v if flags.has_v_dot else None
 
 
 def forward_launch(
@@ -361,12 +361,18 @@ def forward_launch(
     of_bias = {NO_BIAS: None, BOOLEAN_BIAS: torch.bool, ADDITIVE_BIAS: torch.float32}[flags.bias]
     bias = None if of_bias is None else torch.empty(shape, dtype=of_bias, device="meta")
     window = Window(5 if flags.has_left else None, 0 if flags.has_right else None)
-    cu_seqlens = (torch.empty(4, dtype=torch.int32, device="meta"),) * 2 if flags.packed else None
+    cu = torch.empty(4, dtype=torch.int32, device="meta")
     with recording(arch) as launches:
         attention_triton.attention_jvp(
-            *(q, k, v, *_dots(flags, q, k, v)),
-            *(bias, bias if flags.has_bias_dot else None, window, 1.0),
-            cu_seqlens=cu_seqlens,
+            q,
+            k,
+            v,
+            *_dots(flags, q, k, v),
+            bias,
+            bias if flags.has_bias_dot else None,
+            window,
+            1.0,
+            cu_seqlens=(cu, cu) if flags.packed else None,
             blocks=blocks,
             by_descriptor=by_descriptor,
         )
@@ -378,12 +384,13 @@ def backward_launch(entry: BackwardEntry, sweep: str, blocks: BackwardBlocks) ->
     """What backward_triton launches as this sweep, without a mask."""
     q, lse = meta_rows(entry.head_dim, torch.bfloat16), torch.empty(2, HEADS, LENGTH_Q, device="meta")
     k = meta_rows(entry.head_dim, torch.bfloat16, LENGTH_KV)
-    grads = (q, lse, q, lse) if entry.moves else (q, lse, None, None)
-    dots = (q, k, k) if entry.moves else (None,) * 3
+    of_tangents = (q, lse) if entry.moves else (None, None)
+    q_dot, k_dot = (q, k) if entry.moves else (None, None)
+    lse_dot = lse if entry.moves else None
     sweeps = Sweeps(blocks, blocks, blocks, blocks if sweep in ("keys", "values") else None)
     with recording(entry.arch) as launches:
         backward_triton.attention_jvp_backward(
-            *grads, q, k, k, *dots, None, q, lse, lse if entry.moves else None, EVERYTHING, 1.0, sweeps=sweeps
+            q, lse, *of_tangents, q, k, k, q_dot, k_dot, k_dot, None, q, lse, lse_dot, EVERYTHING, 1.0, sweeps=sweeps
         )
     return next(launch for launch in launches if sweep_of(launch) == sweep)
 

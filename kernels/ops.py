@@ -97,11 +97,15 @@ class How(NamedTuple):
 
     def sequences(self, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
         """The queries and the keys of each packed sequence. Waits for the device."""
+        ends = (cu.tolist() for cu in self.packing(q, k))
+        yield from ((slice(*at_q), slice(*at_kv)) for at_q, at_kv in zip(*map(itertools.pairwise, ends)))
+
+    def packing(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The offsets of the sequences of queries and of keys, which there are."""
         assert self.cu_seqlens_q is not None
         assert self.cu_seqlens_kv is not None
         check_sequences(q, k, self.cu_seqlens_q, self.cu_seqlens_kv)
-        ends = self.cu_seqlens_q.tolist(), self.cu_seqlens_kv.tolist()
-        yield from ((slice(*at_q), slice(*at_kv)) for at_q, at_kv in zip(*(itertools.pairwise(cu) for cu in ends)))
+        return self.cu_seqlens_q, self.cu_seqlens_kv
 
     def without_waiting(self, q: Tensor, k: Tensor, bias: Tensor | None) -> tuple[How, Tensor | None]:
         """This and the bias, but packed sequences as a dense mask while a CUDA graph is captured, which must not wait
@@ -122,7 +126,7 @@ class Implementation(Protocol):
 
     def attention(self, *args: Any, **packed: Any) -> tuple[Tensor, Tensor]: ...
     def attention_jvp(self, *args: Any, **packed: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
-    def attention_backward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]: ...
+    def attention_backward(self, *args: Any, **blocks: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]: ...
 
 
 def implementation(q: Tensor, v: Tensor) -> Implementation:
@@ -222,8 +226,7 @@ def _attention_real(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
     if how.cu_seqlens_q is None:
         o, lse = chosen.attention(*map(to_rank4, (q, k, v)), bias_to_rank4(q, bias), *inside)
     elif chosen is not attention_blocked:
-        check_sequences(q, k, *how[3:])
-        o, lse = chosen.attention(q, k, v, None, *inside, cu_seqlens=how[3:])
+        o, lse = chosen.attention(q, k, v, None, *inside, cu_seqlens=how.packing(q, k))
     else:
         o, lse = _blind_o_and_lse(q, v)
         for at_q, at_kv in how.sequences(q, k):
@@ -270,8 +273,8 @@ def _attention_jvp_real(
         biases = bias_to_rank4(q, bias), bias_to_rank4(q, bias_dot)
         o, lse, o_dot, lse_dot = chosen.attention_jvp(*map(to_rank4, operands), *biases, *inside)
     elif chosen is not attention_blocked:
-        check_sequences(q, k, *how[3:])
-        o, lse, o_dot, lse_dot = chosen.attention_jvp(*operands, None, None, *inside, cu_seqlens=how[3:])
+        packing = how.packing(q, k)
+        o, lse, o_dot, lse_dot = chosen.attention_jvp(*operands, None, None, *inside, cu_seqlens=packing)
     else:
         (o, lse), (o_dot, lse_dot) = _blind_o_and_lse(q, v), _empty_o_and_lse(q, v)
         outs = (o, lse, o_dot.zero_(), lse_dot.zero_())
@@ -415,17 +418,20 @@ def _attention_jvp_backward_real(*args: Any) -> tuple[Tensor, ...]:
     how, bias = how.without_waiting(q, k, bias)
     given = given._replace(bias=bias)
     backward = _jvp_backward(q, v)
+    grads: Sequence[Tensor | None]
     if how.cu_seqlens_q is None:
         *grads, dbias, dbias_dot = backward(*given.rank4(), *how.inside(q), *needs)
     else:
         dbias = dbias_dot = None
-        grads = [x.zero_() for x in _grads_like(*given[4:10], rows=6)]
+        grads = zeros = [x.zero_() for x in _grads_like(*given[4:10], rows=6)]
         for at_q, at_kv in how.sequences(q, k):
             part = backward(*given.narrow(at_q, at_kv), *how.inside(q), False, False)
-            for out, span, value in zip(grads, (at_q, at_kv, at_kv) * 2, part):
+            for out, span, value in zip(zeros, (at_q, at_kv, at_kv) * 2, part):
                 if value is not None:
                     out[:, :, span] = value
-    rows = [q.new_empty(0) if like is None else rows_from_rank4(x, like) for x, like in zip(grads, given[4:10])]
+    rows = [
+        q.new_empty(0) if like is None or x is None else rows_from_rank4(x, like) for x, like in zip(grads, given[4:10])
+    ]
     biases = [
         q.new_empty(0) if like is None or x is None else bias_grad(q, like, x)
         for x, like in ((dbias, bias), (dbias_dot, bias_dot))

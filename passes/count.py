@@ -54,11 +54,15 @@ def _flops(node: fx.Node) -> tuple[Any, Any]:
 def _kernel(node: fx.Node) -> str:
     """At the sizes of this call, without a guard on them."""
     names = [argument.name for argument in OPS.attention.default._schema.arguments]
-    names += ["bias_dot", "differentiable_tangent"]  # of attention_jvp
     bound = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
     with FakeTensorMode():
-        given = [_at_this_size(x.meta["val"]) if isinstance(x, fx.Node) else x for x in map(bound.get, names)]
-        return describe(*given[:-2], bias_dot=given[-2], differentiable_tangent=bool(given[-1]))
+        given = {name: _at_this_size(x.meta["val"]) if isinstance(x, fx.Node) else x for name, x in bound.items()}
+        q, k, v, bias, *how = map(given.get, names)
+        assert isinstance(q, Tensor)
+        assert isinstance(k, Tensor)
+        assert isinstance(v, Tensor)
+        differentiable = bool(given.get("differentiable_tangent"))
+        return describe(q, k, v, bias, *how, bias_dot=given.get("bias_dot"), differentiable_tangent=differentiable)
 
 
 def _at_this_size(x: Tensor) -> Tensor:
