@@ -384,13 +384,29 @@ def backward_launch(entry: BackwardEntry, sweep: str, blocks: BackwardBlocks) ->
     """What backward_triton launches as this sweep, without a mask."""
     q, lse = meta_rows(entry.head_dim, torch.bfloat16), torch.empty(2, HEADS, LENGTH_Q, device="meta")
     k = meta_rows(entry.head_dim, torch.bfloat16, LENGTH_KV)
-    of_tangents = (q, lse) if entry.moves else (None, None)
+    o_dot_grad, lse_dot_grad = (q, lse) if entry.moves else (None, None)
     q_dot, k_dot = (q, k) if entry.moves else (None, None)
     lse_dot = lse if entry.moves else None
     sweeps = Sweeps(blocks, blocks, blocks, blocks if sweep in ("keys", "values") else None)
     with recording(entry.arch) as launches:
         backward_triton.attention_jvp_backward(
-            q, lse, *of_tangents, q, k, k, q_dot, k_dot, k_dot, None, q, lse, lse_dot, EVERYTHING, 1.0, sweeps=sweeps
+            q,
+            lse,
+            o_dot_grad,
+            lse_dot_grad,
+            q,
+            k,
+            k,
+            q_dot,
+            k_dot,
+            k_dot,
+            None,
+            q,
+            lse,
+            lse_dot,
+            EVERYTHING,
+            1.0,
+            sweeps=sweeps,
         )
     return next(launch for launch in launches if sweep_of(launch) == sweep)
 
