@@ -35,6 +35,7 @@ from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.configs import ready
 from jvpgraph.trainer.evaluate import Quality, Spread, spread, table
+from jvpgraph.trainer.files import write_whole
 from jvpgraph.trainer.run import compare, export_run, load_run, samplers_of
 from jvpgraph.trainer.train import train
 
@@ -93,7 +94,7 @@ def student_run(name: str, seed: int, steps: int, out: Path, net: Path) -> dict[
             samplers = {key: sampler for key, sampler in samplers.items() if key.startswith("student")}
         report = compare(run, samplers, seeds=(seed,))
         figures = {sampler: asdict(qualities[0]) for sampler, qualities in report.rows.items()}
-        settings.write_whole(done, json.dumps(figures))
+        write_whole(done, json.dumps(figures))
     return {sampler: Quality(**figures) for sampler, figures in json.loads(done.read_text()).items()}
 
 

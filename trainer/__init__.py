@@ -5,7 +5,7 @@ where it runs    parallel (one process or many), ranks
 what is trained  objectives/, times (where), noise, trigflow (coordinates, noise schedules), batch
 networks         models (built from the settings), student (LoRA, checkpointing), adapters (diffusers), dit (digits)
 data             data/
-state            optim, ema, checkpoint, folder
-settings         config (what there is), settings, yaml_tree, plug (how it is read), configs/ (ready ones)
+state            optim, ema, checkpoint, folder, files
+settings         config (what there is), settings/, plug (how it is read), configs/ (ready ones)
 looking at it    log, preview, watch (what is not finite), sample, evaluate, features
 """

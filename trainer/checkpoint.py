@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.tensor import DTensor
 
 from jvpgraph.errors import JvpgraphError
+from jvpgraph.trainer.files import sync
 from jvpgraph.trainer.ranks import Ranks
 
 T = TypeVar("T")
@@ -233,14 +234,14 @@ class Checkpoints:
             json.dump({**body, "crc32": _json_checksum(body)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(partial)
+        sync(partial)
         replaced = final.with_name(final.name + ".replaced")
         if final.exists():
             if replaced.exists():
                 shutil.rmtree(replaced)
             final.rename(replaced)
         partial.rename(final)
-        _sync_folder(self.folder)
+        sync(self.folder)
         try:
             self._prune(final)
         except OSError as error:
@@ -637,12 +638,3 @@ def _make_empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes names in `folder` last through a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

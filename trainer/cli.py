@@ -19,9 +19,8 @@ from jvpgraph.trainer.checkpoint import CheckpointError
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.configs import names, ready
 from jvpgraph.trainer.plug import PlugError
-from jvpgraph.trainer.settings import SettingsError, describe, load
+from jvpgraph.trainer.settings import Problem, SettingsError, describe, load
 from jvpgraph.trainer.train import train
-from jvpgraph.trainer.yaml_tree import Problem
 
 EXPECTED = (JvpgraphError, ValueError, OSError, FloatingPointError, ImportError, torch.OutOfMemoryError)
 """Failures with a message that says what to do; anything else is a bug and keeps its traceback."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jvpgraph.trainer.objectives import RCM, Objective
-from jvpgraph.trainer.plug import Module, Plug
+from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.student import LoRA
 
 
@@ -179,10 +179,10 @@ class EvaluationConfig:
 class RunConfig:
     """A whole run: `jvpgraph train CONFIG`."""
 
-    imports: tuple[Module, ...] = ()  # modules or .py files with objectives and time distributions of yours
     out: Path  # folder of checkpoints, logs and samples
     model: Plug  # gives the teacher, a TrigFlow: jvpgraph.trainer.adapters:diffusers_model or a function of yours
     stages: tuple[StageConfig, ...]  # one after the other
+    imports: tuple[str, ...] = ()  # modules or .py files with objectives and time distributions of yours
     seed: int = 0  # of everything random
     device: str = "auto"  # auto: cuda if there is one
     threads: int | None = None  # CPU threads; null: torch's choice

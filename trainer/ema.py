@@ -13,7 +13,6 @@ sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)). Two profiles with ends 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from jvpgraph.trainer.files import draft_of
 from jvpgraph.trainer.optim import local
 
 Numbers = float | np.ndarray
@@ -132,16 +132,11 @@ def save_snapshot(folder: Path, step: int, ema: PowerEMA) -> Path:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_name(path.name + ".partial")
     try:
-        save_file(tensors, partial, metadata=metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with draft_of(path) as draft:
+            save_file(tensors, draft, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

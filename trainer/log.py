@@ -24,7 +24,7 @@ from matplotlib.image import imsave
 from torch import Tensor
 from tqdm import tqdm
 
-from jvpgraph.trainer.settings import write_whole
+from jvpgraph.trainer.files import write_whole
 
 
 class RunLog:

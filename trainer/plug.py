@@ -33,13 +33,13 @@ class Plug:
         source, colon, names = self.load.rpartition(":")
         if not colon or not source or not names:
             raise PlugError(f"{self.load!r}: expected package.module:function or path/to/file.py:function")
-        found: Any = _module(source)
+        found: Any = import_module(source)
         for name in names.split("."):
             if not hasattr(found, name):
                 raise PlugError(f"{self.load}: {source} has no {name}{_functions_near(name, found)}")
             found = getattr(found, name)
         if not callable(found):
-            near = _functions_near(names, _module(source))
+            near = _functions_near(names, import_module(source))
             raise PlugError(f"{self.load}: {names} is a {type(found).__name__}, not a function{near}")
         return found
 
@@ -77,17 +77,8 @@ def _check_options(load: str, function: Callable[..., Any], options: dict[str, A
         raise PlugError("\n".join([f"{load} does not take these options", *(f"  {line}" for line in sorted(problems))]))
 
 
-class Module(str):
-    """A module or a .py file by its name, imported when the settings are read. Raises PlugError."""
-
-    __slots__ = ()
-
-    def __new__(cls, name: str) -> Module:
-        _module(name)
-        return super().__new__(cls, name)
-
-
-def _module(source: str) -> ModuleType:
+def import_module(source: str) -> ModuleType:
+    """A module or a .py file by its name. Raises PlugError."""
     return _module_of_file(Path(source)) if source.endswith(".py") else _module_of_name(source)
 
 

@@ -34,10 +34,9 @@ from jvpgraph.trainer.noise import RankNoise, integers, noise_like, normal, unif
 from jvpgraph.trainer.parallel import check, joined, parallelize, sizes_of, split_tokens
 from jvpgraph.trainer.ranks import Ranks
 from jvpgraph.trainer.run import export_run, load_run, sample_run
-from jvpgraph.trainer.settings import SettingsError
+from jvpgraph.trainer.settings import Problem, SettingsError
 from jvpgraph.trainer.train import build_networks, train
 from jvpgraph.trainer.trigflow import TrigFlow
-from jvpgraph.trainer.yaml_tree import Problem
 from tests.distributed.harness import run
 from tests.test_train import RCM, content, last_checkpoint, stage
 

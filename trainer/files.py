@@ -1,0 +1,35 @@
+"""Files that are whole or not there, also after a power failure."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file at once: whoever reads it finds the old or the new one."""
+    with draft_of(path) as draft:
+        draft.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` at the end; after an error it is gone."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        yield draft
+        sync(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Makes a file, or the names in a folder, last through a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
