@@ -410,9 +410,8 @@ def test_half_precision_latents_are_scaled_in_float32(tmp_path):
         ({"conditions": {"cls": "labels", "text.npy": "labels"}}, "two fields for one argument"),
         ({"conditions": {"latents.npy": "labels"}}, "named twice"),
         ({"urls": "https://example.com/a.tar"}, "only local files"),
-        ({"urls": "a-{0..{1,2}}.tar"}, "braces inside braces"),
+        ({"urls": "a-{0..1.tar"}, "[Uu]nbalanced.*a-{0..1.tar"),
         ({"urls": "a-{5}.tar"}, "write {000..015}"),
-        ({"urls": "a-{5..2}.tar"}, "counts down"),
         ({"urls": ["HERE/data-000.tar", "HERE/*.tar"]}, "listed more than once: .*data-000.tar"),
     ],
 )
@@ -429,6 +428,8 @@ def test_braces(tmp_path):
         write(tmp_path / name, [entry(0)])
     data = webdataset([str(tmp_path / "a-{8..10}.tar"), str(tmp_path / "{b,c}-8.tar")], **FIELDS, on_bad_shard="skip")
     assert [shard.path.name for shard in data.shards] == ["a-8.tar", "a-9.tar", "a-10.tar", "b-8.tar"]
+    write(tmp_path / "c-{1}.tar", [entry(0)])  # a name with braces is a name
+    assert len(webdataset(str(tmp_path / "c-{1}.tar"), **FIELDS).shards) == 1
 
 
 # ---------------------------------------------------------------- bad shards

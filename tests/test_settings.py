@@ -112,7 +112,6 @@ def problems_of(data: dict[str, Any]) -> dict[str, str]:
         ("clip", None, None),
         ("clip", 1, 1.0),
         ("mode", 3, 3),
-        ("mode", 3.0, 3),
         ("times", [1, 2.5], [1.0, 2.5]),
         ("weights", {"a": 1}, {"a": 1.0}),
         ("options", {"a": [1, {"b": None}]}, {"a": [1, {"b": None}]}),

@@ -131,7 +131,8 @@ class MasterAdamW:
         """The L2 norm of all gradients, a tensor of no dims that nobody has waited for yet.
 
         Squares are summed in float32, in float64 where a gradient is of that. For sharded parameters it is the norm
-        of the whole gradients: a collective of the ranks of their mesh.
+        of the whole gradients: a collective of the ranks of their mesh. torch.nn.utils.get_total_norm rounds the norm
+        of each bfloat16 gradient to bfloat16, and takes neither two meshes nor sharded gradients beside plain ones.
         """
         gradients = self._gradients()
         plain = [g for g in gradients if not isinstance(g, DTensor)]

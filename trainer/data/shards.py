@@ -25,6 +25,7 @@ from typing import Literal, Protocol
 import numpy as np
 import safetensors.torch
 import torch
+from braceexpand import braceexpand
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -212,31 +213,13 @@ def _list_files(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         if re.match(r"[a-z]\w+:", pattern):
             raise ValueError(f"{pattern}: only local files have random access. Mount the store, or copy the shards.")
-        for name in [pattern] if Path(pattern).exists() else _expand_braces(pattern):
+        for name in [pattern] if Path(pattern).exists() else braceexpand(pattern, escape=False):
+            if "{" in name and not Path(name).exists():
+                raise ValueError(f"{pattern}: write {{000..015}} or {{a,b}}; {name} is no file")
             names += [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True)) or [name]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"listed more than once: {shorten(twice)}")
     return [Path(name) for name in names]
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    """`a-{00..02}.{x,y}` -> a-00.x, a-00.y, a-01.x, ...; the first number gives the width."""
-    match = re.fullmatch(r"(.*?)\{([^{}]*)\}(.*)", pattern)
-    if match is None:
-        return [pattern]
-    head, body, tail = match.groups()
-    if "{" in head:
-        raise ValueError(f"{pattern}: braces inside braces")
-    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", body):
-        first, last = int(numbers[1]), int(numbers[2])
-        if last < first:
-            raise ValueError(f"{pattern}: {body} counts down")
-        parts = [f"{i:0{len(numbers[1])}}" for i in range(first, last + 1)]
-    elif "," in body:
-        parts = body.split(",")
-    else:
-        raise ValueError(f"{pattern}: write {{000..015}} or {{a,b}}, not {{{body}}}")
-    return [f"{head}{part}{rest}" for part in parts for rest in _expand_braces(tail)]
 
 
 def _index(
