@@ -28,7 +28,14 @@ from jvpgraph.passes.copy_overlapping_outputs import copy_overlapping_outputs
 from jvpgraph.passes.detach_outputs import detach_outputs
 from jvpgraph.passes.lower import lower, wants_gradients_of_tangents
 from jvpgraph.passes.mark_stop_gradients import STOPS, mark_stop_gradients
-from jvpgraph.passes.pipeline import AFTER_AUTOGRAD, BEFORE_AUTOGRAD, PIPELINE, Pipeline, check_config
+from jvpgraph.passes.pipeline import (
+    AFTER_AUTOGRAD,
+    BEFORE_AUTOGRAD,
+    PIPELINE,
+    OutputsApart,
+    Pipeline,
+    check_config,
+)
 from jvpgraph.passes.recognize_attention import recognize_attention
 from jvpgraph.passes.swap_attention import active_graphs, active_nodes, swap_attention
 from jvpgraph.passes.swap_flex_attention import swap_flex_attention
@@ -89,8 +96,6 @@ class Backend:
             raise
         if absolute:
             compiled = _at_the_start(compiled, marked, absolute)
-        if marked:
-            compiled = _never_an_input(compiled, marked)
         self.reports.append(report)  # not earlier: Dynamo may break an attempt off and start anew
         return compiled
 
@@ -126,16 +131,6 @@ def _active_numbers(gm: fx.GraphModule) -> list[UnsupportedNode]:
         else:
             waiting += node.users
     return numbers
-
-
-def _never_an_input(compiled: Compiled, marked: list[int]) -> Compiled:
-    """``compiled``, of which no output is a marked input: without gradients, Inductor returns x for x + zeros."""
-
-    def checked(*inputs: Any) -> Any:
-        given = {id(inputs[i]) for i in marked}
-        return [x.detach().clone() if id(x) in given else x for x in compiled(*inputs)]
-
-    return checked
 
 
 def _absolute_views(gm: fx.GraphModule) -> list[UnsupportedNode]:
@@ -185,7 +180,7 @@ def backend(compiler: str = "inductor", config: Config | None = None) -> Backend
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], pipeline: Pipeline) -> Compiled:
     context = pipeline.context
-    patches = {**context.config.inductor, "joint_custom_pre_pass": pipeline}
+    patches = {"joint_custom_post_pass": OutputsApart(), **context.config.inductor, "joint_custom_pre_pass": pipeline}
     if any(map(_has_symbols, example_inputs)):
         # Where it wants another layout of what the backward keeps, Inductor compares symbolic strides, and fails.
         patches.setdefault("layout_optimization", False)

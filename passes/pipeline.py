@@ -23,12 +23,13 @@ from jvpgraph.passes.decompose import decompose
 from jvpgraph.passes.drop_dead_tangents import drop_dead_tangents
 from jvpgraph.passes.fuse_aten_attention import fuse_aten_attention
 from jvpgraph.passes.fuse_attention import differentiate_attention, fuse_attention
+from jvpgraph.passes.keep_outputs_apart import keep_outputs_apart, note_outputs
 from jvpgraph.passes.lower import check_gradients, write_out_copies
 from jvpgraph.passes.pair_collectives import pair_collectives
 from jvpgraph.rules import TABLE
 from jvpgraph.verify import verify
 
-__all__ = ["AFTER_AUTOGRAD", "BEFORE_AUTOGRAD", "OPTIONAL", "PIPELINE", "Pipeline", "check_config"]
+__all__ = ["AFTER_AUTOGRAD", "BEFORE_AUTOGRAD", "OPTIONAL", "PIPELINE", "OutputsApart", "Pipeline", "check_config"]
 
 
 def linearize(graph: fx.Graph, context: Context) -> None:
@@ -88,10 +89,21 @@ class Pipeline(CustomGraphPass):
             if config.verify:
                 verify(graph, after=name)
             dump.write(graph, name)
+        note_outputs(graph)  # for OutputsApart, later
 
     def uuid(self) -> Any:
         """Identifies the code and the settings that decide what graph comes out, for Inductor's cache."""
         return f"{_code_hash()}-{_rules()}-{sorted(self.context.config.skip_passes)}-{torch.__version__}"
+
+
+class OutputsApart(CustomGraphPass):
+    """What comes after the compiler's own passes on a graph that :class:`Pipeline` has seen."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        keep_outputs_apart(graph)
+
+    def uuid(self) -> Any:
+        return _code_hash()
 
 
 def _rules() -> list[Any]:

@@ -170,6 +170,7 @@ BESIDE = {
     "a view": lambda x: (x.detach(), x.view(3, 1)),
     "its own": lambda x: (lambda y: (y.detach(), y[1:], y[:2].detach(), _without_gradients(y)))(x.sin()),
     "a view without gradients": lambda x: (_without_gradients(x), x.sin()),
+    "itself, by a zero added": lambda x: (lambda y: (y.detach() + torch.zeros(3).double(), y, y * 1))(x.sin()),
     "such a view and itself": lambda x: (_without_gradients(x), x.view(3, 1), _without_gradients(x.sin())),
 }
 
