@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, compute_unbacked_bindings
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.interp import sympy_interp
@@ -153,6 +154,7 @@ class Recorder(TorchDispatchMode):
         if not any(isinstance(leaf, Tensor) for leaf in (out if isinstance(out, (tuple, list)) else (out,))):
             return out  # sizes and other numbers need no node: symbolic ones are found by their expression
         node = self._insert("call_function", func, *call, out)
+        _bind_what_was_drawn(node, self._fake_mode.shape_env)
         if isinstance(out, Tensor):
             return self._remember(out, node)
         for i, value in enumerate(out):
@@ -336,6 +338,14 @@ def _unify_sizes(new: Any, old: Any) -> None:
                 if drawn in env.pending_fresh_unbacked_symbols:
                     env.pending_fresh_unbacked_symbols.remove(drawn)
                     env._set_replacement(drawn, b.node.expr, "a tangent has the size of its primal")
+
+
+def _bind_what_was_drawn(node: fx.Node, env: ShapeEnv | None) -> None:
+    """Say which numbers are known only once ``node`` has run, such as where ``x[i]`` starts in memory."""
+    if env is not None and env.pending_fresh_unbacked_symbols:
+        drawn = compute_unbacked_bindings(env, value_of(node))
+        if drawn:
+            node.meta["unbacked_bindings"] = drawn
 
 
 def _fake_mode_of(graph: fx.Graph) -> FakeTensorMode:

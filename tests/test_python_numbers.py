@@ -142,3 +142,15 @@ def test_a_tensor_of_a_list_of_tensors(make):
         jvpgraph.jvp(lambda x: x.sum() * make([x[0], x[1]]), (x,), (v,), backend="eager")
     _, d = jvpgraph.jvp(lambda x: x * torch.tensor([x.numel(), 2.0, x.dim(), 1.0]), (x,), (v,), backend="eager")
     assert_close(d, v * torch.tensor([4.0, 2.0, 1.0, 1.0]).double())
+
+
+@pytest.mark.parametrize("backend", GRAPHS)
+def test_a_row_that_data_chose(backend):
+    """Where it starts in memory, nobody knows before it runs: each such op says so, those of the tangent too."""
+    fn = lambda x: x[int(x[:, 0].argmax())] * x  # noqa: E731
+    for n in (3, 5):
+        x, v = torch.randn(2, n, 4)
+        x.requires_grad_()
+        y, d = jvpgraph.jvp(fn, (x,), (v,), backend=backend)
+        assert_close((y.detach(), d), oracle(fn, (x.detach(),), (v,)))
+        assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(fn(x).sum(), x))
