@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-dist test-kernels lint format gate fuzz zoo zoo-exact opinfo opinfo-table bench bench-quality scaling wheels gpu dump clean
+.PHONY: help demo test test-dist test-kernels lint format gate fuzz kinds zoo zoo-exact opinfo opinfo-table bench bench-quality scaling wheels gpu dump clean
 .DEFAULT_GOAL := help
 
 help:
@@ -65,6 +65,9 @@ opinfo: $(READY)  ## PyTorch's operator database through every backend, resumabl
 
 opinfo-table: $(READY)  ## docs/opinfo.md from what make opinfo found
 	$(BIN)/python -W ignore -m tests.opinfo.run --out $(OUT)/opinfo --table docs/opinfo.md
+
+kinds: $(READY)  ## programs that bug reports were about, on every backend: right, or refused with the line; resumable
+	$(BIN)/python -W ignore -m tests.kinds.run --out $(OUT)/kinds
 
 zoo: $(READY)  ## what the default makes of every transformer of diffusers: `make zoo SHARD=0/16`; goes on when called again
 	TORCHINDUCTOR_COMPILE_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m tests.zoo.sweep --shard $(SHARD) --minutes $(MINUTES) --out $(OUT)/zoo
