@@ -1,0 +1,142 @@
+"""The checker is checked: a violation of each invariant is planted, and named."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import fx
+
+from jvpgraph.config import Config
+from jvpgraph.errors import VerifyError
+from jvpgraph.linearize import TANGENT_META
+from jvpgraph.markers import ARRIVED, MAKE_DUAL, TANGENT_OF
+from jvpgraph.passes.context import Context, Report
+from jvpgraph.passes.pipeline import Pipeline
+from jvpgraph.verify import INVARIANTS, verify
+from tests.graphs import Builder
+
+aten = torch.ops.aten
+
+
+def legal() -> fx.GraphModule:
+    """sin and its tangent, both results of a topk, a check that returns nothing, and a tangent whose primal is gone."""
+    b = Builder()
+    x, x_dot = b.inputs("x", "x_dot")
+    sin, cos = b.call(aten.sin.default, x), b.call(aten.cos.default, x)
+    dot = b.call(aten.mul.Tensor, x_dot, cos)
+    top = b.call(aten.topk.default, sin, 1)
+    items = [b.call(operator.getitem, top, i) for i in (0, 1)]
+    b.graph.call_function(aten._assert_async.default, (items[1],))  # returns nothing, so has no value
+    dot.meta[TANGENT_META] = "sin"
+    items[0].meta[TANGENT_META] = "gone"
+    items[1].meta[TANGENT_META] = "topk"  # several outputs: not one that it has to fit
+    del items[0].meta["val"]  # of what is not an op
+    return b.done(sin, dot, *items)
+
+
+def node(gm: fx.GraphModule, name: str) -> fx.Node:
+    return next(n for n in gm.graph.nodes if n.name == name)
+
+
+def without_a_value(gm: fx.GraphModule) -> None:
+    del node(gm, "cos").meta["val"]
+
+
+def of_another_dtype(gm: fx.GraphModule) -> None:
+    node(gm, "mul").meta["val"] = node(gm, "mul").meta["val"].double()
+
+
+def of_other_dims(gm: fx.GraphModule) -> None:
+    node(gm, "mul").meta["val"] = node(gm, "mul").meta["val"].unsqueeze(0)
+
+
+def with_a_mark(gm: fx.GraphModule) -> None:
+    _insert(gm, MAKE_DUAL, node(gm, "x"), node(gm, "x_dot"))
+
+
+def with_a_question(gm: fx.GraphModule) -> None:
+    _insert(gm, TANGENT_OF, node(gm, "sin"))
+
+
+def with_an_assertion(gm: fx.GraphModule) -> None:
+    _insert(gm, ARRIVED, node(gm, "sin"), [], [node(gm, "x")], "Function")
+
+
+def with_a_written_tangent(gm: fx.GraphModule) -> None:
+    _insert(gm, aten.copy_.default, node(gm, "mul"), node(gm, "x_dot"))
+
+
+def out_of_order(gm: fx.GraphModule) -> None:
+    node(gm, "x").append(node(gm, "mul"))
+
+
+def _insert(gm: fx.GraphModule, target: Callable[..., object], *args: object) -> None:
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        new = gm.graph.call_function(target, args)
+    new.meta["val"] = node(gm, "sin").meta["val"]
+
+
+MARKER = "is a marker that was not linearised"
+PLANTED = [  # what, the node that is named, and the message
+    (without_a_value, "cos (aten.cos.default)", "has no fake value"),
+    (
+        of_another_dtype,
+        "mul (aten.mul.Tensor)",
+        "is torch.float64 of 2 dims, its primal torch.float32 of 2 dims",
+    ),
+    (of_other_dims, "mul (aten.mul.Tensor)", "is torch.float32 of 3 dims, its primal torch.float32 of 2 dims"),
+    (with_a_mark, "make_dual_default (jvpgraph.make_dual.default)", MARKER),
+    (with_a_question, "tangent_of_default (jvpgraph.tangent_of.default)", MARKER),
+    (with_an_assertion, "arrived_default (jvpgraph.arrived.default)", MARKER),
+    (with_a_written_tangent, "copy__default (aten.copy_.default)", "writes into a tangent"),
+    (out_of_order, "Argument 'x_dot' of Node 'mul'", "was used before it has been defined"),  # fx's own lint
+]
+
+
+def test_a_legal_graph_is_let_through():
+    gm = legal()
+    verify(gm.graph, after="nothing")
+    _insert(gm, aten.copy_.default, node(gm, "sin"), node(gm, "x"))  # the primal may be written
+    verify(gm.graph, after="nothing")
+
+
+@pytest.mark.parametrize(("plant", "where", "message"), PLANTED)
+def test_each_violation_is_named_with_its_pass_and_node(plant: Callable[..., None], where: str, message: str):
+    gm = legal()
+    plant(gm)
+    with pytest.raises(VerifyError, match=f"^after pass planted: {re.escape(f'{where} {message}')}"):
+        verify(gm.graph, after="planted")
+
+
+def test_every_invariant_is_planted_against():
+    """Exactly one of them objects to each violation; to the order none does, which fx's lint sees to."""
+    objecting = {}
+    for plant, *_ in PLANTED:
+        gm = legal()
+        plant(gm)
+        objecting[plant] = [invariant for invariant in INVARIANTS if any(invariant(gm.graph))]
+    assert all(len(found) == (plant is not out_of_order) for plant, found in objecting.items())
+    assert {invariant for found in objecting.values() for invariant in found} == set(INVARIANTS)
+
+
+@pytest.mark.parametrize("is_checked", [True, False])
+def test_the_graph_is_verified_after_every_pass(is_checked: bool):
+    def spoil(graph: fx.Graph, context: Context) -> None:
+        """As a pass with a fault would."""
+        del next(n for n in graph.nodes if n.name == "cos").meta["val"]
+
+    def mend(graph: fx.Graph, context: Context) -> None:
+        """Too late."""
+        for n in graph.nodes:
+            n.meta.setdefault("val", None)
+
+    pipeline = Pipeline(Context(Config(verify=is_checked), Report()), (spoil, mend))
+    gm = legal()
+    if not is_checked:
+        return pipeline(gm.graph)
+    with pytest.raises(VerifyError, match="after pass spoil: cos"):
+        pipeline(gm.graph)
