@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-dist test-kernels lint format gate fuzz kinds zoo zoo-exact opinfo opinfo-table bench bench-quality scaling wheels gpu dump clean
+.PHONY: help demo test test-dist test-kernels lint format gate fuzz kinds zoo zoo-exact opinfo opinfo-table bench bench-quality scaling wheels gpu dump docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -96,6 +96,13 @@ dump: $(READY)  ## the graph of a small Wan transformer after every pass, in out
 	rm -rf $(OUT)/dump
 	JVPGRAPH_DUMP=$(OUT)/dump $(BIN)/python -W ignore examples/explain_wan.py --layers 1
 	@ls $(OUT)/dump/*
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs  ## the documentation with the reference, as a site: out/docs/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir $(abspath $(OUT))/docs
 
 clean:
 	rm -rf $(VENV) $(OUT)
