@@ -1,12 +1,16 @@
-"""The documentation says what is so: its code runs and prints what it shows, its figures are those that were measured."""
+"""The documentation says what is so: its code runs and prints what it shows, and its figures were measured."""
 
 from __future__ import annotations
 
 import doctest
+import itertools
+import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -69,3 +73,94 @@ def test_other_output_than_what_is_shown_is_seen():
     assert as_shown("a\n...\nb", "a\n1\n2\nb")
     assert not as_shown("a\n...\nb", "a\n1\n2\nc")
     assert not as_shown("", "a")
+
+
+# ----------------------------------------------------------------------------- figures
+
+
+def table(path: str, head: str) -> list[list[str]]:
+    """The cells of a table by its first line, without the line under it; nothing in bold."""
+    lines = (ROOT / path).read_text().replace("**", "").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(head))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if not row.startswith("|---")]
+
+
+def measured(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+
+STEPS = {
+    "jvpgraph": "jvpgraph",
+    "`torch.func.jvp` in one pass, compiled": "compiled one pass",
+    "`torch.func.jvp` in one pass, eager": "one pass",
+    "`torch.func.jvp`, then a second forward, compiled": "compiled two passes",
+    "`torch.func.jvp`, then a second forward, eager": "two passes",
+    "central differences and a forward, compiled": "differences",
+}
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/results.md"])
+def test_figures_of_the_step(path):
+    head, *rows = table(path, "| time / the model's own")
+    runs = [measured(f"dit_cpu_float32_{column.split()[0].replace(',', '')}.json") for column in head[1:-1]]
+    assert len(runs) == len(list((ROOT / "benchmarks" / "results").glob("dit_cpu_float32_*.json")))
+    assert {row[0] for row in rows} == set(STEPS)
+    for what, *ratios, error in rows:
+        assert ratios == [f"{run['ratio'][STEPS[what]]:.2f}" for run in runs]
+        assert error == f"{max(run['tangent_error'][STEPS[what]] for run in runs):.0e}".replace("e-0", "e-")
+
+
+def test_figures_of_attention():
+    cases = measured("attention_nvidia_h100_80gb_hbm3.json")["stages"]["attention"]["cases"]
+
+    def peers(head_dim: int, n: int) -> dict[str, Any]:
+        """All that were run for one size, with as many keys as queries that are all active."""
+        same = [c for c in cases if (c["head_dim"], c["n"], c["kind"]) == (head_dim, n, "self")]
+        return {name: peer for case in reversed(same) for name, peer in case["peers"].items()}
+
+    def shown(peer: dict[str, Any]) -> str:
+        if "skipped" in peer:
+            return "needs " + re.findall(r"about (\d+) GB", peer["skipped"])[0] + " GB"
+        return f"wrong by {peer['error']['o_dot']:.0%}" if "wrong" in peer else f"{peer['tflops']:.0f}"
+
+    sizes = [(d, n) for d in (128, 64) for n in (4096, 32760, 75600)]
+    rows = {row[0]: row[1:] for row in table("docs/results.md", "| | D = 128, N = 4,096")}
+    for name, row in {
+        "jvpgraph": ["jvpgraph"],
+        "`torch.func.jvp`, compiled": ["compiled func.jvp"],
+        "the jvp_flash_attention package": ["jvp_flash_attention, pointers", "jvp_flash_attention"],
+        "for comparison: cuDNN's forward, two matmuls": ["SDPA cuDNN"],
+    }.items():
+        found = [next(peers(*size)[peer] for peer in row if peer in peers(*size)) for size in sizes]
+        assert [cell.replace(",", "").replace(" %", "%") for cell in rows[name]] == [shown(peer) for peer in found]
+
+
+def test_figures_of_the_backward():
+    cases = measured("attention_backward_nvidia_h100_80gb_hbm3.json")["stages"]["backward"]["cases"]
+    _, *rows = table("docs/results.md", "| | 12 heads of 128 columns")
+    for what, *cells in rows:
+        of, way = re.fullmatch(r"backward of the (value|tangent), (ATen|Triton|blocks).*", what).groups()
+        key = f"{of}, " + {"ATen": "flash", "Triton": "triton", "blocks": "blocked"}[way]
+        assert cells == [f"{1000 * case['ways'][key]['seconds']:.1f}" for case in cases]
+
+
+def test_figures_of_the_objectives():
+    figures = measured("quality_digits.json")["figures"]
+    _, *rows = table("docs/results.md", "| | 1 step | 2 steps | 4 steps")
+    for what, *cells in rows:
+        name = {"rCM, lambda 0.01": "rCM 0.01", "teacher, 50 steps": "teacher"}.get(what, what)
+        steps = ["50 steps"] if name == "teacher" else ["1 step", "2 steps", "4 steps"]
+        for cell, count in zip([cell for cell in cells if cell], steps, strict=True):
+            runs = figures[f"{name}, {count}"]
+            mean = [statistics.mean(run[of] for run in runs) for of in ("frechet_distance", "precision", "recall")]
+            distance = f"{mean[0]:.1f}" if mean[0] < 9.95 else f"{mean[0]:.0f}"
+            assert cell == f"{distance} / {mean[1]:.2f} / {mean[2]:.2f}"
+
+
+def test_figures_of_compile_time():
+    runs = measured("compile_time_inductor.json")
+    _, *rows = table("docs/results.md", "| | 4 equal blocks")
+    for key, (_, *cells) in zip(("regions", "one graph"), rows, strict=True):
+        seconds = [f"{runs[key]['seconds'][n]:.1f}" for n in ("4", "40")]
+        assert cells == [*seconds, f"{runs[key]['ratio']:.2f}"]
