@@ -98,11 +98,11 @@ dump: $(READY)  ## the graph of a small Wan transformer after every pass, in out
 	@ls $(OUT)/dump/*
 
 $(VENV)/.docs: $(READY)
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[docs]"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[docs]"
 	touch $@
 
 docs: $(VENV)/.docs  ## the documentation with the reference, as a site: out/docs/index.html
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir $(abspath $(OUT))/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir $(abspath $(OUT))/docs
 
 clean:
 	rm -rf $(VENV) $(OUT)
