@@ -1,15 +1,15 @@
-# On a fresh machine: `make demo` and `make test` set everything up themselves.
+# In a fresh checkout, `make demo` and `make test` set everything up themselves.
 PYTHON ?= python3
 VENV   ?= .venv
 # torch from PyPI brings gigabytes of CUDA: constraints.txt pins it for machines without a GPU. To use another
 # torch, run with `make CONSTRAINTS=/dev/null`, or point VENV at an environment that has one already.
 CONSTRAINTS ?= constraints.txt
 OUT    ?= out
-# Figures of a GPU are kept beside the others.
+# Figures of a GPU are kept with the others.
 GPU_OUT ?= benchmarks/results
-# How many processes run the tests; a process takes a core, and a GB or two of memory.
+# How many processes run the tests; each takes a core, and a GB or two of memory.
 JOBS   ?= 2
-# Which part of a long sweep to run: i/n with i from 0; and after how many minutes `make zoo` stops, to go on when called again.
+# Which part of a long sweep to run: i/n with i from 0; and the minutes after which `make zoo` stops, to be resumed by the next call.
 SHARD ?= 0/1
 MINUTES ?= 20
 
@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## distil a diffusion transformer on handwritten digits: out/demo/samples.png, metrics.json
 	$(BIN)/python -m jvpgraph.trainer.demo --out $(OUT)/demo
 
-test: $(READY)  ## all tests but the long sweeps, in JOBS processes
+test: $(READY)  ## all tests except the long sweeps, in JOBS processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=15 -m "not matrix" tests
 
 test-dist: $(READY)  ## every combination of parallelism on real process groups, with a table of errors
@@ -54,7 +54,7 @@ format: $(READY)  ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-gate: $(READY)  ## every kernel that is launched, compiled for six GPUs that are not here: memory, registers, instructions
+gate: $(READY)  ## every kernel that is launched, compiled for six GPUs without having them: memory, registers, instructions
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m jvpgraph.kernels.gate
 
 fuzz: $(READY)  ## 10,000 random programs on four backends: make fuzz SHARD=0/4 runs a quarter of them
@@ -69,27 +69,27 @@ opinfo-table: $(READY)  ## docs/opinfo.md from what make opinfo found
 kinds: $(READY)  ## programs that bug reports were about, on every backend: right, or refused with the line; resumable
 	$(BIN)/python -W ignore -m tests.kinds.run --out $(OUT)/kinds
 
-zoo: $(READY)  ## what the default makes of every transformer of diffusers: `make zoo SHARD=0/16`; goes on when called again
+zoo: $(READY)  ## every transformer of diffusers on the default backend, resumable: make zoo SHARD=0/16
 	TORCHINDUCTOR_COMPILE_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m tests.zoo.sweep --shard $(SHARD) --minutes $(MINUTES) --out $(OUT)/zoo
 
-zoo-exact: $(READY)  ## the same models in float64 without Inductor, against oracles that share nothing with us
+zoo-exact: $(READY)  ## the same models in float64 without Inductor, compared with independent oracles
 	$(BIN)/python -m tests.zoo.run
 
-bench: $(READY)  ## time and memory beside torch.func.jvp and finite differences; compile time against depth
+bench: $(READY)  ## time compared with torch.func.jvp and finite differences; compile time against depth
 	$(BIN)/python -m benchmarks.dit --out $(OUT)/bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.compile_time --regions-only --out $(OUT)/bench
 
 bench-quality: $(READY)  ## rCM, sCM, DMD, dCM and MeanFlow on the digits, three seeds: an hour and a half on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality --out $(OUT)/quality
 
-scaling: $(READY)  ## FLOPs, traffic and memory per rank of a Wan 14B block on up to 512 ranks that do not exist: docs/scaling.md
+scaling: $(READY)  ## FLOPs, traffic and memory per rank of a Wan 14B block on up to 512 imagined ranks: docs/scaling.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling --table docs/scaling.md
 
-wheels:  ## fetch what `make gpu` needs where there is no network, into benchmarks/.wheels
+wheels:  ## download what `make gpu` needs on a machine without a network, into benchmarks/.wheels
 	rm -rf benchmarks/.wheels
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --dest benchmarks/.wheels setuptools 'jvp_flash_attention==0.14.*'
 
-gpu:  ## on a CUDA GPU, in under nine minutes: the kernels' tests, tiles, attention beside its peers; see benchmarks/
+gpu:  ## on a CUDA GPU, in under nine minutes: the kernels' tests, tiles, attention compared with peers; see benchmarks/
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu --out $(GPU_OUT)
 
 dump: $(READY)  ## the graph of a small Wan transformer after every pass, in out/dump

@@ -434,7 +434,7 @@ def _input_bytes(inputs: Any) -> int:
 TEXT = """# What a rank computes, sends and holds
 
 One block of Wan 14B ({width:,} wide, {heads} heads, MLP {ffn:,}, {text} text tokens, bfloat16) under FSDP x context
-parallel x tensor parallel, on up to 512 ranks that need not exist. Made by
+parallel x tensor parallel, on up to 512 ranks that need not exist. This page is made by
 
     make scaling        # python -m benchmarks.scaling --table docs/scaling.md
 
@@ -447,33 +447,33 @@ middle of a model. One sample per dp rank.
 ## Columns
 
 * **dp x cp x tp**: FSDP shards over dp x cp. cp is ring x Ulysses, as much Ulysses as the heads of a rank allow. A
-  layout that does not divide is listed with its error.
+  layout that does not divide evenly is listed with its error.
 * **TFLOP**: matrix products and attention (a multiply-add counts 2); pointwise ops count nothing. *primal* and
   *tangent* are the forward's; *backward* includes what it recomputes.
 * **MB sent** (10^6 bytes) by this rank, for a collective of n ranks: all-reduce 2 (n - 1) / n of its buffer;
   all-gather (n - 1) / n of what it gathers to; reduce-scatter (n - 1) / n of what it reduces; all-to-all what goes to
   others, which is (n - 1) / n of its buffer when split evenly. *primal* is what the graph without tangents sends in the
-  forward, *tangent* what the graph with them sends beyond it.
+  forward, *tangent* what the graph with them sends in addition.
 * **launches** of collectives in the forward, *primal* without tangents and *dual* with them, and in the backward.
 * **FSDP**: modelled, not captured, because its hooks run outside of the graph: the rank's tensor-parallel share of the
-  parameters is gathered over dp x cp in bfloat16 for the forward and again for the backward, its gradients are reduced
-  and scattered in float32. With FSDP2's padding: it deals out rows, and the modulation table, of one row, is padded to
-  one per rank. `tests/test_scaling.py` compares the model with what FSDP2 sends. Parameters have no tangent, so that a
-  tangent adds nothing.
+  parameters is gathered over dp x cp in bfloat16 for the forward and again for the backward, and its gradients are
+  reduced and scattered in float32. FSDP2's padding is included: it deals out rows, so the modulation table, which has
+  one row, is padded to one per rank. `tests/test_scaling.py` compares the model with what FSDP2 sends. Parameters have
+  no tangent, so a tangent adds nothing.
 * **peak GiB**: activations alive at once in the forward, *primal* without tangents and *dual* with them: the block's
   inputs, and every result from the op that makes it to its last reader, in the order of the graph. What the backward
-  needs stays until the end. Each ATen op is taken to write its result, which Inductor's fusion saves in part, and
-  kernels to need no workspace: read it as an upper bound without activation checkpointing, for comparing layouts.
+  needs stays until the end. It is assumed that each ATen op writes its result, part of which Inductor's fusion avoids,
+  and that kernels need no workspace: read it as an upper bound without activation checkpointing, for comparing layouts.
 * **saved GiB**: what the forward keeps for the backward, as AOTAutograd's min-cut partition chooses: the same with
   tangents and without.
 * **params MiB**: of the block, kept by this rank in bfloat16.
 
 Tensor parallel is torch's `parallelize_module`: columns of q, k, v and of the MLP's first layer, rows of what
 follows. Wan normalises q and k across all heads, so under tensor parallel the mean square is summed over the ranks: 4
-all-reduces of one float32 per token beside the 3 of [tokens, {width:,}]. Context parallel is diffusers' own, on the
-self-attention; its ring gathers the keys and values of all its ranks at once, and its backward passes their gradients
-round in float32 (an all-to-all in the graph, all of which goes to one neighbour). Keys and values of the text are
-computed on every cp rank, which is why cp ranks together need slightly more FLOPs than one.
+all-reduces of one float32 per token in addition to the 3 of [tokens, {width:,}]. Context parallel is diffusers' own, on
+the self-attention; its ring gathers the keys and values of all its ranks at once, and its backward passes their
+gradients round in float32 (an all-to-all in the graph, all of which goes to one neighbour). Keys and values of the text
+are computed on every cp rank, which is why cp ranks together need slightly more FLOPs than one.
 """
 
 HEAD = (

@@ -19,14 +19,15 @@ LISTED = {"refused": "Refused", "torch": "torch.compile itself fails, or is wron
 HEAD = """# PyTorch's operators, one by one
 
 `make opinfo` runs the samples of PyTorch's own operator database (`torch.testing._internal`, {ops} ops with the
-`_foreach_` ones) through the backends: value, tangent and gradients against forward AD in float64 that central
-differences bear out, and PyTorch's plain backward. Each op runs in a process of its own. This table is made by
-`make opinfo-table`; a crash, a wrong number, an error that is not the package's own, or a refusal that is not listed
-here fails.
+`_foreach_` ones) through the backends. Value and tangent are compared with forward AD in float64 that central
+differences confirm, and gradients with PyTorch's plain backward. Each op runs in a process of its own.
+`make opinfo-table` writes this table; the sweep fails on a crash, on a wrong number, on an error that is not the
+package's own (raw), and on a refusal that is not listed here.
 
 Unknown: there is no oracle (no forward AD, and central differences do not settle, as at a jump). Raises: the op
-itself does. torch: plain `torch.compile` of the call fails or is wrong as well. Numbers are complete where all ops are
-in; of the other phases this many ops have run, spread over the database, and what their other ops refuse is not listed.
+itself raises. Torch: plain `torch.compile` of the call fails or is wrong as well. Where the column of ops says "all",
+the numbers are complete; of the other phases that many ops have run, spread over the database, and what the remaining
+ops refuse is not listed.
 """
 
 

@@ -222,10 +222,10 @@ def section(results: list[dict[str, Any]]) -> str:
     head = [
         TITLE,
         "",
-        "Written by `python -m tests.zoo.sweep --table docs/zoo.md`, from what `make zoo` found: Inductor, at two",
+        "Written by `python -m tests.zoo.sweep --table docs/zoo.md`, from the results of `make zoo`: Inductor, at two",
         "sizes, without and with `dynamic=True`, the latter with activation checkpointing where the class has it.",
-        "Errors are the largest of all calls, of value / tangent / gradients of parameters / gradients of inputs,",
-        "against the model in float64.",
+        "Errors are the largest over all calls, of value / tangent / gradients of parameters / gradients of inputs,",
+        "compared with the model in float64.",
         "",
         *coverage(results),
         "",
