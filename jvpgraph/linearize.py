@@ -114,7 +114,7 @@ def linearize(graph: fx.Graph) -> Linearization:
     if refused:
         raise UnsupportedOp(refused)
 
-    forward = _reachable(ends, lambda n: n.all_input_nodes)
+    forward = _reachable(ends, lambda n: n.all_input_nodes).difference(ends)
     done.active = sum(1 for dot in tangent.values() if dot is not None)
     done.inactive = sum(1 for n in forward if isinstance(n.target, OpOverload) and tangent.get(n) is None)
     asked = graph.find_nodes(op="call_function", target=ARRIVED)

@@ -1,71 +1,134 @@
-"""Graphs of a few nodes written by hand, one way to run a pass on them, and how they read."""
+"""Graphs of a few nodes, written as text; one way to run a pass on them; and how they read then.
+
+``graph("y = aten.sin(x); return y", x=torch.randn(3))`` is an fx graph with the fake values that its ops give, named as
+they are written. :func:`written` is the way back.
+"""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import operator
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+import jvpgraph.api  # noqa: F401 - the ops of the package
 from jvpgraph.config import Config
 from jvpgraph.passes.context import Context, Report
 from jvpgraph.passes.swap_attention import active_nodes
 
+NAMES: dict[str, Any] = {
+    "torch": torch,
+    "F": F,
+    "operator": operator,
+    **{name: getattr(torch.ops, name) for name in ("aten", "prims", "jvpgraph", "_c10d_functional", "_dtensor")},
+}
 
-class Builder:
-    """A graph that is written node by node, each with the fake value that the op gives.
+
+@dataclass(frozen=True)
+class Dynamic:
+    """An input of whose shape some dims are symbols."""
+
+    value: Tensor
+    dims: tuple[int, ...]
+
+
+def R(*shape: int, dtype: torch.dtype = torch.float64, **how: Any) -> Tensor:
+    return torch.randn(shape, dtype=dtype, **how)
+
+
+def graph(text: str, *, key: str = "val", given: dict[str, Any] | None = None, **inputs: Any) -> fx.GraphModule:
+    """The graph of some Python code of assignments and a return.
 
     Args:
         key: where values are kept: ``"val"`` as AOTAutograd does, or ``"example_value"`` as Dynamo does.
+        given: other names in the text: functions, and graph modules, which become attributes of the graph.
+        inputs: its placeholders, by an example, which is :class:`Dynamic` for symbolic sizes.
     """
+    given = given or {}
+    root = torch.nn.Module()
+    writer = _Writer(key, given | NAMES, root)
+    for name, example in inputs.items():
+        writer.input(name, example)
+    for name, value in given.items():
+        if isinstance(value, fx.GraphModule):
+            setattr(root, name, value)
+    for statement in ast.parse(textwrap.dedent(text)).body:
+        writer.write(statement)
+    gm = fx.GraphModule(root, writer.graph)
+    gm.meta["fake_mode"] = writer.fake_mode
+    return gm
 
-    def __init__(self, key: str = "val"):
-        self.key = key
+
+class _Writer:
+    def __init__(self, key: str, names: dict[str, Any], root: torch.nn.Module):
+        self.key, self.root, self.names = key, root, dict(names)
         self.graph = fx.Graph()
-        self.root = torch.nn.Module()
-        self.shapes = ShapeEnv()
-        self.fake_mode = FakeTensorMode(shape_env=self.shapes)
+        self.fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
 
-    def input(self, name: str, value: Any, dynamic: tuple[int, ...] = ()) -> fx.Node:
-        """A placeholder like ``value``, of which the dims ``dynamic`` are symbols."""
-        node = self.graph.placeholder(name)
+    def input(self, name: str, example: Any) -> None:
+        node = self.names[name] = self.graph.placeholder(name)
+        symbols = example.dims if isinstance(example, Dynamic) else ()
+        value = example.value if isinstance(example, Dynamic) else example
         if isinstance(value, Tensor):
-            sizes = [DimDynamic.DYNAMIC if d in dynamic else DimDynamic.STATIC for d in range(value.dim())]
-            how = StatelessSymbolicContext(sizes) if dynamic else None
-            value = self.fake_mode.from_tensor(value, static_shapes=not dynamic, symbolic_context=how)
+            sizes = [DimDynamic.DYNAMIC if d in symbols else DimDynamic.STATIC for d in range(value.dim())]
+            how = StatelessSymbolicContext(sizes) if symbols else None
+            value = self.fake_mode.from_tensor(value, static_shapes=not symbols, symbolic_context=how)
         node.meta[self.key] = value
-        return node
 
-    def inputs(self, *names: str, shape: tuple[int, ...] = (3, 4), **how: Any) -> list[fx.Node]:
-        """Placeholders of one shape."""
-        return [self.input(name, torch.randn(shape, **how)) for name in names]
+    def write(self, statement: ast.stmt) -> None:
+        if isinstance(statement, ast.Return):
+            returned: Any = statement.value
+            outputs = returned.elts if isinstance(returned, ast.Tuple) else [returned]
+            self.graph.output(tuple(self.read(x) for x in outputs))
+            return
+        if isinstance(statement, ast.Assign):
+            (target,) = statement.targets
+            assert isinstance(target, ast.Name)
+            self.names[target.id] = self.call(statement.value, target.id)
+        else:
+            assert isinstance(statement, ast.Expr), ast.dump(statement)
+            self.call(statement.value, None)
 
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A call of a function, or of a method by its name; the node is named after it."""
-        op = "call_method" if isinstance(target, str) else "call_function"
-        short = target.overloadpacket.__name__ if isinstance(target, OpOverload) else None
-        node = self.graph.create_node(op, target, args, kwargs, name=short)
-        values, settings = fx.node.map_arg((args, kwargs), lambda x: x.meta[self.key])
+    def call(self, value: ast.expr, name: str | None) -> Any:
+        if isinstance(value, ast.Subscript):
+            return self.node(
+                "call_function", operator.getitem, (self.read(value.value), self.read(value.slice)), {}, name
+            )
+        assert isinstance(value, ast.Call), ast.dump(value)
+        args = tuple(self.read(x) for x in value.args)
+        kwargs = {str(k.arg): self.read(k.value) for k in value.keywords}
+        if isinstance(value.func, ast.Attribute):
+            owner = self.read(value.func.value)
+            if isinstance(owner, fx.Node):
+                return self.node("call_method", value.func.attr, (owner, *args), kwargs, name)
+        target = self.read(value.func)
+        target = target.default if isinstance(target, OpOverloadPacket) else target
+        return self.node("call_function", target, args, kwargs, name)
+
+    def node(self, op: str, target: Any, args: Any, kwargs: Any, name: str | None) -> fx.Node:
+        node = self.graph.create_node(op, target, args, kwargs, name)
+        values, settings = fx.node.map_arg((args, kwargs), lambda x: x.meta.get(self.key))
         with self.fake_mode:
-            run = getattr(values[0], target) if isinstance(target, str) else target
-            node.meta[self.key] = run(*(values[1:] if isinstance(target, str) else values), **settings)
+            run = getattr(values[0], target) if op == "call_method" else target
+            node.meta[self.key] = run(*(values[1:] if op == "call_method" else values), **settings)
         return node
 
-    def body(self, name: str, body: fx.GraphModule) -> fx.Node:
-        """A graph inside the graph."""
-        setattr(self.root, name, body)
-        return self.graph.get_attr(name)
-
-    def done(self, *outputs: Any) -> fx.GraphModule:
-        """The graph, which returns ``outputs``."""
-        self.graph.output(outputs)
-        return fx.GraphModule(self.root, self.graph)
+    def read(self, value: ast.expr) -> Any:
+        if isinstance(value, ast.List):
+            return [self.read(x) for x in value.elts]
+        if isinstance(value, ast.Name) and isinstance(self.names.get(value.id), fx.GraphModule):
+            return self.graph.get_attr(value.id)
+        return eval(compile(ast.Expression(value), "graph", "eval"), {}, self.names)
 
 
 def run(step: Callable[..., Any], gm: fx.GraphModule, **settings: Any) -> Report:
@@ -90,21 +153,43 @@ def run(step: Callable[..., Any], gm: fx.GraphModule, **settings: Any) -> Report
 
 
 def check_step(step: Callable[..., Any], gm: fx.GraphModule, after: str, **settings: Any) -> Report:
-    """The report of a pass that makes ``after`` of ``gm``, and of that nothing else."""
+    """The report of a pass, which makes ``after`` of ``gm``, and nothing else of that."""
     report = run(step, gm, **settings)
-    assert written(gm) == lines(after)
+    _compare(gm, after)
     run(step, gm, **settings)
-    assert written(gm) == lines(after), "run twice"
+    _compare(gm, after, " when it is run twice")
     return report
+
+
+def _compare(gm: fx.GraphModule, after: str, when: str = "") -> None:
+    found = "\n".join(written(gm))
+    assert found == "\n".join(lines(after)), f"the graph{when}:\n{found}"
 
 
 def lines(text: str) -> list[str]:
     return [line.strip() for line in text.strip().splitlines()]
 
 
+def node(gm: fx.GraphModule, name: str) -> fx.Node:
+    return next(n for n in gm.graph.nodes if n.name == name)
+
+
+def insert(gm: fx.GraphModule, target: Any, *args: Any, value: Any = None) -> fx.Node:
+    """A call at the end of the graph that nobody reads."""
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        new = gm.graph.call_function(target, args)
+    new.meta["val"] = value
+    return new
+
+
+def evaluate(gm: fx.GraphModule, *inputs: Any) -> Any:
+    """What the graph gives on real tensors."""
+    return fx.Interpreter(gm).run(*inputs)
+
+
 def written(gm: fx.GraphModule) -> list[str]:
-    """The calls of a graph, one a line: ``y = aten.mul.Tensor(x, 2)``."""
-    return [_written(node) for node in gm.graph.nodes if node.op != "placeholder"]
+    """The graph without its inputs, one node a line."""
+    return [_written(node) for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr")]
 
 
 def _written(node: fx.Node) -> str:
@@ -112,8 +197,6 @@ def _written(node: fx.Node) -> str:
     if node.op == "output":
         returned: Any = node.args[0]
         return f"return {', '.join(map(_text, returned))}"
-    if node.op == "get_attr":
-        return f"{node.name} = self.{node.target}"
     if node.target is operator.getitem:
         return f"{node.name} = {args[0]}[{args[1]}]"
     if node.op == "call_method":
@@ -124,15 +207,19 @@ def _written(node: fx.Node) -> str:
 def _target(target: Any) -> str:
     if isinstance(target, OpOverload):
         return str(target).removesuffix(".default")
-    return str(getattr(target, "__name__", target))
+    name = getattr(target, "__name__", str(target))
+    return next(
+        (f"{room}.{name}" for room in ("torch", "F", "operator") if getattr(NAMES[room], name, 0) is target), name
+    )
 
 
 def _text(arg: Any) -> str:
+    if isinstance(arg, fx.Node):
+        return str(arg.target) if arg.op == "get_attr" else arg.name
     if isinstance(arg, (list, tuple)):
         return f"[{', '.join(map(_text, arg))}]"
-    return str(arg)
+    return repr(arg)
 
 
-def evaluate(gm: fx.GraphModule, *inputs: Any) -> Any:
-    """What the graph gives on real tensors."""
-    return fx.Interpreter(gm).run(*inputs)
+def names(nodes: Iterable[fx.Node]) -> list[str]:
+    return [node.name for node in nodes]

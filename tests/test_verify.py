@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable
 
@@ -17,29 +16,29 @@ from jvpgraph.markers import ARRIVED, MAKE_DUAL, TANGENT_OF
 from jvpgraph.passes.context import Context, Report
 from jvpgraph.passes.pipeline import Pipeline
 from jvpgraph.verify import INVARIANTS, verify
-from tests.graphs import Builder
+from tests.graphs import R, graph, insert, node
 
 aten = torch.ops.aten
 
 
 def legal() -> fx.GraphModule:
     """sin and its tangent, both results of a topk, a check that returns nothing, and a tangent whose primal is gone."""
-    b = Builder()
-    x, x_dot = b.inputs("x", "x_dot")
-    sin, cos = b.call(aten.sin.default, x), b.call(aten.cos.default, x)
-    dot = b.call(aten.mul.Tensor, x_dot, cos)
-    top = b.call(aten.topk.default, sin, 1)
-    items = [b.call(operator.getitem, top, i) for i in (0, 1)]
-    b.graph.call_function(aten._assert_async.default, (items[1],))  # returns nothing, so has no value
-    dot.meta[TANGENT_META] = "sin"
-    items[0].meta[TANGENT_META] = "gone"
-    items[1].meta[TANGENT_META] = "topk"  # several outputs: not one that it has to fit
-    del items[0].meta["val"]  # of what is not an op
-    return b.done(sin, dot, *items)
-
-
-def node(gm: fx.GraphModule, name: str) -> fx.Node:
-    return next(n for n in gm.graph.nodes if n.name == name)
+    text = """
+    sin = aten.sin(x)
+    cos = aten.cos(x)
+    mul = aten.mul.Tensor(x_dot, cos)
+    topk = aten.topk(sin, 1)
+    value = topk[0]
+    index = topk[1]
+    return sin, mul, value, index
+    """
+    gm = graph(text, x=R(3, 4), x_dot=R(3, 4))
+    node(gm, "mul").meta[TANGENT_META] = "sin"
+    node(gm, "value").meta[TANGENT_META] = "gone"
+    node(gm, "index").meta[TANGENT_META] = "topk"  # several outputs: not one that it has to fit
+    del node(gm, "value").meta["val"]  # of what is not an op
+    del insert(gm, aten._assert_async.default, node(gm, "index")).meta["val"]  # returns nothing
+    return gm
 
 
 def without_a_value(gm: fx.GraphModule) -> None:
@@ -47,7 +46,7 @@ def without_a_value(gm: fx.GraphModule) -> None:
 
 
 def of_another_dtype(gm: fx.GraphModule) -> None:
-    node(gm, "mul").meta["val"] = node(gm, "mul").meta["val"].double()
+    node(gm, "mul").meta["val"] = node(gm, "mul").meta["val"].float()
 
 
 def of_other_dims(gm: fx.GraphModule) -> None:
@@ -55,29 +54,23 @@ def of_other_dims(gm: fx.GraphModule) -> None:
 
 
 def with_a_mark(gm: fx.GraphModule) -> None:
-    _insert(gm, MAKE_DUAL, node(gm, "x"), node(gm, "x_dot"))
+    insert(gm, MAKE_DUAL, node(gm, "x"), node(gm, "x_dot"), value=1)
 
 
 def with_a_question(gm: fx.GraphModule) -> None:
-    _insert(gm, TANGENT_OF, node(gm, "sin"))
+    insert(gm, TANGENT_OF, node(gm, "sin"), value=1)
 
 
 def with_an_assertion(gm: fx.GraphModule) -> None:
-    _insert(gm, ARRIVED, node(gm, "sin"), [], [node(gm, "x")], "Function")
+    insert(gm, ARRIVED, node(gm, "sin"), [], [node(gm, "x")], "Function", value=1)
 
 
 def with_a_written_tangent(gm: fx.GraphModule) -> None:
-    _insert(gm, aten.copy_.default, node(gm, "mul"), node(gm, "x_dot"))
+    insert(gm, aten.copy_.default, node(gm, "mul"), node(gm, "x_dot"), value=1)
 
 
 def out_of_order(gm: fx.GraphModule) -> None:
     node(gm, "x").append(node(gm, "mul"))
-
-
-def _insert(gm: fx.GraphModule, target: Callable[..., object], *args: object) -> None:
-    with gm.graph.inserting_before(gm.graph.output_node()):
-        new = gm.graph.call_function(target, args)
-    new.meta["val"] = node(gm, "sin").meta["val"]
 
 
 MARKER = "is a marker that was not linearised"
@@ -86,9 +79,9 @@ PLANTED = [  # what, the node that is named, and the message
     (
         of_another_dtype,
         "mul (aten.mul.Tensor)",
-        "is torch.float64 of 2 dims, its primal torch.float32 of 2 dims",
+        "is torch.float32 of 2 dims, its primal torch.float64 of 2 dims",
     ),
-    (of_other_dims, "mul (aten.mul.Tensor)", "is torch.float32 of 3 dims, its primal torch.float32 of 2 dims"),
+    (of_other_dims, "mul (aten.mul.Tensor)", "is torch.float64 of 3 dims, its primal torch.float64 of 2 dims"),
     (with_a_mark, "make_dual_default (jvpgraph.make_dual.default)", MARKER),
     (with_a_question, "tangent_of_default (jvpgraph.tangent_of.default)", MARKER),
     (with_an_assertion, "arrived_default (jvpgraph.arrived.default)", MARKER),
@@ -100,7 +93,7 @@ PLANTED = [  # what, the node that is named, and the message
 def test_a_legal_graph_is_let_through():
     gm = legal()
     verify(gm.graph, after="nothing")
-    _insert(gm, aten.copy_.default, node(gm, "sin"), node(gm, "x"))  # the primal may be written
+    insert(gm, aten.copy_.default, node(gm, "sin"), node(gm, "x"), value=1)  # the primal may be written
     verify(gm.graph, after="nothing")
 
 
