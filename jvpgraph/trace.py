@@ -302,6 +302,14 @@ class _OnProxies(PythonReferenceAnalysis):
     def ceil_to_int(x: Any, dtype: Any) -> Any:
         return _call(math.ceil, x)
 
+    @staticmethod
+    def round_to_int(x: Any, dtype: Any) -> Any:
+        return _call(round, x)
+
+    @staticmethod
+    def int_truediv(a: Any, b: Any) -> Any:
+        return a / b
+
 
 def _call(fn: Callable[..., Any], x: Any) -> Any:
     return x.tracer.create_proxy("call_function", fn, (x,), {}) if isinstance(x, fx.Proxy) else fn(x)
