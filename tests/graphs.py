@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 import jvpgraph.api  # noqa: F401 - the ops of the package
 from jvpgraph.config import Config
+from jvpgraph.linearize import INSERTED_META, TANGENT_META
 from jvpgraph.passes.context import Context, Report
 from jvpgraph.passes.swap_attention import active_nodes
 
@@ -66,6 +67,18 @@ def graph(text: str, *, key: str = "val", given: dict[str, Any] | None = None, *
         writer.write(statement)
     gm = fx.GraphModule(root, writer.graph)
     gm.meta["fake_mode"] = writer.fake_mode
+    return gm
+
+
+def linearized(text: str, **inputs: Any) -> fx.GraphModule:
+    """The graph of a text with tangents in it: those that linearize inserted are named ``..._dot``, after primals."""
+    gm = graph(text, **inputs)
+    primals = set(names(gm.graph.nodes))
+    for node in gm.graph.nodes:
+        if node.op != "placeholder" and "_dot" in node.name:
+            node.meta[INSERTED_META] = True
+            if node.name.removesuffix("_dot") in primals - {node.name}:
+                node.meta[TANGENT_META] = node.name.removesuffix("_dot")
     return gm
 
 
