@@ -114,7 +114,7 @@ def _nodes_from(node: fx.Node) -> set[fx.Node]:
 
 def _may_hide_stops(target: Any) -> bool:
     """Whether a function that is one node to Dynamo may detach in its Python code, as F.gumbel_softmax does."""
-    if not isinstance(target, FunctionType) or hasattr(target, OWN_JVP):
+    if not isinstance(target, FunctionType) or hasattr(target, OWN_JVP) or target.__module__ == __name__:
         return False
     foreign = target.__module__.split(".")[0] != "torch"  # what a user allowed in graphs
     return foreign or not NAMES.isdisjoint(target.__code__.co_names)
