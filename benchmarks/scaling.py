@@ -45,7 +45,7 @@ from jvpgraph.backend import Backend
 from jvpgraph.capture import first_cause, own_errors
 from jvpgraph.config import Config
 from jvpgraph.dual_forward import dual_forward
-from jvpgraph.passes.context import Context, Report
+from jvpgraph.passes.context import Context
 from jvpgraph.passes.count import count
 from jvpgraph.passes.pipeline import Pipeline
 from jvpgraph.rules.apply import bind
@@ -321,9 +321,9 @@ def measure(shape: Shape, layout: Layout, config: Config | None = None) -> Cost:
 
 def flops(graph: fx.Graph) -> tuple[int, int]:
     """(primal, tangent)."""
-    report = Report()
-    count(graph, Context(Config(), report))
-    return int(report.primal_flops), int(report.tangent_flops)
+    context = Context(Config())
+    count(graph.owning_module or fx.GraphModule({}, graph), context)
+    return int(context.report.primal_flops), int(context.report.tangent_flops)
 
 
 def traffic(graph: fx.Graph) -> Traffic:

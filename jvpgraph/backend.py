@@ -1,4 +1,4 @@
-"""The Dynamo backend: attention is swapped on the torch-level graph, the rest happens on the joint ATen graph."""
+"""The Dynamo backend: the stages of passes/pipeline.py, with AOTAutograd and a compiler around them."""
 
 from __future__ import annotations
 
@@ -19,26 +19,21 @@ from torch.utils._sympy.symbol import SymT, free_symbol_is_type
 from jvpgraph.autograd_function import keep_calls_of_own_jvps
 from jvpgraph.capture import NOT_COMPILED, first_cause, remedy
 from jvpgraph.config import Config
-from jvpgraph.errors import CaptureError, UnsupportedNode, UnsupportedOp
-from jvpgraph.linearize import ABSOLUTE, NUMBER_HAS_NO_TANGENT, source_line
+from jvpgraph.errors import ABSOLUTE, NUMBER_HAS_NO_TANGENT, CaptureError, UnsupportedNode, UnsupportedOp
+from jvpgraph.graph.meta import source_line
+from jvpgraph.graph.torch_level import STOPS, active_graphs, wants_gradients_of_tangents
 from jvpgraph.markers import MAKE_DUAL
-from jvpgraph.passes.call_own_jvps import call_own_jvps
 from jvpgraph.passes.context import Context, Report
-from jvpgraph.passes.copy_overlapping_outputs import copy_overlapping_outputs
-from jvpgraph.passes.detach_outputs import detach_outputs
-from jvpgraph.passes.lower import lower, wants_gradients_of_tangents
-from jvpgraph.passes.mark_stop_gradients import STOPS, mark_stop_gradients
 from jvpgraph.passes.pipeline import (
     AFTER_AUTOGRAD,
+    AFTER_COMPILER,
     BEFORE_AUTOGRAD,
-    PIPELINE,
-    OutputsApart,
+    ON_ATEN_GRAPH,
+    ON_TORCH_GRAPH,
+    JointPasses,
     Pipeline,
     check_config,
 )
-from jvpgraph.passes.recognize_attention import recognize_attention
-from jvpgraph.passes.swap_attention import active_graphs, active_nodes, swap_attention
-from jvpgraph.passes.swap_flex_attention import swap_flex_attention
 from jvpgraph.sharding import register_sharding_rules
 
 __all__ = ["COMPILERS", "Backend", "backend"]
@@ -66,42 +61,30 @@ class Backend:
         self.reports: list[Report] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        report = Report()
-        if self.config.swap_attention:
-            report.attention.append(swap_attention(gm, active_nodes(gm)))
-            report.attention.append(swap_flex_attention(gm, active_nodes(gm)))
-            if self.config.recognize_attention:
-                report.attention.append(recognize_attention(gm, active_nodes(gm)))
-        mark_stop_gradients(gm)
-        call_own_jvps(gm)
-        detach_outputs(gm)
-        copy_overlapping_outputs(gm)
-        absolute = _absolute_views(gm)
-        marked = _marked_inputs(gm)
-        captured = gm
-        context, steps = Context(self.config, report), PIPELINE
+        context = Context(self.config, example_inputs=example_inputs)
+        run, stage = Pipeline(context), ON_ATEN_GRAPH
+        captured = run(ON_TORCH_GRAPH, gm)
+        absolute, marked = _absolute_views(captured), _marked_inputs(captured)
         autocast: AbstractContextManager[Any] = nullcontext()
-        if wants_gradients_of_tangents(gm):
-            gm = lower(gm, example_inputs)
-            Pipeline(context, BEFORE_AUTOGRAD)(gm.graph)
-            gm.recompile()
-            steps = AFTER_AUTOGRAD
+        lowered = captured
+        if wants_gradients_of_tangents(captured):
+            lowered, stage = run(BEFORE_AUTOGRAD, captured), AFTER_AUTOGRAD
             autocast = torch._C._DisableAutocast()  # its casts are ops by now
         try:
             with autocast:
-                compiled = self.compile(gm, example_inputs, Pipeline(context, steps))
+                compiled = self.compile(lowered, example_inputs, JointPasses(run, stage))
         except Exception as error:
             if _asks_for_a_number(error) and (numbers := _active_numbers(captured)):
                 raise UnsupportedOp(numbers) from error
             raise
         if absolute:
             compiled = _at_the_start(compiled, marked, absolute)
-        self.reports.append(report)  # not earlier: Dynamo may break an attempt off and start anew
+        self.reports.append(context.report)  # not earlier: Dynamo may break an attempt off and start anew
         return compiled
 
-    def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], pipeline: Pipeline) -> Compiled:
+    def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses) -> Compiled:
         """AOTAutograd, the passes on its joint graph, and code."""
-        return _COMPILE[self.compiler](gm, example_inputs, pipeline)
+        return _COMPILE[self.compiler](gm, example_inputs, passes)
 
 
 def _marked_inputs(gm: fx.GraphModule) -> list[int]:
@@ -140,7 +123,7 @@ def _absolute_views(gm: fx.GraphModule) -> list[UnsupportedNode]:
     """
     return [
         UnsupportedNode("as_strided", node.name, (), source_line(node), ABSOLUTE)
-        for body, active in active_graphs(gm, active_nodes(gm))
+        for body, active in active_graphs(gm)
         for node in body.graph.nodes
         if node in active and node.target in AS_STRIDED and _offset(node) is not None and _is_of_input(node, body is gm)
     ]
@@ -178,9 +161,10 @@ def backend(compiler: str = "inductor", config: Config | None = None) -> Backend
     return Backend(compiler, config)
 
 
-def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], pipeline: Pipeline) -> Compiled:
-    context = pipeline.context
-    patches = {"joint_custom_post_pass": OutputsApart(), **context.config.inductor, "joint_custom_pre_pass": pipeline}
+def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses) -> Compiled:
+    context = passes.pipeline.context
+    after = JointPasses(passes.pipeline, AFTER_COMPILER)
+    patches = {"joint_custom_post_pass": after, **context.config.inductor, "joint_custom_pre_pass": passes}
     if any(map(_has_symbols, example_inputs)):
         # Where it wants another layout of what the backward keeps, Inductor compares symbolic strides, and fails.
         patches.setdefault("layout_optimization", False)
@@ -231,14 +215,13 @@ def _is_renamed(x: Any) -> bool:
     return isinstance(x, torch.SymInt) and x.node.expr.is_symbol and x.node.expr != x.node._expr
 
 
-def _eager(gm: fx.GraphModule, example_inputs: Sequence[Any], pipeline: Pipeline) -> Compiled:
+def _eager(gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses) -> Compiled:
     def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-        pipeline(joint.graph)
-        joint.recompile()
+        passes(joint.graph)
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
     def inference(gm: fx.GraphModule, example_inputs: Any) -> Compiled:
-        pipeline(gm.graph)
+        passes(gm.graph)
         return as_it_is(gm, example_inputs)
 
     def as_it_is(gm: fx.GraphModule, example_inputs: Any) -> Compiled:
@@ -264,7 +247,7 @@ def _views_to_reshapes(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-_COMPILE: dict[str, Callable[[fx.GraphModule, Sequence[Any], Pipeline], Compiled]] = {
+_COMPILE: dict[str, Callable[[fx.GraphModule, Sequence[Any], JointPasses], Compiled]] = {
     "inductor": _inductor,
     "eager": _eager,
 }

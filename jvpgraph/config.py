@@ -15,10 +15,11 @@ class Config:
     """How a model is transformed. The defaults suit every model; each field says what it is for."""
 
     swap_attention: bool = True
-    """Replace scaled_dot_product_attention on the tangent path by the fused, memory-linear op."""
+    """Replace scaled_dot_product_attention, flex_attention and attention written by hand on the tangent path by the
+    fused, memory-linear op. False is short for skipping the passes that do so."""
 
     recognize_attention: bool = True
-    """Recognise softmax(q k') v written by hand, too."""
+    """Recognise softmax(q k') v written by hand, too. False is short for skipping the pass of that name."""
 
     check_finite: bool = False
     """After each call, raise NonFiniteTangent naming the first module whose tangent is NaN or infinite. Costs one
@@ -33,5 +34,18 @@ class Config:
     dump: str | None = field(default_factory=lambda: os.environ.get("JVPGRAPH_DUMP"))
     """Folder for one readable file per pass. Default: the environment variable JVPGRAPH_DUMP."""
 
+    keep_graphs: bool = False
+    """Keep the text of the graph after every pass in ``dual.reports[-1].graphs``."""
+
     inductor: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Settings for torch._inductor.config during compilation, as in torch.compile(options=...)."""
+
+    def __post_init__(self) -> None:
+        skipped = set(self.skip_passes)
+        if not self.swap_attention:
+            skipped |= {"swap_attention", "swap_flex_attention", "recognize_attention"}
+        if not self.recognize_attention:
+            skipped.add("recognize_attention")
+        object.__setattr__(self, "skip_passes", tuple(sorted(skipped)))
+        object.__setattr__(self, "swap_attention", "swap_attention" not in skipped)
+        object.__setattr__(self, "recognize_attention", "recognize_attention" not in skipped)

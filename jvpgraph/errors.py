@@ -70,3 +70,14 @@ class UnsupportedOp(JvpgraphError, NotImplementedError):
 
     def __reduce__(self) -> tuple[type, tuple[tuple[UnsupportedNode, ...]]]:  # the message is made from the nodes
         return type(self), (self.nodes,)
+
+
+# Reasons that more than one place refuses for.
+NUMBER_HAS_NO_TANGENT = (
+    "a tensor with a tangent becomes a Python number, which has none, and a tensor is made of that: keep it a tensor, "
+    "or detach it"
+)
+ABSOLUTE = (
+    "as_strided with an offset counts from the start of the memory of an input that begins further on: pass x.clone(), "
+    "or take as_strided without an offset"
+)

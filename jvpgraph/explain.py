@@ -115,11 +115,9 @@ class _Captured(JvpgraphError):
 
 
 def _fill(found: Explanation, report: Report, names: dict[str, str]) -> None:
-    done = report.linearization
-    found.table, found.derived = done.rules["table"], done.rules["derived"]
-    found.active, found.inactive, found.fused = done.active, done.inactive, report.fused
-    found.swapped = [entry for swap in report.attention for entry in swap.swapped]
-    found.left = [entry for swap in report.attention for entry in swap.left]
+    found.table, found.derived = report.rules["table"], report.rules["derived"]
+    found.active, found.inactive, found.fused = report.active, report.inactive, report.fused
+    found.swapped, found.left = report.swapped, report.left
     found.kernels = report.kernels
     found.collectives, found.paired = report.collectives, report.paired
     found.primal_flops, found.tangent_flops = report.primal_flops, report.tangent_flops

@@ -461,7 +461,7 @@ class _Trial:
         backend = self.dual._dual.backend
         if backend is None:
             return 0.0
-        if backend.compiler != "eager" or any(a.swapped for r in backend.reports for a in r.attention):
+        if backend.compiler != "eager" or any(r.swapped for r in backend.reports):
             return self.rtol
         call = self.call
         tensors = [*call.model.parameters(), *call.model.buffers(), *(x for _, x in leaves((call.args, call.kwargs)))]

@@ -1,18 +1,35 @@
-"""What a legal graph is: one predicate and one message each, checked after every pass."""
+"""What a legal graph is at each stage: one predicate and one message each, checked after every step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from jvpgraph.errors import VerifyError
-from jvpgraph.linearize import TANGENT_META
+from jvpgraph.graph.meta import TANGENT_META
+from jvpgraph.graph.torch_level import graphs_in
 from jvpgraph.markers import ARRIVED, MAKE_DUAL, TANGENT_OF
 
-__all__ = ["INVARIANTS", "verify"]
+__all__ = ["ATEN", "LOWERED", "TORCH_LEVEL", "Invariant", "verify"]
+
+Invariant = Callable[[fx.Graph], Iterator[tuple[fx.Node, str]]]
+
+
+def every_op_has_an_example(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
+    """Dynamo gives every call one that returns a tensor; what a step inserts has to have one too."""
+    for node in graph.nodes:
+        if isinstance(node.target, OpOverload) and node.target._schema.returns and "example_value" not in node.meta:
+            yield node, "has no example value"
+
+
+def marked_inputs_fit_their_tangents(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
+    for node in graph.find_nodes(op="call_function", target=MAKE_DUAL):
+        x, x_dot = (given.meta.get("example_value") for given in node.args[:2])
+        if isinstance(x, Tensor) and isinstance(x_dot, Tensor) and (x.dtype, x.dim()) != (x_dot.dtype, x_dot.dim()):
+            yield node, f"marks {x.dtype} of {x.dim()} dims with a tangent that is {x_dot.dtype} of {x_dot.dim()} dims"
 
 
 def every_node_has_a_value(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
@@ -49,24 +66,22 @@ def no_tangent_is_written(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
                 yield node, "writes into a tangent"
 
 
-INVARIANTS: tuple[Callable[[fx.Graph], Iterator[tuple[fx.Node, str]]], ...] = (
-    every_node_has_a_value,
-    tangents_fit_their_primals,
-    no_marker_is_left,
-    no_tangent_is_written,
-)
+TORCH_LEVEL: tuple[Invariant, ...] = (every_op_has_an_example, marked_inputs_fit_their_tangents)
+LOWERED: tuple[Invariant, ...] = (every_node_has_a_value, tangents_fit_their_primals, no_tangent_is_written)
+ATEN: tuple[Invariant, ...] = (*LOWERED, no_marker_is_left)
 
 
-def verify(graph: fx.Graph, after: str) -> None:
-    """Check all invariants.
+def verify(gm: fx.GraphModule, invariants: Sequence[Invariant], after: str) -> None:
+    """Check gm, and the bodies of its higher-order ops.
 
     Raises:
-        VerifyError: names the pass ``after`` which the graph is illegal, the node, and what is wrong.
+        VerifyError: names the step ``after`` which the graph is illegal, the node, and what is wrong.
     """
-    try:
-        graph.lint()
-    except RuntimeError as error:
-        raise VerifyError(f"after pass {after}: {error}") from error
-    for invariant in INVARIANTS:
-        for node, message in invariant(graph):
-            raise VerifyError(f"after pass {after}: {node.name} ({node.target}) {message}")
+    for graph in (module.graph for module in graphs_in(gm)):
+        try:
+            graph.lint()
+        except RuntimeError as error:
+            raise VerifyError(f"after pass {after}: {error}") from error
+        for invariant in invariants:
+            for node, message in invariant(graph):
+                raise VerifyError(f"after pass {after}: {node.name} ({node.target}) {message}")

@@ -16,14 +16,14 @@ from torch import fx
 
 from jvpgraph.autograd_function import OWN_JVP, call_own_jvp
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
-from jvpgraph.linearize import source_line
-from jvpgraph.passes.lower import wants_gradients_of_tangents
-from jvpgraph.passes.swap_attention import active_graphs, active_nodes
+from jvpgraph.graph.meta import source_line
+from jvpgraph.graph.torch_level import active_graphs, wants_gradients_of_tangents
+from jvpgraph.passes.context import Context
 
 __all__ = ["call_own_jvps"]
 
 
-def call_own_jvps(gm: fx.GraphModule) -> None:
+def call_own_jvps(gm: fx.GraphModule, context: Context) -> None:
     """Replace what the active calls in gm, and in the bodies of its higher-order ops, run.
 
     Raises:
@@ -31,7 +31,7 @@ def call_own_jvps(gm: fx.GraphModule) -> None:
     """
     calls = [
         node
-        for body, active in active_graphs(gm, active_nodes(gm))
+        for body, active in active_graphs(gm)
         for node in body.graph.nodes
         if node in active and node.op == "call_function" and hasattr(node.target, OWN_JVP)
     ]
@@ -42,5 +42,3 @@ def call_own_jvps(gm: fx.GraphModule) -> None:
         )
     for node in calls:
         call_own_jvp(node)
-    for body in [m for m in gm.modules() if isinstance(m, fx.GraphModule)] if calls else ():
-        body.recompile()

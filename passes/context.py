@@ -1,38 +1,88 @@
-"""What passes share: the settings, and the report they fill in."""
+"""What passes share: the settings, and the report that they fill in."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 
 from jvpgraph.config import Config
-from jvpgraph.linearize import Linearization
 
-__all__ = ["Context", "Report"]
+__all__ = ["Attention", "Context", "Report", "StepReport"]
+
+Attention = tuple[str, str, str]  # node, the user's line, and the form it had or the reason why it was left
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The graph after one step.
+
+    Attributes:
+        stage: where the graph is on its way: "torch", "before autograd", "ATen", "after autograd".
+        name: of the step; of the first of a stage, how the graph arrived there.
+        milliseconds: that it took.
+        nodes: in the graph.
+        changes: by op, how many nodes more there are than before; negative for fewer.
+        text: the graph as readable Python, with ``Config(keep_graphs=True)``; else empty.
+    """
+
+    stage: str
+    name: str
+    milliseconds: float
+    nodes: int
+    changes: dict[str, int]
+    text: str = field(default="", repr=False)
+
+    def __str__(self) -> str:
+        changes = ", ".join(f"{n:+d} {op}" for op, n in self.changes.items()) or "no change"
+        return f"{self.stage}: {self.name}, {self.milliseconds:.1f} ms, {self.nodes} nodes, {changes}"
 
 
 @dataclass
 class Report:
-    """Everything that ``explain()`` tells about one captured graph."""
+    """Everything that was done to one captured graph.
 
-    attention: list[Any] = field(default_factory=list)  # one SwapReport per torch-level pass
-    linearization: Linearization = field(default_factory=Linearization)
-    fused: int = 0  # attention calls computed together with their tangent
-    kernels: Counter[str] = field(default_factory=Counter)  # what computes attention
+    Attributes:
+        swapped: calls of attention that became our op: (node, source line, form).
+        left: calls of attention that did not: (node, source line, reason).
+        rules: how many nodes of which ATen op were differentiated by the rule "table", or by a formula that is
+            "derived" from PyTorch's.
+        active: nodes with a tangent.
+        inactive: other ATen nodes of the forward.
+        fused: attention calls that are computed together with their tangent.
+        kernels: what computes attention, and its gradients.
+        collectives: by op.
+        paired: collectives that carry a primal and its tangent.
+        primal_flops, tangent_flops: in the symbols of ``sizes``; a multiply-add counts 2.
+        sizes: symbol -> (where it comes from, its value in the first call).
+        graphs: every graph from Dynamo's to the last, with the step that made it.
+        passes_ran: whether the passes on the ATen graph did; not where the compiler had the result in its cache.
+    """
+
+    swapped: list[Attention] = field(default_factory=list)
+    left: list[Attention] = field(default_factory=list)
+    rules: dict[str, Counter[str]] = field(default_factory=lambda: {"table": Counter(), "derived": Counter()})
+    active: int = 0
+    inactive: int = 0
+    fused: int = 0
+    kernels: Counter[str] = field(default_factory=Counter)
     collectives: Counter[str] = field(default_factory=Counter)
-    paired: int = 0  # collectives that carry a primal and its tangent
+    paired: int = 0
     primal_flops: sympy.Expr = sympy.S.Zero
     tangent_flops: sympy.Expr = sympy.S.Zero
-    sizes: dict[sympy.Symbol, tuple[str, int]] = field(default_factory=dict)  # symbol -> where from, value
+    sizes: dict[sympy.Symbol, tuple[str, int]] = field(default_factory=dict)
+    graphs: list[StepReport] = field(default_factory=list)
+    passes_ran: bool = False
 
 
 @dataclass
 class Context:
-    """Handed to every pass."""
+    """Handed to every step."""
 
     config: Config
-    report: Report
+    report: Report = field(default_factory=Report)
+    example_inputs: Sequence[Any] = ()  # of the torch-level graph
     decompositions: dict[Any, Any] | None = None  # of the compiler that comes next; None: leave the graph as it is

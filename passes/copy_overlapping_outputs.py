@@ -13,34 +13,27 @@ Numerics:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
-from jvpgraph.passes.swap_attention import emit, has_marker
+from jvpgraph.graph.torch_level import emit, has_marker, memory_of
+from jvpgraph.passes.context import Context
 
 __all__ = ["copy_overlapping_outputs"]
 
 
-def copy_overlapping_outputs(gm: fx.GraphModule) -> None:
+def copy_overlapping_outputs(gm: fx.GraphModule, context: Context) -> None:
     """Insert the copies. Without a marked input, gm is left alone."""
     if not has_marker(gm):
         return
     output = gm.graph.output_node()
-    inputs = {memory for node in gm.graph.find_nodes(op="placeholder") for memory in _memory(node)}
+    inputs = {memory_of(node) for node in gm.graph.find_nodes(op="placeholder")} - {None}
     for node in output.all_input_nodes:
         value = node.meta.get("example_value")
-        if isinstance(value, Tensor) and value.requires_grad and _overlaps(value) and inputs.isdisjoint(_memory(node)):
+        if isinstance(value, Tensor) and value.requires_grad and _overlaps(value) and memory_of(node) not in inputs:
             with gm.graph.inserting_before(output):
                 copy = emit(node, torch.clone, node, memory_format=torch.contiguous_format)
             output.replace_input_with(node, copy)
-    gm.recompile()
-
-
-def _memory(node: fx.Node) -> set[int]:
-    value: Any = node.meta.get("example_value")
-    return {value.untyped_storage()._cdata} if type(value) is not Tensor and hasattr(value, "fake_mode") else set()
 
 
 def _overlaps(x: Tensor) -> bool:

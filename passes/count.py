@@ -11,19 +11,20 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
+from jvpgraph.graph.meta import INSERTED_META
 from jvpgraph.kernels.ops import OPS, describe
-from jvpgraph.linearize import INSERTED_META
 from jvpgraph.passes.context import Context
 from jvpgraph.rules.apply import bind
 
 __all__ = ["count"]
 
 
-def count(graph: fx.Graph, context: Context) -> None:
+def count(gm: fx.GraphModule, context: Context) -> None:
     """Fill in the FLOPs of primal and tangent, as polynomials in the dynamic sizes, the collectives, and the kernels.
 
     Leaves the graph as it is. A multiply-add counts 2; pointwise ops count nothing, as is customary.
     """
+    graph = gm.graph
     report = context.report
     for node in graph.nodes:
         if not isinstance(node.target, OpOverload):

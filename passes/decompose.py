@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from jvpgraph.linearize import TANGENT_META
+from jvpgraph.graph.meta import TANGENT_META
+from jvpgraph.graph.recorder import Recorder, value_of
 from jvpgraph.passes.context import Context
-from jvpgraph.trace import Recorder, value_of
 
 __all__ = ["decompose"]
 
@@ -18,7 +18,7 @@ COPIES_IF_NEEDED = (torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.
 NOT_INHERITED = ("val", "tensor_meta", "original_aten", "from_node", "eager_input_vals", TANGENT_META)
 
 
-def decompose(graph: fx.Graph, context: Context) -> None:
+def decompose(gm: fx.GraphModule, context: Context) -> None:
     """Expand every op for which the compiler has a decomposition.
 
     Before: ``y = native_layer_norm(x, ...)``
@@ -29,6 +29,7 @@ def decompose(graph: fx.Graph, context: Context) -> None:
     would. Does nothing for ``backend="eager"``. In the end views have values in the memory of what they view, see
     :func:`_share_memory`.
     """
+    graph = gm.graph
     table = context.decompositions
     if not table:
         return

@@ -16,41 +16,35 @@ Numerics:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from jvpgraph.passes.swap_attention import emit, has_marker
+from jvpgraph.graph.torch_level import emit, has_marker, memory_of
+from jvpgraph.passes.context import Context
 
 __all__ = ["detach_outputs"]
 
 
-def detach_outputs(gm: fx.GraphModule) -> None:
+def detach_outputs(gm: fx.GraphModule, context: Context) -> None:
     """Insert the detaches and copies. Without a marked input, gm is left alone."""
     if not has_marker(gm):
         return
     output = gm.graph.output_node()
     values = {x: v for x in output.all_input_nodes if isinstance(v := x.meta.get("example_value"), FakeTensor)}
-    with_gradients = {_memory(v) for v in values.values() if v.requires_grad and not _is_constant_view(v)}
-    with_gradients -= {_memory(x.meta["example_value"]) for x in gm.graph.find_nodes(op="placeholder")}
+    with_gradients = {memory_of(x) for x, v in values.items() if v.requires_grad and not _is_constant_view(v)}
+    with_gradients -= {memory_of(x) for x in gm.graph.find_nodes(op="placeholder")}
     for node, value in values.items():
         constant = node
         with gm.graph.inserting_before(output):
             if _is_constant_view(value):
                 constant = emit(constant, torch.detach, constant)
-            if (constant is not node or not value.requires_grad) and _memory(value) in with_gradients:
+            if (constant is not node or not value.requires_grad) and memory_of(node) in with_gradients:
                 constant = emit(constant, torch.clone, constant)
         if constant is not node:
             output.replace_input_with(node, constant)
-    gm.recompile()
 
 
 def _is_constant_view(x: Tensor) -> bool:
     """Whether it is a view made while gradients were off: it requires some, as what it views does, without history."""
     return x.requires_grad and x._is_view() and x.grad_fn is None
-
-
-def _memory(x: Any) -> int | None:
-    return x.untyped_storage()._cdata if isinstance(x, FakeTensor) and x.layout is torch.strided else None

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from jvpgraph.graph.recorder import Recorder, value_of
+from jvpgraph.graph.strides import in_layout
 from jvpgraph.kernels.ops import OPS
-from jvpgraph.linearize import in_layout
 from jvpgraph.passes.context import Context
 from jvpgraph.rules.apply import bind
-from jvpgraph.trace import Recorder, value_of
 
 __all__ = ["fuse_aten_attention"]
 
@@ -29,7 +29,7 @@ O, LSE = 0, 1
 BIAS_NAMES = ("attn_mask", "attn_bias")
 
 
-def fuse_aten_attention(graph: fx.Graph, context: Context) -> None:
+def fuse_aten_attention(gm: fx.GraphModule, context: Context) -> None:
     """Let o and lse of ATen's attention come from the ``attention_jvp`` that computes their tangents.
 
     Before: ``o, lse, ..., seed = _scaled_dot_product_flash_attention(q, k, v)``
@@ -42,6 +42,7 @@ def fuse_aten_attention(graph: fx.Graph, context: Context) -> None:
     have other keys and a merged o and lse. Only the calls of the kernel's backward that take a seed of a fused
     forward are replaced, since without it there is none. Needs linearize. Values change by rounding only.
     """
+    graph = gm.graph
     recorder = Recorder(graph)
     for fused in graph.find_nodes(op="call_function", target=OPS.attention_jvp.default):
         both = bind(OPS.attention_jvp.default, fused.args, fused.kwargs)

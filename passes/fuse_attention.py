@@ -10,10 +10,10 @@ from jvpgraph.kernels.ops import OPS
 from jvpgraph.passes.context import Context
 from jvpgraph.rules.apply import bind
 
-__all__ = ["differentiate_attention", "fuse_attention"]
+__all__ = ["fuse_attention"]
 
 
-def fuse_attention(graph: fx.Graph, context: Context) -> None:
+def fuse_attention(gm: fx.GraphModule, context: Context) -> None:
     """Let the primal outputs come from the ``attention_jvp`` that computes the tangent.
 
     Before: ``o, lse = attention(q, k, v);  _, _, o_dot, lse_dot = attention_jvp(q, k, v, q_dot, ...)``
@@ -23,6 +23,7 @@ def fuse_attention(graph: fx.Graph, context: Context) -> None:
     Values of o and lse change by rounding only. The fused node carries no recomputation tag: activation
     checkpointing keeps o and lse rather than dragging the tangents into the backward.
     """
+    graph = gm.graph
     for fused in graph.find_nodes(op="call_function", target=OPS.attention_jvp.default):
         both = bind(OPS.attention_jvp.default, fused.args, fused.kwargs)
         plain = next((n for n in both["q"].users if n.target is OPS.attention.default and _computes(n, both)), None)
@@ -34,14 +35,6 @@ def fuse_attention(graph: fx.Graph, context: Context) -> None:
             fused.append(item)
         graph.erase_node(plain)
         context.report.fused += 1
-
-
-def differentiate_attention(graph: fx.Graph, context: Context) -> None:
-    """Let every ``attention_jvp`` keep what gradients of its tangents need: ``differentiable_tangent=True``."""
-    names = [argument.name for argument in OPS.attention_jvp.default._schema.arguments]
-    for node in graph.find_nodes(op="call_function", target=OPS.attention_jvp.default):
-        arguments = bind(OPS.attention_jvp.default, node.args, node.kwargs) | {"differentiable_tangent": True}
-        node.args, node.kwargs = tuple(arguments[name] for name in names), {}
 
 
 def _computes(plain: fx.Node, arguments: dict[str, Any]) -> bool:

@@ -17,7 +17,6 @@ both.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,14 +30,13 @@ from torch._higher_order_ops.effects import with_effects
 from torch._ops import OpOverload
 
 from jvpgraph.errors import CaptureError, UnsupportedNode, UnsupportedOp
-from jvpgraph.linearize import INSERTED_META, source_line
-from jvpgraph.markers import TANGENT_OF
+from jvpgraph.graph.meta import source_line
+from jvpgraph.graph.torch_level import graphs_in, is_in_place
+from jvpgraph.graph.writes import WRITES
 from jvpgraph.passes.context import Context
-from jvpgraph.passes.swap_attention import is_in_place
-from jvpgraph.rules.apply import bind, has_tangent
-from jvpgraph.trace import Recorder, value_of
+from jvpgraph.rules.apply import has_tangent
 
-__all__ = ["check_gradients", "lower", "wants_gradients_of_tangents", "write_out_copies"]
+__all__ = ["lower"]
 
 aten = torch.ops.aten
 # Ops with statistics that tangent rules use and that PyTorch gives no gradient: taken apart.
@@ -50,13 +48,7 @@ NORMS = (
 INPUT_META = ("_dynamo_source", "tensor_dict")  # what AOTAutograd asks Dynamo's placeholders for
 
 
-def wants_gradients_of_tangents(gm: fx.GraphModule) -> bool:
-    """Whether a ``tangent_of`` in gm is to be differentiable."""
-    asked = gm.graph.find_nodes(op="call_function", target=TANGENT_OF)
-    return any(bind(TANGENT_OF, node.args, node.kwargs)["differentiable"] for node in asked)
-
-
-def lower(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+def lower(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     """The forward of gm as one functional ATen graph with the same inputs.
 
     Raises:
@@ -71,18 +63,16 @@ def lower(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
             source_line(node),
             "a gradient of the tangent differentiates the forward, not the backward that an autograd.Function brings",
         )
-        for body in gm.modules()
-        if isinstance(body, fx.GraphModule)
+        for body in graphs_in(gm)
         for node in body.graph.find_nodes(op="call_function", target=autograd_function_apply)
     ]
-    for body in gm.modules():
-        if isinstance(body, fx.GraphModule):
-            refused += _detach_instead_of_no_grad(body)
+    for body in graphs_in(gm):
+        refused += _detach_instead_of_no_grad(body)
     if refused:
         raise UnsupportedOp(refused)
     inputs = gm.graph.find_nodes(op="placeholder")
 
-    lowered = _forward_of(gm, example_inputs)
+    lowered = _forward_of(gm, context.example_inputs)
     tokens = sum(isinstance(arg, fx.Node) and arg.op == "placeholder" for arg in _tokens(lowered.graph))
     if tokens:
         _without_effect_tokens(lowered, tokens)
@@ -113,11 +103,6 @@ def _forward_of(gm: fx.GraphModule, examples: Sequence[Any]) -> fx.GraphModule:
     return graphs[0]
 
 
-def _copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """What x.copy_(source) leaves in x: aten.copy itself has no gradient."""
-    return source.to(x.device, x.dtype).expand(x.shape).clone()
-
-
 def _polar(abs: Tensor, angle: Tensor) -> Tensor:
     """PyTorch's backward of polar has the wrong sign where abs is negative."""
     return torch.complex(abs * angle.cos(), abs * angle.sin())
@@ -133,8 +118,6 @@ def _cumprod(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     return y if step > 1 or y is not x else x.clone()
 
 
-# What functionalized writes are, and which has no gradient itself, zero not where it is complex.
-WRITES: dict[OpOverload, Callable[..., Tensor]] = {aten.copy.default: _copied, aten.zero.default: torch.zeros_like}
 APART: dict[OpOverload, Callable[..., Tensor]] = {
     **WRITES,
     aten.polar.default: _polar,
@@ -179,21 +162,6 @@ def _without_effect_tokens(gm: fx.GraphModule, tokens: int) -> None:
     gm.recompile()
 
 
-def write_out_copies(graph: fx.Graph, context: Context) -> None:
-    """Replace the copies and zeros that derived rules write by what has a gradient.
-
-    Before: ``abs_dot = copy(zeros, x)``
-    After:  ``abs_dot = clone(expand(x))``
-    """
-    recorder = Recorder(graph)
-    for op, instead in WRITES.items():
-        for node in graph.find_nodes(op="call_function", target=op):
-            with recorder.behind(node, node.meta, reuse=False):
-                new = recorder.node_of(instead(*recorder.stand_ins(node.args[:2])))
-            node.replace_all_uses_with(new, propagate_meta=False)
-            graph.erase_node(node)
-
-
 def _detach_instead_of_no_grad(gm: fx.GraphModule) -> list[UnsupportedNode]:
     """Let what is computed without gradients be a constant to reverse mode by its own; forward mode goes through.
 
@@ -215,33 +183,3 @@ def _detach_instead_of_no_grad(gm: fx.GraphModule) -> list[UnsupportedNode]:
             node.replace_all_uses_with(constant, delete_user_cb=lambda user, new=constant: user is not new)
     gm.recompile()
     return refused
-
-
-def check_gradients(graph: fx.Graph, context: Context) -> None:
-    """Refuse a graph in which a tangent uses an output that PyTorch says has no gradient, though it depends on inputs.
-
-    Raises:
-        UnsupportedOp: with every such output.
-    """
-    refused = []
-    for node in graph.find_nodes(op="call_function", target=operator.getitem):
-        (source,) = node.all_input_nodes
-        used = any(INSERTED_META in user.meta for user in node.users)
-        if used and has_tangent(value_of(node)) and not _has_gradient(source, node.args[1]):
-            reason = f"the tangent depends on its output {node.args[1]}, which PyTorch does not differentiate"
-            refused.append(UnsupportedNode(str(source.target), source.name, (), source_line(source), reason))
-    if refused:
-        raise UnsupportedOp(refused)
-
-
-def _has_gradient(node: fx.Node, index: Any) -> bool:
-    """Whether autograd differentiates an output of node, found out on stand-ins."""
-
-    def stand_in(x: fx.Node) -> Any:
-        value = value_of(x)
-        return torch.empty_like(value, requires_grad=has_tangent(value)) if isinstance(value, Tensor) else value
-
-    fake_mode = value_of(node)[index].fake_mode
-    with fake_mode, torch.enable_grad():
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), stand_in)
-        return node.target(*args, **kwargs)[index].requires_grad  # type: ignore[operator]

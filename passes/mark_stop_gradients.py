@@ -28,26 +28,23 @@ from torch.overrides import TorchFunctionMode
 
 from jvpgraph.autograd_function import OWN_JVP
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
-from jvpgraph.linearize import source_line
-from jvpgraph.passes.swap_attention import (
+from jvpgraph.graph.meta import source_line
+from jvpgraph.graph.torch_level import (
+    STOPS,
     active_graphs,
-    active_nodes,
     bodies,
+    graphs_in,
     has_marker,
     inputs_of_body,
     is_in_place,
     is_of_numpy,
 )
+from jvpgraph.passes.context import Context
 from jvpgraph.rules.apply import has_tangent
 
-__all__ = ["STOPS", "mark_stop_gradients"]
+__all__ = ["mark_stop_gradients"]
 
 aten = torch.ops.aten
-GET_DATA = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]  # what Dynamo makes of x.data
-STOPS: tuple[Any, ...] = (
-    *("detach", "detach_", torch.detach, torch.detach_, torch.Tensor.detach, torch.Tensor.detach_),
-    *("new_tensor", torch.Tensor.new_tensor, torch.tensor, aten.detach.default, GET_DATA, torch.Tensor.data.__get__),  # type: ignore[attr-defined]
-)
 FROM_DATA = (  # torch._refs.tensor is what Dynamo makes of torch.tensor with a list
     *(torch.tensor, "new_tensor", torch.Tensor.new_tensor, torch.as_tensor, torch.asarray),
     getattr(torch._refs, "tensor", torch.tensor),
@@ -56,7 +53,7 @@ IN_PLACE = ("detach_", torch.detach_, torch.Tensor.detach_)
 NAMES = {"detach", "detach_", "data"}  # how Python code spells them
 
 
-def mark_stop_gradients(gm: fx.GraphModule) -> None:
+def mark_stop_gradients(gm: fx.GraphModule, context: Context) -> None:
     """Put the mark behind every stop-gradient in gm and in the bodies of its higher-order ops.
 
     Args:
@@ -68,17 +65,16 @@ def mark_stop_gradients(gm: fx.GraphModule) -> None:
     if not has_marker(gm):
         return
     refused: list[UnsupportedNode] = []
-    for body, active in active_graphs(gm, active_nodes(gm)):
+    for body, active in active_graphs(gm):
         refused += [*_writes(body, active, set()), *_lists(body, active), *_reads_later(body, active)]
     if refused:
         raise UnsupportedOp(refused)
-    for body in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
+    for body in graphs_in(gm):
         for node in list(body.graph.nodes):
             if node.op in ("call_function", "call_method") and node.target in STOPS:
                 _mark(node)
             elif node.op == "call_function" and _may_hide_stops(node.target):
                 node.target = _marking(node.target)
-        body.recompile()
 
 
 def _mark(node: fx.Node) -> None:

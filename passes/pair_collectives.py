@@ -11,10 +11,10 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten
 
-from jvpgraph.linearize import INSERTED_META, TANGENT_META
+from jvpgraph.graph.meta import INSERTED_META, TANGENT_META
+from jvpgraph.graph.recorder import Recorder, value_of
 from jvpgraph.passes.context import Context
 from jvpgraph.rules.apply import bind
-from jvpgraph.trace import Recorder, value_of
 
 __all__ = ["pair_collectives"]
 
@@ -42,7 +42,7 @@ class Pair(NamedTuple):
     tangent: fx.Node
 
 
-def pair_collectives(graph: fx.Graph, context: Context) -> None:
+def pair_collectives(gm: fx.GraphModule, context: Context) -> None:
     """Replace a collective and the same one on its tangent by one that carries both.
 
     Before: ``y = all_reduce(x, "sum", g);  y_dot = all_reduce(x_dot, "sum", g)``
@@ -57,6 +57,7 @@ def pair_collectives(graph: fx.Graph, context: Context) -> None:
     A backward may repeat a collective of the forward, as that of a ring does which gathers keys and values anew. A
     compiler would see that they are the same, but not once one of them is paired: they become one before.
     """
+    graph = gm.graph
     pairs = list(_pairs(graph))
     _merge_repeats(graph, pairs)
     recorder = Recorder(graph)

@@ -1,99 +1,200 @@
-"""The passes, in order, and the one function that runs them."""
+"""All that happens to a graph, in order, and the one function that runs it."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import sys
+import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._ops import OpOverload
 
-import jvpgraph.linearize
-from jvpgraph import kernels, passes
 from jvpgraph.config import Config
-from jvpgraph.dump import Dump
-from jvpgraph.passes.context import Context
+from jvpgraph.dump import Dump, readable
+from jvpgraph.graph.torch_level import graphs_in
+from jvpgraph.passes.call_own_jvps import call_own_jvps
+from jvpgraph.passes.check_gradients import check_gradients
+from jvpgraph.passes.context import Context, StepReport
+from jvpgraph.passes.copy_overlapping_outputs import copy_overlapping_outputs
 from jvpgraph.passes.count import count
 from jvpgraph.passes.decompose import decompose
+from jvpgraph.passes.detach_outputs import detach_outputs
+from jvpgraph.passes.differentiate_attention import differentiate_attention
 from jvpgraph.passes.drop_dead_tangents import drop_dead_tangents
 from jvpgraph.passes.fuse_aten_attention import fuse_aten_attention
-from jvpgraph.passes.fuse_attention import differentiate_attention, fuse_attention
-from jvpgraph.passes.keep_outputs_apart import keep_outputs_apart, note_outputs
-from jvpgraph.passes.lower import check_gradients, write_out_copies
+from jvpgraph.passes.fuse_attention import fuse_attention
+from jvpgraph.passes.keep_outputs_apart import keep_outputs_apart
+from jvpgraph.passes.linearize import linearize
+from jvpgraph.passes.lower import lower
+from jvpgraph.passes.mark_stop_gradients import mark_stop_gradients
+from jvpgraph.passes.note_outputs import note_outputs
 from jvpgraph.passes.pair_collectives import pair_collectives
+from jvpgraph.passes.recognize_attention import recognize_attention
+from jvpgraph.passes.swap_attention import swap_attention
+from jvpgraph.passes.swap_flex_attention import swap_flex_attention
+from jvpgraph.passes.write_out_copies import write_out_copies
 from jvpgraph.rules import TABLE
-from jvpgraph.verify import verify
+from jvpgraph.verify import ATEN, LOWERED, TORCH_LEVEL, Invariant, verify
 
-__all__ = ["AFTER_AUTOGRAD", "BEFORE_AUTOGRAD", "OPTIONAL", "PIPELINE", "OutputsApart", "Pipeline", "check_config"]
+__all__ = [
+    "AFTER_AUTOGRAD",
+    "AFTER_COMPILER",
+    "BEFORE_AUTOGRAD",
+    "ON_ATEN_GRAPH",
+    "ON_TORCH_GRAPH",
+    "OPTIONAL",
+    "JointPasses",
+    "Pipeline",
+    "Stage",
+    "Step",
+    "check_config",
+]
+
+Step = Callable[[fx.GraphModule, Context], fx.GraphModule | None]
+"""Changes a graph in place, with the bodies of its higher-order ops, or returns another one to go on with. The runner
+recompiles it, so that no step has to."""
 
 
-def linearize(graph: fx.Graph, context: Context) -> None:
-    """Insert the tangents, erase the markers: see :mod:`jvpgraph.linearize`."""
-    context.report.linearization = jvpgraph.linearize.linearize(graph)
+@dataclass(frozen=True)
+class Stage:
+    """Where a graph is on its way, what is done to it there, in this order, and what is legal after each step."""
+
+    name: str
+    steps: tuple[Step, ...]
+    invariants: tuple[Invariant, ...]
 
 
-Step = Callable[[fx.Graph, Context], None]
-
-PIPELINE: tuple[Step, ...] = (
-    linearize,
-    drop_dead_tangents,
-    fuse_attention,
-    fuse_aten_attention,
-    pair_collectives,
-    count,
-    decompose,
+# As Dynamo gives it out, before AOTAutograd.
+ON_TORCH_GRAPH = Stage(
+    "torch",
+    (
+        swap_attention,
+        swap_flex_attention,
+        recognize_attention,
+        mark_stop_gradients,
+        call_own_jvps,
+        detach_outputs,
+        copy_overlapping_outputs,
+    ),
+    TORCH_LEVEL,
+)
+# AOTAutograd's, whose backward, if there is one, was derived from the primal alone.
+ON_ATEN_GRAPH = Stage(
+    "ATen",
+    (
+        linearize,
+        drop_dead_tangents,
+        fuse_attention,
+        fuse_aten_attention,
+        pair_collectives,
+        count,
+        decompose,
+        note_outputs,
+    ),
+    ATEN,
 )
 # The same, for a graph that is linearized first and given to AOTAutograd then.
-BEFORE_AUTOGRAD: tuple[Step, ...] = (
-    linearize,
-    drop_dead_tangents,
-    fuse_attention,
-    fuse_aten_attention,
-    differentiate_attention,
-    write_out_copies,
-    check_gradients,
+BEFORE_AUTOGRAD = Stage(
+    "before autograd",
+    (
+        lower,
+        linearize,
+        drop_dead_tangents,
+        fuse_attention,
+        fuse_aten_attention,
+        differentiate_attention,
+        write_out_copies,
+        check_gradients,
+    ),
+    LOWERED,
 )
-AFTER_AUTOGRAD: tuple[Step, ...] = (count, decompose)
+AFTER_AUTOGRAD = Stage("after autograd", (count, decompose, note_outputs), ATEN)
+# What the compiler's own passes on that graph have left.
+AFTER_COMPILER = Stage("after the compiler's passes", (keep_outputs_apart,), ())
+
+OPTIONAL = frozenset(
+    {
+        *("swap_attention", "swap_flex_attention", "recognize_attention"),
+        *("drop_dead_tangents", "fuse_attention", "fuse_aten_attention", "pair_collectives"),
+    }
+)
 OWN_NAMESPACES = ("aten", "prims", "jvpgraph", "_c10d_functional", "_dtensor")  # whose ops the package has rules for
 PROCESS = uuid.uuid4().hex
-OPTIONAL = frozenset({"drop_dead_tangents", "fuse_attention", "fuse_aten_attention", "pair_collectives"})
 
 
 def check_config(config: Config) -> None:
-    """Raise ValueError for passes that cannot be skipped, or that there are not."""
+    """Raise ValueError for steps that cannot be skipped, or that there are not."""
     unknown = set(config.skip_passes) - OPTIONAL
     if unknown:
         raise ValueError(f"cannot skip {', '.join(sorted(unknown))}: optional passes are {sorted(OPTIONAL)}")
 
 
-class Pipeline(CustomGraphPass):
-    """All passes as one custom pass of Inductor's, on joint and on inference graphs."""
+class Pipeline:
+    """Runs stages on one captured graph: each step is timed, verified, reported and dumped."""
 
-    def __init__(self, context: Context, steps: tuple[Step, ...] = PIPELINE):
-        self.context, self.steps = context, steps
+    def __init__(self, context: Context):
+        self.context = context
+        self._dump = Dump(context.config.dump)
+        self._ops: Counter[str] = Counter()
 
-    def __call__(self, graph: fx.Graph) -> None:
+    def __call__(self, stage: Stage, gm: fx.GraphModule) -> fx.GraphModule:
         config = self.context.config
-        dump = Dump(config.dump)
-        dump.write(graph, "captured")
-        for step in self.steps:
+        self._ops.clear()
+        self._note(stage, "captured" if stage is ON_TORCH_GRAPH else "traced", gm, 0.0)
+        for step in stage.steps:
             name = step.__name__
             if name in config.skip_passes:
                 continue
-            step(graph, self.context)
+            start = time.perf_counter()
+            gm = step(gm, self.context) or gm
+            milliseconds = 1e3 * (time.perf_counter() - start)
             if config.verify:
-                verify(graph, after=name)
-            dump.write(graph, name)
-        note_outputs(graph)  # for OutputsApart, later
+                verify(gm, stage.invariants, after=name)
+            self._note(stage, name, gm, milliseconds)
+        for graph in graphs_in(gm):
+            graph.recompile()
+        return gm
+
+    def _note(self, stage: Stage, name: str, gm: fx.GraphModule, milliseconds: float) -> None:
+        ops = Counter(_op(node) for graph in graphs_in(gm) for node in graph.graph.nodes)
+        changes = {op: ops[op] - self._ops[op] for op in {**self._ops, **ops} if ops[op] != self._ops[op]}
+        head = StepReport(stage.name, name, milliseconds, ops.total(), changes if self._ops else {})
+        self._ops = ops
+        text = self._dump.write(name, lambda: readable(gm, str(head)), keep=self.context.config.keep_graphs)
+        self.context.report.graphs.append(replace(head, text=text))
+
+
+def _op(node: fx.Node) -> str:
+    if node.op in ("placeholder", "output", "get_attr"):
+        return node.op
+    return str(node.target) if isinstance(node.target, (str, OpOverload)) else getattr(node.target, "__name__", "?")
+
+
+class JointPasses(CustomGraphPass):
+    """A stage as one custom pass of Inductor's, on joint and on inference graphs."""
+
+    def __init__(self, pipeline: Pipeline, stage: Stage):
+        self.pipeline, self.stage = pipeline, stage
+
+    def __call__(self, graph: fx.Graph) -> None:
+        gm = graph.owning_module
+        assert gm is not None
+        self.pipeline(self.stage, gm)
+        self.pipeline.context.report.passes_ran = True
 
     def uuid(self) -> Any:
         """Identifies the code and the settings that decide what graph comes out, for Inductor's cache."""
-        return f"{_code_hash()}-{_rules()}-{sorted(self.context.config.skip_passes)}-{torch.__version__}"
+        config = self.pipeline.context.config
+        return f"{_code_hash()}-{_rules()}-{self.stage.name}-{sorted(config.skip_passes)}-{torch.__version__}"
 
 
 class OutputsApart(CustomGraphPass):
@@ -121,7 +222,8 @@ def _rules() -> list[Any]:
 @functools.cache
 def _code_hash() -> str:
     """Of everything that decides what graph comes out, however it is installed; rglob does not follow links."""
-    folders = (Path(folder) for module in (jvpgraph, passes, kernels) for folder in module.__path__)
+    packages = ("jvpgraph", "jvpgraph.passes", "jvpgraph.kernels")
+    folders = (Path(folder) for name in packages for folder in sys.modules[name].__path__)
     digest = hashlib.sha256()
     for path in sorted({path.resolve() for folder in folders for path in folder.rglob("*.py")}):
         digest.update(path.read_bytes())

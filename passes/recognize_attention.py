@@ -32,17 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from jvpgraph.linearize import source_line
-from jvpgraph.passes.swap_attention import (
-    SwapReport,
-    _unexpanded,
-    active_graphs,
-    emit,
-    emit_attention,
-    is_in_place,
-    same_shape,
-    with_layout_of,
-)
+from jvpgraph.graph.emit_attention import emit_attention, unexpanded, with_layout_of
+from jvpgraph.graph.meta import source_line
+from jvpgraph.graph.torch_level import active_graphs, emit, is_in_place, same_shape
+from jvpgraph.passes.context import Context
 
 __all__ = ["recognize_attention"]
 
@@ -104,18 +97,9 @@ class _Match:
     chain: list[fx.Node] = field(default_factory=list)  # from the scores to the last form of the probabilities
 
 
-def recognize_attention(gm: fx.GraphModule, active: set[fx.Node]) -> SwapReport:
-    """Replace attention spelled out around an active softmax by jvpgraph::attention, in gm and in the bodies
-    it calls.
-
-    Args:
-        gm: Dynamo's graph; changed in place.
-        active: its nodes that depend on a marked input.
-    Returns:
-        What was swapped, in which form, and which softmax behind a product was left, for which reason.
-    """
-    report = SwapReport()
-    for body, nodes in active_graphs(gm, active):
+def recognize_attention(gm: fx.GraphModule, context: Context) -> None:
+    """Replace attention spelled out around an active softmax by jvpgraph::attention, in gm and the bodies it calls."""
+    for body, nodes in active_graphs(gm):
         for softmax in [n for n in body.graph.nodes if _calls(n, SOFTMAX)]:
             reached = softmax in nodes
             name, line = softmax.name, source_line(softmax)
@@ -126,11 +110,9 @@ def recognize_attention(gm: fx.GraphModule, active: set[fx.Node]) -> SwapReport:
                 _rewrite(match)
             except (_Unlike, ValueError) as refusal:
                 if reached and _follows_product(softmax):
-                    report.left.append((name, line, str(refusal)))
+                    context.report.left.append((name, line, str(refusal)))
             else:
-                report.swapped.append((name, line, match.form))
-        body.recompile()
-    return report
+                context.report.swapped.append((name, line, match.form))
 
 
 # -------------------------------------------------------------------------------------------------- matching
@@ -483,7 +465,7 @@ def _visible(match: _Match, out: fx.Node) -> tuple[fx.Node, fx.Node | None]:
         raise _Unlike("scores are filled with two finite numbers")
     hidden: dict[bool, fx.Node | None] = {True: None, False: None}  # by whether the number is finite
     for mask, hides, number in match.fills:
-        mask = _unexpanded(mask)
+        mask = unexpanded(mask)
         mask = mask if hides else emit(out, torch.logical_not, mask)
         finite = number != -math.inf
         own, other = hidden[finite], hidden[not finite]

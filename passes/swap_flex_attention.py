@@ -22,30 +22,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from jvpgraph.linearize import source_line
-from jvpgraph.passes.swap_attention import SwapReport, active_graphs, emit, emit_attention
+from jvpgraph.graph.emit_attention import emit_attention
+from jvpgraph.graph.meta import source_line
+from jvpgraph.graph.torch_level import active_graphs, emit
+from jvpgraph.passes.context import Context
 
 __all__ = ["swap_flex_attention"]
 
 FLEX = torch.ops.higher_order.flex_attention
 
 
-def swap_flex_attention(gm: fx.GraphModule, active: set[fx.Node]) -> SwapReport:
-    """Replace active calls of flex_attention by jvpgraph::attention, in gm and the bodies of its higher-order ops.
-
-    Args, Returns: as swap_attention.
-    """
-    report = SwapReport()
-    for body, nodes in active_graphs(gm, active):
+def swap_flex_attention(gm: fx.GraphModule, context: Context) -> None:
+    """Replace active calls of flex_attention by jvpgraph::attention, in gm and the bodies of its higher-order ops."""
+    for body, nodes in active_graphs(gm):
         for node in [n for n in body.graph.find_nodes(op="call_function", target=FLEX) if n in nodes]:
             try:
                 _swap(body, node)
             except ValueError as refusal:
-                report.left.append((node.name, source_line(node), str(refusal)))
+                context.report.left.append((node.name, source_line(node), str(refusal)))
             else:
-                report.swapped.append((node.name, source_line(node), "flex_attention, with a dense mask"))
-        body.recompile()
-    return report
+                context.report.swapped.append((node.name, source_line(node), "flex_attention, with a dense mask"))
 
 
 def _swap(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -14,6 +14,7 @@ import importlib
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -21,9 +22,9 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from jvpgraph.graph.recorder import Recorder, value_of
 from jvpgraph.passes.context import Context
-from jvpgraph.passes.pipeline import AFTER_AUTOGRAD, PIPELINE
-from jvpgraph.trace import Recorder, value_of
+from jvpgraph.passes.pipeline import AFTER_AUTOGRAD, ON_ATEN_GRAPH, Stage
 
 BACKEND = importlib.import_module("jvpgraph.backend")  # the package has a function of that name
 __all__ = ["odd", "perturb_layouts", "perturbed"]
@@ -49,8 +50,9 @@ def odd(x: Tensor, kind: int) -> Tensor:
     return torch.cat([x, torch.ones_like(x)], -1).narrow(-1, 0, x.shape[-1])
 
 
-def perturb_layouts(graph: fx.Graph, context: Context) -> None:
+def perturb_layouts(gm: fx.GraphModule, context: Context) -> None:
     """Insert copies in other layouts: see the module."""
+    graph = gm.graph
     backward = _backward(graph)
     recorder = Recorder(graph)
     for i, node in enumerate(list(graph.nodes)):
@@ -93,11 +95,11 @@ def _backward(graph: fx.Graph) -> set[fx.Node]:
 def perturbed() -> Iterator[None]:
     """Whatever is compiled in this context goes through the pass, last before the compiler's own decompositions."""
 
-    def with_it(steps: tuple) -> tuple:
-        return (*steps[:-1], perturb_layouts, steps[-1])
+    def with_it(stage: Stage) -> Stage:
+        return replace(stage, steps=(*stage.steps[:-1], perturb_layouts, stage.steps[-1]))
 
     with (
-        patch.object(BACKEND, "PIPELINE", with_it(PIPELINE)),
+        patch.object(BACKEND, "ON_ATEN_GRAPH", with_it(ON_ATEN_GRAPH)),
         patch.object(BACKEND, "AFTER_AUTOGRAD", with_it(AFTER_AUTOGRAD)),
         torch._functorch.config.patch(enable_autograd_cache=False),
     ):

@@ -1,11 +1,10 @@
-"""Swapping and recognising attention on Dynamo's graphs: numerics with and without, reports, and what must
-@@
-be left."""
+"""Swapping and recognising attention on Dynamo's graphs: numerics with and without, reports, and what must be left."""
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import pytest
@@ -15,32 +14,38 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import jvpgraph
+from jvpgraph.graph.torch_level import active_graphs, active_nodes, graphs_in
 from jvpgraph.kernels import reference
 from jvpgraph.kernels.attention import attention
 from jvpgraph.kernels.ops import OPS
+from jvpgraph.passes.context import Context, Report
 from jvpgraph.passes.recognize_attention import recognize_attention
-from jvpgraph.passes.swap_attention import SwapReport, active_nodes, swap_attention
+from jvpgraph.passes.swap_attention import swap_attention
 
 ACTIVE = "L_x_"  # the placeholder that stands for a marked input
+
+
+def _as_if_marked(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, set[fx.Node]]]:
+    return active_graphs(gm, active_nodes(gm, {n for n in gm.graph.find_nodes(op="placeholder") if n.target == ACTIVE}))
 
 
 class Passes:
     """A backend that runs both passes as if the argument `x` were marked, and then the graph as it is."""
 
     def __init__(self) -> None:
-        self.swap, self.recognize = SwapReport(), SwapReport()
+        self.swap, self.recognize = Report(), Report()
         self.graphs: list[fx.GraphModule] = []
 
     def __call__(self, gm: fx.GraphModule, _inputs: list[Tensor]) -> Callable:
-        def active() -> set[fx.Node]:
-            return active_nodes(gm, {n for n in gm.graph.find_nodes(op="placeholder") if n.target == ACTIVE})
-
-        self.swap = swap_attention(gm, active())
-        self.recognize = recognize_attention(gm, active())
-        for module in gm.modules():
-            if isinstance(module, fx.GraphModule):
-                module.graph.lint()
-                self.graphs.append(module)
+        self.swap, self.recognize = Report(), Report()
+        with pytest.MonkeyPatch.context() as patch:
+            for step, report in ((swap_attention, self.swap), (recognize_attention, self.recognize)):
+                patch.setattr(importlib.import_module(step.__module__), "active_graphs", _as_if_marked)
+                step(gm, Context(jvpgraph.Config(), report))
+        for module in graphs_in(gm):
+            module.graph.lint()
+            module.recompile()
+            self.graphs.append(module)
         return gm.forward
 
     def count(self, target: object) -> int:

@@ -23,7 +23,7 @@ import jvpgraph
 from jvpgraph import api
 from jvpgraph.functions import identity
 from jvpgraph.kernels import ops
-from jvpgraph.passes.pipeline import PIPELINE
+from jvpgraph.passes.pipeline import ON_ATEN_GRAPH, ON_TORCH_GRAPH
 from tests.models import Checkpointed, Computed, CountOps, Output, TinyDiT, inputs, oracle
 
 BACKENDS = ("op_by_op", "eager", "inductor")
@@ -775,14 +775,17 @@ def test_dump_writes_one_readable_file_per_pass(tmp_path):
     config = jvpgraph.Config(dump=str(tmp_path))
     jvpgraph.transform(TinyDiT().double(), config=config)(x, t, tangents={"x": x_dot})
     names = sorted(path.name for path in (tmp_path / "000_graph").iterdir())
-    steps = ["captured", *(step.__name__ for step in PIPELINE)]
+    on_torch, on_aten = ([step.__name__ for step in stage.steps] for stage in (ON_TORCH_GRAPH, ON_ATEN_GRAPH))
+    steps = ["captured", *on_torch, "traced", *on_aten]
     assert [n for n in names if n.endswith(".py")] == [f"{i:02d}_{step}.py" for i, step in enumerate(steps)]
     assert len([n for n in names if n.endswith(".diff")]) == len(steps) - 1
-    text = (tmp_path / "000_graph" / "03_fuse_attention.py").read_text()
+    text = (tmp_path / "000_graph" / f"{steps.index('fuse_attention'):02d}_fuse_attention.py").read_text()
     assert "# models.py:" in text
     assert "jvpgraph.attention_jvp.default" in text
     assert "float64[2, 6, 16]" in text
-    compile(text, "dump", "exec")
+    for name in names:
+        if name.endswith(".py"):
+            compile((tmp_path / "000_graph" / name).read_text(), name, "exec")
 
 
 SECOND_PROCESS = """

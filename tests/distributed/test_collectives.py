@@ -15,10 +15,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import jvpgraph
 from jvpgraph.config import Config
-from jvpgraph.linearize import TANGENT_META
-from jvpgraph.passes.context import Context, Report
+from jvpgraph.graph.meta import TANGENT_META
+from jvpgraph.passes.context import Context
 from jvpgraph.passes.pair_collectives import pair_collectives
-from jvpgraph.verify import verify
+from jvpgraph.verify import ATEN, verify
 from tests.distributed.harness import run
 
 c10d = torch.ops._c10d_functional
@@ -236,9 +236,9 @@ def graph_of(fn: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> fx.Graph:
 
 
 def paired(graph: fx.Graph) -> int:
-    context = Context(Config(), Report())
-    pair_collectives(graph, context)
-    verify(graph, "pair_collectives")
+    context = Context(Config())
+    pair_collectives(graph.owning_module, context)
+    verify(graph.owning_module, ATEN, "pair_collectives")
     return context.report.paired
 
 

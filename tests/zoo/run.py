@@ -136,7 +136,7 @@ def examine(case: Case, backend: str = "eager", variants: Iterable[int] = (0, 1)
     except jvpgraph.UnsupportedOp as error:
         result.capture, result.cause = "refused", "; ".join(map(str, error.nodes))
     for report in compiler.reports if result.capture == "regions" else compiler.reports[:1]:
-        rules = report.linearization.rules
+        rules = report.rules
         result.table += rules["table"].total()
         result.derived += rules["derived"].total()
         result.derived_ops |= rules["derived"]

@@ -16,66 +16,45 @@ was, node for node.
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true, statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 from torch.utils._pytree import tree_leaves
 
 from jvpgraph.autograd_function import NOTHING_ARRIVES
-from jvpgraph.errors import UnsupportedNode, UnsupportedOp
+from jvpgraph.errors import ABSOLUTE, NUMBER_HAS_NO_TANGENT, UnsupportedNode, UnsupportedOp
+from jvpgraph.graph.meta import INSERTED_META, TANGENT_META, source_line
+from jvpgraph.graph.recorder import Recorder, value_of
+from jvpgraph.graph.strides import flat_memory, in_layout, overlaps, span_of
 from jvpgraph.markers import ARRIVED, MAKE_DUAL, TANGENT_OF
+from jvpgraph.passes.context import Context, Report
 from jvpgraph.rules import NoRule, tangents_of
 from jvpgraph.rules.apply import Unknown, any_has_tangent, argument_tangent, bind, has_tangent
 from jvpgraph.rules.shape import stops_tangent
-from jvpgraph.trace import Recorder, value_of
 
-__all__ = ["ABSOLUTE", "NUMBER_HAS_NO_TANGENT", "Linearization", "in_layout", "linearize", "source_line"]
+__all__ = ["linearize"]
 
-TANGENT_META = "jvpgraph_tangent_of"  # on a tangent node: the name of its primal
-NO_SOURCE = "(no source line)"
-TORCH = f'"{Path(torch.__file__).parent}/'  # how a frame of torch's own code starts
 NUMBERS = (torch.SymFloat, torch.SymInt, torch.SymBool, float, int, complex)  # what is no tensor has no tangent
 SIZES = ("aten::sym_size", "aten::sym_stride", "aten::sym_numel", "aten::sym_storage_offset")  # not of its contents
-NUMBER_HAS_NO_TANGENT = (
-    "a tensor with a tangent becomes a Python number, which has none, and a tensor is made of that: keep it a tensor, "
-    "or detach it"
-)
-ABSOLUTE = (
-    "as_strided with an offset counts from the start of the memory of an input that begins further on: pass x.clone(), "
-    "or take as_strided without an offset"
-)
 RUN_OP_BY_OP = ("cond", "while_loop")  # higher-order ops that are Python there
-INSERTED_META = "jvpgraph_inserted"  # on every node that linearize inserted
 
 
-@dataclass
-class Linearization:
-    """What linearize did, for ``explain()``."""
-
-    rules: dict[str, Counter[str]] = field(default_factory=lambda: {"table": Counter(), "derived": Counter()})
-    active: int = 0  # nodes with a tangent
-    inactive: int = 0  # other ATen nodes of the forward half
-
-
-def linearize(graph: fx.Graph) -> Linearization:
+def linearize(gm: fx.GraphModule, context: Context) -> None:
     """Insert the tangents and erase the markers. Without markers, the graph is left alone.
 
     Raises:
         UnsupportedOp: ops on the tangent path have no rule; all of them, with the user's source lines.
     """
-    done = Linearization()
+    graph, report = gm.graph, context.report
     starts = graph.find_nodes(op="call_function", target=MAKE_DUAL)
     ends = graph.find_nodes(op="call_function", target=TANGENT_OF)
     if not starts and not ends:
-        return done
+        return
     # What is marked anew, as the output of a Function with its own jvp is, needs no tangent from before.
     path = _reachable(starts, lambda n: n.users)
     path &= _reachable(ends, lambda n: [] if n.target is MAKE_DUAL else n.all_input_nodes)
@@ -106,7 +85,7 @@ def linearize(graph: fx.Graph) -> Linearization:
                     tangent[node] = _pretended(node)
                     continue
             try:
-                tangent[node] = _tangent_of_node(node, tangent, recorder, done)
+                tangent[node] = _tangent_of_node(node, tangent, recorder, report)
             except NoRule as reason:
                 refused.append(_unsupported(node, tangent, str(reason)))
                 tangent[node] = _pretended(node)  # to go on and find the others
@@ -115,8 +94,8 @@ def linearize(graph: fx.Graph) -> Linearization:
         raise UnsupportedOp(refused)
 
     forward = _reachable(ends, lambda n: n.all_input_nodes).difference(ends)
-    done.active = sum(1 for dot in tangent.values() if dot is not None)
-    done.inactive = sum(1 for n in forward if isinstance(n.target, OpOverload) and tangent.get(n) is None)
+    report.active = sum(1 for dot in tangent.values() if dot is not None)
+    report.inactive = sum(1 for n in forward if isinstance(n.target, OpOverload) and tangent.get(n) is None)
     asked = graph.find_nodes(op="call_function", target=ARRIVED)
     for node in reversed(ends + starts + asked):
         if node.target is not TANGENT_OF:
@@ -125,7 +104,6 @@ def linearize(graph: fx.Graph) -> Linearization:
     _erase_stops(graph)
     for node in recorder.inserted:
         node.meta[INSERTED_META] = True
-    return done
 
 
 def _any_tangent(nodes: Any, tangent: dict[fx.Node, Any]) -> bool:
@@ -144,7 +122,7 @@ def _number_read(node: fx.Node, tangent: dict[fx.Node, Any], read: dict[fx.Node,
     return next((read[n] for n in node.all_input_nodes if n in read), None)
 
 
-def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, done: Linearization) -> Any:
+def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, report: Report) -> Any:
     if node.target is operator.getitem:
         dots = tangent.get(node.all_input_nodes[0])
         dot = dots[node.args[1]] if dots is not None else None
@@ -159,7 +137,7 @@ def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recor
     if not any_has_tangent(op, value_of(node)):
         return None
     if op is torch.ops.aten.as_strided.default:
-        return _tangent_of_strided(node, tangent, recorder, done)
+        return _tangent_of_strided(node, tangent, recorder, report)
     arguments = bind(op, node.args, node.kwargs)
     dots = {name: dot for name, v in arguments.items() if (dot := _argument_tangent(v, tangent)) is not None}
     first = len(recorder.inserted)
@@ -169,11 +147,11 @@ def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recor
             out_dot, source = tangents_of(op, out, recorder.stand_ins(arguments), recorder.stand_ins(dots))
         except NotImplementedError as reason:
             raise NoRule(str(reason)) from reason
-        done.rules[source][str(op)] += 1
+        report.rules[source][str(op)] += 1
         return _name_tangents(node, out_dot, recorder, first)
 
 
-def _tangent_of_strided(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, done: Linearization) -> fx.Node:
+def _tangent_of_strided(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, report: Report) -> fx.Node:
     """Of as_strided, which counts in memory: it is one of the tangent of what owns the memory, laid out alike."""
     x, size, stride, offset = bind(node.target, node.args, node.kwargs).values()  # type: ignore[arg-type]
     owner = _memory_of(x)
@@ -185,54 +163,22 @@ def _tangent_of_strided(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Re
         raise NoRule(ABSOLUTE)
     if start is None:
         start = value_of(x).storage_offset()
-    end = start + _span(size, stride)
+    end = start + span_of(size, stride)
     if (
         not isinstance(dot, fx.Node)
         or value.dtype != value_of(node).dtype
-        or not guard_or_false(end <= _span(*_how(value)))
+        or not guard_or_false(end <= span_of(value.shape, value.stride()))
     ):
         raise NoRule("it reads outside of what has a tangent, or as another type")
-    if _overlaps(value):
+    if overlaps(value):
         raise NoRule("an element of memory that stands for several has no tangent of its own: clone() first")
     first = len(recorder.inserted)
     with recorder.behind(node):
-        flat = _flat_memory(recorder.stand_in(dot), value)
+        flat = flat_memory(recorder.stand_in(dot), value)
         size, stride = recorder.stand_ins((size, stride))
-        done.rules["table"][str(node.target)] += 1
+        report.rules["table"][str(node.target)] += 1
         named: fx.Node = _name_tangents(node, flat.as_strided(size, stride, start), recorder, first)
         return named
-
-
-def _how(x: Tensor) -> tuple[Any, Any]:
-    return x.shape, x.stride()
-
-
-def _span(size: Any, stride: Any) -> Any:
-    """How many elements of memory lie from the first to the last."""
-    return 1 + sum((n - 1) * s for n, s in zip(size, stride))
-
-
-def _overlaps(x: Tensor) -> bool:
-    """Whether elements of ``x`` share memory, as far as is known."""
-    strides = _as_numbers(x.stride())
-    reach: Any = 1
-    for d in sorted(range(x.dim()), key=lambda d: strides[d]):
-        if statically_known_true(x.shape[d] == 1):
-            continue
-        if not guard_or_false(x.stride(d) >= reach):
-            return True
-        reach = reach + (x.shape[d] - 1) * x.stride(d)
-    return False
-
-
-def _flat_memory(x: Tensor, like: Tensor) -> Tensor:
-    """The memory that ``x`` would have, were it laid out as ``like``: zeros where that has holes."""
-    span = _span(*_how(like))
-    if not guard_or_false(span == like.numel()):
-        return x.new_zeros(span).as_strided_scatter(x, like.shape, like.stride(), 0)
-    strides = _as_numbers(like.stride())
-    order = sorted(range(like.dim()), key=lambda d: -strides[d])
-    return x.permute(order).clone(memory_format=torch.contiguous_format).view(-1)
 
 
 def _why_no_op(target: Any) -> str:
@@ -296,28 +242,6 @@ def _memory_of(node: fx.Node) -> fx.Node:
         node = of.all_input_nodes[0]
 
 
-def in_layout(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` in the strides of ``like``: itself, or a copy."""
-    strides = [s for s, n in zip(zip(x.stride(), like.stride()), x.shape) if guard_or_true(n != 1)]
-    if all(guard_or_false(a == b) for a, b in strides):
-        return x
-    sizes = _as_numbers(like.stride())
-    order = sorted(range(like.dim()), key=lambda d: -sizes[d])
-    inverse = [order.index(d) for d in range(like.dim())]
-    return x.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
-
-
-def _as_numbers(sizes: Any) -> list[int]:
-    """Sizes by which to tell which is larger: as they were in the first call, or else every symbol a large number."""
-    hints = [size.node.hint if isinstance(size, torch.SymInt) else size for size in sizes]
-    if all(hint is not None for hint in hints):
-        return [int(hint) for hint in hints]
-    exprs = [size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size) for size in sizes]
-    symbols = sorted(set().union(*(expr.free_symbols for expr in exprs)), key=str)
-    numbers = {symbol: 8192 + i for i, symbol in enumerate(symbols)}
-    return [int(expr.xreplace(numbers)) for expr in exprs]
-
-
 def _unmarked(marker: fx.Node, recorder: Recorder) -> fx.Node:
     """What replaces ``make_dual(x, ...)`` or ``arrived(x, ...)``: x itself, or a copy where an output of the graph
     would alias the input.
@@ -332,8 +256,8 @@ def _unmarked(marker: fx.Node, recorder: Recorder) -> fx.Node:
     with recorder.behind(marker):
         x = recorder.stand_in(primal)
         strided = any(alias.target is torch.ops.aten.as_strided.default for alias in aliases)
-        if strided and not guard_or_false(_span(*_how(x)) == x.numel()):  # it sees holes in the memory
-            memory = x.as_strided((_span(*_how(x)),), (1,)).clone()
+        if strided and not guard_or_false(span_of(x.shape, x.stride()) == x.numel()):  # it sees holes in the memory
+            memory = x.as_strided((span_of(x.shape, x.stride()),), (1,)).clone()
             return recorder.node_of(memory.as_strided(x.shape, x.stride()))
         return recorder.node_of(x.clone())
 
@@ -378,22 +302,3 @@ def _unsupported(node: fx.Node, tangent: dict[fx.Node, Any], reason: str) -> Uns
         bound = bind(op, node.args, node.kwargs)
         names = [name for name, v in bound.items() if _argument_tangent(v, tangent) is not None]
     return UnsupportedNode(str(op), node.name, tuple(names), source_line(node), reason)
-
-
-def source_line(node: fx.Node) -> str:
-    """The innermost line of the user's code that led to a node, as ``file.py:12 in Block.forward``."""
-    trace = node.meta.get("stack_trace")
-    if not trace:
-        return NO_SOURCE
-    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
-    frames = [frame for frame in frames if TORCH not in frame] or frames
-    if not frames:
-        return NO_SOURCE
-    path, line, function = (part.strip() for part in frames[-1].split(",", 2))
-    stack = node.meta.get("nn_module_stack") or {}
-    owner = ""
-    if stack:
-        kind = list(stack.values())[-1][1]
-        owner = (kind if isinstance(kind, str) else kind.__name__).rsplit(".", 1)[-1] + "."
-    name = path.removeprefix("File ").strip('"').rsplit("/", 1)[-1]
-    return f"{name}:{line.removeprefix('line ')} in {owner}{function.removeprefix('in ').strip()}"

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from jvpgraph.graph.meta import INHERITED_META
 from jvpgraph.rules.apply import functional_form
 from jvpgraph.rules.derived import probing
 
@@ -35,7 +36,6 @@ ZEROS: dict[Any, Callable[..., Any]] = {
     aten._efficientzerotensor.default: lambda size, **how: (aten.zeros.default, (size,), how),
     aten._new_zeros_with_same_feature_meta.default: lambda x, like, **_: (aten.zeros_like.default, (like,), {}),
 }
-INHERITED_META = ("stack_trace", "nn_module_stack", "seq_nr")
 
 
 def value_of(node: fx.Node) -> Any:

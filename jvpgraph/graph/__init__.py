@@ -1,0 +1,1 @@
+"""What passes share: metadata, reading and editing graphs, recording new nodes."""

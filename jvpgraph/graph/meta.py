@@ -1,0 +1,36 @@
+"""What nodes carry: the keys of their metadata, and the user's line that they come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import fx
+
+__all__ = ["INHERITED_META", "INSERTED_META", "NO_SOURCE", "OUTPUTS_META", "TANGENT_META", "source_line"]
+
+TANGENT_META = "jvpgraph_tangent_of"  # on a tangent node: the name of its primal
+INSERTED_META = "jvpgraph_inserted"  # on every node that linearize inserted
+INHERITED_META = ("stack_trace", "nn_module_stack", "seq_nr")  # what a new node takes from the one it stands behind
+OUTPUTS_META = "jvpgraph_memory_of_outputs"  # on the output node: what owns the memory of each output
+NO_SOURCE = "(no source line)"
+TORCH = f'"{Path(torch.__file__).parent}/'  # how a frame of torch's own code starts
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of the user's code that led to a node, as ``file.py:12 in Block.forward``."""
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return NO_SOURCE
+    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
+    frames = [frame for frame in frames if TORCH not in frame] or frames
+    if not frames:
+        return NO_SOURCE
+    path, line, function = (part.strip() for part in frames[-1].split(",", 2))
+    stack = node.meta.get("nn_module_stack") or {}
+    owner = ""
+    if stack:
+        kind = list(stack.values())[-1][1]
+        owner = (kind if isinstance(kind, str) else kind.__name__).rsplit(".", 1)[-1] + "."
+    name = path.removeprefix("File ").strip('"').rsplit("/", 1)[-1]
+    return f"{name}:{line.removeprefix('line ')} in {owner}{function.removeprefix('in ').strip()}"
