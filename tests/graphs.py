@@ -7,7 +7,6 @@ they are written. :func:`written` is the way back.
 from __future__ import annotations
 
 import ast
-import inspect
 import operator
 import textwrap
 from collections.abc import Callable, Iterable
@@ -19,13 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    compute_unbacked_bindings,
+)
 
 import jvpgraph.api  # noqa: F401 - the ops of the package
 from jvpgraph.config import Config
-from jvpgraph.linearize import INSERTED_META, TANGENT_META
+from jvpgraph.graph.meta import INSERTED_META, TANGENT_META
+from jvpgraph.graph.torch_level import graphs_in
 from jvpgraph.passes.context import Context, Report
-from jvpgraph.passes.swap_attention import active_nodes
 
 NAMES: dict[str, Any] = {
     "torch": torch,
@@ -133,7 +137,9 @@ class _Writer:
         values, settings = fx.node.map_arg((args, kwargs), lambda x: x.meta.get(self.key))
         with self.fake_mode:
             run = getattr(values[0], target) if op == "call_method" else target
-            node.meta[self.key] = run(*(values[1:] if op == "call_method" else values), **settings)
+            value = node.meta[self.key] = run(*(values[1:] if op == "call_method" else values), **settings)
+        if drawn := compute_unbacked_bindings(self.fake_mode.shape_env, value):
+            node.meta["unbacked_bindings"] = drawn
         return node
 
     def read(self, value: ast.expr) -> Any:
@@ -151,17 +157,10 @@ def run(step: Callable[..., Any], gm: fx.GraphModule, **settings: Any) -> Report
         settings: fields of the context other than ``config`` and ``report``, or a ``config``.
     """
     context = Context(settings.pop("config", Config()), Report(), **settings)
-    names = list(inspect.signature(step).parameters)
-    if names == ["gm", "context"]:
-        step(gm, context)
-    elif names == ["graph", "context"]:
-        step(gm.graph, context)
-    elif names == ["gm", "active"]:
-        context.report.attention.append(step(gm, active_nodes(gm)))
-    else:
-        step(gm)
-    gm.graph.lint()
-    gm.recompile()
+    step(gm, context)
+    for module in graphs_in(gm):
+        module.graph.lint()
+        module.recompile()
     return context.report
 
 

@@ -14,9 +14,11 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from jvpgraph.errors import UnsupportedOp
-from jvpgraph.linearize import INSERTED_META, TANGENT_META, Linearization, in_layout, source_line
+from jvpgraph.graph.meta import INSERTED_META, TANGENT_META, source_line
+from jvpgraph.graph.strides import in_layout
 from jvpgraph.markers import ARRIVED, MAKE_DUAL, TANGENT_OF
-from jvpgraph.passes.pipeline import linearize
+from jvpgraph.passes.context import Report
+from jvpgraph.passes.linearize import linearize
 from tests.graphs import Dynamic, R, check_step, evaluate, graph, names, node, run, written
 
 aten = torch.ops.aten
@@ -376,7 +378,7 @@ def test_the_numbers_are_those_of_forward_ad(name: str):
 def test_without_markers_nothing_happens():
     gm = graph("y = aten.expand(x, [-1, -1], implicit=True)\nreturn y", x=R(3, 4))
     before = written(gm)
-    assert run(linearize, gm).linearization == Linearization()
+    assert run(linearize, gm) == Report()
     assert written(gm) == before, "marks of stop-gradients included"
 
 
@@ -392,7 +394,7 @@ def test_what_is_reported():
     q = jvpgraph.tangent_of(e)
     return q, none, behind
     """
-    report = run(linearize, graph(text, **XW)).linearization
+    report = run(linearize, graph(text, **XW))
     table = Counter({"aten.sin.default": 1, "aten.mul.Tensor": 1})
     assert report.rules == {"table": table, "derived": Counter({"aten.sinc.default": 1})}
     assert (report.active, report.inactive) == (4, 1), "a, b, c, e; d"

@@ -16,15 +16,17 @@ from torch._decomp import get_decompositions
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from jvpgraph.errors import UnsupportedOp
+from jvpgraph.graph.meta import INSERTED_META, TANGENT_META
 from jvpgraph.kernels.ops import OPS
-from jvpgraph.linearize import INSERTED_META, TANGENT_META
+from jvpgraph.passes.check_gradients import check_gradients
 from jvpgraph.passes.count import count
 from jvpgraph.passes.decompose import decompose
+from jvpgraph.passes.differentiate_attention import differentiate_attention
 from jvpgraph.passes.drop_dead_tangents import drop_dead_tangents
 from jvpgraph.passes.fuse_aten_attention import fuse_aten_attention
-from jvpgraph.passes.fuse_attention import differentiate_attention, fuse_attention
-from jvpgraph.passes.lower import check_gradients, write_out_copies
+from jvpgraph.passes.fuse_attention import fuse_attention
 from jvpgraph.passes.pair_collectives import pair_collectives
+from jvpgraph.passes.write_out_copies import write_out_copies
 from tests.graphs import Dynamic, R, check_step, evaluate, graph, linearized, node, run, written
 
 aten = torch.ops.aten

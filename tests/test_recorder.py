@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from jvpgraph.trace import Recorder, value_of
+from jvpgraph.graph.recorder import Recorder, value_of
 from tests.graphs import Dynamic, R, evaluate, graph, insert, lines, names, node, written
 
 aten = torch.ops.aten
@@ -271,7 +271,7 @@ def test_probes_are_taken_out_again(monkeypatch: pytest.MonkeyPatch):
     gm = graph("y = aten.neg(x)\nreturn y", x=R(3, 4))
     before = written(gm)
     recorder = Recorder(gm.graph)
-    monkeypatch.setattr("jvpgraph.trace.probing", lambda: True)
+    monkeypatch.setattr("jvpgraph.graph.recorder.probing", lambda: True)
     with recorder.behind(node(gm, "y")):
         torch.neg(torch.exp(recorder.stand_in(node(gm, "x"))))
         assert len(written(gm)) == len(before) + 2

@@ -65,9 +65,8 @@ def test_attention_of_torch_becomes_ours(how: str, ours: str, form: str):
         return y
         """,
     )
-    (swapped,) = report.attention
-    assert swapped.swapped == [("o", "m.py:3 in forward", f"scaled_dot_product_attention{form}")]
-    assert swapped.left == []
+    assert report.swapped == [("o", "m.py:3 in forward", f"scaled_dot_product_attention{form}")]
+    assert report.left == []
     for name in ("attention_default", "getitem"):
         assert node(gm, name).meta["stack_trace"] == 'File "/m.py", line 3, in forward'
     assert node(gm, "getitem").meta["example_value"].shape == (2, 3, 5, 4)
@@ -91,7 +90,7 @@ def test_other_attention_is_left_with_a_reason(how: str, reason: str):
     }
     if "rate" in how:
         call.args = (*call.args, None, node(gm, "rate"))
-    (report,) = stays(swap_attention, gm).attention
+    report = stays(swap_attention, gm)
     assert report.left == [("o", "(no source line)", reason)]
     assert report.swapped == []
 
@@ -99,21 +98,21 @@ def test_other_attention_is_left_with_a_reason(how: str, reason: str):
 def test_causal_beside_a_mask_and_dims_that_broadcast_are_left():
     gm = dynamo(SDPA.format(""), **HEADS, mask=R(5, 6))
     node(gm, "o").kwargs = {"is_causal": True, "attn_mask": node(gm, "mask")}
-    (report,) = stays(swap_attention, gm).attention
+    report = stays(swap_attention, gm)
     assert report.left[0][2].startswith("is_causal beside attn_mask")
     gm = dynamo(SDPA.format(""), **HEADS | {"k": R(1, 3, 6, 8), "v": R(1, 3, 6, 4)})
-    (report,) = stays(swap_attention, gm).attention
+    report = stays(swap_attention, gm)
     assert "broadcast" in report.left[0][2]
     gm = dynamo(SDPA.format(""), **HEADS)
     del node(gm, "o").meta["example_value"]
-    (report,) = stays(swap_attention, gm).attention
+    report = stays(swap_attention, gm)
     assert report.left[0][2] == "its shape is not known"
 
 
 def test_attention_that_no_mark_reaches_stays():
     text = MARK + "o = F.scaled_dot_product_attention(k, k, v)\ny = o + a.sum()\nreturn y"
     gm = dynamo(text.replace("o + a.sum()", "operator.add(o, 1)"), **HEADS)
-    (report,) = stays(swap_attention, gm).attention
+    report = stays(swap_attention, gm)
     assert (report.swapped, report.left) == ([], [])
 
 
@@ -126,7 +125,7 @@ def test_a_mask_is_taken_before_it_was_expanded_and_views_get_what_they_need():
     gm = dynamo(text, **HEADS | {"x": x}, mask=R(5, 6))
     value = node(gm, "o").meta["example_value"]
     report = run(swap_attention, gm)
-    assert len(report.attention[0].swapped) == 1
+    assert len(report.swapped) == 1
     (attention,) = (n for n in gm.graph.nodes if str(n.target) == "jvpgraph.attention.default")
     assert attention.args[3] is node(gm, "mask")
     made = node(gm, "y").all_input_nodes[0]
@@ -144,7 +143,7 @@ def test_attention_in_the_body_of_a_checkpoint():
         inside = gm.graph.get_attr("body")
     node(gm, "y").target = torch.ops.higher_order.tag_activation_checkpoint
     node(gm, "y").args = (inside, node(gm, "a"), node(gm, "k"), node(gm, "v"))
-    (report,) = run(swap_attention, gm).attention
+    report = run(swap_attention, gm)
     assert len(report.swapped) == 1
     assert written(body)[0] == "attention_default = jvpgraph.attention(q, k, v, None, False, None)"
 
@@ -181,13 +180,13 @@ BY_HAND = {  # how, the arguments of ours, and the form that is reported
 def test_attention_by_hand_becomes_ours(name: str):
     how, ours, form = BY_HAND[name]
     gm = dynamo(MARK + how + "\nreturn o", **HEADS, mask=R(5, 6))
-    (report,) = run(recognize_attention, gm).attention
+    report = run(recognize_attention, gm)
     assert [row[2] for row in report.swapped] == [form]
     gm.graph.eliminate_dead_code()
     assert f"attention_default = jvpgraph.attention({ours})" in written(gm)
     assert written(gm)[-1] == "return getitem"
     before = written(gm)
-    (report,) = run(recognize_attention, gm).attention
+    report = run(recognize_attention, gm)
     assert (report.swapped, report.left) == ([], [])
     assert written(gm) == before
 
@@ -207,7 +206,7 @@ NOT_ATTENTION = {
 def test_what_is_not_surely_attention_stays(name: str):
     how, reason = NOT_ATTENTION[name]
     gm = dynamo(MARK + PRODUCT + how + "\nreturn o", **HEADS)
-    (report,) = stays(recognize_attention, gm).attention
+    report = stays(recognize_attention, gm)
     assert [row[2] for row in report.left] == [reason]
     assert report.swapped == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from torch import fx
 
 from jvpgraph.config import Config
 from jvpgraph.errors import VerifyError
-from jvpgraph.linearize import TANGENT_META
+from jvpgraph.graph.meta import TANGENT_META
 from jvpgraph.markers import ARRIVED, MAKE_DUAL, TANGENT_OF
-from jvpgraph.passes.context import Context, Report
-from jvpgraph.passes.pipeline import Pipeline
-from jvpgraph.verify import INVARIANTS, verify
+from jvpgraph.passes.context import Context
+from jvpgraph.passes.pipeline import Pipeline, Stage
+from jvpgraph.verify import ATEN, LOWERED, TORCH_LEVEL, no_marker_is_left, verify
 from tests.graphs import R, graph, insert, node
 
 aten = torch.ops.aten
@@ -92,9 +93,9 @@ PLANTED = [  # what, the node that is named, and the message
 
 def test_a_legal_graph_is_let_through():
     gm = legal()
-    verify(gm.graph, after="nothing")
+    verify(gm, ATEN, after="nothing")
     insert(gm, aten.copy_.default, node(gm, "sin"), node(gm, "x"), value=1)  # the primal may be written
-    verify(gm.graph, after="nothing")
+    verify(gm, ATEN, after="nothing")
 
 
 @pytest.mark.parametrize(("plant", "where", "message"), PLANTED)
@@ -102,7 +103,7 @@ def test_each_violation_is_named_with_its_pass_and_node(plant: Callable[..., Non
     gm = legal()
     plant(gm)
     with pytest.raises(VerifyError, match=f"^after pass planted: {re.escape(f'{where} {message}')}"):
-        verify(gm.graph, after="planted")
+        verify(gm, ATEN, after="planted")
 
 
 def test_every_invariant_is_planted_against():
@@ -111,25 +112,69 @@ def test_every_invariant_is_planted_against():
     for plant, *_ in PLANTED:
         gm = legal()
         plant(gm)
-        objecting[plant] = [invariant for invariant in INVARIANTS if any(invariant(gm.graph))]
+        objecting[plant] = [invariant for invariant in ATEN if any(invariant(gm.graph))]
     assert all(len(found) == (plant is not out_of_order) for plant, found in objecting.items())
-    assert {invariant for found in objecting.values() for invariant in found} == set(INVARIANTS)
+    assert {invariant for found in objecting.values() for invariant in found} == set(ATEN)
 
 
 @pytest.mark.parametrize("is_checked", [True, False])
 def test_the_graph_is_verified_after_every_pass(is_checked: bool):
-    def spoil(graph: fx.Graph, context: Context) -> None:
+    def spoil(gm: fx.GraphModule, context: Context) -> None:
         """As a pass with a fault would."""
-        del next(n for n in graph.nodes if n.name == "cos").meta["val"]
+        del node(gm, "cos").meta["val"]
 
-    def mend(graph: fx.Graph, context: Context) -> None:
+    def mend(gm: fx.GraphModule, context: Context) -> None:
         """Too late."""
-        for n in graph.nodes:
+        for n in gm.graph.nodes:
             n.meta.setdefault("val", None)
 
-    pipeline = Pipeline(Context(Config(verify=is_checked), Report()), (spoil, mend))
+    context = Context(Config(verify=is_checked))
+    stage, gm = Stage("ATen", (spoil, mend), ATEN), legal()
+    with nullcontext() if not is_checked else pytest.raises(VerifyError, match="after pass spoil: cos"):
+        Pipeline(context)(stage, gm)
+    assert [step.name for step in context.report.graphs] == (["traced"] if is_checked else ["traced", "spoil", "mend"])
+
+
+def on_torch_level() -> fx.GraphModule:
+    text = """
+    dual = jvpgraph.make_dual(x, x_dot)
+    y = torch.sin(dual)
+    y_dot = jvpgraph.tangent_of(y)
+    return y, y_dot
+    """
+    return graph(text, key="example_value", x=R(3, 4), x_dot=R(3, 4))
+
+
+def of_a_marker(gm: fx.GraphModule) -> None:
+    del node(gm, "y_dot").meta["example_value"]
+
+
+def of_an_input(gm: fx.GraphModule) -> None:
+    node(gm, "x_dot").meta["example_value"] = node(gm, "x_dot").meta["example_value"].float()
+
+
+PLANTED_EARLY = [
+    (of_a_marker, "y_dot (jvpgraph.tangent_of.default)", "has no example value"),
+    (
+        of_an_input,
+        "dual (jvpgraph.make_dual.default)",
+        "marks torch.float64 of 2 dims with a tangent that is torch.float32 of 2 dims",
+    ),
+]
+
+
+@pytest.mark.parametrize(("plant", "where", "message"), PLANTED_EARLY)
+def test_graphs_of_dynamos_are_verified_by_what_is_legal_there(plant: Callable[..., None], where: str, message: str):
+    gm = on_torch_level()
+    verify(gm, TORCH_LEVEL, after="nothing")
+    plant(gm)
+    with pytest.raises(VerifyError, match=f"^after pass planted: {re.escape(f'{where} {message}')}"):
+        verify(gm, TORCH_LEVEL, after="planted")
+    assert sum(any(invariant(gm.graph)) for invariant in TORCH_LEVEL) == 1
+
+
+def test_markers_are_legal_until_linearize_has_run():
     gm = legal()
-    if not is_checked:
-        return pipeline(gm.graph)
-    with pytest.raises(VerifyError, match="after pass spoil: cos"):
-        pipeline(gm.graph)
+    with_a_mark(gm)
+    verify(gm, LOWERED, after="lower")
+    assert {*ATEN} - {*LOWERED} == {no_marker_is_left}
