@@ -197,16 +197,6 @@ class JointPasses(CustomGraphPass):
         return f"{_code_hash()}-{_rules()}-{self.stage.name}-{sorted(config.skip_passes)}-{torch.__version__}"
 
 
-class OutputsApart(CustomGraphPass):
-    """What comes after the compiler's own passes on a graph that :class:`Pipeline` has seen."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        keep_outputs_apart(graph)
-
-    def uuid(self) -> Any:
-        return _code_hash()
-
-
 def _rules() -> list[Any]:
     """The table as far as the code hash does not cover it: a rule from elsewhere is only good for this process."""
     foreign: list[Any] = []
