@@ -1,4 +1,4 @@
-"""What Dynamo raises, told as ours."""
+"""What Dynamo and the compiler raise, as errors of the package's own."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from jvpgraph.unguarded import unobserved
 __all__ = ["backward_at_once", "compile_failed", "first_cause", "in_one_piece", "own_errors", "remedy", "stands_aside"]
 
 NOT_CAPTURED = "the model cannot be captured as one graph: "
-NOT_COMPILED = "the compiler cannot make code of the graph: "
+NOT_COMPILED = "the compiler cannot compile the graph: "
 NO_BACKWARD = (
-    "PyTorch has no backward of this op, with or without tangents: detach what goes in, take another op (for "
+    "PyTorch has no backward for this op, with or without tangents: detach its input, use another op (for "
     "floor_divide, torch.div with a rounding_mode), or call under torch.no_grad()."
 )
 
@@ -58,7 +58,7 @@ def remedy(compiled: bool = True, compiler: str = "inductor", differentiable: bo
     if compiled and compiler == "inductor":
         ways.append('backend="eager", which takes the same graph without Inductor')
     if not ways:
-        return "With differentiable_tangent=True all has to be one graph: there is no way to run this."
+        return "With differentiable_tangent=True everything has to be one graph, so this cannot be run."
     return f"Use {', or '.join(ways)}."
 
 

@@ -110,14 +110,14 @@ class ContextParallel:
             raise ValueError(f"a sequence of {tokens} tokens, but ContextParallel was made with tokens={self.tokens}")
         if self.tokens is None and tokens % self.ranks:
             raise ValueError(
-                f"{tokens} tokens do not divide by {self.ranks} ranks: say ContextParallel(tokens={tokens})"
+                f"{tokens} tokens do not divide by {self.ranks} ranks: use ContextParallel(tokens={tokens})"
             )
         return tokens
 
     def _lengths_from(self, own: int) -> list[int]:
         lengths = self.lengths(self.tokens) if self.tokens is not None else [own] * self.ranks
         if lengths[self.rank] != own:
-            raise ValueError(f"rank {self.rank} has {own} tokens, but of {self.tokens} it holds {lengths[self.rank]}")
+            raise ValueError(f"rank {self.rank} got {own} tokens, but holds {lengths[self.rank]} of {self.tokens}")
         return lengths
 
 

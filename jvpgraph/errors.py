@@ -79,5 +79,5 @@ NUMBER_HAS_NO_TANGENT = (
 )
 ABSOLUTE = (
     "as_strided with an offset counts from the start of the memory of an input that begins further on: pass x.clone(), "
-    "or take as_strided without an offset"
+    "or use as_strided without an offset"
 )

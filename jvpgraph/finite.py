@@ -29,8 +29,8 @@ def check_finite(forward: Callable[..., Any] | None, inputs: tuple[Any, ...], do
         return
     if forward is None:
         raise NonFiniteTangent(
-            "a tangent is NaN or infinite on this rank; run the model in one process with these inputs, and the module "
-            "that made it so is named"
+            "a tangent is NaN or infinite on this rank; run the model in one process with these inputs to have the "
+            "module named"
         )
     culprit = _first_module(forward, inputs) or "an op that is finite when run alone (the compiled kernel differs)"
     raise NonFiniteTangent(f"a tangent is NaN or infinite, first in {culprit}")

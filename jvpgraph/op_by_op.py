@@ -186,7 +186,9 @@ class OpByOp(TorchDispatchMode):
             if x in self._stopped:
                 return None
             if x.dtype.to_real() != self._dtypes[key]:
-                raise _refusal("view", f"its bits are read as {x.dtype}, and they are the bits of {self._dtypes[key]}")
+                raise _refusal(
+                    "view", f"its bits are read as {x.dtype}, but are those of {self._dtypes[key]} with a tangent"
+                )
             return view_of(shadow, x)
         if key not in self._seen and key not in _constants:
             self._vouch_for(x, key)
@@ -199,16 +201,16 @@ class OpByOp(TorchDispatchMode):
         if all(dot is None for dot in own):
             return None
         if len(own) > 1:
-            raise _refusal(type(x).__name__, "something with a tangent is in a tensor that wraps several")
+            raise _refusal(type(x).__name__, "it wraps several tensors, and one of them has a tangent")
         return own[0] if is_to_come(x) else type(x).__tensor_unflatten__(dots, how, x.size(), x.stride())
 
     def _vouch_for(self, x: Tensor, key: StorageWeakRef) -> None:
         """No op made it. Then it has to be older than the call."""
         if x in self._newborn:
             reason = (
-                "no op was seen that made it (C++, another thread, a compiled kernel), so that it may depend on "
-                "something with a tangent: make it before the call, or make an op of it with torch.library and give "
-                "that a rule"
+                "no op was seen to make it (C++, another thread, a compiled kernel), so it may depend on something "
+                "with a tangent: make it before the call, or wrap what makes it in an op (torch.library) and give that "
+                "a rule"
             )
             raise _refusal(f"a tensor of shape {tuple(x.shape)}", reason)
         _constants[key] = None
@@ -232,13 +234,13 @@ class OpByOp(TorchDispatchMode):
             if key in self._handed_out:
                 name = self._handed_out[key]
                 raise _refusal(
-                    name, "something with a tangent is written to memory that was handed out: clone it first"
+                    name, "something with a tangent is written to memory that was handed out earlier: clone it first"
                 )
             size = x.untyped_storage().nbytes()
             shadow = torch.zeros(size, dtype=torch.uint8, device=x.device).untyped_storage()
             self._shadows[key], self._dtypes[key] = shadow, x.dtype.to_real()
         elif x.dtype.to_real() != self._dtypes[key]:
-            raise _refusal("a write", f"it puts {x.dtype} in memory that has {self._dtypes[key]} with a tangent")
+            raise _refusal("a write", f"it writes {x.dtype} into memory that holds {self._dtypes[key]} with a tangent")
         for dim, (size, stride) in enumerate(zip(x.size(), x.stride())):
             if stride == 0 and size > 1:  # one element stands for all of them
                 x, x_dot = x.narrow(dim, 0, 1), x_dot.narrow(dim, 0, 1)
@@ -307,8 +309,9 @@ class OpByOp(TorchDispatchMode):
         for part in parts_of(x):
             if self.shadowed(part):
                 reason = (
-                    "something with a tangent leaves for where no ops are seen: keep to torch's ops, or make an op of "
-                    "it with torch.library and give that a rule; what needs no tangent is .detach().clone()"
+                    "something with a tangent leaves torch's ops, and its tangent would be lost: stay with torch's "
+                    "ops, or wrap the code in an op (torch.library) and give that a rule; if no tangent is needed, "
+                    "use .detach().clone()"
                 )
                 raise _refusal(name, reason)
             self._unwritten.pop(key_of(part), None)  # type: ignore[arg-type]
@@ -320,8 +323,8 @@ class OpByOp(TorchDispatchMode):
     def became_a_leaf(self, x: Tensor) -> None:
         if any(part in self._stopped for part in parts_of(x)):
             reason = (
-                "a detached tensor becomes one to differentiate, but detach has stopped its tangent: take x.clone(), "
-                "or x.requires_grad_() itself"
+                "a detached tensor is to be differentiated, but detach has stopped its tangent: use x.clone(), or "
+                "x.requires_grad_() itself"
             )
             raise _refusal("requires_grad_", reason)
 
@@ -360,7 +363,7 @@ class OpByOp(TorchDispatchMode):
         for x in wrappers if not _is_about(func) else ():
             if not (is_dtensor(x) or is_to_come(x)) and any(map(self.shadowed, parts_of(x))):
                 reason = (
-                    f"a {type(x).__name__} wraps something with a tangent, and what it makes of it is its own affair"
+                    f"a {type(x).__name__} wraps something with a tangent, and how it computes with that cannot be seen"
                 )
                 raise UnsupportedOp([UnsupportedNode(str(func), "op by op", (), _user_line(), reason)])
         return bool(wrappers)
@@ -424,7 +427,7 @@ class OpByOp(TorchDispatchMode):
             reason = "it writes through a detached alias of a tensor with a tangent: detach().clone() first"
             raise UnsupportedOp([_unsupported(func, dots, reason)])
         if dots and func.namespace == "c10d":
-            reason = "a collective that writes into its arguments: take torch.distributed._functional_collectives"
+            reason = "a collective that writes into its arguments: use torch.distributed._functional_collectives"
             raise UnsupportedOp([_unsupported(func, dots, reason)])
         if dots and func not in TABLE and func._can_decompose():  # composite ops come whole under inference mode
             with self._again():
@@ -490,8 +493,8 @@ class OpByOp(TorchDispatchMode):
                 written = argument in outs or name in OVERWRITES or func.namespace not in ("aten", "jvpgraph")
                 if not written and x.numel() and not self._is_still_zero(x, key):
                     reason = (
-                        f"{argument} was made {self._unwritten[key]}, and no op was seen that wrote to it (C++, a "
-                        "kernel launched by hand): make an op of what did with torch.library, and give that a rule"
+                        f"{argument} was made {self._unwritten[key]}, and no op was seen to write to it (C++, a "
+                        "kernel launched by hand): wrap what writes in an op (torch.library) and give that a rule"
                     )
                     raise UnsupportedOp([_unsupported(func, {}, reason)])
                 del self._unwritten[key]
@@ -508,7 +511,7 @@ class OpByOp(TorchDispatchMode):
         for name, value in arguments.items():
             for x in tensors_in(value):
                 if not has_tangent(x) and not is_wrapper(x) and self.shadowed(x):
-                    reason = f"{name} are the bits, as {x.dtype}, of something with a tangent, which have none"
+                    reason = f"{name} holds, as {x.dtype}, the bits of something with a tangent, and bits have none"
                     raise UnsupportedOp([_unsupported(func, {}, reason)])
 
     def _run_in_place(
@@ -524,7 +527,7 @@ class OpByOp(TorchDispatchMode):
         targets = [x for name in writes for x in tensors_in(arguments[name])]
         functional = functional_form(func)
         if any(_reads_later(value, targets) for name, value in arguments.items() if name not in writes):
-            raise UnsupportedOp([_unsupported(func, dots, "it reads for one tensor what it writes for one before")])
+            raise UnsupportedOp([_unsupported(func, dots, "it reads for one tensor what it wrote for an earlier one")])
         if functional is None:
             raise UnsupportedOp([_unsupported(func, dots, "it writes to its arguments and has no functional form")])
         inputs = {a.name for a in functional._schema.arguments}
@@ -591,7 +594,7 @@ def refuse_other_levels(inputs: Any, call: Any) -> None:
             of the transforms that would lose what it stands for: ``torch.func.jvp`` and ``vmap``.
     """
     if any(isinstance(mode, OpByOp) for mode in _get_current_dispatch_mode_stack()):
-        raise _refusal("a call with tangents", "it stands inside a model that is called with tangents itself")
+        raise _refusal("a call with tangents", "it is made inside a model that is itself called with tangents")
     transforms = _functorch_transforms()
     if forward_ad._current_level < 0 and not transforms:
         return
@@ -599,11 +602,11 @@ def refuse_other_levels(inputs: Any, call: Any) -> None:
     tensors = [x for x in tree_leaves([inputs, own]) if isinstance(x, Tensor)]
     if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)) and transforms & {"Jvp", "Vmap"}:
         names = " and ".join(sorted(transforms & {"Jvp", "Vmap"})).lower()
-        raise ValueError(f"a call with tangents inside of torch.func's {names}: the other way round it would be right")
+        raise ValueError(f"a call with tangents inside torch.func's {names}: nest them the other way round")
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if has_tangent(x)):
         raise ValueError(
-            "an input, parameter or buffer has a tangent of torch.autograd.forward_ad, which would be lost: pass it as "
-            "tangents=, or its primal only"
+            "an input, parameter or buffer has a tangent of torch.autograd.forward_ad, which would be lost: pass it in "
+            "tangents=, or pass the primal alone"
         )
 
 

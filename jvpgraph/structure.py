@@ -139,14 +139,14 @@ def refuse_hidden(out: Any, error: type[Exception] = ValueError) -> None:
             continue
         what = f"the output{f' at {path!r}' if path else ''} is {_a(type(leaf).__name__)}"
         if hasattr(leaf, "__array_interface__") and leaf.__array_interface__["typestr"][1] in "fc":
-            raise error(f"{what}, of which nobody knows whether it has a tangent: return a tensor")
+            raise error(f"{what}, which may have lost a tangent: return a tensor")
         if isinstance(leaf, Iterator):
             raise error(f"{what}, which is computed when it is read: return a list")
         if isinstance(leaf, (set, frozenset)) and _holds_tensors(leaf):
-            raise error(f"{what} of tensors, which has no order to give their tangents in: return a list")
+            raise error(f"{what} of tensors, in no order that their tangents could have: return a list")
         if _holds_tensors(leaf):
             raise error(
-                f"{what} that holds tensors, whose tangents have no place: return the tensors, or a tuple, list, "
+                f"{what} that holds tensors, with no place for their tangents: return the tensors, or a tuple, list, "
                 "mapping or dataclass of them"
             )
 

@@ -38,7 +38,7 @@ def make_traceable(model: nn.Module) -> None:
     """
     if F.scaled_dot_product_attention in getattr(sys.modules.get(TORCHS), "_replaced_functions", ()):
         raise CaptureError(
-            "a call with tangents= cannot stand inside of torch's context_parallel: use "
+            "a call with tangents= cannot stand inside torch's context_parallel: use "
             "jvpgraph.context_parallel.ContextParallel in the model, or diffusers' enable_parallelism"
         )
     if HOOKS not in sys.modules:

@@ -36,7 +36,7 @@ def call_own_jvps(gm: fx.GraphModule, context: Context) -> None:
         if node in active and node.op == "call_function" and hasattr(node.target, OWN_JVP)
     ]
     if calls and wants_gradients_of_tangents(gm):
-        reason = "a gradient of the tangent would need a backward of the jvp that this autograd.Function brings"
+        reason = "a gradient of the tangent would need a backward of this autograd.Function's own jvp"
         raise UnsupportedOp(
             [UnsupportedNode("autograd.Function", node.name, (), source_line(node), reason) for node in calls]
         )

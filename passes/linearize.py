@@ -169,9 +169,9 @@ def _tangent_of_strided(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Re
         or value.dtype != value_of(node).dtype
         or not guard_or_false(end <= span_of(value.shape, value.stride()))
     ):
-        raise NoRule("it reads outside of what has a tangent, or as another type")
+        raise NoRule("it reads beyond what has a tangent, or as another dtype")
     if overlaps(value):
-        raise NoRule("an element of memory that stands for several has no tangent of its own: clone() first")
+        raise NoRule("one element of memory stands for several, which have no tangents of their own: clone() first")
     first = len(recorder.inserted)
     with recorder.behind(node):
         flat = flat_memory(recorder.stand_in(dot), value)

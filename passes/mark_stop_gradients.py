@@ -197,7 +197,7 @@ def _reads_later(gm: fx.GraphModule, active: set[fx.Node]) -> Iterator[Unsupport
         written, *read = [arg for arg in node.args if isinstance(arg, (list, tuple))]
         nodes = [[x for x in others if isinstance(x, fx.Node)] for others in read]
         if any(_shares_memory(x, others[i + 1 :]) for others in nodes for i, x in enumerate(written)):
-            reason = "it reads for one tensor what it writes for one before"
+            reason = "it reads for one tensor what it wrote for an earlier one"
             yield UnsupportedNode(node.target.__name__, node.name, (), source_line(node), reason)
 
 

@@ -56,7 +56,7 @@ def _swap(node: fx.Node) -> str:
     if not isinstance(is_causal, bool):
         raise ValueError("is_causal is not known")
     if is_causal and mask is not None:
-        raise ValueError("is_causal beside attn_mask, which torch does not take either")
+        raise ValueError("is_causal together with attn_mask, which torch refuses as well")
     if scale is not None and not isinstance(scale, (int, float)):
         raise ValueError("scale is not a number")
     scale = None if scale is None else float(scale)

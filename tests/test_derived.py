@@ -103,7 +103,7 @@ def test_an_operand_that_the_formula_ignores_is_told_from_one_that_it_knows():
     assert isinstance(loss_dot, Tensor)
     assert isinstance(total_dot, Unknown)
     loss_dot, _ = derive(aten.nll_loss_forward.default, out, arguments, {"self": x_dot, "weight": weight_dot})
-    assert loss_dot == Unknown("PyTorch's forward AD takes no notice of weight in output 0")
+    assert loss_dot == Unknown("PyTorch's forward AD ignores weight in output 0")
 
 
 def test_lists_of_which_each_output_has_its_own_inputs():

@@ -416,7 +416,7 @@ def test_a_counter_counts_by_default_and_no_gradients_of_tangents_are_lost():
     ("fn", "settings", "remedy", "untrue"),
     [
         (lambda x: x * 2 if x.sum() > 0 else x, {}, 'regions="auto"', 'backend="eager"'),
-        (lambda x: x * 2 if x.sum() > 0 else x, {"differentiable_tangent": True}, "no way to run", "regions"),
+        (lambda x: x * 2 if x.sum() > 0 else x, {"differentiable_tangent": True}, "cannot be run", "regions"),
         (lambda x: x * x.floor_divide(0.3), {}, "no_grad", 'backend="eager"'),
     ],
     ids=["branches", "branches, with gradients of tangents", "no backward"],

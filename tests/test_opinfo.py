@@ -94,7 +94,7 @@ def test_what_is_wrong_is_seen(part: str):
 
 def test_no_graph_of_what_torch_compile_takes_is_a_fault():
     def no_graph(*_, **__):
-        raise jvpgraph.CaptureError("the compiler cannot make code of the graph: one of our passes")
+        raise jvpgraph.CaptureError("the compiler cannot compile the graph: one of our passes")
 
     def no_graph_either(x):
         return x.sin() if x.sum().item() else x.cos()

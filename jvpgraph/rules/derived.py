@@ -37,7 +37,7 @@ Place = tuple[str, "int | None"]  # a tensor among the arguments: its name, and 
 _probes = 0  # how many of the calls in progress are made to see what is defined
 _noticed: dict[Any, list[bool]] = {}  # what _defined found, by call and active operand
 
-FAST_PATH = "; switch PyTorch's fast path of transformers off: torch.backends.mha.set_fastpath_enabled(False)"
+FAST_PATH = "; switch off PyTorch's fast path for transformers: torch.backends.mha.set_fastpath_enabled(False)"
 REMEDY = dict.fromkeys(("aten::_transformer_encoder_layer_fwd", "aten::_native_multi_head_attention"), FAST_PATH)
 
 
@@ -123,7 +123,7 @@ def _told(i: int, out: Any, dot: Any, defined: bool, unnoticed: str, constant: t
     if not defined:
         return Unknown(f"PyTorch's forward AD leaves the tangent of output {i} undefined")
     if unnoticed:
-        return Unknown(f"PyTorch's forward AD takes no notice of {unnoticed} in output {i}")
+        return Unknown(f"PyTorch's forward AD ignores {unnoticed} in output {i}")
     return dot
 
 

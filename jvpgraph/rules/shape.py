@@ -49,7 +49,7 @@ def check_bits(of: torch.dtype, seen_as: torch.dtype) -> None:
     """Raise NotImplementedError where bits are seen in another dtype than the complex or real one of theirs."""
     numbers = seen_as.is_floating_point or seen_as.is_complex
     if not numbers or of.to_real() != seen_as.to_real():
-        raise NotImplementedError(f"the bits of {of} numbers with a tangent are seen as {seen_as}: use .to({seen_as})")
+        raise NotImplementedError(f"the bits of {of} numbers with a tangent are read as {seen_as}: use .to({seen_as})")
 
 
 @jvp(aten.view.dtype)

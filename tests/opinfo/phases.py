@@ -25,7 +25,7 @@ __all__ = ["PHASES", "VERDICTS", "Case", "Phase", "Verdict", "cases", "examine"]
 VERDICTS = ("crash", "wrong", "raw", "torch", "refused", "unknown", "raises", "right")
 PACKAGE = Path(jvpgraph.__file__).parent.parent
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}  # at least; and what PyTorch's is off by
-NO_GRAPH = ("the model cannot be captured", "the compiler cannot make code")
+NO_GRAPH = ("the model cannot be captured", "the compiler cannot compile")
 OWN = (jvpgraph.UnsupportedOp, jvpgraph.CaptureError)
 
 trace_rules.MOD_INLINELIST.add("torch.testing._internal")  # the database's lambdas are user code here
