@@ -46,6 +46,7 @@ class Docstrings(Extension):
         if obj.docstring is None:
             return
         text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", obj.docstring.value)
+        text = text.replace("::\n\n", ":\n\n")
         if obj.is_module:
             text = re.sub(r"^([A-Z][\w ]*)\n((?:    .*\n?)+)", r"\n**\1**\n\n\2\n", text, flags=re.MULTILINE)
         obj.docstring.value = text

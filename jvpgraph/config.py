@@ -19,7 +19,7 @@ class Config:
     fused, memory-linear op. False is short for skipping the passes that do so."""
 
     recognize_attention: bool = True
-    """Recognise softmax(q k') v written by hand, too. False is short for skipping the pass of that name."""
+    """Also recognise softmax(q k') v written by hand. False is short for skipping the pass of that name."""
 
     check_finite: bool = False
     """After each call, raise NonFiniteTangent naming the first module whose tangent is NaN or infinite. Costs one
@@ -29,7 +29,7 @@ class Config:
     """Check the graph's invariants after every pass (milliseconds)."""
 
     skip_passes: tuple[str, ...] = ()
-    """Names of optional passes to leave out, to find out what one of them does; an unknown name is an error."""
+    """Names of optional passes to leave out, for instance to find the one at fault; an unknown name is an error."""
 
     dump: str | None = field(default_factory=lambda: os.environ.get("JVPGRAPH_DUMP"))
     """Folder for one readable file per pass. Default: the environment variable JVPGRAPH_DUMP."""
@@ -38,7 +38,7 @@ class Config:
     """Keep the text of the graph after every pass in ``dual.reports[-1].graphs``."""
 
     inductor: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Settings for torch._inductor.config during compilation, as in torch.compile(options=...)."""
+    """Settings of torch._inductor.config during compilation, as in torch.compile(options=...)."""
 
     def __post_init__(self) -> None:
         skipped = set(self.skip_passes)

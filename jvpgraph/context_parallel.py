@@ -3,18 +3,19 @@
     cp = ContextParallel(ulysses=mesh["ulysses"].get_group(), ring=mesh["ring"].get_group())
     x = cp.shard(x, dim=1)                  # before the first block; position codes likewise
     o = cp.attention(q, k, v)               # in place of scaled_dot_product_attention(q, k, v)
-    y = cp.gather(y, dim=1)                 # behind the last block
+    y = cp.gather(y, dim=1)                 # after the last block
 
-Ulysses trades heads for tokens by all-to-all, so that each rank attends with some heads to the whole sequence; ring
-leaves the heads where they are and lets keys and values travel, merging by the logsumexp. Both together: heads within
-the Ulysses group, the longer pieces around the ring. Cross-attention to a text that every rank has whole needs neither.
+Ulysses trades heads for tokens by all-to-all, so that each rank attends with some heads to the whole sequence. Ring
+leaves the heads where they are and lets keys and values travel, merging by the logsumexp. With both, heads are traded
+within the Ulysses group, and the longer pieces travel around the ring. Cross-attention to a text that every rank has
+whole needs neither.
 
 Every rank must compute the same loss from the gathered output. Gradients of replicated parameters are then summed, not
 averaged, over the ranks.
 
 Shapes
-    q [B, H, N, D], k and v [B, Hkv, N, D] with the N tokens of this rank; the ranks in the order of the sequence, the
-    Ulysses rank running fastest.
+    q [B, H, N, D], k and v [B, Hkv, N, D] with the N tokens of this rank. Ranks are in the order of the sequence, with
+    the Ulysses rank running fastest.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ __all__ = ["ContextParallel"]
 
 
 class ContextParallel:
-    """The groups that share a sequence, and what a model does with them.
+    """The process groups that share a sequence, and the steps of a model that uses them.
 
     Args:
-        ulysses: process group whose ranks divide the heads; their numbers must divide by its size.
+        ulysses: process group whose ranks divide the heads among them; the numbers of heads must divide by its size.
         ring: process group around which keys and values travel.
-        tokens: the length of the whole sequence, needed only where it does not divide by the number of ranks. The
-            first ranks then hold one token more than the last, as torch.tensor_split has it.
+        tokens: the length of the whole sequence, needed only if it does not divide by the number of ranks. The first
+            ranks then hold one token more than the last, as with torch.tensor_split.
+
     Raises:
         ValueError: neither group is given, or there are fewer tokens than ranks.
     """
@@ -87,6 +89,7 @@ class ContextParallel:
             q: [B, H, N, Dqk], N the tokens of this rank.
             k, v: [B, Hkv, N, Dqk] and [B, Hkv, N, Dv].
             scale: factor on q k', default 1 / sqrt(Dqk).
+
         Returns:
             o [B, H, N, Dv].
         Raises:

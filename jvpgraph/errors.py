@@ -1,7 +1,7 @@
 """Every error that jvpgraph raises on purpose.
 
 Two families: :class:`ValueError` for what a caller passed, and the classes below for what a model does that cannot
-be differentiated. Each message says what, where in the user's code, and what to do.
+be differentiated. Each message says what happened, where in the user's code, and what to do.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ __all__ = [
 
 
 class JvpgraphError(Exception):
-    """Base class of the errors that are neither a ValueError nor a bug."""
+    """Base class of the errors that are not ValueErrors."""
 
 
 class CaptureError(JvpgraphError):
-    """torch.compile could not capture the model as one graph."""
+    """torch.compile could not capture the model as one graph, or not compile that graph."""
 
 
 class MarkerExecuted(JvpgraphError, RuntimeError):
-    """A marker ran as an op: what it stands in was not compiled."""
+    """A marker ran as an op: the code around it was not compiled by a backend of this package."""
 
 
 class NonFiniteTangent(JvpgraphError, ArithmeticError):
@@ -37,7 +37,7 @@ class NonFiniteTangent(JvpgraphError, ArithmeticError):
 
 
 class VerifyError(JvpgraphError, AssertionError):
-    """A pass left an illegal graph behind: a bug in jvpgraph, with the pass and the node named."""
+    """A pass left an illegal graph: a bug in jvpgraph. The message names the pass and the node."""
 
 
 @dataclass(frozen=True)

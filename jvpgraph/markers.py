@@ -1,10 +1,10 @@
 """The marker ops: where forward mode starts, where its result is asked for, and where it has to arrive.
 
 ``make_dual(x, x_dot)`` is ``x`` with a tangent; ``tangent_of(y)`` is the tangent that ``y`` has by then. ``arrived(y,
-others, given, what)`` is ``y``, and refuses a tangent of one of ``given`` of which nothing is left in ``y`` and
-``others``. They are opaque to Dynamo and AOTAutograd, and are erased by :mod:`jvpgraph.passes.linearize`. The first two
-may be used directly inside a function compiled with ``torch.compile(fn, backend=jvpgraph.backend())``; anywhere else
-they refuse to run, so that a marker which nobody linearised can never pass for a zero tangent.
+others, given, what)`` is ``y``; it refuses a tangent of one of ``given`` if nothing of it is left in ``y`` and
+``others``. All three are opaque to Dynamo and AOTAutograd, and are erased by :mod:`jvpgraph.passes.linearize`. The first
+two may be used directly inside a function compiled with ``torch.compile(fn, backend=jvpgraph.backend())``; anywhere else
+they refuse to run, so that a marker that was never linearized cannot pass for a zero tangent.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def make_dual(x: Tensor, x_dot: Tensor, differentiable: bool = False) -> Tensor:
     Args:
         x: any floating or complex tensor.
         x_dot: its tangent, of the same shape, dtype and device.
-        differentiable: let gradients of the tangents flow into ``x_dot``. By default it is detached.
+        differentiable: let gradients of tangents flow into ``x_dot``. By default it is detached.
 
     Raises:
         ValueError: shape, dtype or device differ, or ``x`` is neither floating nor complex.
@@ -53,8 +53,8 @@ def tangent_of(y: Tensor, differentiable: bool = False) -> Tensor:
     """The tangent of ``y``: zeros where ``y`` does not depend on a marked tensor.
 
     Args:
-        differentiable: the tangent has gradients, in everything that it depends on. All tangents of the graph are then
-            differentiated together with the primal. By default it is detached.
+        differentiable: the tangent has gradients in everything that it depends on; autograd then differentiates all
+            tangents of the graph together with the primal. By default the tangent is detached.
     """
     return TANGENT_OF(y, True) if differentiable else TANGENT_OF(y).detach()
 

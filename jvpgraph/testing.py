@@ -2,9 +2,9 @@
 
     print(check_jvp(model, (x, t), tangents={"x": x_dot, "t": t_dot}))
 
-The oracle is a float64 copy of the model with the math attention: PyTorch's forward AD of that copy where it
-exists and agrees with central differences, else the differences. Casts to narrower types inside the model are
-float64 in the copy, so that what they cost counts as rounding, for which the tolerance makes room.
+The oracle is a float64 copy of the model with the math attention: PyTorch's forward AD of that copy if it exists
+and agrees with central differences, otherwise the differences. Casts to narrower types inside the model are float64
+in the copy, so their cost counts as rounding, for which the tolerance leaves room.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ RTOL = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfl
 tens of roundings (2e-16, 1e-7, 1e-3, 8e-3), and a thousand where a time of 1000 enters sines in float32."""
 
 ROUNDINGS = 64
-"""How many roundings lie between two runs of the same ops of a model in other layouts, at most."""
+"""The most roundings that lie between two runs of the same ops of a model in different layouts."""
 
 DIFFERENCES_RTOL = 1e-6
-"""What extrapolated central differences in float64 are good for, times ten."""
+"""Ten times the relative error of extrapolated central differences in float64."""
 
 FORWARD_AD_RTOL = 1e-4
-"""Farther from the differences than this, forward AD is not believed."""
+"""Beyond this distance from the differences, forward AD is not trusted."""
 
 STEPS = (1e-3, 1e-5)
-"""Of the differences, in units of the tangents: the first for smooth models, the second for fast ones (a
+"""Step sizes of the differences, in units of the tangents: the first for smooth models, the second for fast ones (a
 time in [0, 1] that an embedding multiplies by 1000). The one whose extrapolation converged better counts."""
 
 
 class JvpMismatch(JvpgraphError, AssertionError):
-    """The transformed model is not right; ``report`` and the message say in what."""
+    """The transformed model is not right; ``report`` and the message say where."""
 
     def __init__(self, report: JvpCheck):
         self.report = report
@@ -82,15 +82,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Deviation:
-    """Where a tangent first leaves the oracle when the model runs op by op."""
+    """Where a tangent first departs from the oracle when the model runs op by op."""
 
     module: str  # dotted name and class of the module in whose code it happens
     place: str  # "its output", or between which of its children
     error: float  # relative, of the first tangent that deviates
-    before: float  # the largest relative error until then
+    before: float  # the largest relative error up to there
 
     def __str__(self) -> str:
-        return f"{self.module}: {self.place} (error {self.error:.1e}, until then at most {self.before:.1e})"
+        return f"{self.module}: {self.place} (error {self.error:.1e}, before that at most {self.before:.1e})"
 
 
 @dataclass
@@ -145,28 +145,28 @@ def check_jvp(
 
     Compared are
 
-    * the primal with the model's own output: bit for bit with backend "op_by_op", which makes the very calls of the
-      model; within :data:`ROUNDINGS` of the narrowest type with "eager" if no attention was replaced, as a graph hands
-      its tensors over in other layouts, for which a processor may round otherwise; else within ``rtol``;
+    * the primal with the model's own output: bit for bit with backend "op_by_op", which makes the same calls as the
+      model; within :data:`ROUNDINGS` of the narrowest type with "eager" if no attention was replaced, since a graph
+      passes its tensors in other layouts, for which a processor may round differently; otherwise within ``rtol``;
     * the tangent with the float64 oracle;
-    * the tangent at 0.6 v - 1.7 w with those at v and w, and the tangent at v/2 with half of that at v, which
-      is exact in binary arithmetic;
+    * the tangent at 0.6 v - 1.7 w with those at v and w, and the tangent at v/2 with half of the one at v, which is
+      exact in binary arithmetic;
     * the gradients of a random projection of the output, for every parameter that requires one, with those of
       the model itself, relative to the largest of them.
 
     Args:
-        model: any nn.Module, or what ``transform`` made of one: then its backend and settings are checked.
-            It must not draw random numbers, so dropout has to be in eval mode.
+        model: any nn.Module, or a transformed one, whose backend and settings are then checked. It must not draw
+            random numbers, so dropout has to be in eval mode.
         args, kwargs: the model's arguments; floating tensors in any type.
         tangents: as for the transformed model: name -> tensor of its input's shape, dtype and device.
         backend: as for ``transform``.
         rtol: relative tolerance of all comparisons, normwise per leaf; default: :data:`RTOL` of the narrowest
-            floating type in which an active op of the model computes, as casts and autocast have it.
+            floating type in which an active op of the model computes, after casts and autocast.
         atol: absolute tolerance on the root mean square deviation of a leaf.
-        seed: of the second tangent and of the projection.
+        seed: for the second tangent and the projection.
 
     Returns:
-        The report, all of it right.
+        The report, in which everything is right.
 
     Raises:
         JvpMismatch: something deviates. The report is its message; if a tangent is wrong, it names the first
@@ -356,7 +356,7 @@ def _oracle(call: _Call, dtype: torch.dtype) -> _Oracle:
             return _noted(slopes, f"PyTorch's forward AD does not take this model: {reason}")
     apart = max((_distance(exact.dot[path], slopes.dot[path]) for path in exact.dot), default=0.0)
     if apart > FORWARD_AD_RTOL + 10 * slopes.rtol:
-        return _noted(slopes, f"PyTorch's forward AD is not believed: it is {apart:.1e} from the differences")
+        return _noted(slopes, f"PyTorch's forward AD is not trusted: it is {apart:.1e} away from the differences")
     return exact
 
 

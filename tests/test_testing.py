@@ -250,7 +250,7 @@ def test_a_functions_own_formula_that_is_wrong_is_not_believed():
     x = normal(0, (3, 4))
     report = mismatch(Through(WrongForwardFormula.apply), {"x": x}, {"x": x}, backend="op_by_op")
     assert report.oracle == "differences"
-    assert "is not believed" in "".join(report.notes)
+    assert "is not trusted" in "".join(report.notes)
     assert {c.what for c in report.wrong} == {"tangent"}
 
 

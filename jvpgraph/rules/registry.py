@@ -1,7 +1,7 @@
 """The rule table: which op has which forward-mode derivative.
 
 A rule returns tangents only. It never sees a zero: the engine (:mod:`jvpgraph.rules.apply`) leaves out the
-terms of inactive inputs, adds the others up, and brings the sum to the shape and dtype of the primal output.
+terms of inactive inputs, adds up the others, and brings the sum to the shape and dtype of the primal output.
 
 Four ways to state a rule, keyed by OpOverload::
 
@@ -19,10 +19,10 @@ Four ways to state a rule, keyed by OpOverload::
         return -y * b_dot / b
 
     @jvp(jvpgraph.attention.default)
-    def attention(o, q, k, v, *, q_dot=None, k_dot=None):   # ... or one for several, told apart by None
+    def attention(o, q, k, v, *, q_dot=None, k_dot=None):   # ... or one for several; inactive ones are None
         ...
 
-A function may end in ``*_`` for the schema arguments it has no use for.
+A function may end in ``*_`` for the schema arguments that it does not need.
 """
 
 from __future__ import annotations
