@@ -1,12 +1,12 @@
-"""The tangent of an autograd.Function that brings its own ``jvp``, in graphs and op by op.
+"""The tangent of an autograd.Function that has its own ``jvp``, in graphs and op by op.
 
-Left alone, Dynamo writes the forward of such a Function out, or refuses it where it needs a backward, so that the
-tangent would be that of the ops in its forward: zero for a straight-through estimator. In a graph with markers a call
-of it stays one node instead; :func:`call_own_jvp` makes of it, where it is active, a call that asks for the tangents of
+By default Dynamo inlines the forward of such a Function, or refuses it where it needs a backward, so that the tangent
+would be that of the ops in its forward: zero for a straight-through estimator. In a graph with markers a call of it
+stays one node instead. Where that is active, :func:`call_own_jvp` turns it into a call that asks for the tangents of
 the arguments and marks the outputs with what ``jvp`` makes of them.
 
-A Function without a ``jvp`` has the tangent of its forward. Where that has none, though an argument is active, the
-backward of a straight-through estimator would say otherwise: it is refused (``ARRIVED`` in graphs).
+A Function without a ``jvp`` has the tangent of its forward. If that is lost although an argument is active, the
+backward (say, of a straight-through estimator) would contradict it, so it is refused (``ARRIVED`` in graphs).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a dispatch mode cannot see: values that leave for where there are no ops, and tensors that come from there.
+"""What a dispatch mode cannot see: values that leave torch's ops, and tensors that come from outside of them.
 
 Values leave by torch functions (``numpy``, ``tolist``, ``data_ptr``, pickling), which a function mode sees. Tensors
 that no op made are known by the age of their objects: one that was there before the call is a constant of the model.
@@ -42,7 +42,7 @@ HIGHER_ORDER: dict[str, Callable[..., Any]] = {"cond": _cond, "while_loop": _whi
 
 
 class Watcher(Protocol):
-    """What the function mode tells, and whom it asks. Each may refuse."""
+    """What the function mode reports to. Each method may refuse."""
 
     def left(self) -> Any: ...
 
@@ -92,7 +92,7 @@ class Newborn:
 
 
 class Calls(TorchFunctionMode):
-    """Tells a :class:`Watcher` of the torch functions by which values leave."""
+    """Reports to a :class:`Watcher` the torch functions by which values leave."""
 
     def __init__(self, watcher: Watcher):
         super().__init__()

@@ -1,5 +1,5 @@
-"""How the package's own ops act on DTensors: the markers on any placement, attention on batch and heads. And what to
-say where heads do not divide."""
+"""How the package's own ops act on DTensors: the markers on any placement, attention on batch and heads. Also the
+message for heads that do not divide."""
 
 from __future__ import annotations
 

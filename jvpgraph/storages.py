@@ -1,4 +1,4 @@
-"""Tensors by what they are made of: plain ones inside of wrappers, and the storages of those."""
+"""Tensors by what they consist of: plain ones inside wrappers, and the storages of those."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Context parallelism of others: diffusers' is told to torch.compile in another way, torch's own is refused.
+"""Context parallelism of other libraries: that of diffusers is made traceable, torch's own is refused.
 
-That of diffusers works in eager mode, but one graph of the model it cannot be: its hooks look up a signature and
-warn on first use, and the backward of its default attention switches requires_grad on inside an autograd Function.
-And in a ring of more than two ranks it is wrong (0.42): gradients of keys and values travel on, away from the rank
-whose keys come next. Such a model gets a backward of ours, for its eager calls too.
+That of diffusers works in eager mode, but not in one graph: its hooks look up a signature and warn on first use, and
+the backward of its default attention switches requires_grad on inside an autograd Function. In a ring of more than two
+ranks that backward is also wrong (0.42): gradients of keys and values travel on, away from the rank whose keys come
+next. Such a model gets a backward of this package, for its eager calls too.
 """
 
 from __future__ import annotations

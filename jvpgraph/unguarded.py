@@ -1,8 +1,8 @@
-"""What decides how modules run and no guard of Dynamo's looks at.
+"""What decides how modules run, but is not covered by Dynamo's guards.
 
-Dynamo guards the modules of a graph, their attributes and, where it is told to, their hooks. It takes for granted that
-classes keep their methods, those of modules and of what modules hold (diffusers' attention processors), and that the
-hooks of all modules stay what they are.
+Dynamo guards the modules of a graph, their attributes and, if asked to, their hooks. It takes for granted that classes
+keep their methods, both those of modules and those of what modules hold (diffusers' attention processors), and that
+the global hooks of modules stay what they are.
 """
 
 from __future__ import annotations

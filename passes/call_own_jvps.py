@@ -1,4 +1,4 @@
-"""Let an autograd.Function with a jvp of its own bring its tangent, on the torch-level graph that Dynamo gives out.
+"""Let an autograd.Function with a jvp of its own provide its tangent, on the torch-level graph from Dynamo.
 
 Before: ``y = Function(x)``, one node, see :mod:`jvpgraph.autograd_function`
 After:  ``y = make_dual(Function(x), Function.jvp(tangent_of(x)))``, one node for AOTAutograd to write out

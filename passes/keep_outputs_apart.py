@@ -1,4 +1,4 @@
-"""Outputs that the compiler made one tensor become two again, after its own passes on the joint graph.
+"""Separate outputs that the compiler has merged into one tensor, after its own passes on the joint graph.
 
 Before: ``y = sin(x);  return y, y``, where the model has ``return y.detach() + torch.zeros(3), y``
 After:  ``return clone(y), y``

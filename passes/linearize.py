@@ -1,4 +1,4 @@
-"""Forward mode as a graph transformation: each active node gets its tangent right behind it.
+"""Forward mode as a graph transformation: each active node gets its tangent right after it.
 
 Before::
 

@@ -4,11 +4,11 @@ Before: ``d = x.detach()``
 After:  ``d = x.detach();  stop = aten.expand(d, [-1, -1], implicit=True)``
 Needs:
     The graph before AOTAutograd, the last place where a user's detach can be told from those that PyTorch makes for
-    its own ends: activation checkpointing leaves one behind everything that is written in place. Those are aliases
+    its own ends: activation checkpointing leaves one after every in-place write. Those are aliases
     and keep the tangent; the marked ones stop it (see ``stops_tangent`` in :mod:`jvpgraph.rules.shape`).
 Keeps:
     Values, and who shares memory with whom. The mark is a view rather than node metadata, because functionalization
-    takes views anew behind each in-place write, and only views survive that. ``linearize`` erases it.
+    regenerates views after each in-place write, and only views survive that. ``linearize`` erases it.
 Numerics:
     The same.
 """

@@ -3,7 +3,7 @@
 Before: ``out, lse, _ = flex_attention(q, k, v, score_mod, block_mask, scale, ...)``
 After:  ``o, _ = jvpgraph::attention(q, k, v, mask, False, scale)``
 Needs:
-    A score_mod that changes nothing, and only ``out`` used: else the call is left, with the reason.
+    A score_mod that changes nothing, and only ``out`` used: otherwise the call is left, with the reason.
 Keeps:
     Every other node; calls that no marked input reaches.
 Numerics:

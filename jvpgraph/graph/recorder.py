@@ -1,7 +1,7 @@
 """Running torch code on the values of graph nodes, and keeping the ops it ran as new nodes.
 
 A rule is plain torch code on tensors. The recorder hands it stand-ins for the values of existing nodes (fake tensors,
-with symbolic sizes where the graph is dynamic), watches every ATen op the rule runs, and inserts that op behind a
+with symbolic sizes where the graph is dynamic), watches every ATen op that the rule runs, and inserts that op after a
 cursor. This is what make_fx does for a whole function, made for a few ops in the middle of an existing graph.
 """
 

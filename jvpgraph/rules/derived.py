@@ -1,12 +1,13 @@
 """Derived rules: PyTorch's own forward formulas, borrowed one op at a time.
 
 For an op that is not in the table, forward AD over that single call gives the tangent; run under the recorder it
-leaves the formula's ops in the graph. Only ATen's ops qualify: each of them has a formula or refuses, whereas over a
-custom op functorch returns a zero without a word.
+leaves the formula's ops in the graph. Only ATen's ops qualify: each of them has a formula or refuses, whereas for a
+custom op functorch silently returns zero.
 
-What PyTorch calls not differentiable it leaves undefined, and so it does with what depends on no active operand. The
-two cannot be told apart, and ``torch.func.jvp`` makes zeros of both. Here such an output is :class:`Unknown`: whoever
-uses it is refused. So is one that takes no notice of one active operand among several (the class weights of a loss).
+PyTorch leaves the tangents of outputs that it calls not differentiable undefined, and also of outputs that depend on
+no active operand. The two cannot be told apart, and ``torch.func.jvp`` makes zeros of both. Here such an output is
+:class:`Unknown`, and using it is refused. So is an output that ignores one active operand among several (the class
+weights of a loss).
 """
 
 from __future__ import annotations
