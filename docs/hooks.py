@@ -1,7 +1,8 @@
 """What the site needs beside its settings: pages from outside of docs/, and docstrings as Markdown.
 
 A hook of mkdocs: README and others are pages too, and links hold both here and in the repository.
-An extension of griffe: Sphinx's roles become code, and headed blocks (``Math``, ``Shapes``) keep their lines.
+An extension of griffe: a comment after a field documents it, Sphinx's roles become code, and headed blocks of modules
+(``Math``, ``Shapes``) get a heading.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from griffe import Extension, Object
+from griffe import Attribute, Docstring, Extension, Object
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -41,6 +42,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 class Docstrings(Extension):
     """Docstrings as this package writes them, in Markdown."""
+
+    def on_attribute_instance(self, *, attr: Attribute, **_: Any) -> None:
+        comment = attr.source.splitlines()[-1].partition("  # ")[2]
+        if attr.docstring is None and comment and not comment.startswith(("type:", "noqa")):
+            attr.docstring = Docstring(comment, lineno=attr.lineno, parent=attr)
 
     def on_instance(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring is None:
