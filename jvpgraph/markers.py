@@ -2,9 +2,9 @@
 
 ``make_dual(x, x_dot)`` is ``x`` with a tangent; ``tangent_of(y)`` is the tangent that ``y`` has by then. ``arrived(y,
 others, given, what)`` is ``y``; it refuses a tangent of one of ``given`` if nothing of it is left in ``y`` and
-``others``. All three are opaque to Dynamo and AOTAutograd, and are erased by :mod:`jvpgraph.passes.linearize`. The first
-two may be used directly inside a function compiled with ``torch.compile(fn, backend=jvpgraph.backend())``; anywhere else
-they refuse to run, so that a marker that was never linearized cannot pass for a zero tangent.
+``others``. All three are opaque to Dynamo and AOTAutograd, and are erased by :mod:`jvpgraph.passes.linearize`. The
+first two may be used directly inside a function compiled with ``torch.compile(fn, backend=jvpgraph.backend())``;
+anywhere else they refuse to run, so that a marker that was never linearized cannot pass for a zero tangent.
 """
 
 from __future__ import annotations
