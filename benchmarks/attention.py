@@ -27,9 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.stages import PEER, Part
 from benchmarks.timing import Clock, interleaved, state, summary
 from jvpgraph.kernels import attention_blocked, reference
-from jvpgraph.kernels.attention import attention, attention_jvp, implementation
+from jvpgraph.kernels.attention import attention, attention_jvp
 from jvpgraph.kernels.blocks import Blocks, GluonBlocks, choose_blocks
-from jvpgraph.kernels.window import EVERYTHING
+from jvpgraph.kernels.call import Call
+from jvpgraph.kernels.choose import GLUON, plan
 
 if importlib.util.find_spec("triton"):
     from jvpgraph.kernels import attention_gluon, attention_triton
@@ -138,7 +139,7 @@ def our_triton(case: Case, x: Inputs) -> Run:
     if not x.q.is_cuda:
         raise Unavailable(NO_GPU)
     os.environ.pop("JVPGRAPH_ATTENTION", None)
-    if "gluon" not in implementation(x.q, x.v).__name__:
+    if plan(Call(*x.all(), scale=case.head_dim**-0.5)).forward is not GLUON:
         raise Unavailable("is what jvpgraph chooses")
 
     def run() -> Result:
@@ -287,7 +288,9 @@ def first_run(name: str, case: Case, x: Inputs, truth: Truth) -> tuple[dict[str,
         return {"refused" if isinstance(error, AssertionError) else "failed": what}, None
     result: dict[str, Any] = {"error": errors, "memory_bytes": memory}
     if name in OURS:
-        result["implementation"] = implementation(x.q, x.v).__name__  # as the run has left the variable for it
+        tensors = x.all() if o_dot is not None else (x.q, x.k, x.v)
+        call = Call(*tensors, scale=case.head_dim**-0.5)
+        result["implementation"] = str(plan(call))  # as the run has left the variable for it
     if not max(errors.values()) < LIMIT:
         return {"wrong": True} | result, None
     return result, run
@@ -461,16 +464,14 @@ def sweep_run(kind: str, case: Case, x: Inputs, tile: Blocks | GluonBlocks | Non
     scale = case.head_dim**-0.5
 
     def run() -> Result:
+        call = Call(*(x.all() if kind != "forward" or not x.q.is_cuda else (x.q, x.k, x.v)), scale=scale)
         if not x.q.is_cuda:
-            sizes = {} if tile is None else {"block_k": tile.block_k // 8}
-            o, _, o_dot, _ = attention_blocked.attention_jvp(*x.all(), None, None, EVERYTHING, scale, **sizes)
-            return o, o_dot
-        blocks: dict[str, Any] = {"blocks": tile}
-        kernel = attention_gluon if isinstance(tile, GluonBlocks) else attention_triton
-        if kind == "forward":
-            return kernel.attention(x.q, x.k, x.v, None, EVERYTHING, scale, **blocks)[0], None
-        o, _, o_dot, _ = kernel.attention_jvp(*x.all(), None, None, EVERYTHING, scale, **blocks)
-        return o, o_dot
+            outs = attention_blocked.attend(call, block_k=None if tile is None else tile.block_k // 8)
+        elif isinstance(tile, GluonBlocks):
+            outs = attention_gluon.attend(call, blocks=tile)
+        else:
+            outs = attention_triton.attend(call, blocks=tile)
+        return outs.o, outs.o_dot
 
     return run
 

@@ -17,9 +17,15 @@ from torch import Tensor
 
 from benchmarks.stages import Part
 from benchmarks.timing import Clock, interleaved, summary
-from jvpgraph.kernels import aten_backward, attention_blocked, attention_triton, backward_triton, reference
-from jvpgraph.kernels import tangent_backward as blocked_tangent
-from jvpgraph.kernels.window import EVERYTHING
+from jvpgraph.kernels import (
+    aten_cuda,
+    attention_blocked,
+    attention_triton,
+    backward_blocked,
+    backward_triton,
+    reference,
+)
+from jvpgraph.kernels.call import Call, Cotangents, Wanted
 
 Gradients = tuple[Tensor | None, ...]
 Run = Callable[[], Gradients]
@@ -32,24 +38,17 @@ def runs(x: list[Tensor], o_grad: Tensor, o_dot_grad: Tensor) -> dict[str, Run]:
     """Every way to the gradients, from sums that the forward left."""
     q, k, v = x[:3]
     scale = q.shape[-1] ** -0.5
-    forward = attention_triton if q.is_cuda else attention_blocked
-    o, lse, o_dot, lse_dot = forward.attention_jvp(*x, None, None, EVERYTHING, scale)
-    of_value = (q, k, v, None, o, lse, EVERYTHING, scale)
+    value, whole = Call(q, k, v, scale=scale), Call(*x, scale=scale, wanted=Wanted(from_tangent=True))
+    outs = attention_triton.attend(whole) if q.is_cuda else attention_blocked.attend(whole)
+    of_value, of_whole = Cotangents(o_grad), Cotangents(o_grad, o_dot=o_dot_grad)
     found: dict[str, Run] = {
-        "value, blocked": lambda: attention_blocked.attention_backward(o_grad, None, *of_value, False),
-        "tangent, blocked": lambda: blocked_tangent.attention_jvp_backward(
-            o_grad, None, o_dot_grad, None, *x, None, None, o, lse, o_dot, lse_dot, EVERYTHING, scale, False, False
-        ),
+        "value, blocked": lambda: backward_blocked.differentiate(value, outs, of_value),
+        "tangent, blocked": lambda: backward_blocked.differentiate(whole, outs, of_whole),
     }
     if q.is_cuda:
-        more = (None, o, lse, lse_dot, EVERYTHING, scale)
-        found["value, flash"] = lambda: aten_backward._flash_backward(o_grad, *of_value)
-        found["value, triton"] = lambda: backward_triton.attention_jvp_backward(
-            o_grad, None, None, None, q, k, v, None, None, None, *more
-        )
-        found["tangent, triton"] = lambda: backward_triton.attention_jvp_backward(
-            o_grad, None, o_dot_grad, None, *x, *more
-        )
+        found["value, flash"] = lambda: aten_cuda.flash(value, outs, of_value)
+        found["value, triton"] = lambda: backward_triton.differentiate(value, outs, of_value)
+        found["tangent, triton"] = lambda: backward_triton.differentiate(whole, outs, of_whole)
     return found
 
 

@@ -38,14 +38,49 @@ Source
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
 
-from jvpgraph.kernels.checks import check_call
-from jvpgraph.kernels.ops import OPS, implementation
+from jvpgraph.kernels.call import How
+from jvpgraph.kernels.checks import check_strides
+from jvpgraph.kernels.ops import OPS
 
-__all__ = ["attention", "attention_backward", "attention_jvp", "implementation", "merge_attention"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Options", "attention", "attention_backward", "attention_jvp", "merge_attention"]
+
+
+class Options(TypedDict, total=False):
+    """What the functions take by keyword.
+
+    window: (left, right): query i sees keys i - left..i + right; -1 for no limit.
+    cu_seqlens_q, cu_seqlens_kv: int32 [S + 1], ascending from 0: where the S sequences packed along Lq and Lkv begin
+        and end. Needs B = 1 and no bias. What lies outside of all sequences counts as fully masked.
+    dropout_p: for calls written for scaled_dot_product_attention; anything but 0 is refused.
+    """
+
+    window: tuple[int, int] | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_kv: Tensor | None
+    dropout_p: float
+
+
+def _how(
+    is_causal: bool,
+    scale: float | None,
+    *,
+    window: tuple[int, int] | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> How:
+    """As the ops take it."""
+    if dropout_p != 0:
+        raise ValueError(f"attention has no dropout, the tangent of which would need the same mask; got {dropout_p}")
+    return How(is_causal, scale, window, cu_seqlens_q, cu_seqlens_kv)
 
 
 def attention(
@@ -55,11 +90,7 @@ def attention(
     bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
-    *,
-    window: tuple[int, int] | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_kv: Tensor | None = None,
-    dropout_p: float = 0.0,
+    **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q k' + bias) v, and the log of the softmax's denominator.
 
@@ -72,10 +103,7 @@ def attention(
             additive in float32 or the dtype of q, outside the scale.
         is_causal: query i sees keys 0..i; combines with bias and window.
         scale: factor on q k', default 1 / sqrt(Dqk).
-        window: (left, right): query i sees keys i - left..i + right; -1 for no limit.
-        cu_seqlens_q, cu_seqlens_kv: int32 [S + 1], ascending from 0: where the S sequences packed along Lq and Lkv
-            begin and end. Needs B = 1 and no bias. What lies outside of all sequences counts as fully masked.
-        dropout_p: for calls written for scaled_dot_product_attention; anything but 0 is refused.
+        options: see Options.
     Returns:
         o [B, H, Lq, Dv] in the dtype of q, laid out as B, Lq, H, Dv; lse [B, H, Lq], natural log, float32
         (float64 for float64). Both have gradients in q, k, v and additive bias.
@@ -83,8 +111,8 @@ def attention(
         ValueError: shapes, strides, dtypes or devices do not fit, or dropout is asked for.
         RuntimeError: an input carries a tangent of torch's own forward mode.
     """
-    check_call(dropout_p, q=q, k=k, v=v)
-    return OPS.attention.default(q, k, v, bias, is_causal, scale, window, cu_seqlens_q, cu_seqlens_kv)
+    check_strides(q=q, k=k, v=v)
+    return OPS.attention.default(q, k, v, bias, *_how(is_causal, scale, **options))
 
 
 def attention_jvp(
@@ -99,16 +127,13 @@ def attention_jvp(
     is_causal: bool = False,
     scale: float | None = None,
     *,
-    window: tuple[int, int] | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_kv: Tensor | None = None,
-    dropout_p: float = 0.0,
     differentiable_tangent: bool = False,
+    **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention and its directional derivative, in one pass over the keys and memory linear in their number.
 
     Args:
-        q, k, v, bias, is_causal, scale, window, cu_seqlens_q, cu_seqlens_kv, dropout_p: as for attention.
+        q, k, v, bias, is_causal, scale, options: as for attention.
         q_dot, k_dot, v_dot, bias_dot: tangents, each of the shape and dtype of its primal, or None where
             that does not move: then its products are not computed.
         differentiable_tangent: o_dot and lse_dot have gradients too, in all primals and tangents.
@@ -119,8 +144,8 @@ def attention_jvp(
         RuntimeError: a gradient of o_dot or lse_dot is asked for that was not announced, or an input carries a
             tangent of torch's own forward mode.
     """
-    check_call(dropout_p, q=q, k=k, v=v, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot)
-    how = (is_causal, scale, window, cu_seqlens_q, cu_seqlens_kv)
+    check_strides(q=q, k=k, v=v, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot)
+    how = _how(is_causal, scale, **options)
     return OPS.attention_jvp.default(q, k, v, q_dot, k_dot, v_dot, bias, bias_dot, *how, differentiable_tangent)
 
 
@@ -136,18 +161,16 @@ def attention_backward(
     is_causal: bool = False,
     scale: float | None = None,
     *,
-    window: tuple[int, int] | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_kv: Tensor | None = None,
     bias_needs_grad: bool = False,
+    **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and bias from the o and lse of attention or attention_jvp.
 
     Returns:
         dq, dk, dv shaped as q, k, v; dbias shaped as bias, or an empty tensor unless bias_needs_grad.
     """
-    check_call(0.0, q=q, k=k, v=v)
-    how = (is_causal, scale, window, cu_seqlens_q, cu_seqlens_kv)
+    check_strides(q=q, k=k, v=v)
+    how = _how(is_causal, scale, **options)
     return OPS.attention_backward.default(o_grad, lse_grad, q, k, v, bias, o, lse, *how, bias_needs_grad)
 
 

@@ -2,7 +2,7 @@
 """Attention and its JVP for Hopper with warps of different jobs: one loads, two groups of four multiply.
 
 Math, Streaming form, Precision
-    Those of jvpgraph.kernels.attention_triton, which is the specification of this kernel: Gluon cannot be interpreted.
+    Those of jvpgraph.kernels.attention_kernel, which is the specification of this kernel: Gluon cannot be interpreted.
     Keys are visited in another order. First come the last BLOCK_K of them, those masked that whole blocks counted from
     key 0 cover too; so no other block needs a mask, mu is a mean over BLOCK_K keys whatever their number, and the
     accumulators start from a product instead of from zeros.
@@ -15,10 +15,10 @@ Handshake
     same at the ends. `empty` counts one arrival of each warpgroup. Use n of a place completes phase n of both; parity
     n & 1 of `full` is awaited to read it, and parity (n + 1) & 1 of `empty` to fill it, which a new barrier grants.
 Shapes
-    As in attention_triton, q [B, H, Lq, D], with D = Dv at most 128, padded to 64 or 128 by the TMA, which stores no
+    As in attention_kernel, q [B, H, Lq, D], with D = Dv at most 128, padded to 64 or 128 by the TMA, which stores no
     padding either. Lengths and counts are run-time values.
 Refuses
-    Nothing: what `supports` does not name is passed on to attention_triton.
+    What `refuses` says.
 Source
     Shah et al., FlashAttention-3 (2024), for the roles.
 """
@@ -26,7 +26,6 @@ Source
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -42,28 +41,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from jvpgraph.kernels import attention_triton
-from jvpgraph.kernels.attention_triton import (
-    attention_backward,
-    attention_jvp_backward,
-    backward_path,
-    descriptor_strides,
-    fits_descriptor,
-)
 from jvpgraph.kernels.blocks import GLUON_IS_FASTER, GLUON_TABLE, GLUON_VALUE_FROM, GluonBlocks, gluon_blocks
-from jvpgraph.kernels.launch import arch_of, on_device
+from jvpgraph.kernels.call import Call, Outputs
+from jvpgraph.kernels.launch import descriptor_strides, fits_descriptor, on_device
 from jvpgraph.kernels.layout import empty_rows
-from jvpgraph.kernels.window import EVERYTHING, Window
+from jvpgraph.kernels.window import EVERYTHING
 
-__all__ = [
-    "attention",
-    "attention_backward",
-    "attention_jvp",
-    "attention_jvp_backward",
-    "backward_path",
-    "is_faster",
-    "supports",
-]
+__all__ = ["attend", "refuses", "unproven"]
 
 LOG2E = gl.constexpr(math.log2(math.e))
 LN2 = gl.constexpr(math.log(2))
@@ -402,118 +386,49 @@ def attention_jvp_kernel(
 # -------------------------------------------------------------------------------------------- host functions
 
 
-def supports(
-    q: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    window: Window = EVERYTHING,
-    scale: float = 1.0,
-    cu_seqlens: tuple[Tensor, Tensor] | None = None,
-) -> bool:
-    """Whether the kernel takes tensors like these and such a call: on Hopper, in half types, as many columns in v as
-    in q, a multiple of 8 up to 128; every key seen by every query of its head, and no bias."""
-    return (
-        torch.version.hip is None
-        and arch_of(q.device) == 90
-        and q.dtype in TYPES
-        and q.shape[-1] == v.shape[-1]
-        and q.shape[-1] % 8 == 0
-        and 0 < q.shape[-1] <= max(entry.head_dim for entry in GLUON_TABLE)
-        and bias is None
-        and window == EVERYTHING
-        and scale > 0
-        and cu_seqlens is None
-    )
+def refuses(call: Call) -> str | None:
+    """Why the kernel does not take this call: it is for Hopper, for half types, for as many columns in v as in q, a
+    multiple of 8 up to 128, for every key seen by every query of its head, and for no bias; of the value alone, for as
+    many columns as it has been faster at."""
+    tensors = {"q": call.q, "k": call.k, "v": call.v} | dict(zip(("q_dot", "k_dot", "v_dot"), call.dots))
+    columns, most = call.q.shape[-1], max(entry.head_dim for entry in GLUON_TABLE)
+    if call.place != ("cuda", 90):
+        return "Gluon's is for Hopper"
+    if call.q.dtype not in TYPES:
+        return f"Gluon's takes no {call.q.dtype}"
+    if columns != call.v.shape[-1] or columns % 8 or not 0 < columns <= most:
+        return f"Gluon's takes as many columns in v as in q, a multiple of 8 up to {most}"
+    if call.bias is not None or call.bias_dot is not None or call.window != EVERYTHING or call.packing is not None:
+        return "Gluon's takes no mask, no window and no packed sequences"
+    if not call.scale > 0:
+        return f"scale is {call.scale}"
+    if not call.is_active and columns < GLUON_VALUE_FROM:
+        return f"Gluon's is slower than Triton's for the value alone below {GLUON_VALUE_FROM} columns"
+    if call.is_empty:
+        return "there is nothing to compute"
+    bad = [name for name, x in tensors.items() if x is not None and not (x.stride(3) == 1 and fits_descriptor(x))]
+    return f"{', '.join(bad)} cannot be loaded by the TMA: broadcast, misaligned or transposed" if bad else None
 
 
-def is_faster(q: Tensor, v: Tensor) -> bool:
-    """Whether a GPU like this one has shown it to be, for such a head dim and dtype."""
-    if not supports(q, v):
-        return False
-    return (arch_of(q.device), q.shape[-1], q.dtype) in GLUON_IS_FASTER
+def unproven(call: Call) -> str | None:
+    """Why it is not the first choice for a call that it takes, where no GPU like this one has shown it to be faster at
+    such a head dim and dtype."""
+    if (call.place.arch, call.q.shape[-1], call.q.dtype) in GLUON_IS_FASTER:
+        return None
+    return f"no GPU has shown Gluon's to be faster at {call.q.shape[-1]} columns of {call.q.dtype}"
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    window: Window,
-    scale: float,
-    *,
-    cu_seqlens: tuple[Tensor, Tensor] | None = None,
-    blocks: GluonBlocks | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(o, lse), as attention_triton gives them, which also takes what this kernel does not.
-
-    blocks: for tests and measurements, instead of those of the table.
-    """
-    is_slower = blocks is None and q.shape[-1] < GLUON_VALUE_FROM
-    if is_slower or not _takes((q, k, v), bias, window, scale, cu_seqlens):
-        return attention_triton.attention(q, k, v, bias, window, scale, cu_seqlens=cu_seqlens)
-    return _attend(q, k, v, (None, None, None), scale, blocks)[:2]
-
-
-def attention_jvp(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_dot: Tensor | None,
-    k_dot: Tensor | None,
-    v_dot: Tensor | None,
-    bias: Tensor | None,
-    bias_dot: Tensor | None,
-    window: Window,
-    scale: float,
-    *,
-    cu_seqlens: tuple[Tensor, Tensor] | None = None,
-    blocks: GluonBlocks | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(o, lse, o_dot, lse_dot), as attention_triton gives them, which also takes what this kernel does not.
-
-    blocks: for tests and measurements, instead of those of the table.
-    """
-    dots = (q_dot, k_dot, v_dot)
-    moving = [x for x in dots if x is not None]
-    if not moving or not _takes((q, k, v, *moving), bias, window, scale, cu_seqlens):
-        return attention_triton.attention_jvp(
-            q, k, v, q_dot, k_dot, v_dot, bias, bias_dot, window, scale, cu_seqlens=cu_seqlens
-        )
-    return _attend(q, k, v, dots, scale, blocks)
-
-
-def _takes(
-    tensors: Sequence[Tensor],
-    bias: Tensor | None,
-    window: Window,
-    scale: float,
-    cu_seqlens: tuple[Tensor, Tensor] | None,
-) -> bool:
-    """supports, of q, k, v and tangents as they lie in memory."""
-    return supports(tensors[0], tensors[2], bias, window, scale, cu_seqlens) and all(
-        x.numel() > 0 and _fits(x) for x in tensors
-    )
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dots: tuple[Tensor | None, Tensor | None, Tensor | None],
-    scale: float,
-    blocks: GluonBlocks | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(o, lse, o_dot, lse_dot); without tangents the latter two stand for nothing."""
-    q_dot, k_dot, v_dot = dots
+def attend(call: Call, *, blocks: GluonBlocks | None = None) -> Outputs:
+    """o and lse, and o_dot and lse_dot where there are tangents for them. blocks are for tests and measurements."""
+    q, k, v = call.q, call.k, call.v
+    q_dot, k_dot, v_dot = call.dots
     batch, heads, length_q, head_dim = q.shape
     kv_heads, length_kv = k.shape[1:3]
-    moves = any(x is not None for x in dots)
     o = empty_rows(q, length_q, head_dim)
-    o_dot = empty_rows(q, length_q, head_dim) if moves else o
+    o_dot = empty_rows(q, length_q, head_dim) if call.is_active else o
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    s_moves = q_dot is not None or k_dot is not None
-    lse_dot = torch.empty_like(lse) if s_moves else torch.zeros_like(lse) if moves else lse
-    width, of_table = gluon_blocks(head_dim, 2 + (k_dot is not None) + (v_dot is not None), moves)
+    lse_dot = torch.empty_like(lse) if call.s_active else lse
+    width, of_table = gluon_blocks(head_dim, 2 + (k_dot is not None) + (v_dot is not None), call.is_active)
     blocks = blocks or of_table
     operands = (q, q if q_dot is None else q_dot), (k, k if k_dot is None else k_dot, v, v if v_dot is None else v_dot)
     with on_device(q.device):
@@ -524,7 +439,7 @@ def _attend(
             lse,
             _descriptor(o_dot, ROWS.value, width),
             lse_dot,
-            float(scale),
+            float(call.scale),
             heads,
             heads // kv_heads,
             length_q,
@@ -537,7 +452,7 @@ def _attend(
             num_warps=4,
             enable_fp_fusion=True,  # the default until Triton 3.10
         )
-    return o, lse, o_dot, lse_dot
+    return Outputs(o, lse, o_dot if call.is_active else None, lse_dot if call.s_active else None)
 
 
 def layout_of(rows: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
@@ -548,7 +463,3 @@ def layout_of(rows: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout
 def _descriptor(x: Tensor, rows: int, width: int) -> TensorDescriptor:
     layout = layout_of(rows, width, x.dtype)
     return TensorDescriptor(x, list(x.shape), descriptor_strides(x), [1, 1, rows, width], layout)
-
-
-def _fits(x: Tensor) -> bool:
-    return x.stride(3) == 1 and fits_descriptor(x)

@@ -11,7 +11,7 @@ Math
         dv = p' do + (p * u)' G,  dv_dot = p' G
         dq = scale (ds k + ds_dot k_dot),  dq_dot = scale ds_dot k
         dk = scale (ds' q + ds_dot' q_dot),  dk_dot = scale ds_dot' q
-    where mean is that under p. tangent_backward derives it. Without G and dr it is the plain backward, u = w = 0.
+    where mean is that under p. backward_blocked derives it. Without G and dr it is the plain backward, u = w = 0.
 Streaming form
     row_sums_kernel    the means, one program per block of queries, over keys
     queries_kernel     dq and dq_dot, likewise

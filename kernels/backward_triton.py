@@ -1,7 +1,7 @@
-"""The host side of jvpgraph.kernels.backward_kernel: from tensors to three launches.
+"""The host side of jvpgraph.kernels.backward_kernel: from a call to three launches or four.
 
 Refuses
-    Nothing: `why_not` says what the kernels do not take, and jvpgraph.kernels.ops checks the arguments first.
+    What `refuses` says.
 """
 
 from __future__ import annotations
@@ -15,41 +15,29 @@ from torch import Tensor
 
 from jvpgraph.kernels.backward_kernel import keys_kernel, queries_kernel
 from jvpgraph.kernels.blocks import Sweeps, backward_sweeps, parts_of_head_dim
-from jvpgraph.kernels.launch import addressable, arch_of, bias_kind, bias_strides, on_device, strides_of
+from jvpgraph.kernels.call import Call, Cotangents, Gradients, Outputs
+from jvpgraph.kernels.launch import addressable, bias_kind, bias_strides, on_device, strides_of
 from jvpgraph.kernels.layout import empty_rows
-from jvpgraph.kernels.window import Window
 
-__all__ = ["attention_jvp_backward", "supports", "why_not"]
-
-
-def supports(*tensors: Any, **options: Any) -> bool:
-    """Whether the kernels take tensors like these: see why_not."""
-    return not why_not(*tensors, **options)
+__all__ = ["differentiate", "refuses", "row_bytes"]
 
 
-def why_not(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    *,
-    bias_needs_grad: bool = False,
-    bias_dot: Tensor | None = None,
-    moves: bool = False,
-) -> str:
-    """Why the kernels do not take tensors like these, "" if they do: in half types, of a head dim that the table has
-    room for, without gradients or a tangent of a bias. moves: with a cotangent of the tangent."""
-    arch, columns = arch_of(q.device), max(q.shape[-1], v.shape[-1])
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"Triton's takes no {q.dtype}"
-    if bias_needs_grad or bias_dot is not None:
+def refuses(call: Call) -> str | None:
+    """Why the kernels do not take the backward of this call: they are for half types, for head dims that the table has
+    room for, and give a bias no gradient and take no tangent of one."""
+    arch, columns = call.place.arch, max(call.q.shape[-1], call.v.shape[-1])
+    if call.q.dtype not in (torch.float16, torch.bfloat16):
+        return f"Triton's takes no {call.q.dtype}"
+    if call.wanted.bias or (call.through_tangent and call.bias_dot is not None):
         return "Triton's gives a bias no gradient, and takes no tangent of one"
-    if 0 in (q.numel(), k.numel(), v.numel()):
+    if call.packing is not None:
+        return "Triton's takes no packed sequences"
+    if call.is_empty:
         return "there is nothing to compute"
-    if backward_sweeps(arch, columns, moves, row_bytes(bias)) is None:
-        mask = f" with a {bias.dtype} mask of rows" if bias is not None and row_bytes(bias) else ""
+    if backward_sweeps(arch, columns, call.through_tangent, row_bytes(call.bias)) is None:
+        mask = f" with a {call.bias.dtype} mask of rows" if call.bias is not None and row_bytes(call.bias) else ""
         return f"Triton's has no tile that fits sm_{arch} at {columns} columns{mask}"
-    return ""
+    return None
 
 
 def row_bytes(bias: Tensor | None) -> int:
@@ -57,30 +45,13 @@ def row_bytes(bias: Tensor | None) -> int:
     return bias.element_size() if bias is not None and bias.shape[2] > 1 else 0
 
 
-def attention_jvp_backward(
-    o_grad: Tensor | None,
-    lse_grad: Tensor | None,
-    o_dot_grad: Tensor | None,
-    lse_dot_grad: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_dot: Tensor | None,
-    k_dot: Tensor | None,
-    v_dot: Tensor | None,
-    bias: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    lse_dot: Tensor | None,
-    window: Window,
-    scale: float,
-    *,
-    sweeps: Sweeps | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(dq, dk, dv, dq_dot, dk_dot, dv_dot). A gradient or a tangent given as None is zero; a tangent given as None has
-    no gradient. sweeps are for tests and measurements."""
-    dots = (q_dot, k_dot, v_dot)
-    moves = (o_dot_grad is not None or lse_dot_grad is not None) and any(x is not None for x in dots)
+def differentiate(call: Call, outs: Outputs, grads: Cotangents, *, sweeps: Sweeps | None = None) -> Gradients:
+    """The gradients of q, k and v and of their tangents. sweeps are for tests and measurements."""
+    assert call.packing is None
+    q, k, v, bias, scale = call.q, call.k, call.v, call.bias, call.scale
+    o, lse, lse_grad, lse_dot_grad = outs.o, outs.lse, grads.lse, grads.lse_dot
+    dots = call.dots
+    moves = (grads.o_dot is not None or lse_dot_grad is not None) and any(x is not None for x in dots)
     dq, dk, dv = (empty_rows(x, x.shape[2], x.shape[3]) for x in (q, k, v))
     dq_dot, dk_dot, dv_dot = (None if x is None else empty_rows(x, x.shape[2], x.shape[3]) for x in dots)
     if not moves:
@@ -88,16 +59,16 @@ def attention_jvp_backward(
             if x is not None:
                 x.zero_()
         dots = (None, None, None)
-    o_grad = torch.zeros_like(o) if o_grad is None else o_grad
-    if moves and o_dot_grad is None:
-        o_dot_grad = torch.zeros_like(o)
+    o_grad = torch.zeros_like(o) if grads.o is None else grads.o
+    o_dot_grad = torch.zeros_like(o) if moves and grads.o_dot is None else grads.o_dot
+    k_dot = dots[1]
     operands = dict(zip(NAMES, map(addressable, (q, k, v, *dots, o_grad, o_dot_grad if moves else None))))
     batch, heads, length_q, head_dim = q.shape
     kv_heads, length_kv, head_dim_v = v.shape[1:]
-    sums = _row_sums(lse, lse_grad, lse_dot_grad, lse_dot if moves else None)
+    sums = _row_sums(lse, lse_grad, lse_dot_grad, outs.lse_dot if moves else None)
     centre = torch.stack([x.float().mean(2) for x in (k, k if k_dot is None else k_dot)]) if moves else None
 
-    left, right = window
+    left, right = call.window
     common: dict[str, Any] = {
         **operands,
         "bias": bias.view(torch.uint8) if bias is not None and bias.dtype == torch.bool else bias,
@@ -124,7 +95,7 @@ def attention_jvp_backward(
         "HAS_LEFT": left is not None,
         "HAS_RIGHT": right is not None,
     }
-    sweeps = sweeps or backward_sweeps(arch_of(q.device), max(head_dim, head_dim_v), moves, row_bytes(bias))
+    sweeps = sweeps or backward_sweeps(call.place.arch, max(head_dim, head_dim_v), moves, row_bytes(bias))
     assert sweeps is not None
     with on_device(q.device):
         for blocks, sums_only in ((sweeps.sums, True), (sweeps.queries, False)):
@@ -158,7 +129,7 @@ def attention_jvp_backward(
                 HAS_DV=has_dv,
                 **blocks.options(),
             )
-    return dq, dk, dv, dq_dot, dk_dot, dv_dot
+    return Gradients(dq, dk, dv, dq_dot, dk_dot, dv_dot)
 
 
 NAMES = ("q", "k", "v", "q_dot", "k_dot", "v_dot", "o_grad", "o_dot_grad")

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = [
-    "check_call",
     "check_how",
     "check_operands",
     "check_outputs",
     "check_sequences",
+    "check_strides",
     "check_tangents",
     "refusal",
 ]
@@ -161,10 +161,8 @@ def _differ(have: Sequence[Any], want: Sequence[Any]) -> bool:
     return any(_surely(a != b) for a, b in zip(have, want))
 
 
-def check_call(dropout_p: float, **tensors: Tensor | None) -> None:
+def check_strides(**tensors: Tensor | None) -> None:
     """Raise ValueError for what the ops cope with in graphs, by a copy, and a caller should know of."""
-    if dropout_p != 0:
-        raise ValueError(f"attention has no dropout, the tangent of which would need the same mask; got {dropout_p}")
     for name, x in tensors.items():
         if x is not None and x.dim() and _surely(x.stride(-1) != 1) and _surely(x.shape[-1] > 1):
             raise ValueError(

@@ -1,45 +1,31 @@
-"""What the launches of the Triton kernels share: which GPU, which memory, which arguments."""
+"""What the launches of the Triton kernels share: which memory, which arguments."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from jvpgraph.kernels.attention_kernel import ADDITIVE_BIAS, BIAS_DOT_STRIDES, BIAS_STRIDES, BOOLEAN_BIAS, NO_BIAS
 
-__all__ = ["addressable", "arch_of", "bias_kind", "bias_strides", "on_device", "pretended_gpu", "strides_of"]
+__all__ = [
+    "addressable",
+    "bias_kind",
+    "bias_strides",
+    "descriptor_strides",
+    "fits_descriptor",
+    "on_device",
+    "strides_of",
+]
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Where a launch goes to."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-_pretended = 0  # what meta tensors are taken to be on
-
-
-@contextlib.contextmanager
-def pretended_gpu(arch: int) -> Iterator[None]:
-    """Inside, meta tensors are on a GPU of this compute capability: for jvpgraph.kernels.recorded."""
-    global _pretended
-    before, _pretended = _pretended, arch
-    try:
-        yield
-    finally:
-        _pretended = before
-
-
-def arch_of(device: torch.device) -> int:
-    """Compute capability, 80 for 8.0; of the interpreter, 0."""
-    if device.type != "cuda":
-        return _pretended if device.type == "meta" else 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def addressable(x: Tensor | None) -> Any:
@@ -65,3 +51,31 @@ def bias_kind(bias: Tensor | None) -> int:
     if bias is None:
         return NO_BIAS
     return BOOLEAN_BIAS if bias.dtype == torch.bool else ADDITIVE_BIAS
+
+
+def fits_descriptor(x: Tensor) -> bool:
+    """What the hardware asks: aligned to 16 bytes, in every row too, and no dim that broadcasts.
+
+    float32 does not gain, for its products are not on the matrix units.
+    """
+    size = x.element_size()
+    return (
+        x.dtype != torch.float32
+        and _is_aligned(x)
+        and all(
+            length == 1 or (stride > 0 and stride * size % 16 == 0 and stride * size < 1 << 40)
+            for length, stride in zip(x.shape[:3], x.stride())
+        )
+    )
+
+
+def descriptor_strides(x: Tensor) -> list[int]:
+    """The strides of x [B, H, L, D], but 16 where a dim of size one makes them mean nothing: they are checked."""
+    return [16 if length == 1 else stride for length, stride in zip(x.shape[:3], x.stride())] + [1]
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """To 16 bytes. Of a tensor without memory: whether it would be, in memory as torch allocates it."""
+    if x.device.type == "meta" or isinstance(x, FakeTensor):
+        return x.storage_offset() * x.element_size() % 16 == 0
+    return x.data_ptr() % 16 == 0

@@ -51,9 +51,9 @@ def dtype_inside(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def to_rank4(x: Tensor | None) -> Tensor | None:
+def to_rank4(x: Tensor) -> Tensor:
     """[B, L, D] -> [B, 1, L, D]; [b1, b2, ..., H, L, D] -> [b1 b2 ..., H, L, D]."""
-    if x is None or x.dim() == 4:
+    if x.dim() == 4:
         return x
     return x.unsqueeze(1) if x.dim() == 3 else x.flatten(0, -4)
 

@@ -17,7 +17,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime import driver
 
 from jvpgraph.kernels import attention_gluon, attention_kernel, backward_kernel
-from jvpgraph.kernels.launch import pretended_gpu
+from jvpgraph.kernels.call import pretended_gpu
 
 __all__ = ["Launch", "memory", "recording"]
 

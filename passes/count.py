@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
 from jvpgraph.graph.meta import INSERTED_META
-from jvpgraph.kernels.ops import OPS, describe
+from jvpgraph.kernels.choose import describe
+from jvpgraph.kernels.ops import OPS, call_of
 from jvpgraph.passes.context import Context
 from jvpgraph.rules.apply import bind
 
@@ -53,21 +54,18 @@ def _flops(node: fx.Node) -> tuple[Any, Any]:
 
 
 def _kernel(node: fx.Node) -> str:
-    """At the sizes of this call, without a guard on them."""
-    names = [argument.name for argument in OPS.attention.default._schema.arguments]
+    """At the sizes of this call, without a guard on them, as its tensors lie in memory."""
     bound = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
     with FakeTensorMode():
         given = {name: _at_this_size(x.meta["val"]) if isinstance(x, fx.Node) else x for name, x in bound.items()}
-        q, k, v, bias, *how = map(given.get, names)
-        assert isinstance(q, Tensor)
-        assert isinstance(k, Tensor)
-        assert isinstance(v, Tensor)
-        differentiable = bool(given.get("differentiable_tangent"))
-        return describe(q, k, v, bias, *how, bias_dot=given.get("bias_dot"), differentiable_tangent=differentiable)
+        return describe(call_of(given), differentiable_tangent=bool(given.get("differentiable_tangent")))
 
 
 def _at_this_size(x: Tensor) -> Tensor:
-    return torch.empty([_hint(n) for n in x.shape], dtype=x.dtype, device=x.device)
+    size, stride = ([_hint(n) for n in of] for of in (x.shape, x.stride()))
+    offset = _hint(x.storage_offset())
+    elements = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride) if n)
+    return torch.empty(elements, dtype=x.dtype, device=x.device).as_strided(size, stride, offset)
 
 
 def _hint(size: int | torch.SymInt) -> int:

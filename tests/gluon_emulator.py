@@ -13,6 +13,7 @@ Layouts, registers and the visibility of writes between the threads of a warpgro
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import random
 import threading
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from jvpgraph.kernels import attention_gluon
 from jvpgraph.kernels.blocks import GluonBlocks
+from tests import calls
 
 PATIENCE = 10.0  # seconds
 
@@ -308,12 +310,11 @@ def emulated(blocks: GluonBlocks, module: ModuleType = attention_gluon):
             **{name: getattr(module, name).fn for name in ("_locate", "_produce", "_weigh", "_visit", "_consume")},
             "attention_jvp_kernel": Launcher(module.attention_jvp_kernel.fn),
             "_descriptor": Descriptor,
-            "supports": lambda *_: True,
             "gluon_blocks": lambda head_dim, *_: (max(16, 1 << (head_dim - 1).bit_length()), blocks),
         }.items():
             patch.setattr(module, name, value)
         patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-        yield module.attention_jvp
+        yield functools.partial(calls.attention_jvp, module)
 
 
 class _Constant(int):

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from jvpgraph.kernels import attention_blocked as blocked
-from jvpgraph.kernels import checks, ops, reference
+from jvpgraph.kernels import backward_blocked, checks, choose, reference
 from jvpgraph.kernels.attention import (
     attention,
     attention_backward,
@@ -35,6 +35,7 @@ from jvpgraph.kernels.attention import (
 from jvpgraph.kernels.layout import bias_to_rank4
 from jvpgraph.kernels.ops import OPS
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
+from tests import calls
 
 # Against the float64 reference, in units of the largest value there: a few roundings of the dtype.
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float32: 4e-6, torch.float64: 1e-12}
@@ -148,13 +149,15 @@ def test_blocks_agree_with_reference(shape, bias, window):
     )
     bias4, bias_dot4 = bias_to_rank4(q, bias), bias_to_rank4(q, bias_dot)
     for block_q, block_k in ((None, None), (7, 5), (16, 64), (64, 16)):
-        blocks = {"block_q": block_q, "block_k": block_k}
-        got = blocked.attention_jvp(q, k, v, *dots, bias4, bias_dot4, window, scale, **blocks)
+        backend, blocks = (choose, {}) if block_q is None else (blocked, {"block_q": block_q, "block_k": block_k})
+        got = calls.attention_jvp(backend, q, k, v, *dots, bias4, bias_dot4, window, scale, **blocks)
         assert_near(got, expected, q.dtype)
-        o, lse = blocked.attention(q, k, v, bias4, window, scale, **blocks)
+        o, lse = calls.attention(backend, q, k, v, bias4, window, scale, **blocks)
         assert_near((o, lse), expected[:2], q.dtype)
-        *grads, dbias = blocked.attention_backward(
-            o_grad, lse_grad, q, k, v, bias4, o, lse, window, scale, bias_dot is not None, **blocks
+        backend = choose if block_q is None else backward_blocked
+        inputs, how = (q, k, v, bias4), (window, scale)
+        *grads, dbias = calls.attention_backward(
+            backend, (o_grad, lse_grad), inputs, (o, lse), how, bias_dot is not None, **blocks
         )
         if dbias is not None:
             grads.append(dbias.view(bias.shape))
@@ -216,7 +219,7 @@ def test_inactive_operands_are_not_multiplied():
                 return func(*args, **(kwargs or {}))
 
         with Count() as count:
-            blocked.attention_jvp(q, k, v, *dots, None, None, EVERYTHING, 0.3)
+            calls.attention_jvp(blocked, q, k, v, *dots, None, None, EVERYTHING, 0.3)
         return count.total
 
     one = 2 * 4 * 17 * 23 * 8
@@ -245,7 +248,8 @@ def test_any_shape(b, kv_heads, group, n_q, n_k, d, d_v, bias, window, block_q, 
     is_causal, sides, window = WINDOWS[window]
     h = kv_heads * group
     (q, k, v), dots, bias, bias_dot = make(b, h, n_q, n_k, d, d_v, kv_heads, bias=bias)
-    got = blocked.attention_jvp(
+    got = calls.attention_jvp(
+        blocked,
         q,
         k,
         v,
@@ -359,17 +363,19 @@ def test_fully_masked_rows(boolean, blocks):
     empty = ~keep.any(-1)
     bias = keep if boolean else torch.zeros(keep.shape, dtype=q.dtype).masked_fill_(~keep, -math.inf)
     bias_dot = None if boolean else torch.randn_like(bias)
-    sizes = {"block_q": blocks, "block_k": blocks}
-    o, lse, o_dot, lse_dot = blocked.attention_jvp(q, k, v, *dots, bias, bias_dot, EVERYTHING, 0.3, **sizes)
-    plain = blocked.attention(q, k, v, bias, EVERYTHING, 0.3, **sizes)
+    sizes = {} if blocks is None else {"block_q": blocks, "block_k": blocks}
+    forward, backward = (choose, choose) if blocks is None else (blocked, backward_blocked)
+    o, lse, o_dot, lse_dot = calls.attention_jvp(forward, q, k, v, *dots, bias, bias_dot, EVERYTHING, 0.3, **sizes)
+    plain = calls.attention(forward, q, k, v, bias, EVERYTHING, 0.3, **sizes)
     for x in (o, o_dot, lse_dot, plain[0]):
         assert x.isfinite().all()
         assert not x[empty].any()
     assert torch.equal(lse == -math.inf, empty)
     assert torch.equal(plain[1] == -math.inf, empty)
     for lse_grad in (None, torch.randn_like(lse)):
-        *grads, dbias = blocked.attention_backward(
-            torch.randn_like(o), lse_grad, q, k, v, bias, o, lse, EVERYTHING, 0.3, not boolean, **sizes
+        of_outs, how = (torch.randn_like(o), lse_grad), (EVERYTHING, 0.3)
+        *grads, dbias = calls.attention_backward(
+            backward, of_outs, (q, k, v, bias), (o, lse), how, not boolean, **sizes
         )
         assert all(x.isfinite().all() for x in grads)
         assert not grads[0][empty].any()
@@ -835,7 +841,7 @@ def peak_bytes(function, *args) -> int:
 def test_memory_is_linear_in_length():
     def jvp(n: int) -> int:
         (q, k, v), dots, _, _ = make(b=1, h=1, n_q=n, n_k=n, d=64, dtype=torch.float32)
-        return peak_bytes(blocked.attention_jvp, q, k, v, *dots, None, None, EVERYTHING, 0.125)
+        return peak_bytes(calls.attention_jvp, blocked, q, k, v, *dots, None, None, EVERYTHING, 0.125)
 
     def quadratic(n: int) -> int:
         (q, k, v), dots, _, _ = make(b=1, h=1, n_q=n, n_k=n, d=64, dtype=torch.float32)
@@ -851,7 +857,8 @@ def test_memory_of_backward_and_of_masks_is_linear():
     def backward(n: int) -> int:
         (q, k, v), _, bias, _ = make(1, 1, n, n, d=32, dtype=torch.float32, bias="additive_padding")
         o, lse = attention(q, k, v, bias)
-        return peak_bytes(blocked.attention_backward, o, lse, q, k, v, bias, o, lse, EVERYTHING, 0.2, True)
+        given = ((o, lse), (q, k, v, bias), (o, lse), (EVERYTHING, 0.2), True)
+        return peak_bytes(calls.attention_backward, backward_blocked, *given)
 
     assert backward(4096) <= 2.3 * backward(2048)
 
@@ -953,7 +960,7 @@ def test_packed_backward_under_capture(lengths, window, monkeypatch):
         return [*plain[:3], *OPS.attention_jvp_backward(*cotangents, q, k, v, *dots, None, None, *outs, *how)[:6]]
 
     want = grads()
-    monkeypatch.setattr(ops, "_is_capturing", lambda q: True)
+    monkeypatch.setattr("jvpgraph.kernels.call._is_capturing", lambda q: True)
     monkeypatch.setattr(Tensor, "tolist", lambda x: pytest.fail("waits for the device"))
     assert_near(tuple(grads()), tuple(want), torch.float64)
 
@@ -974,9 +981,9 @@ def test_the_package_imports_without_a_triton_that_works(triton, tmp_path):
     else:
         pytest.importorskip("triton")
     code = (
-        "import torch, jvpgraph; from jvpgraph.kernels import ops; from jvpgraph.kernels.attention import attention\n"
-        "assert ops.attention_triton is None and ops.attention_gluon is None, ops.attention_triton\n"
-        "q = torch.ones(1, 1, 2, 4); assert attention(q, q, q)[0].allclose(q); print(ops.NO_TRITON)"
+        "import torch; from jvpgraph.kernels import choose; from jvpgraph.kernels.attention import attention\n"
+        "assert choose.attention_triton is None, choose.attention_triton\n"
+        "q = torch.ones(1, 1, 2, 4); assert attention(q, q, q)[0].allclose(q); print(choose.NO_TRITON)"
     )
     code = LESSER_TRITONS.get(triton, "") + "\n" + code
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}

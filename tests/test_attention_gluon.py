@@ -5,7 +5,6 @@ What runs on a GPU goes past the ops, so that nothing else can step in; tests/te
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
 import os
@@ -15,14 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from jvpgraph.kernels import attention_gluon, attention_triton, blocks, gate, reference
+from jvpgraph.kernels import attention_gluon, attention_triton, blocks, choose, gate_checks, gate_launches, reference
 from jvpgraph.kernels.blocks import GLUON_TABLE, GLUON_VALUE_FROM, SHARED_MEMORY, GluonBlocks, gluon_blocks
-from jvpgraph.kernels.gate import Flags
+from jvpgraph.kernels.call import Call, Place
+from jvpgraph.kernels.gate_launches import Flags
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
+from tests import calls
 from tests.gluon_emulator import emulated
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -89,7 +89,7 @@ def test_emulated_inputs_that_do_not_move(active, overlap):
 def test_emulated_value_alone(n_q, n_k, stages):
     q, k, v, *_ = make(n_q=n_q, n_k=n_k, d=16)
     with emulated(GluonBlocks(32, stages)):
-        have = attention_gluon.attention(q, k, v, None, EVERYTHING, 0.3, blocks=GluonBlocks(32, stages))
+        have = calls.attention(attention_gluon, q, k, v, None, EVERYTHING, 0.3, blocks=GluonBlocks(32, stages))
     want = reference.attention(q.double(), k.double(), v.double(), scale=0.3)
     assert max((a - b).norm() / b.norm() for a, b in zip(have, want)) < TOLERANCE[BF16]
 
@@ -147,72 +147,65 @@ def test_the_emulator_finds(mistake, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------ what it is chosen for
 
 
-@contextlib.contextmanager
-def fake_cuda(monkeypatch, capability=(9, 0)):
-    """Tensors of a GPU that is not here."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    with FakeTensorMode():
-        yield lambda d, dtype=BF16: torch.empty(1, 2, 64, d, dtype=dtype, device="cuda")
+def on_meta(*dims: int, dtype=BF16, arch: int = 90, active: bool = True, **fields: object) -> Call:
+    """A call of a GPU that is not here; dims are those of q and k, and of v."""
+    q, v = (torch.empty(1, 2, 64, d, dtype=dtype, device="meta") for d in (dims[0], dims[-1]))
+    return Call(q, q, v, q if active else None, **{"scale": 0.1, "place": Place("cuda", arch)} | fields)
 
 
-def test_supports(monkeypatch):
-    assert not attention_gluon.supports(torch.zeros(1, 1, 64, 64, dtype=BF16), torch.zeros(1, 1, 64, 64, dtype=BF16))
-    with fake_cuda(monkeypatch) as x:
-        for d in (8, 64, 72, 96, 128):
-            assert attention_gluon.supports(x(d), x(d))
-            assert attention_gluon.supports(x(d, FP16), x(d, FP16))
-        assert not attention_gluon.supports(x(64, torch.float32), x(64, torch.float32))
-        assert not attention_gluon.supports(x(136), x(136))
-        assert not attention_gluon.supports(x(60), x(60))
-        assert not attention_gluon.supports(x(64), x(128))
-        q = x(64)
-        for refused in (
-            {"bias": x(64)},
-            {"window": CAUSAL},
-            {"window": Window(left=7)},
-            {"scale": -1.0},
-            {"cu_seqlens": (q, q)},
-        ):
-            assert not attention_gluon.supports(q, q, **refused)
-    with fake_cuda(monkeypatch, (10, 0)) as x:
-        assert not attention_gluon.supports(x(64), x(64))
+def test_what_is_refused():
+    for d in (8, 64, 72, 96, 128):
+        for dtype in (BF16, FP16):
+            assert attention_gluon.refuses(on_meta(d, dtype=dtype)) is None
+    assert attention_gluon.refuses(on_meta(128, active=False)) is None
+    q, cu = torch.empty(1, 2, 64, 64, device="meta"), torch.empty(2, dtype=torch.int32, device="meta")
+    for reason, call in (
+        ("Hopper", on_meta(64, place=Place("cpu"))),
+        ("Hopper", on_meta(64, arch=100)),
+        ("float32", on_meta(64, dtype=torch.float32)),
+        ("up to 128", on_meta(136)),
+        ("multiple of 8", on_meta(60)),
+        ("as many columns", on_meta(64, 128)),
+        ("no mask", on_meta(64, bias=q)),
+        ("no window", on_meta(64, window=CAUSAL)),
+        ("no window", on_meta(64, window=Window(left=7))),
+        ("scale", on_meta(64, scale=-1.0)),
+        ("packed", on_meta(64, packing=(cu, cu))),
+        (f"below {GLUON_VALUE_FROM}", on_meta(64, active=False)),
+    ):
+        assert reason in attention_gluon.refuses(call)
 
 
 def test_a_gpu_must_have_shown_it_to_be_faster(monkeypatch):
-    with fake_cuda(monkeypatch) as x:
-        assert attention_gluon.is_faster(x(128), x(128))
-        assert not attention_gluon.is_faster(x(32), x(32))
-        monkeypatch.setattr(attention_gluon, "GLUON_IS_FASTER", frozenset({(90, 64, BF16)}))
-        assert attention_gluon.is_faster(x(64), x(64))
-        assert not attention_gluon.is_faster(x(128), x(128))
-        assert not attention_gluon.is_faster(x(64, FP16), x(64, FP16))
-        assert not attention_gluon.is_faster(x(64), x(128))
+    for call, is_first in ((on_meta(128), True), (on_meta(32), False)):
+        assert (attention_gluon.unproven(call) is None) == is_first
+        assert (choose.plan(call).forward is choose.GLUON) == is_first
+        monkeypatch.setenv("JVPGRAPH_ATTENTION", "gluon")
+        assert choose.plan(call).forward is choose.GLUON
+        monkeypatch.delenv("JVPGRAPH_ATTENTION")
+    monkeypatch.setattr(attention_gluon, "GLUON_IS_FASTER", frozenset({(90, 64, BF16)}))
+    assert attention_gluon.unproven(on_meta(64)) is None
+    assert "128 columns" in attention_gluon.unproven(on_meta(128))
+    assert "float16" in attention_gluon.unproven(on_meta(64, dtype=FP16))
     assert all(kind in (BF16, FP16) for *_, kind in blocks.GLUON_IS_FASTER)
 
 
-def test_the_other_kernel_runs_what_this_one_does_not(monkeypatch):
-    """Broadcast, misaligned and transposed inputs, and calls without tangents."""
-    passed = []
-    monkeypatch.setattr(attention_triton, "attention_jvp", lambda *x, **_: passed.append(x))
-    monkeypatch.setattr(attention_gluon, "supports", lambda *_: True)
+def test_what_lies_in_memory_as_no_tma_takes_it_is_refused():
+    """Broadcast, misaligned and transposed inputs, of which the plan says the names."""
     tensors = make(b=2, n_q=130)
-    for i, other in enumerate((
+    for other in (
         [x[:1].expand_as(x) for x in tensors],
         [x[:, :1].expand_as(x) for x in tensors],
         [torch.cat((x, x), -1)[..., 1:65] for x in tensors],
         [torch.cat((x, x[..., :4]), -1)[..., :64] for x in tensors],
         [x.mT.contiguous().mT for x in tensors],
-        [*tensors[:3], None, None, None],
-        [x[:, :, :0] for x in tensors],
-    )):  # fmt: skip
-        attention_gluon.attention_jvp(*other, None, None, EVERYTHING, 0.1)
-        assert len(passed) == i + 1
-    monkeypatch.setattr(attention_triton, "attention", lambda *x, **_: passed.append(x))
-    other = [torch.cat((x, x), -1)[:1].expand(2, -1, -1, -1) for x in tensors[:3]]
-    attention_gluon.attention(*other, None, EVERYTHING, 0.1)  # broadcast
-    attention_gluon.attention(*tensors[:3], None, EVERYTHING, 0.1)  # 64 columns, at which it is slower
-    assert len(passed) == 9
-    assert attention_gluon.attention_backward is attention_triton.attention_backward
+    ):
+        found = choose.plan(Call(*other, place=Place("cuda", 90)))
+        assert found.forward is choose.TRITON
+        assert "q, k, v, q_dot, k_dot, v_dot cannot be loaded" in found.why["Gluon"]
+    one = [*tensors[:4], torch.cat((tensors[4], tensors[4]), -1)[..., 1:65], tensors[5]]
+    assert choose.plan(Call(*one, place=Place("cuda", 90))).why["Gluon"].startswith("k_dot cannot")
+    assert choose.plan(Call(*tensors, place=Place("cuda", 90))).forward is choose.GLUON
 
 
 # ------------------------------------------------------------------------------------------------------ compiled
@@ -235,7 +228,7 @@ def test_variants_compile_and_fit(active, tmp_path, monkeypatch):
     flags = Flags(*(bool(active >> i & 1) for i in range(3)))
     d, dtype = (64, FP16) if active % 2 else (128, BF16)
     _, tile = gluon_blocks(d, 2 + flags.has_k_dot + flags.has_v_dot, active > 0)
-    compiled, log = gate.compile_gluon(d, dtype, tile, flags)
+    compiled, log = gate_checks.compile_launch(gate_launches.gluon_launch(d, dtype, tile, flags))
     assert compiled.metadata.shared <= SHARED_MEMORY[90]
     assert "serialized" not in log
 
@@ -260,16 +253,15 @@ def poisoned(monkeypatch) -> None:
     def another(*_, **__):
         raise AssertionError("attention_triton ran instead")
 
-    for name in ("attention", "attention_jvp"):
-        monkeypatch.setattr(attention_triton, name, another)
+    monkeypatch.setattr(attention_triton, "attend", another)
 
 
 def run(tensors: list[Tensor | None], limit: float | None = None) -> tuple[Tensor, ...]:
     d = tensors[0].shape[-1]
-    have = attention_gluon.attention_jvp(*tensors, None, None, EVERYTHING, d**-0.5)
+    have = calls.attention_jvp(attention_gluon, *tensors, None, None, EVERYTHING, d**-0.5)
     assert max(errors(have, tensors, d**-0.5)) < (limit or TOLERANCE[tensors[0].dtype])
     assert all(x.transpose(1, 2).is_contiguous() for x in (have[0], have[2]))
-    value = attention_gluon.attention(*tensors[:3], None, EVERYTHING, d**-0.5, blocks=GluonBlocks(128, 2))
+    value = calls.attention(attention_gluon, *tensors[:3], None, EVERYTHING, d**-0.5, blocks=GluonBlocks(128, 2))
     assert all((a - b).norm() < 1e-2 * b.norm() for a, b in zip(value, have))
     return have
 
@@ -293,7 +285,7 @@ class TestOnHopper:
     def test_other_blocks(self, d, overlap):
         tensors = make(h=4, n_q=999, n_k=2000, d=d, device="cuda")
         tile = GluonBlocks(64, 2, overlap)
-        have = attention_gluon.attention_jvp(*tensors, None, None, EVERYTHING, d**-0.5, blocks=tile)
+        have = calls.attention_jvp(attention_gluon, *tensors, None, None, EVERYTHING, d**-0.5, blocks=tile)
         assert max(errors(have, tensors, d**-0.5)) < TOLERANCE[BF16]
 
     @pytest.mark.parametrize("d", [64, 128])
@@ -330,5 +322,5 @@ class TestOnHopper:
         tensors = make(b=2, h=8, n_q=2000, n_k=1999, d=128, device="cuda")
         first = run(tensors)
         for _ in range(20):
-            again = attention_gluon.attention_jvp(*tensors, None, None, EVERYTHING, 128**-0.5)
+            again = calls.attention_jvp(attention_gluon, *tensors, None, None, EVERYTHING, 128**-0.5)
             assert all(torch.equal(a, b) for a, b in zip(again, first))

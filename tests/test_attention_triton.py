@@ -14,19 +14,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 
 from jvpgraph.kernels import (
-    aten_backward,
-    attention_blocked,
-    attention_gluon,
+    aten_cuda,
     attention_triton,
+    backward_blocked,
     backward_triton,
-    gate,
+    choose,
+    gate_launches,
     launch,
     reference,
 )
-from jvpgraph.kernels.attention import implementation, merge_attention
+from jvpgraph.kernels.attention import merge_attention
 from jvpgraph.kernels.blocks import Blocks, choose_blocks, least_columns, split_head_dim
+from jvpgraph.kernels.call import Call, Cotangents, Outputs, Place, Wanted
 from jvpgraph.kernels.layout import for_aten
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
+from tests import calls
 from tests.interpreter import (  # noqa: F401 - fixtures
     DEVICE,
     INTERPRETED,
@@ -108,9 +110,9 @@ def check(inputs, dots, bias, bias_dot, window=EVERYTHING, scale=0.2, by_descrip
     tensors = (q, k, v, *dots, bias, bias_dot)
     want = reference.attention_jvp(*map(double, tensors), False, scale, widths(window))
     options = {"by_descriptor": by_descriptor, "blocks": blocks}
-    have = attention_triton.attention_jvp(*tensors, window, scale, **options)
+    have = calls.attention_jvp(attention_triton, *tensors, window, scale, **options)
     assert max(errors(have, want)) < TOLERANCE[q.dtype]
-    primal = attention_triton.attention(q, k, v, bias, window, scale, **options)
+    primal = calls.attention(attention_triton, q, k, v, bias, window, scale, **options)
     assert max(errors(primal, want[:2])) < TOLERANCE[q.dtype]
     for o in (have[0], have[2], primal[0]):
         assert o.dtype == q.dtype
@@ -211,7 +213,7 @@ def test_fully_masked_rows_are_zero(bias, window, dtype):
     mask[0] = nothing
     mask[1, ..., :100] = nothing  # the first block has none of the keys of this one
     check(inputs, dots, mask, mask_dot, window=window)
-    o, lse, o_dot, lse_dot = attention_triton.attention_jvp(*inputs, *dots, mask, mask_dot, window, 0.2)
+    o, lse, o_dot, lse_dot = calls.attention_jvp(attention_triton, *inputs, *dots, mask, mask_dot, window, 0.2)
     assert not o[0].any()
     assert (lse[0] == -math.inf).all()
     assert not o_dot[0].any()
@@ -225,13 +227,14 @@ def test_the_most_negative_finite_bias_hides_as_in_torch(dtype):
     (q, k, v), dots, _, _ = make(n_q=40, n_k=70, d=16, dtype=dtype)
     mask = torch.zeros(1, 1, 40, 70, dtype=dtype, device=DEVICE)
     mask[..., 30:] = mask[:, :, 7] = torch.finfo(dtype).min
-    o, lse, o_dot, lse_dot = attention_triton.attention_jvp(q, k, v, *dots, mask, None, EVERYTHING, 0.2)
+    o, lse, o_dot, lse_dot = calls.attention_jvp(attention_triton, q, k, v, *dots, mask, None, EVERYTHING, 0.2)
     want = torch.nn.functional.scaled_dot_product_attention(*map(double, (q, k, v)), mask.double(), scale=0.2)
     want[:, :, 7] = v.double().mean(2)
     assert max(errors((o,), (want,))) < TOLERANCE[dtype]
     assert all(x.isfinite().all() for x in (lse, o_dot, lse_dot))
     lse_grad = torch.randn_like(lse)
-    grads = aten_backward.attention_backward(o, lse_grad, q, k, v, mask, o, lse, EVERYTHING, 0.2, False)[:3]
+    backward = backward_blocked if dtype == FULL else backward_triton
+    grads = calls.attention_backward(backward, (o, lse_grad), (q, k, v, mask), (o, lse), (EVERYTHING, 0.2))[:3]
     assert all(x.isfinite().all() for x in grads)
 
 
@@ -245,12 +248,11 @@ def test_rows_hidden_by_a_finite_bias_have_gradients(dtype, fill, window):
     inputs, dots, _, _ = make(n_q=40, n_k=70, d=16, dtype=dtype)
     mask = torch.zeros(1, 1, 40, 70, device=DEVICE)
     mask[..., 30:] = mask[:, :, 7] = fill
-    outs = attention_triton.attention_jvp(*inputs, *dots, mask, None, window, 0.2)
+    outs = calls.attention_jvp(attention_triton, *inputs, *dots, mask, None, window, 0.2)
     o_grad, o_dot_grad = torch.randn_like(outs[0]), torch.randn_like(outs[0])
     for G in (None, o_dot_grad):
-        got = backward_triton.attention_jvp_backward(
-            o_grad, None, G, None, *inputs, *dots, mask, outs[0], outs[1], outs[3], window, 0.2
-        )
+        grads = (o_grad, None, G, None)
+        got = calls.attention_jvp_backward(backward_triton, grads, (*inputs, *dots, mask), outs, (window, 0.2))[:6]
         q, k, v, *dots_64 = leaves = [double(x).requires_grad_() for x in (*inputs, *dots)]
         ahead = torch.arange(70, device=DEVICE) - torch.arange(40, device=DEVICE)[:, None]
         # in float32, as far as the mask goes: what it takes from the scores there is part of what is wanted
@@ -270,15 +272,13 @@ def test_a_nan_in_an_additive_bias_is_not_hidden(dtype):
     (q, k, v), dots, _, _ = make(n_q=40, n_k=70, d=16, dtype=dtype)
     mask = torch.zeros(1, 1, 40, 70, device=DEVICE)
     mask[:, :, 3, 5] = math.nan
-    outs = attention_triton.attention_jvp(q, k, v, *dots, mask, None, EVERYTHING, 0.2)
+    outs = calls.attention_jvp(attention_triton, q, k, v, *dots, mask, None, EVERYTHING, 0.2)
     for x in outs:
         assert x[:, :, 3].isnan().all()
         assert x[:, :, 4:].isfinite().all()
     if dtype == torch.bfloat16:
-        o, lse, _, lse_dot = outs
-        got = backward_triton.attention_jvp_backward(
-            q, None, q, None, q, k, v, *dots, mask, o, lse, lse_dot, EVERYTHING, 0.2
-        )
+        tensors, grads = (q, k, v, *dots, mask), (q, None, q, None)
+        got = calls.attention_jvp_backward(backward_triton, grads, tensors, outs, (EVERYTHING, 0.2))
         assert got[0][:, :, 3].isnan().all()
         assert got[0][:, :, 4:].isfinite().all()
 
@@ -310,7 +310,7 @@ def test_windows(lengths, window):
 @pytest.mark.parametrize("window", [Window(left=10), Window(10, 10)], ids=str)
 def test_queries_whose_window_lies_behind_the_keys_see_nothing(window):
     inputs, dots, _, _ = make(n_q=200, n_k=30, d=16)
-    o, lse, o_dot, lse_dot = attention_triton.attention_jvp(*inputs, *dots, None, None, window, 0.2)
+    o, lse, o_dot, lse_dot = calls.attention_jvp(attention_triton, *inputs, *dots, None, None, window, 0.2)
     assert (lse[:, :, :40] > -math.inf).all()
     assert (lse[:, :, 40:] == -math.inf).all()
     assert not any(x[:, :, 40:].any() for x in (o, o_dot, lse_dot))
@@ -361,9 +361,9 @@ def check_packed(lengths, poisoned, window, by_descriptor=None, blocks=None, act
                 whole[:, :, at_q] = part
     for x in spoiled:
         x.fill_(math.nan)
-    options = {"cu_seqlens": cu, "by_descriptor": by_descriptor, "blocks": blocks}
-    have = attention_triton.attention_jvp(*inputs, *dots, None, None, window, 0.2, **options)
-    primal = attention_triton.attention(*inputs, None, window, 0.2, **options)
+    options = {"packing": cu, "by_descriptor": by_descriptor, "blocks": blocks}
+    have = calls.attention_jvp(attention_triton, *inputs, *dots, None, None, window, 0.2, **options)
+    primal = calls.attention(attention_triton, *inputs, None, window, 0.2, **options)
     for some in (have, primal):
         right = errors([x[:, :, rows] for x in some], [x[:, :, rows] for x in want[: len(some)]])
         assert max(right) < TOLERANCE[q.dtype]
@@ -407,8 +407,8 @@ def test_long_and_many_packed_sequences():
 def test_offsets_beyond_the_tensors_touch_nothing_outside():
     (q, k, v), dots, _, _ = make(n_q=65, n_k=70, d=16)
     wrong = offsets([100]), offsets([5000])
-    have = attention_triton.attention_jvp(q, k, v, *dots, None, None, EVERYTHING, 0.2, cu_seqlens=wrong)
-    want = attention_triton.attention_jvp(q, k, v, *dots, None, None, EVERYTHING, 0.2)
+    have = calls.attention_jvp(attention_triton, q, k, v, *dots, None, None, EVERYTHING, 0.2, packing=wrong)
+    want = calls.attention_jvp(attention_triton, q, k, v, *dots, None, None, EVERYTHING, 0.2)
     assert max(errors(have, tuple(map(double, want)))) < 1e-5
 
 
@@ -432,20 +432,19 @@ def test_any_strides():
     unaligned = [torch.cat((x, x), -1)[..., 1:17] for x in inputs]
     check(unaligned, dots, None, None)
     half = shared[1].half()
-    assert not attention_triton.fits_descriptor(shared[1][..., :8].half().expand(2, -1, -1, -1)[:, :, :, 1:])
-    assert attention_triton.fits_descriptor(half[:1])
+    assert not launch.fits_descriptor(shared[1][..., :8].half().expand(2, -1, -1, -1)[:, :, :, 1:])
+    assert launch.fits_descriptor(half[:1])
 
 
-@runs_kernels
 def test_no_rows_and_no_keys():
-    inputs, dots, _, _ = make(n_q=3, n_k=5, d=16)
-    o, lse, o_dot, lse_dot = attention_triton.attention_jvp(
-        inputs[0], *(x[:, :, :0] for x in inputs[1:]), dots[0], None, None, None, None, EVERYTHING, 1.0
-    )
-    assert not o.any()
+    (q, k, v), (q_dot, _, _), _, _ = make(n_q=3, n_k=5, d=16)
+    call = Call(q, k[:, :, :0], v[:, :, :0], q_dot, place=Place("cuda", 90))
+    found = choose.plan(call)
+    assert (found.forward, found.backward) == (choose.BLOCKED, choose.BLOCKED_BACKWARD)
+    assert found.why["Triton"] == "there is nothing to compute"
+    o, lse, o_dot, lse_dot = choose.attend(call)
     assert (lse == -math.inf).all()
-    assert not o_dot.any()
-    assert not lse_dot.any()
+    assert not any(x.any() for x in (o, o_dot, lse_dot))
 
 
 # -------------------------------------------------------------------------------------------------- precision
@@ -462,7 +461,7 @@ def test_a_tangent_common_to_all_keys_costs_no_precision(window):
     scale = 128**-0.5
     tensors = (q, k, v, q_dot, k_dot, v_dot)
     want = reference.attention_jvp(*map(double, tensors), None, None, False, scale, widths(window))
-    have = attention_triton.attention_jvp(*tensors, None, None, window, scale)
+    have = calls.attention_jvp(attention_triton, *tensors, None, None, window, scale)
 
     # the same roundings without centring, in torch
     q, k, v, q_dot, k_dot, v_dot = (x.float() for x in tensors)
@@ -486,7 +485,7 @@ def test_two_halves_merge_to_the_whole():
 
     def run(keys: slice) -> tuple[Tensor, ...]:
         moved = (k_dot[:, :, keys], v_dot[:, :, keys], mask[..., keys], mask_dot[..., keys])
-        return attention_triton.attention_jvp(q, k[:, :, keys], v[:, :, keys], q_dot, *moved, EVERYTHING, 0.2)
+        return calls.attention_jvp(attention_triton, q, k[:, :, keys], v[:, :, keys], q_dot, *moved, EVERYTHING, 0.2)
 
     whole = run(slice(None))
     merged = merge_attention(run(slice(0, 61)), run(slice(61, None)))
@@ -568,46 +567,25 @@ def test_a_new_length_compiles_nothing(limits, packed, bias, monkeypatch, tmp_pa
     blocks = choose_blocks(90, (32, 32), torch.bfloat16, "jvp" if bias == "none" else "bias", True)
     if packed:
         blocks = attention_triton.packed_blocks(blocks)
-    masks = {"none": gate.Flags(), "padding": gate.VARIANTS["bias"], "additive": gate.FULL_BIAS}
-    flags = masks[bias]._replace(has_left=limits[0] is not None, has_right=limits[1] is not None, packed=packed)
-    gated = gate.forward_launch(90, 32, 32, torch.bfloat16, blocks, flags, True).source
+    flags = gate_launches.VARIANTS["jvp" if bias == "none" else "bias"]
+    if bias == "additive":
+        flags = gate_launches.FULL_BIAS
+    flags = flags._replace(has_left=limits[0] is not None, has_right=limits[1] is not None, packed=packed)
+    gated = gate_launches.forward_launch(90, (32, 32), torch.bfloat16, blocks, flags, True).source
     compiled = compile_only(monkeypatch, attention_triton, "attention_kernel", tmp_path)
-    monkeypatch.setattr(attention_triton, "arch_of", lambda device: 90)
     packing = torch.tensor([0, 5, 5, 20, 64, 65], dtype=torch.int32)
     for n, (n_q, n_k, b) in enumerate(((100, 65, 1), (999, 1999, 2), (128, 160, 3), (65, 165, 1))):
         size = {"b": 1 if packed else b, "n_q": n_q, "n_k": n_k, "d": 32}
         (q, k, v), dots, mask, mask_dot = make(**size, dtype=torch.bfloat16, bias=bias)
         window = Window(*(None if x is None else x * n for x in limits))
         cu_seqlens = (packing[: n + 1], packing[1 : n + 2]) if packed else None
-        attention_triton.attention_jvp(q, k, v, *dots, mask, mask_dot, window, 0.1, cu_seqlens=cu_seqlens)
+        place = Place("cuda", 90)
+        attention_triton.attend(Call(q, k, v, *dots, mask, mask_dot, window, 0.1, cu_seqlens, place=place))
     assert len({id(x) for x in compiled}) == 1
     source = compiled[0].src
     assert source.signature == gated.signature
     assert source.constants == gated.constants
     assert source.attrs == gated.attrs
-
-
-def test_the_processor_and_float64_stay_with_torch():
-    q = torch.empty(1, 1, 1, 8)
-    assert implementation(q, q) is attention_blocked
-    assert implementation(q.double(), q.double()) is attention_blocked
-
-
-def test_an_implementation_can_be_asked_for(monkeypatch):
-    q = torch.empty(1, 1, 1, 8)
-    monkeypatch.setattr(attention_triton, "supports", lambda q, v: True)
-    monkeypatch.setattr(attention_gluon, "supports", lambda q, v: True)
-    monkeypatch.setattr(attention_gluon, "is_faster", lambda q, v: False)
-    assert implementation(q, q) is attention_triton
-    for wanted, module in (("gluon", attention_gluon), ("triton", attention_triton), ("blocked", attention_blocked)):
-        monkeypatch.setenv("JVPGRAPH_ATTENTION", wanted)
-        assert implementation(q, q) is module
-    monkeypatch.setenv("JVPGRAPH_ATTENTION", "block")
-    with pytest.raises(ValueError, match="'block': it takes gluon, triton or blocked"):
-        implementation(q, q)
-    monkeypatch.delenv("JVPGRAPH_ATTENTION")
-    monkeypatch.setattr(attention_gluon, "is_faster", lambda q, v: True)
-    assert implementation(q, q) is attention_gluon
 
 
 def fake(b=2, h=8, kv_heads=None, n_q=100, n_k=100, d=64, d_v=None, dtype=torch.bfloat16):
@@ -648,40 +626,50 @@ PATHS = [
 ]
 
 
+BACKWARDS = {
+    "flash": choose.FLASH,
+    "efficient": choose.EFFICIENT,
+    "triton": choose.TRITON_BACKWARD,
+    "blocked": choose.BLOCKED_BACKWARD,
+}
+
+
+def backward_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: dict[str, Any], arch: int) -> Call:
+    wanted = Wanted(from_lse=options.get("has_lse_grad", False), bias=options.get("bias_needs_grad", False))
+    window, scale = options.get("window", EVERYTHING), options.get("scale", 0.1)
+    return Call(q, k, v, bias=bias, window=window, scale=scale, wanted=wanted, place=Place("cuda", arch))
+
+
 @pytest.mark.parametrize(("path", "shape", "options"), PATHS, ids=str)
 @pytest.mark.parametrize("bias_rows", [False, True])
 def test_backward_paths(path, shape, options, bias_rows, monkeypatch):
     """What is chosen, and that ATen's schema and shapes take it: its kernels themselves need a GPU."""
     # a torch without CUDA does not fake all that this calls
-    monkeypatch.setattr(aten_backward, "_additive_aligned", lambda q, k, bias: bias.expand(*q.shape[:3], -1))
-    monkeypatch.setattr(backward_triton, "arch_of", lambda device: 90)
-    defaults = {"bias": None, "window": EVERYTHING, "scale": 0.1, "has_lse_grad": False, "bias_needs_grad": False}
-    options = defaults | options
+    monkeypatch.setattr(aten_cuda, "_additive_aligned", lambda q, k, bias: bias.expand(*q.shape[:3], -1))
     with FakeTensorMode():
         q, k, v = fake(**shape)
-        if options["bias"] is not None:
+        bias = None
+        if "bias" in options:
             size = (2, 8, q.shape[2], k.shape[2]) if bias_rows else (2, 1, 1, k.shape[2])
-            options["bias"] = torch.empty(size, dtype=options["bias"], device="cuda")
-        name, why = aten_backward.backward_path(q, k, v, **options)
-        assert name == path
-        assert bool(why) == (name in ("triton", "blocked"))
+            bias = torch.empty(size, dtype=options["bias"], device="cuda")
+        call = backward_call(q, k, v, bias, options, 90)
+        found = choose.plan(call)
+        assert found.backward is BACKWARDS[path]
+        assert (": " in found.backward_and_why()) == (path in ("triton", "blocked"))
         if path in ("triton", "blocked"):
             return
         o = torch.empty(2, q.shape[2], 8, v.shape[3], dtype=q.dtype, device="cuda").transpose(1, 2)
         lse = torch.empty(q.shape[:3], device="cuda")
-        bias, window = options["bias"], options["window"]
-        *grads, dbias = aten_backward.attention_backward(
-            o, None, q, k, v, bias, o, lse, window, 0.1, options["bias_needs_grad"]
-        )
-        assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
-        assert all(x.device.type == "cuda" and x.dtype == q.dtype for x in grads)
-        assert dbias is None
+        grads = choose.differentiate(call, Outputs(o, lse), Cotangents(o))
+        assert [x.shape for x in grads[:3]] == [q.shape, k.shape, v.shape]
+        assert all(x.device.type == "cuda" and x.dtype == q.dtype for x in grads[:3])
+        assert grads[3:] == (None,) * 5
 
 
 def test_what_the_efficient_backward_is_given():
     lse = torch.randn(1, 2, 40)
     lse[0, 0, 3] = -math.inf
-    padded = aten_backward._padded_lse(lse)
+    padded = aten_cuda._padded_lse(lse)
     assert padded.shape == (1, 2, 64)
     assert (padded[..., 40:] == math.inf).all()
     assert padded[0, 0, 3] == math.inf
@@ -689,12 +677,12 @@ def test_what_the_efficient_backward_is_given():
 
     q, k, _ = (x.to("cpu") for x in (torch.empty(2, 3, 7, 8), torch.empty(2, 3, 21, 8), torch.empty(0)))
     keys = torch.rand(2, 1, 1, 21) > 0.5
-    bias = aten_backward._additive_aligned(q, k, keys)
+    bias = aten_cuda._additive_aligned(q, k, keys)
     assert bias.shape == (2, 3, 7, 21)
     assert bias.stride()[1:3] == (0, 0)  # broadcast, not repeated
     assert torch.equal(bias == 0, keys.expand(2, 3, 7, 21))
     full = torch.randn(2, 3, 7, 21)
-    bias = aten_backward._additive_aligned(q, k, full)
+    bias = aten_cuda._additive_aligned(q, k, full)
     assert torch.equal(bias, full)
     assert all(stride % 8 == 0 for stride in bias.stride()[:3])
 
@@ -709,11 +697,12 @@ def test_backward_on_a_gpu(path, shape, options):
         seen = torch.rand(2, 1, 1, inputs[1].shape[2], device=DEVICE) > 0.3
         seen[0] = False
         bias = seen if options["bias"] == torch.bool else torch.where(seen, 0.0, -math.inf).to(dtype)
-    o, lse = attention_triton.attention(*inputs, bias, window, scale)
+    o, lse = calls.attention(attention_triton, *inputs, bias, window, scale)
     o_grad = torch.randn_like(o)
     lse_grad = torch.randn_like(lse) if options.get("has_lse_grad") else None
-    have = attention_triton.attention_backward(o_grad, lse_grad, *inputs, bias, o, lse, window, scale, False)[:3]
-    want = attention_blocked.attention_backward(
-        *(double(x) for x in (o_grad, lse_grad, *inputs, bias, o, lse)), window, scale, False
-    )[:3]
+    call = Call(*inputs, bias=bias, window=window, scale=scale, wanted=Wanted(from_lse=lse_grad is not None))
+    assert choose.plan(call).backward is BACKWARDS[path]
+    have = choose.differentiate(call, Outputs(o, lse), Cotangents(o_grad, lse_grad))[:3]
+    exact = [double(x) for x in (o_grad, lse_grad, *inputs, bias, o, lse)]
+    want = calls.attention_backward(backward_blocked, exact[:2], exact[2:6], exact[6:], (window, scale))[:3]
     assert max(errors(have, want)) < 2 * TOLERANCE[dtype]

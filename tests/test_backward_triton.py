@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from jvpgraph.kernels import attention_blocked, backward_triton, gate
+from jvpgraph.kernels import attention_blocked, backward_triton, gate_launches
 from jvpgraph.kernels.blocks import (
     BACKWARD_TABLE,
     LIKE_AMPERE,
@@ -24,7 +24,9 @@ from jvpgraph.kernels.blocks import (
     backward_sweeps,
     parts_of_head_dim,
 )
+from jvpgraph.kernels.call import Call, Cotangents, Outputs, Place, Wanted
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
+from tests import calls
 from tests.interpreter import (  # noqa: F401 - fixtures
     DEVICE,
     INTERPRETED,
@@ -56,20 +58,12 @@ def computed(case: Case, blocks: BackwardBlocks | Sweeps | None = SMALL) -> dict
     """The gradients by name, from the forward in blocks of torch."""
     inputs = {name: None if x is None else x.to(DEVICE) for name, x in case.inputs.items()}
     tensors: tuple[Any, ...] = tuple(inputs[name] for name in NAMES)
-    o, lse, _, lse_dot = attention_blocked.attention_jvp(*tensors, case.window, case.scale)
-    cotangents = (None if x is None else x.to(DEVICE) for x in (case.cotangents[name] for name in OUTPUTS))
+    outs = calls.attention_jvp(attention_blocked, *tensors, case.window, case.scale)
+    cotangents = tuple(None if x is None else x.to(DEVICE) for x in (case.cotangents[name] for name in OUTPUTS))
     if isinstance(blocks, BackwardBlocks):
         blocks = Sweeps(*(blocks,) * (4 if case.window == CAUSAL else 3))
-    got = backward_triton.attention_jvp_backward(
-        *cotangents,
-        *tensors[:7],
-        o,
-        lse,
-        lse_dot,
-        case.window,
-        case.scale,
-        sweeps=blocks,
-    )
+    how = (case.window, case.scale)
+    got = calls.attention_jvp_backward(backward_triton, cotangents, tensors[:7], outs, how, sweeps=blocks)
     return {name: None if x is None else x.cpu() for name, x in zip(NAMES, got)}
 
 
@@ -218,16 +212,16 @@ def test_what_all_keys_share_costs_no_precision(dtype, name):
 def test_a_new_length_compiles_nothing(monkeypatch, tmp_path):
     """What the host function launches is what the gate compiles, once for all lengths: on a GPU that is pretended."""
     entry, names = BackwardEntry(90, 64, True), ("sums", "queries", "keys", "values")
-    gated = {x: gate.backward_launch(entry, x, getattr(BACKWARD_TABLE[entry], x)).source for x in names}
+    gated = {x: gate_launches.backward_launch(entry, x, getattr(BACKWARD_TABLE[entry], x)).source for x in names}
     of_queries = compile_only(monkeypatch, backward_triton, "queries_kernel", tmp_path)
     of_keys = compile_only(monkeypatch, backward_triton, "keys_kernel", tmp_path)
-    monkeypatch.setattr(backward_triton, "arch_of", lambda device: 90)
     for n_q, n_k, b in ((100, 65, 1), (999, 1999, 2), (128, 160, 3), (65, 165, 1)):
         case = make(b=b, h=2, n_q=n_q, n_k=n_k, d=64).to(BF16)
         tensors = [case.inputs[name] for name in NAMES[:7]]
-        cotangents = [case.cotangents[name] for name in OUTPUTS]
+        grads = Cotangents(*(case.cotangents[name] for name in OUTPUTS))
         lse = torch.zeros(b, 2, n_q)
-        backward_triton.attention_jvp_backward(*cotangents, *tensors, cotangents[0], lse, lse, EVERYTHING, 0.1)
+        call = Call(*tensors, scale=0.1, wanted=Wanted(True, True), place=Place("cuda", 90))
+        backward_triton.differentiate(call, Outputs(grads.o, lse, grads.o_dot, lse), grads)
     for compiled, names in ((of_queries, ("sums", "queries")), (of_keys, ("keys", "values"))):
         assert len({id(x) for x in compiled}) == len(names)
         for launched, name in zip(compiled, names):
@@ -248,28 +242,35 @@ def test_parts_of_head_dims():
     assert all(d <= sum(parts_of_head_dim(d)) < d + 16 for d in range(1, 129))
 
 
-def test_what_is_supported():
+def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, arch: int = 90, **wanted: bool) -> str:
+    dots = (q, k, v) if wanted.get("from_tangent") else (None, None, None)
+    call = Call(q, k, v, *dots, mask, wanted=Wanted(**wanted), place=Place("cuda", arch))
+    return backward_triton.refuses(call) or ""
+
+
+def test_what_is_refused():
     q = torch.empty(1, 2, 5, 64, dtype=BF16)
-    assert backward_triton.supports(q, q, q)
-    assert not backward_triton.supports(q.float(), q.float(), q.float())
-    assert not backward_triton.supports(q, q[:, :, :0], q[:, :, :0])
-    assert not backward_triton.supports(q, q, q, bias_needs_grad=True)
+    assert not refusal(q, q, q)
+    assert "float32" in refusal(q.float(), q.float(), q.float())
+    assert "nothing" in refusal(q, q[:, :, :0], q[:, :, :0])
+    assert "gradient" in refusal(q, q, q, bias=True)
     wide = torch.empty(1, 2, 5, 256, dtype=BF16)
-    assert not backward_triton.supports(q, q, wide)
-    assert "no tile" in backward_triton.why_not(q, q, wide)
-    assert not backward_triton.supports(q, q, q, bias_dot=q)
+    assert "no tile" in refusal(q, q, wide)
+    with_dot = Call(q, q, q, bias=q, bias_dot=q, wanted=Wanted(from_tangent=True), place=Place("cuda", 90))
+    assert "no tangent" in backward_triton.refuses(with_dot)
+    cu = torch.tensor([0, 5], dtype=torch.int32)
+    assert "packed" in backward_triton.refuses(Call(q, q, q, packing=(cu, cu), place=Place("cuda", 90)))
 
 
-def test_a_mask_with_rows_has_tiles_of_its_own(monkeypatch):
+def test_a_mask_with_rows_has_tiles_of_its_own():
     """It is staged through shared memory, where a mask of padded keys is not."""
     q, rows, keys = (torch.empty(1, 2, n, 64, dtype=BF16) for n in (64, 64, 1))
     assert [backward_triton.row_bytes(x) for x in (None, keys, rows, rows.bool(), rows.float())] == [0, 0, 2, 1, 4]
     wide = torch.empty(1, 2, 64, 128, dtype=BF16)
     for arch, supported in ((80, False), (86, False), (89, False), (90, True), (100, True), (120, False)):
-        monkeypatch.setattr(backward_triton, "arch_of", lambda device, arch=arch: arch)
         for mask in (None, keys, rows, rows.bool(), rows.float()):
-            assert backward_triton.supports(q, q, q, mask, moves=True)
-            assert backward_triton.supports(wide, wide, wide, mask)
-            why_not = backward_triton.why_not(wide, wide, wide, mask, moves=True)
+            assert not refusal(q, q, q, mask, arch, from_tangent=True)
+            assert not refusal(wide, wide, wide, mask, arch)
+            why_not = refusal(wide, wide, wide, mask, arch, from_tangent=True)
             assert bool(why_not) != supported
             assert supported or f"sm_{arch} at 128 columns" in why_not

@@ -69,7 +69,7 @@ def test_dry_run(tmp_path):
         ours = entry["peers"]["jvpgraph"]
         assert set(ours["error"]) == {"o", "o_dot"}
         assert max(ours["error"].values()) < 1e-2
-        assert ours["implementation"] == "jvpgraph.kernels.attention_blocked"
+        assert ours["implementation"].startswith("blocks of torch ops")
         assert ours["tflops"] == pytest.approx(entry["flop"] / ours["seconds"] / 1e12)
         assert ours["of_ceiling"] == pytest.approx(1e12 * ours["tflops"] / where["matmul_flops"])
         for name in ("SDPA flash", "SDPA cuDNN", "jvpgraph triton"):

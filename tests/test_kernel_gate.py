@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import triton
 from triton.runtime import driver
 
-from jvpgraph.kernels import gate
+from jvpgraph.kernels import gate, gate_checks, gate_launches
 from jvpgraph.kernels.attention_triton import packed_blocks
 from jvpgraph.kernels.blocks import (
     BACKWARD_TABLE,
@@ -32,8 +32,8 @@ from jvpgraph.kernels.blocks import (
     choose_blocks,
     variant,
 )
-from jvpgraph.kernels.gate import Flags
-from jvpgraph.kernels.launch import arch_of
+from jvpgraph.kernels.call import Place
+from jvpgraph.kernels.gate_launches import Case, Flags
 from jvpgraph.kernels.recorded import KERNELS, memory
 from jvpgraph.kernels.sass import disassemble, wrong_descriptors
 from tests.interpreter import share
@@ -48,7 +48,7 @@ BF16 = torch.bfloat16
 @pytest.fixture(autouse=True, scope="module")
 def _cache(tmp_path_factory):
     """Kernels for absent GPUs stay out of the user's cache, and none is assembled twice for these tests."""
-    assemble, known = gate._compile, {}
+    assemble, known = gate_checks.compile_launch, {}
 
     def once(launch):
         key = launch.target, launch.key
@@ -58,31 +58,35 @@ def _cache(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        patch.setattr(gate, "_compile", once)
+        patch.setattr(gate_checks, "compile_launch", once)
         yield
 
 
 def test_the_command(monkeypatch, capsys):
     of_arch = {x: y for x, y in BACKWARD_TABLE.items() if x.arch == 90}
     without_rows = {x: y for x, y in of_arch.items() if backward_sweeps(*x[:3]) is y}
-    assert sum(len(gate.launches(x, y)) for x, y in without_rows.items()) == 12
+    assert sum(len(gate_launches.sweeps_of(x, y)) for x, y in without_rows.items()) == 12
     of_64 = {x: y for x, y in BACKWARD_TABLE.items() if x.head_dim == 64}
     monkeypatch.setattr(gate, "BACKWARD_TABLE", of_64)
     assert gate.main(["--arch", "90", "--table", "backward", "--jobs", "1"]) == 0
     out = capsys.readouterr().out
-    assert out.count(" ok\n") == sum(len(gate.launches(x, y)) for x, y in without_rows.items() if x in of_64) == 6
+    assert (
+        out.count(" ok\n")
+        == sum(len(gate_launches.sweeps_of(x, y)) for x, y in without_rows.items() if x in of_64)
+        == 6
+    )
 
 
 def test_what_the_command_covers():
     of_tables, calls = set(), set()
     for job in gate.jobs(tuple(SHARED_MEMORY), ("forward", "backward", "launches")):
         first, second = job.args[:2]
-        if isinstance(first, gate.Call):
+        if isinstance(first, Case):
             calls |= {(first, arch) for arch in second}
         else:
             of_tables.add(first)
     assert {x.arch for x in of_tables if isinstance(x, Entry)} == {80, 89, 90, 100, 120}  # 86 has the entries of 89
-    assert calls == set(itertools.product(gate.CALLS, SHARED_MEMORY))
+    assert calls == set(itertools.product(gate.CASES, SHARED_MEMORY))
     forward_86 = [job.args[0] for job in gate.jobs((86,), ("forward", "backward"))]
     assert {x.arch for x in forward_86} == {86}
 
@@ -102,25 +106,25 @@ FIT = [
 
 @pytest.mark.parametrize(("arch", "way", "head_dim", "mask", "is_causal"), FIT, ids=str)
 def test_what_the_host_launches_fits(arch, way, head_dim, mask, is_causal):
-    sizes, violations = gate.too_large(gate.Call(way, head_dim, mask, is_causal), (arch,))
+    sizes, violations = gate_launches.too_large(Case(way, head_dim, mask, is_causal), (arch,))
     assert not violations
     assert set(sizes[arch]) >= ({"sums", "queries"} if way.startswith("d ") else {"forward"})
     assert 16384 < max(sizes[arch].values()) <= SHARED_MEMORY[arch]
 
 
 def test_memory_is_that_of_the_compiled_kernel():
-    for call, arch in ((gate.Call("d tangent", 64, "bool rows"), 89), (gate.Call("value", 64, "fp32 padding"), 100)):
+    for call, arch in ((Case("d tangent", 64, "bool rows"), 89), (Case("value", 64, "fp32 padding"), 100)):
         launch = call.launches(arch)[-1]
-        compiled, _ = gate._compile(launch)
+        compiled, _ = gate_checks.compile_launch(launch)
         assert memory(launch) == (compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0)
 
 
 def test_every_call_of_ours_is_recorded():
     """With a mask or grouped heads or a gradient of lse it is the kernels of the backward, and all of its launches."""
     for arch, moves in ((89, False), (90, False), (90, True)):
-        call = gate.Call("d tangent" if moves else "d value", 128, "bool rows")
+        call = Case("d tangent" if moves else "d value", 128, "bool rows")
         sweeps = backward_sweeps(arch, 128, moves, 1)
-        launched = {gate.sweep_of(x): x for x in call.launches(arch)}
+        launched = {gate_launches.sweep_of(x): x for x in call.launches(arch)}
         assert set(launched) == {"sums", "queries", *(("keys", "values") if moves else ("keys and values",))}
         for name, launch in launched.items():
             blocks = getattr(sweeps, name.partition(" ")[0])
@@ -128,25 +132,25 @@ def test_every_call_of_ours_is_recorded():
             assert (flags["BLOCK_Q"], flags["BLOCK_K"]) == blocks[:2]
             assert (launch.options["num_warps"], launch.options["num_stages"]) == blocks[2:]
             assert (flags["BIAS"], flags["BIAS_HAS_ROWS"], flags["MOVES"]) == (1, True, moves)
-    assert [x.name for x in gate.Call("tangent", 128, "no mask").launches(90)] == ["attention_jvp_kernel"]
-    assert [x.name for x in gate.Call("tangent", 128, "padding").launches(90)] == ["attention_kernel"]
-    assert not gate.Call("d tangent", 128, "padding").launches(89)  # blocks of torch ops
+    assert [x.name for x in Case("tangent", 128, "no mask").launches(90)] == ["attention_jvp_kernel"]
+    assert [x.name for x in Case("tangent", 128, "padding").launches(90)] == ["attention_kernel"]
+    assert not Case("d tangent", 128, "padding").launches(89)  # blocks of torch ops
 
 
 def test_recording_leaves_nothing_behind():
     active = driver._active
-    gate.Call("d value", 64, "bool rows").launches(90)
+    Case("d value", 64, "bool rows").launches(90)
     assert driver._active is active
     assert all(not (set(kernel.device_caches) & {-90}) for kernel in KERNELS)
     assert all(kernel.compile is triton.compile for kernel in KERNELS)
-    assert arch_of(torch.device("meta")) == 0
+    assert Place.of(torch.device("meta")) == Place("meta")
 
 
 def test_a_planted_overflow_fails_the_command(monkeypatch, capsys):
     """The tiles without a mask take too much with one."""
     of_none, of_rows = BackwardEntry(89, 64, True, 0), BackwardEntry(89, 64, True)
     monkeypatch.setitem(BACKWARD_TABLE, of_rows, BACKWARD_TABLE[of_none])
-    monkeypatch.setattr(gate, "CALLS", (gate.Call("d tangent", 64, "bool rows"),))
+    monkeypatch.setattr(gate, "CASES", (Case("d tangent", 64, "bool rows"),))
     assert gate.main(["--arch", "89", "--table", "launches", "--jobs", "1"]) == 1
     assert "sm_89, queries: shared memory 102400 of 101376 bytes" in capsys.readouterr().out
 
@@ -158,9 +162,9 @@ def test_notes_of_serialised_products_are_read(code):
         "non wgmma instructions defining accumulator registers of a wgmma between start and end of the pipeline "
         "stage in the function 'queries_kernel'\nptxas info    : (C7600) something else\n"
     )
-    assert gate.serialised(log) == [f"C{code}"]
-    assert any("serialised" in what for what in gate._violations([], [], 0, log, 0, 90, 0))
-    assert not gate.serialised("ptxas info    : Used 255 registers")
+    assert gate_checks.serialised(log) == [f"C{code}"]
+    assert any("serialised" in what for what in gate_checks._violations([], [], 0, log, 0, 90, 0))
+    assert not gate_checks.serialised("ptxas info    : Used 255 registers")
 
 
 def test_a_gpu_takes_the_tiles_of_one_with_as_much_memory():
@@ -175,29 +179,29 @@ def test_a_gpu_takes_the_tiles_of_one_with_as_much_memory():
 
 def test_what_the_gate_must_catch():
     """A tile too large for the registers, and one too large for the shared memory."""
-    spilling = gate.check(Entry(90, 128, BF16, "jvp"), Blocks(128, 64, 4, 2))
+    spilling = gate_checks.check(Entry(90, 128, BF16, "jvp"), Blocks(128, 64, 4, 2))
     assert any("spills in the loop" in what for what in spilling.violations)
-    large = gate.check(Entry(90, 64, BF16, "forward"), Blocks(128, 256, 8, 6))
+    large = gate_checks.check(Entry(90, 64, BF16, "forward"), Blocks(128, 256, 8, 6))
     assert any("shared memory" in what for what in large.violations)
-    serialised = gate.check(Entry(90, 128, BF16, "jvp"), Blocks(128, 64, 8, 2, halves=True))
+    serialised = gate_checks.check(Entry(90, 128, BF16, "jvp"), Blocks(128, 64, 8, 2, halves=True))
     assert any("serialised" in what for what in serialised.violations)
-    replicated = gate.check(Entry(80, 64, BF16, "forward"), Blocks(64, 64, 8, 2))
+    replicated = gate_checks.check(Entry(80, 64, BF16, "forward"), Blocks(64, 64, 8, 2))
     assert any("matrix instructions" in what for what in replicated.violations)
 
 
 def test_what_the_gate_must_catch_in_gluon():
     """As above: a tile too large for the registers, which wgmma is serialised over, and one for the shared memory."""
-    spilling = gate.check_gluon(GluonEntry(128, 4), GluonBlocks(128, 1))
+    spilling = gate_checks.check_gluon(GluonEntry(128, 4), GluonBlocks(128, 1))
     assert any("spills in the loop" in what for what in spilling.violations)
     assert any("serialised" in what for what in spilling.violations)
-    large = gate.check_gluon(GluonEntry(128, 4), GluonBlocks(64, 3))
+    large = gate_checks.check_gluon(GluonEntry(128, 4), GluonBlocks(64, 3))
     assert any("shared memory" in what for what in large.violations)
 
 
 def test_what_the_gate_must_catch_in_the_backward():
-    spilling = gate.check_backward(BackwardEntry(90, 128, True), "keys", BackwardBlocks(64, 64, 4, 2))
+    spilling = gate_checks.check_backward(BackwardEntry(90, 128, True), "keys", BackwardBlocks(64, 64, 4, 2))
     assert any("spills in the loop" in what for what in spilling.violations)
-    large = gate.check_backward(BackwardEntry(89, 64, False), "queries", BackwardBlocks(128, 64, 8, 6))
+    large = gate_checks.check_backward(BackwardEntry(89, 64, False), "queries", BackwardBlocks(128, 64, 8, 6))
     assert any("shared memory" in what for what in large.violations)
 
 
@@ -208,8 +212,8 @@ def test_a_planted_entry_fails_the_command(monkeypatch, capsys):
     entry, planted = BackwardEntry(90, 128, True, 0), Sweeps(*(BackwardBlocks(64, 64, 4, 2),) * 4)
     monkeypatch.setitem(BACKWARD_TABLE, entry, planted)
     monkeypatch.setattr(gate, "BACKWARD_TABLE", {entry: planted})
-    monkeypatch.setattr(gate, "launches", lambda entry, sweeps: {"keys": sweeps.keys})
-    monkeypatch.setattr(gate, "CALLS", ())
+    monkeypatch.setattr(gate, "sweeps_of", lambda entry, sweeps: {"keys": sweeps.keys})
+    monkeypatch.setattr(gate, "CASES", ())
     assert gate.main(["--jobs", "1"]) == 3
     assert capsys.readouterr().out.count("spills in the loop") == 3
 
@@ -237,7 +241,7 @@ VARIANTS = [
 def test_windows_and_packed_sequences_keep_what_the_table_has(arch, head_dim, packed):
     entry = Entry(arch, head_dim, BF16, "jvp")
     blocks = packed_blocks(TABLE[entry]) if packed else TABLE[entry]
-    report = gate.check(entry, blocks, Flags(has_left=True, has_right=True, packed=packed))
+    report = gate_checks.check(entry, blocks, Flags(has_left=True, has_right=True, packed=packed))
     assert not report.violations
 
 
@@ -246,13 +250,13 @@ def variant_launch(arch, d, d_v, dtype, flags, by_descriptor):
     blocks = choose_blocks(arch, (d, d_v), dtype, variant(moves, bool(flags.bias)), by_descriptor)
     if flags.packed:
         blocks = packed_blocks(blocks)
-    return gate.forward_launch(arch, d, d_v, dtype, blocks, flags, by_descriptor)
+    return gate_launches.forward_launch(arch, (d, d_v), dtype, blocks, flags, by_descriptor)
 
 
 def check_memory(launch):
     shared, tensor_memory = memory(launch)
     assert shared <= SHARED_MEMORY[launch.target.arch]
-    assert tensor_memory <= gate.TENSOR_MEMORY
+    assert tensor_memory <= gate_launches.TENSOR_MEMORY
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -267,7 +271,7 @@ SOON_ASSEMBLED = (VARIANTS[0], VARIANTS[2])  # of Hopper, whose operands an asse
     "variant", [pytest.param(x, marks=[pytest.mark.matrix] * (x not in SOON_ASSEMBLED)) for x in VARIANTS], ids=str
 )
 def test_other_variants_are_assembled(variant):
-    compiled, _ = gate._compile(variant_launch(*variant))
+    compiled, _ = gate_checks.compile_launch(variant_launch(*variant))
     assert not wrong_descriptors(disassemble(compiled.asm["cubin"]))
 
 
@@ -280,7 +284,10 @@ SEVERAL_PARTS = [
 
 def launches_of(entry):
     sweeps = backward_sweeps(entry.arch, entry.head_dim, entry.moves)
-    return [gate.backward_launch(entry, sweep, blocks) for sweep, blocks in gate.launches(entry, sweeps).items()]
+    return [
+        gate_launches.backward_launch(entry, sweep, blocks)
+        for sweep, blocks in gate_launches.sweeps_of(entry, sweeps).items()
+    ]
 
 
 def test_the_backward_fits_in_head_dims_of_several_parts():
@@ -294,4 +301,4 @@ def test_the_backward_fits_in_head_dims_of_several_parts():
 @pytest.mark.parametrize("entry", SEVERAL_PARTS, ids=str)
 def test_the_backward_is_assembled_in_head_dims_of_several_parts(entry):
     for launch in launches_of(entry):
-        gate._compile(launch)
+        gate_checks.compile_launch(launch)

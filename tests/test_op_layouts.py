@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jvpgraph
-from jvpgraph.kernels import attention_blocked
+from jvpgraph.kernels import aten_cpu
 from jvpgraph.kernels.attention import attention
 from jvpgraph.kernels.layout import for_aten
 from jvpgraph.kernels.ops import OPS
@@ -183,7 +183,7 @@ def test_what_atens_kernels_take_for_granted():
 
 def test_layouts_are_shown_to_matter(monkeypatch):
     """The fuzzer finds it where an operand of ATen's goes there as it is."""
-    monkeypatch.setattr(attention_blocked, "for_aten", lambda x: x)
+    monkeypatch.setattr(aten_cpu, "for_aten", lambda x: x)
     found = 0
     for seed in range(60):
         try:

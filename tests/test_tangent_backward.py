@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from jvpgraph.kernels import attention_blocked, reference
-from jvpgraph.kernels.tangent_backward import attention_jvp_backward
+from jvpgraph.kernels import attention_blocked, backward_blocked, reference
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
+from tests import calls
 from tests.strategies import seeds
 from tests.test_attention import peak_bytes
 
@@ -105,12 +105,11 @@ def computed(case: Case, **blocks: int | None) -> dict[str, Tensor | None]:
     """The gradients by name, from the forward in blocks."""
     q, k, v, q_dot, k_dot, v_dot, bias, bias_dot = (case.inputs[name] for name in NAMES)
     inputs: tuple[Any, ...] = (q, k, v, q_dot, k_dot, v_dot, bias, bias_dot)
-    outputs = attention_blocked.attention_jvp(*inputs, case.window, case.scale, **blocks)
+    outputs = calls.attention_jvp(attention_blocked, *inputs, case.window, case.scale, **blocks)
     floating = bias is not None and bias.dtype != torch.bool
-    cotangents = (case.cotangents[name] for name in OUTPUTS)
-    got = attention_jvp_backward(
-        *cotangents, *inputs, *outputs, case.window, case.scale, floating, bias_dot is not None, **blocks
-    )
+    cotangents = tuple(case.cotangents[name] for name in OUTPUTS)
+    how, biases = (case.window, case.scale), (floating, bias_dot is not None)
+    got = calls.attention_jvp_backward(backward_blocked, cotangents, inputs, outputs, how, biases, **blocks)
     return dict(zip(NAMES, got))
 
 
@@ -288,14 +287,15 @@ class Tangent(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Any:
-        outputs = attention_blocked.attention_jvp(*inputs, Window(2, 1), 0.4, block_q=2, block_k=2)
+        outputs = calls.attention_jvp(attention_blocked, *inputs, Window(2, 1), 0.4, block_q=2, block_k=2)
         ctx.save_for_backward(*inputs, *outputs)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        return attention_jvp_backward(
-            *cotangents, *ctx.saved_tensors, Window(2, 1), 0.4, True, True, block_q=3, block_k=2
+        inputs, outputs = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        return calls.attention_jvp_backward(
+            backward_blocked, cotangents, inputs, outputs, (Window(2, 1), 0.4), (True, True), block_q=3, block_k=2
         )
 
 
@@ -340,9 +340,10 @@ def test_memory_is_linear_in_length(dtype):
     def backward(n: int) -> int:
         case = make(1, 1, n, n, d=32, bias=additive(1, 1, 1, n)).to(dtype)
         inputs = [case.inputs[name] for name in NAMES]
-        outputs = attention_blocked.attention_jvp(*inputs, CAUSAL, 0.2)
-        cotangents = (case.cotangents[name] for name in OUTPUTS)
-        return peak_bytes(attention_jvp_backward, *cotangents, *inputs, *outputs, CAUSAL, 0.2, True, True)
+        outputs = calls.attention_jvp(attention_blocked, *inputs, CAUSAL, 0.2)
+        cotangents = tuple(case.cotangents[name] for name in OUTPUTS)
+        given = (cotangents, inputs, outputs, (CAUSAL, 0.2), (True, True))
+        return peak_bytes(calls.attention_jvp_backward, backward_blocked, *given)
 
     small, large = backward(2048), backward(4096)
     assert large <= 2.3 * small

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 import jvpgraph
 from jvpgraph import api
 from jvpgraph.functions import identity
-from jvpgraph.kernels import ops
+from jvpgraph.kernels.call import Place
 from jvpgraph.passes.pipeline import ON_ATEN_GRAPH, ON_TORCH_GRAPH
 from tests.models import Checkpointed, Computed, CountOps, Output, TinyDiT, inputs, oracle
 
@@ -730,9 +730,8 @@ class TestExplain:
 
     def test_what_computes_attention(self, monkeypatch):
         """A backward that ATen's kernels do not take is said, with the reason."""
-        triton = pytest.importorskip("jvpgraph.kernels.attention_triton")
-        backward_triton = pytest.importorskip("jvpgraph.kernels.backward_triton")
-        monkeypatch.setattr(ops, "implementation", lambda q, v: triton)
+        pytest.importorskip("triton")
+        monkeypatch.setattr(Place, "of", lambda device: Place("cuda", 89))
         x, x_dot = torch.randn(2, 2, 4, 5, 8, dtype=torch.bfloat16)
         masks = {
             "Triton, backward by ATen's flash": None,
@@ -749,11 +748,12 @@ class TestExplain:
             (89, 64, "Triton"),
             (90, 128, "Triton"),
         ):
-            monkeypatch.setattr(backward_triton, "arch_of", lambda device, arch=arch: arch)
+            monkeypatch.setattr(Place, "of", lambda device, arch=arch: Place("cuda", arch))
             x, x_dot = torch.randn(2, 2, 4, 5, dim, dtype=torch.bfloat16)
             model = Wrapped(lambda x: F.scaled_dot_product_attention(x, x, x))
             found = jvpgraph.transform(model, differentiable_tangent=True).explain(x, tangents={"x": x_dot})
-            assert dict(found.kernels) == {f"Triton, backward by ATen's flash; through the tangent by {way}": 1}
+            forward = "Gluon" if arch == 90 else "Triton"
+            assert dict(found.kernels) == {f"{forward}, backward by ATen's flash; through the tangent by {way}": 1}
 
     def test_unsupported_and_uncaptured(self):
         x = torch.randn(3).double()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,8 +15,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import jvpgraph
-from jvpgraph.kernels import aten_backward, attention_triton, backward_triton
-from jvpgraph.kernels.aten_backward import Path
+from jvpgraph.kernels import attention_triton, backward_triton, choose
+from jvpgraph.kernels.call import Call
 from tests.interpreter import (  # noqa: F401 - a fixture
     DEVICE,
     INTERPRETED,
@@ -46,7 +49,7 @@ class Errors(NamedTuple):
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """How often each kernel ran. On a processor they take what they take on a GPU, but for ATen's backward."""
     counter: Counter[str] = Counter()
 
@@ -59,16 +62,17 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(attention_triton, "_attend")
-    watch(backward_triton, "attention_jvp_backward")
-    if INTERPRETED:
+    watch(attention_triton, "attend")
+    watch(backward_triton, "differentiate")
+    with choose.forced(on_the_interpreter) if INTERPRETED else contextlib.nullcontext():
+        yield counter
 
-        def ours(q: Tensor, *_: Any) -> Path:
-            return Path("triton" if q.dtype == torch.bfloat16 else "blocked")
 
-        monkeypatch.setattr(attention_triton, "supports", lambda q, v: q.dtype != torch.float64)
-        monkeypatch.setattr(aten_backward, "backward_path", ours)
-    return counter
+def on_the_interpreter(call: Call) -> choose.Plan:
+    """What a GPU would take."""
+    is_ours = call.q.dtype != torch.float64 and os.environ.get("JVPGRAPH_ATTENTION") != "blocked"
+    backward = choose.TRITON_BACKWARD if is_ours and call.q.dtype == torch.bfloat16 else choose.BLOCKED_BACKWARD
+    return choose.Plan(choose.TRITON if is_ours else choose.BLOCKED, backward)
 
 
 def errors(name: str, dtype: torch.dtype) -> Errors:
@@ -102,7 +106,7 @@ def test_float32(name, ran):
     assert found.value < 1e-5
     assert found.tangent < 1e-4  # float32 rounds times and rotary angles
     assert found.gradients < 1e-4
-    assert ran["attention_triton._attend"] > 0
+    assert ran["attention_triton.attend"] > 0
 
 
 @runs_kernels
@@ -110,11 +114,11 @@ def test_float32(name, ran):
 def test_bfloat16(name, ran, monkeypatch):
     """As near to the float64 model as with attention in blocks of torch: the rest of the model rounds more."""
     found = errors(name, torch.bfloat16)
-    attended, backwards = ran["attention_triton._attend"], ran["backward_triton.attention_jvp_backward"]
+    attended, backwards = ran["attention_triton.attend"], ran["backward_triton.differentiate"]
     assert attended > 0
     assert backwards > 0 or not INTERPRETED
     monkeypatch.setenv("JVPGRAPH_ATTENTION", "blocked")
     torch._dynamo.reset()
     beside = errors(name, torch.bfloat16)
-    assert ran["attention_triton._attend"] == attended
+    assert ran["attention_triton.attend"] == attended
     assert all(mine < 1.3 * its for mine, its in zip(found, beside)), (found, beside)
