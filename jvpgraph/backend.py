@@ -21,8 +21,8 @@ from jvpgraph.capture import NOT_COMPILED, first_cause, remedy
 from jvpgraph.config import Config
 from jvpgraph.errors import ABSOLUTE, NUMBER_HAS_NO_TANGENT, CaptureError, UnsupportedNode, UnsupportedOp
 from jvpgraph.graph.meta import source_line
-from jvpgraph.graph.torch_level import STOPS, active_graphs, wants_gradients_of_tangents
-from jvpgraph.markers import MAKE_DUAL
+from jvpgraph.graph.torch_level import STOPS, active_graphs, graphs_in, wants_gradients_of_tangents
+from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.passes.context import Context, Report
 from jvpgraph.passes.pipeline import (
     AFTER_AUTOGRAD,
@@ -61,6 +61,7 @@ class Backend:
         self.reports: list[Report] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        _refuse_a_break_between_markers(gm)
         context = Context(self.config, example_inputs=example_inputs)
         run, stage = Pipeline(context), ON_ATEN_GRAPH
         captured = run(ON_TORCH_GRAPH, gm)
@@ -85,6 +86,26 @@ class Backend:
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses) -> Compiled:
         """AOTAutograd, the passes on its joint graph, and code."""
         return _COMPILE[self.compiler](gm, example_inputs, passes)
+
+
+def _refuse_a_break_between_markers(gm: fx.GraphModule) -> None:
+    """Tangents do not cross Dynamo's graph breaks: what is asked for in the next graph would be zero.
+
+    Raises:
+        CaptureError: tangents are asked for where none begin, or begin in a graph that ends in a break without asking.
+    """
+    begins, asks = (
+        any(part.graph.find_nodes(op="call_function", target=marker) for part in graphs_in(gm))
+        for marker in (MAKE_DUAL, TANGENT_OF)
+    )
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    broken = getattr(reason, "graph_break", False)
+    if (asks and not begins) or (begins and not asks and broken):
+        why = f" ({str(reason.reason).splitlines()[0]})" if broken and reason is not None else ""
+        raise CaptureError(
+            f"make_dual and tangent_of are not in one graph, so that the tangent would be lost{why}: compile one "
+            "function that calls both, with fullgraph=True"
+        )
 
 
 def _marked_inputs(gm: fx.GraphModule) -> list[int]:

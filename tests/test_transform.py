@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.testing import assert_close
 
 import jvpgraph
@@ -665,6 +666,33 @@ class TestMarkers:
                 call()
         with pytest.raises(RuntimeError, match="marker was executed"):
             torch.compile(lambda x: jvpgraph.make_dual(x, x) * 2, backend="aot_eager")(x)
+
+    @pytest.mark.parametrize("again", [False, True])
+    def test_a_graph_break_between_them_is_refused(self, again):
+        """The second graph would know of no tangent, or only of those that begin in it."""
+
+        def step(x, x_dot):
+            y = jvpgraph.make_dual(x, x_dot).sin()
+            torch._dynamo.graph_break()
+            return jvpgraph.tangent_of(y * jvpgraph.make_dual(x, x_dot) if again else y)
+
+        with pytest.raises(BackendCompilerFailed, match=r"the tangent would be lost.*fullgraph=True"):
+            torch.compile(step, backend=jvpgraph.backend("eager"))(torch.randn(3), torch.randn(3))
+
+    def test_a_graph_break_after_them_is_harmless(self):
+        def step(x, x_dot):
+            y = jvpgraph.make_dual(x, x_dot).sin()
+            y_dot = jvpgraph.tangent_of(y)
+            torch._dynamo.graph_break()
+            return y + 1, y_dot + 1
+
+        x, x_dot = torch.randn(2, 3)
+        _, y_dot = torch.compile(step, backend=jvpgraph.backend("eager"))(x, x_dot)
+        assert_close(y_dot, x.cos() * x_dot + 1)
+
+    def test_questions_without_a_beginning_are_refused(self):
+        with pytest.raises(BackendCompilerFailed, match="the tangent would be lost"):
+            torch.compile(lambda x: jvpgraph.tangent_of(x.sin()), backend=jvpgraph.backend("eager"))(torch.randn(3))
 
     def test_check_their_arguments(self):
         x = torch.randn(3)
