@@ -355,6 +355,6 @@ def test_the_marks_are_gone_from_the_compiled_graph(tmp_path):
     dual = jvpgraph.transform(Around(stopped_before_a_write, "plain"), backend="eager", config=config)
     x = torch.randn(3, 4, dtype=torch.float64)
     dual(x, tangents={"x": x})
-    captured, *_, last = (path.read_text() for path in sorted(tmp_path.rglob("*.py")))
-    assert "implicit" in captured
+    *before, last = (path.read_text() for path in sorted(tmp_path.rglob("*.py")))
+    assert any("implicit" in text for text in before)
     assert "implicit" not in last
