@@ -296,7 +296,7 @@ def measure(shape: Shape, layout: Layout, config: Config | None = None) -> Cost:
     with fake_ranks(layout.ranks):
         block, inputs = build(shape, layout)
         primal, dual = (capture(block, inputs, with_tangent, config) for with_tangent in (False, True))
-        (primal_flops, _), (same, tangent_flops) = flops(primal.forward), flops(dual.forward)
+        (primal_flops, *_), (same, tangent_flops, _) = flops(primal.forward), flops(dual.forward)
         assert primal_flops == same, "the tangent has changed the primal half"
         local = [p.to_local() if isinstance(p, DTensor) else p for p in block.parameters()]
         given = _input_bytes(inputs)
@@ -319,11 +319,12 @@ def measure(shape: Shape, layout: Layout, config: Config | None = None) -> Cost:
         )
 
 
-def flops(graph: fx.Graph) -> tuple[int, int]:
-    """(primal, tangent)."""
+def flops(graph: fx.Graph) -> tuple[int, int, int]:
+    """(primal, tangent, backward)."""
     context = Context(Config())
     count(graph.owning_module or fx.GraphModule({}, graph), context)
-    return int(context.report.primal_flops), int(context.report.tangent_flops)
+    report = context.report
+    return int(report.primal_flops), int(report.tangent_flops), int(report.backward_flops)
 
 
 def traffic(graph: fx.Graph) -> Traffic:

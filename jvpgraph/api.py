@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from jvpgraph.backend import COMPILERS, Backend
-from jvpgraph.capture import backward_at_once, in_one_piece, own_errors, stands_aside
+from jvpgraph.backend import Backend
+from jvpgraph.capture import hit_recompile_limit
 from jvpgraph.config import Config
-from jvpgraph.dual_forward import dual_forward
-from jvpgraph.errors import CaptureError, MarkerExecuted
+from jvpgraph.dual import Dual
+from jvpgraph.errors import CaptureError
 from jvpgraph.explain import Explanation, explain
-from jvpgraph.finite import check_finite
 from jvpgraph.functions import Function, Kept, call_function, identity, note_graphs
-from jvpgraph.op_by_op import OpByOp, refuse_other_levels
-from jvpgraph.regions import Choice, Regions, hit_recompile_limit
-from jvpgraph.rules.apply import has_tangent
+from jvpgraph.passes.context import Report
+from jvpgraph.regions import Choice, Regions
+from jvpgraph.settings import BACKENDS, Settings
 from jvpgraph.sharding import explaining_heads
-from jvpgraph.structure import map_leaves, refuse_hidden
 from jvpgraph.tangents import Inputs, match_tangents
-from jvpgraph.traceable import make_traceable
-from jvpgraph.unguarded import held_by, modules_of, unguarded
 
 __all__ = ["BACKENDS", "DualModule", "jvp", "transform"]
-
-BACKENDS = (*COMPILERS, "op_by_op")
-log = logging.getLogger("jvpgraph")
-KEPT_VARIANTS = 4  # of a model whose classes or global hooks changed: profilers take their hooks away again
 
 
 def transform(
@@ -72,9 +60,14 @@ def transform(
         raise ValueError(f"transform takes an nn.Module, not {type(model).__name__}; for functions use jvpgraph.jvp")
     if isinstance(model, DualModule):
         raise ValueError("this model is transformed already")
-    return DualModule(
-        model, _Dual(model, backend, dynamic, config or Config(), differentiable_tangent, regions=regions)
+    settings = Settings.of(
+        backend=backend,
+        regions=regions,
+        dynamic=dynamic,
+        differentiable_tangent=differentiable_tangent,
+        config=config,
     )
+    return DualModule(model, Dual(model, settings))
 
 
 def jvp(
@@ -112,9 +105,14 @@ def jvp(
     if len(primals) != len(tangents):
         raise ValueError(f"{len(primals)} primals but {len(tangents)} tangents")
     given = dict(enumerate(tangents))
-    config = config or Config()
-    dots = match_tangents(given, Inputs.positional(primals, first=1), config.check_finite)
-    settings = (backend, dynamic, config, differentiable_tangent, has_aux)
+    settings = Settings.of(
+        backend=backend,
+        dynamic=dynamic,
+        differentiable_tangent=differentiable_tangent,
+        config=config,
+        has_aux=has_aux,
+    )
+    dots = match_tangents(given, Inputs.positional(primals, first=1), settings.config.check_finite)
     out, out_dot = _of_function(fn, settings, primals, dots)
     return (out[0], out_dot, out[1]) if has_aux else (out, out_dot)
 
@@ -126,7 +124,7 @@ class DualModule(nn.Module):
     class does not have are looked up there. ``dual.model`` is the model.
     """
 
-    def __init__(self, model: nn.Module, dual: _Dual):
+    def __init__(self, model: nn.Module, dual: Dual):
         # One set of registries for both objects: what is registered, moved or swapped in one is so in the other.
         registries = {name: vars(model)[name] for name in vars(nn.Module()) if name != "training"}
         vars(self).update(registries, model=model, _dual=dual)
@@ -156,7 +154,7 @@ class DualModule(nn.Module):
         if tangents is None:
             return self.model(*args, **kwargs)
         inputs = Inputs.of(self.model, args, kwargs)
-        dots = match_tangents(tangents, inputs, self._dual.config.check_finite)
+        dots = match_tangents(tangents, inputs, self._dual.settings.config.check_finite)
         with explaining_heads(self.model):
             return self._dual(args, kwargs, dots)
 
@@ -170,10 +168,17 @@ class DualModule(nn.Module):
         Args:
             dynamic: count FLOPs for symbolic sizes where the model allows it.
         """
-        make_traceable(self.model)
-        dots = match_tangents(tangents, Inputs.of(self.model, args, kwargs))
-        forward = dual_forward(self.model, differentiable=self._dual.settings["differentiable_tangent"])
-        return explain(self.model, forward, args, kwargs, dots, dynamic, self._dual.config)
+        inputs = Inputs.of(self.model, args, kwargs)
+        dots = match_tangents(tangents, inputs)
+        return explain(self._dual, self.model, inputs.paths, (args, kwargs, dots), dynamic)
+
+    @property
+    def reports(self) -> list[Report]:
+        """What was done to each graph that was made so far; with backend="op_by_op", to the last call.
+
+        A backend of one's own, which several models may share, has the reports of all of them.
+        """
+        return self._dual.reports
 
     @property
     def regions(self) -> Regions | None:
@@ -219,141 +224,19 @@ class DualModule(nn.Module):
         return f"Dual{self.model!r}"
 
 
-def _transform_again(model: nn.Module, settings: dict[str, Any]) -> DualModule:
-    return transform(model, **settings)
+def _transform_again(model: nn.Module, settings: Settings) -> DualModule:
+    return DualModule(model, Dual(model, settings))
 
 
-class _Dual:
-    """Computes ``(out, out_dot)`` of a callable by one of the backends."""
-
-    def __init__(
-        self,
-        call: Callable[..., Any],
-        backend: str | Backend,
-        dynamic: bool | None,
-        config: Config,
-        differentiable_tangent: bool = False,
-        has_aux: bool = False,
-        regions: Choice | None = None,
-    ):
-        if not isinstance(backend, Backend) and backend not in BACKENDS:
-            raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
-        if differentiable_tangent and backend == "op_by_op":
-            raise ValueError("op by op, tangents have no gradients: differentiable_tangent needs another backend")
-        if regions is not None and (differentiable_tangent or backend == "op_by_op"):
-            other = "differentiable_tangent=True" if differentiable_tangent else 'backend="op_by_op"'
-            raise ValueError(f"regions are graphs with op-by-op code between them: not with {other}")
-        self.settings = {"backend": backend, "dynamic": dynamic, "config": config, "regions": regions}
-        self.settings["differentiable_tangent"] = differentiable_tangent
-        self.config, self.has_aux = config, has_aux
-        self._call, self._dynamic = call, dynamic
-        self._said_aside = False
-        self.forward = self._new_forward()
-        self.backend: Backend | None = None
-        if isinstance(backend, Backend):
-            self.backend = backend
-        elif backend in COMPILERS:
-            self.backend = Backend(backend, config)
-        self._variants: Kept[Callable[..., Any]] = Kept(KEPT_VARIANTS)
-        self.regions: Regions | None = None
-        if self.backend is not None and regions is not None and isinstance(call, nn.Module):
-            self.regions = Regions(call, regions, self.backend, dynamic)
-
-    @property
-    def graphs(self) -> int:
-        """How many its backend has compiled, for whomever."""
-        return 0 if self.backend is None else len(self.backend.reports)
-
-    def _new_forward(self) -> Callable[..., Any]:
-        return dual_forward(self._call, self.has_aux, bool(self.settings["differentiable_tangent"]))
-
-    # A graph of its own, also inside a function that is being compiled: its markers must not meet those of another.
-    @torch.compiler.disable(reason="a call with tangents= is compiled on its own")
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dots: dict[str, Tensor]) -> tuple[Any, Any]:
-        refuse_other_levels((args, kwargs, dots, self._held(args)), self._call)
-        for module in self._modules(args):
-            make_traceable(module)
-        if not self.settings["differentiable_tangent"]:
-            dots = {path: dot.detach() for path, dot in dots.items()}
-        out, flat_dots = self._run(args, kwargs, dots)
-        if self.config.check_finite:
-            check_finite(self.forward if _alone() else None, (args, kwargs, dots), flat_dots)
-        remaining = iter(flat_dots)
-        differentiated = out[0] if self.has_aux else out
-        refuse_hidden(differentiated)
-        return out, map_leaves(differentiated, lambda _, leaf: next(remaining) if has_tangent(leaf) else None)
-
-    def _held(self, args: tuple[Any, ...]) -> list[Tensor]:
-        """The tensors that a function brings along, and the parameters of its modules."""
-        if isinstance(self._call, nn.Module):
-            return []
-        held = held_by(args[0].fn)
-        parameters = [p for module in held if isinstance(module, nn.Module) for p in module.parameters()]
-        return parameters + [x for x in held if isinstance(x, Tensor)]
-
-    def _modules(self, args: tuple[Any, ...]) -> list[nn.Module]:
-        """What is called: the model, or the modules of a function."""
-        return [self._call] if isinstance(self._call, nn.Module) else modules_of(args[0].fn)
-
-    def _compiled(self, *inputs: Any) -> tuple[Any, list[Tensor]]:
-        """The graph, captured anew when something changed that Dynamo does not look at."""
-        key = unguarded([self._call] if isinstance(self._call, nn.Module) else held_by(inputs[0][0].fn))
-        return self._variants.get(key, self._compile)(*inputs)
-
-    def _compile(self) -> Callable[..., Any]:
-        assert self.backend is not None
-        return torch.compile(self._new_forward(), backend=self.backend, fullgraph=True, dynamic=self._dynamic)
-
-    def _run(self, *inputs: Any) -> tuple[Any, list[Tensor]]:
-        """The output and the tangents of its leaves, by the way that was asked for."""
-        if self.backend is None:
-            return self._op_by_op(*inputs)
-        if aside := stands_aside():
-            return self._without_compiler(aside, *inputs)
-        if self.regions is not None and not self.regions.prefer_one_graph():
-            return self.regions(self.forward, *inputs)
-        try:
-            asked = self.backend.compiler, bool(self.settings["differentiable_tangent"])
-            with own_errors(*asked), in_one_piece(), nullcontext() if self.regions is None else backward_at_once():
-                return self._compiled(*inputs)
-        except MarkerExecuted:  # by a stance of torch.compile's
-            return self._without_compiler("which may run eagerly for now,", *inputs)
-        except CaptureError as error:
-            if self.regions is None or hit_recompile_limit(error):
-                raise
-            self.regions.one_graph_failed(error)
-        return self.regions(self.forward, *inputs)
-
-    def _op_by_op(self, *inputs: Any) -> tuple[Any, list[Tensor]]:
-        with OpByOp():
-            return self.forward(*inputs)
-
-    def _without_compiler(self, aside: str, *inputs: Any) -> tuple[Any, list[Tensor]]:
-        """Op by op, where torch.compile would run eagerly."""
-        if self.settings["differentiable_tangent"]:
-            raise CaptureError(
-                f"torch.compile, {aside} makes no graph, and op by op tangents have no gradients: call it outside"
-            )
-        if not self._said_aside:
-            log.warning("jvpgraph: torch.compile, %s compiles nothing: this call runs op by op", aside)
-        self._said_aside = True
-        return self._op_by_op(*inputs)
+_functions: Kept[Dual] = Kept()
 
 
-def _alone() -> bool:
-    """Whether no other rank could have to take part in a further call, which only this one knows to be needed."""
-    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-
-
-_functions: Kept[_Dual] = Kept()
-
-
-def _of_function(fn: Callable[..., Any], settings: tuple[Any, ...], primals: Any, dots: dict[str, Tensor]) -> Any:
+def _of_function(fn: Callable[..., Any], settings: Settings, primals: Any, dots: dict[str, Tensor]) -> Any:
     """Output and tangent of a plain function, in a graph that may have been made for another one of the same code."""
-    key = (identity(fn), *settings)
+    key = (identity(fn), settings)
     while True:
-        dual = _functions.get(key, lambda: _Dual(call_function, *settings))
-        before = dual.graphs
+        dual = _functions.get(key, lambda: Dual(call_function, settings))
+        before = len(dual.reports)
         try:
             return dual((Function(fn), *primals), {}, dots)
         except CaptureError as error:
@@ -361,5 +244,5 @@ def _of_function(fn: Callable[..., Any], settings: tuple[Any, ...], primals: Any
                 raise
             _functions.drop(key)  # what its closures hold varies: the next ones get a graph of their own
         finally:
-            if dual.graphs > before:
-                note_graphs(fn, dual.graphs - before)
+            if settings.compiles and len(dual.reports) > before:
+                note_graphs(fn, len(dual.reports) - before)

@@ -10,6 +10,7 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
@@ -19,7 +20,7 @@ from torch.utils._sympy.symbol import SymT, free_symbol_is_type
 from jvpgraph.autograd_function import keep_calls_of_own_jvps
 from jvpgraph.capture import NOT_COMPILED, first_cause, remedy
 from jvpgraph.config import Config
-from jvpgraph.errors import ABSOLUTE, NUMBER_HAS_NO_TANGENT, CaptureError, UnsupportedNode, UnsupportedOp
+from jvpgraph.errors import ABSOLUTE, NUMBER_HAS_NO_TANGENT, CaptureError, Explained, UnsupportedNode, UnsupportedOp
 from jvpgraph.graph.meta import source_line
 from jvpgraph.graph.torch_level import STOPS, active_graphs, graphs_in, wants_gradients_of_tangents
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
@@ -52,12 +53,14 @@ class Backend:
         reports: what was done to each graph captured so far.
     """
 
-    def __init__(self, compiler: str = "inductor", config: Config | None = None):
+    def __init__(self, compiler: str = "inductor", config: Config | None = None, *, explains: bool = False):
+        """With ``explains``, graphs are made as far as their code, which raises Explained when they are reported."""
         if compiler not in COMPILERS:
             raise ValueError(f"unknown compiler {compiler!r}: choose one of {', '.join(map(repr, COMPILERS))}")
         self.compiler = compiler
         self.config = config or Config()
         check_config(self.config)
+        self.explains = explains
         self.reports: list[Report] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
@@ -78,14 +81,18 @@ class Backend:
             if _asks_for_a_number(error) and (numbers := _active_numbers(captured)):
                 raise UnsupportedOp(numbers) from error
             raise
-        if absolute:
-            compiled = _at_the_start(compiled, marked, absolute)
         self.reports.append(context.report)  # not earlier: Dynamo may break an attempt off and start anew
-        return compiled
+        if self.explains:
+            raise Explained
+        return _at_the_start(compiled, marked, absolute) if absolute else compiled
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses) -> Compiled:
         """AOTAutograd, the passes on its joint graph, and code."""
-        return _COMPILE[self.compiler](gm, example_inputs, passes)
+        make_code = _COMPILE[self.compiler]
+        if not self.explains:
+            return make_code(gm, example_inputs, passes)
+        with functorch_config.patch(enable_autograd_cache=False):  # what is cached does not go through the passes
+            return make_code(gm, example_inputs, passes, no_code)
 
 
 def _refuse_a_break_between_markers(gm: fx.GraphModule) -> None:
@@ -182,7 +189,14 @@ def backend(compiler: str = "inductor", config: Config | None = None) -> Backend
     return Backend(compiler, config)
 
 
-def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses) -> Compiled:
+def no_code(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Compiled:
+    """Instead of code, for a graph that is only explained."""
+    return make_boxed_func(gm.forward)
+
+
+def _inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses, inner: Callable[..., Any] | None = None
+) -> Compiled:
     context = passes.pipeline.context
     after = JointPasses(passes.pipeline, AFTER_COMPILER)
     patches = {"joint_custom_post_pass": after, **context.config.inductor, "joint_custom_pre_pass": passes}
@@ -192,7 +206,8 @@ def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPa
     with torch._inductor.config.patch(dict(context.config.inductor)):
         context.decompositions = dict(select_decomp_table())
     # Rules are written for the ops that PyTorch differentiates: decomposing comes last in our own pipeline.
-    return compile_fx(gm, list(example_inputs), inner_compile=_compile_inner, config_patches=patches, decompositions={})
+    inner = inner or _compile_inner
+    return compile_fx(gm, list(example_inputs), inner_compile=inner, config_patches=patches, decompositions={})
 
 
 def _has_symbols(x: Any) -> bool:
@@ -236,7 +251,9 @@ def _is_renamed(x: Any) -> bool:
     return isinstance(x, torch.SymInt) and x.node.expr.is_symbol and x.node.expr != x.node._expr
 
 
-def _eager(gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses) -> Compiled:
+def _eager(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses, inner: Callable[..., Any] | None = None
+) -> Compiled:
     def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         passes(joint.graph)
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
@@ -268,7 +285,7 @@ def _views_to_reshapes(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-_COMPILE: dict[str, Callable[[fx.GraphModule, Sequence[Any], JointPasses], Compiled]] = {
+_COMPILE: dict[str, Callable[..., Compiled]] = {
     "inductor": _inductor,
     "eager": _eager,
 }

@@ -17,7 +17,16 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from jvpgraph.errors import CaptureError, JvpgraphError
 from jvpgraph.unguarded import unobserved
 
-__all__ = ["backward_at_once", "compile_failed", "first_cause", "in_one_piece", "own_errors", "remedy", "stands_aside"]
+__all__ = [
+    "backward_at_once",
+    "compile_failed",
+    "first_cause",
+    "hit_recompile_limit",
+    "in_one_piece",
+    "own_errors",
+    "remedy",
+    "stands_aside",
+]
 
 NOT_CAPTURED = "the model cannot be captured as one graph: "
 NOT_COMPILED = "the compiler cannot compile the graph: "
@@ -125,6 +134,11 @@ def backward_at_once() -> Iterator[None]:
             yield
     else:
         yield
+
+
+def hit_recompile_limit(error: CaptureError) -> bool:
+    """Whether Dynamo gave up because the model has too many variants."""
+    return isinstance(error.__cause__, FailOnRecompileLimitHit)
 
 
 def first_cause(error: BaseException | None, kind: type[Exception]) -> Exception | None:

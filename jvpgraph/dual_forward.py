@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from jvpgraph.markers import make_dual, tangent_of
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.structure import leaves, map_leaves
 
-__all__ = ["dual_forward"]
+__all__ = ["another", "dual_forward"]
 
 
 def dual_forward(
@@ -34,9 +35,14 @@ def dual_forward(
         active = [leaf for _path, leaf in leaves(differentiated) if has_tangent(leaf)]
         return out, [tangent_of(leaf, differentiable) for leaf in active]
 
-    # Dynamo counts recompilations per code object: every transform gets its own.
-    forward.__code__ = forward.__code__.replace(co_name=f"dual_forward_{next(_serial)}")
-    return forward
+    return another(forward)
+
+
+def another(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own, per which Dynamo counts recompilations."""
+    assert isinstance(forward, FunctionType)
+    code = forward.__code__.replace(co_name=f"dual_forward_{next(_serial)}")
+    return FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
 
 
 _serial = itertools.count()

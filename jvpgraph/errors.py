@@ -72,6 +72,10 @@ class UnsupportedOp(JvpgraphError, NotImplementedError):
         return type(self), (self.nodes,)
 
 
+class Explained(JvpgraphError):
+    """Instead of running a graph that is only to be explained."""
+
+
 # Reasons that more than one place refuses for.
 NUMBER_HAS_NO_TANGENT = (
     "a tensor with a tangent becomes a Python number, which has none, and a tensor is made of that: keep it a tensor, "

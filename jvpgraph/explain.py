@@ -5,43 +5,111 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
-import torch
 from torch import nn
 
-from jvpgraph.backend import Backend
-from jvpgraph.capture import first_cause, own_errors
-from jvpgraph.config import Config
-from jvpgraph.errors import CaptureError, JvpgraphError, UnsupportedNode, UnsupportedOp
-from jvpgraph.passes.context import Report
-from jvpgraph.tangents import Inputs
+from jvpgraph.dual import Dual
+from jvpgraph.errors import CaptureError, Explained, UnsupportedNode, UnsupportedOp
+from jvpgraph.passes.context import Attention, Report
+from jvpgraph.strategies import choose
 
 __all__ = ["Explanation", "explain"]
 
 
 @dataclass
 class Explanation:
-    """Printable; every figure is also a field."""
+    """Printable; every figure is also an attribute: those of a Report, added up over the graphs.
+
+    Attributes:
+        model: the name of its class.
+        reports: of each graph that the call makes, as in ``dual.reports``.
+        regions: what ``dual.regions`` prints; empty without them.
+        unsupported: the ops on the tangent path that have no forward derivative.
+        not_captured: why the model could not be captured as one graph.
+    """
 
     model: str
-    table: Counter[str] = field(default_factory=Counter)  # ATen op -> nodes differentiated by the rule table
-    derived: Counter[str] = field(default_factory=Counter)  # ... by a formula borrowed from PyTorch
-    fused: int = 0  # attention calls computed together with their tangent
-    active: int = 0  # nodes with a tangent
-    inactive: int = 0  # ATen nodes without one
-    swapped: list[Any] = field(default_factory=list)  # (name, source line, form) per attention call
-    left: list[Any] = field(default_factory=list)  # (name, source line, reason)
-    kernels: Counter[str] = field(default_factory=Counter)  # what computes attention, and its gradients
-    collectives: Counter[str] = field(default_factory=Counter)
-    paired: int = 0  # collectives that carry a primal and its tangent
-    primal_flops: sympy.Expr = sympy.S.Zero  # in the symbols
-    tangent_flops: sympy.Expr = sympy.S.Zero
-    sizes: dict[sympy.Symbol, tuple[str, int]] = field(default_factory=dict)  # symbol -> meaning, value in this call
+    reports: list[Report] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict, repr=False)  # path of an input -> its name
+    regions: str = ""
     unsupported: tuple[UnsupportedNode, ...] = ()
-    not_captured: str = ""  # why Dynamo could not capture the model as one graph
+    not_captured: str = ""
+
+    @property
+    def table(self) -> Counter[str]:
+        """ATen op -> nodes differentiated by the rule table."""
+        return self._counted(lambda report: report.rules["table"])
+
+    @property
+    def derived(self) -> Counter[str]:
+        """ATen op -> nodes differentiated by a formula borrowed from PyTorch."""
+        return self._counted(lambda report: report.rules["derived"])
+
+    @property
+    def kernels(self) -> Counter[str]:
+        """What computes attention, and its gradients."""
+        return self._counted(lambda report: report.kernels)
+
+    @property
+    def collectives(self) -> Counter[str]:
+        return self._counted(lambda report: report.collectives)
+
+    @property
+    def fused(self) -> int:
+        """Attention calls computed together with their tangent."""
+        return sum(report.fused for report in self.reports)
+
+    @property
+    def paired(self) -> int:
+        """Collectives that carry a primal and its tangent."""
+        return sum(report.paired for report in self.reports)
+
+    @property
+    def active(self) -> int:
+        """Nodes with a tangent."""
+        return sum(report.active for report in self.reports)
+
+    @property
+    def inactive(self) -> int:
+        """ATen nodes without one."""
+        return sum(report.inactive for report in self.reports)
+
+    @property
+    def swapped(self) -> list[Attention]:
+        """(name, source line, form) per attention call."""
+        return [entry for report in self.reports for entry in report.swapped]
+
+    @property
+    def left(self) -> list[Attention]:
+        """(name, source line, reason) per attention call."""
+        return [entry for report in self.reports for entry in report.left]
+
+    @property
+    def primal_flops(self) -> sympy.Expr:
+        """In the symbols of ``sizes``."""
+        return sum((report.primal_flops for report in self.reports), sympy.S.Zero)
+
+    @property
+    def tangent_flops(self) -> sympy.Expr:
+        return sum((report.tangent_flops for report in self.reports), sympy.S.Zero)
+
+    @property
+    def backward_flops(self) -> sympy.Expr:
+        """Zero where no gradient is asked for."""
+        return sum((report.backward_flops for report in self.reports), sympy.S.Zero)
+
+    @property
+    def sizes(self) -> dict[sympy.Symbol, tuple[str, int]]:
+        """Symbol -> its meaning, and its value in this call."""
+        known = {symbol: size for report in self.reports for symbol, size in report.sizes.items()}
+        used = (self.primal_flops + self.tangent_flops + self.backward_flops).free_symbols
+        return {s: (_readable_source(known[s][0], self.names), known[s][1]) for s in sorted(used, key=str)}
+
+    def _counted(self, of: Callable[[Report], Counter[str]]) -> Counter[str]:
+        return sum((of(report) for report in self.reports), Counter())
 
     def flops(self) -> tuple[int, int]:
         """FLOPs of primal and tangent at the sizes of this call (a multiply-add counts 2)."""
@@ -70,61 +138,38 @@ class Explanation:
             f"  primal FLOPs     {primal:.3e}".ljust(30) + f" = {sympy.sstr(self.primal_flops)}",
             f"  tangent FLOPs    {tangent:.3e}".ljust(30) + f" = {sympy.sstr(self.tangent_flops)}",
         ]
+        if self.regions:
+            lines.append("  " + self.regions.replace("\n", "\n  "))
         if self.sizes:
             meanings = [f"{symbol} = {meaning} = {value}" for symbol, (meaning, value) in self.sizes.items()]
             lines.append(f"  where            {', '.join(meanings)}")
         return "\n".join(lines)
 
 
-def explain(
-    model: nn.Module,
-    forward: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dots: dict[str, torch.Tensor],
-    dynamic: bool,
-    config: Config,
-) -> Explanation:
-    """Capture ``forward(args, kwargs, dots)`` and run the passes, but not the graph."""
-    backend = Backend("eager", config)
-    found = Explanation(type(model).__name__)
-    names = {path: name for name, path in Inputs.of(model, args, kwargs).paths.items()}
+def explain(dual: Dual, model: nn.Module, names: dict[str, str], inputs: tuple[Any, ...], dynamic: bool) -> Explanation:
+    """What the strategy of ``dual`` makes of a call: one graph as far as its code; regions, and what is op by op, by a
+    run in which nothing is compiled.
 
-    def capture_only(gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        backend(gm, inputs)
-        raise _Captured
-
+    Args:
+        names: name of an input -> its path.
+        inputs: args, kwargs and tangents by path.
+        dynamic: instead of what dual was made with.
+    """
+    found = Explanation(type(model).__name__, names={path: name for name, path in names.items()})
+    settings = replace(dual.settings, dynamic=dynamic)
+    strategy, found.reports, regions = choose(model, settings, explains=True)
+    args, kwargs, dots = inputs
     try:
-        with torch.no_grad(), own_errors():
-            torch.compile(forward, backend=capture_only, fullgraph=True, dynamic=dynamic)(args, kwargs, dots)
+        strategy(dual.forward, (args, kwargs, dual.prepare(args, kwargs, dots)))
+    except Explained:
+        pass
     except UnsupportedOp as error:
         found.unsupported = error.nodes
     except CaptureError as error:
-        if first_cause(error, _Captured) is None:
-            found.not_captured = str(error)
-    except Exception as error:
-        if first_cause(error, _Captured) is None:
-            raise
-    if backend.reports:
-        _fill(found, backend.reports[-1], names)
+        found.not_captured = str(error)
+    if regions is not None:
+        found.regions = str(regions)
     return found
-
-
-class _Captured(JvpgraphError):
-    """Thrown by the capturing backend once it has what it wants."""
-
-
-def _fill(found: Explanation, report: Report, names: dict[str, str]) -> None:
-    found.table, found.derived = report.rules["table"], report.rules["derived"]
-    found.active, found.inactive, found.fused = report.active, report.inactive, report.fused
-    found.swapped, found.left = report.swapped, report.left
-    found.kernels = report.kernels
-    found.collectives, found.paired = report.collectives, report.paired
-    found.primal_flops, found.tangent_flops = report.primal_flops, report.tangent_flops
-    used = found.primal_flops.free_symbols | found.tangent_flops.free_symbols
-    for symbol in sorted(used, key=str):
-        source, value = report.sizes[symbol]
-        found.sizes[symbol] = (_readable_source(source, names), value)
 
 
 def _readable_source(source: str, names: dict[str, str]) -> str:

@@ -13,6 +13,7 @@ so still when it is read, or something that is no op wrote there.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -116,6 +117,7 @@ class OpByOp(TorchDispatchMode):
         self._stopped = WeakTensorKeyDictionary()  # what detach made and its views: in a storage with a shadow, without
         self._stopping = False
         self._unknown: dict[StorageWeakRef | None, UnsupportedNode] = {}  # what no rule has a tangent of, and its op
+        self.rules: dict[str, Counter[str]] = {"table": Counter(), "derived": Counter()}  # as in a Report
         self._observer = observer
         self._ops = 0
         self._newborn = Newborn()
@@ -555,7 +557,9 @@ class OpByOp(TorchDispatchMode):
         outside = torch._C._ForceDispatchKeyGuard(*self._keys_outside)
         with outside, torch._C._DisableAutocast(), torch.inference_mode(False), torch.no_grad():
             try:
-                return _arrived(func, tangents_of(func, out, arguments, dots)[0])
+                dot, source = tangents_of(func, out, arguments, dots)
+                self.rules[source][str(func)] += 1
+                return _arrived(func, dot)
             except NoRule as reason:
                 raise UnsupportedOp([_unsupported(func, dots, str(reason))]) from None
 

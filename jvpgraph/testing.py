@@ -22,8 +22,9 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from jvpgraph.api import DualModule, dual_forward, transform
+from jvpgraph.api import DualModule, transform
 from jvpgraph.backend import Backend
+from jvpgraph.dual_forward import dual_forward
 from jvpgraph.errors import JvpgraphError, UnsupportedOp
 from jvpgraph.op_by_op import OpByOp
 from jvpgraph.rules.apply import has_tangent
@@ -427,9 +428,8 @@ class _Trial:
         self.events, dtype, note = _op_by_op(call)
         self.oracle = _oracle(call, dtype)
         self.rtol = rtol if rtol is not None else _rtol(dtype)
-        backend = dual._dual.backend
-        name = "op_by_op" if backend is None else backend.compiler
-        self.report = JvpCheck(type(call.model).__name__, dtype, name, self.oracle.source)
+        compiler = dual._dual.settings.compiler
+        self.report = JvpCheck(type(call.model).__name__, dtype, compiler, self.oracle.source)
         self.report.notes += [text for text in (self.oracle.note, note) if text]
 
     def run(self) -> None:
@@ -458,10 +458,10 @@ class _Trial:
 
     def value_tolerance(self) -> float:
         """How far the primal may be from the model's own output."""
-        backend = self.dual._dual.backend
-        if backend is None:
+        settings = self.dual._dual.settings
+        if not settings.compiles:
             return 0.0
-        if backend.compiler != "eager" or any(r.swapped for r in backend.reports):
+        if settings.compiler != "eager" or any(r.swapped for r in self.dual.reports):
             return self.rtol
         call = self.call
         tensors = [*call.model.parameters(), *call.model.buffers(), *(x for _, x in leaves((call.args, call.kwargs)))]

@@ -21,7 +21,7 @@ __all__ = ["count"]
 
 
 def count(gm: fx.GraphModule, context: Context) -> None:
-    """Fill in the FLOPs of primal and tangent, as polynomials in the dynamic sizes, the collectives, and the kernels.
+    """Fill in the FLOPs of primal, tangent and backward as polynomials in the dynamic sizes, collectives and kernels.
 
     Leaves the graph as it is. A multiply-add counts 2; pointwise ops count nothing, as is customary.
     """
@@ -35,9 +35,13 @@ def count(gm: fx.GraphModule, context: Context) -> None:
         if node.target in (OPS.attention.default, OPS.attention_jvp.default):
             report.kernels[_kernel(node)] += 1
         primal, tangent = _flops(node)
-        report.primal_flops += primal
-        report.tangent_flops += tangent
-    report.sizes = _sizes(graph, report.primal_flops.free_symbols | report.tangent_flops.free_symbols)
+        if node.meta.get("partitioner_tag") == "is_backward":
+            report.backward_flops += primal + tangent
+        else:
+            report.primal_flops += primal
+            report.tangent_flops += tangent
+    found = (report.primal_flops, report.tangent_flops, report.backward_flops)
+    report.sizes = _sizes(graph, set().union(*(flops.free_symbols for flops in found)))
 
 
 def _flops(node: fx.Node) -> tuple[Any, Any]:

@@ -66,11 +66,15 @@ recompiles it, so that no step has to."""
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a graph is on its way, what is done to it there, in this order, and what is legal after each step."""
+    """Where a graph is on its way, what is done to it there, in this order, and what is legal after each step.
+
+    ``arrival`` says how it got there, if not by a step.
+    """
 
     name: str
     steps: tuple[Step, ...]
     invariants: tuple[Invariant, ...]
+    arrival: str = ""
 
 
 # As Dynamo gives it out, before AOTAutograd.
@@ -86,6 +90,7 @@ ON_TORCH_GRAPH = Stage(
         copy_overlapping_outputs,
     ),
     TORCH_LEVEL,
+    arrival="captured",
 )
 # AOTAutograd's, whose backward, if there is one, was derived from the primal alone.
 ON_ATEN_GRAPH = Stage(
@@ -101,6 +106,7 @@ ON_ATEN_GRAPH = Stage(
         note_outputs,
     ),
     ATEN,
+    arrival="traced",
 )
 # The same, for a graph that is linearized first and given to AOTAutograd then.
 BEFORE_AUTOGRAD = Stage(
@@ -117,9 +123,9 @@ BEFORE_AUTOGRAD = Stage(
     ),
     LOWERED,
 )
-AFTER_AUTOGRAD = Stage("after autograd", (count, decompose, note_outputs), ATEN)
+AFTER_AUTOGRAD = Stage("after autograd", (count, decompose, note_outputs), ATEN, "traced")
 # What the compiler's own passes on that graph have left.
-AFTER_COMPILER = Stage("after the compiler's passes", (keep_outputs_apart,), ())
+AFTER_COMPILER = Stage("after the compiler's passes", (keep_outputs_apart,), (), "optimized")
 
 OPTIONAL = frozenset(
     {
@@ -149,7 +155,8 @@ class Pipeline:
     def __call__(self, stage: Stage, gm: fx.GraphModule) -> fx.GraphModule:
         config = self.context.config
         self._ops.clear()
-        self._note(stage, "captured" if stage is ON_TORCH_GRAPH else "traced", gm, 0.0)
+        if stage.arrival:
+            self._note(stage, stage.arrival, gm, 0.0)
         for step in stage.steps:
             name = step.__name__
             if name in config.skip_passes:

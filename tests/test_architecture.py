@@ -32,7 +32,12 @@ SOURCES = {
 LAYERS = (
     ("jvpgraph.trainer",),
     ("jvpgraph", "jvpgraph.testing"),
-    ("jvpgraph.api", "jvpgraph.explain", "jvpgraph.finite", "jvpgraph.regions"),
+    ("jvpgraph.api",),
+    ("jvpgraph.explain",),
+    ("jvpgraph.dual",),
+    ("jvpgraph.strategies", "jvpgraph.finite"),
+    ("jvpgraph.settings",),
+    ("jvpgraph.regions",),
     ("jvpgraph.backend", "jvpgraph.op_by_op", "jvpgraph.tangents"),
     ("jvpgraph.passes",),
     ("jvpgraph.dump", "jvpgraph.verify", "jvpgraph.sharding"),

@@ -350,7 +350,7 @@ def test_what_changes_nothing_compiles_nothing(regions):
     x, x_dot = torch.randn(2, 3, 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     dual(x, tangents={"x": x_dot})[0].sum().backward()
-    graphs = dual._dual.graphs
+    graphs = len(dual.reports)
     optimizer.step()
     optimizer.zero_grad()
     model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()})
@@ -360,7 +360,7 @@ def test_what_changes_nothing_compiles_nothing(regions):
     disagreement(dual, x, x_dot)
     with ModuleTracker():
         dual(x, tangents={"x": x_dot})
-    assert dual._dual.graphs == graphs
+    assert len(dual.reports) == graphs
 
 
 def test_what_dynamo_takes_for_granted():
@@ -400,7 +400,7 @@ def test_where_nothing_is_compiled_a_call_runs_op_by_op(aside, regions):
         with ASIDE[aside]():
             assert_close(dual(x, tangents={"x": x_dot}), wanted, **CLOSE)
     assert_close(dual(x, tangents={"x": x_dot}), wanted, **CLOSE)
-    assert dual._dual.graphs >= 1
+    assert len(dual.reports) >= 1
 
 
 def test_a_counter_counts_by_default_and_no_gradients_of_tangents_are_lost():

@@ -71,7 +71,7 @@ class TestChoice:
         dual = assert_right(TinyDiT(depth=3).double(), regions="auto")
         assert dual.regions.whole
         assert str(dual.regions).startswith("one graph")
-        assert len(dual._dual.backend.reports) == 1
+        assert len(dual.reports) == 1
 
     def test_auto_finds_the_blocks_of_a_model_that_branches_on_data(self, caplog):
         caplog.set_level(logging.INFO, "jvpgraph")
@@ -120,7 +120,7 @@ class TestSharing:
         x, t, x_dot, t_dot = inputs()
         dual(x, t, tangents={"x": x_dot, "t": t_dot})[0].sum().backward()
         assert graphs(dual) == [("Block", depth, 1)]
-        assert len(dual._dual.backend.reports) == 1
+        assert len(dual.reports) == 1
 
     @pytest.mark.slow
     def test_compile_time_does_not_grow_with_depth(self):

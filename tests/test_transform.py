@@ -24,7 +24,8 @@ import jvpgraph
 from jvpgraph import api
 from jvpgraph.functions import identity
 from jvpgraph.kernels.call import Place
-from jvpgraph.passes.pipeline import ON_ATEN_GRAPH, ON_TORCH_GRAPH
+from jvpgraph.passes.pipeline import AFTER_COMPILER, ON_ATEN_GRAPH, ON_TORCH_GRAPH
+from jvpgraph.settings import Settings
 from tests.models import Checkpointed, Computed, CountOps, Output, TinyDiT, inputs, oracle
 
 BACKENDS = ("op_by_op", "eager", "inductor")
@@ -435,7 +436,7 @@ class TestDynamicShapes:
                 x, t, x_dot, t_dot = inputs(batch, tokens)
                 y, d = dual(x, t, tangents={"x": x_dot, "t": t_dot})
                 assert_close((y, d), oracle(model, (x, t), (x_dot, t_dot)), **EXACT)
-            assert len(dual._dual.backend.reports) == graphs
+            assert len(dual.reports) == graphs
 
     def test_inductor(self):
         model = TinyDiT().double()
@@ -445,7 +446,7 @@ class TestDynamicShapes:
             y, d = dual(x, t, tangents={"x": x_dot, "t": t_dot})
             assert_close((y, d), oracle(model, (x, t), (x_dot, t_dot)), **EXACT)
             y.sum().backward()
-        assert len(dual._dual.backend.reports) == 1
+        assert len(dual.reports) == 1
 
 
 class TestErrors:
@@ -722,8 +723,9 @@ class TestJvp:
     def test_the_graph_is_kept(self):
         for _ in range(3):
             jvpgraph.jvp(_twice_the_same, (torch.ones(2),), (torch.ones(2),), backend="eager", dynamic=False)
-        kept = api._functions.get((identity(_twice_the_same), "eager", False, jvpgraph.Config(), False, False), None)
-        assert len(kept.backend.reports) == 1
+        settings = Settings.of(backend="eager", dynamic=False, config=None)
+        kept = api._functions.get((identity(_twice_the_same), settings), None)
+        assert len(kept.reports) == 1
 
     def test_errors(self):
         x = torch.ones(2)
@@ -786,7 +788,8 @@ class TestExplain:
     def test_unsupported_and_uncaptured(self):
         x = torch.randn(3).double()
         model = Wrapped(torch.ops.jvpgraph_test.opaque)
-        found = jvpgraph.transform(model).explain(x, tangents={"x": x})
+        with torch.no_grad():
+            found = jvpgraph.transform(model).explain(x, tangents={"x": x})
         assert [node.op for node in found.unsupported] == ["jvpgraph_test.opaque.default"]
         assert "in Wrapped.forward" in str(found)
         branching = Wrapped(lambda x: x if x.sum() > 0 else -x)
@@ -803,8 +806,8 @@ def test_dump_writes_one_readable_file_per_pass(tmp_path):
     config = jvpgraph.Config(dump=str(tmp_path))
     jvpgraph.transform(TinyDiT().double(), config=config)(x, t, tangents={"x": x_dot})
     names = sorted(path.name for path in (tmp_path / "000_graph").iterdir())
-    on_torch, on_aten = ([step.__name__ for step in stage.steps] for stage in (ON_TORCH_GRAPH, ON_ATEN_GRAPH))
-    steps = ["captured", *on_torch, "traced", *on_aten]
+    stages = (ON_TORCH_GRAPH, ON_ATEN_GRAPH, AFTER_COMPILER)
+    steps = [name for stage in stages for name in (stage.arrival, *(step.__name__ for step in stage.steps))]
     assert [n for n in names if n.endswith(".py")] == [f"{i:02d}_{step}.py" for i, step in enumerate(steps)]
     assert len([n for n in names if n.endswith(".diff")]) == len(steps) - 1
     text = (tmp_path / "000_graph" / f"{steps.index('fuse_attention'):02d}_fuse_attention.py").read_text()

@@ -129,7 +129,7 @@ def test_the_graph_is_verified_after_every_pass(is_checked: bool):
             n.meta.setdefault("val", None)
 
     context = Context(Config(verify=is_checked))
-    stage, gm = Stage("ATen", (spoil, mend), ATEN), legal()
+    stage, gm = Stage("ATen", (spoil, mend), ATEN, "traced"), legal()
     with nullcontext() if not is_checked else pytest.raises(VerifyError, match="after pass spoil: cos"):
         Pipeline(context)(stage, gm)
     assert [step.name for step in context.report.graphs] == (["traced"] if is_checked else ["traced", "spoil", "mend"])

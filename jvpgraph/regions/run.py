@@ -23,34 +23,32 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
-from torch.utils.checkpoint import (
-    _CachingTorchDispatchMode,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from jvpgraph.backend import Backend
-from jvpgraph.capture import NOT_CAPTURED, NOT_COMPILED, backward_at_once, in_one_piece, own_errors
+from jvpgraph.capture import (
+    NOT_CAPTURED,
+    NOT_COMPILED,
+    backward_at_once,
+    hit_recompile_limit,
+    in_one_piece,
+    own_errors,
+)
 from jvpgraph.dual_forward import dual_forward
 from jvpgraph.errors import CaptureError, MarkerExecuted
 from jvpgraph.markers import MAKE_DUAL
 from jvpgraph.op_by_op import OpByOp
+from jvpgraph.regions.checkpoints import Call, hooks_taken_off, open_checkpoints, policy
+from jvpgraph.regions.find import Choice, find_regions, fingerprint, parts_of
+from jvpgraph.regions.writes import is_number, refuse_writes
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.storages import is_dtensor, is_to_come, key_of, plain
 from jvpgraph.structure import leaves, map_leaves, refuse_hidden
 from jvpgraph.unguarded import unguarded
 
-__all__ = ["Choice", "Group", "Regions", "find_regions", "hit_recompile_limit", "hooks_forbid_one_graph"]
+__all__ = ["Group", "Regions", "brief"]
 
-Choice = str | type[nn.Module] | Sequence[type[nn.Module]] | Callable[[nn.Module], bool]
-SMALL = 0.05  # of the parameters of the largest group: below, one that "auto" finds is not worth a graph
 log = logging.getLogger("jvpgraph")
 
 
@@ -100,13 +98,11 @@ class Regions:
     """
 
     def __init__(self, model: nn.Module, choice: Choice, backend: Backend, dynamic: bool | None):
-        check_choice(choice)
         self.whole: bool = False
         self.reason = ""
         self.groups: list[Group] = []
         self._model, self._choice, self._backend, self._dynamic = model, choice, backend, dynamic
         self._regions: list[_Region] = []
-        self._refused_one_graph = False
         self._structure: tuple[Any, ...] = ()
         self._mode: OpByOp | None = None
         self._patches = ExitStack()
@@ -121,21 +117,7 @@ class Regions:
         head += f": {self.reason}" if self.reason else ""
         return "\n".join([head, *(f"  {group}" for group in self.groups)])
 
-    def prefer_one_graph(self) -> bool:
-        """Whether to capture the whole model first: "auto" does, unless hooks of the model's speak against it."""
-        if self._choice != "auto" or self._refused_one_graph:
-            return False
-        hooks = hooks_forbid_one_graph(self._model)
-        self.whole, self.reason = not hooks, f"{hooks} has hooks that run outside of graphs" if hooks else "it can be"
-        return self.whole
-
-    def one_graph_failed(self, error: CaptureError) -> None:
-        """The model cannot be captured or compiled whole: use regions from now on."""
-        self.whole, self._refused_one_graph = False, True
-        self.reason = _brief(error)
-        log.warning("jvpgraph: the model is not one graph, its parts are tried: %s", self.reason)
-
-    def __call__(self, forward: Callable[..., Any], *inputs: Any) -> Any:
+    def __call__(self, forward: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
         """``forward(*inputs)`` op by op, but for the regions."""
         self._find()
         with OpByOp() as mode, self._patches:
@@ -181,7 +163,7 @@ class Regions:
         mode, module = self._mode, region.module
         assert mode is not None
         own = _own_forward(module)
-        frames = _checkpoints()
+        frames = open_checkpoints()
         if region.group.cause:  # it ran before its group was given up
             return self._plainly(region, frames, args, kwargs)
         passed: dict[str, Any] = {"args": (module, *args), "kwargs": kwargs}
@@ -189,17 +171,17 @@ class Regions:
         dots = {path: dot for path, x in inputs.items() if (dot := mode.tangent(x)) is not None}
         if not dots:
             return self._plainly(region, frames, args, kwargs)
-        call = _Call(bool(frames), _policy() if frames else None, any(map(is_dtensor, module.parameters())))
+        call = Call(bool(frames), policy() if frames else None, any(map(is_dtensor, module.parameters())))
         key = (tuple(dots), call)
         try:
-            with own, mode.left(), _hooks_taken_off(len(frames)):
+            with own, mode.left(), hooks_taken_off(len(frames)):
                 given = map_leaves(passed, lambda path, leaf: self._as_argument(leaf), only=dots)
                 out, out_dots = self._compiled(region, key, given["args"], given["kwargs"], dots)
                 refuse_hidden(out, CaptureError)
         except MarkerExecuted:  # by a stance of torch.compile's, for now
             return self._plainly(region, frames, args, kwargs)
         except CaptureError as error:
-            self._give_up(region.group, _brief(error))
+            self._give_up(region.group, brief(error))
             return self._plainly(region, frames, args, kwargs)
         region.group.calls += 1
         self._remember(frames, module, True)
@@ -252,9 +234,9 @@ class Regions:
             region.serial = serial
             return result
 
-    def _compile(self, group: Group, call: _Call) -> Callable[..., Any]:
+    def _compile(self, group: Group, call: Call) -> Callable[..., Any]:
         def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-            _refuse_writes(gm)
+            refuse_writes(gm)
             compiled = self._backend(gm, example_inputs)
             group.graphs += 1
             return self._checking(gm, compiled)
@@ -266,7 +248,7 @@ class Regions:
         """``compiled``, unless something that is not an argument brings a tangent along, which would be lost."""
         placeholders = gm.graph.find_nodes(op="placeholder")
         known = {n for marker in gm.graph.find_nodes(op="call_function", target=MAKE_DUAL) for n in marker.args}
-        others = [i for i, node in enumerate(placeholders) if node not in known and not _is_number(node)]
+        others = [i for i, node in enumerate(placeholders) if node not in known and not is_number(node)]
 
         def checked(*inputs: Any) -> Any:
             for i in others:
@@ -287,7 +269,7 @@ class Regions:
         parts = []
         for region in self._regions:
             if region.group is group:
-                parts += [(f"{region.name}.{name}", m) for name, m in _parts(region.module)]
+                parts += [(f"{region.name}.{name}", m) for name, m in parts_of(region.module)]
         for region in self._add(parts):
             self._patches.enter_context(_replaced(region.module, self._runner(region)))
 
@@ -307,11 +289,11 @@ class Regions:
 
             def replay(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 in_graph = next(remaining)[1]
-                frames = _checkpoints()  # of checkpoints inside this one
+                frames = open_checkpoints()  # of checkpoints inside this one
                 self._remember(frames, module, in_graph)
                 # What ran in a graph left nothing to a selective checkpoint's mode, which would look for it.
                 without_modes = _disable_current_modes() if in_graph else nullcontext()
-                with _own_forward(module), _hooks_taken_off(len(frames) + 1 if in_graph else 0), without_modes:
+                with _own_forward(module), hooks_taken_off(len(frames) + 1 if in_graph else 0), without_modes:
                     return module.forward(*args, **kwargs)
 
             with ExitStack() as patches:
@@ -322,121 +304,7 @@ class Regions:
         return recompute_again
 
 
-def check_choice(choice: Choice) -> None:
-    """Raises: ValueError: not what ``transform`` takes as regions."""
-    classes = choice if isinstance(choice, (tuple, list)) else (choice,) if isinstance(choice, type) else ()
-    wrong = [c for c in classes if not (isinstance(c, type) and issubclass(c, nn.Module))]
-    if wrong or not (choice == "auto" or classes or callable(choice)):
-        raise ValueError(
-            f"regions must be None, 'auto', a class of modules, several, or a function of a module: not {choice!r}"
-        )
-
-
-def find_regions(model: nn.Module, choice: Choice) -> list[tuple[str, nn.Module]]:
-    """Names and modules of the outermost regions; for "auto" none, where a model has no parts.
-
-    Raises:
-        ValueError: no module of the model is one of those that were asked for, or whole ones.
-    """
-    candidates = {name: module for name, module in model.named_modules() if _has_forward(module)}
-    if choice == "auto":
-        found = _repeated(model, candidates)
-    else:
-        wanted: Any = choice
-        if isinstance(choice, (type, tuple, list)):
-            classes = choice if isinstance(choice, type) else tuple(choice)
-            wanted = lambda module: isinstance(module, classes)  # noqa: E731
-        found = _outermost({name: module for name, module in candidates.items() if wanted(module)})
-    inside = [name for name, module in candidates.items() if name and _shards_inside(module)]
-    if not found and (choice != "auto" or inside):
-        kinds = sorted({type(module).__name__ for name, module in candidates.items() if name and not _is_plain(module)})
-        why = ""
-        if inside and choice == "auto":
-            why = f": parts inside of {', '.join(inside[:3])} are sharded on their own, shard whole blocks"
-        raise ValueError(
-            f"no module of {type(model).__name__} is a region; it has {', '.join(kinds) or 'no parts'}{why}"
-        )
-    return found
-
-
-def fingerprint(module: nn.Module) -> Any:
-    """Equal for modules of equal structure. Whether they can share a graph in the end is up to Dynamo's guards."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    return (
-        tuple((name, type(m)) for name, m in module.named_modules()),
-        tuple((name, tuple(x.shape), x.dtype, x.requires_grad) for name, x in tensors),
-    )
-
-
-def hooks_forbid_one_graph(model: nn.Module) -> str:
-    """Why the model's hooks cannot be compiled with it; empty if they can."""
-    if isinstance(model, DistributedDataParallel):
-        return "DistributedDataParallel"
-    return "FSDP2" if any(vars(m).get("_is_fsdp_managed_module", False) for m in model.modules()) else ""
-
-
-def hit_recompile_limit(error: CaptureError) -> bool:
-    return isinstance(error.__cause__, FailOnRecompileLimitHit)
-
-
-def _repeated(model: nn.Module, candidates: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The outermost blocks that occur more than once or stand in a list, and hold a good part of the parameters."""
-    blocks = {name: m for name, m in candidates.items() if name and not _is_plain(m) and not _shards_inside(m)}
-    prints = {name: fingerprint(m) for name, m in blocks.items()}
-    count: dict[Any, int] = {}
-    for key in prints.values():
-        count[key] = count.get(key, 0) + 1
-    listed = {id(m) for parent in model.modules() if isinstance(parent, nn.ModuleList) for m in _unwrapped(parent)}
-    repeated = {name: m for name, m in blocks.items() if count[prints[name]] > 1 or id(m) in listed}
-    found = _outermost(repeated)
-    size: dict[Any, int] = {}
-    for name, m in found:
-        size[prints[name]] = size.get(prints[name], 0) + sum(p.numel() for p in m.parameters())
-    large = [(name, m) for name, m in found if size[prints[name]] >= SMALL * max(size.values())]
-    return large or _outermost(blocks)
-
-
-def _parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The outermost parts of a module that are more than one layer of PyTorch's."""
-    parts = {name: m for name, m in module.named_modules() if name and _has_forward(m)}
-    return _outermost({name: m for name, m in parts.items() if not _is_plain(m) and not _shards_inside(m)})
-
-
-def _outermost(modules: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-    """Those that are not inside another one, each once."""
-    inside = {id(part) for m in modules.values() for part in m.modules() if part is not m}
-    return [(name, m) for name, m in modules.items() if id(m) not in inside]
-
-
-def _has_forward(module: nn.Module) -> bool:
-    """Containers are not called, wrappers for checkpointing stay around the region, and TorchScript is not captured."""
-    if isinstance(module, (ActivationWrapper, torch.jit.ScriptModule)):
-        return False
-    return type(module).forward is not nn.Module.forward
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """A single layer of PyTorch's, or nothing to compute with."""
-    alone = next(iter(module.children()), None) is None
-    return next(module.parameters(), None) is None or (alone and _own_class(module).__module__.startswith("torch.nn."))
-
-
-def _own_class(module: nn.Module) -> type:
-    return next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
-
-
-def _shards_inside(module: nn.Module) -> bool:
-    return any(isinstance(part, FSDPModule) for part in module.modules() if part is not module)
-
-
-def _unwrapped(modules: nn.ModuleList) -> Iterator[nn.Module]:
-    for module in modules:
-        while isinstance(module, ActivationWrapper):
-            module = module._checkpoint_wrapped_module
-        yield module
-
-
-def _brief(error: CaptureError) -> str:
+def brief(error: CaptureError) -> str:
     """The first line that says something, and the user's line, or the compiler's op, where they are named."""
     text = str(error).replace(NOT_CAPTURED, "not captured: ", 1).replace(NOT_COMPILED, "not compiled: ", 1)
     lines = [line.strip() for line in text.splitlines()]
@@ -445,61 +313,6 @@ def _brief(error: CaptureError) -> str:
         frames = [line for line in lines[lines.index("from user code:") :] if line.startswith("File ")]
         caused = frames[-1] if frames else ""
     return " ".join(part for part in (lines[0], caused) if part)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """How a graph calls its module."""
-
-    in_checkpoint: bool
-    policy: Callable[..., Any] | None  # what a selective checkpoint keeps
-    apart: bool  # AOTAutograd takes no outputs that share memory where there are DTensors
-
-    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not self.in_checkpoint:
-            out = module.forward(*args, **kwargs)
-        elif self.policy is None:
-            out = checkpoint(lambda: module.forward(*args, **kwargs), use_reentrant=False)
-        else:
-            contexts = functools.partial(create_selective_checkpoint_contexts, self.policy)
-            out = checkpoint(lambda: module.forward(*args, **kwargs), use_reentrant=False, context_fn=contexts)
-        if not self.apart or isinstance(out, Tensor):
-            return out
-        return map_leaves(out, lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
-
-
-def _policy() -> Callable[..., Any] | None:
-    """Of the innermost checkpoint that is open: selective ones have a mode that knows it."""
-    modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, _CachingTorchDispatchMode)]
-    return modes[-1].policy_fn if modes else None
-
-
-def _refuse_writes(gm: fx.GraphModule) -> None:
-    """A graph's writes to what it is given do not reach the tangents of the caller's tensor."""
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    markers = gm.graph.find_nodes(op="call_function", target=MAKE_DUAL)
-    if not any(_version(n.meta.get("example_value")) for n in placeholders + markers):
-        return
-    # Making a fake of a view counts as a write, too: run the graph on fresh ones.
-    fakes = [n.meta["example_value"] for n in placeholders]
-    mode = next(x.fake_mode for x in fakes if isinstance(x, FakeTensor))
-    with mode, torch.no_grad():
-        given = [x.detach().clone() if isinstance(x, Tensor) else x for x in fakes]
-        fx.Interpreter(gm).run(*given)
-    written = [node for node, x in zip(placeholders, given) if _version(x)]
-    written += [marker.args[0] for marker in markers if _version(marker.meta["example_value"])]
-    if written:
-        raise CaptureError(f"it writes to {written[0].name} in place, which the code around it may see")
-
-
-def _is_number(placeholder: fx.Node) -> bool:
-    """Whether a Python number is given, of which Dynamo makes a tensor."""
-    given = placeholder.meta.get("grapharg")
-    return given is not None and not given.is_tensor
-
-
-def _version(x: Any) -> int:
-    return x._version if has_tangent(x) else 0
 
 
 def _set_tangents(mode: OpByOp, outs: Sequence[tuple[Tensor, Tensor, bool]]) -> None:
@@ -551,41 +364,3 @@ def _own_forward(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         vars(module)["forward"] = replacement
-
-
-def _checkpoints() -> list[Any]:
-    """The checkpoints whose saved-tensor hooks are the innermost ones, innermost first."""
-    frames: list[Any] = []
-    taken: list[Any] = []
-    try:
-        while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
-            frame = _frame_of(hooks[0])
-            if frame is None:
-                break
-            frames.append(frame)
-            taken.append(hooks)
-            torch._C._autograd._pop_saved_tensors_default_hooks()
-    finally:
-        for hooks in reversed(taken):
-            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
-    return frames
-
-
-def _frame_of(pack: Callable[..., Any]) -> Any:
-    if getattr(pack, "__module__", "") != "torch.utils.checkpoint":
-        return None
-    return inspect.getclosurevars(pack).nonlocals.get("frame")
-
-
-@contextmanager
-def _hooks_taken_off(count: int) -> Iterator[None]:
-    """Without the innermost saved-tensor hooks."""
-    taken = []
-    for _ in range(count):
-        taken.append(torch._C._autograd._top_saved_tensors_default_hooks(True))
-        torch._C._autograd._pop_saved_tensors_default_hooks()
-    try:
-        yield
-    finally:
-        for hooks in reversed(taken):
-            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)

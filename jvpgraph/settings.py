@@ -1,0 +1,59 @@
+"""What was asked for of a transform: one object, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from jvpgraph.backend import COMPILERS, Backend
+from jvpgraph.config import Config
+from jvpgraph.regions import Choice, check_choice
+
+__all__ = ["BACKENDS", "Settings"]
+
+BACKENDS = (*COMPILERS, "op_by_op")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Shared by ``transform``, ``jvp``, ``explain`` and copies; the fields are the arguments of ``transform``.
+
+    Raises:
+        ValueError: an unknown backend, settings that exclude each other, or a Backend and a config that differ.
+    """
+
+    backend: str | Backend = "inductor"
+    regions: Choice | None = None
+    dynamic: bool | None = None
+    differentiable_tangent: bool = False
+    config: Config = field(default_factory=Config)
+    has_aux: bool = False
+
+    @classmethod
+    def of(cls, *, backend: str | Backend, config: Config | None, **others: Any) -> Settings:
+        """With the config of the backend where none is given."""
+        own = backend.config if isinstance(backend, Backend) else Config()
+        return cls(backend=backend, config=own if config is None else config, **others)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.backend, Backend):
+            if self.config != self.backend.config:
+                raise ValueError("config= differs from the config of the backend: give it to jvpgraph.backend() alone")
+        elif self.backend not in BACKENDS:
+            raise ValueError(f"unknown backend {self.backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
+        if self.differentiable_tangent and not self.compiles:
+            raise ValueError("op by op, tangents have no gradients: differentiable_tangent needs another backend")
+        if self.regions is not None and (self.differentiable_tangent or not self.compiles):
+            other = "differentiable_tangent=True" if self.differentiable_tangent else 'backend="op_by_op"'
+            raise ValueError(f"regions are graphs with op-by-op code between them: not with {other}")
+        if self.regions is not None:
+            check_choice(self.regions)
+
+    @property
+    def compiles(self) -> bool:
+        return self.backend != "op_by_op"
+
+    @property
+    def compiler(self) -> str:
+        """Which of COMPILERS makes code of graphs, or "op_by_op"."""
+        return self.backend.compiler if isinstance(self.backend, Backend) else self.backend
