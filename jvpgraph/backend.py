@@ -74,6 +74,7 @@ class Backend:
         if wants_gradients_of_tangents(captured):
             lowered, stage = run(BEFORE_AUTOGRAD, captured), AFTER_AUTOGRAD
             autocast = torch._C._DisableAutocast()  # its casts are ops by now
+        context.example_inputs = ()  # what the compiler keeps for the backward must not keep them
         try:
             with autocast:
                 compiled = self.compile(lowered, example_inputs, JointPasses(run, stage))

@@ -23,28 +23,37 @@ from torch import Tensor
 from torch._dynamo import eval_frame
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode_stack,
     _pop_mode,
     _push_mode,
-    is_traceable_wrapper_subclass,
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from jvpgraph.autograd_function import functions_watched
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
-from jvpgraph.escapes import HIGHER_ORDER, Calls, Newborn, frames
+from jvpgraph.escapes import HIGHER_ORDER, Calls, frames
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
+from jvpgraph.op_by_op.kinds import (
+    BATCH_NORMS,
+    COPIES,
+    DRAWS,
+    EMPTY,
+    OVERWRITES,
+    READS_NOTHING,
+    VOUCHED,
+    ZERO,
+    is_about,
+)
+from jvpgraph.op_by_op.refusals import NUMBER, refusal, unsupported, user_line
+from jvpgraph.op_by_op.shadows import CONSTANTS, Shadows
 from jvpgraph.rules import TABLE, NoRule, tangents_of
-from jvpgraph.rules.apply import Unknown, any_has_tangent, argument_tangent, bind, functional_form, has_tangent
+from jvpgraph.rules.apply import Unknown, any_has_tangent, bind, functional_form, has_tangent
 from jvpgraph.storages import (
     all_bytes,
     copy_of_memory,
-    flatten,
     is_dtensor,
     is_to_come,
     is_wrapper,
@@ -55,7 +64,7 @@ from jvpgraph.storages import (
     view_of,
 )
 
-__all__ = ["OpByOp", "refuse_other_levels"]
+__all__ = ["OpByOp"]
 
 aten = torch.ops.aten
 MOVED = (
@@ -64,21 +73,6 @@ MOVED = (
 )
 Observer = Callable[[OpOverload, Any, Any], None]
 SWEEP_EVERY = 256  # ops between two looks for shadows whose storage is gone
-
-EMPTY = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
-ZERO = {"zeros", "zeros_like", "new_zeros"}
-LIKE = {"ones_like", "full_like", "rand_like", "randn_like", "randint_like", "new_ones", "new_full"}
-ABOUT = {"is_same_size", "_has_same_storage_numel", "is_pinned", "record_stream", "set_", "resize_", "lift_fresh"}
-METADATA = {"detach", "dim", "numel", "size", "storage_offset", "stride"}
-COPIES = {"clone", "_to_copy"}
-READS_NOTHING = EMPTY | ZERO | LIKE | ABOUT
-DRAWS = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
-BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}  # their arguments differ by name only
-OVERWRITES = DRAWS | {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "index_put_", "_index_put_impl_"}
-OVERWRITES |= {"scatter_", "index_copy_", "index_fill_", "masked_fill_", "masked_scatter_", "put_", "_unsafe_index_put"}
-
-# Storages that were there before the call in which they were met first: parameters, buffers, constants.
-_constants: dict[StorageWeakRef, None] = {}
 
 
 def _lazy_bits() -> AbstractContextManager[Any]:
@@ -92,7 +86,7 @@ def _lazy_bits() -> AbstractContextManager[Any]:
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
-class OpByOp(TorchDispatchMode):
+class OpByOp(Shadows, TorchDispatchMode):
     """Within this context, ``make_dual`` and ``tangent_of`` work in eager code.
 
     Args:
@@ -105,22 +99,15 @@ class OpByOp(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, observer: Observer | None = None):
-        super().__init__()
-        self._shadows: dict[StorageWeakRef, torch.UntypedStorage] = {}
-        self._dtypes: dict[StorageWeakRef, torch.dtype] = {}  # of what has a shadow
-        self._seen: dict[StorageWeakRef, None] = {}  # made by ops of this call
-        self._unwritten: dict[StorageWeakRef, str] = {}  # of those, what is "empty" or "zero" as far as ops can tell
-        self._handed_out: dict[StorageWeakRef, str] = {}  # memory that others know of, and by what
+        TorchDispatchMode.__init__(self)
+        Shadows.__init__(self)
         self._moved: dict[
             StorageWeakRef | None, bool
         ] = {}  # copies of inputs that lie elsewhere: whether strides are kept
-        self._stopped = WeakTensorKeyDictionary()  # what detach made and its views: in a storage with a shadow, without
         self._stopping = False
-        self._unknown: dict[StorageWeakRef | None, UnsupportedNode] = {}  # what no rule has a tangent of, and its op
         self.rules: dict[str, Counter[str]] = {"table": Counter(), "derived": Counter()}  # as in a Report
         self._observer = observer
         self._ops = 0
-        self._newborn = Newborn()
         self._calls = Calls(self)
         self._entered = ExitStack()
         self._asleep = False
@@ -129,14 +116,14 @@ class OpByOp(TorchDispatchMode):
         self._stance = eval_frame._stance
         local = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
         self._keys_outside = local[0](), local[1]()
-        for key in [key for key in _constants if key.expired()]:
-            _constants.pop(key, None)
+        for key in [key for key in CONSTANTS if key.expired()]:
+            CONSTANTS.pop(key, None)
         with ExitStack() as entered:
             entered.enter_context(torch.jit.optimized_execution(False))  # nothing fused
             entered.enter_context(torch.compiler.set_stance("force_eager"))  # torch.cond compiles itself
             entered.enter_context(self._newborn)
             entered.enter_context(self._calls)
-            entered.enter_context(functions_watched(self, _user_line))
+            entered.enter_context(functions_watched(self, user_line))
             self._entered = entered.pop_all()
         super().__enter__()
         return self
@@ -165,101 +152,6 @@ class OpByOp(TorchDispatchMode):
         if out_dot is not None:
             self.set_tangent(out, out_dot)
 
-    # ----------------------------------------------------------------------------------------------- the tangents
-
-    def tangent(self, x: Tensor) -> Tensor | None:
-        """A view of the tangent of ``x``; None where it is zero. Of a DTensor, a DTensor of that of its local part.
-
-        Raises:
-            UnsupportedOp: ``x`` wraps several tensors, and one of them has a tangent; or nobody knows where its values
-                come from, or no rule has its tangent.
-        """
-        if is_traceable_wrapper_subclass(x):
-            return self._wrapped_tangent(x)
-        key = key_of(x)
-        if key is None:
-            return None
-        if key in self._unknown:
-            raise UnsupportedOp([self._unknown[key]])
-        if not has_tangent(x):
-            return None
-        shadow = self._shadows.get(key)
-        if shadow is not None:
-            if x in self._stopped:
-                return None
-            if x.dtype.to_real() != self._dtypes[key]:
-                raise _refusal(
-                    "view", f"its bits are read as {x.dtype}, but are those of {self._dtypes[key]} with a tangent"
-                )
-            return view_of(shadow, x)
-        if key not in self._seen and key not in _constants:
-            self._vouch_for(x, key)
-        return None
-
-    def _wrapped_tangent(self, x: Any) -> Tensor | None:
-        parts, how = flatten(x)
-        dots = {name: self.tangent(part) if isinstance(part, Tensor) else part for name, part in parts.items()}
-        own = [dots[name] for name, part in parts.items() if isinstance(part, Tensor)]
-        if all(dot is None for dot in own):
-            return None
-        if len(own) > 1:
-            raise _refusal(type(x).__name__, "it wraps several tensors, and one of them has a tangent")
-        return own[0] if is_to_come(x) else type(x).__tensor_unflatten__(dots, how, x.size(), x.stride())
-
-    def _vouch_for(self, x: Tensor, key: StorageWeakRef) -> None:
-        """No op made it. Then it has to be older than the call."""
-        if x in self._newborn:
-            reason = (
-                "no op was seen to make it (C++, another thread, a compiled kernel), so it may depend on something "
-                "with a tangent: make it before the call, or wrap what makes it in an op (torch.library) and give that "
-                "a rule"
-            )
-            raise _refusal(f"a tensor of shape {tuple(x.shape)}", reason)
-        _constants[key] = None
-
-    def stop(self, x: Tensor) -> None:
-        """Let ``x`` have no tangent, though its storage has a shadow."""
-        self._stopped[plain(x)] = None
-
-    def shadowed(self, x: Tensor) -> bool:
-        """Whether something in the storage of ``x`` has a tangent."""
-        return key_of(plain(x)) in self._shadows
-
-    def set_tangent(self, x: Tensor, x_dot: Tensor) -> None:
-        """Give ``x`` a tangent of the same shape; a DTensor one that is distributed alike."""
-        x, x_dot = plain(x), plain(x_dot)
-        key = key_of(x)
-        if key is None:
-            raise _refusal(f"a tensor of layout {x.layout}", "only dense tensors can have a tangent")
-        shadow = self._shadows.get(key)
-        if shadow is None:
-            if key in self._handed_out:
-                name = self._handed_out[key]
-                raise _refusal(
-                    name, "something with a tangent is written to memory that was handed out earlier: clone it first"
-                )
-            size = x.untyped_storage().nbytes()
-            shadow = torch.zeros(size, dtype=torch.uint8, device=x.device).untyped_storage()
-            self._shadows[key], self._dtypes[key] = shadow, x.dtype.to_real()
-        elif x.dtype.to_real() != self._dtypes[key]:
-            raise _refusal("a write", f"it writes {x.dtype} into memory that holds {self._dtypes[key]} with a tangent")
-        for dim, (size, stride) in enumerate(zip(x.size(), x.stride())):
-            if stride == 0 and size > 1:  # one element stands for all of them
-                x, x_dot = x.narrow(dim, 0, 1), x_dot.narrow(dim, 0, 1)
-        view_of(shadow, x).copy_(x_dot)
-
-    def sweep(self) -> None:
-        """Drop what is known of storages that are gone."""
-        self._shadows = {key: shadow for key, shadow in self._shadows.items() if not key.expired()}
-        self._dtypes = {key: self._dtypes[key] for key in self._shadows}
-        self._seen = {key: None for key in self._seen if not key.expired()}
-        self._unknown = {key: node for key, node in self._unknown.items() if key is not None and not key.expired()}
-        self._unwritten = {key: value for key, value in self._unwritten.items() if not key.expired()}
-
-    def bytes(self) -> int:
-        """What all shadows hold."""
-        return sum(shadow.nbytes() for shadow in self._shadows.values())
-
     @contextmanager
     def left(self) -> Iterator[None]:
         """Without this mode, and without those that were entered inside it."""
@@ -283,8 +175,6 @@ class OpByOp(TorchDispatchMode):
             yield
         finally:
             _pop_mode()
-
-    # ----------------------------------------------------------------------------------- what the torch functions do
 
     @contextmanager
     def stopping(self) -> Iterator[None]:
@@ -315,12 +205,12 @@ class OpByOp(TorchDispatchMode):
                     "ops, or wrap the code in an op (torch.library) and give that a rule; if no tangent is needed, "
                     "use .detach().clone()"
                 )
-                raise _refusal(name, reason)
+                raise refusal(name, reason)
             self._unwritten.pop(key_of(part), None)  # type: ignore[arg-type]
 
     def made_a_number(self, x: Tensor, name: str) -> None:
         if not is_dtensor(x) and any(self.tangent(part) is not None for part in parts_of(x)):
-            raise _refusal(name, NUMBER)
+            raise refusal(name, NUMBER)
 
     def became_a_leaf(self, x: Tensor) -> None:
         if any(part in self._stopped for part in parts_of(x)):
@@ -328,7 +218,7 @@ class OpByOp(TorchDispatchMode):
                 "a detached tensor is to be differentiated, but detach has stopped its tangent: use x.clone(), or "
                 "x.requires_grad_() itself"
             )
-            raise _refusal("requires_grad_", reason)
+            raise refusal("requires_grad_", reason)
 
     def became_data(self, x: Tensor, of: Tensor) -> None:
         self.tangent(x)
@@ -336,8 +226,6 @@ class OpByOp(TorchDispatchMode):
             self.stop(of)
         else:
             self._stopped.pop(plain(of), None)
-
-    # --------------------------------------------------------------------------------------------------- the ops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -352,7 +240,7 @@ class OpByOp(TorchDispatchMode):
             with self._again():
                 return HIGHER_ORDER[str(func)](*args, **kwargs)
         if self._argument_tangent(tree_leaves([args, kwargs])) is not None:
-            raise _refusal(str(func), "a higher-order op that PyTorch compiles by itself: it has no tangent op by op")
+            raise refusal(str(func), "a higher-order op that PyTorch compiles by itself: it has no tangent op by op")
         return func(*args, **kwargs)
 
     def _left_to_wrappers(self, func: Any, args: Any, kwargs: Any) -> bool:
@@ -362,12 +250,12 @@ class OpByOp(TorchDispatchMode):
             UnsupportedOp: a wrapper that may rearrange what it wraps has something with a tangent inside.
         """
         wrappers = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and is_wrapper(x)]
-        for x in wrappers if not _is_about(func) else ():
+        for x in wrappers if not is_about(func) else ():
             if not (is_dtensor(x) or is_to_come(x)) and any(map(self.shadowed, parts_of(x))):
                 reason = (
                     f"a {type(x).__name__} wraps something with a tangent, and how it computes with that cannot be seen"
                 )
-                raise UnsupportedOp([UnsupportedNode(str(func), "op by op", (), _user_line(), reason)])
+                raise UnsupportedOp([UnsupportedNode(str(func), "op by op", (), user_line(), reason)])
         return bool(wrappers)
 
     def _dispatch(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
@@ -381,7 +269,7 @@ class OpByOp(TorchDispatchMode):
                 self._moved[key_of(x)] = x.stride() == args[0].stride()
             return x
         if func is aten.as_strided.default and not self._counts_alike(*args, **kwargs):
-            raise UnsupportedOp([_unsupported(func, {"self": args[0]}, MOVED)])
+            raise UnsupportedOp([unsupported(func, {"self": args[0]}, MOVED)])
         if func is TANGENT_OF:
             self._check_written(func, {"y": args[0]}, [])
             dot = self.tangent(args[0])
@@ -398,7 +286,7 @@ class OpByOp(TorchDispatchMode):
             if self._stopping or (self._calls.blind and _asked_for()) or x in self._stopped:
                 self._stopped[out] = None
         elif key is not None and key not in self._seen and x not in self._newborn:
-            _constants[key] = None
+            CONSTANTS[key] = None
         return out
 
     def _counts_alike(self, x: Tensor, size: Any, stride: Any, storage_offset: int | None = None) -> bool:
@@ -427,10 +315,10 @@ class OpByOp(TorchDispatchMode):
         stopped = self._stopped_among(arguments) if self._stopped else []
         if any(x is y for name in writes for x in tensors_in(arguments[name]) for y in stopped):
             reason = "it writes through a detached alias of a tensor with a tangent: detach().clone() first"
-            raise UnsupportedOp([_unsupported(func, dots, reason)])
+            raise UnsupportedOp([unsupported(func, dots, reason)])
         if dots and func.namespace == "c10d":
             reason = "a collective that writes into its arguments: use torch.distributed._functional_collectives"
-            raise UnsupportedOp([_unsupported(func, dots, reason)])
+            raise UnsupportedOp([unsupported(func, dots, reason)])
         if dots and func not in TABLE and func._can_decompose():  # composite ops come whole under inference mode
             with self._again():
                 out = func.decompose(*args, **kwargs)
@@ -456,7 +344,7 @@ class OpByOp(TorchDispatchMode):
         if writes:
             return self._run_in_place(func, args, kwargs, arguments, writes, dots)
         if func is aten._local_scalar_dense.default:
-            raise UnsupportedOp([_unsupported(func, dots, NUMBER)])
+            raise UnsupportedOp([unsupported(func, dots, NUMBER)])
         out = func(*args, **kwargs)
         self._record(func, out, self._rule(func, out, arguments, dots))
         return out
@@ -498,7 +386,7 @@ class OpByOp(TorchDispatchMode):
                         f"{argument} was made {self._unwritten[key]}, and no op was seen to write to it (C++, a "
                         "kernel launched by hand): wrap what writes in an op (torch.library) and give that a rule"
                     )
-                    raise UnsupportedOp([_unsupported(func, {}, reason)])
+                    raise UnsupportedOp([unsupported(func, {}, reason)])
                 del self._unwritten[key]
 
     def _is_still_zero(self, x: Tensor, key: StorageWeakRef) -> bool:
@@ -514,7 +402,7 @@ class OpByOp(TorchDispatchMode):
             for x in tensors_in(value):
                 if not has_tangent(x) and not is_wrapper(x) and self.shadowed(x):
                     reason = f"{name} holds, as {x.dtype}, the bits of something with a tangent, and bits have none"
-                    raise UnsupportedOp([_unsupported(func, {}, reason)])
+                    raise UnsupportedOp([unsupported(func, {}, reason)])
 
     def _run_in_place(
         self,
@@ -529,20 +417,20 @@ class OpByOp(TorchDispatchMode):
         targets = [x for name in writes for x in tensors_in(arguments[name])]
         functional = functional_form(func)
         if any(_reads_later(value, targets) for name, value in arguments.items() if name not in writes):
-            raise UnsupportedOp([_unsupported(func, dots, "it reads for one tensor what it wrote for an earlier one")])
+            raise UnsupportedOp([unsupported(func, dots, "it reads for one tensor what it wrote for an earlier one")])
         if functional is None:
-            raise UnsupportedOp([_unsupported(func, dots, "it writes to its arguments and has no functional form")])
+            raise UnsupportedOp([unsupported(func, dots, "it writes to its arguments and has no functional form")])
         inputs = {a.name for a in functional._schema.arguments}
         arguments = {name: v for name, v in arguments.items() if name in inputs}
         dots = {name: dot for name, dot in dots.items() if name in inputs}
         dot = before = None
         if torch.Tag.nondeterministic_seeded in functional.tags:
             if dots and func._schema.name.removeprefix("aten::") not in DRAWS:
-                raise UnsupportedOp([_unsupported(func, dots, "it draws random numbers in place")])
+                raise UnsupportedOp([unsupported(func, dots, "it draws random numbers in place")])
         elif dots:
             before = functional(**arguments) if func is not aten.copy_.default else targets[0]
             if len(tensors_in(before)) != len(targets):
-                raise UnsupportedOp([_unsupported(func, dots, "it writes to more than its functional form returns")])
+                raise UnsupportedOp([unsupported(func, dots, "it writes to more than its functional form returns")])
             dot = self._rule(functional, before, arguments, dots)
         out = func(*args, **kwargs)
         for x, x_dot in zip(targets, _flat_dots(dot, len(targets))):
@@ -561,7 +449,7 @@ class OpByOp(TorchDispatchMode):
                 self.rules[source][str(func)] += 1
                 return _arrived(func, dot)
             except NoRule as reason:
-                raise UnsupportedOp([_unsupported(func, dots, str(reason))]) from None
+                raise UnsupportedOp([unsupported(func, dots, str(reason))]) from None
 
     def _record(self, func: OpOverload, out: Any, dot: Any) -> None:
         if dot is None:
@@ -569,54 +457,11 @@ class OpByOp(TorchDispatchMode):
         for o, d in [(out, dot)] if isinstance(out, Tensor) else zip(out, dot):
             if isinstance(d, Unknown):
                 if (key := key_of(o)) is not None:
-                    self._unknown[key] = _unsupported(func, {}, d.reason)
+                    self._unknown[key] = unsupported(func, {}, d.reason)
             elif d is not None:
                 self.set_tangent(o, d)
         if self._observer is not None:
             self._observer(func, out, dot)
-
-    def _argument_tangent(self, value: Any) -> Any:
-        return argument_tangent(value, lambda x: self.tangent(x) if isinstance(x, Tensor) else None)
-
-    def _stopped_among(self, arguments: dict[str, Any]) -> list[Tensor]:
-        tensors = [x for x in tree_leaves(list(arguments.values())) if isinstance(x, Tensor)]
-        return [x for x in tensors if x in self._stopped]
-
-
-NUMBER = "a tensor with a tangent becomes a Python number, which has none: keep it a tensor, or detach it"
-
-
-VOUCHED = {"lift_fresh", "lift", "set_"}  # made of Python's numbers or of a storage, whose escapes are refused
-
-
-def refuse_other_levels(inputs: Any, call: Any) -> None:
-    """One set of tangents at a time.
-
-    Raises:
-        UnsupportedOp: this call is made by a model that is itself called with tangents.
-        ValueError: an input, a parameter or a buffer has a tangent of PyTorch's own forward AD, or is a stand-in of one
-            of the transforms that would lose what it stands for: ``torch.func.jvp`` and ``vmap``.
-    """
-    if any(isinstance(mode, OpByOp) for mode in _get_current_dispatch_mode_stack()):
-        raise _refusal("a call with tangents", "it is made inside a model that is itself called with tangents")
-    transforms = _functorch_transforms()
-    if forward_ad._current_level < 0 and not transforms:
-        return
-    own = [*call.parameters(), *call.buffers()] if isinstance(call, torch.nn.Module) else []
-    tensors = [x for x in tree_leaves([inputs, own]) if isinstance(x, Tensor)]
-    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)) and transforms & {"Jvp", "Vmap"}:
-        names = " and ".join(sorted(transforms & {"Jvp", "Vmap"})).lower()
-        raise ValueError(f"a call with tangents inside torch.func's {names}: nest them the other way round")
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if has_tangent(x)):
-        raise ValueError(
-            "an input, parameter or buffer has a tangent of torch.autograd.forward_ad, which would be lost: pass it in "
-            "tangents=, or pass the primal alone"
-        )
-
-
-def _functorch_transforms() -> set[str]:
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    return {str(interpreter.key()).rsplit(".", 1)[-1] for interpreter in stack}
 
 
 def _reads_later(value: Any, targets: list[Tensor]) -> bool:
@@ -644,35 +489,8 @@ def _asked_for() -> bool:
     return next(module for module in modules if not module.startswith(between)) != "torch.autograd.graph"
 
 
-def _is_about(func: Any) -> bool:
-    """Whether an op asks for sizes and the like, from where nothing may be raised; a detach is autograd's."""
-    if not isinstance(func, OpOverload):
-        return False
-    name = func._schema.name.split("::")[1]
-    return func.namespace == "prim" or name in METADATA or name.startswith(("sym_", "is_"))
-
-
 def _arrived(func: OpOverload, dot: Any) -> Any:
     """What a collective began to compute; a shadow would copy it before it is there."""
     if func.namespace not in ("_c10d_functional", "_c10d_functional_autograd"):
         return dot
     return tree_map_only(Tensor, torch.ops._c10d_functional.wait_tensor.default, dot)
-
-
-def _refusal(what: str, reason: str) -> UnsupportedOp:
-    return UnsupportedOp([UnsupportedNode(what, "op by op", (), _user_line(), reason)])
-
-
-def _unsupported(func: OpOverload, dots: dict[str, Any], reason: str) -> UnsupportedNode:
-    return UnsupportedNode(str(func), "op by op", tuple(dots), _user_line(), reason)
-
-
-def _user_line() -> str:
-    """The innermost Python frame outside of torch and this package."""
-    for frame in frames():
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch.", "jvpgraph.")) and module not in ("torch", "jvpgraph"):
-            code = frame.f_code
-            name = getattr(code, "co_qualname", code.co_name)
-            return f"{code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno} in {name}"
-    return "(no source line)"

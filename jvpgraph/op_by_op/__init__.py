@@ -1,0 +1,6 @@
+"""Forward mode one op at a time, for any Python code: see :mod:`jvpgraph.op_by_op.mode`."""
+
+from jvpgraph.op_by_op.levels import refuse_other_levels
+from jvpgraph.op_by_op.mode import OpByOp
+
+__all__ = ["OpByOp", "refuse_other_levels"]

@@ -1,0 +1,33 @@
+"""What op by op refuses, with the line of the user's code that is running."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch._ops import OpOverload
+
+from jvpgraph.errors import UnsupportedNode, UnsupportedOp
+from jvpgraph.escapes import frames
+
+__all__ = ["NUMBER", "refusal", "unsupported", "user_line"]
+
+NUMBER = "a tensor with a tangent becomes a Python number, which has none: keep it a tensor, or detach it"
+
+
+def refusal(what: str, reason: str) -> UnsupportedOp:
+    return UnsupportedOp([UnsupportedNode(what, "op by op", (), user_line(), reason)])
+
+
+def unsupported(func: OpOverload, dots: dict[str, Any], reason: str) -> UnsupportedNode:
+    return UnsupportedNode(str(func), "op by op", tuple(dots), user_line(), reason)
+
+
+def user_line() -> str:
+    """The innermost Python frame outside of torch and this package."""
+    for frame in frames():
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith(("torch.", "jvpgraph.")) and module not in ("torch", "jvpgraph"):
+            code = frame.f_code
+            name = getattr(code, "co_qualname", code.co_name)
+            return f"{code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno} in {name}"
+    return "(no source line)"
