@@ -69,6 +69,14 @@ def test_the_tutorial_prints_what_it_shows(capsys, monkeypatch):
         assert as_shown(shown, printed), printed
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_the_files_that_are_named_exist(page):
+    named = re.findall(
+        r"`((?:jvpgraph|passes|kernels|trainer|tests|benchmarks|examples)/[\w/.]+)`", (ROOT / page).read_text()
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_other_output_than_what_is_shown_is_seen():
     assert as_shown("a\n...\nb", "a\n1\n2\nb")
     assert not as_shown("a\n...\nb", "a\n1\n2\nc")
