@@ -42,14 +42,14 @@ from torch.distributed.tensor.parallel import (
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from jvpgraph.backend import Backend
-from jvpgraph.capture import first_cause, own_errors
 from jvpgraph.config import Config
+from jvpgraph.diffusers_parallel import make_traceable
 from jvpgraph.dual_forward import dual_forward
+from jvpgraph.dynamo import first_cause, own_errors
 from jvpgraph.passes.context import Context
 from jvpgraph.passes.count import count
 from jvpgraph.passes.pipeline import Pipeline
 from jvpgraph.rules.apply import bind
-from jvpgraph.traceable import make_traceable
 
 __all__ = [
     "LAYOUTS",

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from jvpgraph.backend import Backend
-from jvpgraph.capture import hit_recompile_limit
 from jvpgraph.config import Config
 from jvpgraph.dual import Dual
+from jvpgraph.dynamo import hit_recompile_limit
 from jvpgraph.errors import CaptureError
 from jvpgraph.explain import Explanation, explain
 from jvpgraph.functions import Function, Kept, call_function, identity, note_graphs

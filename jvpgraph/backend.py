@@ -18,8 +18,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._sympy.symbol import SymT, free_symbol_is_type
 
 from jvpgraph.autograd_function import keep_calls_of_own_jvps
-from jvpgraph.capture import NOT_COMPILED, first_cause, remedy
 from jvpgraph.config import Config
+from jvpgraph.dynamo import NOT_COMPILED, first_cause, remedy
 from jvpgraph.errors import ABSOLUTE, NUMBER_HAS_NO_TANGENT, CaptureError, Explained, UnsupportedNode, UnsupportedOp
 from jvpgraph.graph.meta import source_line
 from jvpgraph.graph.torch_level import STOPS, active_graphs, graphs_in, wants_gradients_of_tangents

@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jvpgraph.capture import stands_aside
+from jvpgraph.diffusers_parallel import make_traceable
 from jvpgraph.dual_forward import dual_forward
+from jvpgraph.dynamo import stands_aside
 from jvpgraph.errors import CaptureError, MarkerExecuted
 from jvpgraph.finite import check_finite
 from jvpgraph.op_by_op import refuse_other_levels
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.settings import Settings
 from jvpgraph.strategies import OpByOp, choose
-from jvpgraph.structure import map_leaves, refuse_hidden
-from jvpgraph.traceable import make_traceable
+from jvpgraph.tree import map_leaves, refuse_hidden
 from jvpgraph.unguarded import held_by, modules_of
 
 __all__ = ["Dual"]

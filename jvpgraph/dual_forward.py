@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jvpgraph.markers import make_dual, tangent_of
 from jvpgraph.rules.apply import has_tangent
-from jvpgraph.structure import leaves, map_leaves
+from jvpgraph.tree import leaves, map_leaves
 
 __all__ = ["another", "dual_forward"]
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jvpgraph.errors import NonFiniteTangent
 from jvpgraph.rules.apply import has_tangent
-from jvpgraph.structure import leaves
+from jvpgraph.tree import leaves
 
 __all__ = ["Inputs", "match_tangents"]
 

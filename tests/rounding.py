@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jvpgraph
-from jvpgraph.structure import leaves, map_leaves
+from jvpgraph.tree import leaves, map_leaves
 from tests.zoo.oracle import float_leaves, forward_ad, leaf, projected, with_leaves
 
 # Relative to the largest entry, of the gradients of all parameters together.

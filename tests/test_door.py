@@ -25,7 +25,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 import jvpgraph
 from jvpgraph.functions import identity
-from jvpgraph.structure import leaves, map_leaves
+from jvpgraph.tree import leaves, map_leaves
 from jvpgraph.unguarded import modules_of, unguarded
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

@@ -99,7 +99,7 @@ def test_causal_beside_a_mask_and_dims_that_broadcast_are_left():
     gm = dynamo(SDPA.format(""), **HEADS, mask=R(5, 6))
     node(gm, "o").kwargs = {"is_causal": True, "attn_mask": node(gm, "mask")}
     report = stays(swap_attention, gm)
-    assert report.left[0][2].startswith("is_causal beside attn_mask")
+    assert report.left[0][2].startswith("is_causal together with attn_mask")
     gm = dynamo(SDPA.format(""), **HEADS | {"k": R(1, 3, 6, 8), "v": R(1, 3, 6, 4)})
     report = stays(swap_attention, gm)
     assert "broadcast" in report.left[0][2]
@@ -439,6 +439,6 @@ def test_active_calls_bring_their_own_tangents():
 
 def test_gradients_of_their_tangents_are_refused():
     gm = dynamo(MARK + "y = f(a)\nq = jvpgraph.tangent_of(y, True)\nreturn q", given={"f": _call(Twice)}, **X)
-    with pytest.raises(UnsupportedOp, match=r"autograd.Function \(y\).*a backward of the jvp"):
+    with pytest.raises(UnsupportedOp, match=r"autograd.Function \(y\).*a backward of this autograd.Function.s own jvp"):
         run(call_own_jvps, gm)
     run(call_own_jvps, dynamo(MARK + "y = torch.neg(a)\nq = jvpgraph.tangent_of(y, True)\nreturn q", **X))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachingTorchDispatchMode, checkpoint, create_selective_checkpoint_contexts
 
-from jvpgraph.structure import map_leaves
+from jvpgraph.tree import map_leaves
 
 __all__ = ["Call", "hooks_taken_off", "open_checkpoints", "policy"]
 

@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from jvpgraph.backend import Backend
-from jvpgraph.capture import (
+from jvpgraph.dual_forward import dual_forward
+from jvpgraph.dynamo import (
     NOT_CAPTURED,
     NOT_COMPILED,
     backward_at_once,
@@ -35,7 +36,6 @@ from jvpgraph.capture import (
     in_one_piece,
     own_errors,
 )
-from jvpgraph.dual_forward import dual_forward
 from jvpgraph.errors import CaptureError, MarkerExecuted
 from jvpgraph.markers import MAKE_DUAL
 from jvpgraph.op_by_op import OpByOp
@@ -44,7 +44,7 @@ from jvpgraph.regions.find import Choice, find_regions, fingerprint, parts_of
 from jvpgraph.regions.writes import is_number, refuse_writes
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.storages import is_dtensor, is_to_come, key_of, plain
-from jvpgraph.structure import leaves, map_leaves, refuse_hidden
+from jvpgraph.tree import leaves, map_leaves, refuse_hidden
 from jvpgraph.unguarded import unguarded
 
 __all__ = ["Group", "Regions", "brief"]

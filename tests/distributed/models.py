@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from jvpgraph.structure import leaves
+from jvpgraph.tree import leaves
 from tests.zoo.base import QUIET, Draw, grid_ids, model_class, randomise
 from tests.zoo.oracle import AllDouble, float_leaves, forward_ad, oracle_grads, random_tangents
 from tests.zoo.run import DoubleBackend

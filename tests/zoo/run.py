@@ -25,7 +25,7 @@ from torch.overrides import _pop_mode, _push_mode
 
 import jvpgraph
 from jvpgraph.backend import Backend
-from jvpgraph.structure import leaves
+from jvpgraph.tree import leaves
 from tests.zoo import sweep
 from tests.zoo.base import QUIET, Case
 from tests.zoo.cases import CASES, NOT_CONSTRUCTIBLE
