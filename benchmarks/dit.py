@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jvpgraph
 from benchmarks.record import environment
-from jvpgraph.trainer.dit import DiT, DiTConfig
+from jvpgraph.trainer.model.dit import DiT, DiTConfig
 
 Step = Callable[[], Tensor]  # runs forward, tangent and backward; returns the tangent
 

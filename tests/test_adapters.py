@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jvpgraph
-from jvpgraph.trainer import adapters
-from jvpgraph.trainer.adapters import ADAPTERS, adapter_of, diffusers_model, scheduler_for
+from jvpgraph.trainer.model import adapters
+from jvpgraph.trainer.model.adapters import ADAPTERS, adapter_of, diffusers_model, scheduler_for
 from jvpgraph.trainer.trigflow import EDM_NETWORK, RECTIFIED_FLOW, TrigFlow, add_noise, clean_image, expand_like
 from tests.zoo.base import QUIET, padding, randomise
 from tests.zoo.cases import CASES

@@ -26,10 +26,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from jvpgraph.errors import JvpgraphError
-from jvpgraph.trainer import checkpoint
-from jvpgraph.trainer.checkpoint import CheckpointError, Checkpoints, PerRank
-from jvpgraph.trainer.ema import PowerEMA
-from jvpgraph.trainer.optim import MasterAdamW
+from jvpgraph.trainer.model.ema import PowerEMA
+from jvpgraph.trainer.model.optimizer import MasterAdamW
+from jvpgraph.trainer.run import checkpoint
+from jvpgraph.trainer.run.checkpoint import CheckpointError, Checkpoints, PerRank
 
 EXAMPLE = "__0_0.distcp"
 
@@ -289,7 +289,7 @@ def test_every_flipped_bit_of_a_file_is_found(folder):
 KILLED = """
 import os, sys, time, torch
 from pathlib import Path
-from jvpgraph.trainer import checkpoint
+from jvpgraph.trainer.run import checkpoint
 
 folder = Path(sys.argv[1])
 store = checkpoint.Checkpoints(folder)

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 import torch
 
-from jvpgraph.trainer import cli, run
+from jvpgraph.trainer import cli
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.configs import names, ready
-from jvpgraph.trainer.dit import dit
-from jvpgraph.trainer.log import RunLog
-from jvpgraph.trainer.parallel import check, context_parallel, sizes_of
+from jvpgraph.trainer.model.dit import dit
 from jvpgraph.trainer.plug import Plug
+from jvpgraph.trainer.run import finished
+from jvpgraph.trainer.run.log import RunLog
+from jvpgraph.trainer.run.parallel import check, context_parallel, sizes_of
 from jvpgraph.trainer.settings import load
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -78,7 +79,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same_run(one: Path, other: Path) -> None:
     assert (one / "log.jsonl").read_text() == (other / "log.jsonl").read_text()
-    states = [run.load_run(out).student.state_dict() for out in (one, other)]
+    states = [finished.load_run(out).student.state_dict() for out in (one, other)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
@@ -121,7 +122,7 @@ def test_ready_settings_are_trained_by_name(monkeypatch, name):
 def test_the_other_commands_pass_their_arguments_on(monkeypatch, capsys):
     calls: list[Any] = []
     for name in ("sample_run", "evaluate_run", "export_run"):
-        monkeypatch.setattr(run, name, lambda *args, _name=name, **options: calls.append((_name, args, options)))
+        monkeypatch.setattr(finished, name, lambda *args, _name=name, **options: calls.append((_name, args, options)))
     folder, out = Path("run"), Path("x")
     sample = {"steps": 4, "count": 16, "ema": None, "seed": 0, "out": folder / "samples-4.png"}
     other = {"steps": 2, "count": 3, "ema": 0.2, "seed": 5, "out": out}

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from jvpgraph.trainer.ema import PowerEMA, inner_products, power_ema_gamma, reconstruct, save_snapshot, snapshots
+from jvpgraph.trainer.model.ema import PowerEMA, inner_products, power_ema_gamma, reconstruct, save_snapshot, snapshots
 
 
 def random_walk(steps: int, seed: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jvpgraph.trainer.data.digits import digits
-from jvpgraph.trainer.evaluate import (
+from jvpgraph.trainer.evaluation.distances import (
     FeatureSpace,
     Quality,
     compare,
@@ -26,7 +26,7 @@ from jvpgraph.trainer.evaluate import (
     summary,
     table,
 )
-from jvpgraph.trainer.features import digits_classifier, pixels, torchscript, trained_classifier
+from jvpgraph.trainer.evaluation.features import digits_classifier, pixels, torchscript, trained_classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from jvpgraph.trainer.log import RunLog, draw_curves, grid, read_lines, series
+from jvpgraph.trainer.run.log import RunLog, draw_curves, grid, read_lines, series
 
 
 def log_of(folder: Path, **options: Any) -> RunLog:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from jvpgraph.trainer.optim import MasterAdamW, learning_rate
+from jvpgraph.trainer.model.optimizer import MasterAdamW, learning_rate
 
 SETTINGS = {"lr": 1e-3, "betas": (0.0, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 

@@ -20,9 +20,16 @@ from jvpgraph.trainer import demo, settings
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig, SamplingConfig
 from jvpgraph.trainer.configs import names, ready
-from jvpgraph.trainer.dit import DiT, DiTConfig, call_dit, dit
+from jvpgraph.trainer.evaluation.samplers import (
+    draw,
+    euler_grid,
+    few_step_times,
+    sample_consistency,
+    sample_euler,
+    sample_mean_flow,
+)
+from jvpgraph.trainer.model.dit import DiT, DiTConfig, call_dit, dit
 from jvpgraph.trainer.noise import noise_like
-from jvpgraph.trainer.sample import draw, euler_grid, few_step_times, sample_consistency, sample_euler, sample_mean_flow
 from jvpgraph.trainer.times import flow_time
 from jvpgraph.trainer.trigflow import TrigFlow
 from tests.gaussian import STD, GaussianAverage, GaussianConsistency, GaussianFlow, gaussian_batch, seeded

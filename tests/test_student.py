@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import jvpgraph
 from jvpgraph.trainer.batch import Condition
-from jvpgraph.trainer.dit import DiT, DiTConfig
-from jvpgraph.trainer.student import CheckpointedBlock, LoRA, make_student, merged
+from jvpgraph.trainer.model.dit import DiT, DiTConfig
+from jvpgraph.trainer.model.student import CheckpointedBlock, LoRA, make_student, merged
 from jvpgraph.trainer.trigflow import TrigFlow
 
 diffusers = pytest.importorskip("diffusers")

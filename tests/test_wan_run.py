@@ -12,11 +12,11 @@ import webdataset
 from safetensors.torch import save_file
 
 from jvpgraph.trainer import settings
-from jvpgraph.trainer.adapters import diffusers_model, scheduler_for
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.log import RunLog
-from jvpgraph.trainer.run import export_run, load_run
-from jvpgraph.trainer.sample import few_step_times
+from jvpgraph.trainer.evaluation.samplers import few_step_times
+from jvpgraph.trainer.model.adapters import diffusers_model, scheduler_for
+from jvpgraph.trainer.run.finished import export_run, load_run
+from jvpgraph.trainer.run.log import RunLog
 from jvpgraph.trainer.train import train
 from tests.test_train import content, last_checkpoint
 

@@ -1,11 +1,12 @@
 """Distillation of diffusion transformers with the tangents that `jvpgraph.transform` gives.
 
-what runs        train (the loop), run (a finished run), demo, cli
-where it runs    parallel (one process or many), ranks
+what runs        train (the loop), cli, demo
 what is trained  objectives/, times (where), noise, trigflow (coordinates, noise schedules), batch
-networks         models (built from the settings), student (LoRA, checkpointing), adapters (diffusers), dit (digits)
+networks         model/: networks (built from the settings), adapters (diffusers), dit (digits), student, ema, optimizer
 data             data/
-state            optim, ema, checkpoint, folder, files
-settings         config (what there is), settings/, plug (how it is read), configs/ (ready ones)
-looking at it    log, preview, watch (what is not finite), sample, evaluate, features
+a run            run/: folder, checkpoint, log, preview, parallel (one process or many), not_finite, finished
+how good it is   evaluation/: samplers, distances, features
+settings         config (what there is), settings/ (how it is read), plug (functions of yours), configs/ (ready ones)
+
+adapters, dit and features are here too, under the names that settings have for them.
 """

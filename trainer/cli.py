@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from jvpgraph.errors import JvpgraphError
-from jvpgraph.trainer import run
-from jvpgraph.trainer.checkpoint import CheckpointError
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.configs import names, ready
 from jvpgraph.trainer.plug import PlugError
+from jvpgraph.trainer.run import finished
+from jvpgraph.trainer.run.checkpoint import CheckpointError
 from jvpgraph.trainer.settings import Problem, SettingsError, describe, load
 from jvpgraph.trainer.train import train
 
@@ -137,15 +137,15 @@ def settings_file(config: Path) -> Path:
 
 def sample_command(args: argparse.Namespace) -> None:
     out = args.out or args.folder / f"samples-{args.steps}.png"
-    print(run.sample_run(args.folder, steps=args.steps, count=args.count, ema=args.ema, seed=args.seed, out=out))
+    print(finished.sample_run(args.folder, steps=args.steps, count=args.count, ema=args.ema, seed=args.seed, out=out))
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
-    print(run.evaluate_run(args.folder, steps=tuple(args.steps), seeds=tuple(args.seeds), ema=args.ema))
+    print(finished.evaluate_run(args.folder, steps=tuple(args.steps), seeds=tuple(args.seeds), ema=args.ema))
 
 
 def export_command(args: argparse.Namespace) -> None:
-    print(run.export_run(args.folder, args.out, ema=args.ema, step=args.step))
+    print(finished.export_run(args.folder, args.out, ema=args.ema, step=args.step))
 
 
 def explain(error: Exception, command: str) -> str:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from jvpgraph.trainer.model.student import LoRA
 from jvpgraph.trainer.objectives import RCM, Objective
 from jvpgraph.trainer.plug import Plug
-from jvpgraph.trainer.student import LoRA
 
 
 def positive(settings: Any, *names: str) -> None:

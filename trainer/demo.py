@@ -29,9 +29,9 @@ from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.configs import ready
 from jvpgraph.trainer.data.digits import Digits, digits
-from jvpgraph.trainer.models import build_guided, device_of
-from jvpgraph.trainer.run import Report, compare, export_run, load_run, samplers_of
-from jvpgraph.trainer.sample import Sampler, sampler_of
+from jvpgraph.trainer.evaluation.samplers import Sampler, sampler_of
+from jvpgraph.trainer.model.networks import build_guided, device_of
+from jvpgraph.trainer.run.finished import Report, compare, export_run, load_run, samplers_of
 from jvpgraph.trainer.train import train
 
 QUICK_NET = ("model.options.width=16", "model.options.depth=1", "model.options.heads=2")

@@ -22,14 +22,11 @@ from torch import Tensor, nn
 
 import jvpgraph
 from jvpgraph.trainer.batch import Batch, drop_condition
-from jvpgraph.trainer.checkpoint import CheckpointError, Checkpoints, OnePiece
 from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
 from jvpgraph.trainer.data.sample import first_samples
-from jvpgraph.trainer.ema import PowerEMA, save_snapshot
-from jvpgraph.trainer.folder import check_folder, check_free, checkpoint_step, claimed
-from jvpgraph.trainer.log import RunLog
-from jvpgraph.trainer.models import (
+from jvpgraph.trainer.model.ema import PowerEMA, save_snapshot
+from jvpgraph.trainer.model.networks import (
     build_guided,
     build_student,
     build_teacher,
@@ -38,13 +35,16 @@ from jvpgraph.trainer.models import (
     take_values,
     trainable,
 )
+from jvpgraph.trainer.model.optimizer import MasterAdamW, learning_rate
 from jvpgraph.trainer.objectives import Terms, loss_of
 from jvpgraph.trainer.objectives.dmd import fake_score_loss
-from jvpgraph.trainer.optim import MasterAdamW, learning_rate
-from jvpgraph.trainer.parallel import Layout, joined
-from jvpgraph.trainer.preview import preview
+from jvpgraph.trainer.run.checkpoint import CheckpointError, Checkpoints, OnePiece
+from jvpgraph.trainer.run.folder import check_folder, check_free, checkpoint_step, claimed
+from jvpgraph.trainer.run.log import RunLog
+from jvpgraph.trainer.run.not_finite import Compute, not_finite
+from jvpgraph.trainer.run.parallel import Layout, joined
+from jvpgraph.trainer.run.preview import preview
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
-from jvpgraph.trainer.watch import Compute, not_finite
 
 logger = logging.getLogger(__name__)
 

@@ -25,15 +25,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
 from jvpgraph.trainer import cli, settings
-from jvpgraph.trainer.checkpoint import CheckpointError
 from jvpgraph.trainer.config import ParallelConfig, RunConfig
 from jvpgraph.trainer.data.digits import digits
 from jvpgraph.trainer.data.sample import Sample, first_samples
-from jvpgraph.trainer.dit import DiT, DiTConfig, call_dit, modulate
+from jvpgraph.trainer.model.dit import DiT, DiTConfig, call_dit, modulate
 from jvpgraph.trainer.noise import RankNoise, integers, noise_like, normal, uniform
-from jvpgraph.trainer.parallel import check, joined, parallelize, sizes_of, split_tokens
-from jvpgraph.trainer.ranks import Ranks
-from jvpgraph.trainer.run import export_run, load_run, sample_run
+from jvpgraph.trainer.run.checkpoint import CheckpointError
+from jvpgraph.trainer.run.finished import export_run, load_run, sample_run
+from jvpgraph.trainer.run.parallel import check, joined, parallelize, sizes_of, split_tokens
+from jvpgraph.trainer.run.ranks import Ranks
 from jvpgraph.trainer.settings import Problem, SettingsError
 from jvpgraph.trainer.train import build_networks, train
 from jvpgraph.trainer.trigflow import TrigFlow

@@ -42,7 +42,7 @@ from torch.distributed.tensor import DTensor
 
 from jvpgraph.errors import JvpgraphError
 from jvpgraph.trainer.files import sync
-from jvpgraph.trainer.ranks import Ranks
+from jvpgraph.trainer.run.ranks import Ranks
 
 T = TypeVar("T")
 State = dict[str, Any]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import jvpgraph
 from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.model.optimizer import local
 from jvpgraph.trainer.objectives import Terms
-from jvpgraph.trainer.optim import local
-from jvpgraph.trainer.ranks import Ranks
+from jvpgraph.trainer.run.ranks import Ranks
 
 Compute = Callable[[nn.Module, Batch], Terms]
 """(the module that is trained, batch) -> the terms of its loss."""

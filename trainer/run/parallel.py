@@ -33,11 +33,11 @@ from jvpgraph.context_parallel import ContextParallel
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import ParallelConfig, RunConfig
 from jvpgraph.trainer.data.sample import shorten
-from jvpgraph.trainer.models import device_of
+from jvpgraph.trainer.model.networks import device_of
+from jvpgraph.trainer.model.optimizer import local
+from jvpgraph.trainer.model.student import repeated_blocks
 from jvpgraph.trainer.noise import Random, RankNoise
-from jvpgraph.trainer.optim import local
-from jvpgraph.trainer.ranks import Ranks
-from jvpgraph.trainer.student import repeated_blocks
+from jvpgraph.trainer.run.ranks import Ranks
 from jvpgraph.trainer.trigflow import TrigFlow
 
 STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.config import GuidanceConfig, RunConfig, StageConfig, StudentConfig
 from jvpgraph.trainer.data.sample import Dataset, first_samples
-from jvpgraph.trainer.optim import local
-from jvpgraph.trainer.sample import few_step_times
-from jvpgraph.trainer.student import make_student
+from jvpgraph.trainer.evaluation.samplers import few_step_times
+from jvpgraph.trainer.model.optimizer import local
+from jvpgraph.trainer.model.student import make_student
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from jvpgraph.trainer.files import draft_of
-from jvpgraph.trainer.optim import local
+from jvpgraph.trainer.model.optimizer import local
 
 Numbers = float | np.ndarray
 

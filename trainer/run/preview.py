@@ -10,9 +10,9 @@ from torch import Tensor
 
 from jvpgraph.trainer.config import RunConfig, SamplingConfig
 from jvpgraph.trainer.data.sample import first_samples
-from jvpgraph.trainer.log import grid
-from jvpgraph.trainer.models import averaged
-from jvpgraph.trainer.sample import draw, sampler_of
+from jvpgraph.trainer.evaluation.samplers import draw, sampler_of
+from jvpgraph.trainer.model.networks import averaged
+from jvpgraph.trainer.run.log import grid
 from jvpgraph.trainer.trigflow import TrigFlow
 
 

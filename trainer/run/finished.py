@@ -12,15 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from jvpgraph.trainer import evaluate, settings
-from jvpgraph.trainer.checkpoint import Checkpoints
+from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import first_samples
-from jvpgraph.trainer.ema import PowerEMA, reconstruct
-from jvpgraph.trainer.evaluate import Quality, table
-from jvpgraph.trainer.folder import checkpoint_step
-from jvpgraph.trainer.log import grid
-from jvpgraph.trainer.models import (
+from jvpgraph.trainer.evaluation import distances
+from jvpgraph.trainer.evaluation.distances import Quality, table
+from jvpgraph.trainer.evaluation.samplers import Sampler, draw, few_step_times, sampler_of
+from jvpgraph.trainer.model.ema import PowerEMA, reconstruct
+from jvpgraph.trainer.model.networks import (
     build_guided,
     build_student,
     build_teacher,
@@ -29,9 +28,11 @@ from jvpgraph.trainer.models import (
     trainable,
     with_weights,
 )
-from jvpgraph.trainer.preview import decoder_of, picture_of
-from jvpgraph.trainer.sample import Sampler, draw, few_step_times, sampler_of
-from jvpgraph.trainer.student import merged
+from jvpgraph.trainer.model.student import merged
+from jvpgraph.trainer.run.checkpoint import Checkpoints
+from jvpgraph.trainer.run.folder import checkpoint_step
+from jvpgraph.trainer.run.log import grid
+from jvpgraph.trainer.run.preview import decoder_of, picture_of
 from jvpgraph.trainer.trigflow import TrigFlow
 
 
@@ -174,7 +175,7 @@ def compare(run: Run, samplers: Mapping[str, Sampler], seeds: Sequence[int]) -> 
         for seed in seeds:
             latents = draw(sample, batch, config.sampling.batch, seed).cpu()
             samples.setdefault(name, latents)
-            quality = evaluate.compare(
+            quality = distances.compare(
                 features(latents),
                 real_features,
                 neighbours=config.evaluation.neighbours,

@@ -1,0 +1,1 @@
+"""Samplers, and distances between what they draw and real data."""

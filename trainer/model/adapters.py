@@ -1,0 +1,469 @@
+"""How the transformers of diffusers are called: latents and a time in, the prediction of their training out.
+
+Each function below is call(net, x_s, time, cond) -> u for one or more classes of ADAPTERS. Latents are always
+the VAE's, scaled to about unit variance and not packed, [B, C, H, W] or [B, C, T, H, W]; conditions carry the
+names of the network's own arguments, [B, ...]; packing, position ids, signs, reversed times and learned
+variances are the adapter's business. Sources: the denoising loops of diffusers.pipelines, version 0.42.
+All of them are captured as one graph but HiDream and Lumina 2, whose own Python asks for expert and caption
+lengths.
+
+The Flux family would round the float32 time that it is given to its own dtype: in bfloat16 to steps of 4 of
+1000, which leaves the tangent along t to chance. See keep_time_exact. Qwen does so too, and with the
+frequencies of its embedding, which its weights know by heart: it is left alone and wants float32 parameters.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from jvpgraph.trainer.batch import Condition
+from jvpgraph.trainer.model.student import kept_in_float32
+from jvpgraph.trainer.trigflow import (
+    EDM_NETWORK,
+    RECTIFIED_FLOW,
+    VP_LINEAR,
+    Call,
+    Schedule,
+    TrigFlow,
+    to_network,
+)
+from jvpgraph.trainer.trigflow import schedule as schedule_named
+
+WRITE_ONE = "for another network write call(net, x, time, cond) and build TrigFlow(net, call=...) yourself"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How a network is called, and what it was trained on.
+
+    Attributes:
+        name: the network's class in diffusers.
+        function: call(net, x_s, time, cond), given only known conditions in the network's dtype.
+        needs: conditions without which it cannot run.
+        takes: further conditions that it understands.
+        time_scale: the network's time at s = 1.
+        adjust: (adapter, net) -> the adapter for this network's configuration.
+    """
+
+    name: str
+    function: Call
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    schedule: Schedule = RECTIFIED_FLOW
+    time_scale: float = 1000.0
+    adjust: Callable[[Adapter, Any], Adapter] = lambda adapter, net: adapter
+
+    def __call__(self, net: nn.Module, x: Tensor, time: Tensor, cond: Condition, **second: Tensor) -> Tensor:
+        """x_s [B, C, ...] and the network's time [B], float32 -> the prediction, of x_s' shape."""
+        if second:
+            raise ValueError(f"{self.name} takes one time, not two: {WRITE_ONE}")
+        has = ", ".join(cond) or "none"
+        if missing := [name for name in self.needs if name not in cond]:
+            raise ValueError(f"{self.name} needs the conditions {', '.join(missing)}; the batch has {has}")
+        known = (*self.needs, *self.takes)
+        if unknown := [name for name in cond if name not in known]:
+            raise ValueError(f"{self.name} takes {', '.join(known)}, not {', '.join(unknown)}; the batch has {has}")
+        dtype = computing_dtype(net)
+        return self.function(net, x.to(dtype), time, {name: to_network(c, dtype) for name, c in cond.items()})
+
+
+def computing_dtype(net: nn.Module) -> torch.dtype:
+    """The dtype of the parameters, leaving aside those that diffusers keeps in float32."""
+    for name, p in net.named_parameters():
+        if not kept_in_float32(net, name):
+            return p.dtype
+    return next(net.parameters()).dtype
+
+
+# ---------------------------------------------------------------- calls
+
+
+def plainly(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    return net(hidden_states=x, timestep=time, **cond, return_dict=False)[0]
+
+
+def without_variance(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    """The second half of the channels, if there is one, is a variance."""
+    return plainly(net, x, time, cond)[:, : x.shape[1]]
+
+
+def pixart(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    """Resolution [B, 2] and aspect ratio [B, 1] are known to the largest PixArt-alpha only."""
+    sizes = {name: cond.get(name) for name in ("resolution", "aspect_ratio")}
+    rest = {name: c for name, c in cond.items() if name not in sizes}
+    u = net(hidden_states=x, timestep=time, added_cond_kwargs=sizes, **rest, return_dict=False)[0]
+    return u[:, : x.shape[1]]
+
+
+def from_noise(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    """Time runs from noise (0) to data (1), and so does the velocity."""
+    return -plainly(net, x, 1 - time, cond)
+
+
+def mochi(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    return -plainly(net, x, 1000 - time, cond)
+
+
+def wan(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    """`condition` [B, C', T, H, W], for image to video: known frames and their mask, behind the latents."""
+    rest = {name: c for name, c in cond.items() if name != "condition"}
+    x = torch.cat([x, cond["condition"]], dim=1) if "condition" in cond else x
+    return plainly(net, x, time, rest)
+
+
+def hidream(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    """The Llama states come as [B, layers, L, D]."""
+    states = {**cond, "encoder_hidden_states_llama3": cond["encoder_hidden_states_llama3"].transpose(0, 1)}
+    return -net(hidden_states=x, timesteps=time, **states, return_dict=False)[0]
+
+
+def z_image(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    """Lists of images of one frame and of captions; a batch has captions of one length [B, L, D]."""
+    images, captions = list(x.unsqueeze(2).unbind(0)), list(cond["cap_feats"].unbind(0))
+    return -torch.stack(net(images, 1 - time, captions, return_dict=False)[0]).squeeze(2)
+
+
+def flux(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    """`guidance` [B]: the scale itself, 3.5 and the like."""
+    net.time_text_embed.time_proj.exact_time = 1000 * time
+    H, W = x.shape[-2:]
+    text = x.new_zeros(cond["encoder_hidden_states"].shape[1], 3, dtype=torch.float32)
+    u = plainly(net, pack(x), time, {**cond, "img_ids": positions(H // 2, W // 2, x.device), "txt_ids": text})
+    return unpack(u, H, W)
+
+
+def flux2(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    """Four coordinates (time, row, column, word). Latents are normalised by the VAE's batch norm, then unpacked."""
+    H, W = x.shape[-2:]
+    net.time_guidance_embed.time_proj.exact_time = 1000 * time
+    words = torch.arange(cond["encoder_hidden_states"].shape[1], dtype=torch.float32, device=x.device)
+    ids = {
+        "img_ids": pad(positions(H // 2, W // 2, x.device), (0, 1)),
+        "txt_ids": pad(words[:, None], (3, 0)),
+    }
+    return unpack(plainly(net, pack(x), time, {"guidance": None, **cond, **ids}), H, W)  # type: ignore[dict-item]
+
+
+def chroma(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    """`attention_mask` [B, L] is the text's; all of the image counts."""
+    if "attention_mask" in cond:
+        tokens = x.shape[-2] * x.shape[-1] // 4
+        cond = {**cond, "attention_mask": pad(cond["attention_mask"].bool(), (0, tokens), value=True)}
+    return flux(net, x, time, cond)
+
+
+def qwen_image(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    """Latents [B, C, H, W], or [B, C, 1, H, W] as its VAE makes them."""
+    B, H, W = len(x), *x.shape[-2:]
+    image = x.squeeze(2) if x.dim() == 5 else x
+    u = plainly(net, pack(image), time, {**cond, "img_shapes": [[(1, H // 2, W // 2)]] * B})  # type: ignore[dict-item]
+    return unpack(u, H, W).reshape(x.shape)
+
+
+def ltx_video(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    """`frame_rate` [B], 25 per second unless given; its VAE joins 8 frames and 32 x 32 pixels."""
+    _, _, T, H, W = x.shape
+    rest = {name: c for name, c in cond.items() if name != "frame_rate"}
+    rate = cond["frame_rate"].reshape(-1, 1, 1, 1, 1).float() if "frame_rate" in cond else 25.0
+    scale = (8 / rate, 32, 32)
+    tokens = x.flatten(2).transpose(1, 2)
+    sizes: dict[str, Any] = {"num_frames": T, "height": H, "width": W, "rope_interpolation_scale": scale}
+    return plainly(net, tokens, time, {**rest, **sizes}).transpose(1, 2).unflatten(2, (T, H, W))
+
+
+def cosmos(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    """`fps` [B], the same for the whole batch; `padding_mask` [B, 1, h, w], zeros unless given."""
+    more: dict[str, Any] = dict(cond)
+    if "fps" in cond:
+        more["fps"] = cond["fps"][0]
+    if net.config.concat_padding_mask:
+        more["padding_mask"] = cond["padding_mask"][:1] if "padding_mask" in cond else x.new_zeros(1, 1, *x.shape[-2:])
+    return plainly(net, x, time, more)
+
+
+def cosmos1(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    return -cosmos(net, x, time, cond)
+
+
+def pack(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> tokens of 2 x 2 pixels [B, H/2 W/2, 4 C], in the order (C, row, column)."""
+    B, C, H, W = x.shape
+    return x.reshape(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // 4, 4 * C)
+
+
+def unpack(tokens: Tensor, H: int, W: int) -> Tensor:
+    """[B, H/2 W/2, 4 C] -> [B, C, H, W]."""
+    B, _, C4 = tokens.shape
+    return tokens.reshape(B, H // 2, W // 2, C4 // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C4 // 4, H, W)
+
+
+def positions(H: int, W: int, device: torch.device) -> Tensor:
+    """(0, row, column) of every token [H W, 3], float32."""
+    rows = torch.arange(H, dtype=torch.float32, device=device)[:, None].expand(H, W)
+    columns = torch.arange(W, dtype=torch.float32, device=device)[None].expand(H, W)
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(H * W, 3)
+
+
+# ---------------------------------------------------------------- what depends on the configuration
+
+
+def with_guidance(adapter: Adapter, net: Any) -> Adapter:
+    """Guidance-distilled networks must be told the scale, the others do not understand it."""
+    return replace(adapter, needs=(*adapter.needs, "guidance")) if net.config.guidance_embeds else adapter
+
+
+def with_exact_time(adapter: Adapter, net: Any) -> Adapter:
+    embedding = net.time_guidance_embed if hasattr(net, "time_guidance_embed") else net.time_text_embed
+    keep_time_exact(embedding.time_proj)
+    return with_guidance(adapter, net) if "guidance_embeds" in net.config else adapter
+
+
+def keep_time_exact(sinusoids: nn.Module) -> None:
+    """Let the sinusoids of a time embedding see `sinusoids.exact_time` [B] once, whatever the network hands them.
+
+    Their next call, for a guidance scale, and calls by others, a pipeline say, are not touched.
+    """
+    if use_exact_time not in sinusoids._forward_pre_hooks.values():
+        vars(sinusoids)["exact_time"] = None
+        sinusoids.register_forward_pre_hook(use_exact_time)
+
+
+def use_exact_time(sinusoids: Any, rounded: tuple[Tensor]) -> tuple[Tensor]:
+    """A hook without a closure, so that copies of a network have their own."""
+    exact, sinusoids.exact_time = sinusoids.exact_time, None
+    return rounded if exact is None else (exact,)
+
+
+def with_sizes(adapter: Adapter, net: Any) -> Adapter:
+    sizes = ("resolution", "aspect_ratio") if net.use_additional_conditions else ()
+    return replace(adapter, needs=(*adapter.needs, *sizes))
+
+
+def sana_times(adapter: Adapter, net: Any) -> Adapter:
+    return replace(with_guidance(adapter, net), time_scale=1000 * net.config.timestep_scale)
+
+
+def cosmos_generation(adapter: Adapter, net: Any) -> Adapter:
+    """Cosmos 1, known by its learnt positions, is EDM's; Cosmos 2 and 2.5 are rectified flows with s as time."""
+    if net.config.extra_pos_embed_type == "learnable":
+        return replace(adapter, function=cosmos1, schedule=EDM_NETWORK)
+    return adapter
+
+
+TEXT = ("encoder_hidden_states",)
+MASK = ("encoder_attention_mask",)
+SIZES = ("original_size", "target_size", "crop_coords")
+
+# fmt: off
+ADAPTERS = {
+    adapter.name: adapter
+    for adapter in (
+        # images
+        Adapter("AuraFlowTransformer2DModel", plainly, TEXT, time_scale=1.0),
+        Adapter("ChromaTransformer2DModel", chroma, TEXT, ("attention_mask",),
+                time_scale=1.0, adjust=with_exact_time),
+        Adapter("CogView4Transformer2DModel", plainly, (*TEXT, *SIZES), ("attention_mask",)),
+        Adapter("DiTTransformer2DModel", without_variance, ("class_labels",), schedule=VP_LINEAR),
+        Adapter("Flux2Transformer2DModel", flux2, TEXT, time_scale=1.0, adjust=with_exact_time),
+        Adapter("FluxTransformer2DModel", flux, (*TEXT, "pooled_projections"),
+                time_scale=1.0, adjust=with_exact_time),
+        Adapter("HiDreamImageTransformer2DModel", hidream,
+                ("encoder_hidden_states_t5", "encoder_hidden_states_llama3", "pooled_embeds")),
+        Adapter("Lumina2Transformer2DModel", from_noise, (*TEXT, *MASK), time_scale=1.0),
+        Adapter("PixArtTransformer2DModel", pixart, TEXT, MASK, schedule=VP_LINEAR, adjust=with_sizes),
+        Adapter("PRXTransformer2DModel", plainly, TEXT, ("attention_mask",), time_scale=1.0),
+        Adapter("QwenImageTransformer2DModel", qwen_image, TEXT, ("encoder_hidden_states_mask",),
+                time_scale=1.0, adjust=with_guidance),
+        Adapter("SanaTransformer2DModel", without_variance, TEXT, MASK, adjust=sana_times),
+        Adapter("SD3Transformer2DModel", plainly, (*TEXT, "pooled_projections")),
+        Adapter("ZImageTransformer2DModel", z_image, ("cap_feats",), time_scale=1.0),
+        # video
+        Adapter("CosmosTransformer3DModel", cosmos, TEXT, ("attention_mask", "fps", "condition_mask", "padding_mask"),
+                time_scale=1.0, adjust=cosmos_generation),
+        Adapter("HunyuanVideoTransformer3DModel", plainly, (*TEXT, *MASK, "pooled_projections"),
+                adjust=with_guidance),  # its guidance is 1000 times the scale
+        Adapter("LTXVideoTransformer3DModel", ltx_video, (*TEXT, *MASK), ("frame_rate",)),
+        Adapter("MochiTransformer3DModel", mochi, (*TEXT, *MASK)),
+        Adapter("SanaVideoTransformer3DModel", without_variance, TEXT, MASK, adjust=with_guidance),
+        Adapter("SkyReelsV2Transformer3DModel", plainly, TEXT, ("encoder_hidden_states_image",)),
+        Adapter("WanTransformer3DModel", wan, TEXT, ("encoder_hidden_states_image", "condition")),
+    )
+}
+# fmt: on
+
+
+def adapter_of(net: nn.Module) -> Adapter:
+    """The adapter of a network of diffusers, adjusted to its configuration.
+
+    Raises:
+        ValueError: its class is not in ADAPTERS.
+    """
+    for cls in type(net).__mro__:  # FSDP makes a subclass
+        if cls.__name__ in ADAPTERS:
+            adapter = ADAPTERS[cls.__name__]
+            return adapter.adjust(adapter, net)
+    raise unknown_class(type(net).__name__)
+
+
+def unknown_class(name: str) -> ValueError:
+    return ValueError(f"{name} has no adapter; known are {', '.join(sorted(ADAPTERS))}; {WRITE_ONE}")
+
+
+# ---------------------------------------------------------------- networks
+
+
+def diffusers_model(
+    path: Path | str | None = None,
+    *,
+    name: str | None = None,
+    config: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    schedule: str | None = None,
+    predicts: str | None = None,
+    time_scale: float | None = None,
+) -> TrigFlow:
+    """A transformer of diffusers in TrigFlow coordinates, in evaluation mode.
+
+    Args:
+        path: folder of a saved network, or of a pipeline with one in `transformer`.
+        name: instead of a path, the class of a randomly initialised network,
+        config: with these arguments of its constructor.
+        dtype: of the parameters; those that diffusers keeps in float32 stay there when this is narrower.
+        seed: of the random initialisation.
+        schedule: what the network was trained on, by a name in trigflow.SCHEDULES, if not what its adapter says.
+        predicts: what it predicts, one of trigflow.PREDICTIONS, likewise.
+        time_scale: its time at s = 1, likewise.
+
+    Raises:
+        ValueError: the class has no adapter, or not exactly one of `path` and `name` was given.
+        ModuleNotFoundError: diffusers is not installed.
+    """
+    if (path is None) == (name is None):
+        raise ValueError("give either the path of a saved network or the name and config of a new one")
+    number = getattr(torch, dtype, None)
+    if not isinstance(number, torch.dtype) or not number.is_floating_point:
+        raise ValueError(f"dtype is a floating type such as float32 or bfloat16, not {dtype!r}")
+    net = load(Path(path), number) if path is not None else initialise(str(name), config or {}, number, seed)
+    for module in net.modules():
+        if type(module).__name__ == "LabelEmbedding":
+            vars(module)["dropout_prob"] = (
+                0.0  # DiT would drop labels block by block; the trainer drops conditions itself
+            )
+    adapter = adapter_of(net.eval())
+    noise = adapter.schedule if schedule is None else schedule_named(schedule)
+    if predicts is not None:
+        noise = noise.predicting(predicts)
+    return TrigFlow(net, adapter, noise, time_scale=adapter.time_scale if time_scale is None else time_scale)
+
+
+def load(path: Path, dtype: torch.dtype) -> nn.Module:
+    folder = path if (path / "config.json").exists() else path / "transformer"
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{path} holds no config.json of a diffusers network, neither does {folder}")
+    name = json.loads((folder / "config.json").read_text()).get("_class_name", "a network without _class_name")
+    net = network_class(name).from_pretrained(folder, torch_dtype=dtype)
+    return net.double() if dtype == torch.float64 else net
+
+
+def initialise(name: str, config: dict[str, Any], dtype: torch.dtype, seed: int) -> nn.Module:
+    cls = network_class(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = nn.Module.to(cls(**config), dtype)  # diffusers' own warns
+    if dtype.itemsize < 4:
+        for parameter, p in net.named_parameters():
+            if kept_in_float32(net, parameter):
+                p.data = p.data.float()
+    return net
+
+
+def network_class(name: str) -> Any:
+    if name not in ADAPTERS:
+        raise unknown_class(name)
+    return getattr(diffusers(), name)
+
+
+def diffusers() -> ModuleType:
+    try:
+        return importlib.import_module("diffusers")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the networks of diffusers need it: pip install diffusers") from error
+
+
+# ---------------------------------------------------------------- sampling by diffusers
+
+
+# Mochi's pipeline turns noise levels upside down, Cosmos 2's works on x0 + sigma eps
+OWN_NOISE_LEVELS = ("MochiTransformer3DModel", "CosmosTransformer3DModel")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What diffusers needs to sample a student at given times.
+
+    Attributes:
+        scheduler: fixed to these times, whatever sigmas or shift a pipeline asks it for.
+        arguments: what set_timesteps would need otherwise, and a pipeline that takes them: sigmas or timesteps.
+        noise_scale: the standard deviation of the latents that sampling starts from.
+    """
+
+    scheduler: Any
+    arguments: dict[str, Any]
+    noise_scale: float
+
+
+def scheduler_for(model: TrigFlow, times: Sequence[float]) -> Sampling:
+    """The scheduler of diffusers that samples like sample_consistency: x0 = f(x_t, t), noise to the next time, ...
+
+    A student that predicts the velocity of a rectified flow goes back into its own pipeline with a
+    FlowMatchLCMScheduler: assign it and call the pipeline with num_inference_steps = len(times), and with
+    latents = noise_scale * noise if the last 1 % matters (a pipeline starts at deviation 1, which is right for
+    t = pi / 2). Any other student, and those whose pipelines count noise in ways of their own, get the
+    SCMScheduler, which steps F itself: call the TrigFlow model at the scheduler's timesteps.
+
+    Args:
+        times: TrigFlow times in radians, decreasing, at most pi / 2; without the final 0.
+    """
+    radians = torch.tensor(list(times), dtype=torch.float64)
+    if len(radians) == 0 or radians[-1] <= 0 or radians[0] > torch.pi / 2 or (radians.diff() >= 0).any():
+        raise ValueError(f"times are radians that fall from at most pi / 2 and stay above 0, not {list(times)}")
+    if model.schedule == RECTIFIED_FLOW and getattr(model.call, "name", None) not in OWN_NOISE_LEVELS:
+        scheduler = diffusers().FlowMatchLCMScheduler(shift=1.0)
+        arguments: dict[str, Any] = {"sigmas": model.s_of_t(radians).tolist()}
+        noise_scale = model.c_in(radians[:1]).item()
+    else:
+        scheduler = diffusers().SCMScheduler(sigma_data=1.0)
+        arguments = {
+            "num_inference_steps": len(radians),
+            "timesteps": [*radians.tolist(), 0.0],
+            "max_timesteps": None,
+            "intermediate_timesteps": None,
+        }
+        noise_scale = 1.0
+    set_timesteps = scheduler.set_timesteps
+
+    def at_these_times(
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,  # pipelines look for these names, and pass their own defaults
+        timesteps: Any = None,
+        mu: Any = None,
+    ) -> None:
+        if num_inference_steps not in (None, len(radians)):
+            raise ValueError(f"this scheduler was made for {len(radians)} steps, not {num_inference_steps}")
+        set_timesteps(device=device, **arguments)
+
+    scheduler.set_timesteps = at_these_times
+    scheduler.set_timesteps()
+    return Sampling(scheduler, arguments, noise_scale)
