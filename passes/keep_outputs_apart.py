@@ -27,8 +27,11 @@ __all__ = ["keep_outputs_apart"]
 def keep_outputs_apart(gm: fx.GraphModule, context: Context) -> None:
     """Copy every output that shares memory with something it did not share memory with when it was noted."""
     output = gm.graph.output_node()
-    before, outs = output.meta.get(OUTPUTS_META), list(output.args[0])  # type: ignore[arg-type]
-    if before is None or len(before) != len(outs):
+    before = output.meta.get(OUTPUTS_META)
+    if before is None:
+        return
+    outs = list(output.args[0])  # type: ignore[arg-type]
+    if len(before) != len(outs):
         return
     now = owners_of_outputs(output)
     for i, node in enumerate(outs):

@@ -12,6 +12,7 @@ __all__ = ["note_outputs"]
 
 
 def note_outputs(gm: fx.GraphModule, context: Context) -> None:
-    """Leaves the graph as it is."""
+    """Leaves the graph as it is; bodies of loops may have a single output."""
     output = gm.graph.output_node()
-    output.meta[OUTPUTS_META] = owners_of_outputs(output)
+    if isinstance(output.args[0], (list, tuple)):
+        output.meta[OUTPUTS_META] = owners_of_outputs(output)

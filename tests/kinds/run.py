@@ -59,7 +59,7 @@ class Program(nn.Module):
 class Group(nn.Module):
     def __init__(self, names: Sequence[str]):
         super().__init__()
-        self.programs = nn.ModuleList([Program(name) for name in names])
+        self.programs = nn.ModuleList([seeded(Program, name) for name in names])
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
         return [program(x) for program, x in zip(self.programs, xs)]
@@ -94,7 +94,6 @@ class Call:
 
 
 def model_of(names: Sequence[str], dtype: torch.dtype) -> Model:
-    torch.manual_seed(SEED)
     model = Model(names).to(dtype)
     with torch.no_grad():  # the same for a kind wherever it stands
         for name, program in zip(names, model.group.programs):
@@ -317,7 +316,7 @@ def records(path: Path) -> dict[str, Verdict]:
 
 def groups(wanted: dict[str, list[Call]], way: str, args: Any) -> Iterator[list[str]]:
     """What an eager graph can hold is compiled together; without a sweep of those, everything alone."""
-    eager = records(args.out / "eager-float32.jsonl") if way in ("inductor", "regions") else {}
+    eager = records(args.out / "eager-float32.jsonl") if way not in ("op_by_op", "eager") else {}
     together = [n for n in wanted if n in eager and eager[n].what == "right" and n not in RANDOM and trains(wanted[n])]
     yield from (together[i : i + args.together] for i in range(0, len(together), args.together))
     yield from ([name] for name in wanted if name not in together)
