@@ -41,25 +41,25 @@ def transform(
     Args:
         model: any nn.Module. Its parameters, buffers, submodules and hooks are shared, not copied.
         regions: None captures the model as one graph. Otherwise parts of it become graphs of their own, one for all
-            equal ones, and the code around them runs op by op: a class of modules or a tuple of classes, a function
-            of a module that says yes to a region, or "auto", which captures one graph where it can and else finds
-            the repeated blocks. What FSDP2 shards and what branches on data needs regions. ``dual.regions`` says
-            what was chosen and what became of it.
+            equal ones, and the code around them runs op by op. Pass a class of modules, a tuple of classes, a
+            function that says whether a module is a region, or "auto", which captures one graph if it can and
+            otherwise finds the repeated blocks. Models that FSDP2 shards, or that branch on data, need regions.
+            ``dual.regions`` says what was chosen and what became of it.
         backend: "inductor" compiles; "eager" makes the same graph and runs it without Inductor; "op_by_op" runs
-            any Python code, one op at a time. Or an object made by :func:`jvpgraph.backend`, with its own settings.
+            any Python code, one op at a time. Or an object made by :func:`jvpgraph.backend`, which has its own config.
         dynamic: as in torch.compile: True for symbolic sizes from the start, None to find out by recompiling once.
-        differentiable_tangent: ``y_dot`` has gradients too, in parameters, inputs and tangents, as objectives need
-            that train through it (terminal velocity matching, Hessian-vector products). Costs the memory and the
-            time of a second-order backward; not with backend="op_by_op".
+        differentiable_tangent: ``y_dot`` has gradients too, in parameters, inputs and tangents, for objectives that
+            train through it (terminal velocity matching, Hessian-vector products). Costs the memory and the time
+            of a second-order backward. Needs one graph: neither regions nor backend="op_by_op".
         config: settings, see :class:`jvpgraph.Config`.
 
     Raises:
-        ValueError: an argument is not one of those named here.
+        ValueError: an argument is none of the above, or two of them exclude each other.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"transform takes an nn.Module, not {type(model).__name__}; for functions use jvpgraph.jvp")
     if isinstance(model, DualModule):
-        raise ValueError("this model is transformed already")
+        raise ValueError("this model has been transformed already: pass its attribute model")
     settings = Settings.of(
         backend=backend,
         regions=regions,
@@ -85,8 +85,8 @@ def jvp(
 
     Args:
         fn: a function of tensors, or of nested tuples, lists and dicts of them. Functions of the same code, such as
-            the lambdas of a line, share a graph: the tensors that a closure holds are its inputs and get gradients.
-            Python values are part of it: where they keep changing, it is compiled anew, with a warning. No function
+            lambdas from one line, share a graph: the tensors in a closure are its inputs and get gradients. Python
+            values are part of the graph: if they keep changing, it is compiled again, with a warning. No function
             is kept alive.
         primals: its positional arguments.
         tangents: one per primal, with its structure; None for an inactive one, at any depth.
@@ -121,7 +121,7 @@ class DualModule(nn.Module):
     """What :func:`transform` returns: the model itself, which also takes ``tangents=``.
 
     Parameters, buffers, submodules, hooks and ``state_dict`` names are the model's own, and attributes that this
-    class does not have are looked up there. ``dual.model`` is the model.
+    class does not have are those of the model. ``dual.model`` is the model.
     """
 
     def __init__(self, model: nn.Module, dual: Dual):
@@ -134,19 +134,18 @@ class DualModule(nn.Module):
 
         Args:
             *args, **kwargs: the model's own arguments.
-            tangents: for each active input its name and its tangent, of the same shape, dtype and device. Names
-                are the parameters of the model's ``forward``; a tensor inside a nested input is reached by a
-                nested tangent (``{"cond": {"text": text_dot}}``) or by a dotted name (``{"cond.text": text_dot}``).
+            tangents: the tangent of each active input by its name, of the same shape, dtype and device. Names are
+                the parameters of the model's ``forward``; a tensor inside a nested input is reached by a nested
+                tangent (``{"cond": {"text": text_dot}}``) or by a dotted name (``{"cond.text": text_dot}``).
 
         Returns:
             ``out_dot`` has the structure of ``out``, with None in place of what is not a floating tensor, and zeros
             where an output does not depend on the active inputs. Tensors are looked for in tuples, lists, deques,
-            mappings and dataclasses. It is detached unless ``differentiable_tangent``;
-            ``out`` is not.
+            mappings and dataclasses. ``out_dot`` is detached unless ``differentiable_tangent``; ``out`` is not.
 
         Raises:
             ValueError: a tangent's name, shape, dtype or device does not fit; the message lists what would. Or the
-                output has tensors in a set or another object, where their tangents have no place.
+                output has tensors in a set or another object, with no place for their tangents.
             UnsupportedOp: ops on the tangent path have no derivative rule.
             CaptureError: the model cannot be captured as one graph.
             NonFiniteTangent: with ``Config(check_finite=True)``.
@@ -163,7 +162,9 @@ class DualModule(nn.Module):
         return self.model.forward(*args, **kwargs)
 
     def explain(self, *args: Any, tangents: Mapping[str, Any], dynamic: bool = True, **kwargs: Any) -> Explanation:
-        """What transform does to the model for these inputs, without running it: print the result.
+        """What transform does to the model for these inputs: print the result.
+
+        One graph is captured and not run. What is op by op, regions included, runs once without being compiled.
 
         Args:
             dynamic: count FLOPs for symbolic sizes where the model allows it.
@@ -176,13 +177,13 @@ class DualModule(nn.Module):
     def reports(self) -> list[Report]:
         """What was done to each graph that was made so far; with backend="op_by_op", to the last call.
 
-        A backend of one's own, which several models may share, has the reports of all of them.
+        A Backend object that several models share has the reports of all of them.
         """
         return self._dual.reports
 
     @property
     def regions(self) -> Regions | None:
-        """With ``transform(model, regions=...)``, what was chosen and what became of it. Print it."""
+        """With ``transform(model, regions=...)``: what was chosen, and what became of it. Printable."""
         return self._dual.regions
 
     @property

@@ -184,8 +184,8 @@ def backend(compiler: str = "inductor", config: Config | None = None) -> Backend
     """A backend for ``torch.compile`` in which ``make_dual`` and ``tangent_of`` may be used.
 
     Args:
-        compiler: "inductor", or "eager" to run the same passes and then the graph as it is.
-        config: settings; ``swap_attention`` and the others mean what they mean for ``transform``.
+        compiler: "inductor", or "eager" to run the same passes and then the graph without compiling it.
+        config: settings, as for :func:`jvpgraph.transform`.
     """
     return Backend(compiler, config)
 

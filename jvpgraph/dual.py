@@ -86,7 +86,7 @@ class Dual:
         """Op by op, where torch.compile would run eagerly."""
         if self.settings.differentiable_tangent:
             raise CaptureError(
-                f"torch.compile, {aside} makes no graph, and op by op tangents have no gradients: call it outside"
+                f"torch.compile, {aside} makes no graph, and op by op, tangents have no gradients: call it elsewhere"
             )
         if not self._said_aside:
             log.warning("jvpgraph: torch.compile, %s compiles nothing: this call runs op by op", aside)

@@ -40,7 +40,7 @@ def stands_aside() -> str:
     """Why torch.compile runs everything as it is now; empty where it compiles."""
     for mode in _get_current_dispatch_mode_stack():
         if not any(getattr(mode, name, bool)() for name in ("is_infra_mode", "ignore_compile_internals")):
-            return f"inside of a dispatch mode, {type(mode).__name__},"
+            return f"inside a dispatch mode, {type(mode).__name__},"
     if torch._dynamo.config.disable:
         return "switched off (TORCHDYNAMO_DISABLE),"
     return "with the stance force_eager," if eval_frame._stance.stance == "force_eager" else ""

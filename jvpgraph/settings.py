@@ -1,4 +1,4 @@
-"""What was asked for of a transform: one object, checked once."""
+"""The settings of a transform: one object, checked once."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Settings:
     def __post_init__(self) -> None:
         if isinstance(self.backend, Backend):
             if self.config != self.backend.config:
-                raise ValueError("config= differs from the config of the backend: give it to jvpgraph.backend() alone")
+                raise ValueError("config= differs from the config of the backend: pass it to jvpgraph.backend() only")
         elif self.backend not in BACKENDS:
             raise ValueError(f"unknown backend {self.backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
         if self.differentiable_tangent and not self.compiles:
             raise ValueError("op by op, tangents have no gradients: differentiable_tangent needs another backend")
         if self.regions is not None and (self.differentiable_tangent or not self.compiles):
             other = "differentiable_tangent=True" if self.differentiable_tangent else 'backend="op_by_op"'
-            raise ValueError(f"regions are graphs with op-by-op code between them: not with {other}")
+            raise ValueError(f"regions, graphs with op-by-op code between them, cannot be combined with {other}")
         if self.regions is not None:
             check_choice(self.regions)
 

@@ -1,4 +1,4 @@
-"""The ways to run a dual call, and which one settings ask for.
+"""The ways to run a dual call, and the one that the settings ask for.
 
 Each is a callable of (forward, inputs): a :func:`jvpgraph.dual_forward.dual_forward` and its arguments. It returns the
 output and the tangents of its floating leaves, and leaves a Report of every graph that it made in ``reports``.
@@ -94,7 +94,7 @@ class Auto:
 
     def _refuse(self, error: CaptureError) -> None:
         self._refused, self._regions.whole, self._regions.reason = True, False, brief(error)
-        log.warning("jvpgraph: the model is not one graph, its parts are tried: %s", self._regions.reason)
+        log.warning("jvpgraph: the model cannot be one graph, so its parts are tried: %s", self._regions.reason)
 
 
 def choose(

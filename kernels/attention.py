@@ -16,17 +16,17 @@ Packed sequences
     q [1, H, Tq, Dqk], k and v [1, Hkv, Tkv, D] of sequences one after the other; sequence n has the queries
     cu_seqlens_q[n] to cu_seqlens_q[n + 1] and the keys cu_seqlens_kv[n] to cu_seqlens_kv[n + 1], both int32, and sees
     itself only. Positions in a window count within a sequence. Lengths are read on the device: none is compiled in.
-    Offsets that do not ascend from 0 to the length at most are a ValueError, on a GPU a failing assertion there.
+    Offsets have to ascend from 0 to at most the length: a ValueError otherwise, on a GPU a failed assertion there.
     The backward waits for the lengths, and takes each sequence on its own; while a CUDA graph is captured it takes a
     dense mask instead, a byte for each pair of a query and a key.
 Precision
     lse in natural log; lse and all sums in float32 (float64 for float64 inputs), o in the dtype of q.
 Fully masked rows
-    o = 0, lse = -inf, and zero tangents and gradients. That is of rows hidden by -inf or a boolean bias. A finite
-    bias, however large, hides no row whole: it is added in the dtype inside, and p, the tangent and the gradients are
-    those of softmax(s + bias), which is uniform where the bias leaves nothing of s.
+    o = 0, lse = -inf, and zero tangents and gradients, for rows masked by -inf or a boolean bias. A finite bias,
+    however large, masks no row fully: it is added in the dtype inside, and p, the tangent and the gradients are those
+    of softmax(s + bias), which is uniform where the bias leaves nothing of s.
 Layouts
-    Any strides, of every operand: what ATen's kernels take for granted is made for them (layout.for_aten).
+    Any strides, of every operand: the layouts that ATen's kernels require are made for them (layout.for_aten).
 Refuses
     Mixed dtypes and devices, head dims or head counts that do not fit, a bias that does not broadcast, dropout, a last
     dim that is not contiguous (ValueError); forward-mode AD through the ops, which would otherwise give a silent zero,
@@ -104,9 +104,11 @@ def attention(
         is_causal: query i sees keys 0..i; combines with bias and window.
         scale: factor on q k', default 1 / sqrt(Dqk).
         options: see Options.
+
     Returns:
         o [B, H, Lq, Dv] in the dtype of q, laid out as B, Lq, H, Dv; lse [B, H, Lq], natural log, float32
         (float64 for float64). Both have gradients in q, k, v and additive bias.
+
     Raises:
         ValueError: shapes, strides, dtypes or devices do not fit, or dropout is asked for.
         RuntimeError: an input carries a tangent of torch's own forward mode.
@@ -134,14 +136,15 @@ def attention_jvp(
 
     Args:
         q, k, v, bias, is_causal, scale, options: as for attention.
-        q_dot, k_dot, v_dot, bias_dot: tangents, each of the shape and dtype of its primal, or None where
-            that does not move: then its products are not computed.
+        q_dot, k_dot, v_dot, bias_dot: tangents, each of the shape and dtype of its primal, or None for an
+            inactive one, whose products are then not computed.
         differentiable_tangent: o_dot and lse_dot have gradients too, in all primals and tangents.
+
     Returns:
         o, lse as attention gives them; o_dot, lse_dot likewise, without gradients unless differentiable_tangent.
     Raises:
         ValueError: shapes, strides, dtypes or devices do not fit, or dropout is asked for.
-        RuntimeError: a gradient of o_dot or lse_dot is asked for that was not announced, or an input carries a
+        RuntimeError: a gradient of o_dot or lse_dot is asked for without differentiable_tangent, or an input carries a
             tangent of torch's own forward mode.
     """
     check_strides(q=q, k=k, v=v, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot)
@@ -183,6 +186,7 @@ def merge_attention(*parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     Args:
         parts: (o, lse) or (o, lse, o_dot, lse_dot) of each key set, shaped as attention and attention_jvp
             return them.
+
     Returns:
         The same tuple for all keys together; a row that no part attends to gives o = 0, lse = -inf and zero
         tangents.

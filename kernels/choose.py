@@ -226,7 +226,7 @@ def differentiate(call: Call, outs: Outputs, grads: Cotangents) -> Gradients:
 def describe(call: Call, *, differentiable_tangent: bool = False) -> str:
     """The plan in a line; with that of the gradients of o_dot and lse_dot if these are to be differentiable."""
     if call.place.kind == "meta":
-        return "the kernel of the device it will be on: this is meta"
+        return "a kernel that depends on the device: this one is meta"
     found = str(plan(call))
     if not differentiable_tangent:
         return found
@@ -249,11 +249,11 @@ def _first(candidates: Sequence[Candidate], call: Call) -> tuple[Candidate, dict
     """The first that takes the call, and why those before do not."""
     asked = os.environ.get("JVPGRAPH_ATTENTION")
     if asked not in (None, "gluon", "triton", "blocked"):
-        raise ValueError(f"JVPGRAPH_ATTENTION is {asked!r}: it takes gluon, triton or blocked")
+        raise ValueError(f"JVPGRAPH_ATTENTION is {asked!r}, but has to be gluon, triton or blocked")
     if attention_triton is None and call.q.is_cuda and asked != "blocked":
         warnings.warn(
-            f"attention goes to blocks of torch ops, for Triton could not be imported ({NO_TRITON}): "
-            "install the one that this torch asks for, or set JVPGRAPH_ATTENTION=blocked",
+            f"attention is computed in blocks of torch ops, because Triton could not be imported ({NO_TRITON}): "
+            "install the version that this torch requires, or set JVPGRAPH_ATTENTION=blocked",
             stacklevel=2,
         )
     why: dict[str, str] = {}

@@ -238,7 +238,7 @@ def test_a_plan_is_told_as_it_is():
 def test_a_plan_for_a_gpu_that_is_not_here():
     """Of tensors on meta, and of fakes."""
     call = example(place=Place("meta"))
-    assert choose.describe(call) == "the kernel of the device it will be on: this is meta"
+    assert choose.describe(call) == "a kernel that depends on the device: this one is meta"
     with pretended_gpu(90):
         assert choose.describe(replace(call, place=Place("")))[:5] == "Gluon"
     with FakeTensorMode():
@@ -258,7 +258,7 @@ def test_an_implementation_can_be_asked_for(monkeypatch):
     assert found.why["Gluon"] == "JVPGRAPH_ATTENTION asks for blocked"
     assert choose.plan(example("cpu", Place("cpu"), q_dot=None)).forward is choose.ATEN_CPU
     monkeypatch.setenv("JVPGRAPH_ATTENTION", "block")
-    with pytest.raises(ValueError, match="'block': it takes gluon, triton or blocked"):
+    with pytest.raises(ValueError, match="'block', but has to be gluon, triton or blocked"):
         choose.plan(plain)
 
 

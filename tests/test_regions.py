@@ -522,7 +522,7 @@ class TestTheModelStaysWhatItIs:
 class TestErrors:
     @pytest.mark.parametrize("choice", ["blocks", 3, (), (Block, 3), [Tensor]])
     def test_not_a_choice(self, choice):
-        with pytest.raises(ValueError, match="regions must be None, 'auto', a class of modules"):
+        with pytest.raises(ValueError, match="regions must be None, 'auto', one or more classes"):
             jvpgraph.transform(TinyDiT(), regions=choice)
 
     def test_nothing_found(self):

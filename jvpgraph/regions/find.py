@@ -23,7 +23,7 @@ def check_choice(choice: Choice) -> None:
     wrong = [c for c in classes if not (isinstance(c, type) and issubclass(c, nn.Module))]
     if wrong or not (choice == "auto" or classes or callable(choice)):
         raise ValueError(
-            f"regions must be None, 'auto', a class of modules, several, or a function of a module: not {choice!r}"
+            f"regions must be None, 'auto', one or more classes of modules, or a function of a module, not {choice!r}"
         )
 
 

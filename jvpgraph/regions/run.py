@@ -143,7 +143,7 @@ class Regions:
         if self.groups:
             log.info("jvpgraph: %s", self)
         else:
-            log.warning("jvpgraph: the whole model runs op by op, it has no parts: %s", self.reason)
+            log.warning("jvpgraph: the whole model runs op by op, since it has no parts: %s", self.reason)
 
     def _add(self, found: Sequence[tuple[str, nn.Module]]) -> list[_Region]:
         groups: dict[Any, Group] = {}
