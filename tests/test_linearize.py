@@ -575,7 +575,7 @@ def _storage(x: Tensor) -> Tensor:
     return x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
 
 
-OUTSIDE = "it reads outside of what has a tangent, or as another type"
+OUTSIDE = "it reads beyond what has a tangent, or as another dtype"
 BAD_STRIDES = {
     "outside": (R(3, 4), "b = aten.neg(a)", "[13], [1]", OUTSIDE),
     "at its end": (R(3, 4), "b = aten.neg(a)", "[2], [1], 11", OUTSIDE),

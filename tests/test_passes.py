@@ -563,8 +563,7 @@ def test_what_attention_costs(call: str, primal: int, tangent: int):
     gm = linearized(text, **LONG, go=R(2, 3, 5, 4), lse=R(2, 3, 5))
     report = run(count, gm)
     assert (report.primal_flops, report.tangent_flops) == (primal, tangent)
-    kernels = 0 if "backward" in call else 1
-    assert report.kernels == Counter({"blocks of torch ops": 1} if kernels else {})
+    assert sum(report.kernels.values()) == (0 if "backward" in call else 1)
 
 
 def test_the_kernel_at_the_sizes_of_this_call():
@@ -573,7 +572,7 @@ def test_the_kernel_at_the_sizes_of_this_call():
     env = node(gm, "q").meta["val"].fake_mode.shape_env
     before = len(env.guards)
     report = run(count, gm)
-    assert report.kernels == Counter({"blocks of torch ops": 1})
+    assert list(report.kernels.values()) == [1]
     assert len(env.guards) == before
     (symbol,) = report.sizes
     assert report.primal_flops == 2 * 2 * 3 * 2 * symbol**2 * 8
