@@ -584,7 +584,7 @@ BAD_STRIDES = {
         R(6).as_strided((2, 3), (2, 1)),
         "b = aten.alias(a)",
         "[2], [1]",
-        "an element of memory",
+        "one element of memory",
     ),
 }
 
