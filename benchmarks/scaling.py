@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_module_simplified
-from torch._ops import OpOverload
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
@@ -41,15 +39,13 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.costs import Traffic, bytes_of, flops, input_bytes, peak_memory, saved, traffic
 from jvpgraph.backend import Backend
 from jvpgraph.config import Config
 from jvpgraph.diffusers_parallel import make_traceable
 from jvpgraph.dual_forward import dual_forward
 from jvpgraph.dynamo import first_cause, own_errors
-from jvpgraph.passes.context import Context
-from jvpgraph.passes.count import count
-from jvpgraph.passes.pipeline import Pipeline
-from jvpgraph.rules.apply import bind
+from jvpgraph.passes.pipeline import JointPasses
 
 __all__ = [
     "LAYOUTS",
@@ -57,14 +53,12 @@ __all__ = [
     "Cost",
     "Layout",
     "Shape",
-    "Traffic",
     "capture",
     "fake_ranks",
     "fsdp_traffic",
     "main",
     "measure",
     "page",
-    "peak_memory",
 ]
 
 DTYPE = torch.bfloat16
@@ -216,9 +210,9 @@ class Capture(Backend):
     def __init__(self, config: Config | None = None):
         super().__init__("eager", config)
 
-    def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], pipeline: Pipeline) -> Any:
+    def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses) -> Any:
         def partition(joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
-            pipeline(joint.graph)
+            passes(joint.graph)
             joint.recompile()
             halves = min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
             self.forward, self.backward = (half.graph for half in halves)
@@ -255,18 +249,6 @@ def capture(block: nn.Module, inputs: tuple[Any, ...], with_tangent: bool, confi
 
 
 @dataclass
-class Traffic:
-    """What a rank sends."""
-
-    sent: Counter[str] = field(default_factory=Counter)  # bytes, by kind of collective
-    launches: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.sent.total()
-
-
-@dataclass
 class Cost:
     """Of one block and one sample per dp rank, on rank 0."""
 
@@ -299,8 +281,8 @@ def measure(shape: Shape, layout: Layout, config: Config | None = None) -> Cost:
         (primal_flops, *_), (same, tangent_flops, _) = flops(primal.forward), flops(dual.forward)
         assert primal_flops == same, "the tangent has changed the primal half"
         local = [p.to_local() if isinstance(p, DTensor) else p for p in block.parameters()]
-        given = _input_bytes(inputs)
-        dots = _bytes(inputs[0]) + _bytes(inputs[2])
+        given = input_bytes(inputs)
+        dots = bytes_of(inputs[0]) + bytes_of(inputs[2])
         return Cost(
             ring,
             ulysses,
@@ -312,51 +294,11 @@ def measure(shape: Shape, layout: Layout, config: Config | None = None) -> Cost:
             traffic(dual.backward),
             given + peak_memory(primal.forward),
             given + dots + peak_memory(dual.forward),
-            saved(primal),
-            saved(dual),
+            saved(primal.forward, primal.results),
+            saved(dual.forward, dual.results),
             fsdp_traffic(local, layout),
             kept_elements(local, layout) * DTYPE.itemsize,
         )
-
-
-def flops(graph: fx.Graph) -> tuple[int, int, int]:
-    """(primal, tangent, backward)."""
-    context = Context(Config())
-    count(graph.owning_module or fx.GraphModule({}, graph), context)
-    report = context.report
-    return int(report.primal_flops), int(report.tangent_flops), int(report.backward_flops)
-
-
-def traffic(graph: fx.Graph) -> Traffic:
-    """What the collectives of a graph send, by the best known algorithm of each.
-
-    Raises:
-        ValueError: a collective that is not known here.
-    """
-    found = Traffic()
-    for node in graph.nodes:
-        op = node.target
-        if not isinstance(op, OpOverload) or not op.namespace.startswith("_c10d_functional") or "wait" in op.__name__:
-            continue
-        arguments = bind(op, node.args, node.kwargs)
-        tensors = fx.node.map_arg(node.args[0], lambda n: n.meta["val"])
-        size = sum(_bytes(x) for x in (tensors if isinstance(tensors, (list, tuple)) else [tensors]))
-        group = dist.distributed_c10d._resolve_process_group(arguments["group_name"])
-        ranks, kind = group.size(), op._schema.name.split("::")[1].removesuffix("_coalesced")
-        if kind == "all_reduce":
-            sent = 2 * (ranks - 1) * size // ranks
-        elif kind == "all_gather_into_tensor":
-            sent = (ranks - 1) * size
-        elif kind == "reduce_scatter_tensor":
-            sent = (ranks - 1) * size // ranks
-        elif kind == "all_to_all_single":
-            rows = arguments["input_split_sizes"]
-            sent = size * (sum(rows) - rows[group.rank()]) // sum(rows)
-        else:
-            raise ValueError(f"what does {op} send? It is not in benchmarks/scaling.py")
-        found.sent[kind.removesuffix("_into_tensor").removesuffix("_tensor").removesuffix("_single")] += sent
-        found.launches += 1
-    return found
 
 
 def kept_elements(parameters: Sequence[Tensor], layout: Layout) -> int:
@@ -373,61 +315,6 @@ def fsdp_traffic(parameters: Sequence[Tensor], layout: Layout) -> Traffic:
     return Traffic(
         Counter({"all_gather": 2 * once * DTYPE.itemsize, "reduce_scatter": once * REDUCE_DTYPE.itemsize}), launches=3
     )
-
-
-def peak_memory(graph: fx.Graph) -> int:
-    """The most bytes that results of ops take at once, if each is freed after its last reader."""
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    memories: dict[fx.Node, list[int]] = {}  # owner -> bytes, when made, when read last
-    for node, now in position.items():
-        owner = _memory_of(node)
-        if node is owner and node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
-            made = position[node.all_input_nodes[0]] if node.target is operator.getitem else now
-            memories[node] = [_bytes(node.meta["val"]), made, now]
-        if owner in memories:
-            memories[owner][2] = max([memories[owner][2], *(position[user] for user in node.users)])
-    change: Counter[int] = Counter()
-    for size, made, last in memories.values():
-        change[made] += size
-        change[last + 1] -= size
-    live = peak = 0
-    for now in sorted(change):
-        live += change[now]
-        peak = max(peak, live)
-    return peak
-
-
-def saved(captured: Capture) -> int:
-    """Bytes of what the forward keeps for the backward, without parameters and inputs."""
-    kept = captured.forward.output_node().args[0][captured.results :]
-    owners = {_memory_of(node) for node in kept if isinstance(node, fx.Node)}
-    return sum(_bytes(owner.meta["val"]) for owner in owners if owner.op == "call_function")
-
-
-def _memory_of(node: fx.Node) -> fx.Node:
-    """The node whose memory this one is, or is a view of."""
-    while node.op == "call_function" and node.all_input_nodes:
-        source = node.all_input_nodes[0]
-        made_by = source.target if node.target is operator.getitem else node.target
-        if not isinstance(made_by, OpOverload) or not (made_by.is_view or made_by in SAME_MEMORY):
-            return node
-        node = source
-    return node
-
-
-SAME_MEMORY = (
-    torch.ops.aten._unsafe_view.default,
-    torch.ops.aten.detach.default,
-    torch.ops._c10d_functional.wait_tensor.default,
-)
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
-
-
-def _input_bytes(inputs: Any) -> int:
-    return sum(_bytes(x) for x in torch.utils._pytree.tree_leaves(inputs))
 
 
 # ------------------------------------------------------------------------------------------------------ the page

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from jvpgraph.graph.strides import overlaps
 from jvpgraph.graph.torch_level import emit, has_marker, memory_of
 from jvpgraph.passes.context import Context
 
@@ -37,14 +38,5 @@ def copy_overlapping_outputs(gm: fx.GraphModule, context: Context) -> None:
 
 
 def _overlaps(x: Tensor) -> bool:
-    """Whether elements of ``x`` share memory; for symbolic sizes AOTAutograd makes gradients contiguous."""
-    if not all(isinstance(n, int) for n in (*x.shape, *x.stride())):
-        return False
-    reach = 1
-    for stride, n in sorted(zip(x.stride(), x.shape)):
-        if n == 1:
-            continue
-        if stride < reach:
-            return x.numel() > 0
-        reach += (n - 1) * stride
-    return False
+    """For symbolic sizes AOTAutograd makes gradients contiguous."""
+    return all(isinstance(n, int) for n in (*x.shape, *x.stride())) and x.numel() > 0 and overlaps(x)

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("diffusers", minversion="0.36")
-scaling = importlib.import_module("benchmarks.scaling")
+costs, scaling = map(importlib.import_module, ("benchmarks.costs", "benchmarks.scaling"))
 
 RANKS = 8
 N, D, L, HIDDEN = 64, 64, 16, 128
@@ -117,7 +117,7 @@ def test_peak_of_a_graph_by_hand() -> None:
         return e, (c + e)  # 32
 
     graph = make_fx(f)(torch.ones(8)).graph
-    assert scaling.peak_memory(graph) == 64 + 32 + 32
+    assert costs.peak_memory(graph) == 64 + 32 + 32
 
 
 class Sent(TorchDispatchMode):
