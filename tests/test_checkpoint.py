@@ -28,8 +28,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from jvpgraph.errors import JvpgraphError
 from jvpgraph.trainer.model.ema import PowerEMA
 from jvpgraph.trainer.model.optimizer import MasterAdamW
-from jvpgraph.trainer.run import checkpoint
 from jvpgraph.trainer.run.checkpoint import CheckpointError, Checkpoints, PerRank
+from jvpgraph.trainer.run.checkpoint import dcp as own_dcp
+from jvpgraph.trainer.run.checkpoint import store as store_module
 
 EXAMPLE = "__0_0.distcp"
 
@@ -136,8 +137,8 @@ def test_everything_comes_back(folder, asynchronous):
 
 
 def test_saved_tensors_do_not_change_with_the_live_ones(folder, monkeypatch):
-    plain = checkpoint.write_plan
-    monkeypatch.setattr(checkpoint, "write_plan", lambda *args: (time.sleep(0.3), plain(*args))[1])
+    plain = store_module.write_plan
+    monkeypatch.setattr(store_module, "write_plan", lambda *args: (time.sleep(0.3), plain(*args))[1])
     state = {**tensors(1), "numbers": [1], "own": PerRank([torch.ones(2)])}
     store = Checkpoints(folder)
     started = time.perf_counter()
@@ -153,7 +154,7 @@ def test_saved_tensors_do_not_change_with_the_live_ones(folder, monkeypatch):
 
 
 def test_one_save_at_a_time(folder, monkeypatch):
-    plain, running = checkpoint.write_plan, []
+    plain, running = store_module.write_plan, []
 
     def slow(*args):
         assert not running
@@ -163,7 +164,7 @@ def test_one_save_at_a_time(folder, monkeypatch):
         running.pop()
         return result
 
-    monkeypatch.setattr(checkpoint, "write_plan", slow)
+    monkeypatch.setattr(store_module, "write_plan", slow)
     saved(folder, 1, 2, 3)
     assert names(folder) == ["step-00000001", "step-00000002", "step-00000003"]
 
@@ -344,14 +345,14 @@ def test_full_disk(folder, monkeypatch, target):
     elif target == "limit":  # a real write that the kernel cuts off
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     else:
-        plain = checkpoint.FileSystemWriter.write_data
+        plain = own_dcp.FileSystemWriter.write_data
 
         def cut(self, plan, planner):
             result = plain(self, plan, planner)
             os.truncate(self.path / EXAMPLE, 100)
             return result
 
-        monkeypatch.setattr(checkpoint.FileSystemWriter, "write_data", cut)
+        monkeypatch.setattr(own_dcp.FileSystemWriter, "write_data", cut)
     try:
         store.save(2, tensors(2, 100_000))
         with pytest.raises(CheckpointError) as error:
@@ -415,7 +416,7 @@ def test_code_is_neither_saved_nor_run(folder):
     path = folder / "step-00000001"
     (path / ".metadata").write_bytes(pickle.dumps(Harmful()))
     with pytest.raises(pickle.UnpicklingError, match=r"asks for (posix|os).system"):
-        checkpoint.Reader(path).read_metadata()
+        own_dcp.Reader(path).read_metadata()
 
 
 WORLD = 2

@@ -31,7 +31,7 @@ from jvpgraph.trainer.configs import ready
 from jvpgraph.trainer.data.digits import Digits, digits
 from jvpgraph.trainer.evaluation.samplers import Sampler, sampler_of
 from jvpgraph.trainer.model.networks import build_guided, device_of
-from jvpgraph.trainer.run.finished import Report, compare, export_run, load_run, samplers_of
+from jvpgraph.trainer.run.finished import Comparison, compare, export_run, load_run, samplers_of
 from jvpgraph.trainer.train import train
 
 QUICK_NET = ("model.options.width=16", "model.options.depth=1", "model.options.heads=2")
@@ -48,7 +48,7 @@ QUICK = {
 }
 
 
-def run(out: Path, *, seed: int = 0, quick: bool = False) -> Report:
+def run(out: Path, *, seed: int = 0, quick: bool = False) -> Comparison:
     """The whole demo; earlier results in `out` are replaced."""
     for part in ("teacher", "student"):
         shutil.rmtree(out / part, ignore_errors=True)
@@ -85,7 +85,7 @@ def configure(name: str, out: Path, seed: int, quick: bool, *overrides: str) -> 
     return settings.load(RunConfig, ready(name), (f"out={out}", f"seed={seed}", *quicker, *overrides))
 
 
-def evaluate_student(folder: Path, seed: int) -> Report:
+def evaluate_student(folder: Path, seed: int) -> Comparison:
     """Real images drawn again (the floor of every figure), the teacher in many and few steps, the student."""
     run = load_run(folder)
     config, data = run.config, digits()
@@ -122,7 +122,7 @@ class Phases:
         self.seconds[name] = time.perf_counter() - start
 
 
-def draw_panels(report: Report, data: Digits, path: Path, columns: int = 6) -> None:
+def draw_panels(report: Comparison, data: Digits, path: Path, columns: int = 6) -> None:
     """One panel per sampler, side by side: a row per class, in order, and `columns` samples of it."""
     figure = Figure(figsize=(2.1 * len(report.samples), 3.7), dpi=130, layout="constrained")
     axes = figure.subplots(1, len(report.samples), squeeze=False)[0]

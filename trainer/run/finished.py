@@ -111,7 +111,7 @@ def sample_run(folder: Path, *, steps: int, count: int, ema: float | None, seed:
 
 
 @dataclass(frozen=True)
-class Report:
+class Comparison:
     """Figures of every sampler, one Quality per seed; `str()` is a table."""
 
     rows: dict[str, list[Quality]]
@@ -123,7 +123,7 @@ class Report:
 
 def evaluate_run(
     folder: Path, *, steps: Sequence[int] = (), seeds: Sequence[int] = (), ema: float | None = None
-) -> Report:
+) -> Comparison:
     """The student in `steps` steps beside its teacher.
 
     Writes evaluation.json into the run's folder. Defaults are those of the run's settings.
@@ -152,7 +152,7 @@ def samplers_of(run: Run, steps: Sequence[int]) -> dict[str, Sampler]:
     return {f"teacher, {many} steps": sampler_of("flow", guided, many, config.sampling), **students}
 
 
-def compare(run: Run, samplers: Mapping[str, Sampler], seeds: Sequence[int]) -> Report:
+def compare(run: Run, samplers: Mapping[str, Sampler], seeds: Sequence[int]) -> Comparison:
     """Every sampler for the data's own conditions, with each seed."""
     config = run.config
     if config.evaluation.features is None:
@@ -184,7 +184,7 @@ def compare(run: Run, samplers: Mapping[str, Sampler], seeds: Sequence[int]) -> 
                 space=space,
             )
             rows.setdefault(name, []).append(quality)
-    return Report(rows, samples)
+    return Comparison(rows, samples)
 
 
 def export_run(folder: Path, out: Path, *, ema: float | None = None, step: int | None = None) -> Path:

@@ -39,7 +39,7 @@ class Ranks:
                 raise error
             return [value]  # type: ignore[list-item]
         results: list[Any] = [None] * self.size
-        dist.all_gather_object(results, (value, error and Report.of(error)), group=self.group)
+        dist.all_gather_object(results, (value, error and Failure.of(error)), group=self.group)
         if error is not None:
             raise error
         failed = {rank: report for rank, (_, report) in enumerate(results) if report is not None}
@@ -56,7 +56,7 @@ class Ranks:
 
 
 @dataclass(frozen=True)
-class Report:
+class Failure:
     """What other ranks are told of an error: names only, for an error itself may not survive pickling."""
 
     kinds: list[tuple[str, str]]  # module and name of its class, then of those it is derived from
@@ -64,7 +64,7 @@ class Report:
     system: tuple[int | None, str | None, Any]  # errno, strerror and filename, where it is the system's
 
     @classmethod
-    def of(cls, error: Exception) -> Report:
+    def of(cls, error: Exception) -> Failure:
         system = (error.errno, error.strerror, error.filename) if isinstance(error, OSError) else (None, None, None)
         kinds = [(kind.__module__, kind.__qualname__) for kind in type(error).__mro__]
         return cls(kinds, f"{type(error).__name__}: {error}", system)

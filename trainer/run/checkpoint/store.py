@@ -1,90 +1,34 @@
-"""Checkpoints that survive kill -9, full disks and flipped bits, in the format of torch.distributed.checkpoint (DCP).
-
-    step-00000123.partial/   while it is written
-    step-00000123/           complete: renamed after everything in it is on the disk
-        __0_0.distcp ...     DCP: one file of tensors and values per rank
-        .metadata            DCP: which tensor lies where, so that another number of ranks can read it
-        manifest.json        ours, written last: size and CRC-32 of every file
-
-Planning, deduplication, the files and resharding are DCP's own classes; this module takes the place of its
-`save`/`async_save`/`load`, which know nothing of complete, damaged or older checkpoints.
-
-Security: values are read with `torch.load(weights_only=True)`, and DCP's `.metadata`, a pickle, with an unpickler
-that builds nothing but DCP's own records. So a checkpoint cannot run code. A checksum is no signature: weights from
-an untrusted source are still untrusted weights.
-"""
+"""A folder of checkpoints: written, found, checked, read and deleted."""
 
 from __future__ import annotations
 
-import io
-import json
 import logging
-import os
-import pickle
 import re
 import shutil
-import zlib
-from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan
 
 from jvpgraph.errors import JvpgraphError
 from jvpgraph.trainer.files import sync
+from jvpgraph.trainer.run.checkpoint.dcp import LoadPlanner, Reader, SavePlanner, write_plan
+from jvpgraph.trainer.run.checkpoint.manifest import damage, fingerprint, read_manifest, write_manifest
+from jvpgraph.trainer.run.checkpoint.state import RANK, Leaf, PerRank, State, flatten, per_rank
 from jvpgraph.trainer.run.ranks import Ranks
-
-T = TypeVar("T")
-State = dict[str, Any]
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-CHUNK = 16 * 2**20  # bytes read at a time for a checksum
 NAME = re.compile(r"step-(\d{8,})(\.replaced)?")  # replaced: the older one while a step is saved for a second time
 
 
 class CheckpointError(JvpgraphError, OSError):
     """A checkpoint could not be written, or none that is complete can be read."""
-
-
-@dataclass
-class PerRank:
-    """A value that each rank has for itself: a random generator's state, the position of a data loader.
-
-    The value is any that could stand in the state by itself; it is stored as one piece, so that its structure may
-    differ from save to save. `load` hands it to the object's `load_state_dict`, or sets `value`, also if that is a
-    tensor. A rank that did not exist when the checkpoint was saved keeps what it has.
-    """
-
-    value: Any
-
-
-class OnePiece:
-    """A value that all ranks have alike, stored as one piece, so that its structure may differ from save to save.
-
-    Args:
-        value: with `state_dict` and `load_state_dict`; the first rank's is saved, and loaded on any number of ranks.
-    """
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def state_dict(self) -> State:
-        return {"value": [self.value.state_dict()]}  # a list is a leaf, whatever is in it
-
-    def load_state_dict(self, state: State) -> None:
-        self.value.load_state_dict(state["value"][0])
 
 
 class Checkpoints:
@@ -229,11 +173,7 @@ class Checkpoints:
             raise CheckpointError(self._explain(error, final, plan.bytes)) from error
 
     def _complete(self, step: int, partial: Path, final: Path, files: dict[str, dict[str, int]]) -> None:
-        body = {"format": 1, "step": step, "ranks": self.ranks.size, "files": files}
-        with (partial / MANIFEST).open("w") as file:
-            json.dump({**body, "crc32": _json_checksum(body)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_manifest(partial, step, self.ranks.size, files)
         sync(partial)
         replaced = final.with_name(final.name + ".replaced")
         if final.exists():
@@ -286,7 +226,7 @@ class Checkpoints:
 
     def _fault(self, path: Path) -> str | None:
         """What is wrong with a checkpoint; ranks share the reading. Remembered until a file changes."""
-        key = self.ranks.agree(lambda: _fingerprint(path))
+        key = self.ranks.agree(lambda: fingerprint(path))
         if self._verified.get(path, (None, None))[0] != key:
             share = (self.ranks.rank, self.ranks.size)
             faults = self.ranks.gather(lambda: damage(path, checksums=True, share=share))
@@ -337,256 +277,6 @@ class Checkpoints:
             thing.load_state_dict(own_state)
 
 
-@dataclass
-class Leaf:
-    """A leaf of the state, and the dictionary that holds it."""
-
-    holder: State
-    key: str
-    value: Any
-
-    def restore(self, value: Any) -> None:
-        if not isinstance(self.value, PerRank):
-            self.holder[self.key] = value
-        elif stateful(self.value.value):
-            self.value.value.load_state_dict(value)
-        else:
-            self.value.value = value
-
-
-def stateful(thing: Any) -> bool:
-    return not isinstance(thing, type) and hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
-
-
-def flatten(state: Mapping[str, Any], live: list[tuple[Any, State]] | None = None) -> dict[str, Leaf]:
-    """Leaves by dotted name. Objects with a state, and the dictionary of theirs that is filled, go to `live`.
-
-    Raises:
-        ValueError: a key is no string, or two leaves have the same dotted name.
-    """
-    leaves: dict[str, Leaf] = {}
-
-    def visit(prefix: str, holder: Any) -> None:
-        for key, value in holder.items():
-            if not isinstance(key, str) or RANK in key:
-                raise ValueError(f"the key {key!r} in {prefix or 'the state'}: keys are strings without {RANK!r}")
-            name = f"{prefix}.{key}" if prefix else key
-            if stateful(value):
-                own = _copied_dicts(value.state_dict())
-                if live is not None:
-                    live.append((value, own))
-                visit(name, own)
-            elif isinstance(value, Mapping):
-                visit(name, value)
-            elif name in leaves:
-                raise ValueError(f"two values of the state have the dotted name {name}: rename one of them")
-            else:
-                leaves[name] = Leaf(holder, key, value)
-
-    visit("", state)
-    return leaves
-
-
-def _copied_dicts(state: Any) -> Any:
-    """The same leaves in new dictionaries, so that filling them changes nothing before load_state_dict."""
-    if not isinstance(state, Mapping):
-        return state
-    copied: Any = OrderedDict() if isinstance(state, OrderedDict) else {}
-    copied.update((key, _copied_dicts(value)) for key, value in state.items())
-    if hasattr(state, "_metadata"):  # versions of an nn.Module's state
-        copied._metadata = state._metadata
-    return copied
-
-
-RANK = "@rank"
-
-
-def per_rank(name: str, rank: int) -> str:
-    return f"{name}{RANK}{rank}"
-
-
-class SavePlanner(DefaultSavePlanner):
-    """DCP's plan of the live state, and a copy of its data on the CPU that stays as it is.
-
-    Values are pickled right away. Those that all ranks have are the first rank's to write.
-    """
-
-    def __init__(self, leaves: Mapping[str, Leaf], ranks: Ranks) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.staged: dict[str, Tensor | bytes] = {}
-        planned: State = {}
-        for name, leaf in leaves.items():
-            value = leaf.value
-            if isinstance(value, PerRank):
-                name = per_rank(name, ranks.rank)
-                inner = value.value.state_dict() if stateful(value.value) else value.value
-                planned[name] = None
-                self.staged[name] = pickled(name, inner)
-            elif isinstance(value, Tensor):
-                local = value.detach()
-                local = local.to_local() if isinstance(local, DTensor) else local
-                planned[name] = value
-                self.staged[name] = local.to("cpu", copy=True, memory_format=torch.contiguous_format)
-            elif ranks.first:
-                planned[name] = None
-                self.staged[name] = pickled(name, value)
-        self.set_up_planner(planned, is_coordinator=ranks.first)
-        self.local_plan = self.create_local_plan()
-        self.state_dict = {}  # holds on to no live tensor
-        self.bytes = sum(len(v) if isinstance(v, bytes) else v.nbytes for v in self.staged.values())
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.staged[index.fqn]
-
-    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        return io.BytesIO(object) if write_item.type == WriteItemType.BYTE_IO else object
-
-
-class LoadPlanner(DefaultLoadPlanner):
-    """DCP's plan; values are kept in `values` instead of being unpickled into the state without any check."""
-
-    def __init__(self, targets: State) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.targets = targets
-        self.values: State = {}
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.values[read_item.dest_index.fqn] = unpickled(value.read())
-
-
-class Reader(FileSystemReader):
-    """DCP's reader, whose metadata cannot run code."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = MetadataUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f"the metadata is a {type(metadata).__name__}")
-        return metadata
-
-
-class MetadataUnpickler(pickle.Unpickler):
-    """Builds DCP's records, torch's sizes and dtypes, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name) if module.split(".")[0] in ("torch", "pathlib") else None
-        records = module == "torch.distributed.checkpoint.metadata" and isinstance(found, type)
-        named = (module, name) in {
-            ("torch", "Size"),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.serialization", "_get_layout"),
-            ("pathlib", "PosixPath"),
-            ("pathlib", "WindowsPath"),
-            ("pathlib._local", "PosixPath"),
-            ("pathlib._local", "WindowsPath"),
-        }
-        if records or named or isinstance(found, torch.dtype):
-            return found
-        raise pickle.UnpicklingError(f"the metadata of a checkpoint asks for {module}.{name}")
-
-
-# What torch.load(weights_only=True) accepts beside its own: numpy arrays and scalars, as in the state of a generator.
-_NUMPY: list[Any] = [
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"},
-    *(np.ones(1).__reduce__()[0], np.float64(1).__reduce__()[0]),
-]
-
-
-def pickled(name: str, value: Any) -> bytes:
-    """`value` as torch.save writes it, after making sure that it can be read again.
-
-    Raises:
-        ValueError: it cannot be pickled, or not be read without running code.
-    """
-    stream = io.BytesIO()
-    try:
-        torch.save(value, stream)
-        unpickled(stream.getvalue())
-    except Exception as error:  # pickling runs code of the value, which may raise anything
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"the state's {name}, of type {type(value).__name__}, cannot be saved: {reason}\n"
-            "  Save tensors, numbers, strings, and dictionaries, lists or tuples of them instead."
-        ) from error
-    return stream.getvalue()
-
-
-def unpickled(data: bytes) -> Any:
-    with torch.serialization.safe_globals(_NUMPY):
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-def write_plan(planner: SavePlanner, folder: Path, ranks: Ranks) -> dict[str, dict[str, int]]:
-    """Writes what all ranks planned into `folder`; returns size and checksum of each file, on the first rank."""
-    writer = FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=0)
-    writer.set_up_storage_writer(ranks.first, rank=ranks.rank, use_collectives=True)
-    local = ranks.gather(lambda: writer.prepare_local_plan(planner.local_plan))
-    # Each rank makes the same global plan of the same local ones, instead of waiting for the first rank's.
-    plans, metadata = planner.create_global_plan(local)
-    mine = planner.finish_plan(writer.prepare_global_plan(plans)[ranks.rank])
-
-    def write() -> list[Any]:
-        results = writer.write_data(mine, planner).wait()
-        ends: dict[str, int] = {}
-        for result in results:
-            where = result.storage_data
-            ends[where.relative_path] = max(ends.get(where.relative_path, 0), where.offset + where.length)
-        for name, end in ends.items():
-            if (folder / name).stat().st_size != end:
-                raise OSError(f"{name} has {(folder / name).stat().st_size} bytes of {end}: the disk took no more")
-        return [results, {name: summary(folder / name) for name in ends}]
-
-    written = ranks.gather(write)
-    if not ranks.first:
-        return {}
-    writer.finish(metadata, [results for results, _ in written])
-    return {name: s for _, files in written for name, s in files.items()} | {".metadata": summary(folder / ".metadata")}
-
-
-def summary(path: Path) -> dict[str, int]:
-    """Size in bytes and CRC-32."""
-    crc, size = 0, 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
-    return {"bytes": size, "crc32": crc}
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises:
-    ValueError: it is not what was written.
-    """
-    manifest = json.loads((path / MANIFEST).read_text())
-    if not isinstance(manifest, dict) or manifest.pop("crc32", None) != _json_checksum(manifest):
-        raise ValueError("the checksum does not match")
-    return manifest
-
-
-def damage(path: Path, *, checksums: bool, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a checkpoint, or None. `share` (i, n): compute the checksums of every n-th file only."""
-    try:
-        manifest = read_manifest(path)
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing, so it was never complete"
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} is damaged ({error})"
-    faults = []
-    for i, (name, wanted) in enumerate(sorted(manifest["files"].items())):
-        try:
-            size = (path / name).stat().st_size
-            if size != wanted["bytes"]:
-                faults.append(f"{name} has {size} bytes of {wanted['bytes']}")
-            elif checksums and i % share[1] == share[0] and summary(path / name) != wanted:
-                faults.append(f"{name} has other content than was written (checksum)")
-        except FileNotFoundError:
-            faults.append(f"{name} is missing")
-        except OSError as error:
-            faults.append(f"{name} cannot be read ({error})")
-    return "; ".join(faults) or None
-
-
 def _differences(wanted: Mapping[str, Leaf], saved: Mapping[str, Any], partial: bool) -> list[str]:
     wrong = [f"missing in the checkpoint: {name}" for name in wanted if name not in saved]
     if not partial:
@@ -620,18 +310,6 @@ def _order(path: Path) -> tuple[int, bool]:
     match = NAME.fullmatch(path.name)
     assert match is not None, path
     return int(match[1]), match[2] is None
-
-
-def _fingerprint(path: Path) -> Any:
-    try:
-        stats = [(p.name, p.stat()) for p in sorted(path.iterdir())]
-    except OSError:
-        return None
-    return [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in stats]
-
-
-def _json_checksum(body: Any) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
 def _make_empty(folder: Path) -> None:
