@@ -90,6 +90,8 @@ class Backend:
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses) -> Compiled:
         """AOTAutograd, the passes on its joint graph, and code."""
         make_code = _COMPILE[self.compiler]
+        if self.explains and any(isinstance(x, torch.Tensor) and x.is_meta for x in example_inputs):
+            make_code = _eager  # Inductor takes what is on meta for something that nobody computes
         if not self.explains:
             return make_code(gm, example_inputs, passes)
         with functorch_config.patch(enable_autograd_cache=False):  # what is cached does not go through the passes

@@ -795,6 +795,17 @@ class TestExplain:
         branching = Wrapped(lambda x: x if x.sum() > 0 else -x)
         assert "not captured" in str(jvpgraph.transform(branching).explain(x, tangents={"x": x}))
 
+    def test_a_model_on_meta(self):
+        """What is too large for this machine is explained on the meta device, on the default backend too."""
+        with torch.device("meta"):
+            model, (x, t, x_dot, _) = TinyDiT().double(), inputs()
+        explained = jvpgraph.transform(model).explain(x, t, tangents={"x": x_dot})
+        x, t, x_dot, _ = inputs()
+        real = jvpgraph.transform(TinyDiT().double()).explain(x, t, tangents={"x": x_dot})
+        assert not explained.not_captured
+        assert (explained.table, explained.active, explained.fused) == (real.table, real.active, real.fused)
+        assert explained.flops() == real.flops()
+
     def test_derived_rules_are_named(self):
         x = torch.rand(3).double() + 2
         found = jvpgraph.transform(Wrapped(torch.special.i0)).explain(x, tangents={"x": x})
