@@ -148,8 +148,8 @@ def _visit(
     q, q_dot = queries
     keys, keys_dot, values, values_dot = buffers
     k_full, k_empty, v_full, v_empty = barriers
-    S_MOVES: gl.constexpr = HAS_Q_DOT or HAS_K_DOT
-    O_MOVES: gl.constexpr = S_MOVES or HAS_V_DOT
+    S_ACTIVE: gl.constexpr = HAS_Q_DOT or HAS_K_DOT
+    O_ACTIVE: gl.constexpr = S_ACTIVE or HAS_V_DOT
     BLOCK_K: gl.constexpr = keys.shape[3]
     WIDTH: gl.constexpr = keys.shape[4]
     OF_SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
@@ -187,13 +187,13 @@ def _visit(
         l = l * alpha + gl.sum(p, 1)
         alpha_of_rows = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, OF_ROWS)), 1)
         o = o * alpha_of_rows
-        if O_MOVES:
+        if O_ACTIVE:
             c = c * alpha_of_rows
     if not FIRST:
         r = r * alpha
-    if not S_MOVES:
+    if not S_ACTIVE:
         mbarrier.arrive(k_empty.index(place), count=1)
-    if S_MOVES and not OVERLAP:
+    if S_ACTIVE and not OVERLAP:
         s_dot = warpgroup_mma_wait(0, deps=(s_dot,))
         mbarrier.arrive(k_empty.index(place), count=1)
         h, r, mu = _weigh(p, s_dot, r, mu, seen, scale, FIRST)
@@ -206,7 +206,7 @@ def _visit(
     if HAS_V_DOT:
         v_dot = values_dot.index(place).reshape([BLOCK_K, WIDTH])
         c = warpgroup_mma(p_operand, v_dot, c, use_acc=not FIRST, is_async=True)
-    if S_MOVES:
+    if S_ACTIVE:
         if OVERLAP:
             s_dot = warpgroup_mma_wait(1 + HAS_V_DOT, deps=(s_dot,))
             mbarrier.arrive(k_empty.index(place), count=1)
@@ -234,8 +234,8 @@ def _consume(
     o_to, lse_to, o_dot_to, lse_dot_to = targets
     q_all, q_dot_all, keys, keys_dot, values, values_dot = buffers
     q_full, k_full, k_empty, v_full, v_empty = barriers
-    S_MOVES: gl.constexpr = HAS_Q_DOT or HAS_K_DOT
-    O_MOVES: gl.constexpr = S_MOVES or HAS_V_DOT
+    S_ACTIVE: gl.constexpr = HAS_Q_DOT or HAS_K_DOT
+    O_ACTIVE: gl.constexpr = S_ACTIVE or HAS_V_DOT
     BLOCK_K: gl.constexpr = keys.shape[3]
     WIDTH: gl.constexpr = keys.shape[4]
     OF_SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
@@ -300,16 +300,16 @@ def _consume(
     # the queries have been read by all four warps, and the tiles of shared memory take the outputs
     _barrier()
     q.store(o.to(values.dtype))
-    if O_MOVES:
+    if O_ACTIVE:
         c = c * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, OF_ROWS)), 1)
-        if S_MOVES:
+        if S_ACTIVE:
             r = r * inverse
             gl.store(lse_dot_to + row_sums, r + mu, mask=inside)
             c = c - gl.expand_dims(gl.convert_layout(r, gl.SliceLayout(1, OF_ROWS)), 1) * o
         q_dot.store(c.to(values.dtype))
     fence_async_shared()
     _store(o_to, [batch, head, first_row, 0], q_all.index(GROUP))
-    if O_MOVES:
+    if O_ACTIVE:
         _store(o_dot_to, [batch, head, first_row, 0], q_dot_all.index(GROUP))
     tma.store_wait(0)
 
@@ -338,7 +338,7 @@ def attention_jvp_kernel(
     HAS_V_DOT: gl.constexpr,
 ):
     """128 queries of one head. All but lse, lse_dot are descriptors of [B, H, L, D]; that of an absent tangent, and
-    lse_dot where s does not move, stand for nothing and are not read. Without any tangent, nor is o_dot."""
+    lse_dot where s is not active, stand for nothing and are not read. Without any tangent, nor is o_dot."""
     BLOCK_K: gl.constexpr = k.block_shape[2]
     WIDTH: gl.constexpr = k.block_shape[3]
 

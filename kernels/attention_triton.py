@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from jvpgraph.kernels.attention_kernel import attention_kernel
-from jvpgraph.kernels.blocks import Blocks, choose_blocks, least_columns, max_head_dim, variant
+from jvpgraph.kernels.blocks import Blocks, Parts, choose_blocks, least_columns, max_head_dim, variant
 from jvpgraph.kernels.call import Call, Outputs
 from jvpgraph.kernels.launch import (
     addressable,
@@ -78,34 +78,27 @@ def attend(call: Call, *, blocks: Blocks | None = None, by_descriptor: bool | No
         blocks = choose_blocks(arch, padded, q.dtype, kind, by_descriptor)
         if call.packing is not None:
             blocks = packed_blocks(blocks)
-    d_lo, d_hi, v_lo, v_hi, v_parts = blocks.split(head_dim, head_dim_v, least)
-    widths = ((d_lo, d_hi), (d_lo, d_hi), (v_lo, v_hi), (v_lo, v_hi))
+    widths, widths_v, shares = blocks.split(head_dim, head_dim_v, least)
+    of_streamed = (widths, widths, widths_v, widths_v)
     sources = [
-        _sources(x, *width, blocks.block_k) if by_descriptor else (x, None) for x, width in zip(streamed, widths)
+        _descriptors(x, of_x, blocks.block_k) if by_descriptor else (x, None) for x, of_x in zip(streamed, of_streamed)
     ]
     tiles = triton.cdiv(length_q, blocks.block_q)
     if call.packing is not None:
         tiles = length_q // blocks.block_q + sequences if sequences else 0
-    grid = (tiles * batch * heads, v_parts)
+    grid = (tiles * batch * heads, shares)
     with on_device(q.device):
         attention_kernel[grid](
-            q,
-            q_dot,
+            (q, q_dot),
             *(part for source in sources for part in source),
             bias.view(torch.uint8) if bias is not None and bias.dtype == torch.bool else bias,
             bias_dot,
-            o,
-            lse,
-            o_dot,
-            lse_dot,
+            (o, lse, o_dot, lse_dot),
             cu_q,
             cu_kv,
-            strides_of(q, 3),
-            strides_of(q_dot, 3),
-            *(None if by_descriptor else strides_of(x, 3) for x in streamed),
+            tuple(strides_of(x, 3) for x in (q, q_dot, *((None,) * 4 if by_descriptor else streamed), o)),
             *bias_strides(bias).values(),
             *bias_strides(bias_dot, of_tangent=True).values(),
-            strides_of(o, 3),
             float(scale),
             heads,
             heads // kv_heads,
@@ -116,23 +109,17 @@ def attend(call: Call, *, blocks: Blocks | None = None, by_descriptor: bool | No
             sequences,
             HEAD_DIM=head_dim,
             HEAD_DIM_V=head_dim_v,
-            D_LO=d_lo,
-            D_HI=d_hi,
-            V_LO=v_lo,
-            V_HI=v_hi,
-            V_PARTS=v_parts,
+            WIDTHS=widths,
+            WIDTHS_V=widths_v,
+            SHARES=shares,
             BLOCK_Q=blocks.block_q,
             BLOCK_K=blocks.block_k,
             STAGES=blocks.num_stages,
-            CUT_STAGES=blocks.cut_stages(d_lo, d_hi, v_lo, v_hi),
-            HAS_Q_DOT=q_dot is not None,
-            HAS_K_DOT=k_dot is not None,
-            HAS_V_DOT=v_dot is not None,
+            CUT_STAGES=blocks.cut_stages(*widths, *widths_v),
+            ACTIVE=tuple(x is not None for x in (q_dot, k_dot, v_dot, bias_dot)),
             BIAS=bias_kind(bias),
             BIAS_HAS_ROWS=bias is not None and bias.shape[2] > 1,
-            HAS_BIAS_DOT=bias_dot is not None,
-            HAS_LEFT=left is not None,
-            HAS_RIGHT=right is not None,
+            LIMITS=(left is not None, right is not None),
             PACKED=call.packing is not None,
             SCALE_IS_POSITIVE=scale > 0,
             BY_DESCRIPTOR=by_descriptor,
@@ -149,12 +136,10 @@ def packed_blocks(blocks: Blocks) -> Blocks:
     return blocks._replace(block_k=min(blocks.block_k, 64))
 
 
-def _sources(x: Tensor | None, lo: int, hi: int, block_k: int) -> tuple[Any, Any]:
+def _descriptors(x: Tensor | None, widths: Parts, block_k: int) -> tuple[Any, Any]:
     """TMA descriptors of x [B, Hkv, Lkv, D], one for each part of its columns."""
     if x is None:
         return None, None
     strides, shape = descriptor_strides(x), list(x.shape)
-    return (
-        TensorDescriptor(x, shape, strides, [1, 1, block_k, lo]),
-        TensorDescriptor(x, shape, strides, [1, 1, block_k, hi]) if hi else None,
-    )
+    first, *second = (TensorDescriptor(x, shape, strides, [1, 1, block_k, width]) for width in widths)
+    return first, second[0] if second else None

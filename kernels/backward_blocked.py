@@ -18,7 +18,7 @@ Math
     without G and dr: w = u = 0, the plain backward
 One pass
     Every row sum comes from what the forward saved, so each pair of a query and a key block is visited once: 15
-    products of a tile with D columns where everything moves, 6 to recompute and 9 for gradients, against 6 in the
+    products of a tile with D columns where everything is active, 6 to recompute and 9 for gradients, against 6 in the
     forward. Products that share a factor are one: [q_dot, q] [k, k_dot]' and [do, G] [v, v_dot]', and their transposes.
     As in the forward, the mean over keys is taken out of [k, k_dot], here from both s_dot and r, which keeps
     u exact where a tangent is common to all keys. ds_dot [k, k_dot] gets it back without a sum, as

@@ -51,29 +51,29 @@ def differentiate(call: Call, outs: Outputs, grads: Cotangents, *, sweeps: Sweep
     q, k, v, bias, scale = call.q, call.k, call.v, call.bias, call.scale
     o, lse, lse_grad, lse_dot_grad = outs.o, outs.lse, grads.lse, grads.lse_dot
     dots = call.dots
-    moves = (grads.o_dot is not None or lse_dot_grad is not None) and any(x is not None for x in dots)
+    active = (grads.o_dot is not None or lse_dot_grad is not None) and any(x is not None for x in dots)
     dq, dk, dv = (empty_rows(x, x.shape[2], x.shape[3]) for x in (q, k, v))
     dq_dot, dk_dot, dv_dot = (None if x is None else empty_rows(x, x.shape[2], x.shape[3]) for x in dots)
-    if not moves:
+    if not active:
         for x in (dq_dot, dk_dot, dv_dot):
             if x is not None:
                 x.zero_()
         dots = (None, None, None)
     o_grad = torch.zeros_like(o) if grads.o is None else grads.o
-    o_dot_grad = torch.zeros_like(o) if moves and grads.o_dot is None else grads.o_dot
+    o_dot_grad = torch.zeros_like(o) if active and grads.o_dot is None else grads.o_dot
     k_dot = dots[1]
-    operands = dict(zip(NAMES, map(addressable, (q, k, v, *dots, o_grad, o_dot_grad if moves else None))))
+    inputs = tuple(map(addressable, (q, k, v, *dots, o_grad, o_dot_grad if active else None)))
     batch, heads, length_q, head_dim = q.shape
     kv_heads, length_kv, head_dim_v = v.shape[1:]
-    sums = _row_sums(lse, lse_grad, lse_dot_grad, outs.lse_dot if moves else None)
-    centre = torch.stack([x.float().mean(2) for x in (k, k if k_dot is None else k_dot)]) if moves else None
+    sums = _row_sums(lse, lse_grad, lse_dot_grad, outs.lse_dot if active else None)
+    centre = torch.stack([x.float().mean(2) for x in (k, k if k_dot is None else k_dot)]) if active else None
 
     left, right = call.window
     common: dict[str, Any] = {
-        **operands,
+        "inputs": inputs,
         "bias": bias.view(torch.uint8) if bias is not None and bias.dtype == torch.bool else bias,
         "sums": sums,
-        **{f"{name}_strides": strides_of(x, 3) for name, x in operands.items()},
+        "strides": tuple(strides_of(x, 3) for x in inputs),
         **bias_strides(bias),
         "scale": float(scale),
         "heads": heads,
@@ -86,53 +86,41 @@ def differentiate(call: Call, outs: Outputs, grads: Cotangents, *, sweeps: Sweep
         "HEAD_DIM_V": head_dim_v,
         "WIDTHS": parts_of_head_dim(head_dim),
         "WIDTHS_V": parts_of_head_dim(head_dim_v),
-        "HAS_Q_DOT": dots[0] is not None,
-        "HAS_K_DOT": dots[1] is not None,
-        "HAS_V_DOT": dots[2] is not None,
-        "MOVES": moves,
+        "ACTIVE": tuple(x is not None for x in dots),
+        "TANGENT": active,
         "BIAS": bias_kind(bias),
         "BIAS_HAS_ROWS": bias is not None and bias.shape[2] > 1,
-        "HAS_LEFT": left is not None,
-        "HAS_RIGHT": right is not None,
+        "LIMITS": (left is not None, right is not None),
     }
-    sweeps = sweeps or backward_sweeps(call.place.arch, max(head_dim, head_dim_v), moves, row_bytes(bias))
+    sweeps = sweeps or backward_sweeps(call.place.arch, max(head_dim, head_dim_v), active, row_bytes(bias))
     assert sweeps is not None
+    of_queries = (dq, dq_dot if active else None)
+    of_keys = (dk, dv, *((dk_dot, dv_dot) if active else (None, None)))
     with on_device(q.device):
         for blocks, sums_only in ((sweeps.sums, True), (sweeps.queries, False)):
             queries_kernel[(triton.cdiv(length_q, blocks.block_q) * batch * heads,)](
                 **common,
                 o=addressable(o),
                 centre=centre,
-                dq=dq,
-                dq_dot=dq_dot if moves else None,
+                grads=of_queries,
                 o_strides=strides_of(o, 3),
-                dq_strides=strides_of(dq, 3),
-                dq_dot_strides=strides_of(dq_dot, 3),
+                grad_strides=tuple(strides_of(x, 3) for x in of_queries),
                 SUMS=sums_only,
                 **blocks.options(),
             )
-        of_keys = [(sweeps.keys, True, sweeps.values is None)]
+        by_key = [(sweeps.keys, True, sweeps.values is None)]
         if sweeps.values is not None:
-            of_keys.append((sweeps.values, False, True))
-        for blocks, has_dk, has_dv in of_keys:
+            by_key.append((sweeps.values, False, True))
+        for blocks, has_dk, has_dv in by_key:
             keys_kernel[(triton.cdiv(length_kv, blocks.block_k) * batch * kv_heads,)](
                 **common,
-                dk=dk,
-                dv=dv,
-                dk_dot=dk_dot if moves else None,
-                dv_dot=dv_dot if moves else None,
-                dk_strides=strides_of(dk, 3),
-                dv_strides=strides_of(dv, 3),
-                dk_dot_strides=strides_of(dk_dot, 3),
-                dv_dot_strides=strides_of(dv_dot, 3),
+                grads=of_keys,
+                grad_strides=tuple(strides_of(x, 3) for x in of_keys),
                 HAS_DK=has_dk,
                 HAS_DV=has_dv,
                 **blocks.options(),
             )
     return Gradients(dq, dk, dv, dq_dot, dk_dot, dv_dot)
-
-
-NAMES = ("q", "k", "v", "q_dot", "k_dot", "v_dot", "o_grad", "o_dot_grad")
 
 
 def _row_sums(lse: Tensor, lse_grad: Tensor | None, lse_dot_grad: Tensor | None, lse_dot: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 
 BF16, FP32 = torch.bfloat16, torch.float32
 MAX_HEAD_DIM = 256
+Parts = tuple[int, ...]  # columns of each part of a head dim
 
 
 class Blocks(NamedTuple):
@@ -25,23 +26,22 @@ class Blocks(NamedTuple):
     halves: bool = False  # a head dim of 2^n columns is taken in two halves
     v_width: int = MAX_HEAD_DIM  # columns of v per program, at most
 
-    def split(self, head_dim: int, head_dim_v: int, least: int = 16) -> tuple[int, int, int, int, int]:
-        """(D_LO, D_HI, V_LO, V_HI, V_PARTS) of the kernel, in parts of at least so many columns."""
-        d_lo, d_hi = split_head_dim(head_dim, self.halves, least)
-        v_width = max(self.v_width, least)
+    def split(self, head_dim: int, head_dim_v: int, least: int = 16) -> tuple[Parts, Parts, int]:
+        """(WIDTHS, WIDTHS_V, SHARES) of the kernel, in parts of at least so many columns."""
+        widths, v_width = parts_of_head_dim(head_dim, self.halves, least), max(self.v_width, least)
         if head_dim_v > v_width:
-            return d_lo, d_hi, v_width, 0, -(-head_dim_v // v_width)
-        return d_lo, d_hi, *split_head_dim(head_dim_v, self.halves, least), 1
+            return widths, (v_width,), -(-head_dim_v // v_width)
+        return widths, parts_of_head_dim(head_dim_v, self.halves, least), 1
 
     def cut_stages(self, *widths: int) -> int:
         """Stages of the loop over key blocks that are masked, for parts of so many columns. One saves registers, but
         where blocks lie at addresses that do not change in a loop and parts are swizzled differently, ptxas 12.8 loses
         descriptors of wgmma: see jvpgraph.kernels.sass."""
-        return 1 if len({min(width, 64) for width in widths if width}) == 1 else self.num_stages
+        return 1 if len({min(width, 64) for width in widths}) == 1 else self.num_stages
 
 
-def split_head_dim(dim: int, halves: bool = False, least: int = 16) -> tuple[int, int]:
-    """dim up to the next multiple of `least` as two powers of two, the larger first; the second may be 0.
+def parts_of_head_dim(dim: int, halves: bool = False, least: int = 16) -> Parts:
+    """dim up to the next multiple of `least` as one power of two or as two, the larger first, for forward and backward.
 
     What two powers of two do not sum up to is rounded up: 72 -> 64 + 16, 112 -> 128.
     """
@@ -53,7 +53,7 @@ def split_head_dim(dim: int, halves: bool = False, least: int = 16) -> tuple[int
         if hi < lo:
             return lo, hi
         lo *= 2
-    return (lo // 2, lo // 2) if halves and lo >= 2 * least else (lo, 0)
+    return (lo // 2, lo // 2) if halves and lo >= 2 * least else (lo,)
 
 
 def least_columns(capability: int, head_dims: tuple[int, int], dtype: torch.dtype, is_pipelined: bool) -> int:
@@ -74,9 +74,9 @@ class Entry(NamedTuple):
     variant: str  # "jvp"; "forward", without tangents; "bias", with or without
 
 
-def variant(moves: bool, has_bias: bool) -> str:
+def variant(active: bool, has_bias: bool) -> str:
     """The variant of an entry."""
-    return "bias" if has_bias else "jvp" if moves else "forward"
+    return "bias" if has_bias else "jvp" if active else "forward"
 
 
 # Bytes per program, of the GPUs that tiles are for. Others take the next lower one's: 87 those of 86, 103 those of 100.
@@ -149,17 +149,17 @@ class GluonEntry(NamedTuple):
 
     head_dim: int  # the largest that they are for, to which others are padded
     streamed: int  # tensors read block by block: k, v, and those of k_dot and v_dot that there are
-    moves: bool = True  # there is some tangent
+    active: bool = True  # there is some tangent
 
 
 # Overlap needs registers: at 128 columns it keeps them with all tensors and Triton 3.6, GluonBlocks(64, 2, True), but
 # not with 3.9, and gains 2 %.
 GLUON_TABLE: dict[GluonEntry, GluonBlocks] = {
-    GluonEntry(64, 2, moves=False): GluonBlocks(128, 2),
+    GluonEntry(64, 2, active=False): GluonBlocks(128, 2),
     GluonEntry(64, 2): GluonBlocks(128, 3),
     GluonEntry(64, 3): GluonBlocks(128, 2),
     GluonEntry(64, 4): GluonBlocks(128, 2),
-    GluonEntry(128, 2, moves=False): GluonBlocks(128, 2),
+    GluonEntry(128, 2, active=False): GluonBlocks(128, 2),
     GluonEntry(128, 2): GluonBlocks(64, 4),
     GluonEntry(128, 3): GluonBlocks(64, 2),
     GluonEntry(128, 4): GluonBlocks(64, 2),
@@ -210,10 +210,10 @@ def choose_blocks(
     return blocks
 
 
-def gluon_blocks(head_dim: int, streamed: int, moves: bool = True) -> tuple[int, GluonBlocks]:
+def gluon_blocks(head_dim: int, streamed: int, active: bool = True) -> tuple[int, GluonBlocks]:
     """The head dim as padded, and the entry for it."""
     padded = min(entry.head_dim for entry in GLUON_TABLE if entry.head_dim >= head_dim)
-    return padded, GLUON_TABLE[GluonEntry(padded, streamed, moves)]
+    return padded, GLUON_TABLE[GluonEntry(padded, streamed, active)]
 
 
 # ------------------------------------------------------------------------------------------------ the backward
@@ -256,14 +256,14 @@ class BackwardEntry(NamedTuple):
 
     arch: int
     head_dim: int  # the largest that they are for
-    moves: bool  # there is a cotangent of the tangent
+    active: bool  # there is a cotangent of the tangent
     row_bytes: int = (
         4  # of an element of the largest mask with rows, [.., Lq, Lkv], that they have room for; 0: of none
     )
 
 
-# A tile with tangents holds four weights beside the accumulators, so tiles are narrow. Where everything moves at 128
-# columns, Ampere has room for none: attention_blocked takes over. A mask with rows is staged through shared memory as
+# A tile with tangents holds four weights beside the accumulators, so tiles are narrow. Where all is active at 128
+# columns, Ampere has room for none: backward_blocked takes over. A mask with rows is staged through shared memory as
 # keys and values are, one of padded keys, [.., 1, Lkv], is not: where the former does not fit, it has an entry.
 BACKWARD_TABLE: dict[BackwardEntry, Sweeps] = {
     BackwardEntry(80, 64, False, 2): Sweeps(B(128, 64, 8, 3), B(128, 64, 8, 3), B(64, 128, 8, 3)),
@@ -292,17 +292,11 @@ for _entry, _keys in (
     BACKWARD_TABLE[_entry] = BACKWARD_TABLE[_entry]._replace(keys=_keys)
 
 
-def parts_of_head_dim(dim: int) -> tuple[int, ...]:
-    """dim up to the next multiple of 16 as powers of two, the largest first: 72 -> 64 + 16, 112 -> 64 + 32 + 16."""
-    padded = -(-dim // 16) * 16
-    return tuple(1 << bit for bit in reversed(range(4, padded.bit_length())) if padded >> bit & 1)
-
-
-def backward_sweeps(capability: int, head_dim: int, moves: bool, row_bytes: int = 0) -> Sweeps | None:
+def backward_sweeps(capability: int, head_dim: int, active: bool, row_bytes: int = 0) -> Sweeps | None:
     """The entry of the next larger head dim, and of the next larger mask, None if there is none; for a compute
     capability of 0, the interpreter's."""
     if capability == 0:
         return Sweeps(*(B(64, 64, 4, 1),) * 3) if head_dim <= 128 else None
-    wanted = BackwardEntry(_table_arch(capability), head_dim, moves, row_bytes)
+    wanted = BackwardEntry(_table_arch(capability), head_dim, active, row_bytes)
     found = [x for x in BACKWARD_TABLE if x[::2] == wanted[::2] and x[1] >= wanted[1] and x[3] >= wanted[3]]
     return BACKWARD_TABLE[min(found)] if found else None

@@ -62,7 +62,7 @@ def _row(entry: Entry, blocks: Blocks, report: Report) -> str:
 
 def _gluon_row(entry: GluonEntry, blocks: GluonBlocks, report: Report) -> str:
     tile = f"2x64x{blocks.block_k}"
-    kind = f"gluon {entry.streamed}" if entry.moves else "gluon v"
+    kind = f"gluon {entry.streamed}" if entry.active else "gluon v"
     compiled = f"{kind:>7} {tile:>8} {'8 + 1':>5} {blocks.stages:>6}"
     return f"{90:>4} {entry.head_dim:>4} {TYPE[torch.bfloat16]:>5} {compiled} | {_figures(report)}"
 
@@ -70,7 +70,7 @@ def _gluon_row(entry: GluonEntry, blocks: GluonBlocks, report: Report) -> str:
 def _backward_row(entry: BackwardEntry, sweep: str, blocks: BackwardBlocks, report: Report) -> str:
     tile = f"{blocks.block_q}x{blocks.block_k}"
     name = {"queries": "d q", "keys": "d k", "values": "d v", "keys and values": "d k,v"}.get(sweep, sweep)
-    compiled = f"{name + '.' * entry.moves:>7} {tile:>8} {blocks.num_warps:>5} {blocks.num_stages:>6}"
+    compiled = f"{name + '.' * entry.active:>7} {tile:>8} {blocks.num_warps:>5} {blocks.num_stages:>6}"
     return f"{entry.arch:>4} {entry.head_dim:>4} {TYPE[torch.bfloat16]:>5} {compiled} | {_figures(report)}"
 
 

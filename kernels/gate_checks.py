@@ -102,13 +102,13 @@ def check(entry: Entry, blocks: Blocks, flags: Flags | None = None) -> Report:
 def check_gluon(entry: GluonEntry, blocks: GluonBlocks) -> Report:
     """As check, of the Gluon kernel: registers are those that its loops use, of the 240 that a warpgroup has."""
     started = time.time()
-    flags = Flags(entry.moves, has_k_dot=entry.streamed > 3, has_v_dot=entry.streamed > 2)
+    flags = Flags(entry.active, has_k_dot=entry.streamed > 3, has_v_dot=entry.streamed > 2)
     compiled, log = compile_launch(gluon_launch(entry.head_dim, torch.bfloat16, blocks, flags))
     code = disassemble(compiled.asm["cubin"])
     loops = inner_loops(code)
     local = sum(x.opcode.startswith(("LDL", "STL")) for loop in loops for x in loop)
     products = [sum(map(is_product, loop)) for loop in loops]
-    on_keys, on_values = 1 + entry.moves + flags.has_k_dot, 1 + entry.moves + flags.has_v_dot
+    on_keys, on_values = 1 + entry.active + flags.has_k_dot, 1 + entry.active + flags.has_v_dot
     expected = entry.head_dim // 16 * on_keys + blocks.block_k // 16 * on_values  # m64, n as wide as the tile, k16
     operands = " ".join(operand for loop in loops for x in loop for operand in x.operands)
     used = [int(number) + 1 for number in re.findall(r"\bR(\d+)", operands)]
@@ -215,28 +215,27 @@ def expected_products(entry: Entry, blocks: Blocks, flags: Flags) -> int:
     """Matrix instructions that one warp (on Hopper one warpgroup, on sm_100 the program) issues per key block."""
     if entry.dtype == torch.float32:
         return 0  # multiplied as float32, on the ordinary units
-    d_lo, d_hi, v_lo, v_hi, _ = blocks.split(entry.head_dim, entry.head_dim)
-    s_moves = flags.has_q_dot or flags.has_k_dot or flags.has_bias_dot
+    widths, widths_v, _ = blocks.split(entry.head_dim, entry.head_dim)
+    s_active = flags.has_q_dot or flags.has_k_dot or flags.has_bias_dot
     on_keys = 1 + flags.has_q_dot + flags.has_k_dot
-    on_values = 1 + s_moves + flags.has_v_dot
-    depth_d, depth_k = (d_lo + d_hi) // 16, blocks.block_k // 16
+    on_values = 1 + s_active + flags.has_v_dot
+    depth_d, depth_k = sum(widths) // 16, blocks.block_k // 16
     if _by_warps(entry.arch):  # m16 n8 k16
-        tiles = (blocks.block_k // 8) * depth_d * on_keys + ((v_lo + v_hi) // 8) * depth_k * on_values
+        tiles = (blocks.block_k // 8) * depth_d * on_keys + (sum(widths_v) // 8) * depth_k * on_values
         return blocks.block_q // 16 * tiles // blocks.num_warps
-    parts = 2 if v_hi else 1
-    per_row_block = depth_d * on_keys + parts * depth_k * on_values
+    per_row_block = depth_d * on_keys + len(widths_v) * depth_k * on_values
     if entry.arch < 100:  # m64, n as wide as the tile, k16
         return blocks.block_q // 64 * per_row_block // (blocks.num_warps // 4)
     return blocks.block_q // min(blocks.block_q, 128) * per_row_block  # m64 or m128, n as wide as the tile, k16
 
 
 def expected_backward_products(entry: BackwardEntry, sweep: str, blocks: BackwardBlocks) -> int:
-    """As expected_products, of one launch of the backward where all or nothing moves."""
-    widths, moves = parts_of_head_dim(entry.head_dim), entry.moves
+    """As expected_products, of one launch of the backward where everything has a tangent or nothing."""
+    widths, active = parts_of_head_dim(entry.head_dim), entry.active
     by_key = sweep not in ("sums", "queries")
     rows, columns = (blocks.block_k, blocks.block_q) if by_key else (blocks.block_q, blocks.block_k)
-    scores, of_grads = (3, 3) if moves else (1, 1)
-    each = 3 if moves else 1  # products that a gradient and that of its tangent take
+    scores, of_grads = (3, 3) if active else (1, 1)
+    each = 3 if active else 1  # products that a gradient and that of its tangent take
     weights = scores if sweep == "values" else scores + of_grads
     outputs = {"sums": 0, "queries": each, "keys": each, "values": each}.get(sweep, 2 * each)
     if _by_warps(entry.arch):

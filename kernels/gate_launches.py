@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from jvpgraph.kernels import attention_gluon, attention_triton, backward_triton, ops
-from jvpgraph.kernels.attention_kernel import ADDITIVE_BIAS, BOOLEAN_BIAS, NO_BIAS
 from jvpgraph.kernels.blocks import (
     SHARED_MEMORY,
     BackwardBlocks,
@@ -24,6 +23,7 @@ from jvpgraph.kernels.blocks import (
 )
 from jvpgraph.kernels.call import Call, Cotangents, Outputs, Wanted
 from jvpgraph.kernels.recorded import Launch, memory, recording
+from jvpgraph.kernels.tiles import ADDITIVE_BIAS, BOOLEAN_BIAS, NO_BIAS
 from jvpgraph.kernels.window import Window
 
 __all__ = [
@@ -112,7 +112,7 @@ def backward_launch(entry: BackwardEntry, sweep: str, blocks: BackwardBlocks) ->
     k = meta_rows(entry.head_dim, torch.bfloat16, LENGTH_KV)
     sweeps = Sweeps(blocks, blocks, blocks, blocks if sweep in ("keys", "values") else None)
     with recording(entry.arch) as launches:
-        if entry.moves:
+        if entry.active:
             call = Call(q, k, k, q, k, k, wanted=Wanted(True, True))
             grads, outs = Cotangents(q, lse, q, lse), Outputs(q, lse, q, lse)
         else:
@@ -132,7 +132,7 @@ def sweep_of(launch: Launch) -> str:
 
 def sweeps_of(entry: BackwardEntry, sweeps: Sweeps) -> dict[str, BackwardBlocks]:
     """The launches of an entry that have a loop, by name."""
-    found = {"sums": sweeps.sums} if entry.moves else {}
+    found = {"sums": sweeps.sums} if entry.active else {}
     found |= {"queries": sweeps.queries, "keys" if sweeps.values else "keys and values": sweeps.keys}
     return found | ({"values": sweeps.values} if sweeps.values else {})
 
@@ -202,7 +202,7 @@ def _cases() -> Iterator[Case]:
             yield Case(way, head_dim, mask)
             if mask == "bool rows":  # a window takes no memory
                 yield Case(way, head_dim, mask, is_causal=True)
-    parts = {"d value": (72, 112), "d tangent": (72, 112), "value": (256,), "tangent": (96, 192)}
+    parts = {"d value": (72, 96), "d tangent": (72, 96), "value": (256,), "tangent": (96, 192)}
     for way, of_way in parts.items():  # several parts of the head dim, or of v
         for head_dim in of_way:
             yield Case(way, head_dim, "fp32 rows")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from jvpgraph.kernels.attention_kernel import ADDITIVE_BIAS, BIAS_DOT_STRIDES, BIAS_STRIDES, BOOLEAN_BIAS, NO_BIAS
+from jvpgraph.kernels.tiles import ADDITIVE_BIAS, BIAS_DOT_STRIDES, BIAS_STRIDES, BOOLEAN_BIAS, NO_BIAS
 
 __all__ = [
     "addressable",

@@ -213,7 +213,7 @@ def test_what_lies_in_memory_as_no_tma_takes_it_is_refused():
 
 def test_blocks_of_every_head_dim_and_number_of_tangents():
     assert {entry.streamed for entry in GLUON_TABLE} == {2, 3, 4}
-    assert [gluon_blocks(d, 2, moves=False)[0] for d in (64, GLUON_VALUE_FROM)] == [64, 128]
+    assert [gluon_blocks(d, 2, active=False)[0] for d in (64, GLUON_VALUE_FROM)] == [64, 128]
     for streamed in (2, 3, 4):
         assert gluon_blocks(8, streamed)[0] == gluon_blocks(64, streamed)[0] == 64
         assert gluon_blocks(72, streamed)[0] == gluon_blocks(128, streamed)[0] == 128

@@ -24,7 +24,7 @@ from jvpgraph.kernels import (
     reference,
 )
 from jvpgraph.kernels.attention import merge_attention
-from jvpgraph.kernels.blocks import Blocks, choose_blocks, least_columns, split_head_dim
+from jvpgraph.kernels.blocks import Blocks, choose_blocks, least_columns, parts_of_head_dim
 from jvpgraph.kernels.call import Call, Cotangents, Outputs, Place, Wanted
 from jvpgraph.kernels.layout import for_aten
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
@@ -73,12 +73,12 @@ def make(
         "per_query": full[:1, :, :, :1],
     }[bias]
     made = made if made is None else made.to(DEVICE)
-    moves = made is not None and made.is_floating_point()
+    has_dot = made is not None and made.is_floating_point()
     return (
         [rows(*shape) for shape in shapes],
         [rows(*shape) for shape in shapes],
         made,
-        torch.randn_like(made) if moves else None,
+        torch.randn_like(made) if has_dot else None,
     )
 
 
@@ -497,22 +497,22 @@ def test_two_halves_merge_to_the_whole():
 
 @pytest.mark.parametrize(
     ("dim", "parts"),
-    [(1, (16, 0)), (48, (32, 16)), (72, (64, 16)), (96, (64, 32)), (112, (128, 0)), (192, (128, 64)), (256, (256, 0))],
+    [(1, (16,)), (48, (32, 16)), (72, (64, 16)), (96, (64, 32)), (112, (128,)), (192, (128, 64)), (256, (256,))],
 )
-def test_head_dims_are_split_in_two(dim, parts):
-    assert split_head_dim(dim) == parts
-    assert all(sum(split_head_dim(d)) >= d and sum(split_head_dim(d)) < 1.34 * d + 16 for d in range(1, 257))
-    assert split_head_dim(128, halves=True) == (64, 64)
+def test_head_dims_are_cut_in_two(dim, parts):
+    assert parts_of_head_dim(dim) == parts
+    assert all(d <= sum(parts_of_head_dim(d)) < 1.34 * d + 16 for d in range(1, 257))
+    assert parts_of_head_dim(128, halves=True) == (64, 64)
 
 
 @pytest.mark.parametrize("blocks", [Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2, halves=True, v_width=64)])
 def test_parts_are_swizzled_alike_where_blocks_are_in_no_pipeline(blocks):
     for dims in itertools.product([1, 8, 24, 40, 64, 72, 96, 136, 192, 256], repeat=2):
         least = least_columns(90, dims, torch.bfloat16, False)
-        *widths, parts = blocks.split(*dims, least)
-        assert blocks.cut_stages(*widths) == 1
-        assert sum(widths[:2]) >= dims[0]
-        assert parts * sum(widths[2:]) >= dims[1]
+        widths, widths_v, shares = blocks.split(*dims, least)
+        assert blocks.cut_stages(*widths, *widths_v) == 1
+        assert sum(widths) >= dims[0]
+        assert shares * sum(widths_v) >= dims[1]
         assert least_columns(90, dims, torch.bfloat16, True) == least_columns(80, dims, torch.bfloat16, False) == 16
     assert Blocks(128, 64, 8, 3).cut_stages(64, 16, 64, 16) == 3
 

@@ -22,7 +22,6 @@ from jvpgraph.kernels.blocks import (
     BackwardEntry,
     Sweeps,
     backward_sweeps,
-    parts_of_head_dim,
 )
 from jvpgraph.kernels.call import Call, Cotangents, Outputs, Place, Wanted
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
@@ -159,12 +158,12 @@ def test_biases(kind, window, dtype):
 @pytest.mark.parametrize(("entry", "mask"), share(3, ONLY_FOR_ROWS, [torch.bool, BF16, torch.float32]), ids=str)
 def test_tiles_for_masks_with_rows(entry, mask):
     """What has an entry because its tiles without a mask would not fit, with these tiles."""
-    window = CAUSAL if entry.moves else EVERYTHING
+    window = CAUSAL if entry.active else EVERYTHING
     d = entry.head_dim - 24
     bias = biases("boolean" if mask == torch.bool else "hidden", 1, 2, 66, 100)
     bias[:, :, 3] = False if mask == torch.bool else -math.inf
     case = make(b=1, h=2, kv_heads=1, n_q=66, n_k=100, d=d, bias=bias, window=window).without("bias_dot").to(BF16)
-    if not entry.moves:
+    if not entry.active:
         case = case.without("q_dot", "k_dot", "v_dot", "o_dot", "lse_dot")
     check(replace(case, inputs=case.inputs | {"bias": bias.to(mask)}), BACKWARD_TABLE[entry])
 
@@ -228,18 +227,6 @@ def test_a_new_length_compiles_nothing(monkeypatch, tmp_path):
             assert launched.src.signature == gated[name].signature
             assert launched.src.constants == gated[name].constants
             assert launched.src.attrs == gated[name].attrs
-
-
-def test_parts_of_head_dims():
-    assert [parts_of_head_dim(d) for d in (1, 40, 72, 96, 112, 128)] == [
-        (16,),
-        (32, 16),
-        (64, 16),
-        (64, 32),
-        (64, 32, 16),
-        (128,),
-    ]
-    assert all(d <= sum(parts_of_head_dim(d)) < d + 16 for d in range(1, 129))
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, arch: int = 90, **wanted: bool) -> str:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jvpgraph.kernels import choose
 from jvpgraph.kernels.call import Call, Cotangents, Outputs, Place, Wanted, pretended_gpu
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
+from tests.test_architecture import SOURCES, own_imports
 
 BF16, FP16 = torch.bfloat16, torch.float16
 ARCHS = (75, 80, 89, 90, 100, 120)
@@ -307,3 +308,11 @@ def test_every_candidate_is_known_to_the_test():
     everything = {*choose.FORWARDS, *choose.BACKWARDS, *choose.THROUGH_TANGENT}
     assert set(SIGNS) == everything - {choose.EACH, choose.EACH_BACKWARD}
     assert len({x.name for x in choose.BACKWARDS}) == len(choose.BACKWARDS)
+
+
+def test_implementations_do_not_know_one_another():
+    modules = {x.run.__module__ for x in (choose.ATEN_CPU, choose.BLOCKED, choose.FLASH, choose.BLOCKED_BACKWARD)}
+    modules |= {f"jvpgraph.kernels.{name}" for name in ("attention_gluon", "attention_triton", "backward_triton")}
+    for module in modules:
+        imported = {name for name, _ in own_imports(SOURCES[module])}
+        assert not imported & (modules | {choose.__name__}), module

@@ -121,17 +121,17 @@ def test_memory_is_that_of_the_compiled_kernel():
 
 def test_every_call_of_ours_is_recorded():
     """With a mask or grouped heads or a gradient of lse it is the kernels of the backward, and all of its launches."""
-    for arch, moves in ((89, False), (90, False), (90, True)):
-        call = Case("d tangent" if moves else "d value", 128, "bool rows")
-        sweeps = backward_sweeps(arch, 128, moves, 1)
+    for arch, active in ((89, False), (90, False), (90, True)):
+        call = Case("d tangent" if active else "d value", 128, "bool rows")
+        sweeps = backward_sweeps(arch, 128, active, 1)
         launched = {gate_launches.sweep_of(x): x for x in call.launches(arch)}
-        assert set(launched) == {"sums", "queries", *(("keys", "values") if moves else ("keys and values",))}
+        assert set(launched) == {"sums", "queries", *(("keys", "values") if active else ("keys and values",))}
         for name, launch in launched.items():
             blocks = getattr(sweeps, name.partition(" ")[0])
             flags = launch.constants
             assert (flags["BLOCK_Q"], flags["BLOCK_K"]) == blocks[:2]
             assert (launch.options["num_warps"], launch.options["num_stages"]) == blocks[2:]
-            assert (flags["BIAS"], flags["BIAS_HAS_ROWS"], flags["MOVES"]) == (1, True, moves)
+            assert (flags["BIAS"], flags["BIAS_HAS_ROWS"], flags["TANGENT"]) == (1, True, active)
     assert [x.name for x in Case("tangent", 128, "no mask").launches(90)] == ["attention_jvp_kernel"]
     assert [x.name for x in Case("tangent", 128, "padding").launches(90)] == ["attention_kernel"]
     assert not Case("d tangent", 128, "padding").launches(89)  # blocks of torch ops
@@ -172,9 +172,9 @@ def test_a_gpu_takes_the_tiles_of_one_with_as_much_memory():
         assert _table_arch(capability) == like
     assert {x.arch for x in TABLE} == {x.arch for x in BACKWARD_TABLE} == set(SHARED_MEMORY)
     for arch, row_bytes in itertools.product(SHARED_MEMORY, (0, 1, 2, 4)):
-        for head_dim, moves in itertools.product((16, 64, 72, 128), (False, True)):
-            is_there = backward_sweeps(arch, head_dim, moves, row_bytes) is not None
-            assert is_there == (head_dim <= 64 or not moves or arch in (90, 100))
+        for head_dim, active in itertools.product((16, 64, 72, 128), (False, True)):
+            is_there = backward_sweeps(arch, head_dim, active, row_bytes) is not None
+            assert is_there == (head_dim <= 64 or not active or arch in (90, 100))
 
 
 def test_what_the_gate_must_catch():
@@ -246,8 +246,8 @@ def test_windows_and_packed_sequences_keep_what_the_table_has(arch, head_dim, pa
 
 
 def variant_launch(arch, d, d_v, dtype, flags, by_descriptor):
-    moves = flags.has_q_dot or flags.has_k_dot or flags.has_v_dot or flags.has_bias_dot
-    blocks = choose_blocks(arch, (d, d_v), dtype, variant(moves, bool(flags.bias)), by_descriptor)
+    active = flags.has_q_dot or flags.has_k_dot or flags.has_v_dot or flags.has_bias_dot
+    blocks = choose_blocks(arch, (d, d_v), dtype, variant(active, bool(flags.bias)), by_descriptor)
     if flags.packed:
         blocks = packed_blocks(blocks)
     return gate_launches.forward_launch(arch, (d, d_v), dtype, blocks, flags, by_descriptor)
@@ -276,14 +276,14 @@ def test_other_variants_are_assembled(variant):
 
 
 SEVERAL_PARTS = [
-    BackwardEntry(arch, head_dim, moves)
-    for arch, head_dim in ((80, 112), (90, 112), (90, 72), (100, 112))
-    for moves in (False, True)[: 1 if arch == 80 else 2]
+    BackwardEntry(arch, head_dim, active)
+    for arch, head_dim in ((80, 96), (90, 96), (90, 72), (100, 96))
+    for active in (False, True)[: 1 if arch == 80 else 2]
 ]
 
 
 def launches_of(entry):
-    sweeps = backward_sweeps(entry.arch, entry.head_dim, entry.moves)
+    sweeps = backward_sweeps(entry.arch, entry.head_dim, entry.active)
     return [
         gate_launches.backward_launch(entry, sweep, blocks)
         for sweep, blocks in gate_launches.sweeps_of(entry, sweeps).items()
@@ -291,7 +291,7 @@ def launches_of(entry):
 
 
 def test_the_backward_fits_in_head_dims_of_several_parts():
-    assert backward_sweeps(80, 112, moves=True) is None
+    assert backward_sweeps(80, 112, active=True) is None
     for entry in SEVERAL_PARTS:
         for launch in launches_of(entry):
             check_memory(launch)
