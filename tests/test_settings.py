@@ -343,7 +343,7 @@ def test_problems_of_a_base_have_its_name(tmp_path):
     ],
 )
 def test_overrides(override, key, expected):
-    assert getattr(load(Settings, None, ["out=o", override]), key) == expected
+    assert getattr(load(Settings, None, overrides=["out=o", override]), key) == expected
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from jvpgraph.trainer.files import write_whole
 from jvpgraph.trainer.plug import PlugError, import_module
 from jvpgraph.trainer.settings.check import check
 from jvpgraph.trainer.settings.kinds import Variants, inline, plain
-from jvpgraph.trainer.settings.layers import Override, merge, overrides, read
+from jvpgraph.trainer.settings.layers import Override, merge, read, read_overrides
 from jvpgraph.trainer.settings.table import comments, describe
 from jvpgraph.trainer.settings.yaml_tree import Problem, Tree, dump
 
@@ -54,7 +54,7 @@ class SettingsError(ValueError):
         return type(self), (self.problems,)
 
 
-def load(cls: type[T], path: Path | None, changes: Sequence[str] = ()) -> T:
+def load(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
     """The settings of a YAML file, changed by overrides such as `stages.0.steps=100`, whose values are YAML.
 
     Raises SettingsError with everything that is wrong.
@@ -63,7 +63,7 @@ def load(cls: type[T], path: Path | None, changes: Sequence[str] = ()) -> T:
     layers = [Tree({})] if path is None else read(path, cls, problems)
     if not layers:  # an unreadable file is the only problem then
         raise SettingsError(problems)
-    return _settings(cls, layers, overrides(changes, problems), problems)
+    return _settings(cls, layers, read_overrides(overrides, problems), problems)
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:

@@ -107,7 +107,7 @@ class Override:
         return [*data[:index], self._put(data[index], type_of(index, data, tp), path), *data[index + 1 :]]
 
 
-def overrides(texts: Sequence[str], problems: list[Problem]) -> list[Override]:
+def read_overrides(texts: Sequence[str], problems: list[Problem]) -> list[Override]:
     """Those that can be read; a problem for each other one."""
     found = []
     for text in texts:
