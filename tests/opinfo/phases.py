@@ -200,7 +200,7 @@ def _run(
     try:
         got = gradients(tangents if phase.differentiable else outs, wrt)
     except Exception as error:
-        return Verdict("raw", f"backward: {_first_line(error)}")
+        return Verdict("refused" if _ours(error) else "raw", f"backward: {_first_line(error)}")
     for g, w in zip(got, wanted):
         if not close(_or_zero(g, w), _or_zero(w, g), max(TOLERANCE.get(x.dtype, 1e-7) for x in inputs)):
             return Verdict("wrong", "gradient")
