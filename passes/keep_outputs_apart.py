@@ -14,6 +14,8 @@ Numerics:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -33,13 +35,18 @@ def keep_outputs_apart(gm: fx.GraphModule, context: Context) -> None:
     outs = list(output.args[0])  # type: ignore[arg-type]
     if len(before) != len(outs):
         return
-    now = owners_of_outputs(output)
+    now, copies = owners_of_outputs(output), dict[tuple[fx.Node, Any], fx.Node]()
     for i, node in enumerate(outs):
-        if now[i] == before[i] or not isinstance(node, fx.Node):
-            continue
-        with gm.graph.inserting_before(output):
-            outs[i] = gm.graph.call_function(torch.ops.aten.clone.default, (node,))
-        value = node.meta["val"]
-        with value.fake_mode:
-            outs[i].meta = {**node.meta, "val": value.clone()}
+        if now[i] != before[i] and isinstance(node, fx.Node):
+            key = node, before[i]  # what was one stays one
+            outs[i] = copies[key] if key in copies else copies.setdefault(key, _copied(gm.graph, node))
     output.args = (tuple(outs), *output.args[1:])
+
+
+def _copied(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    with graph.inserting_before(graph.output_node()):
+        copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+    value = node.meta["val"]
+    with value.fake_mode:
+        copy.meta = {**node.meta, "val": value.clone()}
+    return copy

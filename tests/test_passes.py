@@ -25,6 +25,8 @@ from jvpgraph.passes.differentiate_attention import differentiate_attention
 from jvpgraph.passes.drop_dead_tangents import drop_dead_tangents
 from jvpgraph.passes.fuse_aten_attention import fuse_aten_attention
 from jvpgraph.passes.fuse_attention import fuse_attention
+from jvpgraph.passes.keep_outputs_apart import keep_outputs_apart
+from jvpgraph.passes.note_outputs import note_outputs
 from jvpgraph.passes.pair_collectives import pair_collectives
 from jvpgraph.passes.write_out_copies import write_out_copies
 from tests.graphs import Dynamic, R, check_step, evaluate, graph, linearized, node, run, written
@@ -688,6 +690,28 @@ def test_views_have_values_in_the_memory_of_what_they_view():
 
 def _memory(x: Tensor) -> int:
     return x.untyped_storage()._cdata
+
+
+def test_outputs_that_became_one_are_copied():
+    gm = graph("y = aten.sin(x)\nz = aten.add.Tensor(y, 0)\nw = aten.add.Tensor(x, 0)\nreturn y, z, y, w, w", x=R(3))
+    run(note_outputs, gm)
+    run(keep_outputs_apart, gm)
+    assert not gm.graph.find_nodes(op="call_function", target=aten.clone.default), "what was one stays one"
+    for name, instead in (("z", "y"), ("w", "x")):  # as the compiler does
+        node(gm, name).replace_all_uses_with(node(gm, instead))
+    for _ in range(2):
+        run(keep_outputs_apart, gm)
+        outs = gm.graph.output_node().args[0]
+        assert [x.name for x in outs] == ["y", "clone_default", "y", "clone_default_1", "clone_default_1"]
+        assert len({_memory(x.meta["val"]) for x in outs}) == 3
+
+
+def test_the_body_of_a_loop_has_one_output():
+    gm = graph("y = aten.sin(x)\nreturn y", x=R(3))
+    gm.graph.output_node().args = (node(gm, "y"),)
+    for step in (note_outputs, keep_outputs_apart):
+        run(step, gm)
+    assert gm.graph.output_node().args == (node(gm, "y"),)
 
 
 # ------------------------------------------------------------------------- what goes before autograd: see lower
