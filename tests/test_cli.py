@@ -250,7 +250,7 @@ def test_a_full_disk_loses_no_checkpoint(failure, whole, monkeypatch, asynchrono
         said = failure(1, *argv)
     assert "No space left on device" in said
     assert "Free some space" in said
-    assert "The same command goes on from the last checkpoint." in said
+    assert "The same command resumes from the last checkpoint." in said
     assert checkpoints() == ["step-00000000", "step-00000001", "step-00000002"]
     assert cli.main(argv) == 0
     assert_same_run(Path("run"), whole)
@@ -262,7 +262,7 @@ def test_a_full_disk_loses_no_checkpoint(failure, whole, monkeypatch, asynchrono
         (OSError(errno.ENOSPC, "No space left on device", "run/log.jsonl"), 1, "the disk is full (run/log.jsonl)"),
         (PermissionError(errno.EACCES, "Permission denied", "run/log.jsonl"), 1, "run/log.jsonl: Permission denied"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "Try a smaller stages.N.batch with more stages.N.accumulate"),
-        (KeyboardInterrupt(), 130, "The same command goes on from the last checkpoint."),
+        (KeyboardInterrupt(), 130, "The same command resumes from the last checkpoint."),
     ],
 )
 def test_a_run_that_is_stopped_goes_on(failure, whole, monkeypatch, error, status, words):

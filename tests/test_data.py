@@ -683,7 +683,7 @@ def test_bad_safetensors_files(tmp_path, caplog):
         problems[name] = problem
     for size in (0, 4, 100, len(good) // 2, len(good) - 1):
         (tmp_path / f"k{size}.safetensors").write_bytes(good[:size])
-        problems[f"k{size}"] = "truncated or no safetensors file"
+        problems[f"k{size}"] = "truncated, or not a safetensors file"
     with pytest.raises(BadShard, match=f"{len(problems)} of {len(problems) + 2} shards are bad"):
         open_rows(tmp_path)
     with caplog.at_level(logging.WARNING, "jvpgraph.trainer.data"):

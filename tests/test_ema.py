@@ -126,7 +126,7 @@ def test_what_snapshots_cannot_represent_is_refused(tracked, tmp_path):
     with pytest.raises(ValueError, match="holds no snapshots"):
         reconstruct(tmp_path, 0.07)
     (tmp_path / "ema-0.05-00000001.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="is no snapshot"):
+    with pytest.raises(ValueError, match="is not a snapshot"):
         snapshots(tmp_path)
 
 

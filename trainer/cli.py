@@ -25,7 +25,7 @@ from jvpgraph.trainer.train import train
 EXPECTED = (JvpgraphError, ValueError, OSError, FloatingPointError, ImportError, torch.OutOfMemoryError)
 """Failures with a message that says what to do; anything else is a bug and keeps its traceback."""
 
-RESUMES = "The same command goes on from the last checkpoint."
+RESUMES = "The same command resumes from the last checkpoint."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ class StudentConfig:
     """What is trained: a copy of the teacher's network."""
 
     dtype: Literal["float32", "bfloat16", "float64"] | None = None  # of the weights; null: the teacher's
-    lora: LoRA | None = None  # train low-rank adapters only (peft), on the teacher's own weights
+    lora: LoRA | None = None  # train low-rank adapters only (peft), on the teacher's weights
     checkpoint_blocks: bool = False  # save memory: recompute each block's primal in the backward pass
     backend: Literal["inductor", "eager", "op_by_op"] = "inductor"  # of jvpgraph.transform
     compile: bool = False  # torch.compile the teacher, the fake score and the student's calls without tangents too
@@ -38,7 +38,7 @@ class GuidanceConfig:
     """The teacher's classifier-free guidance: F_negative + scale (F - F_negative)."""
 
     scale: float = 1.0  # 1: none; rCM uses 5 for Wan
-    negative: dict[str, Any] = field(default_factory=dict)  # no or a negative prompt: numbers or lists by condition
+    negative: dict[str, Any] = field(default_factory=dict)  # an empty or negative prompt: numbers or lists by condition
     negative_file: Path | None = None  # the same as a safetensors file of tensors without a batch dim
 
 
@@ -66,7 +66,7 @@ class StageConfig:
 
     steps: int  # student updates
     objective: Objective = field(default_factory=RCM)  # rcm, scm, dmd, dcm, mean_flow, flow_matching
-    batch: int = 64  # samples per forward, those of all processes together
+    batch: int = 64  # samples per forward, over all processes
     accumulate: int = 1  # forwards per update, of student and fake score
     condition_dropout: float = 0.0  # share of conditions replaced by the negative one; 0.1 to train a teacher
     student: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -82,7 +82,7 @@ class StageConfig:
 class ParallelConfig:
     """Processes that train together, started by torchrun; their number is the product of the five sizes."""
 
-    dp_shard: int = 1  # weights and batch are split in so many parts (FSDP2); -1: as many as there are processes for
+    dp_shard: int = 1  # how many parts weights and batch are split into (FSDP2); -1: all remaining processes
     dp_replicate: int = 1  # copies of that, each with its part of the batch (HSDP)
     tp: int = 1  # the matrices of the layers are split (tensor parallel)
     cp_ulysses: int = 1  # the tokens are split, in attention the heads (Ulysses); weights are sharded too
@@ -92,7 +92,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         positive(self, "dp_replicate", "tp", "cp_ulysses", "cp_ring", "timeout")
         if self.dp_shard < 1 and self.dp_shard != -1:
-            raise ValueError(f"dp_shard is {self.dp_shard} and must be above 0, or -1 for as many as there are left")
+            raise ValueError(f"dp_shard is {self.dp_shard} and must be above 0, or -1 for all remaining processes")
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ class EMAConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Where a run goes on after a stop."""
+    """Where a run resumes after a stop."""
 
     every: int = 500  # steps; the last step of a stage is always saved
-    keep: int = 3  # the last so many
+    keep: int = 3  # how many of the latest stay
     asynchronous: bool = True  # write while training goes on
 
     def __post_init__(self) -> None:

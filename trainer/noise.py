@@ -13,9 +13,9 @@ from torch import Tensor
 class RankNoise:
     """A generator for processes that each hold a part of a batch: all draw for the whole batch and keep their part.
 
-    So the generators of all processes stay in step, and a batch meets the noise that it meets in one process.
-    No torch.Generator: whoever draws from it without the functions below is told, instead of getting the same
-    numbers in every process.
+    So the generators of all processes stay in step, and a batch gets the same noise as in one process.
+    It is not a torch.Generator, so that drawing from it without the functions below raises an error, instead of giving
+    the same numbers in every process.
     """
 
     generator: torch.Generator

@@ -1,7 +1,7 @@
 """Distillation of one network: `train(config)`, from the data to the last checkpoint.
 
 A step is one update of the student with the stage's objective, the averages of its weights, then some updates of
-the fake score if the objective has one. What it needs to go on after a stop is `Stage.state()`.
+the fake score if the objective has one. What it needs to resume after a stop is `Stage.state()`.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, *, fresh: bool = False) -> Path:
-    """Runs all stages and returns the run's folder; goes on from its last checkpoint if it has one.
+    """Runs all stages and returns the run's folder; resumes from its last checkpoint if it has one.
 
-    A run that was stopped and goes on ends with the same parameters as one that was not stopped: to the bit on a
+    A run that was stopped and resumed ends with the same parameters as one that was not stopped: bit for bit on a
     CPU, and on a GPU as far as its kernels are deterministic.
 
     Args:
         config: the whole run.
-        fresh: move an earlier run in the folder aside instead of going on with it.
+        fresh: move an earlier run in the folder aside instead of resuming it.
 
     Raises:
         ValueError: the settings do not fit each other, the network or the data, or the folder holds another run.
@@ -72,7 +72,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> Path:
 
 
 def train_here(config: RunConfig, layout: Layout, fresh: bool) -> Path:
-    """`train` as one of the processes of a layout. All take the same way; the first one writes."""
+    """`train` as one of the processes of a layout. All do the same; the first one writes."""
     layout.ranks.on_first(lambda: check_free(config.out))
     if not fresh:
         layout.ranks.on_first(lambda: check_folder(config))
@@ -368,7 +368,7 @@ class RandomState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["device"] != self.rng.device.type:
             raise ValueError(
-                f"this run's random numbers were drawn on {state['device']}, so it cannot go on elsewhere: "
+                f"this run's random numbers were drawn on {state['device']}, so it cannot resume elsewhere: "
                 f"set device to {state['device']}, not {self.rng.device.type}"
             )
         self.rng.set_state(state["run"])

@@ -4,7 +4,7 @@
     F(x_t, t) predicts the velocity dx_t/dt = cos(t) eps - sin(t) x0
     f(x_t, t) = cos(t) x_t - sin(t) F   is the clean image that F implies;   f(x, 0) = x
 
-A model trained on x_s = alpha(s) x0 + sigma(s) eps is brought there by matching noise-to-signal ratios,
+A model trained on x_s = alpha(s) x0 + sigma(s) eps is converted by matching noise-to-signal ratios,
 sigma(s) / alpha(s) = tan(t). Only alpha, sigma and what the model predicts are written down; sympy derives
 the rest.
 """
@@ -77,7 +77,7 @@ class Schedule:
 
     @cached_property
     def t_range(self) -> tuple[float, float]:
-        """The first and last TrigFlow time in radians at which the model knows what to do."""
+        """The first and last TrigFlow time in radians that the model was trained on."""
         first, last = 0.0, HALF_PI
         if self.s_range is not None:
             first, last = (
@@ -170,7 +170,7 @@ def discrete_schedule(name: str, first: float, last: float, power: int, steps: i
         -log alpha^2 = sum over i < m of (beta_i + beta_i^2 / 2 + beta_i^3 / 3 + ...),
 
     a polynomial in m (Faulhaber), which thereby means something between the integers too. It is inverted by
-    Newton's method, started where the integral of beta alone would have it.
+    Newton's method, starting from what the integral of beta alone gives.
     """
     i, m, decay = sympy.symbols("i m decay", positive=True)
     offset, slope = first ** (1 / power), (last ** (1 / power) - first ** (1 / power)) / (steps - 1)
@@ -233,7 +233,7 @@ SCHEDULES = {known.name: known for known in (RECTIFIED_FLOW, COSINE, VP_LINEAR, 
 
 
 def schedule(name: str, predicts: str | None = None) -> Schedule:
-    """schedule("vp linear", predicts="v"): one of SCHEDULES, for what it usually predicts if that is not said."""
+    """schedule("vp linear", predicts="v"): one of SCHEDULES, predicting what is usual for it by default."""
     if name not in SCHEDULES:
         raise ValueError(f"no schedule is called {name!r}; known are {', '.join(SCHEDULES)}")
     return SCHEDULES[name] if predicts is None else SCHEDULES[name].predicting(predicts)
@@ -315,7 +315,7 @@ class Guided(nn.Module):
     """Classifier-free guidance: F_negative + scale (F - F_negative); a scale of 1 costs one pass only.
 
     Args:
-        negative: the condition of no or a negative prompt, each [1, ...].
+        negative: the condition of an empty or a negative prompt, each [1, ...].
     """
 
     def __init__(self, model: nn.Module, scale: float, negative: Condition) -> None:

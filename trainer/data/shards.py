@@ -215,7 +215,7 @@ def _list_files(patterns: Sequence[str]) -> list[Path]:
             raise ValueError(f"{pattern}: only local files have random access. Mount the store, or copy the shards.")
         for name in [pattern] if Path(pattern).exists() else braceexpand(pattern, escape=False):
             if "{" in name and not Path(name).exists():
-                raise ValueError(f"{pattern}: write {{000..015}} or {{a,b}}; {name} is no file")
+                raise ValueError(f"{pattern}: write {{000..015}} or {{a,b}}; {name} is not a file")
             names += [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True)) or [name]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"listed more than once: {shorten(twice)}")
@@ -421,7 +421,7 @@ def _index_rows(path: Path, fields: tuple[str, ...]) -> RowShard:
             slices = {field: file.get_slice(field) for field in fields}
             layout = {field: (part.get_dtype(), tuple(part.get_shape())) for field, part in slices.items()}
     except (OSError, SafetensorError) as error:
-        raise BadShard(f"{path}: truncated or no safetensors file: {error}") from error
+        raise BadShard(f"{path}: truncated, or not a safetensors file: {error}") from error
     shapes = ", ".join(f"{field} {list(shape)}" for field, (_, shape) in layout.items())
     if len({shape[:1] for _, shape in layout.values()}) > 1 or () in [shape for _, shape in layout.values()]:
         raise BadShard(f"{path}: the tensors do not have one length along dim 0: {shapes}")

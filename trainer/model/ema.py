@@ -165,7 +165,7 @@ def snapshots(folder: Path) -> list[Snapshot]:
                 Snapshot(path, float(data["sigma_rel"]), float(data["gamma"]), int(data["step"]), int(data["updates"]))
             )
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is no snapshot of an average: {error!r}. Move it elsewhere.") from error
+            raise ValueError(f"{path} is not a snapshot of an average: {error!r}. Move it elsewhere.") from error
     return sorted(found, key=lambda s: (s.updates, s.sigma_rel))
 
 

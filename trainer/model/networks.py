@@ -34,7 +34,7 @@ def device_of(config: RunConfig, local_rank: int | None = None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device: {config.device!r} is none that torch knows: auto, cpu, cuda, cuda:0, ...") from error
+        raise ValueError(f"device: {config.device!r} is no device of torch: auto, cpu, cuda, cuda:0, ...") from error
     if local_rank is not None and device.type == "cuda":
         if device.index is not None:
             raise ValueError(f"device: {config.device} is one GPU, and each process needs its own: set device to cuda")

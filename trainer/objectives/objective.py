@@ -32,7 +32,7 @@ class Objective(Variants):
 
     @property
     def fake_score(self) -> Any:
-        """Settings (DMD) of the fake score that is trained beside the student, or None."""
+        """Settings (DMD) of the fake score that is trained alongside the student, or None."""
         return None
 
     def fake_updates(self, iteration: int) -> int:
@@ -44,7 +44,7 @@ LOSSES: dict[type[Objective], Loss] = {}
 
 
 def objective(loss: AnyLoss) -> AnyLoss:
-    """Registers a loss under the class of its `config`."""
+    """Registers a loss for the class of its `config`."""
     settings = get_type_hints(loss)["config"]
     if settings in LOSSES:
         raise ValueError(f"{settings.__name__} has a loss already: {LOSSES[settings].__name__}")

@@ -47,7 +47,7 @@ def check_folder(config: RunConfig) -> None:
     if different:
         raise ValueError(
             f"{folder} holds a run with other settings:\n  " + "\n  ".join(different) + "\n"
-            "Choose another `out`, give the same settings to go on with that run, or --fresh to move it aside."
+            "Choose another `out`, give the same settings to resume that run, or --fresh to move it aside."
         )
 
 

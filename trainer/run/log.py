@@ -137,7 +137,7 @@ def read_lines(path: Path) -> list[dict[str, float]]:
             entry["step"]
         except (ValueError, TypeError, KeyError):
             if number < len(lines):
-                raise ValueError(f"{path}:{number} is damaged: repair or remove that line, then go on") from None
+                raise ValueError(f"{path}:{number} is damaged: repair or remove that line, then resume") from None
         else:
             found.append(entry)
     return found

@@ -75,7 +75,7 @@ def found_by_all(
         lines += [f"  rank {rank}: {at_rest_there}"] if at_rest_there else []
     if len(lines) == 1:  # else every rank has it in its gradients: they are sums over all
         lines += [f"  rank {rank}: the gradient of {trained}.{name}" for rank, (_, _, name) in enumerate(found) if name]
-    lines.append("  The same run in one process goes on from the last checkpoint, and names the module it begins in.")
+    lines.append("  The same run in one process resumes from the last checkpoint, and names the module it begins in.")
     return lines
 
 

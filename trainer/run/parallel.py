@@ -98,7 +98,7 @@ def check(config: RunConfig, sizes: Mapping[str, int]) -> None:
     if sizes["tp"] > 1 and parts > 1 and config.student.backend == "inductor":
         # torch 2.13 puts device_mesh._get_submesh into the graph as no overload, which Inductor's lowering asserts.
         raise ValueError(
-            "parallel.tp beside dp_shard or dp_replicate is a part of a mesh, for which Inductor has no lowering: set "
+            "parallel.tp with dp_shard or dp_replicate uses part of a mesh, for which Inductor has no lowering: set "
             "student.backend to eager, or tp to 1, or tp to the number of processes"
         )
     if sizes["tp"] > 1 and context_parallel(sizes):
@@ -260,7 +260,7 @@ class Layout:
         if behind := [name for name, a, b in zip(names, plain, weighted, strict=True) if b < 1e-4 * a]:
             raise ValueError(
                 f"parallel.cp_*: {shorten(behind)} of {type(model.net).__name__} see the tokens of all processes, "
-                f"which makes their gradients {last + 1} times too large: gather (ContextParallel.gather) behind the "
+                f"which makes their gradients {last + 1} times too large: gather (ContextParallel.gather) after the "
                 "last parameter, not before it, or set cp_ulysses and cp_ring to 1"
             )
 
