@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-dist test-kernels lint format gate fuzz kinds zoo zoo-exact opinfo opinfo-table bench bench-quality scaling wheels gpu dump docs clean
+.PHONY: help demo check test test-dist test-kernels test-scaling test-gpu-script mutants lint format gate fuzz kinds zoo zoo-exact opinfo opinfo-table bench bench-quality scaling wheels gpu dump docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,14 +36,34 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## distil a diffusion transformer on handwritten digits: out/demo/samples.png, metrics.json
 	$(BIN)/python -m jvpgraph.trainer.demo --out $(OUT)/demo
 
-test: $(READY)  ## all tests except the long sweeps, in JOBS processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=15 -m "not matrix" tests
+# One thread each; a file stays in one process, whose graphs it shares; the long files come first, see tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+KERNELS := $(addprefix tests/test_,attention_triton.py backward_triton.py triton_models.py)
+
+check: lint  ## before each commit, in five minutes: lint, types, and the fast tests
+	$(PYTEST) $(PARALLEL) -m "not slow and not kernels and not ranks and not timing and not matrix and not fuzz" tests
+
+test: lint  ## all tests except the long sweeps: those of make check, kernels in the interpreter, processes, the rest
+	$(PYTEST) $(PARALLEL) --durations=15 -m "not kernels and not timing and not matrix" tests
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) --durations=5 -m "kernels and not matrix" $(KERNELS)
+	$(PYTEST) -m timing tests/test_regions.py tests/test_data.py tests/test_checkpoint.py
 
 test-dist: $(READY)  ## every combination of parallelism on real process groups, with a table of errors
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=15 tests/distributed
+	$(PYTEST) --durations=15 tests/distributed
 
 test-kernels: $(READY)  ## every combination of the attention kernels' options, interpreted and assembled
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=15 $(addprefix tests/test_,attention_triton.py backward_triton.py attention_gluon.py kernel_gate.py)
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) --durations=15 -m kernels $(KERNELS)
+	$(PYTEST) $(PARALLEL) --durations=15 -m "not kernels" $(KERNELS) $(addprefix tests/test_,attention.py attention_gluon.py kernel_gate.py)
+
+test-scaling: $(READY)  ## all that benchmarks/scaling.py models, on a small block
+	$(PYTEST) tests/test_scaling.py
+
+test-gpu-script: $(READY)  ## make gpu from end to end on a processor, with tiny sizes
+	$(PYTEST) tests/test_gpu_script.py
+
+mutants: $(READY)  ## which mutants of FILE its nearest tests let live: make mutants FILE=jvpgraph/verify.py
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.mutate $(FILE)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -43,28 +43,38 @@ def _last_words_unsaid() -> None:
 atexit.register(_last_words_unsaid)
 
 
-# Files with tests of half a minute and more, the longest first: what is begun last should be short.
+# Files that take minutes, the longest first: what is begun last should be short.
 LONG = (
+    "test_zoo",
+    "test_kernel_gate",
+    "test_properties",
+    "test_transform",
+    "test_regions",
+    "test_derived",
+    "test_differentiable_tangent",
+    "test_sizes",
+    "test_train",
+    "test_door",
     "test_attention_triton",
     "test_backward_triton",
-    "test_zoo",
-    "test_properties",
-    "test_gpu_script",
-    "test_kernel_gate",
-    "test_regions",
-    "test_transform",
-    "test_derived",
-    "test_sample",
-    "test_differentiable_tangent",
-    "test_op_layouts",
-    "test_testing",
 )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process begins with the long ones; another takes from the end of what is left, once its half is done."""
+    """Markers that a test need not carry itself; and the long files first."""
+    for item in items:
+        if "distributed" in item.path.parts:
+            item.add_marker(pytest.mark.ranks)
+        parameters = item.callspec.params.values() if isinstance(item, pytest.Function) and _has_cases(item) else ()
+        if any(isinstance(value, str) and value == "inductor" for value in parameters):
+            item.add_marker(pytest.mark.slow)
     places = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
+def _has_cases(item: pytest.Function) -> bool:
+    return hasattr(item, "callspec")
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,11 @@
-"""Triton kernels under Triton's interpreter, in a process of its own, for TRITON_INTERPRET is read when a kernel is
-decorated. Where there is a GPU, the tests run on it instead."""
+"""Triton kernels under Triton's interpreter: TRITON_INTERPRET=1, which is read when a kernel is decorated, so that
+these tests are a pytest of their own in the Makefile. Where there is a GPU, they run on it instead."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,9 +18,19 @@ from triton.runtime import driver, interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-runs_kernels = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="run by test_under_the_interpreter"
+QUIET = (  # numpy in rows beyond the last query, which are not stored
+    "ignore:divide by zero:RuntimeWarning",
+    "ignore:invalid value:RuntimeWarning",
 )
+
+
+def runs_kernels(test: Any) -> Any:
+    """Mark a test that launches a kernel: on a GPU, or in the interpreter."""
+    has_none = not INTERPRETED and not torch.cuda.is_available()
+    test = pytest.mark.skipif(has_none, reason="needs a GPU, or Triton's interpreter: make test-kernels")(test)
+    for warning in QUIET:
+        test = pytest.mark.filterwarnings(warning)(test)
+    return pytest.mark.kernels(test)
 
 
 def share(of: int, *axes: Iterable[Any]) -> list[Any]:
@@ -52,20 +60,6 @@ def compile_only(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, cache: 
     monkeypatch.setattr(owner, name, CompileOnly())
     monkeypatch.setattr(driver, "_active", Hopper())
     return compiled
-
-
-def run_under_the_interpreter(file: str, config: pytest.Config) -> None:
-    """The tests of a file, which runs_kernels skips elsewhere; without those of a sweep where this run is."""
-    if INTERPRETED or torch.cuda.is_available():
-        pytest.skip("the tests of this file run in this process")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=5", file]
-    command += ["-m", config.option.markexpr]
-    # numpy warns of log2(0) and 0/0 in rows beyond the last query, which are not stored
-    command += ["-W", "ignore:divide by zero:RuntimeWarning", "-W", "ignore:invalid value:RuntimeWarning"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    print(run.stdout)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 
 @pytest.fixture

@@ -113,6 +113,7 @@ def test_no_import_cycles():
         visit(module, ())
 
 
+@pytest.mark.slow
 def test_top_level_folders_are_not_imported_by_their_own_names():
     """``kernels`` is a package of Hugging Face's that diffusers looks for."""
     for path in [*SOURCES.values(), *(ROOT / "tests").rglob("*.py")]:
@@ -156,6 +157,7 @@ def test_argument_lists_of_the_kernels_are_short(module):
             assert len(listed) <= 14, f"{module}.{function.name} has {len(listed)} arguments"
 
 
+@pytest.mark.slow
 def test_types_are_seen_across_folders(tmp_path):
     """The links in jvpgraph/ show the other folders to a type checker; of a wheel they are no part."""
     planted = tmp_path / "planted.py"

@@ -36,6 +36,7 @@ from jvpgraph.kernels.layout import bias_to_rank4
 from jvpgraph.kernels.ops import OPS
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
 from tests import calls
+from tests.interpreter import share
 
 # Against the float64 reference, in units of the largest value there: a few roundings of the dtype.
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float32: 4e-6, torch.float64: 1e-12}
@@ -125,19 +126,16 @@ def gradients(function, inputs: list[Tensor], o_grad: Tensor, lse_grad: Tensor |
 # --------------------------------------------------------------------------------- against the specification
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("bias", BIASES)
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {"n_q": 17, "n_k": 23},
-        {"n_q": 65, "n_k": 63, "kv_heads": 2, "d_v": 12},
-        {"b": 1, "h": 6, "n_q": 1, "n_k": 130, "kv_heads": 1},
-        {"b": 3, "h": 1, "n_q": 130, "n_k": 1},
-    ],
-    ids=lambda shape: "-".join(f"{key}{value}" for key, value in shape.items()),
-)
-def test_blocks_agree_with_reference(shape, bias, window):
+SHAPES = [
+    {"n_q": 17, "n_k": 23},
+    {"n_q": 65, "n_k": 63, "kv_heads": 2, "d_v": 12},
+    {"b": 1, "h": 6, "n_q": 1, "n_k": 130, "kv_heads": 1},
+    {"b": 3, "h": 1, "n_q": 130, "n_k": 1},
+]
+
+
+@pytest.mark.parametrize(("window", "bias", "shape"), share(4, WINDOWS, BIASES, SHAPES), ids=str)
+def test_blocks_agree_with_reference(window, bias, shape):
     is_causal, sides, window = WINDOWS[window]
     (q, k, v), dots, bias, bias_dot = make(**shape, bias=bias)
     scale = 0.3
@@ -230,6 +228,7 @@ def test_inactive_operands_are_not_multiplied():
     assert flops(q_dot, k_dot, v_dot) == 6 * one + small
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     b=st.integers(0, 3),
@@ -629,6 +628,7 @@ def test_opcheck(bias, requires_grad):
     torch.library.opcheck(ops.attention_backward.default, args)
 
 
+@pytest.mark.slow
 def test_opcheck_of_windows_packing_and_the_second_backward():
     (q, k, v), dots, bias, bias_dot = make(b=1, n_q=9, n_k=9, kv_heads=2, bias="per_head")
     packed = [torch.tensor(ends, dtype=torch.int32) for ends in ([0, 4, 9], [0, 6, 8])]
@@ -731,6 +731,7 @@ def test_compile_and_export_with_fake_cuda_tensors():
     assert isinstance(o.shape[2], torch.SymInt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_with_dynamic_shapes(backend):
     def model(q, k, v, q_dot, bias):
@@ -838,6 +839,7 @@ def peak_bytes(function, *args) -> int:
     return memory.peak
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_length():
     def jvp(n: int) -> int:
         (q, k, v), dots, _, _ = make(b=1, h=1, n_q=n, n_k=n, d=64, dtype=torch.float32)
@@ -973,6 +975,7 @@ FAKE_TRITONS = {
 LESSER_TRITONS = {"too old": "import sys; sys.modules['triton.tools.tensor_descriptor'] = None"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("triton", [*FAKE_TRITONS, *LESSER_TRITONS])
 def test_the_package_imports_without_a_triton_that_works(triton, tmp_path):
     if triton in FAKE_TRITONS:

@@ -35,7 +35,6 @@ from tests.interpreter import (  # noqa: F401 - fixtures
     compile_only,
     poisoned_memory,
     repaired_bfloat16,
-    run_under_the_interpreter,
     runs_kernels,
     share,
 )
@@ -46,11 +45,6 @@ HALF, FULL = (torch.float16, torch.bfloat16), torch.float32
 
 
 pytestmark = pytest.mark.usefixtures("repaired_bfloat16", "poisoned_memory")
-
-
-@pytest.mark.slow
-def test_under_the_interpreter(pytestconfig):
-    run_under_the_interpreter(__file__, pytestconfig)
 
 
 def make(

@@ -165,6 +165,7 @@ def _check(model: Net, dual, part: str, size: int, requires_grad: bool, dtype=to
     assert_close(grads, grads0, **near)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("backend", ["op_by_op", "eager"])
 def test_own_jvp(backend, part):
@@ -177,6 +178,7 @@ def test_own_jvp(backend, part):
                 _check(model, dual, part, size, requires_grad)
 
 
+@pytest.mark.slow
 def test_own_jvp_compiled():
     model = Net()
     dual = jvpgraph.transform(model)

@@ -32,7 +32,6 @@ from tests.interpreter import (  # noqa: F401 - fixtures
     compile_only,
     poisoned_memory,
     repaired_bfloat16,
-    run_under_the_interpreter,
     runs_kernels,
     share,
 )
@@ -46,11 +45,6 @@ ONLY_FOR_ROWS = [
     for entry, sweeps in BACKWARD_TABLE.items()
     if entry.arch not in LIKE_AMPERE and backward_sweeps(*entry[:3]) != sweeps
 ]
-
-
-@pytest.mark.slow
-def test_under_the_interpreter(pytestconfig):
-    run_under_the_interpreter(__file__, pytestconfig)
 
 
 def computed(case: Case, blocks: BackwardBlocks | Sweeps | None = SMALL) -> dict[str, Tensor | None]:

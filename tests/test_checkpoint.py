@@ -136,6 +136,7 @@ def test_everything_comes_back(folder, asynchronous):
     assert torch.equal(other["own_rng"].value, original["own_rng"].value)
 
 
+@pytest.mark.timing
 def test_saved_tensors_do_not_change_with_the_live_ones(folder, monkeypatch):
     plain = store_module.write_plan
     monkeypatch.setattr(store_module, "write_plan", lambda *args: (time.sleep(0.3), plain(*args))[1])
@@ -310,6 +311,7 @@ store.wait()
 """
 
 
+@pytest.mark.slow
 def test_kill_in_the_middle_of_writing(folder, caplog):
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", KILLED, str(folder)], stdout=subprocess.PIPE)
     try:
@@ -484,6 +486,7 @@ def two_save_and_load(rank: int, folder: Path) -> None:
     assert store.load(sharded_state(0, rank)) == 3
 
 
+@pytest.mark.slow
 def test_two_processes_and_then_one(folder, caplog):
     mp.spawn(run_rank, (str(folder), "two_save_and_load"), nprocs=WORLD)
     assert {"__0_0.distcp", "__1_0.distcp"} <= {p.name for p in (folder / "step-00000003").iterdir()}
@@ -506,6 +509,7 @@ def two_load_what_one_saved(rank: int, folder: Path) -> None:
     assert state["loader"].value.count == (6 if rank == 0 else 10), "the second rank keeps its own"
 
 
+@pytest.mark.slow
 def test_one_process_and_then_two(folder):
     weight = torch.arange(15.0).reshape(5, 3) + 6
     rng = PerRank(torch.get_rng_state())

@@ -250,6 +250,7 @@ def test_autograd_function(kind, backend):
     check(lambda x: Square.apply(x * 2) * x, kind, backend, lambda x: (x * 2) * (x * 2).detach() * x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fn", [rotary, stopped_before_a_write], ids=lambda fn: fn.__name__)
 def test_dynamic_shapes(fn):
     check(fn, "plain", "eager", dynamic=True)

@@ -91,6 +91,7 @@ def checkpoints() -> list[str]:
 # ---- what is called
 
 
+@pytest.mark.slow
 def test_train_makes_a_folder_that_goes_on(whole):
     assert load(RunConfig, whole / "config.yaml") == load(RunConfig, Path("tiny.yaml"), [f"out={whole}"])
     before = sorted((path, path.stat().st_mtime_ns) for path in (whole / "checkpoints").rglob("*"))
@@ -235,6 +236,7 @@ def test_an_out_that_cannot_be_a_folder(failure):
     assert "file/run: Not a directory" in failure(1, "train", "tiny.yaml", "out=file/run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_full_disk_loses_no_checkpoint(failure, whole, monkeypatch, asynchronous):
     fsync = os.fsync
@@ -318,6 +320,7 @@ SHARDS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_truncated_shard_is_named_before_a_step_is_taken(failure, caplog):
     for i in range(2):
         write_shard(Path(f"data-{i}.tar"), 8)
@@ -332,6 +335,7 @@ def test_a_truncated_shard_is_named_before_a_step_is_taken(failure, caplog):
     assert cli.main(["train", "tiny.yaml", *SHARDS]) == 0
 
 
+@pytest.mark.slow
 def test_a_sample_that_cannot_be_read_stops_the_run_where_it_is(failure):
     write_shard(Path("data-0.tar"), 8)
     assert cli.main(["train", "tiny.yaml", *SHARDS, "out=expected"]) == 0
@@ -371,6 +375,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         cli.main(["train", "tiny.yaml"])
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_the_status():
     command = [sys.executable, "-m", "jvpgraph.trainer.cli", "train", "missing.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -379,6 +384,7 @@ def test_the_process_ends_with_the_status():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_documentation_trains_a_model_of_ones_own(tmp_path, monkeypatch):
     """The two files of docs/trainer.md, as they stand there, in under 30 lines."""
     text = (Path(__file__).parents[1] / "docs" / "trainer.md").read_text()

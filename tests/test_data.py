@@ -145,6 +145,7 @@ def test_digits_fast_path_equals_collated_samples():
     assert torch.equal(fast.cond["labels"], slow.cond["labels"])
 
 
+@pytest.mark.timing
 def test_a_batch_of_digits_takes_less_than_two_milliseconds():
     stream = iter(loader(digits(), 64, 0))
     next(stream)
@@ -777,6 +778,7 @@ def test_spawned_workers_read_the_same_stream(tmp_path):
         assert torch.equal(a.cond["text"], b.cond["text"])
 
 
+@pytest.mark.slow
 def test_forked_workers_read_the_same_rows(tmp_path):
     data = open_rows(write_rows(tmp_path))
     seen = take(loader(data, 6, 2, workers=2), 3)

@@ -158,6 +158,7 @@ def layouts(n: int) -> list[Tensor]:
     return [R(n, n), R(n, n).mT, R(n, 2 * n)[:, ::2]]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:jvpgraph.jvp compiled the function:RuntimeWarning")  # for each layout
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("backend", WAYS)
@@ -170,6 +171,7 @@ def test_formulas_at_other_sizes_and_layouts(backend: str, dynamic: bool | None)
             check(of_one_operand, x, R(n), constants=(R(n, n),), backend=backend, dynamic=dynamic)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # Inductor's lowering
 def test_formulas_on_the_default_backend():
     for n in (4, 6):

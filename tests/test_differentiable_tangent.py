@@ -71,6 +71,7 @@ def check_module(model, primals, dots, names, backend="eager") -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_diffusion_transformer(backend):
     x, t, x_dot, t_dot = inputs()
@@ -95,6 +96,7 @@ class Gated(nn.Module):
         return self.head(h).softmax(-1) * gate + x.detach().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_norms_in_place_writes_and_stops(backend):
     """A value computed under no_grad is a constant to reverse mode, and moves with x in forward mode."""
@@ -108,6 +110,7 @@ def test_norms_in_place_writes_and_stops(backend):
     assert all(g is None or not g.any() for g in grads)
 
 
+@pytest.mark.slow
 def test_layer_norm_where_torch_is_wrong():
     norm, x, x_dot = nn.LayerNorm(8).double(), torch.randn(3, 8).double(), torch.randn(3, 8).double()
     check_module(norm, (x,), (x_dot,), ("input",))
@@ -118,6 +121,7 @@ def test_layer_norm_where_torch_is_wrong():
     assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[0].norm(), "torch.func.jvp has become right"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_activation_checkpointing(backend):
     x, t, x_dot, t_dot = inputs()
@@ -125,6 +129,7 @@ def test_activation_checkpointing(backend):
     check_module(Checkpointed(depth=depth).double(), (x, t), (x_dot, t_dot), ("x", "t"), backend)
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_compile_once():
     model = TinyDiT().double()
     dual = jvpgraph.transform(model, backend="eager", dynamic=True, differentiable_tangent=True)
@@ -137,6 +142,7 @@ def test_dynamic_shapes_compile_once():
     assert len(dual.reports) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(backend):
     """Casts are made once, by the model; half types lose what they lose in the primal."""
@@ -243,6 +249,7 @@ class Products(nn.Module):
         return torch.cat([x.cumprod(0), x.cumprod(1), x.prod(1, keepdim=True).expand(4, 4)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [Fourier, Complex, Solving, Eigenvectors, Products])
 def test_formulas_that_derive(model):
     x, x_dot = torch.randn(4, 4).double(), torch.randn(4, 4).double()
@@ -252,6 +259,7 @@ def test_formulas_that_derive(model):
     check_module(model(), (x,), (x_dot,), ("x",))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # Inductor's own
 def test_formulas_that_derive_with_inductor():
     x, x_dot = torch.randn(4, 4).double(), torch.randn(4, 4).double()

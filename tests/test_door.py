@@ -110,20 +110,24 @@ def check_functions(make: Callable[..., Any], backend: str, steps: int = 4) -> t
     return sum(reference() is not None for reference in made), counters["stats"]["unique_graphs"] - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", MADE)
 def test_functions_of_the_same_code_share_a_graph_and_none_is_kept(how):
     assert check_functions(MADE[how], "eager") == (0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["lambda", "partial"])
 def test_by_default_too(how):
     assert check_functions(MADE[how], "inductor") == (0, 1)
 
 
+@pytest.mark.slow
 def test_op_by_op_nothing_is_kept():
     assert check_functions(MADE["lambda"], "op_by_op") == (0, 0)
 
 
+@pytest.mark.slow
 def test_the_network_of_a_function_is_not_kept():
     net = nn.Linear(4, 4)
     reference = weakref.ref(net)
@@ -180,6 +184,7 @@ def test_a_primal_that_the_closure_holds_too_is_active_as_a_primal_only():
     assert_close(jvpgraph.jvp(lambda z: z * x, (x,), (x_dot,), backend="eager"), (x * x, x_dot * x))
 
 
+@pytest.mark.slow
 def test_the_third_recompilation_of_a_line_is_said_once():
     x = torch.randn(3)
 
@@ -335,6 +340,7 @@ def test_what_changes_after_the_first_call_is_noticed(change, regions, monkeypat
         disagreement(dual, x, x_dot)
 
 
+@pytest.mark.slow
 def test_by_default_a_hook_is_noticed():
     dual = jvpgraph.transform(Whole())
     x, x_dot = torch.randn(2, 3, 4)
@@ -533,6 +539,7 @@ def test_outputs_keep_their_type_and_have_their_tangents(kind, way):
         assert_close(out_dot["found"].values, wanted[1][0], **CLOSE)
 
 
+@pytest.mark.slow
 def test_by_default_outputs_keep_their_type():
     dual = jvpgraph.transform(Model(lambda y: deque([y.max(0), Own(y, 2 * y)])))
     x, x_dot = torch.randn(2, 3, 4)

@@ -22,6 +22,14 @@ def results(out: Path) -> dict:
 
 
 @pytest.mark.slow
+def test_dry_run_of_the_first_stage(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path), "--stages", "environment"]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
+    assert {path.name for path in tmp_path.iterdir()} >= {"attention_dry_run.json", "gpu.log"}
+    assert {name: entry["status"] for name, entry in results(tmp_path)["stages"].items()} == {"environment": "ok"}
+
+
+@pytest.mark.matrix
 def test_dry_run(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path)]
     run = subprocess.run(
@@ -76,6 +84,7 @@ def test_dry_run(tmp_path):
             assert entry["peers"].get(name, {"skipped": "needs a CUDA GPU"}) == {"skipped": "needs a CUDA GPU"}
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_is_recorded_and_the_next_goes_on(tmp_path, monkeypatch, capsys):
     broken = (
         Stage("raises", 5, command=("-c", "raise RuntimeError('planted')")),

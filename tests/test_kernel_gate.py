@@ -38,9 +38,10 @@ from jvpgraph.kernels.recorded import KERNELS, memory
 from jvpgraph.kernels.sass import disassemble, wrong_descriptors
 from tests.interpreter import share
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter has replaced the compiler"
-)
+pytestmark = [
+    pytest.mark.slow,  # Triton's compiler, and NVIDIA's assembler
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter has replaced the compiler"),
+]
 
 BF16 = torch.bfloat16
 

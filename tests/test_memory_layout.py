@@ -64,6 +64,7 @@ def test_in_graphs(view):
         _check(RELATIVE[view], place, "eager")
 
 
+@pytest.mark.slow
 def test_compiled():
     def all_of_them(x):
         return tuple(part for fn in RELATIVE.values() for part in _several(fn(x)))
@@ -201,6 +202,7 @@ def test_what_is_detached_has_no_gradient(kind):
         _same_gradient((CONSTANT | BESIDE)[kind], backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [["detach"], ["a view"], list(CONSTANT), list(BESIDE)], ids=str)
 def test_what_is_detached_has_no_gradient_compiled(kinds):
     """With nothing else beside it, Inductor's graph has no backward."""

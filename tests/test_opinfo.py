@@ -35,6 +35,7 @@ SAMPLE = [
 ]
 
 
+@pytest.mark.slow
 def test_sample():
     """Right, or refused as docs/opinfo.md says."""
     warm_up(["op_by_op", "eager"])
@@ -104,6 +105,7 @@ def test_no_graph_of_what_torch_compile_takes_is_a_fault():
     assert [verdict.what for verdict in verdicts] == ["raw", "refused"]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_or_hangs_is_a_crash():
     def die(case, phase):
         return Verdict("right") if not case.call.tensors[0].dim() else ctypes.string_at(0)

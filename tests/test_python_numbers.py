@@ -94,6 +94,7 @@ def test_what_becomes_a_tensor_again_is_right(backend, dtype):
     assert_close(g, g0, **near)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:jvpgraph.jvp compiled the function:RuntimeWarning")  # for each use anew
 @pytest.mark.parametrize(
     ("backend", "uses"), [("op_by_op", USES | WITHOUT_GRADIENTS), ("eager", USES | WITHOUT_GRADIENTS)]
@@ -104,6 +105,7 @@ def test_a_detached_number_is_a_constant(backend, uses):
         _check_constant(fn, backend, use)
 
 
+@pytest.mark.slow
 def test_detached_numbers_with_inductor():
     """But for a size and lerp, of which PyTorch's compiler asks for the value of the number."""
     uses = [fn for use, fn in USES.items() if use != "a size"]

@@ -64,9 +64,11 @@ class TestChoice:
         assert dual.regions.groups[0].calls == 6
         assert "3 x Block (blocks.0, ...): 1 graph, 6 calls" in str(dual.regions)
 
+    @pytest.mark.slow
     def test_inductor(self):
         assert graphs(assert_right(TinyDiT(depth=2).double(), backend="inductor")) == [("Block", 2, 1)]
 
+    @pytest.mark.slow
     def test_auto_takes_one_graph_where_it_can(self):
         dual = assert_right(TinyDiT(depth=3).double(), regions="auto")
         assert dual.regions.whole
@@ -122,7 +124,7 @@ class TestSharing:
         assert graphs(dual) == [("Block", depth, 1)]
         assert len(dual.reports) == 1
 
-    @pytest.mark.slow
+    @pytest.mark.timing
     def test_compile_time_does_not_grow_with_depth(self):
         """Processor time; benchmarks/compile_time.py has the figure. One graph takes several times as long."""
         compile_time(1, Block, "eager")  # imports, and what is set up once
@@ -135,6 +137,7 @@ class TestSharing:
         dual = assert_right(model, regions=Scaled)
         assert graphs(dual) == [("Scaled", 4, 2)]
 
+    @pytest.mark.slow
     @torch._dynamo.config.patch(recompile_limit=3)
     def test_more_variants_than_dynamo_keeps(self):
         model = TinyDiT(depth=0).double()
@@ -143,6 +146,7 @@ class TestSharing:
         assert not dual.regions.groups[0].cause
         assert graphs(dual)[0][2] == len(model.blocks)
 
+    @pytest.mark.slow
     def test_classes_and_training_differ(self):
         model = TinyDiT(depth=2).double()
         model.blocks[1] = Narrow().double()
@@ -152,6 +156,7 @@ class TestSharing:
         dual.eval()(x, t, tangents={"x": x_dot, "t": t_dot})
         assert graphs(dual)[1] == ("Narrow", 1, 2), "the dropout of training"
 
+    @pytest.mark.slow
     def test_sizes_vary(self):
         model = TinyDiT(depth=3).double()
         dual = jvpgraph.transform(model, regions=Block, backend="eager")
@@ -165,6 +170,7 @@ class TestSharing:
         dual(x, t, tangents={"x": x_dot, "t": t_dot})
         assert graphs(dual) == found
 
+    @pytest.mark.slow
     def test_sets_of_active_arguments(self):
         model = TinyDiT(depth=2).double()
         dual = jvpgraph.transform(model, regions=Block, backend="eager")
@@ -292,6 +298,7 @@ class TestWhatCannotBeCaptured:
         self.assert_given_up(model, "test_regions.py", plain)
         assert caplog.text.count("runs op by op: 2 x Stopped") == 1
 
+    @pytest.mark.slow
     def test_writes_to_its_argument(self):
         class Writing(Block):
             def forward(self, x, c):
@@ -375,6 +382,7 @@ def test_one_tensor_as_an_argument_and_as_an_attribute(grad):
     assert "which has a tangent and is not an argument" in str(dual.regions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
 def test_tangents_between_regions_do_not_pile_up(grad, monkeypatch):
     """Autograd keeps what goes into a region until the backward; its tangent is free when the next region has run."""
@@ -431,6 +439,7 @@ class TestCheckpoints:
         assert backward.ran["aten.addmm.default"] == 0
         assert backward.ran["aten.gelu.default"] == 2
 
+    @pytest.mark.slow
     def test_saves_no_more_than_the_checkpointed_model(self):
         def saved(model, call):
             sizes = {}
@@ -481,6 +490,7 @@ class TestTheModelStaysWhatItIs:
         assert Counter(entry[0] for entry in seen) == {"pre": 2 * runs, "post": 2 * runs}
         assert seen[:2] == [("pre", Tensor, Tensor), ("post", Tensor)]
 
+    @pytest.mark.slow
     def test_a_forward_of_the_instance_is_called(self):
         model = TinyDiT(depth=2).double()
         own = model.blocks[0].forward
@@ -510,6 +520,7 @@ class TestTheModelStaysWhatItIs:
         assert torch.equal(dual(x, t), model(x, t))
         assert not dual.regions.groups
 
+    @pytest.mark.slow
     def test_copies(self):
         dual = assert_right(TinyDiT(depth=2).double())
         for twin in (copy.deepcopy(dual), pickle.loads(pickle.dumps(dual))):
@@ -535,6 +546,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="regions are graphs with op-by-op code between them"):
             jvpgraph.transform(TinyDiT(), regions="auto", **other)
 
+    @pytest.mark.slow
     def test_non_finite_tangents_name_the_module(self):
         model = TinyDiT(depth=2).double()
         model.blocks[1].norm.eps = 0.0

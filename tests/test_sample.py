@@ -106,6 +106,7 @@ def test_a_second_time_changes_nothing_until_it_is_trained() -> None:
     assert not torch.equal(net(x, t, labels), net(x, t, labels, t / 2))
 
 
+@pytest.mark.slow
 def test_the_dual_gives_the_tangent_of_the_trigflow_model() -> None:
     model = TrigFlow(DiT(DiTConfig(width=16, depth=1, heads=2)), call_dit)
     nn.init.normal_(model.net.patch_out.weight, generator=seeded(31))
@@ -135,6 +136,7 @@ def test_ready_settings_are_valid(name: str) -> None:
     assert settings.from_dict(RunConfig, settings.to_dict(config)) == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wan_1.3b", "wan_14b"])
 def test_the_ready_settings_for_wan_read_the_shards_they_describe(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("diffusers", minversion="0.36")
 costs, scaling = map(importlib.import_module, ("benchmarks.costs", "benchmarks.scaling"))
 
+pytestmark = pytest.mark.slow
 RANKS = 8
 N, D, L, HIDDEN = 64, 64, 16, 128
 SMALL = scaling.Shape(tokens=N, width=D, heads=8, ffn=HIDDEN, text=L)
@@ -49,6 +50,7 @@ def test_tensor_parallel_divides_all_products() -> None:
         assert getattr(split, what) * RANKS == getattr(one, what)
 
 
+@pytest.mark.matrix
 def test_context_parallel_divides_all_but_the_text() -> None:
     one, split = cost(8, 1, 1), cost(1, 8, 1)
     text = 2 * L * D * 2 * D  # its keys and values, on every rank
@@ -69,6 +71,7 @@ def test_what_tensor_parallel_sends() -> None:
     assert cost(8, 1, 1).dual.total == 0
 
 
+@pytest.mark.matrix
 def test_what_ulysses_sends() -> None:
     """q, k, v and the output, each of them the rank's own tokens."""
     split = cost(1, 8, 1)
@@ -78,6 +81,7 @@ def test_what_ulysses_sends() -> None:
     assert split.primal.launches == split.dual.launches == 4
 
 
+@pytest.mark.matrix
 def test_what_a_ring_sends() -> None:
     """Beside Ulysses: k and v of the rank to the others of the ring, once for forward and backward."""
     split = scaling.measure(dataclasses.replace(SMALL, heads=2), Layout(2, 4, 1))
@@ -89,6 +93,7 @@ def test_what_a_ring_sends() -> None:
     assert "all_gather" not in split.backward.sent
 
 
+@pytest.mark.matrix
 def test_tangents_launch_no_collectives_of_their_own() -> None:
     mixed, apart = cost(2, 2, 2), cost_unpaired(2, 2, 2)
     assert mixed.dual.launches == mixed.primal.launches < apart.dual.launches
@@ -100,6 +105,7 @@ def cost_unpaired(*axes: int) -> Any:
     return scaling.measure(SMALL, Layout(*axes), scaling.Config(skip_passes=("pair_collectives",)))
 
 
+@pytest.mark.matrix
 def test_memory() -> None:
     for axes in ((8, 1, 1), (1, 8, 1), (1, 1, 8)):
         found = cost(*axes)

@@ -468,6 +468,7 @@ SETTINGS = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(config=SETTINGS)
 def test_round_trips_are_exact(config, tmp_path_factory):
     file = tmp_path_factory.getbasetemp() / "round_trip.yaml"

@@ -58,16 +58,19 @@ def image(batch: int, height: int, width: int) -> dict[str, Tensor]:
 SEQUENCES = [(2, 12), (3, 16), (5, 22)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("settings", [{}, {"dynamic": True}, {"regions": "auto"}], ids=str)
 def test_patches(settings, grad):
     check_sizes(Patches(), sequence, SEQUENCES, grad=grad, **settings)
 
 
+@pytest.mark.slow
 def test_patches_in_bfloat16():
     check_sizes(Patches(), sequence, SEQUENCES, dtype=torch.bfloat16, dynamic=True)
 
 
+@pytest.mark.slow
 def test_sizes_of_an_image():
     check_sizes(Image(), image, [(2, 8, 12), (3, 12, 8), (4, 16, 20)])
 
@@ -90,6 +93,7 @@ class Rotary(nn.Module):
         return torch.view_as_real(torch.view_as_complex(self.out(x).unflatten(-1, (2, 2))) * turns).flatten(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("used", [0, 1])  # which symbol the graph keeps depends on its name
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning")
 def test_numbers_that_a_guard_found_equal(used):
@@ -101,6 +105,7 @@ def test_numbers_that_a_guard_found_equal(used):
     check_sizes(Rotary(used), draw, [(2, 4, 4), (3, 3, 5), (4, 6, 2)], dynamic=True)
 
 
+@pytest.mark.slow
 def test_graphs_of_regions_at_several_sizes():
     dual = check_sizes(
         nn.Sequential(Patches()), lambda *size: {"input": sequence(*size)["x"]}, SEQUENCES, regions=Patches
@@ -156,6 +161,7 @@ def broken(monkeypatch):
 
 
 class TestNotCompiled:
+    @pytest.mark.slow
     @pytest.mark.parametrize("op", [torch.ops.aten.asinh.default, torch.ops.aten.convolution_backward.default], ids=str)
     def test_regions_fall_back(self, broken, op, caplog):
         """One graph, then blocks, then op by op; the backward is compiled at once, so that it can be told."""
@@ -177,6 +183,7 @@ class TestNotCompiled:
         with pytest.raises(jvpgraph.CaptureError, match=r'cannot compile(?s:.*)compiler\'s(?s:.*)regions="auto"'):
             jvpgraph.transform(Blocks())(torch.randn(2, 4, 6), tangents={"x": torch.randn(2, 4, 6)})
 
+    @pytest.mark.slow
     def test_so_it_is_in_a_backward(self, broken):
         broken(torch.ops.aten.convolution_backward.default)
         y, _ = jvpgraph.transform(Blocks())(torch.randn(2, 4, 6), tangents={"x": torch.randn(2, 4, 6)})

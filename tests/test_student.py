@@ -249,6 +249,7 @@ def measured(model: str, lora: bool, checkpoint_blocks: bool, backend: str = "ea
     return list(student.state_dict()), *run(stir(student) if lora else student, case, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "lora"), [("dit", False), ("wan", False), ("dit", True)])
 def test_checkpointing_keeps_less_and_recomputes_no_tangent(model, lora):
     names, F, _, grads, kept, plain = measured(model, lora, False)

@@ -467,6 +467,7 @@ def test_rows_hidden_whole_are_recognised(form):
     assert passes.attentions == 1, passes.recognize.left
 
 
+@pytest.mark.slow
 def test_rows_hidden_whole_through_inductor():
     assert_as_the_model(HIDDEN_WHOLE["fill"](-1e30), torch.float32, "inductor", 1e-5)
 
@@ -496,6 +497,7 @@ def test_what_nan_to_num_makes_of_rows_that_see_no_key_has_no_tangent(form, back
         torch.testing.assert_close(have[:, :, 1:], should[:, :, 1:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_eager_llama_with_left_padding():
     """transformers masks by the most negative number, added; rows of padding see nothing else."""
     transformers = pytest.importorskip("transformers")

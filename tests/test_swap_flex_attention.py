@@ -53,6 +53,7 @@ def test_a_mask_of_the_models_own(settings):
     check(Flex(block_mask), create_mask(causal_documents, None, 2, N, N, device="cpu"), **settings)
 
 
+@pytest.mark.slow
 def test_without_a_mask():
     check(Flex(None), None)
     check(Flex(None, scale=0.3, kv_heads=1, enable_gqa=True), None, 0.3, 1)
@@ -68,6 +69,7 @@ def test_blocks_that_are_listed_rather_than_computed():
     check(Flex(block_mask), dense)
 
 
+@pytest.mark.slow
 def test_it_is_told():
     x, x_dot = torch.randn(2, 1, 2, N, 16, dtype=torch.float64)
     found = jvpgraph.transform(Flex(None)).explain(x, tangents={"x": x_dot})

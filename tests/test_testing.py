@@ -65,6 +65,7 @@ def mismatch(model: nn.Module, inputs: Any, tangents: Any, backend: str = "eager
 # ----------------------------------------------------------------------------------------- what is right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["eager", "op_by_op"])
 def test_right_model_passes(backend: str, dtype: torch.dtype):
@@ -78,6 +79,7 @@ def test_right_model_passes(backend: str, dtype: torch.dtype):
     assert "WRONG" not in str(report)
 
 
+@pytest.mark.slow
 def test_compiled_model_passes():
     model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
     x = torch.randn(3, 4)
@@ -86,6 +88,7 @@ def test_compiled_model_passes():
     assert report.passed
 
 
+@pytest.mark.slow
 def test_transformed_model_is_checked_with_its_own_settings():
     model, inputs, tangents = dit()
     dual = jvpgraph.transform(model, backend="eager", config=jvpgraph.Config(swap_attention=False))
@@ -141,6 +144,7 @@ def test_fails():
 """
 
 
+@pytest.mark.slow
 def test_a_failure_is_read_on_one_screen(tmp_path: Path):
     """Neither torch's structured trace nor what triton's bindings say at exit stands below it."""
     (tmp_path / "test_failing.py").write_text(FAILING)
@@ -279,6 +283,7 @@ def test_stop_gradient_stops_the_differences_too():
 # ---------------------------------------------------------------------------------------- what is wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "module", "place"),
     [

@@ -147,6 +147,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     assert len((config.out / "log.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", [stage("dcm", 1)])
     train(config)
@@ -164,6 +165,7 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     assert settings.load(RunConfig, tmp_path / "run-1" / "config.yaml") == config
 
 
+@pytest.mark.slow
 def test_a_run_can_be_made_longer(tmp_path: Path) -> None:
     whole = train(config_of(tmp_path / "whole", [stage("dcm", 3), stage("scm", 2)]))
     train(config_of(tmp_path / "run", [stage("dcm", 2)]))
@@ -239,6 +241,7 @@ def branching(**config: int) -> TrigFlow:
     return TrigFlow(net, call_dit)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's
 def test_a_network_that_branches_on_data_is_captured_in_regions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -265,6 +268,7 @@ def test_a_network_that_branches_on_data_is_captured_in_regions(
         torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_how_the_student_runs_may_change_between_a_stop_and_going_on(tmp_path: Path) -> None:
     """Other processes may want another backend, and have less room."""
     one = train(config_of(tmp_path / "one", [stage("scm", 4)]))
@@ -298,6 +302,7 @@ def test_compiled_networks_give_the_same_run(tmp_path: Path, monkeypatch: pytest
         torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_stages_go_on_with_the_weights_of_the_one_before(tmp_path: Path) -> None:
     first = train(config_of(tmp_path / "first", [stage("dcm", 2)], checkpoint={"every": 1, "keep": 9}))
     both = train(config_of(tmp_path / "both", [stage("dcm", 2), stage("scm", 1)], checkpoint={"every": 1, "keep": 9}))
@@ -312,6 +317,7 @@ def test_stages_go_on_with_the_weights_of_the_one_before(tmp_path: Path) -> None
     assert 0 < moved < 2e-3  # one AdamW step with lr 1e-3
 
 
+@pytest.mark.slow
 def test_without_its_weight_rcm_trains_like_scm_to_the_bit(tmp_path: Path) -> None:
     scm = train(config_of(tmp_path / "scm", [stage("scm", 3)]))
     rcm = train(config_of(tmp_path / "rcm", [stage({"name": "rcm", "weight": 0.0}, 3)]))
@@ -320,6 +326,7 @@ def test_without_its_weight_rcm_trains_like_scm_to_the_bit(tmp_path: Path) -> No
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+@pytest.mark.slow
 def test_the_fake_score_moves_from_its_first_step(tmp_path: Path) -> None:
     objective = {"name": "dmd", "fake_updates_per_step": 1}
     config = config_of(tmp_path / "run", [stage(objective, 1)])
@@ -428,6 +435,7 @@ def one_time() -> TrigFlow:
 # ---------------------------------------------------------------- every objective, LoRA, bf16; what comes after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["scm", "dmd", RCM, "dcm", "mean_flow", "flow_matching"], ids=str)
 def test_every_objective_trains_and_is_sampled(tmp_path: Path, objective: Any) -> None:
     config = config_of(
@@ -448,6 +456,7 @@ def test_every_objective_trains_and_is_sampled(tmp_path: Path, objective: Any) -
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_lora_student_in_bf16_trains_its_adapters_alone_and_is_exported_merged(tmp_path: Path) -> None:
     lora = {"rank": 2, "alpha": 2.0, "targets": ["qkv", "out"]}
     model = {**SMALL["model"], "options": {**SMALL["model"]["options"], "dtype": "bfloat16"}}

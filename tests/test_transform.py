@@ -147,6 +147,7 @@ class TestSharedState:
         other.load_state_dict(torch.load(file))
         assert torch.equal(other.head.weight, dual.head.weight)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("through", [copy.deepcopy, lambda dual: pickle.loads(pickle.dumps(dual))])
     def test_a_copy_is_independent(self, through):
         x, t, x_dot, _ = inputs()
@@ -339,6 +340,7 @@ def test_dataclass_with_a_computed_field():
 
 
 class TestPrecision:
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, dtype):
         """The tangent is as far from the truth as rounding makes the value: a few units of the format."""
@@ -415,6 +417,7 @@ class TestActivationCheckpointing:
         grads = torch.autograd.grad(y.sum(), list(model.parameters()))
         assert_close(grads, torch.autograd.grad(model(x, t).sum(), list(model.parameters())), **EXACT)
 
+    @pytest.mark.slow
     def test_the_backward_recomputes_no_tangent(self):
         model = Checkpointed(depth=2).double()
         x, t, x_dot, t_dot = inputs()
@@ -427,6 +430,7 @@ class TestActivationCheckpointing:
 
 
 class TestDynamicShapes:
+    @pytest.mark.slow
     def test_no_recompilation_per_size(self):
         """Batch and length vary: dynamic=True compiles once, the default once more when the first size changes."""
         for dynamic, graphs in ((True, 1), (None, 2)):
@@ -438,6 +442,7 @@ class TestDynamicShapes:
                 assert_close((y, d), oracle(model, (x, t), (x_dot, t_dot)), **EXACT)
             assert len(dual.reports) == graphs
 
+    @pytest.mark.slow
     def test_inductor(self):
         model = TinyDiT().double()
         dual = jvpgraph.transform(model, dynamic=True)
@@ -561,6 +566,7 @@ class TestComposition:
     """Calls with tangents inside other compiled code."""
 
     # Dynamo's own, when it goes on behind a call that it left out.
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
     def test_in_a_compiled_training_step(self):
         model = TinyDiT().double()
@@ -583,6 +589,7 @@ class TestComposition:
         with pytest.raises(jvpgraph.CaptureError, match="compiled on its own"):
             jvpgraph.transform(model, backend="eager")(x, tangents={"x": x})
 
+    @pytest.mark.slow
     def test_on_top_of_torch_compile(self):
         model = TinyDiT().double()
         x, t, x_dot, t_dot = inputs()
@@ -647,6 +654,7 @@ def test_a_changed_rule_is_not_served_from_the_cache(tmp_path):
 
 
 class TestMarkers:
+    @pytest.mark.slow
     def test_inside_the_users_own_compiled_function(self):
         def step(x, x_dot):
             y = (jvpgraph.make_dual(x, x_dot) ** 2).sum()
@@ -704,6 +712,7 @@ class TestMarkers:
 
 
 class TestJvp:
+    @pytest.mark.slow
     def test_mirrors_torch_func_jvp(self):
         def fn(x, pair):
             return {"y": x @ pair[0], "z": pair[1].sin()}
@@ -738,6 +747,7 @@ class TestJvp:
 
 
 class TestExplain:
+    @pytest.mark.slow
     def test_counts(self):
         model = TinyDiT(depth=2)
         x, t, x_dot, t_dot = inputs(dtype=torch.float32)
@@ -758,6 +768,7 @@ class TestExplain:
         assert "2 swapped, 2 fused" in str(found)
         assert "2 by blocks of torch ops" in str(found)
 
+    @pytest.mark.slow
     def test_what_computes_attention(self, monkeypatch):
         """A backward that ATen's kernels do not take is said, with the reason."""
         pytest.importorskip("triton")
@@ -823,6 +834,7 @@ class TestExplain:
         assert dict(found.derived) == {"aten.i0.default": 1}
 
 
+@pytest.mark.slow
 def test_dump_writes_one_readable_file_per_pass(tmp_path):
     x, t, x_dot, _ = inputs()
     config = jvpgraph.Config(dump=str(tmp_path))
@@ -882,6 +894,7 @@ def test_primal_is_the_model_to_rounding():
     assert (y - wanted).abs().max() <= 16 * torch.finfo(y.dtype).eps * wanted.abs().max()
 
 
+@pytest.mark.slow
 def test_import_is_quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -21,7 +21,6 @@ from tests.interpreter import (  # noqa: F401 - a fixture
     DEVICE,
     INTERPRETED,
     repaired_bfloat16,
-    run_under_the_interpreter,
     runs_kernels,
 )
 from tests.zoo.base import QUIET
@@ -34,10 +33,6 @@ pytestmark = [
     pytest.mark.usefixtures("repaired_bfloat16"),
     *(pytest.mark.filterwarnings(quiet) for quiet in QUIET),
 ]
-
-
-def test_under_the_interpreter(pytestconfig):
-    run_under_the_interpreter(__file__, pytestconfig)
 
 
 class Errors(NamedTuple):
