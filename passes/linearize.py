@@ -175,7 +175,6 @@ def _tangent_of_strided(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Re
     first = len(recorder.inserted)
     with recorder.behind(node):
         flat = flat_memory(recorder.stand_in(dot), value)
-        size, stride = recorder.stand_ins((size, stride))
         report.rules["table"][str(node.target)] += 1
         named: fx.Node = _name_tangents(node, flat.as_strided(size, stride, start), recorder, first)
         return named

@@ -290,6 +290,23 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         return d, n_dot
         """,
     ),
+    "a view of an input with holes that is returned": (
+        """
+        a = jvpgraph.make_dual(x, x_dot)
+        turned = aten.t(a)
+        n = aten.neg(a)
+        q = jvpgraph.tangent_of(n)
+        return turned, q
+        """,
+        {"x": R(3, 8)[:, ::2], "x_dot": R(3, 4)},
+        """
+        clone_default = aten.clone(x)
+        turned = aten.t(clone_default)
+        n = aten.neg(clone_default)
+        n_dot = aten.neg(x_dot)
+        return turned, n_dot
+        """,
+    ),
     "an answer in the strides that were promised": (
         """
         a = jvpgraph.make_dual(x, x_dot)
@@ -334,7 +351,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         """,
     ),
 }
-STOPS = ("a stop-gradient", "what is marked anew needs no tangent from before")
+AS_TEXT = (  # forward AD has no stop-gradients of its own, nor marks anew; a copy of what has holes has none
+    "a stop-gradient",
+    "what is marked anew needs no tangent from before",
+    "a view of an input with holes that is returned",
+)
 
 
 class ForwardAD(fx.Interpreter):
@@ -361,7 +382,7 @@ def test_before_and_after(name: str):
     assert not set(MARKERS).intersection(n.target for n in gm.graph.nodes)
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - set(STOPS)))
+@pytest.mark.parametrize("name", sorted(set(CASES) - set(AS_TEXT)))
 def test_the_numbers_are_those_of_forward_ad(name: str):
     before, inputs, _ = CASES[name]
     gm = graph(before, **inputs)
@@ -448,6 +469,27 @@ def test_all_refusals_at_once_with_the_users_lines():
     assert (second.op, second.name, second.inputs) == ("aten._linalg_det.default", "lu", ("A",))
     assert "factors that it returns" in second.reason
     assert (third.name, third.inputs, third.reason, third.where) == ("m", ("m",), "not an op", "(no source line)")
+
+
+def test_what_follows_a_refusal_is_refused_as_well():
+    """Both outputs of an op without a rule, and what is made of a number, are taken to have tangents."""
+    text = """
+    a = jvpgraph.make_dual(x, x_dot)
+    qr = aten.geqrf(a)
+    r = qr[0]
+    tau = qr[1]
+    h = aten.heaviside(r, w)
+    i = aten.heaviside(tau, tau)
+    n = aten._local_scalar_dense(one)
+    full = aten.full([4], n, dtype=torch.float64)
+    j = aten.heaviside(full, full)
+    sum = aten.add.Tensor(i, j)
+    y = aten.add.Tensor(h, sum)
+    q = jvpgraph.tangent_of(y)
+    return y, q
+    """.replace("n = ", "one = aten.sum(a)\n    n = ")
+    gm = graph(text, x=R(4, 4), x_dot=R(4, 4), w=R(4, 4))
+    assert [name for _, name, _, _ in refused(gm)] == ["qr", "h", "i", "j", "n"]
 
 
 @pytest.mark.parametrize(
