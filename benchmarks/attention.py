@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.stages import PEER, Part
+from benchmarks.part import PEER, Part
 from benchmarks.timing import Clock, interleaved, state, summary
 from jvpgraph.kernels import attention_blocked, reference
 from jvpgraph.kernels.attention import attention, attention_jvp

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.stages import Part
+from benchmarks.part import Part
 from benchmarks.timing import Clock, interleaved, summary
 from jvpgraph.kernels import (
     aten_cuda,

@@ -18,7 +18,7 @@ import torch
 
 import jvpgraph
 from benchmarks import record
-from tests.models import Block, TinyDiT, inputs
+from benchmarks.models import Block, TinyDiT, inputs
 
 DEPTHS = (4, 40)
 

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import attention, gpu, stages
 from benchmarks.gpu import Stage
+from benchmarks.part import Part
 
 ROOT = Path(__file__).parents[1]
 
@@ -122,8 +123,8 @@ def test_a_stage_out_of_time_keeps_what_it_found(tmp_path):
 
 
 @pytest.fixture
-def part(tmp_path) -> stages.Part:
-    return stages.Part(tmp_path / "part.json", tmp_path / "results.json", 60, dry_run=True)
+def part(tmp_path) -> Part:
+    return Part(tmp_path / "part.json", tmp_path / "results.json", 60, dry_run=True)
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_a_process_that_died_goes_on_without_the_peer_that_killed_it(part, two_c
     with pytest.raises(SystemExit, match="illegal memory access"):
         attention.measure(part)
     assert part.data["running"] == ["self D=16 N=32 math", "func.jvp"]
-    again = stages.Part(part.path, part.results, 60, dry_run=True)
+    again = Part(part.path, part.results, 60, dry_run=True)
     attention.measure(again)
     assert calls == ["self"]
     assert [entry["case"] for entry in again.data["cases"]] == [case.key for case in two_cases]
