@@ -482,6 +482,22 @@ def test_a_result_that_is_not_contiguous_is_not_stacked(two_ranks: None):
     assert run(pair_collectives, gm).paired == 0
 
 
+def test_what_a_backward_computes_anew_and_sends_again_is_sent_once(two_ranks: None):
+    gm = linearized(
+        """
+        sent = aten.neg(x)
+        y = _c10d_functional.all_reduce(sent, "sum", "0")
+        y_dot = _c10d_functional.all_reduce(x_dot, "sum", "0")
+        anew = aten.neg(x)
+        again = _c10d_functional.all_reduce(anew, "sum", "0")
+        return y, y_dot, again
+        """,
+        **X,
+    )
+    run(pair_collectives, gm)
+    assert written(gm)[-1] == "return getitem, getitem_1, getitem"
+
+
 def test_random_numbers_are_not_one(two_ranks: None):
     gm = linearized(
         """

@@ -18,7 +18,7 @@ from jvpgraph.passes.detach_outputs import detach_outputs
 from jvpgraph.passes.mark_stop_gradients import mark_stop_gradients
 from jvpgraph.passes.recognize_attention import recognize_attention
 from jvpgraph.passes.swap_attention import swap_attention
-from tests.graphs import R, check_step, graph, node, run, written
+from tests.graphs import Dynamic, R, check_step, graph, node, run, written
 
 aten = torch.ops.aten
 MARK = "a = jvpgraph.make_dual(x, x_dot)\n"
@@ -403,6 +403,12 @@ def test_other_outputs_are_not_copied(how: str):
         copy_overlapping_outputs,
         dynamo(MARK + "y = torch.sin(a)\n" + how + "\nreturn u", x=grad(4), x_dot=R(4), w=grad(4)),
     )
+
+
+@pytest.mark.parametrize("how", ["n = y.unfold(0, 2, 1)", "n = y.expand(3, -1)"])
+def test_outputs_of_symbolic_sizes_are_aotautograds(how: str):
+    text = MARK + "y = torch.sin(a)\n" + how + "\nreturn n"
+    stays(copy_overlapping_outputs, dynamo(text, x=Dynamic(grad(4), (0,)), x_dot=Dynamic(R(4), (0,))))
 
 
 # --------------------------------------------------------------------------------------------- call_own_jvps
