@@ -543,7 +543,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("other", [{"differentiable_tangent": True}, {"backend": "op_by_op"}])
     def test_not_together(self, other):
-        with pytest.raises(ValueError, match="regions are graphs with op-by-op code between them"):
+        with pytest.raises(ValueError, match="regions, graphs with op-by-op code between them"):
             jvpgraph.transform(TinyDiT(), regions="auto", **other)
 
     @pytest.mark.slow
