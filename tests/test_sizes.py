@@ -175,7 +175,7 @@ class TestNotCompiled:
         assert bad.kind == "Sequence"
         assert "a bug of the compiler's" in bad.cause
         assert bad.calls == 0
-        assert caplog.text.count("the model is not one graph") == 1
+        assert caplog.text.count("the model cannot be one graph") == 1
         assert caplog.text.count("runs op by op: 1 x Sequence") == 1
 
     def test_without_regions_the_remedy_is_told(self, broken):
