@@ -201,8 +201,9 @@ def _inductor(
     gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses, inner: Callable[..., Any] | None = None
 ) -> Compiled:
     context = passes.pipeline.context
-    after = JointPasses(passes.pipeline, AFTER_COMPILER)
-    patches = {"joint_custom_post_pass": after, **context.config.inductor, "joint_custom_pre_pass": passes}
+    asked = context.config.inductor
+    after = JointPasses(passes.pipeline, AFTER_COMPILER, asked.get("joint_custom_post_pass"))
+    patches = {**asked, "joint_custom_pre_pass": passes, "joint_custom_post_pass": after}
     if any(map(_has_symbols, example_inputs)):
         # Where it wants another layout of what the backward keeps, Inductor compares symbolic strides, and fails.
         patches.setdefault("layout_optimization", False)

@@ -189,19 +189,27 @@ def _op(node: fx.Node) -> str:
 class JointPasses(CustomGraphPass):
     """A stage as one custom pass of Inductor's, on joint and on inference graphs."""
 
-    def __init__(self, pipeline: Pipeline, stage: Stage):
-        self.pipeline, self.stage = pipeline, stage
+    def __init__(self, pipeline: Pipeline, stage: Stage, users: Callable[[fx.Graph], None] | None = None):
+        """``users``: a pass that the user's own settings of Inductor name for this place. It runs first."""
+        self.pipeline, self.stage, self.users = pipeline, stage, users
 
     def __call__(self, graph: fx.Graph) -> None:
+        if self.users is not None:
+            self.users(graph)
         gm = graph.owning_module
         assert gm is not None
         self.pipeline(self.stage, gm)
         self.pipeline.context.report.passes_ran = True
 
     def uuid(self) -> Any:
-        """Identifies the code and the settings that decide what graph comes out, for Inductor's cache."""
+        """Identifies the code and the settings that decide what graph comes out, for Inductor's cache: None, and it
+        keeps nothing, where a pass of the user's does not say what it is."""
+        users = self.users.uuid() if isinstance(self.users, CustomGraphPass) else None
+        if self.users is not None and users is None:
+            return None
         config = self.pipeline.context.config
-        return f"{_code_hash()}-{_rules()}-{self.stage.name}-{sorted(config.skip_passes)}-{torch.__version__}"
+        own = f"{_code_hash()}-{_rules()}-{self.stage.name}-{sorted(config.skip_passes)}-{torch.__version__}"
+        return own if users is None else (own, users)
 
 
 def _rules() -> list[Any]:

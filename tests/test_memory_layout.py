@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.testing import assert_close
 
 import jvpgraph
@@ -217,3 +217,18 @@ def test_a_copy_is_one(backend):
     ys, dots = jvpgraph.jvp(lambda x: (x.clone().detach(), x.view(-1).clone()), (x,), (v,), backend=backend)
     memory = [t.untyped_storage().data_ptr() for t in (x, v, *ys, *dots)]
     assert len(set(memory)) == len(memory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_that_a_user_has_for_inductor_does_not_replace_ours(dtype: torch.dtype):
+    seen: list[fx.Graph] = []
+    config = jvpgraph.Config(inductor={"joint_custom_post_pass": seen.append})
+    for n in (3, 5):
+        x = torch.randn(n, dtype=dtype).requires_grad_()
+        fn = lambda x, n=n: (lambda y: (y.detach() + torch.zeros(n, dtype=y.dtype), y))(x.sin())  # noqa: E731
+        out, out_dot = jvpgraph.jvp(fn, (x,), (torch.ones_like(x),), config=config, dynamic=False)
+        torch.testing.assert_close(out_dot[1], x.detach().cos())
+        (gradient,) = torch.autograd.grad(out[1].sum(), x)
+        torch.testing.assert_close(gradient, x.detach().cos())
+    assert seen
