@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from jvpgraph.graph.strides import overlaps
-from jvpgraph.graph.torch_level import emit, has_marker, memory_of
+from jvpgraph.graph.strides import memory_of, overlaps
+from jvpgraph.graph.torch_level import emit, has_marker
 from jvpgraph.passes.context import Context
 
 __all__ = ["copy_overlapping_outputs"]
@@ -28,10 +28,10 @@ def copy_overlapping_outputs(gm: fx.GraphModule, context: Context) -> None:
     if not has_marker(gm):
         return
     output = gm.graph.output_node()
-    inputs = {memory_of(node) for node in gm.graph.find_nodes(op="placeholder")} - {None}
+    inputs = {memory_of(node.meta.get("example_value")) for node in gm.graph.find_nodes(op="placeholder")} - {None}
     for node in output.all_input_nodes:
         value = node.meta.get("example_value")
-        if isinstance(value, Tensor) and value.requires_grad and _overlaps(value) and memory_of(node) not in inputs:
+        if isinstance(value, Tensor) and value.requires_grad and _overlaps(value) and memory_of(value) not in inputs:
             with gm.graph.inserting_before(output):
                 copy = emit(node, torch.clone, node, memory_format=torch.contiguous_format)
             output.replace_input_with(node, copy)

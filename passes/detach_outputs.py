@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from jvpgraph.graph.torch_level import emit, has_marker, memory_of
+from jvpgraph.graph.strides import memory_of
+from jvpgraph.graph.torch_level import emit, has_marker
 from jvpgraph.passes.context import Context
 
 __all__ = ["detach_outputs"]
@@ -32,14 +33,14 @@ def detach_outputs(gm: fx.GraphModule, context: Context) -> None:
         return
     output = gm.graph.output_node()
     values = {x: v for x in output.all_input_nodes if isinstance(v := x.meta.get("example_value"), FakeTensor)}
-    with_gradients = {memory_of(x) for x, v in values.items() if v.requires_grad and not _is_constant_view(v)}
-    with_gradients -= {memory_of(x) for x in gm.graph.find_nodes(op="placeholder")}
+    with_gradients = {memory_of(v) for v in values.values() if v.requires_grad and not _is_constant_view(v)}
+    with_gradients -= {memory_of(x.meta.get("example_value")) for x in gm.graph.find_nodes(op="placeholder")}
     for node, value in values.items():
         constant = node
         with gm.graph.inserting_before(output):
             if _is_constant_view(value):
                 constant = emit(constant, torch.detach, constant)
-            if (constant is not node or not value.requires_grad) and memory_of(node) in with_gradients:
+            if (constant is not node or not value.requires_grad) and memory_of(value) in with_gradients:
                 constant = emit(constant, torch.clone, constant)
         if constant is not node:
             output.replace_input_with(node, constant)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
+
+from jvpgraph.graph.strides import memory_of
 
 __all__ = ["owners_of_outputs"]
 
@@ -16,8 +17,6 @@ def owners_of_outputs(output: fx.Node) -> list[Any]:
     return [owner.setdefault(_memory(x) or i, i) for i, x in enumerate(output.args[0])]  # type: ignore[arg-type]
 
 
-def _memory(node: Any) -> Any:
-    """None where that is not known; a storage's address is no small number, as positions are."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    dense = isinstance(value, Tensor) and hasattr(value, "fake_mode") and value.layout is torch.strided
-    return value.untyped_storage()._cdata if dense and isinstance(value, Tensor) else None
+def _memory(node: Any) -> int | None:
+    """A storage's address, which is no small number, as positions are."""
+    return memory_of(node.meta.get("val")) if isinstance(node, fx.Node) else None

@@ -7,9 +7,10 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true, statically_known_true
 
-__all__ = ["flat_memory", "in_layout", "overlaps", "span_of"]
+__all__ = ["flat_memory", "in_layout", "memory_of", "overlaps", "span_of"]
 
 
 def in_layout(x: Tensor, like: Tensor) -> Tensor:
@@ -60,3 +61,9 @@ def flat_memory(x: Tensor, like: Tensor) -> Tensor:
     strides = _as_numbers(like.stride())
     order = sorted(range(like.dim()), key=lambda d: -strides[d])
     return x.permute(order).clone(memory_format=torch.contiguous_format).view(-1)
+
+
+def memory_of(value: Any) -> int | None:
+    """What identifies the memory of a fake value; None of what is not known, or has none."""
+    is_dense = isinstance(value, FakeTensor) and value.layout is torch.strided
+    return value.untyped_storage()._cdata if is_dense else None

@@ -34,7 +34,6 @@ __all__ = [
     "inputs_of_body",
     "is_in_place",
     "is_of_numpy",
-    "memory_of",
     "same_shape",
     "wants_gradients_of_tangents",
 ]
@@ -213,9 +212,3 @@ def same_shape(x: Tensor, y: Tensor) -> bool:
 def graphs_in(gm: fx.GraphModule) -> list[fx.GraphModule]:
     """gm and the bodies of all higher-order ops in it."""
     return [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
-
-
-def memory_of(node: fx.Node) -> int | None:
-    """What identifies the memory of a node's fake example; None of what is not known, or has none."""
-    x = node.meta.get("example_value")
-    return x.untyped_storage()._cdata if isinstance(x, FakeTensor) and x.layout is torch.strided else None
