@@ -89,13 +89,13 @@ class Backend:
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses) -> Compiled:
         """AOTAutograd, the passes on its joint graph, and code."""
-        make_code = _COMPILE[self.compiler]
-        if self.explains and any(isinstance(x, torch.Tensor) and x.is_meta for x in example_inputs):
-            make_code = _eager  # Inductor takes what is on meta for something that nobody computes
         if not self.explains:
-            return make_code(gm, example_inputs, passes)
+            return _COMPILE[self.compiler](gm, example_inputs, passes)
+        on_meta = any(isinstance(x, torch.Tensor) and x.is_meta for x in example_inputs)
         with functorch_config.patch(enable_autograd_cache=False):  # what is cached does not go through the passes
-            return make_code(gm, example_inputs, passes, no_code)
+            if self.compiler == "eager" or on_meta:  # which Inductor takes for something that nobody computes
+                return _eager(gm, example_inputs, passes)
+            return _inductor(gm, example_inputs, passes, _no_code)
 
 
 def _refuse_a_break_between_markers(gm: fx.GraphModule) -> None:
@@ -192,7 +192,7 @@ def backend(compiler: str = "inductor", config: Config | None = None) -> Backend
     return Backend(compiler, config)
 
 
-def no_code(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Compiled:
+def _no_code(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Compiled:
     """Instead of code, for a graph that is only explained."""
     return make_boxed_func(gm.forward)
 
@@ -255,9 +255,7 @@ def _is_renamed(x: Any) -> bool:
     return isinstance(x, torch.SymInt) and x.node.expr.is_symbol and x.node.expr != x.node._expr
 
 
-def _eager(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses, inner: Callable[..., Any] | None = None
-) -> Compiled:
+def _eager(gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses) -> Compiled:
     def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         passes(joint.graph)
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
@@ -289,7 +287,7 @@ def _views_to_reshapes(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-_COMPILE: dict[str, Callable[..., Compiled]] = {
+_COMPILE: dict[str, Callable[[fx.GraphModule, Sequence[Any], JointPasses], Compiled]] = {
     "inductor": _inductor,
     "eager": _eager,
 }
