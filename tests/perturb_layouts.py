@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from jvpgraph.graph.recorder import Recorder, value_of
 from jvpgraph.passes.context import Context
+from jvpgraph.passes.decompose import decompose
 from jvpgraph.passes.pipeline import AFTER_AUTOGRAD, ON_ATEN_GRAPH, Stage
 
 BACKEND = importlib.import_module("jvpgraph.backend")  # the package has a function of that name
@@ -96,7 +97,8 @@ def perturbed() -> Iterator[None]:
     """Whatever is compiled in this context goes through the pass, last before the compiler's own decompositions."""
 
     def with_it(stage: Stage) -> Stage:
-        return replace(stage, steps=(*stage.steps[:-1], perturb_layouts, stage.steps[-1]))
+        at = stage.steps.index(decompose)
+        return replace(stage, steps=(*stage.steps[:at], perturb_layouts, *stage.steps[at:]))
 
     with (
         patch.object(BACKEND, "ON_ATEN_GRAPH", with_it(ON_ATEN_GRAPH)),
