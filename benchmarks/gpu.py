@@ -7,7 +7,7 @@ Stages, each a process of its own, so that none takes the others down:
   environment  device, versions, commit; the matmul ceiling and the bandwidth that the figures are held against
   tests        the attention tests on the device
   memcheck     one small case under compute-sanitizer
-  sweep        tiles near those of the block table
+  sweep        tiles near those of the block table: benchmarks/tiles.py
   attention    attention and its JVP beside their peers: benchmarks/attention.py
   backward     the backward, and that of the tangent: benchmarks/attention_backward.py
   plot         of what `attention` found

@@ -203,9 +203,9 @@ def small_case(part: Part) -> None:
 
 
 def sweep(part: Part) -> None:
-    from benchmarks import attention
+    from benchmarks import tiles
 
-    attention.sweep(part)
+    tiles.sweep(part)
 
 
 def attention(part: Part) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import attention, gpu, stages
+from benchmarks import attention, attention_peers, gpu, stages
 from benchmarks.gpu import Stage
 from benchmarks.part import Part
 
@@ -71,7 +71,7 @@ def test_dry_run(tmp_path):
     entries = found["stages"]["attention"]["cases"]
     assert [entry["case"] for entry in entries] == [case.key for case in attention.cases(dry_run=True)]
     assert {entry["kind"] for entry in entries} == {"self", "cross"}
-    assert {name for entry in entries for name in entry["peers"]} == set(attention.PEERS)
+    assert {name for entry in entries for name in entry["peers"]} == set(attention_peers.PEERS)
     for entry in entries:
         product = 2 * entry["batch"] * entry["heads"] * entry["n"] * entry["n_kv"] * entry["head_dim"]
         assert entry["flop"] == {"self": 6, "cross": 4}[entry["kind"]] * product
@@ -129,7 +129,7 @@ def part(tmp_path) -> Part:
 
 @pytest.fixture
 def two_cases(monkeypatch):
-    chosen = [attention.Case(kind, 16, 1, 1, 32, 32, ("jvpgraph", "func.jvp")) for kind in ("self", "cross")]
+    chosen = [attention_peers.Case(kind, 16, 1, 1, 32, 32, ("jvpgraph", "func.jvp")) for kind in ("self", "cross")]
     monkeypatch.setattr(attention, "cases", lambda dry_run: chosen)
     monkeypatch.setattr(attention, "compile_ahead", lambda part, what: None)
     return chosen
@@ -139,7 +139,7 @@ def test_no_figure_for_a_wrong_result(part, two_cases, monkeypatch):
     def wrong(case, x):
         return lambda: (x.q, x.q)
 
-    monkeypatch.setitem(attention.PEERS, "func.jvp", wrong)
+    monkeypatch.setitem(attention_peers.PEERS, "func.jvp", wrong)
     attention.measure(part)
     for entry in part.data["cases"]:
         assert set(entry["peers"]["func.jvp"]) == {"wrong", "error", "memory_bytes"}
@@ -151,7 +151,7 @@ def test_a_wrong_result_of_ours_fails_the_stage(part, two_cases, monkeypatch):
     def unwritten(case, x):
         return lambda: (x.q.new_full(x.q.shape, float("nan")), None)
 
-    monkeypatch.setitem(attention.PEERS, "jvpgraph", unwritten)
+    monkeypatch.setitem(attention_peers.PEERS, "jvpgraph", unwritten)
     with pytest.raises(SystemExit, match="jvpgraph"):
         attention.measure(part)
     assert len(part.data["cases"]) == 2
@@ -165,7 +165,7 @@ def test_a_process_that_died_goes_on_without_the_peer_that_killed_it(part, two_c
         calls.append(case.kind)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setitem(attention.PEERS, "func.jvp", deadly)
+    monkeypatch.setitem(attention_peers.PEERS, "func.jvp", deadly)
     with pytest.raises(SystemExit, match="illegal memory access"):
         attention.measure(part)
     assert part.data["running"] == ["self D=16 N=32 math", "func.jvp"]
@@ -205,4 +205,4 @@ def test_cases_of_a_gpu():
     for case in cases:
         assert case.n_kv == (case.n if case.kind == "self" else 512)
         assert case.matmuls("jvpgraph") * case.product < 50e12
-        assert set(case.peers) <= set(attention.PEERS)
+        assert set(case.peers) <= set(attention_peers.PEERS)
