@@ -46,7 +46,7 @@ check: lint  ## before each commit, in five minutes: lint, types, and the fast t
 
 test: lint  ## all tests except the long sweeps: those of make check, kernels in the interpreter, processes, the rest
 	$(PYTEST) $(PARALLEL) --durations=15 -m "not kernels and not timing and not matrix" tests
-	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) --durations=5 -m "kernels and not matrix" $(KERNELS)
+	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) --durations=5 -m "kernels and not matrix" $(KERNELS)
 	$(PYTEST) -m timing tests/test_regions.py tests/test_data.py tests/test_checkpoint.py
 
 test-dist: $(READY)  ## every combination of parallelism on real process groups, with a table of errors

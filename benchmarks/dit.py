@@ -153,7 +153,10 @@ def main() -> None:
         print(f"{name:22s}{1e3 * value:10.1f}{value / floor:10.2f}{error:>24s}")
     if o.out is not None:
         o.out.mkdir(parents=True, exist_ok=True)
-        record = environment(o.device) | {"settings": {k: str(v) for k, v in vars(o).items() if k != "out"}, "seconds": medians}
+        record = environment(o.device) | {
+            "settings": {k: str(v) for k, v in vars(o).items() if k != "out"},
+            "seconds": medians,
+        }
         record |= {"ratio": {n: v / floor for n, v in medians.items()}, "tangent_error": errors}
         path = o.out / f"dit_{o.device}_{o.dtype}_{o.tokens}.json"
         path.write_text(json.dumps(record, indent=2) + "\n")

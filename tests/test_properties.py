@@ -225,7 +225,7 @@ def forget_some() -> None:
         torch._dynamo.reset()
 
 
-@examples(in_ci=8, in_fuzz=400)
+@examples(in_ci=5, in_fuzz=400)
 @given(case=dit_like_modules())
 def test_transformer_as_graph(case: DiTCase):
     forget_some()
@@ -266,7 +266,7 @@ def test_program_op_by_op(graph: Graph, with_grad: bool):
     check_graph(graph, ["op_by_op"], with_grad)
 
 
-@examples(in_ci=40, in_fuzz=6000)
+@examples(in_ci=30, in_fuzz=6000)
 @given(graph=op_graphs(), with_grad=st.booleans(), perturb=st.booleans())
 def test_program_on_three_backends(graph: Graph, with_grad: bool, perturb: bool):
     forget_some()

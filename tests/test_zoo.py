@@ -8,6 +8,7 @@ from itertools import chain
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import jvpgraph
 from tests.zoo import sweep
@@ -58,25 +59,13 @@ def test_one_graph(name):
     assert result.table > 50
 
 
-# Under Inductor, a minute or two each: one layer of each kind of block. `make zoo` has the other families.
-DEFAULT = {
-    "SanaTransformer2DModel": {"num_layers": 1},
-    "FluxTransformer2DModel": {},
-}
-# A third size where the second was once the last.
-THRICE = {"SanaTransformer2DModel"}
-
-
 @pytest.mark.filterwarnings("default")  # an error, raised inside the compiler, would look like a failure of its own
-@pytest.mark.parametrize("name", DEFAULT)
-def test_default(name, one_thread):
+def test_default(one_thread):
     """Inductor in float32, symbolic sizes, of which the second changes every dim, compiled once: value, tangent,
-    gradients of parameters and inputs."""
-    case, variants = CASES[name], (0, 1, 2) if name in THRICE else (0, 1)
-    run = sweep.examine(replace(case, config=case.config | DEFAULT[name]), "float32", True, variants=variants)
-    assert (run["status"], run.get("capture"), run["sizes"]) == ("right", "one graph", len(variants)), sweep.line(
-        name, run
-    )
+    gradients of parameters and inputs. One class here, which takes a minute; `make zoo` has all."""
+    name = "FluxTransformer2DModel"
+    run = sweep.examine(CASES[name], "float32", True)
+    assert (run["status"], run.get("capture"), run["sizes"]) == ("right", "one graph", 2), sweep.line(name, run)
     assert run["gradients"]
 
 
@@ -144,7 +133,10 @@ def test_attention_written_by_hand_is_fused():
     """T5FilmDecoder spells softmax(q k') v out."""
     case = CASES["T5FilmDecoder"]
     inputs = case.inputs(0)
-    found = jvpgraph.transform(case.build()).explain(**inputs, tangents=random_tangents(inputs, case.tangents))
+    with torch.no_grad():
+        found = jvpgraph.transform(case.build(), backend="eager").explain(
+            **inputs, tangents=random_tangents(inputs, case.tangents)
+        )
     assert found.fused == len(found.swapped) > 0
     assert not found.left
 
