@@ -166,8 +166,11 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_can_be_made_longer(tmp_path: Path) -> None:
+def test_a_run_can_be_made_longer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "jvpgraph.trainer")
     whole = train(config_of(tmp_path / "whole", [stage("dcm", 3), stage("scm", 2)]))
+    (said,) = [record.getMessage() for record in caplog.records if "attention" in record.getMessage()]
+    assert said == "attention with its tangent: 1 by blocks of torch ops, backward by ATen's flash for CPUs"
     train(config_of(tmp_path / "run", [stage("dcm", 2)]))
     longer = train(config_of(tmp_path / "run", [stage("dcm", 3), stage("scm", 2)]))
     expected, found = (content(last_checkpoint(folder), tmp_path / "content.pt") for folder in (whole, longer))

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0 done, 1 failed, 2 wrong usage or settings, 130 stopped."""
     args = parse(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")  # warnings, such as those of a skipped shard
+    logging.getLogger("jvpgraph.trainer").setLevel(logging.INFO)  # and what computes the attention
     try:
         args.run(args)
     except KeyboardInterrupt:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import jvpgraph
+from jvpgraph.passes.context import Report
 from jvpgraph.trainer.batch import Batch, drop_condition
 from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
@@ -95,6 +97,7 @@ def train_here(config: RunConfig, layout: Layout, fresh: bool) -> Path:
         stack.push(partial(finish, checkpoints))
         last = checkpoints.latest()
         done = 0 if last is None else checkpoint_step(last)
+        said = 0
         log: RunLog | None = None
 
         def open_log() -> None:
@@ -115,6 +118,7 @@ def train_here(config: RunConfig, layout: Layout, fresh: bool) -> Path:
                 checkpoints.save(0, stage.state())  # so that there is one from before anything goes wrong
             for step in range(done + 1, end + 1):
                 stage.means.add(stage.step(step))
+                said = say_kernels(networks.dual.reports, said) if layout.first else said
                 last_step = step == end
                 if last_step or due(step, config.log.every):
                     means = stage.means.take()
@@ -138,6 +142,15 @@ def train_here(config: RunConfig, layout: Layout, fresh: bool) -> Path:
 
 def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def say_kernels(reports: Sequence[Report], said: int) -> int:
+    """What computes attention with its tangent, and why nothing faster does, in graphs of which ``said`` were reported
+    before; how many there are now."""
+    kernels = sum((report.kernels for report in reports[said:]), Counter[str]())
+    for kernel, count in kernels.most_common():
+        logger.info("attention with its tangent: %d by %s", count, kernel)
+    return len(reports)
 
 
 def finish(checkpoints: Checkpoints, kind: type[BaseException] | None, *_: Any) -> None:
