@@ -10,6 +10,7 @@ from torch._ops import OpOverload
 
 from jvpgraph.graph.meta import TANGENT_META
 from jvpgraph.graph.recorder import Recorder, value_of
+from jvpgraph.graph.strides import memory_of
 from jvpgraph.passes.context import Context
 
 __all__ = ["decompose"]
@@ -73,7 +74,7 @@ def _is_view(node: fx.Node) -> bool:
 def _memory(node: fx.Node) -> int | None:
     value = value_of(node)
     parts = [value] if isinstance(value, Tensor) else value
-    return parts[0].untyped_storage()._cdata if parts else None
+    return memory_of(parts[0]) if parts else None
 
 
 def _gives_tensors(node: fx.Node) -> bool:

@@ -9,25 +9,10 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import jvpgraph
+from tests.kinds.programs import InPlace, WithJvp
 
 BACKENDS = ("op_by_op", "eager", "inductor")
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
-
-
-class Round(torch.autograd.Function):
-    """Straight through."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.round()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
-
-    @staticmethod
-    def jvp(ctx, x_dot):
-        return x_dot
 
 
 class Product(torch.autograd.Function):
@@ -58,23 +43,6 @@ class Product(torch.autograd.Function):
         return 7 * (x_dot * w + x * w_dot) * ctx.n, None
 
 
-class Twice(torch.autograd.Function):
-    """In place."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.mark_dirty(x)
-        return x.mul_(2)
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * g
-
-    @staticmethod
-    def jvp(ctx, x_dot):
-        return x_dot.mul_(2)
-
-
 class Reversed(torch.autograd.Function):
     """The argument itself, with another derivative."""
 
@@ -96,7 +64,7 @@ library = torch.library.Library("jvpgraph_functions", "DEF")
 library.define("product(Tensor x, Tensor w) -> Tensor")
 library.impl("product", lambda x, w: x * w, "CompositeExplicitAutograd")
 torch.library.register_fake("jvpgraph_functions::product", lambda x, w: x * w, lib=library)
-round_ = Round.apply  # taken once, as modules do
+round_ = WithJvp.apply  # taken once, as modules do
 
 
 class Net(nn.Module):
@@ -110,13 +78,13 @@ class Net(nn.Module):
             case "straight through":
                 return round_(3 * before * w) * w
             case "as it is":
-                return Round.apply(x)
+                return WithJvp.apply(x)
             case "saved, with a default":
                 return Product.apply(before, w)[0] + Product.apply(w, before, 2)[0]
             case "an inactive argument":
                 return Product.apply(before, w.detach())[0] * round_(w)
             case "in place":
-                return Twice.apply(before * w) + x
+                return InPlace.apply(before * w) + x
             case "the argument back":
                 return Reversed.apply(before) * w + before
             case "in a checkpoint":
@@ -228,10 +196,10 @@ def test_between_regions_and_in_them():
 
 def test_plain_calls_and_other_compiled_code_stay():
     """Nothing is left behind on the Functions, and the Dynamo of others is what it was."""
-    forward = Round.forward
+    forward = WithJvp.forward
     x = torch.randn(3, 4).double()
     jvpgraph.transform(Net(), backend="op_by_op")(x, "as it is", tangents={"x": x})
-    assert Round.forward is forward
+    assert WithJvp.forward is forward
     with pytest.raises(torch._dynamo.exc.Unsupported, match="jvp"):
         torch.compile(round_, backend="eager", fullgraph=True)(x.clone().requires_grad_())
 
@@ -244,7 +212,7 @@ def test_gradients_of_the_tangent_are_refused(backend):
         dual(x, "straight through", tangents={"x": x})
 
 
-class WrongNumber(Round):
+class WrongNumber(WithJvp):
     @staticmethod
     def jvp(ctx, x_dot):
         return x_dot, x_dot
