@@ -35,6 +35,8 @@ NEAREST = {  # the tests of a file that take seconds
     "jvpgraph/verify.py": ("verify",),
     "jvpgraph/graph/recorder.py": ("recorder", "linearize", "passes"),
     "jvpgraph/rules/apply.py": ("linearize", "rules"),
+    "jvpgraph/op_by_op": ("op_by_op",),
+    "jvpgraph/regions": ("regions",),
     "passes/linearize.py": ("linearize",),
     "passes/drop_dead_tangents.py": ("passes",),
     "passes/fuse_attention.py": ("passes",),
@@ -51,6 +53,9 @@ NEAREST = {  # the tests of a file that take seconds
     "passes/detach_outputs.py": ("torch_passes",),
     "passes/swap_attention.py": ("torch_passes",),
     "passes/recognize_attention.py": ("torch_passes", "swap_attention"),
+}
+ONLY = {  # which of their tests, by pytest's -k
+    "jvpgraph/op_by_op": "not right_or_refused and not between_regions",
 }
 SWAPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Eq: ast.NotEq,
@@ -191,7 +196,7 @@ def _read_instead(file: Path, source: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="such as jvpgraph/verify.py")
-    parser.add_argument("--tests", nargs="+", help="test files; default: those in NEAREST")
+    parser.add_argument("--tests", nargs="+", help="test files, and what else pytest takes; default: those in NEAREST")
     parser.add_argument("--sample", type=int, default=0, help="at most so many mutants a file, drawn with --seed")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -199,9 +204,15 @@ def main() -> int:
     assert "jvpgraph" not in sys.modules, "a mutant is imported for the first time"
     lived = 0
     for name in arguments.files:
-        tests = arguments.tests or [f"tests/test_{stem}.py" for stem in NEAREST[name]]
-        lived += report(name, [test for test in tests if Path(test).exists()], arguments.sample, arguments.seed)
+        lived += report(name, arguments.tests or nearest(name), arguments.sample, arguments.seed)
     return min(lived, 1)
+
+
+def nearest(name: str) -> list[str]:
+    """What pytest is given: the nearest tests of a file, or of its folder."""
+    key = name if name in NEAREST else os.path.dirname(name)
+    chosen = ["-k", ONLY[key]] if key in ONLY else []
+    return [*(f"tests/test_{stem}.py" for stem in NEAREST[key]), *chosen]
 
 
 def report(name: str, tests: list[str], sample: int, seed: int) -> int:

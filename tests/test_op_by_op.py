@@ -532,8 +532,31 @@ class TestLevels:
         x, x_dot = inputs()
         with forward_ad.dual_level(), pytest.raises(ValueError, match="would be lost"):
             call(torch.sin, way, forward_ad.make_dual(x, x_dot), x_dot)
-        with pytest.raises(ValueError, match=r"inside torch.func's jvp"):
-            torch.func.jvp(lambda x: call(torch.sin, "op_by_op", x, x_dot)[0], (x,), (x_dot,))
+
+    @pytest.mark.parametrize("held", ["weight", "scale"])
+    def test_so_would_that_of_a_parameter_or_a_buffer(self, held):
+        x, x_dot = inputs()
+        model = nn.Linear(4, 4).double()
+        model.register_buffer("scale", torch.ones(4).double())
+        of = model._parameters if held == "weight" else model._buffers
+        dual = jvpgraph.transform(model, backend="op_by_op")
+        with forward_ad.dual_level():
+            assert_close(dual(x, tangents={"input": x_dot})[1], x_dot @ model.weight.T)
+            of[held] = forward_ad.make_dual(of[held].detach(), torch.ones_like(of[held]))
+            with pytest.raises(ValueError, match="would be lost"):
+                dual(x, tangents={"input": x_dot})
+
+    @pytest.mark.parametrize("name", ["jvp", "vmap", "grad"])
+    def test_a_call_inside_a_transform_is_refused(self, name):
+        x, x_dot = inputs()
+        fn = lambda x: call(torch.neg, "op_by_op", x, x_dot)[1].sum()  # noqa: E731
+        calls = {
+            "jvp": lambda: torch.func.jvp(fn, (x,), (x_dot,)),
+            "vmap": lambda: torch.func.vmap(fn)(x.expand(2, 4)),
+            "grad": lambda: torch.func.grad(lambda a: a.sum() * fn(x))(x),
+        }
+        with pytest.raises(ValueError, match=f"inside torch.func's {name}: nest"):
+            calls[name]()
 
     def test_the_modes_are_gone_afterwards(self):
         x, x_dot = inputs()
@@ -553,6 +576,12 @@ def test_encoder_layers_take_the_way_that_has_a_tangent():
     with torch.no_grad():
         y_dot = jvpgraph.transform(encoder, backend="op_by_op")(x, tangents={"src": x})[1]
         assert_close(y_dot, differences(encoder, x, x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_refusal_without_a_line_of_the_user_says_so(monkeypatch):
+    monkeypatch.setattr("jvpgraph.op_by_op.refusals.frames", lambda: iter(()))
+    with pytest.raises(jvpgraph.UnsupportedOp, match=r"\(no source line\)"):
+        call(lambda x: x * x.sum().item(), "op_by_op", *inputs())
 
 
 def test_other_higher_order_ops_are_named():

@@ -22,26 +22,19 @@ def refuse_other_levels(inputs: Any, call: Any) -> None:
 
     Raises:
         UnsupportedOp: this call is made by a model that is itself called with tangents.
-        ValueError: an input, a parameter or a buffer has a tangent of PyTorch's own forward AD, or is a stand-in of one
-            of the transforms that would lose what it stands for: ``torch.func.jvp`` and ``vmap``.
+        ValueError: an input, a parameter or a buffer has a tangent of PyTorch's own forward AD, or the call is made
+            inside one of torch.func's transforms.
     """
     if any(isinstance(mode, OpByOp) for mode in _get_current_dispatch_mode_stack()):
         raise refusal("a call with tangents", "it is made inside a model that is itself called with tangents")
-    transforms = _functorch_transforms()
-    if forward_ad._current_level < 0 and not transforms:
-        return
+    transforms = {interpreter.key().name for interpreter in torch._C._functorch.get_interpreter_stack() or ()}
+    if transforms:
+        names = " and ".join(sorted(transforms)).lower()
+        raise ValueError(f"a call with tangents inside torch.func's {names}: nest them the other way round")
     own = [*call.parameters(), *call.buffers()] if isinstance(call, torch.nn.Module) else []
     tensors = [x for x in tree_leaves([inputs, own]) if isinstance(x, Tensor)]
-    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)) and transforms & {"Jvp", "Vmap"}:
-        names = " and ".join(sorted(transforms & {"Jvp", "Vmap"})).lower()
-        raise ValueError(f"a call with tangents inside torch.func's {names}: nest them the other way round")
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if has_tangent(x)):
         raise ValueError(
             "an input, parameter or buffer has a tangent of torch.autograd.forward_ad, which would be lost: pass it in "
             "tangents=, or pass the primal alone"
         )
-
-
-def _functorch_transforms() -> set[str]:
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    return {str(interpreter.key()).rsplit(".", 1)[-1] for interpreter in stack}

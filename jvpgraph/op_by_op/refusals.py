@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch._ops import OpOverload
@@ -25,9 +26,9 @@ def unsupported(func: OpOverload, dots: dict[str, Any], reason: str) -> Unsuppor
 def user_line() -> str:
     """The innermost Python frame outside of torch and this package."""
     for frame in frames():
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch.", "jvpgraph.")) and module not in ("torch", "jvpgraph"):
+        package = frame.f_globals.get("__name__", "").split(".")[0]
+        if package not in ("torch", "jvpgraph"):
             code = frame.f_code
             name = getattr(code, "co_qualname", code.co_name)
-            return f"{code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno} in {name}"
+            return f"{Path(code.co_filename).name}:{frame.f_lineno} in {name}"
     return "(no source line)"
