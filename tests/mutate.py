@@ -35,7 +35,14 @@ NEAREST = {  # the tests of a file that take seconds
     "jvpgraph/verify.py": ("verify",),
     "jvpgraph/graph/recorder.py": ("recorder", "linearize", "passes"),
     "jvpgraph/rules/apply.py": ("linearize", "rules"),
-    "jvpgraph/op_by_op": ("op_by_op",),
+    "jvpgraph/op_by_op": (
+        "shadows",
+        "op_by_op",
+        "memory_layout",
+        "autograd_functions",
+        "checkpointing",
+        "python_numbers",
+    ),
     "jvpgraph/regions": ("regions",),
     "passes/linearize.py": ("linearize",),
     "passes/drop_dead_tangents.py": ("passes",),
@@ -55,7 +62,9 @@ NEAREST = {  # the tests of a file that take seconds
     "passes/recognize_attention.py": ("torch_passes", "swap_attention"),
 }
 ONLY = {  # which of their tests, by pytest's -k
-    "jvpgraph/op_by_op": "not right_or_refused and not between_regions",
+    "jvpgraph/op_by_op": "shadows or (op_by_op and not right_or_refused and not between_regions)",
+    "jvpgraph/regions/find.py": "find or Choice or Errors or structure or scripted",
+    "jvpgraph/rules/apply.py": "not symbolic_sizes",
 }
 SWAPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Eq: ast.NotEq,
@@ -210,9 +219,10 @@ def main() -> int:
 
 def nearest(name: str) -> list[str]:
     """What pytest is given: the nearest tests of a file, or of its folder."""
-    key = name if name in NEAREST else os.path.dirname(name)
-    chosen = ["-k", ONLY[key]] if key in ONLY else []
-    return [*(f"tests/test_{stem}.py" for stem in NEAREST[key]), *chosen]
+    folder = os.path.dirname(name)
+    stems, chosen = NEAREST.get(name) or NEAREST[folder], ONLY.get(name) or ONLY.get(folder)
+    found = [test for test in (f"tests/test_{stem}.py" for stem in stems) if Path(test).exists()]
+    return [*found, *(["-k", chosen] if chosen else [])]
 
 
 def report(name: str, tests: list[str], sample: int, seed: int) -> int:

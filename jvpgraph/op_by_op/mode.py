@@ -415,6 +415,17 @@ class OpByOp(Shadows, TorchDispatchMode):
     ) -> Any:
         """The tangent of the functional form first, from the old values; then the write itself."""
         targets = [x for name in writes for x in tensors_in(arguments[name])]
+        drawn = func._schema.name.removeprefix("aten::") in DRAWS
+        dot = None if drawn else self._tangent_of_write(func, arguments, writes, targets, dots)
+        out = func(*args, **kwargs)
+        for x, x_dot in zip(targets, _flat_dots(dot, len(targets))):
+            if has_tangent(x) and (x_dot is not None or self.shadowed(x)):
+                self._record(func, x, torch.zeros_like(x) if x_dot is None else x_dot)
+        return out
+
+    def _tangent_of_write(
+        self, func: OpOverload, arguments: dict[str, Any], writes: list[str], targets: list[Tensor], dots: Any
+    ) -> Any:
         functional = functional_form(func)
         if any(_reads_later(value, targets) for name, value in arguments.items() if name not in writes):
             raise UnsupportedOp([unsupported(func, dots, "it reads for one tensor what it wrote for an earlier one")])
@@ -423,20 +434,14 @@ class OpByOp(Shadows, TorchDispatchMode):
         inputs = {a.name for a in functional._schema.arguments}
         arguments = {name: v for name, v in arguments.items() if name in inputs}
         dots = {name: dot for name, dot in dots.items() if name in inputs}
-        dot = before = None
+        if not dots:
+            return None
         if torch.Tag.nondeterministic_seeded in functional.tags:
-            if dots and func._schema.name.removeprefix("aten::") not in DRAWS:
-                raise UnsupportedOp([unsupported(func, dots, "it draws random numbers in place")])
-        elif dots:
-            before = functional(**arguments) if func is not aten.copy_.default else targets[0]
-            if len(tensors_in(before)) != len(targets):
-                raise UnsupportedOp([unsupported(func, dots, "it writes to more than its functional form returns")])
-            dot = self._rule(functional, before, arguments, dots)
-        out = func(*args, **kwargs)
-        for x, x_dot in zip(targets, _flat_dots(dot, len(targets))):
-            if has_tangent(x) and (x_dot is not None or self.shadowed(x)):
-                self._record(func, x, torch.zeros_like(x) if x_dot is None else x_dot)
-        return out
+            raise UnsupportedOp([unsupported(func, dots, "it draws random numbers in place")])
+        before = functional(**arguments) if func is not aten.copy_.default else targets[0]
+        if len(tensors_in(before)) != len(targets):
+            raise UnsupportedOp([unsupported(func, dots, "it writes to more than its functional form returns")])
+        return self._rule(functional, before, arguments, dots)
 
     def _rule(self, func: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[str, Any]) -> Any:
         if not any_has_tangent(func, out):
@@ -456,8 +461,7 @@ class OpByOp(Shadows, TorchDispatchMode):
             return
         for o, d in [(out, dot)] if isinstance(out, Tensor) else zip(out, dot):
             if isinstance(d, Unknown):
-                if (key := key_of(o)) is not None:
-                    self._unknown[key] = unsupported(func, {}, d.reason)
+                self.set_unknown(o, unsupported(func, {}, d.reason))
             elif d is not None:
                 self.set_tangent(o, d)
         if self._observer is not None:

@@ -33,7 +33,7 @@ class Shadows:
         self._unwritten: dict[StorageWeakRef, str] = {}  # of those, what is "empty" or "zero" as far as ops can tell
         self._handed_out: dict[StorageWeakRef, str] = {}  # memory that others know of, and by what
         self._stopped = WeakTensorKeyDictionary()  # what detach made and its views: in a storage with a shadow, without
-        self._unknown: dict[StorageWeakRef | None, UnsupportedNode] = {}  # what no rule has a tangent of, and its op
+        self._unknown: dict[StorageWeakRef, UnsupportedNode] = {}  # what no rule has a tangent of, and its op
         self._newborn = Newborn()
 
     def tangent(self, x: Tensor) -> Tensor | None:
@@ -117,12 +117,19 @@ class Shadows:
                 x, x_dot = x.narrow(dim, 0, 1), x_dot.narrow(dim, 0, 1)
         view_of(shadow, x).copy_(x_dot)
 
+    def set_unknown(self, x: Tensor, node: UnsupportedNode) -> None:
+        """Refuse every use of ``x``, as ``node`` says."""
+        key = key_of(x)
+        if key is None:
+            raise UnsupportedOp([node])
+        self._unknown[key] = node
+
     def sweep(self) -> None:
         """Drop what is known of storages that are gone."""
         self._shadows = {key: shadow for key, shadow in self._shadows.items() if not key.expired()}
         self._dtypes = {key: self._dtypes[key] for key in self._shadows}
         self._seen = {key: None for key in self._seen if not key.expired()}
-        self._unknown = {key: node for key, node in self._unknown.items() if key is not None and not key.expired()}
+        self._unknown = {key: node for key, node in self._unknown.items() if not key.expired()}
         self._unwritten = {key: value for key, value in self._unwritten.items() if not key.expired()}
 
     def bytes(self) -> int:
