@@ -43,6 +43,7 @@ NEAREST = {  # the tests of a file that take seconds
         "checkpointing",
         "python_numbers",
     ),
+    "jvpgraph/regions/find.py": ("find_regions",),
     "jvpgraph/regions": ("regions",),
     "passes/linearize.py": ("linearize",),
     "passes/drop_dead_tangents.py": ("passes",),
@@ -63,7 +64,6 @@ NEAREST = {  # the tests of a file that take seconds
 }
 ONLY = {  # which of their tests, by pytest's -k
     "jvpgraph/op_by_op": "shadows or (op_by_op and not right_or_refused and not between_regions)",
-    "jvpgraph/regions/find.py": "find or Choice or Errors or structure or scripted",
     "jvpgraph/rules/apply.py": "not symbolic_sizes",
 }
 SWAPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {

@@ -21,7 +21,8 @@ def check_choice(choice: Choice) -> None:
     """Raises: ValueError: not what ``transform`` takes as regions."""
     classes = choice if isinstance(choice, (tuple, list)) else (choice,) if isinstance(choice, type) else ()
     wrong = [c for c in classes if not (isinstance(c, type) and issubclass(c, nn.Module))]
-    if wrong or not (choice == "auto" or classes or callable(choice)):
+    asks = callable(choice) and not isinstance(choice, nn.Module)
+    if wrong or not (choice == "auto" or classes or asks):
         raise ValueError(
             f"regions must be None, 'auto', one or more classes of modules, or a function of a module, not {choice!r}"
         )
