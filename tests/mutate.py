@@ -44,7 +44,7 @@ NEAREST = {  # the tests of a file that take seconds
         "python_numbers",
     ),
     "jvpgraph/regions/find.py": ("find_regions",),
-    "jvpgraph/regions": ("regions",),
+    "jvpgraph/regions": ("region_parts", "regions"),
     "passes/linearize.py": ("linearize",),
     "passes/drop_dead_tangents.py": ("passes",),
     "passes/fuse_attention.py": ("passes",),
