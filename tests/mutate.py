@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NEAREST = {  # the tests of a file that take seconds
     "jvpgraph/verify.py": ("verify",),
     "jvpgraph/graph/recorder.py": ("recorder", "linearize", "passes"),
-    "jvpgraph/rules/apply.py": ("linearize", "rules"),
+    "jvpgraph/rules/apply.py": ("apply", "linearize", "rules"),
     "jvpgraph/op_by_op": (
         "shadows",
         "op_by_op",
