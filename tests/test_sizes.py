@@ -72,7 +72,7 @@ def test_patches_in_bfloat16():
 
 @pytest.mark.slow
 def test_sizes_of_an_image():
-    check_sizes(Image(), image, [(2, 8, 12), (3, 12, 8), (4, 16, 20)], dynamic=True)
+    check_sizes(Image(), image, [(2, 8, 12), (3, 12, 8), (4, 16, 20)])
 
 
 class Rotary(nn.Module):
