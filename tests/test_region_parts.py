@@ -285,3 +285,22 @@ def test_a_number_that_changes(x):
 
     dual = assert_same(Model(), x, regions=Scaled)
     assert not dual.regions.groups[0].cause
+
+
+@pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
+def test_what_is_handed_through_keeps_its_tangent_or_has_none(grad, x):
+    class HandsThrough(nn.Module):
+        def forward(self, x: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
+            return x, fixed
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = HandsThrough()
+
+        def forward(self, input: Tensor) -> Tensor:
+            y, fixed = self.part(input + 1, input.detach())
+            return y.sin() + fixed * 2 + input * 3
+
+    with grad():
+        assert_same(Model(), x, regions=HandsThrough)
