@@ -28,7 +28,7 @@ def copy_overlapping_outputs(gm: fx.GraphModule, context: Context) -> None:
     if not has_marker(gm):
         return
     output = gm.graph.output_node()
-    inputs = {memory_of(node.meta.get("example_value")) for node in gm.graph.find_nodes(op="placeholder")} - {None}
+    inputs = {memory_of(node.meta.get("example_value")) for node in gm.graph.find_nodes(op="placeholder")}
     for node in output.all_input_nodes:
         value = node.meta.get("example_value")
         if isinstance(value, Tensor) and value.requires_grad and _overlaps(value) and memory_of(value) not in inputs:

@@ -368,6 +368,8 @@ def test_outputs_that_share_nothing_and_graphs_without_marks_stay():
     )
     stays(detach_outputs, dynamo("y = torch.sin(x)\nd = y.detach()\nreturn y, d", x=grad(3, 4)))
     stays(copy_overlapping_outputs, dynamo("y = torch.sin(x)\nu = y.unfold(0, 2, 1)\nreturn u", x=grad(4)))
+    empty = dynamo(MARK + "y = torch.sin(a)\nu = y.expand(0, 4)\nreturn u", x=grad(4), x_dot=R(4))
+    stays(copy_overlapping_outputs, empty)
 
 
 def test_outputs_whose_elements_share_memory_are_copied():
