@@ -54,11 +54,11 @@ def sharded(module: nn.Module) -> nn.Module:
 
 
 class TestAsked:
-    @pytest.mark.parametrize("choice", ["auto", Block, (Block, Narrow), [Block], lambda m: True, nn.Module], ids=str)
+    @pytest.mark.parametrize("choice", ["auto", Block, (Block, Narrow), [Block], lambda m: True, nn.Module])
     def test_choices(self, choice):
         check_choice(choice)
 
-    @pytest.mark.parametrize("choice", ["Block", None, (), [], (Block, int), int, Block(), 1], ids=str)
+    @pytest.mark.parametrize("choice", ["Block", None, (), [], (Block, int), int, Block(), 1])
     def test_what_is_none(self, choice):
         with pytest.raises(ValueError, match="regions must be None, 'auto', one or more classes"):
             check_choice(choice)

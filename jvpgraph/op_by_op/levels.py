@@ -31,6 +31,8 @@ def refuse_other_levels(inputs: Any, call: Any) -> None:
     if transforms:
         names = " and ".join(sorted(transforms)).lower()
         raise ValueError(f"a call with tangents inside torch.func's {names}: nest them the other way round")
+    if forward_ad._current_level < 0:
+        return  # before a thousand parameters are looked at for nothing
     own = [*call.parameters(), *call.buffers()] if isinstance(call, torch.nn.Module) else []
     tensors = [x for x in tree_leaves([inputs, own]) if isinstance(x, Tensor)]
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if has_tangent(x)):
