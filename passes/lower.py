@@ -118,10 +118,18 @@ def _cumprod(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     return y if step > 1 or y is not x else x.clone()
 
 
+def _randint_like(x: Tensor, *bounds: int, **like: Any) -> Tensor:
+    """The dispatcher's gives an input with a gradient a backward that raises; Python's own call does not."""
+    low, high = bounds if len(bounds) == 2 else (0, *bounds)
+    return aten.random.to(torch.empty_like(x, **like), high - low) + low  # random.from is no name in a graph's code
+
+
 APART: dict[OpOverload, Callable[..., Tensor]] = {
     **WRITES,
     aten.polar.default: _polar,
     aten.cumprod.default: _cumprod,
+    aten.randint_like.default: _randint_like,
+    aten.randint_like.low_dtype: _randint_like,
 }
 
 

@@ -226,7 +226,10 @@ POINTWISE = [
     *row(aten.leaky_relu.default, call(R(3, 4)), call(R(3, 4), 0.2), kink(V([0.0]))),
     *row(aten.elu.default, call(R(3, 4)), call(R(3, 4), 1.5, 1.1, 0.7)),
     *row(aten.hardtanh.default, call(R(3, 4)), call(R(3, 4), 0, 1.2), kink(V([-1.0, 1.0]))),
-    *rows([aten.hardsigmoid.default, aten.hardswish.default], call(R(3, 4, low=-5, high=5))),
+    *row(aten.hardswish.default, call(R(3, 4, low=-5, high=5))),
+    # PyTorch's own derivative takes its sixth from float32.
+    *row(aten.hardsigmoid.default, call(R(3, 4, low=-5, high=5)), formula=False, reverse=False),
+    *row(aten.logit.default, call(R(3, 4, low=0.3, high=0.7)), call(R(3, 4, low=-1, high=2), 0.4)),
     # choice
     *row(aten.where.self, call(M(3, 4), R(3, 4), R(4)), call(M(3, 1), R(4), R())),
     *row(aten.masked_fill.Scalar, call(R(3, 4), M(4), 7.0), call(R(4), M(3, 4), -float("inf"))),

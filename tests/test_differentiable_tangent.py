@@ -368,3 +368,27 @@ def test_diffusers(name):
         call,
         [*model.parameters(), *primals.values()],
     )
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x.sin() * torch.randint_like(x, 2, 10) + x * torch.randint_like(x.mT, 5).mT,
+        lambda x: F.hardsigmoid(4 * x) * x,
+        lambda x: torch.logit(x.sigmoid()) * x,
+        lambda x: torch.logit(x, eps=0.2) * x,
+    ],
+    ids=["randint_like", "hardsigmoid", "logit", "logit with eps"],
+)
+def test_ops_whose_own_backward_has_no_derivative(fn):
+    x, v = torch.rand(2, 3, 4).double().unbind()
+    x.requires_grad_()
+
+    def slope(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return jvpgraph.jvp(fn, (x,), (v,), backend="eager", differentiable_tangent=True)[1]
+
+    (g,) = torch.autograd.grad(slope(x).sum(), x)
+    step = 1e-6
+    ahead, behind = (slope(x.detach() + sign * step * v).sum() for sign in (1, -1))
+    assert_close((g * v).sum(), (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)

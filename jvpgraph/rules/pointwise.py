@@ -173,8 +173,19 @@ jvp(aten.log_sigmoid_forward.default)(lambda out, x, *, x_dot: (x_dot * (-x).sig
 jvp(aten.leaky_relu.default)(lambda y, x, slope, *, x_dot: aten.leaky_relu_backward(x_dot, x, slope, False))
 jvp(aten.elu.default)(lambda y, x, a, s, i, *, x_dot: aten.elu_backward(x_dot, a, s, i, False, x))
 jvp(aten.hardtanh.default)(lambda y, x, low, high, *, x_dot: aten.hardtanh_backward(x_dot, x, low, high))
-jvp(aten.hardsigmoid.default)(lambda y, x, *, x_dot: aten.hardsigmoid_backward(x_dot, x))
+# Of hardsigmoid_backward and logit_backward PyTorch has no derivative.
+jvp(aten.hardsigmoid.default)(lambda y, x, *, x_dot: torch.where((x > -3) & (x < 3), x_dot / 6, 0))
 jvp(aten.hardswish.default)(lambda y, x, *, x_dot: aten.hardswish_backward(x_dot, x))
+
+
+@jvp(aten.logit.default)
+def logit(y, x, eps=None, *, x_dot):
+    """Clamped to [eps, 1 - eps], and constant beyond; without eps it is not defined there."""
+    low = 0.0 if eps is None or eps < 0 else eps
+    inside = (x >= low) & (x <= 1 - low)
+    p = torch.where(inside, x, 0.5)  # no 0 x inf in the gradient of what is not taken
+    return torch.where(inside, x_dot / (p * (1 - p)), torch.nan if eps is None or eps < 0 else 0)
+
 
 # Choice
 linear(aten.where.self, wrt="self other")
