@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import json
+import re
 import subprocess
 import sys
 import time
@@ -241,6 +242,7 @@ def section(results: list[dict[str, Any]]) -> str:
         rows.append(f"| {result['name']} | {', '.join(captures)} | {' | '.join(cells)} | {checkpointed} |")
         causes = [f"{run.get('regions', '')}. {run['cause']}" if run.get("regions") else run["cause"] for run in runs]
         causes += [f"wrong: {run['wrong']}" for run in runs if "wrong" in run]
+        causes = [re.sub(r"/\S*/site-packages/", "", cause) for cause in causes]
         notes += [f"* {result['name']}: {cause}" for cause in dict.fromkeys(c for c in causes if c)]
     count = sum(not bad(r) and all(run.get("capture") == "one graph" for run in r["runs"]) for r in results)
     summary = f"{count} of {len(results)} right as one graph in all runs, {sum(map(bad, results))} wrong or failed"
