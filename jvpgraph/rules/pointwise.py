@@ -182,9 +182,9 @@ jvp(aten.hardswish.default)(lambda y, x, *, x_dot: aten.hardswish_backward(x_dot
 def logit(y, x, eps=None, *, x_dot):
     """Clamped to [eps, 1 - eps], and constant beyond; without eps it is not defined there."""
     low = 0.0 if eps is None or eps < 0 else eps
-    inside = (x >= low) & (x <= 1 - low)
-    p = torch.where(inside, x, 0.5)  # no 0 x inf in the gradient of what is not taken
-    return torch.where(inside, x_dot / (p * (1 - p)), torch.nan if eps is None or eps < 0 else 0)
+    beyond = (x < low) | (x > 1 - low)
+    p = torch.where(beyond, 0.5, x)  # no 0 x inf in the gradient of what is not taken
+    return torch.where(beyond, torch.nan if eps is None or eps < 0 else 0, x_dot / (p * (1 - p)))
 
 
 # Choice
