@@ -37,6 +37,7 @@ demo: $(READY)  ## distil a diffusion transformer on handwritten digits: out/dem
 	$(BIN)/python -m jvpgraph.trainer.demo --out $(OUT)/demo
 
 # One thread each; a file stays in one process, whose graphs it shares; the long files come first, see tests/conftest.py.
+# Kernels in the interpreter share nothing, and are dealt out one by one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 KERNELS := $(addprefix tests/test_,attention_triton.py backward_triton.py triton_models.py)

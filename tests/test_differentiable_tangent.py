@@ -392,3 +392,27 @@ def test_ops_whose_own_backward_has_no_derivative(fn):
     step = 1e-6
     ahead, behind = (slope(x.detach() + sign * step * v).sum() for sign in (1, -1))
     assert_close((g * v).sum(), (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_ops_whose_own_backward_has_no_derivative_on_the_default_backend(dtype, tolerance):
+    """Gradients of value and tangent in the input and in its tangent, at two sizes, compared with float64."""
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (F.hardsigmoid(4 * x) + torch.logit(x) + torch.logit(x, eps=0.25)) * x
+
+    duals = {b: jvpgraph.transform(Net(), backend=b, differentiable_tangent=True) for b in ("inductor", "eager")}
+
+    def gradients(x: Tensor, v: Tensor, backend: str) -> list[Tensor]:
+        x, v = x.clone().requires_grad_(), v.clone().requires_grad_()
+        y, y_dot = duals[backend](x, tangents={"x": v})
+        return [y, y_dot, *torch.autograd.grad(y.sum() + y_dot.square().sum(), (x, v))]
+
+    for size in ((3, 4), (5, 6)):
+        x, v = (0.3 + 0.4 * torch.rand(size)).to(dtype), torch.randn(size).to(dtype)
+        wanted = gradients(x.double(), v.double(), "eager")
+        for got, want in zip(gradients(x, v, "inductor"), wanted, strict=True):
+            assert got.dtype == dtype
+            assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
