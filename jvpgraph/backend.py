@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import fx
-from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_module_simplified
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._sympy.symbol import SymT, free_symbol_is_type
 
 from jvpgraph.autograd_function import keep_calls_of_own_jvps
 from jvpgraph.config import Config
-from jvpgraph.dynamo import NOT_COMPILED, first_cause, remedy
+from jvpgraph.dynamo import first_cause
 from jvpgraph.errors import ABSOLUTE, NUMBER_HAS_NO_TANGENT, CaptureError, Explained, UnsupportedNode, UnsupportedOp
 from jvpgraph.graph.meta import source_line
 from jvpgraph.graph.torch_level import STOPS, active_graphs, graphs_in, wants_gradients_of_tangents
+from jvpgraph.inductor import compile_inner
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.passes.context import Context, Report
 from jvpgraph.passes.pipeline import (
@@ -210,49 +210,12 @@ def _inductor(
     with torch._inductor.config.patch(dict(context.config.inductor)):
         context.decompositions = dict(select_decomp_table())
     # Rules are written for the ops that PyTorch differentiates: decomposing comes last in our own pipeline.
-    inner = inner or _compile_inner
+    inner = inner or compile_inner
     return compile_fx(gm, list(example_inputs), inner_compile=inner, config_patches=patches, decompositions={})
 
 
 def _has_symbols(x: Any) -> bool:
     return any(isinstance(n, torch.SymInt) for n in (x.shape if isinstance(x, torch.Tensor) else (x,)))
-
-
-def _compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Compiled:
-    """Inductor itself. A backward is compiled when it first runs, where no caller of ours can tell what failed."""
-    try:
-        return compile_fx_inner(gm, _one_symbol_each(example_inputs), **settings)
-    except BackendCompilerFailed as error:
-        if settings.get("is_backward"):
-            raise CaptureError(f"{NOT_COMPILED}in its backward, {error}\n{remedy()}") from error
-        raise
-
-
-def _one_symbol_each(example_inputs: Sequence[Any]) -> list[Any]:
-    """The inputs, with each number's symbol the one that the graph knows it by.
-
-    Of numbers that a guard found to be equal the graph has one symbol. Where that one's own input is not used and so is
-    gone, Inductor binds the other's symbol, and its code is without the first ("name 's27' is not defined").
-    """
-    bound = {symbol for x in example_inputs for symbol in _bound_by(x)}
-    return [
-        x.node.shape_env.create_symintnode(x.node.expr, hint=x.node.hint)
-        if _is_renamed(x) and x.node.expr not in bound
-        else x
-        for x in example_inputs
-    ]
-
-
-def _bound_by(x: Any) -> list[Any]:
-    """The symbols that Inductor reads off an input: a number's own, and those of sizes and strides."""
-    if isinstance(x, torch.Tensor):
-        strides = x.stride() if x.layout is torch.strided else ()
-        return [n.node.expr for n in (*x.shape, *strides) if isinstance(n, torch.SymInt)]
-    return [x.node._expr] if isinstance(x, torch.SymInt) else []
-
-
-def _is_renamed(x: Any) -> bool:
-    return isinstance(x, torch.SymInt) and x.node.expr.is_symbol and x.node.expr != x.node._expr
 
 
 def _eager(gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses) -> Compiled:

@@ -22,6 +22,7 @@ from tests.zoo.oracle import float_leaves, forward_ad, leaf, projected, with_lea
 # Relative to the largest entry, of the gradients of all parameters together.
 FLOOR = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SLACK = 4  # times the error of the eager model, or of the compiled one, in the same dtype
+KINDS = ("value", "tangent", "parameters", "inputs")  # of what is compared; the last two are gradients
 
 
 @dataclass
@@ -102,8 +103,7 @@ def errors(got: Answer, wanted: Answer) -> dict[str, float]:
 
 def allowed(dtype: torch.dtype, *own: Mapping[str, float]) -> dict[str, float]:
     """How far off an answer in ``dtype`` may be, where others of the same dtype are ``own`` far off."""
-    kinds = ("value", "tangent", "parameters", "inputs")
-    return {kind: max(FLOOR[dtype], *(SLACK * error[kind] for error in own)) for kind in kinds}
+    return {kind: max(FLOOR[dtype], *(SLACK * error[kind] for error in own)) for kind in KINDS}
 
 
 def _paired(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.testing import assert_close
 
 import jvpgraph
+from tests.rounding import check_sizes
 
 BACKENDS = ("op_by_op", "eager", "inductor")
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -232,3 +233,26 @@ def test_a_pass_that_a_user_has_for_inductor_does_not_replace_ours(dtype: torch.
         (gradient,) = torch.autograd.grad(out[1].sum(), x)
         torch.testing.assert_close(gradient, x.detach().cos())
     assert seen
+
+
+class Gated(nn.Module):
+    """What most blocks of image models do with tokens that a convolution made, with their channels far apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(16, 16), nn.LayerNorm(16, elementwise_affine=False)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        x = x + gate * self.layer(x)
+        return x + self.norm(x) * gate
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_norm_of_what_is_transposed(dtype: torch.dtype):
+    """Inductor's own code has gradients that are off by a half here, where the number of tokens is static."""
+
+    def draw(batch: int, tokens: int) -> dict[str, Tensor]:
+        return {"x": torch.randn(batch, 16, tokens).transpose(1, 2), "gate": torch.randn(batch, 1, 16)}
+
+    check_sizes(Gated(), draw, [(2, 16), (3, 32), (1, 24)], dtype=dtype)

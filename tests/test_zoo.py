@@ -75,13 +75,17 @@ class TestSweep:
             return replace(found, tangent=[1.01 * dot for dot in found.tangent])
 
         monkeypatch.setattr(sweep, "dual_answer", off)
-        monkeypatch.setattr(sweep, "_plain", lambda case, wanted, *_: wanted.own)
+        plain = iter([0.0, 1.0])  # by how much torch.compile is off
+        monkeypatch.setattr(sweep, "_plain", lambda *_: dict.fromkeys(sweep.KINDS, next(plain)))
         monkeypatch.setattr(sweep.jvpgraph, "transform", partial(jvpgraph.transform, backend="eager"))
         run = sweep.examine(CASES["PriorTransformer"], "float32", None, variants=(1,))
         assert run["status"] == "wrong"
         assert set(run["wrong"][1]) == {"tangent"}
         assert sweep.bad({"name": "PriorTransformer", "runs": [run]})
         assert "0 of 1 right as one graph in all runs, 1 wrong" in sweep.section([{"name": "x", "runs": [run]}])
+        alike = sweep.examine(CASES["PriorTransformer"], "float32", None, variants=(1,))
+        assert (alike["status"], set(alike["compiled"][1])) == ("compiled", {"tangent"})
+        assert sweep.bad({"name": "PriorTransformer", "runs": [alike]})
 
     def test_shards_are_all_of_it(self):
         parts = [sweep.shard(list(CASES), f"{i}/7") for i in range(7)]

@@ -180,7 +180,7 @@ def build_networks(config: RunConfig, layout: Layout) -> Networks:
     def student_of(teacher: TrigFlow) -> TrigFlow:
         student = layout.spread(build_student(teacher, config.student))
         if config.student.compile:
-            student.compile(dynamic=False)
+            student.compile(backend=jvpgraph.backend(), dynamic=False)
         return student
 
     teacher = build_teacher(config, layout.workshop)
@@ -188,7 +188,7 @@ def build_networks(config: RunConfig, layout: Layout) -> Networks:
     teacher = layout.spread(teacher)
     guided = build_guided(teacher, config.guidance, layout.device)
     if config.student.compile:
-        teacher.compile(dynamic=False)
+        teacher.compile(backend=jvpgraph.backend(), dynamic=False)
     # One graph where that can be had. FSDP2 gathers a block's parameters when the block is called, which has to stay a
     # module of its own then; and a network may branch on its data.
     regions = None if config.student.backend == "op_by_op" else "auto"

@@ -1,0 +1,78 @@
+"""Inductor, as it is called for our graphs, and what its releases get wrong in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.codegen.cpp import OuterLoopFusedSchedulerNode
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.virtualized import V
+
+from jvpgraph.dynamo import NOT_COMPILED, remedy
+from jvpgraph.errors import CaptureError
+
+__all__ = ["compile_inner"]
+
+
+def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Any:
+    """Inductor itself. A backward is compiled when it first runs, where no caller of ours can tell what failed."""
+    try:
+        with _a_local_buffer_for_one_row():
+            return compile_fx_inner(gm, _one_symbol_each(example_inputs), **settings)
+    except BackendCompilerFailed as error:
+        if settings.get("is_backward"):
+            raise CaptureError(f"{NOT_COMPILED}in its backward, {error}\n{remedy()}") from error
+        raise
+
+
+@contextmanager
+def _a_local_buffer_for_one_row() -> Iterator[None]:
+    """Loops over rows are not fused where they would share a buffer that holds one row, and are tiled.
+
+    C++ code for CPUs, in torch < 2.14: loops that are fused over their outer dims keep what passes between them in a
+    buffer for a single outer index. Where one of those dims is vectorized, as it is to transpose, 8 or 16 rows are
+    written into it one upon the other, and all read the last: gradients of a layer norm of a transposed tensor are off
+    by a tenth, without a word (pytorch/pytorch#185702).
+    """
+    may_fuse = OuterLoopFusedSchedulerNode.check_outer_fusion_loop_level_attr
+
+    def unless_tiled(node: OuterLoopFusedSchedulerNode, kernels: Sequence[Any], depth: int) -> bool:
+        outer = [loop for kernel in kernels for loop in kernel.loop_nest.loops[:depth]]
+        tiled = any(loop.steps != 1 for loop in outer)
+        return not (tiled and V.local_buffer_context.local_buffers) and may_fuse(node, kernels, depth)
+
+    with mock.patch.object(OuterLoopFusedSchedulerNode, may_fuse.__name__, unless_tiled):
+        yield
+
+
+def _one_symbol_each(example_inputs: Sequence[Any]) -> list[Any]:
+    """The inputs, with each number's symbol the one that the graph knows it by.
+
+    Of numbers that a guard found to be equal the graph has one symbol. Where that one's own input is not used and so is
+    gone, Inductor binds the other's symbol, and its code is without the first ("name 's27' is not defined").
+    """
+    bound = {symbol for x in example_inputs for symbol in _bound_by(x)}
+    return [
+        x.node.shape_env.create_symintnode(x.node.expr, hint=x.node.hint)
+        if _is_renamed(x) and x.node.expr not in bound
+        else x
+        for x in example_inputs
+    ]
+
+
+def _bound_by(x: Any) -> list[Any]:
+    """The symbols that Inductor reads off an input: a number's own, and those of sizes and strides."""
+    if isinstance(x, torch.Tensor):
+        strides = x.stride() if x.layout is torch.strided else ()
+        return [n.node.expr for n in (*x.shape, *strides) if isinstance(n, torch.SymInt)]
+    return [x.node._expr] if isinstance(x, torch.SymInt) else []
+
+
+def _is_renamed(x: Any) -> bool:
+    return isinstance(x, torch.SymInt) and x.node.expr.is_symbol and x.node.expr != x.node._expr
