@@ -49,7 +49,7 @@ LAYERS = (
     ("jvpgraph.backend", "jvpgraph.op_by_op", "jvpgraph.tangents"),
     ("jvpgraph.passes",),
     ("jvpgraph.dump", "jvpgraph.verify", "jvpgraph.sharding"),
-    ("jvpgraph.graph",),
+    ("jvpgraph.graph", "jvpgraph.inductor"),
     ("jvpgraph.dual_forward", "jvpgraph.autograd_function"),
     (
         "jvpgraph.diffusers_parallel",
