@@ -135,6 +135,7 @@ def two_cases(monkeypatch):
     return chosen
 
 
+@pytest.mark.matrix
 def test_no_figure_for_a_wrong_result(part, two_cases, monkeypatch):
     def wrong(case, x):
         return lambda: (x.q, x.q)
@@ -158,6 +159,7 @@ def test_a_wrong_result_of_ours_fails_the_stage(part, two_cases, monkeypatch):
     assert len(part.data["problems"]) == 2
 
 
+@pytest.mark.matrix
 def test_a_process_that_died_goes_on_without_the_peer_that_killed_it(part, two_cases, monkeypatch):
     calls = []
 

@@ -238,7 +238,7 @@ def test_transformer_op_by_op(case: DiTCase):
     check_module(case, "op_by_op")
 
 
-@examples(in_ci=2, in_fuzz=40)
+@examples(in_ci=1, in_fuzz=40)
 @given(case=dit_like_modules())
 def test_transformer_compiled(case: DiTCase):
     forget_some()

@@ -44,6 +44,7 @@ def test_flops_of_one_rank() -> None:
     assert one.backward_flops == 2 * (x + text) + attention * 5 // 2
 
 
+@pytest.mark.matrix
 def test_tensor_parallel_divides_all_products() -> None:
     one, split = cost(8, 1, 1), cost(1, 1, 8)
     for what in ("primal_flops", "tangent_flops", "backward_flops"):

@@ -59,8 +59,11 @@ SEQUENCES = [(2, 12), (3, 16), (5, 22)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-@pytest.mark.parametrize("settings", [{}, {"dynamic": True}, {"regions": "auto"}], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "grad"),
+    [({}, True), ({"dynamic": True}, False), ({"regions": "auto"}, True)],
+    ids=["grad", "dynamic, without", "regions, grad"],
+)
 def test_patches(settings, grad):
     check_sizes(Patches(), sequence, SEQUENCES, grad=grad, **settings)
 

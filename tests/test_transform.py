@@ -57,7 +57,7 @@ def check(fn, x: Tensor, x_dot: Tensor | None = None, backend: str = "eager", **
     assert_close(g, g0, **EXACT)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS[:2])  # Inductor's are in TestDynamicShapes
 def test_value_tangent_and_gradients(backend):
     model = TinyDiT().double()
     x, t, x_dot, t_dot = inputs()
@@ -406,7 +406,7 @@ def test_dropout_uses_one_mask(backend):
 
 
 class TestActivationCheckpointing:
-    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("backend", BACKENDS[:2])  # Inductor's are in test_student.py
     def test_value_tangent_and_gradients(self, backend):
         model = Checkpointed(depth=2).double()
         x, t, x_dot, t_dot = inputs()
@@ -449,7 +449,8 @@ class TestDynamicShapes:
             x, t, x_dot, t_dot = inputs(batch, tokens)
             y, d = dual(x, t, tangents={"x": x_dot, "t": t_dot})
             assert_close((y, d), oracle(model, (x, t), (x_dot, t_dot)), **EXACT)
-            y.sum().backward()
+            grads = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+            assert_close(grads, torch.autograd.grad(model(x, t).square().sum(), list(model.parameters())), **EXACT)
         assert len(dual.reports) == 1
 
 

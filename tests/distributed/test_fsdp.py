@@ -149,7 +149,7 @@ RANKS = [2, pytest.param(4, marks=pytest.mark.matrix)]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("name", ["dit", "wan", pytest.param("flux", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("name", ["dit", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("wan", "flux"))])
 def test_fsdp(name: str, ranks: int):
     check("FSDP2", name, run(ranks, with_fsdp, name))
 
