@@ -351,7 +351,8 @@ def test_rounded_sizes():
     with recorder.behind(node(gm, "y")):
         y = recorder.stand_in(node(gm, "y"))
         n = y.shape[0]
-        sizes = (torch.sym_int(n * 0.5), torch.sym_int(n / 3), -((-n) // 4), round(n * 0.4), math.ceil(n * 0.3), n % 7)
+        sizes = (torch.sym_int(n * 0.5), torch.sym_int(n / 3), -((-n) // 4), round(n * 0.4), n % 7)
+        sizes += (math.ceil(n * 0.35), math.floor(n * 0.35))
         for size in sizes:
             y.new_zeros(size)
     gm.graph.lint()
