@@ -266,6 +266,22 @@ class TestArguments:
         assert_close(got, oracle(model, (x, t), (x_dot, t_dot)), **EXACT)
         assert not got[0].requires_grad
 
+    def test_views(self):
+        """Of which PyTorch counts the making of a fake as a write, which a region of its own may not do."""
+
+        class Views(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.part = nn.Softplus()
+
+            def forward(self, x):
+                return self.part(x.t()), self.part(x.expand(2, 3, 4)), self.part(x.chunk(2, 1)[1])
+
+        dual = jvpgraph.transform(Views(), regions=nn.Softplus, backend="eager")
+        x, v = torch.randn(3, 4).double(), torch.randn(3, 4).double()
+        assert_close(dual(x, tangents={"x": v}), torch.func.jvp(dual.model, (x,), (v,)), **EXACT)
+        assert graphs(dual) == [("Softplus", 1, 3)]
+
 
 class TestWhatCannotBeCaptured:
     """Runs op by op, and the report says so."""
