@@ -691,3 +691,25 @@ def test_a_detached_argument_that_is_handed_through_takes_no_tangent_away():
     x = torch.randn(3).double()
     dual = jvpgraph.transform(AroundIt(), regions=HandsThrough, backend="eager")
     assert torch.equal(dual(x, tangents={"x": torch.ones(3).double()})[1], torch.full((3,), 5.0).double())
+
+
+class HandsViewsThrough(nn.Module):
+    def forward(self, x: Tensor, fixed: Tensor) -> tuple[Tensor, ...]:
+        return x.t(), fixed.t(), x, fixed, x * 2
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_views_of_arguments_have_the_tangents_of_these(grad):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = HandsViewsThrough()
+
+        def forward(self, x):
+            return tuple(y * 1 for y in self.part(x, x.detach()))
+
+    x, v = torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    dual = jvpgraph.transform(Around(), regions=HandsViewsThrough, backend="eager")
+    with torch.set_grad_enabled(grad):
+        assert_close(dual(x, tangents={"x": v}), torch.func.jvp(dual.model, (x,), (v,)), **EXACT)
+    assert graphs(dual) == [("HandsViewsThrough", 1, 1)]

@@ -188,8 +188,8 @@ class Regions:
         with mode.left():
             outs = [leaf for _, leaf in leaves(out) if has_tangent(leaf)]
             handed_through = list(map(mode.shadowed, outs))
-            for leaf, known in zip(outs, handed_through):
-                if known and not any(_same_storage(leaf, inputs[path]) for path in dots):
+            for leaf, dot, known in zip(outs, out_dots, handed_through):
+                if known and not plain(dot).any():
                     mode.stop(leaf)  # a detached argument that is handed through
             _set_tangents(mode, [x for x in zip(outs, out_dots, handed_through) if not x[2]])
             mode.sweep()
@@ -329,10 +329,6 @@ def _set_tangents(mode: OpByOp, outs: Sequence[tuple[Tensor, Tensor, bool]]) -> 
             mode.set_tangent(leaf, dot)
         elif (seen := mode.tangent(plain(leaf))) is not None and seen.any():
             mode.stop(leaf)
-
-
-def _same_storage(x: Tensor, y: Tensor) -> bool:
-    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 _MISSING = object()
