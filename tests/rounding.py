@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jvpgraph
 from jvpgraph.tree import leaves, map_leaves
-from tests.zoo.oracle import float_leaves, forward_ad, leaf, projected, with_leaves
+from tests.zoo.oracle import differentiable, float_leaves, forward_ad, leaf, projected, with_leaves
 
 # Relative to the largest entry, of the gradients of all parameters together.
 FLOOR = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -74,9 +73,10 @@ def answer(
 def eager_answer(
     model: nn.Module, inputs: dict[str, Any], dots: dict[str, Tensor], grad: bool = True, tangent: bool = True
 ) -> Answer:
-    """The same by PyTorch alone: forward AD, and autograd through the model as it is."""
+    """The same by PyTorch alone: forward AD, and autograd through the model as it is; flex attention looks at its lists
+    of blocks, as it does when compiled."""
     out_dots = forward_ad(model, inputs, dots)[1] if tangent else []
-    with sdpa_kernel(SDPBackend.MATH):
+    with differentiable():
         return answer(model, lambda given: (model(**given), out_dots), inputs, tuple(dots), grad)
 
 
