@@ -38,7 +38,7 @@ def _a_local_buffer_for_one_row() -> Iterator[None]:
     C++ code for CPUs, in torch < 2.14: loops that are fused over their outer dims keep what passes between them in a
     buffer for a single outer index. Where one of those dims is vectorized, as it is to transpose, 8 or 16 rows are
     written into it one upon the other, and all read the last: gradients of a layer norm of a transposed tensor are off
-    by a tenth, without a word (pytorch/pytorch#185702).
+    by a half, without a word (pytorch/pytorch#185702).
     """
     may_fuse = OuterLoopFusedSchedulerNode.check_outer_fusion_loop_level_attr
 

@@ -22,7 +22,7 @@ OP_BY_OP = (
     *("special.bessel_j0", "nn.functional.soft_margin_loss", "native_layer_norm", "nn.functional.binary_cross_entropy"),
     *("logcumsumexp", "mul", "index_put"),
 )
-EAGER = (*("ldexp", "nn.functional.huber_loss", "nn.functional.group_norm"),)
+EAGER = ("ldexp", "nn.functional.huber_loss", "nn.functional.group_norm")
 SAMPLE = [
     *((op, "op_by_op") for op in OP_BY_OP),
     *((op, "op_by_op in place") for op in ("add", "_foreach_mul")),

@@ -699,7 +699,13 @@ class HandsViewsThrough(nn.Module):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_views_of_arguments_have_the_tangents_of_these(grad):
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("eager", torch.float64), ("inductor", torch.float32), ("inductor", torch.bfloat16)],
+)
+def test_views_of_arguments_have_the_tangents_of_these(backend, dtype, grad):
+    """Value, tangent and the gradient of the input, at two sizes; all of them are exact."""
+
     class Around(nn.Module):
         def __init__(self):
             super().__init__()
@@ -708,8 +714,15 @@ def test_views_of_arguments_have_the_tangents_of_these(grad):
         def forward(self, x):
             return tuple(y * 1 for y in self.part(x, x.detach()))
 
-    x, v = torch.randn(3, 4).double(), torch.randn(3, 4).double()
-    dual = jvpgraph.transform(Around(), regions=HandsViewsThrough, backend="eager")
-    with torch.set_grad_enabled(grad):
-        assert_close(dual(x, tangents={"x": v}), torch.func.jvp(dual.model, (x,), (v,)), **EXACT)
+    model = Around()
+    dual = jvpgraph.transform(model, regions=HandsViewsThrough, backend=backend, dynamic=True)
+    for size in ((3, 4), (5, 6)):
+        x, v = torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype)
+        with torch.set_grad_enabled(grad):
+            given = x.clone().requires_grad_(grad)
+            outs, dots = dual(given, tangents={"x": v})
+        assert_close((outs, dots), torch.func.jvp(model, (x,), (v,)), **EXACT)
+        if grad:
+            (g,) = torch.autograd.grad(sum(y.sum() for y in outs), given)
+            assert_close(g, torch.full_like(g, 4.0), **EXACT)
     assert graphs(dual) == [("HandsViewsThrough", 1, 1)]

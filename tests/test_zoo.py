@@ -53,11 +53,11 @@ def test_one_graph(name):
 
 @pytest.mark.filterwarnings("default")  # an error, raised inside the compiler, would look like a failure of its own
 def test_default(one_thread):
-    """Inductor in float32: value, tangent, gradients of parameters and inputs. Here one class with one block of each
-    kind, at one size; `make zoo` has all."""
+    """Inductor in float32, symbolic sizes, of which the second changes every dim, compiled once: value, tangent,
+    gradients of parameters and inputs. Here one class with one block of each kind; `make zoo` has all."""
     name = "LongCatImageTransformer2DModel"
-    run = sweep.examine(sweep.shallow(CASES[name], 1), "float32", None, variants=(1,))
-    assert (run["status"], run.get("capture"), run["sizes"]) == ("right", "one graph", 1), sweep.line(name, run)
+    run = sweep.examine(sweep.shallow(CASES[name], 1), "float32", True)
+    assert (run["status"], run.get("capture"), run["sizes"]) == ("right", "one graph", 2), sweep.line(name, run)
     assert run["gradients"]
 
 
@@ -75,12 +75,12 @@ class TestSweep:
         plain = iter([0.0, 1.0])  # by how much torch.compile is off
         monkeypatch.setattr(sweep, "_plain", lambda *_: dict.fromkeys(sweep.KINDS, next(plain)))
         monkeypatch.setattr(sweep.jvpgraph, "transform", partial(jvpgraph.transform, backend="eager"))
-        run = sweep.examine(CASES["PriorTransformer"], "float32", None, variants=(1,))
+        run = sweep.examine(CASES["PriorTransformer"], "float32", True)
         assert run["status"] == "wrong"
         assert set(run["wrong"][1]) == {"tangent"}
         assert sweep.bad({"name": "PriorTransformer", "runs": [run]})
         assert "0 of 1 right as one graph in all runs, 1 wrong" in sweep.section([{"name": "x", "runs": [run]}])
-        alike = sweep.examine(CASES["PriorTransformer"], "float32", None, variants=(1,))
+        alike = sweep.examine(CASES["PriorTransformer"], "float32", True)
         assert (alike["status"], set(alike["compiled"][1])) == ("compiled", {"tangent"})
         assert sweep.bad({"name": "PriorTransformer", "runs": [alike]})
 

@@ -22,7 +22,7 @@ from jvpgraph.verify import ATEN, verify
 from tests.distributed.harness import run
 
 c10d = torch.ops._c10d_functional
-RANKS = (2, 4)
+RANKS = [2, pytest.param(4, marks=pytest.mark.matrix)]
 STEP = 1e-6
 
 
@@ -122,7 +122,7 @@ def errors_of_tangents(names: list[str], backend: str) -> dict[str, float]:
     return {name: error_of_tangent(name, backend) for name in names}
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("ranks", RANKS)
 def test_tangents_of_collectives(ranks: int):
     for found in run(ranks, errors_of_tangents, list(COLLECTIVES), "eager"):
         assert {name: error for name, error in found.items() if not error < 1e-8} == {}
@@ -202,7 +202,7 @@ def all_paired_and_apart(names: list[str]) -> dict[str, tuple[int, int, int, flo
     return {name: paired_and_apart(name) for name in names}
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("ranks", RANKS)
 def test_tangents_cost_no_launch(ranks: int):
     names = [name for name in COLLECTIVES if name not in (*SELECTING, *ONE_BY_ONE)]
     for found in run(ranks, all_paired_and_apart, names):
