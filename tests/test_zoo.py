@@ -75,12 +75,12 @@ class TestSweep:
         plain = iter([0.0, 1.0])  # by how much torch.compile is off
         monkeypatch.setattr(sweep, "_plain", lambda *_: dict.fromkeys(sweep.KINDS, next(plain)))
         monkeypatch.setattr(sweep.jvpgraph, "transform", partial(jvpgraph.transform, backend="eager"))
-        run = sweep.examine(CASES["PriorTransformer"], "float32", True)
+        run = sweep.examine(CASES["PriorTransformer"], "float32", None, variants=(1,))
         assert run["status"] == "wrong"
         assert set(run["wrong"][1]) == {"tangent"}
         assert sweep.bad({"name": "PriorTransformer", "runs": [run]})
         assert "0 of 1 right as one graph in all runs, 1 wrong" in sweep.section([{"name": "x", "runs": [run]}])
-        alike = sweep.examine(CASES["PriorTransformer"], "float32", True)
+        alike = sweep.examine(CASES["PriorTransformer"], "float32", None, variants=(1,))
         assert (alike["status"], set(alike["compiled"][1])) == ("compiled", {"tangent"})
         assert sweep.bad({"name": "PriorTransformer", "runs": [alike]})
 
