@@ -35,8 +35,12 @@ os.environ["CI"] = "1"
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # `make test` runs one process a core
 
-# pytest listens to torch's structured trace too, and would print hundreds of its empty lines below every failure.
-logging.getLogger("torch.__trace").addFilter(lambda _record: "TORCH_TRACE" in os.environ)
+# pytest listens to every logger that does not propagate. To torch's structured trace that costs the text of every graph
+# and every stack, and hundreds of empty lines below a failure; without a listener, torch writes none of it.
+if "TORCH_TRACE" not in os.environ:
+    trace = logging.getLogger("torch.__trace")
+    trace.handlers.clear()
+    trace.propagate = True
 
 
 def _last_words_unsaid() -> None:
