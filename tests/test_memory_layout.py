@@ -250,12 +250,14 @@ class Gated(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_gradients_of_a_norm_of_what_is_transposed(dtype: torch.dtype, eps: float):
+@pytest.mark.parametrize(
+    ("dtype", "eps", "sizes"), [(torch.float32, 1e-5, [(2, 16), (3, 32)]), (torch.bfloat16, 2e-2, [(2, 16)])]
+)
+def test_gradients_of_a_norm_of_what_is_transposed(dtype: torch.dtype, eps: float, sizes: list[tuple[int, int]]):
     """Inductor's own code has gradients that are off by a half here, where the number of tokens is static."""
     net = Gated().to(dtype)
     dual, exact = jvpgraph.transform(net, dynamic=False), copy.deepcopy(net).double()
-    for batch, tokens in ((2, 16), (3, 32)):
+    for batch, tokens in sizes:
         inputs = cast({"x": torch.randn(batch, 16, tokens).mT, "gate": torch.randn(batch, 1, 16)}, dtype)
         dots = {name: torch.randn_like(x) for name, x in inputs.items()}
         wanted = eager_answer(exact, cast(inputs, torch.float64), cast(dots, torch.float64))
