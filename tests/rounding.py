@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import jvpgraph
 from jvpgraph.tree import leaves, map_leaves
@@ -99,6 +100,24 @@ def errors(got: Answer, wanted: Answer) -> dict[str, float]:
         "parameters": _worst(_paired(got.parameters, wanted.parameters), scale),
         "inputs": _worst(_paired(got.inputs, wanted.inputs)),
     }
+
+
+class RoundedOtherwise(TorchDispatchMode):
+    """What an op on entries had to round goes to a neighbouring float, at random, as other compilers and processors
+    would round it: how much of an answer is rounding (Parker, "Monte Carlo Arithmetic", 1997)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)  # the model's own random numbers stay what they are
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, kwargs = op(*args, **(kwargs or {})), kwargs or {}
+        entrywise = torch.Tag.pointwise in op.tags and not op._schema.is_mutable
+        if not entrywise or not isinstance(out, Tensor) or not out.is_floating_point():
+            return out
+        exact = op(*cast(args, torch.float64), **kwargs) if "dtype" not in kwargs else out
+        ways = torch.where(torch.rand(out.shape, generator=self.generator) < 0.5, -torch.inf, torch.inf).to(out.dtype)
+        return torch.where(out.double() != exact, torch.nextafter(out, ways), out)
 
 
 def allowed(dtype: torch.dtype, *own: Mapping[str, float]) -> dict[str, float]:

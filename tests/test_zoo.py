@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import jvpgraph
+from tests.rounding import RoundedOtherwise
 from tests.zoo import sweep
 from tests.zoo.base import QUIET
 from tests.zoo.cases import CASES, missing_classes
@@ -80,6 +81,19 @@ class TestSweep:
         alike = sweep.examine(CASES["PriorTransformer"], "float32", None, variants=(1,))
         assert (alike["status"], set(alike["compiled"][1])) == ("compiled", {"tangent"})
         assert sweep.bad({"name": "PriorTransformer", "runs": [alike]})
+
+    def test_only_what_was_rounded_is_rounded_otherwise(self):
+        """A gradient that cancels out depends on it; whole numbers and what is random do not."""
+        x = torch.arange(1.0, 65.0).requires_grad_()
+        with RoundedOtherwise():
+            assert torch.equal(2 * x + 1, torch.arange(3.0, 131.0, 2))
+            moved, drawn = x.sin(), torch.manual_seed(0) and torch.rand(3)
+            (cancelling,) = torch.autograd.grad(((x / 3).exp() - (x / 3).exp()).sum() + x.sum(), x)
+        assert torch.equal(drawn, torch.manual_seed(0) and torch.rand(3))
+        off = (moved - x.sin()).abs()
+        assert 0 < off.max() <= 2**-24
+        assert (cancelling - 1).abs().max() > 1
+        assert not torch.equal(moved, x.sin())
 
     def test_shards_are_all_of_it(self):
         parts = [sweep.shard(list(CASES), f"{i}/7") for i in range(7)]
