@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,9 +12,10 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch import fx
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_module_simplified
+from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, StatefulSymbolicContext
 from torch.utils._sympy.symbol import SymT, free_symbol_is_type
 
 from jvpgraph.autograd_function import keep_calls_of_own_jvps
@@ -44,6 +46,7 @@ keep_calls_of_own_jvps()
 Compiled = Any  # what a backend returns: a callable of the graph's inputs
 AS_STRIDED = ("as_strided", torch.as_strided, torch.Tensor.as_strided, torch.ops.aten.as_strided.default)
 COMPILERS = ("inductor", "eager")
+OWN_PROPERTY = re.compile(r".*(?<!\.grad)(\.(?:size\(\)\[\d+\]|stride\(\)\[\d+\]|storage_offset\(\)))")
 
 
 class Backend:
@@ -75,6 +78,7 @@ class Backend:
             lowered, stage = run(BEFORE_AUTOGRAD, captured), AFTER_AUTOGRAD
             autocast = torch._C._DisableAutocast()  # its casts are ops by now
         context.example_inputs = ()  # what the compiler keeps for the backward must not keep them
+        _sizes_of_a_base_have_one_symbol()
         try:
             with autocast:
                 compiled = self.compile(lowered, example_inputs, JointPasses(run, stage))
@@ -96,6 +100,35 @@ class Backend:
             if self.compiler == "eager" or on_meta:  # which Inductor takes for something that nobody computes
                 return _eager(gm, example_inputs, passes)
             return _inductor(gm, example_inputs, passes, _no_code)
+
+
+def _sizes_of_a_base_have_one_symbol() -> None:
+    """Where a graph takes a tensor and a view of it, Dynamo knows the tensor as an input and as ``view._base``.
+
+    It gives the sizes symbols under the name that it meets first. AOTAutograd may meet the other first, and would make
+    symbols that are no input's: what the backward finds out about them cannot be guarded, an AssertionError of Dynamo's
+    at the second size. So either name stands for the same symbols.
+    """
+    tracing = TracingContext.try_get()
+    contexts = {} if tracing is None else tracing.tensor_to_context
+    for x, context in contexts.items():
+        inside, known = getattr(context, "view_base_context", None), contexts.get(x._base) if x._is_view() else None
+        if isinstance(inside, StatefulSymbolicContext) and isinstance(known, StatefulSymbolicContext):
+            _share(inside, known)
+
+
+def _share(*contexts: StatefulSymbolicContext) -> None:
+    """Each has the symbols of all, under its own name."""
+    caches = [cache for context in contexts for cache in context.shape_env_to_source_to_symbol_cache.items()]
+    symbols: dict[tuple[int, str], Any] = {}  # by environment and property
+    for environment, cache in caches:
+        for name, symbol in cache.items():
+            if found := OWN_PROPERTY.fullmatch(name):
+                symbols.setdefault((environment, found[1]), symbol)
+    for context in contexts:
+        for (environment, what), symbol in symbols.items():
+            cache = context.shape_env_to_source_to_symbol_cache.setdefault(environment, {})
+            cache.setdefault(f"{context.tensor_source.name}{what}", symbol)
 
 
 def _refuse_a_break_between_markers(gm: fx.GraphModule) -> None:

@@ -124,7 +124,7 @@ def expected(
 
 
 def differences(fn: Callable[..., Any], inputs: Sequence[Tensor], dots: Sequence[Tensor | None]) -> list[Tensor]:
-    """Central differences; NaN where two steps disagree, as at a jump."""
+    """Central differences; NaN where two steps disagree, as at a jump, or both sides, as where two maxima tie."""
 
     def at(step: float) -> list[Tensor]:
         moved = [x if d is None else x + step * d for x, d in zip(inputs, dots)]
@@ -133,9 +133,13 @@ def differences(fn: Callable[..., Any], inputs: Sequence[Tensor], dots: Sequence
     def slopes(step: float) -> list[Tensor]:
         return [(a - b) / (2 * step) for a, b in zip(at(step), at(-step))]
 
+    def bends(step: float) -> list[Tensor]:
+        return [(a + b - 2 * y) / step for a, b, y in zip(at(step), at(-step), at(0.0))]
+
     with torch.no_grad():
-        pairs = zip(slopes(1e-5), slopes(5e-6))
-        return [torch.where((a - b).abs() < 1e-6 * (1 + _largest(b)), b, torch.nan) for a, b in pairs]
+        pairs = zip(slopes(1e-5), slopes(5e-6), bends(5e-6))
+        off = [(((a - b) / 1e-6).abs().maximum((bend / 1e-2).abs()), b) for a, b, bend in pairs]
+        return [torch.where(worst < 1 + _largest(b), b, torch.nan) for worst, b in off]
 
 
 def check_module(case: DiTCase, backend: str, dynamic: bool | None = False, regions: Any = None) -> None:

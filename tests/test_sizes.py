@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._inductor.lowering import lowerings
 
 import jvpgraph
-from tests.rounding import check_sizes
+from tests.rounding import cast, check_sizes, dual_answer, eager_answer, errors
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -114,6 +114,36 @@ def test_graphs_of_regions_at_several_sizes():
         nn.Sequential(Patches()), lambda *size: {"input": sequence(*size)["x"]}, SEQUENCES, regions=Patches
     )
     assert dual.regions.groups[0].calls == 3
+
+
+class Picks(nn.Module):
+    """Reads the rows of two lists and writes to those of the longer, as networks of packed sequences do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, some: Tensor, others: Tensor) -> Tensor:
+        h = self.embed(x)
+        n, longer = max(len(some), len(others)), some if len(some) > len(others) else others
+        written = x.new_zeros(len(x), 4).index_put((longer,), h[:n])
+        return h[some].sum(0) + h[others].square().sum(0) + written.sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "view_first"), [("inductor", False), ("eager", False), ("eager", True)])
+def test_an_input_that_is_a_view_of_another(backend: str, view_first: bool):
+    """Dynamo and AOTAutograd had two symbols for the size of the base; which of them was wrong hung on the order."""
+    net, exact = Picks(), Picks().double()
+    exact.load_state_dict(net.state_dict())
+    dual = jvpgraph.transform(net, backend=backend)
+    for n in (10, 18, 23):
+        rows = torch.arange(n)
+        some, others = (rows[n // 3 :], rows) if view_first else (rows, rows[n // 3 :])
+        inputs, dots = {"x": torch.randn(n, 4), "some": some, "others": others}, {"x": torch.randn(n, 4)}
+        wanted = eager_answer(exact, cast(inputs, torch.float64), cast(dots, torch.float64))
+        found = errors(dual_answer(dual, inputs, dots), wanted)
+        assert max(found.values()) < 1e-5, found
 
 
 # ------------------------------------------------------------------------------------------------- not compiled
