@@ -40,7 +40,7 @@ def keep_outputs_apart(gm: fx.GraphModule, context: Context) -> None:
         if now[i] != before[i] and isinstance(node, fx.Node):
             key = node, before[i]  # what was one stays one
             outs[i] = copies[key] if key in copies else copies.setdefault(key, _copied(gm.graph, node))
-    output.args = (tuple(outs), *output.args[1:])
+    output.args = (tuple(outs),)
 
 
 def _copied(graph: fx.Graph, node: fx.Node) -> fx.Node:
