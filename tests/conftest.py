@@ -63,6 +63,7 @@ LONG = (
     "test_sizes",
     "test_train",
     "test_door",
+    "test_wan_run",
     "test_attention_triton",
     "test_backward_triton",
 )

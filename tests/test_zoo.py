@@ -52,8 +52,8 @@ def test_one_graph(name):
 @pytest.mark.filterwarnings("default")  # an error, raised inside the compiler, would look like a failure of its own
 def test_default(one_thread):
     """Inductor in float32, symbolic sizes, of which the second changes every dim, compiled once: value, tangent,
-    gradients of parameters and inputs. Here one class with one block; `make zoo` has all."""
-    name = "DiTTransformer2DModel"
+    gradients of parameters and inputs. Here one class with one block of each kind; `make zoo` has all."""
+    name = "LongCatImageTransformer2DModel"
     run = sweep.examine(sweep.shallow(CASES[name], 1), "float32", True)
     assert (run["status"], run.get("capture"), run["sizes"]) == ("right", "one graph", 2), sweep.line(name, run)
     assert run["gradients"]
