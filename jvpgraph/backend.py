@@ -126,9 +126,11 @@ def _share(*contexts: StatefulSymbolicContext) -> None:
             if found := OWN_PROPERTY.fullmatch(name):
                 symbols.setdefault((environment, found[1]), symbol)
     for context in contexts:
+        named: Any = context.tensor_source.name
+        name = named() if callable(named) else named  # a method in older versions
         for (environment, what), symbol in symbols.items():
             cache = context.shape_env_to_source_to_symbol_cache.setdefault(environment, {})
-            cache.setdefault(f"{context.tensor_source.name}{what}", symbol)
+            cache.setdefault(f"{name}{what}", symbol)
 
 
 def _refuse_a_break_between_markers(gm: fx.GraphModule) -> None:
