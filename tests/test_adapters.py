@@ -283,6 +283,8 @@ def test_any_dtype_gives_float64_and_the_time_arrives_in_float32(name: str, dtyp
 
 IN_ONE_GRAPH = (
     "WanTransformer3DModel",
+    "FluxTransformer2DModel",
+    "LTXVideoTransformer3DModel",
     "HunyuanVideoTransformer3DModel",
 )
 
