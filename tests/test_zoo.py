@@ -126,7 +126,7 @@ class TestSweep:
             {"name": "FluxTransformer2DModel", "runs": [run | {"layers": 1}, run]},
         ]
         text = sweep.section(done)
-        assert f"So far 2 of {len(CASES)} classes: float32 without `dynamic=True` 2, float32 with" in text
+        assert f"So far 2 of {len(CASES)} classes: float32 without `dynamic=True` 2, bfloat16 with" in text
         assert "fewer layers than in float64: DiTTransformer2DModel." in text
 
     def test_its_section_is_replaced(self):
