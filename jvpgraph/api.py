@@ -30,6 +30,7 @@ def transform(
     backend: str | Backend = "inductor",
     dynamic: bool | None = None,
     differentiable_tangent: bool = False,
+    tangents_batched: bool | int = False,
     config: Config | None = None,
 ) -> DualModule:
     """A view of ``model`` that also computes tangents, in one compiled graph.
@@ -51,6 +52,8 @@ def transform(
         differentiable_tangent: ``y_dot`` has gradients too, in parameters, inputs and tangents, for objectives that
             train through it (terminal velocity matching, Hessian-vector products). Costs the memory and the time
             of a second-order backward. Needs one graph: neither regions nor backend="op_by_op".
+        tangents_batched: calls take several tangents at once, [T, *shape of the input], and ``y_dot`` is [T, *shape of
+            y]: T directional derivatives for one pass over the primal. The number T, or True for any. Needs one graph.
         config: settings, see :class:`jvpgraph.Config`.
 
     Raises:
@@ -65,6 +68,7 @@ def transform(
         regions=regions,
         dynamic=dynamic,
         differentiable_tangent=differentiable_tangent,
+        tangents_batched=tangents_batched,
         config=config,
     )
     return DualModule(model, Dual(model, settings))
@@ -79,6 +83,7 @@ def jvp(
     backend: str | Backend = "inductor",
     dynamic: bool | None = None,
     differentiable_tangent: bool = False,
+    tangents_batched: bool | int = False,
     config: Config | None = None,
 ) -> tuple[Any, ...]:
     """``torch.func.jvp`` as one compiled graph: ``(fn(*primals), J @ tangents)``, plus aux if ``has_aux``.
@@ -91,7 +96,7 @@ def jvp(
         primals: its positional arguments.
         tangents: one per primal, with its structure; None for an inactive one, at any depth.
         has_aux: ``fn`` returns ``(output, aux)``; aux has no tangent.
-        backend, dynamic, differentiable_tangent, config: as for :func:`transform`.
+        backend, dynamic, differentiable_tangent, tangents_batched, config: as for :func:`transform`.
 
     Returns:
         ``(out, out_dot)`` or ``(out, out_dot, aux)``. ``out`` carries autograd; unlike with torch.func.jvp,
@@ -109,10 +114,12 @@ def jvp(
         backend=backend,
         dynamic=dynamic,
         differentiable_tangent=differentiable_tangent,
+        tangents_batched=tangents_batched,
         config=config,
         has_aux=has_aux,
     )
-    dots = match_tangents(given, Inputs.positional(primals, first=1), settings.config.check_finite)
+    inputs = Inputs.positional(primals, first=1)
+    dots = match_tangents(given, inputs, settings.config.check_finite, settings.tangents_batched)
     out, out_dot = _of_function(fn, settings, primals, dots)
     return (out[0], out_dot, out[1]) if has_aux else (out, out_dot)
 
@@ -134,7 +141,8 @@ class DualModule(nn.Module):
 
         Args:
             *args, **kwargs: the model's own arguments.
-            tangents: the tangent of each active input by its name, of the same shape, dtype and device. Names are
+            tangents: the tangent of each active input by its name, of the same shape, dtype and device; with
+                ``tangents_batched`` several of each, along a first dim. Names are
                 the parameters of the model's ``forward``; a tensor inside a nested input is reached by a nested
                 tangent (``{"cond": {"text": text_dot}}``) or by a dotted name (``{"cond.text": text_dot}``).
 
@@ -153,7 +161,8 @@ class DualModule(nn.Module):
         if tangents is None:
             return self.model(*args, **kwargs)
         inputs = Inputs.of(self.model, args, kwargs)
-        dots = match_tangents(tangents, inputs, self._dual.settings.config.check_finite)
+        settings = self._dual.settings
+        dots = match_tangents(tangents, inputs, settings.config.check_finite, settings.tangents_batched)
         with explaining_heads(self.model):
             return self._dual(args, kwargs, dots)
 
@@ -170,7 +179,7 @@ class DualModule(nn.Module):
             dynamic: count FLOPs for symbolic sizes where the model allows it.
         """
         inputs = Inputs.of(self.model, args, kwargs)
-        dots = match_tangents(tangents, inputs)
+        dots = match_tangents(tangents, inputs, batched=self._dual.settings.tangents_batched)
         return explain(self._dual, self.model, inputs.paths, (args, kwargs, dots), dynamic)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from jvpgraph.settings import Settings
 from jvpgraph.strategies import OpByOp, choose
 from jvpgraph.tree import map_leaves, refuse_hidden
 from jvpgraph.unguarded import held_by, modules_of
+from jvpgraph.vmapped import call_with_all, is_vmapped
 
 __all__ = ["Dual"]
 
@@ -38,22 +40,34 @@ class Dual:
 
     def __init__(self, call: Callable[..., Any], settings: Settings):
         self.settings = settings
-        self.forward = dual_forward(call, settings.has_aux, settings.differentiable_tangent)
+        self.forward = dual_forward(
+            call, settings.has_aux, settings.differentiable_tangent, bool(settings.tangents_batched)
+        )
         self.strategy, self.reports, self.regions = choose(call, settings)
         self._call = call
         self._said_aside = False
+        self._several: Dual | None = None
 
     # A graph of its own, also inside a function that is being compiled: its markers must not meet those of another.
     @torch.compiler.disable(reason="a call with tangents= is compiled on its own")
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dots: dict[str, Tensor]) -> tuple[Any, Any]:
+        if is_vmapped((args, kwargs), dots):
+            return call_with_all(self._of_several(), args, kwargs, dots)
         dots = self.prepare(args, kwargs, dots)
         out, flat_dots = self._run((args, kwargs, dots))
         if self.settings.config.check_finite:
-            check_finite(self.forward if _alone() else None, (args, kwargs, dots), flat_dots)
+            alone = _alone() and not self.settings.tangents_batched
+            check_finite(self.forward if alone else None, (args, kwargs, dots), flat_dots)
         remaining = iter(flat_dots)
         differentiated = out[0] if self.settings.has_aux else out
         refuse_hidden(differentiated)
         return out, map_leaves(differentiated, lambda _, leaf: next(remaining) if has_tangent(leaf) else None)
+
+    def _of_several(self) -> Dual:
+        """The same for batches of tangents."""
+        if self._several is None:
+            self._several = Dual(self._call, replace(self.settings, tangents_batched=True))
+        return self._several
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], dots: dict[str, Tensor]) -> dict[str, Tensor]:
         """Refuse what cannot be run, and make traceable what can be; the tangents that go in."""
@@ -84,10 +98,9 @@ class Dual:
 
     def _without_compiler(self, aside: str, inputs: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
         """Op by op, where torch.compile would run eagerly."""
-        if self.settings.differentiable_tangent:
-            raise CaptureError(
-                f"torch.compile, {aside} makes no graph, and op by op, tangents have no gradients: call it elsewhere"
-            )
+        if self.settings.needs_one_graph:
+            needs = self.settings.needs_one_graph
+            raise CaptureError(f"torch.compile, {aside} makes no graph, and {needs} needs one: call it elsewhere")
         if not self._said_aside:
             log.warning("jvpgraph: torch.compile, %s compiles nothing: this call runs op by op", aside)
         self._said_aside = True

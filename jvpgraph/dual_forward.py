@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jvpgraph.markers import make_dual, tangent_of
+from jvpgraph.markers import ALL_OF, ONE_OF, make_dual, tangent_of
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.tree import leaves, map_leaves
 
@@ -17,23 +17,30 @@ __all__ = ["another", "dual_forward"]
 
 
 def dual_forward(
-    call: Callable[..., Any], has_aux: bool = False, differentiable: bool = False
+    call: Callable[..., Any], has_aux: bool = False, differentiable: bool = False, batched: bool = False
 ) -> Callable[..., tuple[Any, list[Tensor]]]:
     """Mark the inputs, call ``call``, ask for the tangent of each output leaf.
 
     The result takes ``(args, kwargs, dots)``, where ``dots`` has tangents by the path of their input, such as
-    ``args.0`` or ``kwargs.cond.text``, and returns ``(out, [tangent of each floating leaf of out])``.
+    ``args.0`` or ``kwargs.cond.text``, and returns ``(out, [tangent of each floating leaf of out])``. ``batched``: as
+    many tangents as the first dim of each is long, on either side.
     """
 
     def forward(args: Any, kwargs: Any, dots: dict[str, Tensor]) -> tuple[Any, list[Tensor]]:
         def mark(path: str, leaf: Any) -> Any:
-            return make_dual(leaf, dots[path], differentiable) if path in dots else leaf
+            if path not in dots:
+                return leaf
+            return make_dual(leaf, ONE_OF(dots[path]) if batched else dots[path], differentiable)
 
         args, kwargs = map_leaves(args, mark, "args", dots), map_leaves(kwargs, mark, "kwargs", dots)
         out = call(*args, **kwargs)
         differentiated = out[0] if has_aux else out
         active = [leaf for _path, leaf in leaves(differentiated) if has_tangent(leaf)]
-        return out, [tangent_of(leaf, differentiable) for leaf in active]
+        answers = [tangent_of(leaf, differentiable) for leaf in active]
+        if batched:
+            count = next(iter(dots.values())).shape[0]
+            answers = [ALL_OF(answer, count) for answer in answers]
+        return out, answers
 
     return another(forward)
 

@@ -2,8 +2,10 @@
 
 ``make_dual(x, x_dot)`` is ``x`` with a tangent; ``tangent_of(y)`` is the tangent that ``y`` has by then. ``arrived(y,
 others, given, what)`` is ``y``; it refuses a tangent of one of ``given`` if nothing of it is left in ``y`` and
-``others``. All three are opaque to Dynamo and AOTAutograd, and are erased by :mod:`jvpgraph.passes.linearize`. The
-first two may be used directly inside a function compiled with ``torch.compile(fn, backend=jvpgraph.backend())``;
+``others``. ``one_of(x_dots)`` stands for any of the T tangents in a tensor [T, *shape of x], and ``all_of(y_dot, T)``
+is where those of y come together again. All are opaque to Dynamo and AOTAutograd, and are erased by
+:mod:`jvpgraph.passes.linearize`, the last two by :mod:`jvpgraph.passes.batch_tangents`. The first two may be used
+directly inside a function compiled with ``torch.compile(fn, backend=jvpgraph.backend())``;
 anywhere else they refuse to run, so that a marker that was never linearized cannot pass for a zero tangent.
 """
 
@@ -17,16 +19,20 @@ from torch import Tensor
 from jvpgraph.errors import MarkerExecuted
 from jvpgraph.rules.apply import has_tangent
 
-__all__ = ["ARRIVED", "MAKE_DUAL", "TANGENT_OF", "make_dual", "tangent_of"]
+__all__ = ["ALL_OF", "ARRIVED", "MAKE_DUAL", "ONE_OF", "TANGENT_OF", "make_dual", "tangent_of"]
 
 _library = torch.library.Library("jvpgraph", "FRAGMENT")
 _library.define("make_dual(Tensor x, Tensor x_dot) -> Tensor")
 _library.define("tangent_of(Tensor y, bool differentiable=False) -> Tensor")
 _library.define("arrived(Tensor y, Tensor[] others, Tensor[] given, str what) -> Tensor")
+_library.define("one_of(Tensor x_dots) -> Tensor")
+_library.define("all_of(Tensor y_dot, SymInt count) -> Tensor")
 
 MAKE_DUAL = torch.ops.jvpgraph.make_dual.default
 TANGENT_OF = torch.ops.jvpgraph.tangent_of.default
 ARRIVED = torch.ops.jvpgraph.arrived.default
+ONE_OF = torch.ops.jvpgraph.one_of.default
+ALL_OF = torch.ops.jvpgraph.all_of.default
 
 
 def make_dual(x: Tensor, x_dot: Tensor, differentiable: bool = False) -> Tensor:
@@ -63,6 +69,14 @@ def _same_layout(x: Tensor, *_: object) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
+def _one(x_dots: Tensor) -> Tensor:
+    return torch.empty_strided(x_dots.shape[1:], x_dots.stride()[1:], dtype=x_dots.dtype, device=x_dots.device)
+
+
+def _all(y_dot: Tensor, count: int) -> Tensor:
+    return y_dot.new_empty((count, *y_dot.shape))
+
+
 def _refuse(*_: object) -> Tensor:
     raise MarkerExecuted(
         "a jvpgraph marker was executed: make_dual and tangent_of work inside jvpgraph.transform, jvpgraph.jvp, or "
@@ -92,5 +106,9 @@ torch.library.register_autograd("jvpgraph::make_dual", _make_dual_backward, lib=
 torch.library.register_autograd("jvpgraph::tangent_of", _no_backward, lib=_library)
 torch.library.register_fake("jvpgraph::arrived", _same_layout, lib=_library)
 torch.library.register_autograd("jvpgraph::arrived", _arrived_backward, setup_context=_arrived_setup, lib=_library)
-for _name in ("make_dual", "tangent_of", "arrived"):
+torch.library.register_fake("jvpgraph::one_of", _one, lib=_library)
+torch.library.register_fake("jvpgraph::all_of", _all, lib=_library)
+torch.library.register_autograd("jvpgraph::one_of", lambda _ctx, _grad: None, lib=_library)
+torch.library.register_autograd("jvpgraph::all_of", _no_backward, lib=_library)
+for _name in ("make_dual", "tangent_of", "arrived", "one_of", "all_of"):
     _library.impl(_name, _refuse, "CompositeExplicitAutograd")

@@ -28,6 +28,7 @@ class Settings:
     differentiable_tangent: bool = False
     config: Config = field(default_factory=Config)
     has_aux: bool = False
+    tangents_batched: bool | int = False
 
     @classmethod
     def of(cls, *, backend: str | Backend, config: Config | None, **others: Any) -> Settings:
@@ -41,13 +42,22 @@ class Settings:
                 raise ValueError("config= differs from the config of the backend: pass it to jvpgraph.backend() only")
         elif self.backend not in BACKENDS:
             raise ValueError(f"unknown backend {self.backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
-        if self.differentiable_tangent and not self.compiles:
-            raise ValueError("op by op, tangents have no gradients: differentiable_tangent needs another backend")
-        if self.regions is not None and (self.differentiable_tangent or not self.compiles):
-            other = "differentiable_tangent=True" if self.differentiable_tangent else 'backend="op_by_op"'
+        if self.tangents_batched < 0:
+            raise ValueError(f"tangents_batched is how many tangents there are, not {self.tangents_batched}")
+        if self.needs_one_graph and not self.compiles:
+            raise ValueError(f'{self.needs_one_graph} needs one graph, and so another backend than "op_by_op"')
+        if self.regions is not None and (self.needs_one_graph or not self.compiles):
+            other = self.needs_one_graph or 'backend="op_by_op"'
             raise ValueError(f"regions, graphs with op-by-op code between them, cannot be combined with {other}")
         if self.regions is not None:
             check_choice(self.regions)
+
+    @property
+    def needs_one_graph(self) -> str:
+        """What cannot be done op by op, if that is asked for."""
+        if self.differentiable_tangent:
+            return "differentiable_tangent=True"
+        return f"tangents_batched={self.tangents_batched}" if self.tangents_batched else ""
 
     @property
     def compiles(self) -> bool:

@@ -45,7 +45,7 @@ class OneGraph:
 
     def __call__(self, forward: Callable[..., Any], inputs: Inputs) -> Result:
         key = unguarded([self._call] if isinstance(self._call, nn.Module) else held_by(inputs[0][0].fn))
-        with own_errors(self._settings.compiler, self._settings.differentiable_tangent), in_one_piece():
+        with own_errors(self._settings.compiler, self._settings.needs_one_graph), in_one_piece():
             return self._variants.get(key, lambda: self._compile(forward))(*inputs)
 
     def _compile(self, forward: Callable[..., Any]) -> Callable[..., Any]:

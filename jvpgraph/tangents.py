@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from jvpgraph.errors import NonFiniteTangent
 from jvpgraph.rules.apply import has_tangent
@@ -60,11 +61,14 @@ class Inputs:
         return Inputs(tensors, paths)
 
 
-def match_tangents(tangents: Mapping[Any, Any], inputs: Inputs, finite: bool = False) -> dict[str, Tensor]:
+def match_tangents(
+    tangents: Mapping[Any, Any], inputs: Inputs, finite: bool = False, batched: bool | int = False
+) -> dict[str, Tensor]:
     """Tangents by the path of their input.
 
     Args:
         finite: require that they are finite.
+        batched: there are several of each input, along a first dim of their own: so many, or with True any number.
 
     Raises:
         NonFiniteTangent: with ``finite``, one is not.
@@ -76,6 +80,7 @@ def match_tangents(tangents: Mapping[Any, Any], inputs: Inputs, finite: bool = F
     given = {name: dot for name, dot in leaves(tangents) if dot is not None}
     if not given:
         raise ValueError(f"no tangent was given; {_valid_names(inputs)}")
+    counts: dict[str, int] = {}
     for name, dot in given.items():
         primal = inputs.tensors.get(name)
         if primal is None:
@@ -84,14 +89,33 @@ def match_tangents(tangents: Mapping[Any, Any], inputs: Inputs, finite: bool = F
             raise ValueError(f"the tangent of {name!r} must be a tensor, not {type(dot).__name__}")
         if not has_tangent(primal):
             raise ValueError(f"{name!r} is {primal.dtype} and has no tangent; {_valid_names(inputs)}")
+        if batched:
+            counts[name] = _count(name, dot, batched)
         for what in ("shape", "dtype", "device"):
             wanted, got = getattr(primal, what), getattr(dot, what)
+            got = got[1:] if batched and what == "shape" else got
             if wanted != got:
                 pair = (tuple(got), tuple(wanted)) if what == "shape" else (got, wanted)
-                raise ValueError(f"the tangent of {name!r} has {what} {pair[0]}, the input has {pair[1]}")
+                each = f"tangents of {name!r} have" if batched else f"tangent of {name!r} has"
+                raise ValueError(f"the {each} {what} {pair[0]}, the input has {pair[1]}")
         if finite and not bool(torch.isfinite(dot).all()):
             raise NonFiniteTangent(f"the tangent given for {name!r} is not finite")
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"every input needs as many tangents as the others, their first dims are {counts}")
     return {inputs.paths[name]: dot for name, dot in given.items()}
+
+
+def _count(name: str, dots: Tensor, wanted: bool | int) -> int:
+    """How many tangents there are along the first dim."""
+    if is_traceable_wrapper_subclass(dots):
+        raise ValueError(f"several tangents of {name!r} cannot be a {type(dots).__name__}: call once for each")
+    if dots.dim() == 0 or dots.shape[0] == 0 or (wanted is not True and dots.shape[0] != wanted):
+        number = "at least 1" if wanted is True else wanted
+        raise ValueError(
+            f"with tangents_batched the tangents of {name!r} need a first dim of {number}, the number of tangents, "
+            f"not {tuple(dots.shape)}"
+        )
+    return dots.shape[0]
 
 
 def _valid_names(inputs: Inputs) -> str:

@@ -133,6 +133,7 @@ def _differentiable(op: str, function: type[torch.autograd.Function]) -> Callabl
 for _name, _function in (
     ("attention", _Attention),
     ("attention_jvp", _AttentionJvp),
+    ("attention_jvps", _no_second_derivative("attention_jvps")),
     ("attention_backward", _no_second_derivative("attention_backward")),
     ("attention_jvp_backward", _no_second_derivative("attention_jvp_backward")),
 ):

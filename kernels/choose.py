@@ -31,6 +31,7 @@ __all__ = [
     "Forward",
     "Plan",
     "attend",
+    "attend_all",
     "describe",
     "differentiate",
     "forced",
@@ -212,6 +213,12 @@ def attend(call: Call) -> Outputs:
     """o and lse, and o_dot and lse_dot where there are tangents for them."""
     forward = _first(FORWARDS, call)[0] if _forced is None else _forced(call).forward
     return forward.run(call)
+
+
+def attend_all(calls: Sequence[Call]) -> list[Outputs]:
+    """The same of calls that differ in their tangents only; o and lse stand in the first."""
+    forward = plan(calls[0]).forward
+    return [forward.run(call) for call in calls]
 
 
 def differentiate(call: Call, outs: Outputs, grads: Cotangents) -> Gradients:

@@ -3,6 +3,7 @@
 Ops
     jvpgraph::attention               (o, lse): what scaled_dot_product_attention becomes; has a backward
     jvpgraph::attention_jvp           (o, lse, o_dot, lse_dot): primal and tangent in one pass over the keys
+    jvpgraph::attention_jvps          the same of T tangents: dots, o_dots and lse_dots have a first dim of T
     jvpgraph::attention_backward      (dq, dk, dv, dbias): from o and lse
     jvpgraph::attention_jvp_backward  (dq, dk, dv, dq_dot, dk_dot, dv_dot, dbias, dbias_dot): through the tangent too
 See jvpgraph.kernels.attention for what they compute. An op takes any strides; the functions there are stricter.
@@ -20,7 +21,7 @@ from torch import Tensor
 from jvpgraph.kernels import autograd  # noqa: F401  which the ops have from the start
 from jvpgraph.kernels.call import Call, Cotangents, Dots, Outputs, Wanted, check_call
 from jvpgraph.kernels.checks import check_outputs, check_sequences
-from jvpgraph.kernels.choose import attend, differentiate
+from jvpgraph.kernels.choose import attend, attend_all, differentiate
 from jvpgraph.kernels.layout import (
     bias_grad,
     dtype_inside,
@@ -32,10 +33,11 @@ from jvpgraph.kernels.layout import (
 )
 from jvpgraph.kernels.schemas import AUTOCAST_KEYS, LIBRARY, OPS, SCHEMAS, arguments, how_of
 
-__all__ = ["OPS", "REAL", "call_of"]
+__all__ = ["ALL_DOTS", "OPS", "REAL", "call_of", "one_of"]
 
 ROWS, ROW_SUMS = ("o_grad", "o_dot_grad", "o", "o_dot"), ("lse_grad", "lse_dot_grad", "lse", "lse_dot")
 INPUTS = ("q", "k", "v", "q_dot", "k_dot", "v_dot")
+ALL_DOTS = ("q_dot", "k_dot", "v_dot", "bias_dot")
 
 
 def _dots(given: dict[str, Any]) -> Dots:
@@ -119,6 +121,37 @@ def _attention_jvp_real(*args: Any) -> tuple[Tensor, ...]:
     return rows_from_rank4(o, q), lse_from_rank3(lse, q), rows_from_rank4(o_dot, q), lse_from_rank3(lse_dot, q)
 
 
+def one_of(given: dict[str, Any], t: int) -> dict[str, Any]:
+    """The arguments of attention_jvps with the t-th of each tangent, as attention_jvp takes them."""
+    return given | {name: given[name][t] for name in ALL_DOTS if given[name] is not None}
+
+
+def _count(given: dict[str, Any]) -> Any:
+    """How many tangents attention_jvps is given of each."""
+    counts = [given[name].shape[0] for name in ALL_DOTS if given[name] is not None]
+    if not counts or any(count != counts[0] for count in counts):
+        raise ValueError(f"attention_jvps needs tangents, and as many of each; got {counts}")
+    return counts[0]
+
+
+def _attention_jvps_fake(*args: Any) -> tuple[Tensor, ...]:
+    given = arguments("attention_jvps", args)
+    count = _count(given)
+    _check(one_of(given, 0))
+    o, lse = _empty_o_and_lse(given["q"], given["v"])
+    return o, lse, *(x.new_empty(count, *x.shape) for x in (o, lse))
+
+
+def _attention_jvps_real(*args: Any) -> tuple[Tensor, ...]:
+    given = arguments("attention_jvps", args)
+    q, count = given["q"], _count(given)
+    outs = attend_all([_checked_call(one_of(given, t)) for t in range(count)])
+    o, lse = outs[0].o, outs[0].lse
+    o_dots = torch.stack([rows_from_rank4(torch.zeros_like(o) if x.o_dot is None else x.o_dot, q) for x in outs])
+    lse_dots = torch.stack([lse_from_rank3(torch.zeros_like(lse) if x.lse_dot is None else x.lse_dot, q) for x in outs])
+    return rows_from_rank4(o, q), lse_from_rank3(lse, q), o_dots, lse_dots
+
+
 # ------------------------------------------------------------------------------------------------------ backward
 
 
@@ -168,12 +201,14 @@ OF_VALUE, OF_TANGENT = ("q", "k", "v", "bias"), (*INPUTS, "bias", "bias_dot")
 REAL: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "attention": _attention_real,
     "attention_jvp": _attention_jvp_real,
+    "attention_jvps": _attention_jvps_real,
     "attention_backward": functools.partial(_backward_real, "attention_backward", OF_VALUE),
     "attention_jvp_backward": functools.partial(_backward_real, "attention_jvp_backward", OF_TANGENT),
 }
 FAKE: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "attention": _attention_fake,
     "attention_jvp": _attention_jvp_fake,
+    "attention_jvps": _attention_jvps_fake,
     "attention_backward": functools.partial(_backward_fake, "attention_backward", OF_VALUE),
     "attention_jvp_backward": functools.partial(_backward_fake, "attention_jvp_backward", OF_TANGENT),
 }

@@ -25,6 +25,8 @@ SCHEMAS = {
     "attention": f"({QKV}, Tensor? bias=None, {HOW}) -> (Tensor o, Tensor lse)",
     "attention_jvp": f"({QKV}, {DOTS}, Tensor? bias=None, Tensor? bias_dot=None, {HOW},"
     " bool differentiable_tangent=False) -> (Tensor o, Tensor lse, Tensor o_dot, Tensor lse_dot)",
+    "attention_jvps": f"({QKV}, {DOTS}, Tensor? bias=None, Tensor? bias_dot=None, {HOW})"
+    " -> (Tensor o, Tensor lse, Tensor o_dots, Tensor lse_dots)",
     "attention_backward": f"(Tensor o_grad, Tensor? lse_grad, {QKV}, Tensor? bias, Tensor o, Tensor lse, {HOW},"
     " bool bias_needs_grad=False) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
     "attention_jvp_backward": "(Tensor? o_grad, Tensor? lse_grad, Tensor? o_dot_grad, Tensor? lse_dot_grad,"

@@ -13,11 +13,13 @@ from torch.utils.flop_counter import flop_registry
 
 from jvpgraph.graph.meta import INSERTED_META
 from jvpgraph.kernels.choose import describe
-from jvpgraph.kernels.ops import OPS, call_of
+from jvpgraph.kernels.ops import ALL_DOTS, OPS, call_of, one_of
 from jvpgraph.passes.context import Context
 from jvpgraph.rules.apply import bind
 
 __all__ = ["count"]
+
+FORWARDS = (OPS.attention.default, OPS.attention_jvp.default, OPS.attention_jvps.default)
 
 
 def count(gm: fx.GraphModule, context: Context) -> None:
@@ -32,7 +34,7 @@ def count(gm: fx.GraphModule, context: Context) -> None:
             continue
         if node.target.namespace.startswith("_c10d_functional") and "wait" not in str(node.target):
             report.collectives[str(node.target)] += 1
-        if node.target in (OPS.attention.default, OPS.attention_jvp.default):
+        if node.target in FORWARDS:
             report.kernels[_kernel(node)] += 1
         primal, tangent = _flops(node)
         if node.meta.get("partitioner_tag") == "is_backward":
@@ -45,7 +47,7 @@ def count(gm: fx.GraphModule, context: Context) -> None:
 
 
 def _flops(node: fx.Node) -> tuple[Any, Any]:
-    if node.target in (OPS.attention.default, OPS.attention_jvp.default):
+    if node.target in FORWARDS:
         return _attention_flops(node)
     if node.target is OPS.attention_backward.default:
         return _attention_backward_flops(node), 0
@@ -62,6 +64,8 @@ def _kernel(node: fx.Node) -> str:
     bound = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
     with FakeTensorMode():
         given = {name: _at_this_size(x.meta["val"]) if isinstance(x, fx.Node) else x for name, x in bound.items()}
+        if node.target is OPS.attention_jvps.default:
+            given = one_of(given, 0)
         return describe(call_of(given), differentiable_tangent=bool(given.get("differentiable_tangent")))
 
 
@@ -84,6 +88,8 @@ def _attention_flops(node: fx.Node) -> tuple[Any, Any]:
     qk, pv = _products(bound)
     active = [bound.get(f"{name}_dot") is not None for name in "qkv"]
     tangent = (active[0] + active[1]) * qk + (active[2] + (active[0] or active[1])) * pv
+    if node.target is OPS.attention_jvps.default:  # one product for each of the tangents
+        tangent *= next(_expr(bound[name].meta["val"].shape[0]) for name in ALL_DOTS if bound[name] is not None)
     own = 0 if INSERTED_META in node.meta and node.target is OPS.attention.default else qk + pv
     return own, tangent
 

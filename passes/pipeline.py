@@ -21,6 +21,7 @@ from torch._ops import OpOverload
 from jvpgraph.config import Config
 from jvpgraph.dump import Dump, readable
 from jvpgraph.graph.torch_level import graphs_in
+from jvpgraph.passes.batch_tangents import batch_tangents
 from jvpgraph.passes.call_own_jvps import call_own_jvps
 from jvpgraph.passes.check_gradients import check_gradients
 from jvpgraph.passes.context import Context, StepReport
@@ -100,6 +101,7 @@ ON_ATEN_GRAPH = Stage(
         drop_dead_tangents,
         fuse_attention,
         fuse_aten_attention,
+        batch_tangents,
         pair_collectives,
         count,
         decompose,
@@ -118,6 +120,7 @@ BEFORE_AUTOGRAD = Stage(
         fuse_attention,
         fuse_aten_attention,
         differentiate_attention,
+        batch_tangents,
         write_out_copies,
         check_gradients,
     ),

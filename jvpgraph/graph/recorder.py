@@ -62,7 +62,8 @@ class Recorder(TorchDispatchMode):
         self._known: dict[int, tuple[Tensor, fx.Node]] = {}  # id of a stand-in -> itself, kept alive, and its node
         self._cursor: fx.Node | None = None
         self._meta: dict[str, Any] = {}
-        self._primal: fx.Node | None = None
+        self._behind: fx.Node | None = None
+        self._primal: fx.Node | None = None  # the same, if its value may be taken
         self._recording = True
 
     @contextmanager
@@ -74,7 +75,7 @@ class Recorder(TorchDispatchMode):
             meta: inherited by the new nodes (default: the source location of ``node``).
             reuse: if the very call of ``node`` is made again, take its value instead of computing it twice.
         """
-        self._cursor, self._primal = _last_output(node), node if reuse else None
+        self._cursor, self._behind, self._primal = _last_output(node), node, node if reuse else None
         self._meta = dict(meta) if meta is not None else {k: node.meta[k] for k in INHERITED_META if k in node.meta}
         try:
             with torch.inference_mode(False), torch.no_grad(), self._fake_mode, self:
@@ -147,8 +148,8 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and primal is not None:
             raise NotImplementedError(f"{func} draws random numbers again: forward AD of it is not reproducible")
         out = func(*args, **kwargs)
-        if primal is not None and primal.target is func:
-            _unify_sizes(out, value_of(primal))
+        if self._behind is not None and self._behind.target is func:
+            _unify_sizes(out, value_of(self._behind))
         if isinstance(out, Tensor) and id(out) in self._known:
             return out
         if not any(isinstance(leaf, Tensor) for leaf in (out if isinstance(out, (tuple, list)) else (out,))):
@@ -340,7 +341,7 @@ def _unify_sizes(new: Any, old: Any) -> None:
         for x, y in zip(new, old):
             _unify_sizes(x, y)
     elif isinstance(new, Tensor) and isinstance(old, Tensor):
-        for a, b in zip(new.shape, old.shape):
+        for a, b in zip(reversed(new.shape), reversed(old.shape)):  # several tangents have one dim more
             if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr != b.node.expr:
                 env, drawn = a.node.shape_env, a.node.expr
                 if drawn in env.pending_fresh_unbacked_symbols:
