@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 import torch._functorch.config as functorch_config
-from torch._dynamo import eval_frame
+from torch._dynamo import convert_frame, eval_frame
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +28,7 @@ __all__ = [
     "stands_aside",
 ]
 
+CAPTURE = convert_frame._compile.__code__
 NOT_CAPTURED = "the model cannot be captured as one graph: "
 NOT_COMPILED = "the compiler cannot compile the graph: "
 NO_BACKWARD = (
@@ -59,20 +60,20 @@ def in_one_piece() -> Iterator[None]:
         yield
 
 
-def remedy(compiled: bool = True, compiler: str = "inductor", differentiable: bool = False) -> str:
+def remedy(compiled: bool = True, compiler: str = "inductor", needs_one_graph: str = "") -> str:
     """What to do instead, where a graph was not captured, or was and could not be ``compiled``."""
     ways = []
-    if not differentiable:
+    if not needs_one_graph:
         ways += ['transform(model, regions="auto"), which compiles what can be compiled', 'backend="op_by_op"']
     if compiled and compiler == "inductor":
         ways.append('backend="eager", which takes the same graph without Inductor')
     if not ways:
-        return "With differentiable_tangent=True everything has to be one graph, so this cannot be run."
+        return f"With {needs_one_graph} everything has to be one graph, so this cannot be run."
     return f"Use {', or '.join(ways)}."
 
 
 @contextmanager
-def own_errors(compiler: str = "inductor", differentiable: bool = False) -> Iterator[None]:
+def own_errors(compiler: str = "inductor", needs_one_graph: str = "") -> Iterator[None]:
     """Errors of ours come out as they were raised, Dynamo's as a CaptureError.
 
     What was asked for says what can be done instead.
@@ -93,15 +94,22 @@ def own_errors(compiler: str = "inductor", differentiable: bool = False) -> Iter
             "the model was compiled in too many variants (sizes, types, sets of active inputs): pass dynamic=True, or "
             "raise torch._dynamo.config.recompile_limit"
         ) from error
-    except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
+    except (TorchDynamoException, GuardOnDataDependentSymNode, AssertionError) as error:
+        if isinstance(error, AssertionError) and not _is_of_dynamo(error):
+            raise
         cause = first_cause(error, JvpgraphError)
         if cause is not None:
             raise cause.with_traceback(None) from None
         compiled = compile_failed(error)
         head = NOT_COMPILED if compiled else NOT_CAPTURED
         told = _told(error)
-        how = NO_BACKWARD if _has_no_backward(told) else remedy(compiled, compiler, differentiable)
+        how = NO_BACKWARD if _has_no_backward(told) else remedy(compiled, compiler, needs_one_graph)
         raise CaptureError(f"{head}{told}\n{how}") from error
+
+
+def _is_of_dynamo(error: AssertionError) -> bool:
+    """Whether it was raised while Dynamo captured: what a model asserts does not come out of there as it is."""
+    return any(frame.f_code is CAPTURE for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _has_no_backward(told: str) -> bool:

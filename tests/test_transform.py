@@ -539,6 +539,29 @@ class TestErrors:
             jvpgraph.transform(model, backend="eager")(x, tangents={"x": x})
         check(model.fn, x, backend="op_by_op")
 
+    def test_an_assertion_of_dynamos(self, monkeypatch):
+        """As a checkpoint of attention at symbolic sizes meets one, in plain torch.compile too; regions go on."""
+
+        def fails(self):
+            raise AssertionError("lift_tracked_freevar_to_input should not be called")
+
+        model, x = Wrapped(torch.sin), torch.randn(3).double()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch._dynamo.symbolic_convert.InstructionTranslator, "run", fails)
+            with pytest.raises(jvpgraph.CaptureError, match=r"(?s)captured as one graph: .*lift_tracked.*op_by_op"):
+                jvpgraph.transform(model)(x, tangents={"x": x})
+            _, x_dot = jvpgraph.transform(model, regions="auto")(x, tangents={"x": x})
+        assert_close(x_dot, (1.5 * x).cos() * 1.5 * x)
+
+    def test_an_assertion_of_the_models(self):
+        def fn(x):
+            assert x.isnan().any(), "the model's own"
+            return x
+
+        x = torch.randn(3)
+        with pytest.raises(AssertionError, match="the model's own"):
+            jvpgraph.jvp(fn, (x,), (x,), backend="op_by_op")
+
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_non_finite_tangents_on_request(self, backend):
         class Net(nn.Module):
