@@ -93,9 +93,9 @@ def attention_placements(op: OpOverload, args: Sequence[Any], kwargs: dict[str, 
     def of_argument(name: str, value: Any, dim: int | None) -> Any:
         if not hasattr(value, "shape"):
             return None
-        if dim is None or name.startswith("cu_"):
+        if dim is None or name.startswith("cu_") or name == "partial_blocks":
             return Replicate()
-        return of_bias(dim, value, Replicate()) if name.startswith("bias") else Shard(dim)
+        return of_bias(dim, value, Replicate()) if name.startswith(("bias", "block_map")) else Shard(dim)
 
     def of_output(name: str, dim: int | None) -> Any:
         if dim is None:

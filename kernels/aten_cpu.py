@@ -33,6 +33,8 @@ def _refuses(call: Call) -> str | None:
     q, k, v = call.q, call.k, call.v
     if call.packing is not None:
         return "packed sequences"
+    if call.block_mask is not None:
+        return "a block mask"
     if q.shape[1] != k.shape[1] or q.shape[3] != v.shape[3]:
         return "grouped heads, or unequal head dims"
     if call.window != EVERYTHING and (call.window != CAUSAL or call.bias is not None):

@@ -35,6 +35,8 @@ def _refuses(call: Call) -> str | None:
     """What neither takes."""
     if call.packing is not None:
         return "packed sequences"
+    if call.block_mask is not None:
+        return "a block mask"
     if not call.scale > 0:
         return f"scale is {call.scale}"
     if call.wanted.from_lse:

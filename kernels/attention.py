@@ -19,6 +19,10 @@ Packed sequences
     Offsets have to ascend from 0 to at most the length: a ValueError otherwise, on a GPU a failed assertion there.
     The backward waits for the lengths, and takes each sequence on its own; while a CUDA graph is captured it takes a
     dense mask instead, a byte for each pair of a query and a key.
+Block masks
+    map [B | 1, H | 1, tiles, tiles] and the bytes of the tiles that are cut: what is hidden is not visited, and no mask
+    is read in tiles that are seen whole. A pair is seen if block mask, bias and window all let it. See
+    jvpgraph.kernels.block_mask.
 Precision
     lse in natural log; lse and all sums in float32 (float64 for float64 inputs), o in the dtype of q.
 Fully masked rows
@@ -38,11 +42,12 @@ Source
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from jvpgraph.kernels.block_mask import as_block_mask
 from jvpgraph.kernels.call import How
 from jvpgraph.kernels.checks import check_strides
 from jvpgraph.kernels.ops import OPS
@@ -59,28 +64,36 @@ class Options(TypedDict, total=False):
     window: (left, right): query i sees keys i - left..i + right; -1 for no limit.
     cu_seqlens_q, cu_seqlens_kv: int32 [S + 1], ascending from 0: where the S sequences packed along Lq and Lkv begin
         and end. Needs B = 1 and no bias. What lies outside of all sequences counts as fully masked.
+    block_mask: which tiles of queries and keys are visited, and who sees whom in those that are cut: a BlockMask of
+        jvpgraph.kernels.block_mask, or of torch.nn.attention.flex_attention, which is converted on each call.
     dropout_p: for calls written for scaled_dot_product_attention; anything but 0 is refused.
     """
 
     window: tuple[int, int] | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_kv: Tensor | None
+    block_mask: Any
     dropout_p: float
 
 
 def _how(
+    q: Tensor,
     is_causal: bool,
     scale: float | None,
     *,
     window: tuple[int, int] | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_kv: Tensor | None = None,
+    block_mask: Any = None,
     dropout_p: float = 0.0,
 ) -> How:
     """As the ops take it."""
     if dropout_p != 0:
         raise ValueError(f"attention has no dropout, the tangent of which would need the same mask; got {dropout_p}")
-    return How(is_causal, scale, window, cu_seqlens_q, cu_seqlens_kv)
+    if block_mask is not None and q.dim() != 4:
+        raise ValueError(f"attention with a block mask needs q, k, v of rank 4; got {tuple(q.shape)}")
+    blocks = (None, None) if block_mask is None else as_block_mask(block_mask, *q.shape[:2])
+    return How(is_causal, scale, window, cu_seqlens_q, cu_seqlens_kv, *blocks)
 
 
 def attention(
@@ -114,7 +127,7 @@ def attention(
         RuntimeError: an input carries a tangent of torch's own forward mode.
     """
     check_strides(q=q, k=k, v=v)
-    return OPS.attention.default(q, k, v, bias, *_how(is_causal, scale, **options))
+    return OPS.attention.default(q, k, v, bias, *_how(q, is_causal, scale, **options))
 
 
 def attention_jvp(
@@ -148,7 +161,7 @@ def attention_jvp(
             tangent of torch's own forward mode.
     """
     check_strides(q=q, k=k, v=v, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot)
-    how = _how(is_causal, scale, **options)
+    how = _how(q, is_causal, scale, **options)
     return OPS.attention_jvp.default(q, k, v, q_dot, k_dot, v_dot, bias, bias_dot, *how, differentiable_tangent)
 
 
@@ -173,7 +186,7 @@ def attention_backward(
         dq, dk, dv shaped as q, k, v; dbias shaped as bias, or an empty tensor unless bias_needs_grad.
     """
     check_strides(q=q, k=k, v=v)
-    how = _how(is_causal, scale, **options)
+    how = _how(q, is_causal, scale, **options)
     return OPS.attention_backward.default(o_grad, lse_grad, q, k, v, bias, o, lse, *how, bias_needs_grad)
 
 

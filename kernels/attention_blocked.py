@@ -9,7 +9,7 @@ Streaming form
     all rescaled by exp(m_old - m_new) (FlashAttention's online softmax). s_dot is one product, [q_dot, q]
     [k, k_dot]', and is centred: o_dot does not change when a constant per row is subtracted from s_dot, so
     the mean over keys of [k, k_dot] is taken out first, which keeps r * o from cancelling against h v where
-    a tangent is common to all keys; lse_dot gets it back. What a block is: see blocked_parts.
+    a tangent is common to all keys; lse_dot gets it back. What a block is: see visits.
 Shapes
     As of call.Call and call.Outputs.
 Precision
@@ -26,20 +26,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jvpgraph.kernels.blocked_parts import (
-    Chunk,
-    blocks_of,
-    hidden_by,
-    mask_scores,
-    may_be_blind,
-    plan_blocks,
-    score_tangent_operands,
-    score_tangents,
-    take,
-    take_rows,
-)
+from jvpgraph.kernels.blocked_parts import score_tangent_operands, score_tangents
 from jvpgraph.kernels.call import Call, Outputs
 from jvpgraph.kernels.layout import dtype_inside, empty_rows
+from jvpgraph.kernels.visits import Chunk, take, take_rows, visits_of
 
 __all__ = ["attend", "blind_outputs"]
 
@@ -68,40 +58,37 @@ def attend(call: Call, *, block_q: int | None = None, block_k: int | None = None
     if call.is_empty:
         return blind_outputs(call)
     assert call.packing is None
-    q, k, v, window = call.q, call.k, call.v, call.window
-    dtype, n_q, n_k = dtype_inside(q), q.shape[2], k.shape[2]
+    q, k, v, dtype, dim_v = call.q, call.k, call.v, dtype_inside(call.q), call.v.shape[3]
     outs = _empty_outputs(call)
-    hides = hidden_by(call.bias)
-    maybe_blind = may_be_blind(call.bias, window)
-    chunks, block_q, block_k = plan_blocks(q, k, block_q, block_k)
-    for chunk in chunks:
+    visits = visits_of(call, block_q, block_k)
+    for chunk in visits.chunks():
         q_c = chunk.queries(q, dtype) * call.scale  # [n, group, Lq, Dqk]
         k_c = chunk.keys(k, dtype)  # [n, Lkv, Dqk]
-        v_c = chunk.keys(v, dtype)  # [n, Lkv, Dv]
-        values = v_c if call.v_dot is None else torch.cat((v_c, chunk.keys(call.v_dot, dtype)), dim=-1)
+        values = chunk.keys(v, dtype)  # [n, Lkv, Dv], and v_dot beside it
+        if call.v_dot is not None:
+            values = torch.cat((values, chunk.keys(call.v_dot, dtype)), dim=-1)
         left, right, centre = score_tangent_operands(chunk, q_c, k_c, call)
 
-        for i, bq in blocks_of(0, n_q, block_q):
+        for i, bq in visits.queries():
             q_i = take_rows(q_c, i, bq)  # [n, group * bq, Dqk]
             left_i = None if left is None else take_rows(left, i, bq)
             sums = None
-            first, end = window.keys(i, bq, n_k)
-            for j, bk in blocks_of(first, end, block_k):
-                s = torch.bmm(q_i, take(k_c, 1, j, bk).mT)
+            for keys in visits.keys(chunk, i, bq):
+                s = torch.bmm(q_i, keys.of(k_c).mT)
                 s_dot = None
                 if call.s_active:
-                    s_dot = score_tangents(s, left_i, right, j, bk)
+                    s_dot = score_tangents(s, left_i, right, keys)
                     if call.bias_dot is not None:
-                        chunk.scores(s_dot, bq).add_(chunk.bias(call.bias_dot, i, bq, j, bk))
-                mask_scores(s, chunk, hides, window, i, bq, j, bk)
-                sums = _absorb(sums, s, s_dot, take(values, 1, j, bk), take(v_c, 1, j, bk), maybe_blind)
+                        chunk.scores(s_dot, bq).add_(chunk.bias(call.bias_dot, i, bq, keys))
+                visits.hide(s, chunk, i, bq, keys)
+                sums = _absorb(sums, s, s_dot, keys.of(values), dim_v, visits.maybe_blind)
             if sums is None:  # no query of this block sees a key
                 for x, value in zip(outs, BLIND):
                     if x is not None:
                         take(chunk.narrow(x, heads_are_queries=True), 2, i, bq).fill_(value)
             else:
                 shift = None if left_i is None or centre is None else (left_i, centre)
-                _store(chunk, outs, sums, shift, i, bq, maybe_blind)
+                _store(chunk, outs, sums, shift, i, bq, visits.maybe_blind)
     return outs
 
 
@@ -117,9 +104,10 @@ class _Sums:
 
 
 def _absorb(
-    sums: _Sums | None, s: Tensor, s_dot: Tensor | None, values: Tensor, v: Tensor, may_be_empty: bool
+    sums: _Sums | None, s: Tensor, s_dot: Tensor | None, values: Tensor, dim_v: int, may_be_empty: bool
 ) -> _Sums:
-    """Sums over one more block of keys; overwrites s and s_dot. values is [v, v_dot], or v again."""
+    """Sums over one more block of keys; overwrites s and s_dot. values is v, of dim_v columns, and v_dot beside it."""
+    v = values[..., :dim_v]
     m = s.amax(-1, keepdim=True)
     if sums is not None:
         m = torch.maximum(sums.m, m)

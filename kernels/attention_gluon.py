@@ -400,6 +400,8 @@ def refuses(call: Call) -> str | None:
         return f"Gluon's takes as many columns in v as in q, a multiple of 8 up to {most}"
     if call.bias is not None or call.bias_dot is not None or call.window != EVERYTHING or call.packing is not None:
         return "Gluon's takes no mask, no window and no packed sequences"
+    if call.block_mask is not None:
+        return "Gluon's takes no block mask"
     if not call.scale > 0:
         return f"scale is {call.scale}"
     if not call.is_active and columns < GLUON_VALUE_FROM:

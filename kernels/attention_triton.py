@@ -41,6 +41,8 @@ def refuses(call: Call) -> str | None:
     most = max_head_dim(call.q.dtype)
     if max(call.q.shape[-1], call.v.shape[-1]) > most:
         return f"Triton's takes {most} columns of {call.q.dtype} at most"
+    if call.block_mask is not None:
+        return "Triton's takes no block mask"
     return "there is nothing to compute" if call.is_empty else None
 
 

@@ -14,6 +14,8 @@ from jvpgraph.kernels.schemas import AUTOCAST_KEYS, DEFAULTS, LIBRARY, OPS
 
 __all__: list[str] = []
 
+OF_HOW = 4  # tensors, which are the last of its fields
+
 
 def _refuse_forward_ad(op: str, *tensors: Tensor | None) -> None:
     """Raise if a tensor carries a tangent of torch's own forward mode, which the op would silently drop."""
@@ -40,11 +42,11 @@ def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
 
 def _gradients(ctx: Any, o_grad: Tensor | None, lse_grad: Tensor | None) -> list[Tensor | None]:
     """Gradients of q, k, v, bias from what was saved."""
-    q, k, v, bias, o, lse, cu_q, cu_kv, *_ = ctx.saved_tensors
+    q, k, v, bias, o, lse, *rest = ctx.saved_tensors
     if o_grad is None and lse_grad is None:
         return [None] * 4
     grads = OPS.attention_backward.default(
-        _or_zeros(o_grad, o), lse_grad, q, k, v, bias, o, lse, *ctx.how, cu_q, cu_kv, ctx.needs["bias"]
+        _or_zeros(o_grad, o), lse_grad, q, k, v, bias, o, lse, *ctx.how, *rest[:OF_HOW], ctx.needs["bias"]
     )
     return [grad if ctx.needs[name] else None for name, grad in zip(("q", "k", "v", "bias"), grads)]
 
@@ -53,8 +55,8 @@ def _save(ctx: Any, inputs: dict[str, Tensor | None], outs: Sequence[Tensor], ho
     """Keep what the backward needs: q, k, v, bias of the inputs, o and lse of the outs, and whatever more."""
     kept = [inputs[name] for name in ("q", "k", "v", "bias")]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*kept, *outs[:2], how.cu_seqlens_q, how.cu_seqlens_kv, *more)
-    ctx.how = how[:3]
+    ctx.save_for_backward(*kept, *outs[:2], *how[-OF_HOW:], *more)
+    ctx.how = how[:-OF_HOW]
     ctx.needs = {name: x is not None and x.requires_grad for name, x in inputs.items()}
 
 
@@ -67,7 +69,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, o_grad: Any, lse_grad: Any) -> Any:
-        return None, *_gradients(ctx, o_grad, lse_grad), *[None] * 5
+        return None, *_gradients(ctx, o_grad, lse_grad), *[None] * len(How._fields)
 
 
 class _AttentionJvp(torch.autograd.Function):
@@ -78,14 +80,14 @@ class _AttentionJvp(torch.autograd.Function):
     def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
         outs = _below_autograd(OPS.attention_jvp.default, keyset, *args)
         names = ("q", "k", "v", "q_dot", "k_dot", "v_dot", "bias", "bias_dot")
-        inputs, how, ctx.differentiable = dict(zip(names, args)), How(*args[8:13]), args[13]
+        inputs, how, ctx.differentiable = dict(zip(names, args)), How(*args[8:-1]), args[-1]
         dots = [inputs[name] for name in ("q_dot", "k_dot", "v_dot", "bias_dot")]
         _save(ctx, inputs, outs, how, *((*dots, *outs[2:]) if ctx.differentiable else ()))
         return outs
 
     @staticmethod
     def backward(ctx: Any, o_grad: Any, lse_grad: Any, o_dot_grad: Any, lse_dot_grad: Any) -> Any:
-        rest = [None] * 6
+        rest = [None] * (len(How._fields) + 1)
         if o_dot_grad is None and lse_dot_grad is None:
             dq, dk, dv, dbias = _gradients(ctx, o_grad, lse_grad)
             return None, dq, dk, dv, None, None, None, dbias, None, *rest
@@ -94,10 +96,11 @@ class _AttentionJvp(torch.autograd.Function):
                 "jvpgraph::attention_jvp: the tangents o_dot and lse_dot have no gradient; detach them, or ask for it "
                 "with differentiable_tangent=True"
             )
-        q, k, v, bias, o, lse, cu_q, cu_kv, q_dot, k_dot, v_dot, bias_dot, o_dot, lse_dot = ctx.saved_tensors
+        q, k, v, bias, o, lse, *of_how = ctx.saved_tensors[:-6]
+        q_dot, k_dot, v_dot, bias_dot, o_dot, lse_dot = ctx.saved_tensors[-6:]
         grads = OPS.attention_jvp_backward.default(
             *(o_grad, lse_grad, o_dot_grad, lse_dot_grad, q, k, v, q_dot, k_dot, v_dot, bias, bias_dot),
-            *(o, lse, o_dot, lse_dot, *ctx.how, cu_q, cu_kv, ctx.needs["bias"], ctx.needs["bias_dot"]),
+            *(o, lse, o_dot, lse_dot, *ctx.how, *of_how, ctx.needs["bias"], ctx.needs["bias_dot"]),
         )
         needed = [grad if needs else None for grad, needs in zip(grads, ctx.needs.values())]
         return None, *needed, *rest

@@ -45,22 +45,10 @@ import math
 import torch
 from torch import Tensor
 
-from jvpgraph.kernels.blocked_parts import (
-    Chunk,
-    blocks_of,
-    hidden_by,
-    mask_scores,
-    may_be_blind,
-    needs_own_sums,
-    plan_blocks,
-    row_sums,
-    score_tangent_operands,
-    score_tangents,
-    take,
-    take_rows,
-)
+from jvpgraph.kernels.blocked_parts import needs_own_sums, row_sums, score_tangent_operands, score_tangents
 from jvpgraph.kernels.call import Call, Cotangents, Gradients, Outputs
 from jvpgraph.kernels.layout import dtype_inside, empty_rows
+from jvpgraph.kernels.visits import Chunk, Keys, take_rows, visits_of
 
 __all__ = ["differentiate"]
 
@@ -103,40 +91,37 @@ def _of_value(
     call: Call, outs: Outputs, grads: Cotangents, found: Gradients, block_q: int | None, block_k: int | None
 ) -> Gradients:
     assert grads.o is not None
-    q, k, v, window, lse = call.q, call.k, call.v, call.window, outs.lse
-    dtype, n_q, n_k = dtype_inside(q), q.shape[2], k.shape[2]
-    hides = hidden_by(call.bias)
+    q, k, v, lse, dtype = call.q, call.k, call.v, outs.lse, dtype_inside(call.q)
+    visits = visits_of(call, block_q, block_k)
     sums_anew = needs_own_sums(call.bias, lse, may_wait=lse.device.type == "cpu")
     delta = (grads.o.to(dtype) * outs.o.to(dtype)).sum(-1)  # [B, H, Lq]
     if grads.lse is not None:
         delta = delta - grads.lse.masked_fill(lse == -math.inf, 0)  # a merge of parts may have none there but NaN
-    if may_be_blind(call.bias, window):
+    if visits.maybe_blind:
         lse = lse.masked_fill(lse == -math.inf, math.inf)  # makes p = 0 in a fully masked row
-    chunks, block_q, block_k = plan_blocks(q, k, block_q, block_k)
-    for chunk in chunks:
+    for chunk in visits.chunks():
         q_c = chunk.queries(q, dtype) * call.scale
         k_c, v_c = chunk.keys(k, dtype), chunk.keys(v, dtype)
         do_c = chunk.queries(grads.o, dtype)
         delta_c, lse_c = chunk.queries(delta, dtype), chunk.queries(lse, dtype)
         dk_c, dv_c = torch.zeros_like(k_c), torch.zeros_like(v_c)
-        for i, bq in blocks_of(0, n_q, block_q):
+        for i, bq in visits.queries():
             q_i, do_i = take_rows(q_c, i, bq), take_rows(do_c, i, bq)
             delta_i, lse_i = take_rows(delta_c, i, bq).unsqueeze(-1), take_rows(lse_c, i, bq).unsqueeze(-1)
             log_l = None
             if sums_anew:
-                lse_i, log_l = row_sums(q_i, k_c, chunk, hides, window, i, bq, block_k)
+                lse_i, log_l = row_sums(q_i, k_c, visits, chunk, i, bq)
             dq_i = torch.zeros_like(q_i)
-            first, end = window.keys(i, bq, n_k)
-            for j, bk in blocks_of(first, end, block_k):
-                k_j, v_j = take(k_c, 1, j, bk), take(v_c, 1, j, bk)
+            for keys in visits.keys(chunk, i, bq):
+                k_j, v_j = keys.of(k_c), keys.of(v_c)
                 s = torch.bmm(q_i, k_j.mT)
-                mask_scores(s, chunk, hides, window, i, bq, j, bk)
+                visits.hide(s, chunk, i, bq, keys)
                 p = s.sub_(lse_i).exp_() if log_l is None else s.sub_(lse_i).sub_(log_l).exp_()
-                take(dv_c, 1, j, bk).baddbmm_(p.mT, do_i)
+                keys.add_product(dv_c, p.mT, do_i)
                 ds = torch.bmm(do_i, v_j.mT).sub_(delta_i).mul_(p)
-                take(dk_c, 1, j, bk).baddbmm_(ds.mT, q_i)
+                keys.add_product(dk_c, ds.mT, q_i)
                 dq_i.baddbmm_(ds, k_j)
-                _add_to_bias(found.bias, chunk, ds, i, bq, j, bk)
+                _add_to_bias(found.bias, chunk, ds, i, bq, keys)
             chunk.store(found.q, dq_i.mul_(call.scale), i, bq)
         # keys that no query sees under a causal mask keep their zeros
         _store_keys(chunk, found.k, dk_c)
@@ -148,23 +133,22 @@ def _through_tangent(
     call: Call, outs: Outputs, grads: Cotangents, found: Gradients, block_q: int | None, block_k: int | None
 ) -> Gradients:
     assert grads.o is not None
-    q, k, v, window, lse = call.q, call.k, call.v, call.window, outs.lse
+    q, k, v, lse, dtype = call.q, call.k, call.v, outs.lse, dtype_inside(call.q)
     o_dot = torch.zeros_like(outs.o) if outs.o_dot is None else outs.o_dot
     lse_dot = torch.zeros_like(lse) if outs.lse_dot is None else outs.lse_dot
     o_grad, o_dot_grad = grads.o, torch.zeros_like(o_dot) if grads.o_dot is None else grads.o_dot
-    dtype, dim, dim_v, n_q, n_k = dtype_inside(q), q.shape[3], v.shape[3], q.shape[2], k.shape[2]
+    dim, dim_v = q.shape[3], v.shape[3]
 
-    hides = hidden_by(call.bias)
+    visits = visits_of(call, block_q, block_k or (k.shape[2] if dtype != q.dtype else None))
     sums_anew = needs_own_sums(call.bias, lse, may_wait=lse.device.type == "cpu")
     zero = lse.new_zeros(()).expand_as(lse)
     lse_grad, lse_dot_grad = (zero if x is None else x for x in (grads.lse, grads.lse_dot))
-    if may_be_blind(call.bias, window):
+    if visits.maybe_blind:
         blind = lse == -math.inf
         lse = lse.masked_fill(blind, math.inf)  # makes p = 0 in a row that sees no key
         lse_grad, lse_dot_grad = lse_grad.masked_fill(blind, 0), lse_dot_grad.masked_fill(blind, 0)
 
-    chunks, block_q, block_k = plan_blocks(q, k, block_q, block_k or (n_k if q.dtype.itemsize == 2 else None))
-    for chunk in chunks:
+    for chunk in visits.chunks():
         q_c = chunk.queries(q, dtype) * call.scale  # [n, group, Lq, Dqk]
         k_c, v_c = chunk.keys(k, dtype), chunk.keys(v, dtype)  # [n, Lkv, Dqk], [n, Lkv, Dv]
         left, right, centre = score_tangent_operands(chunk, q_c, k_c, call)
@@ -181,47 +165,46 @@ def _through_tangent(
         dk_c, dvalues = torch.zeros_like(k_c), torch.zeros_like(values)
         dv_c = dvalues[..., :dim_v]
         dright = None if right is None else torch.zeros_like(right)
-        for i, bq in blocks_of(0, n_q, block_q):
+        for i, bq in visits.queries():
             q_i, cots_i, G_i = take_rows(q_c, i, bq), take_rows(cots, i, bq), take_rows(G_c, i, bq)
             lse_i, e_shift_i, w_shift_i, r_i = (take_rows(x, i, bq) for x in (lse_c, e_shift, w_shift, r_c))
             dlse_i, dr_i = take_rows(dlse_c, i, bq), take_rows(dr_c, i, bq)
             log_l = None
             if sums_anew:
-                lse_i, log_l = row_sums(q_i, k_c, chunk, hides, window, i, bq, block_k)
+                lse_i, log_l = row_sums(q_i, k_c, visits, chunk, i, bq)
             dq_i = torch.zeros_like(q_i)
             left_i = dleft_i = None
             if left is not None and centre is not None:
                 left_i, dleft_i = take_rows(left, i, bq), dr_i * centre
-            first, end = window.keys(i, bq, n_k)
-            for j, bk in blocks_of(first, end, block_k):
-                k_j, v_j, values_j = (take(x, 1, j, bk) for x in (k_c, v_c, values))
+            for keys in visits.keys(chunk, i, bq):
+                k_j, values_j = keys.of(k_c), keys.of(values)
                 s = torch.bmm(q_i, k_j.mT)
-                mask_scores(s, chunk, hides, window, i, bq, j, bk)
+                visits.hide(s, chunk, i, bq, keys)
                 p = s.sub_(lse_i).exp_() if log_l is None else s.sub_(lse_i).sub_(log_l).exp_()
-                take(dvalues, 1, j, bk).baddbmm_(p.mT, cots_i)
+                keys.add_product(dvalues, p.mT, cots_i)
                 e = torch.baddbmm(e_shift_i, cots_i, values_j.mT)
                 if call.s_active:
-                    u = score_tangents(s, left_i, right, j, bk)
+                    u = score_tangents(s, left_i, right, keys)
                     if call.bias_dot is not None:
-                        chunk.scores(u, bq).add_(chunk.bias(call.bias_dot, i, bq, j, bk))
+                        chunk.scores(u, bq).add_(chunk.bias(call.bias_dot, i, bq, keys))
                     u.sub_(r_i)
-                    w = torch.baddbmm(w_shift_i, G_i, v_j.mT)
-                    if bk == end - first:
+                    w = torch.baddbmm(w_shift_i, G_i, values_j[..., :dim_v].mT)
+                    if keys.are_all:
                         _set_mean(u, p, 0)
                         _set_mean(w, p, dr_i)
                     e.addcmul_(u, w)
-                    take(dv_c, 1, j, bk).baddbmm_(u.mul_(p).mT, G_i)
+                    keys.add_product(dv_c, u.mul_(p).mT, G_i)
                     ds_dot = w.mul_(p)
                     if left_i is not None and dleft_i is not None and right is not None and dright is not None:
-                        dleft_i.baddbmm_(ds_dot, take(right, 1, j, bk))
-                        take(dright, 1, j, bk).baddbmm_(ds_dot.mT, left_i)
-                    _add_to_bias(found.bias_dot, chunk, ds_dot, i, bq, j, bk)
-                if bk == end - first:
+                        dleft_i.baddbmm_(ds_dot, keys.of(right))
+                        keys.add_product(dright, ds_dot.mT, left_i)
+                    _add_to_bias(found.bias_dot, chunk, ds_dot, i, bq, keys)
+                if keys.are_all:
                     _set_mean(e, p, dlse_i)
                 ds = e.mul_(p)
                 dq_i.baddbmm_(ds, k_j)
-                take(dk_c, 1, j, bk).baddbmm_(ds.mT, q_i)
-                _add_to_bias(found.bias, chunk, ds, i, bq, j, bk)
+                keys.add_product(dk_c, ds.mT, q_i)
+                _add_to_bias(found.bias, chunk, ds, i, bq, keys)
             if dleft_i is not None:
                 if call.k_dot is not None:
                     dq_i.add_(dleft_i[..., -dim:])
@@ -249,10 +232,9 @@ def _set_mean(x: Tensor, p: Tensor, mean: Tensor | int) -> None:
     x.add_(mean - (x * p).sum(-1, keepdim=True))
 
 
-def _add_to_bias(dbias: Tensor | None, chunk: Chunk, ds: Tensor, i: int, bq: int, j: int, bk: int) -> None:
+def _add_to_bias(dbias: Tensor | None, chunk: Chunk, ds: Tensor, i: int, bq: int, keys: Keys) -> None:
     if dbias is not None:
-        part = chunk.bias(dbias, i, bq, j, bk)
-        part.add_(chunk.scores(ds, bq).sum_to_size(part.shape))
+        keys.add(chunk.bias(dbias, i, bq), chunk.scores(ds, bq))
 
 
 def _store_keys(chunk: Chunk, out: Tensor | None, part: Tensor) -> None:

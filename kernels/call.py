@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from jvpgraph.kernels.block_mask import BlockMask
 from jvpgraph.kernels.checks import check_how, check_operands, check_tangents
 from jvpgraph.kernels.layout import bias_to_rank4, to_rank4
 from jvpgraph.kernels.window import EVERYTHING, Window, packed_mask
@@ -27,6 +28,7 @@ __all__ = [
     "Place",
     "Wanted",
     "check_call",
+    "is_capturing",
     "pretended_gpu",
 ]
 
@@ -77,6 +79,8 @@ class How(NamedTuple):
     window: Sequence[int] | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_kv: Tensor | None = None
+    block_map: Tensor | None = None
+    partial_blocks: Tensor | None = None
 
     def as_window(self) -> Window:
         left, right = (None if width < 0 else width for width in self.window or (-1, -1))
@@ -91,6 +95,11 @@ class How(NamedTuple):
         if self.cu_seqlens_q is None or self.cu_seqlens_kv is None:
             return None
         return self.cu_seqlens_q, self.cu_seqlens_kv
+
+    def as_block_mask(self) -> BlockMask | None:
+        if self.block_map is None or self.partial_blocks is None:
+            return None
+        return BlockMask(self.block_map, self.partial_blocks)
 
 
 class Wanted(NamedTuple):
@@ -166,6 +175,7 @@ class Call:
     window: Window = EVERYTHING
     scale: float = 1.0
     packing: Packing | None = None
+    block_mask: BlockMask | None = None
     wanted: Wanted = NOTHING
     place: Place = NOWHERE  # unless said, that of q
 
@@ -200,6 +210,7 @@ class Call:
             how.as_window(),
             how.as_scale(q),
             how.as_packing(),
+            how.as_block_mask(),
             wanted,
         )
 
@@ -242,14 +253,25 @@ class Call:
             assert v is not None
             yield at_q, at_kv, replace(self, q=q, k=k, v=v, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot, packing=None)
 
+    def with_dense_mask(self) -> Call:
+        """This, but with a block mask as a dense one: a byte for each pair of a query and a key."""
+        if self.block_mask is None:
+            return self
+        mask, bias = self.block_mask.dense(self.q.shape[2], self.k.shape[2]), self.bias
+        if self.has_additive_bias and bias is not None:
+            mask = torch.where(mask, bias, bias.new_full((), -math.inf))
+        elif bias is not None:
+            mask = mask & bias
+        return replace(self, bias=mask, block_mask=None)
+
     def without_waiting(self) -> Call:
         """This, but packed sequences as a dense mask while a CUDA graph is captured, which must not wait for their
         lengths: a byte for each pair of a query and a key."""
-        if self.packing is None or not _is_capturing(self.q):
+        if self.packing is None or not is_capturing(self.q):
             return self
         mask = packed_mask(*self.packing, self.q.shape[2], self.k.shape[2], self.window)
         return replace(self, bias=mask, window=EVERYTHING, packing=None)
 
 
-def _is_capturing(q: Tensor) -> bool:
+def is_capturing(q: Tensor) -> bool:
     return q.is_cuda and torch.cuda.is_current_stream_capturing()

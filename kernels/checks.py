@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = [
+    "check_block_map",
     "check_how",
     "check_operands",
     "check_outputs",
@@ -104,10 +105,16 @@ def check_how(
     window: Sequence[int] | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_kv: Tensor | None,
+    block_map: Tensor | None,
+    partial_blocks: Tensor | None,
 ) -> None:
-    """Raise ValueError for a window or for packed sequences that the ops do not take."""
+    """Raise ValueError for a window, packed sequences or a block mask that the ops do not take."""
     if window is not None and (len(window) != 2 or any(width < -1 for width in window)):
         raise ValueError(f"attention needs a window (left, right) of widths from 0, or -1 for no limit; got {window}")
+    if block_map is not None or partial_blocks is not None:
+        if cu_seqlens_q is not None or cu_seqlens_kv is not None:
+            raise ValueError("attention of packed sequences takes no block mask: sequences see themselves only")
+        _check_block_mask(q, k, block_map, partial_blocks)
     if cu_seqlens_q is None and cu_seqlens_kv is None:
         return
     if cu_seqlens_q is None or cu_seqlens_kv is None:
@@ -122,6 +129,40 @@ def check_how(
             raise refusal(f"attention needs cu_seqlens as contiguous int32 [sequences + 1] on {q.device}", **given)
     if _surely(cu_seqlens_q.shape[0] != cu_seqlens_kv.shape[0]) or _surely(cu_seqlens_q.shape[0] < 1):
         raise refusal("attention needs cu_seqlens_q and cu_seqlens_kv of one length, sequences + 1", **given)
+
+
+def _check_block_mask(q: Tensor, k: Tensor, map: Tensor | None, partial: Tensor | None) -> None:
+    given = {"q": q, "k": k, "block_map": map, "partial_blocks": partial}
+    if map is None or partial is None:
+        raise ValueError("attention needs both block_map and partial_blocks, or neither")
+    if map.dtype != torch.int32 or partial.dtype != torch.bool or map.dim() != 4 or partial.dim() != 3:
+        raise refusal(
+            "attention needs a block mask of int32 [B | 1, H | 1, tiles, tiles] and bool [n, BQ, BK]", **given
+        )
+    if map.device != q.device or partial.device != q.device:
+        raise refusal(f"attention needs the block mask on {q.device}, not on {map.device}, {partial.device}", **given)
+    if q.dim() != 4:
+        raise refusal("attention with a block mask needs q, k, v of rank 4, [batch, heads, length, dim]", **given)
+    if any(_surely(have != 1) and _surely(have != want) for have, want in zip(map.shape, q.shape[:2])):
+        raise refusal("attention needs a block mask for one batch entry and head, or for all", **given)
+    for length, tiles, size in (
+        (q.shape[2], map.shape[2], partial.shape[1]),
+        (k.shape[2], map.shape[3], partial.shape[2]),
+    ):
+        if _surely(size < 1) or _surely(tiles != -(-length // size)):
+            raise refusal("attention needs a block mask of as many tiles as cover q and k", **given)
+
+
+def check_block_map(map: Tensor, partial: Tensor) -> None:
+    """Raise ValueError unless the map of a block mask points to tiles that there are. On a GPU, which is not waited
+    for, what is wrong is an assertion that fails there."""
+    right = ((map >= -1) & (map <= partial.shape[0])).all()
+    what = f"block_map must hold 0, -1, or the number of one of {partial.shape[0]} partial_blocks, from 1 on"
+    if map.device.type == "cpu":
+        if not right:
+            raise ValueError(what)
+    else:
+        torch._assert_async(right, what)
 
 
 def check_sequences(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor) -> None:

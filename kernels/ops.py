@@ -20,7 +20,7 @@ from torch import Tensor
 
 from jvpgraph.kernels import autograd  # noqa: F401  which the ops have from the start
 from jvpgraph.kernels.call import Call, Cotangents, Dots, Outputs, Wanted, check_call
-from jvpgraph.kernels.checks import check_outputs, check_sequences
+from jvpgraph.kernels.checks import check_block_map, check_outputs, check_sequences
 from jvpgraph.kernels.choose import attend, attend_all, differentiate
 from jvpgraph.kernels.layout import (
     bias_grad,
@@ -78,11 +78,13 @@ def call_of(given: dict[str, Any]) -> Call:
 
 
 def _checked_call(given: dict[str, Any]) -> Call:
-    """That of real tensors, of which the offsets of packed sequences are checked as well."""
+    """That of real tensors, of which offsets of packed sequences and maps of tiles are checked as well."""
     call = call_of(given)
     _check_outputs(given)
     if call.packing is not None:
         check_sequences(call.q, call.k, *call.packing)
+    if call.block_mask is not None:
+        check_block_map(*call.block_mask)
     return call
 
 

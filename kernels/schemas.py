@@ -19,7 +19,8 @@ OPS = torch.ops.jvpgraph
 QKV = "Tensor q, Tensor k, Tensor v"
 DOTS = "Tensor? q_dot, Tensor? k_dot, Tensor? v_dot"
 HOW = (
-    "bool is_causal=False, float? scale=None, int[]? window=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_kv=None"
+    "bool is_causal=False, float? scale=None, int[]? window=None, Tensor? cu_seqlens_q=None,"
+    " Tensor? cu_seqlens_kv=None, Tensor? block_map=None, Tensor? partial_blocks=None"
 )
 SCHEMAS = {
     "attention": f"({QKV}, Tensor? bias=None, {HOW}) -> (Tensor o, Tensor lse)",

@@ -32,6 +32,7 @@ from jvpgraph.kernels.attention import (
     attention_jvp,
     merge_attention,
 )
+from jvpgraph.kernels.call import How
 from jvpgraph.kernels.layout import bias_to_rank4
 from jvpgraph.kernels.ops import OPS
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
@@ -624,7 +625,7 @@ def test_opcheck(bias, requires_grad):
     torch.library.opcheck(ops.attention_jvp.default, (q, k, v, dots[0], None, None, bias))
     o, lse = attention(q, k, v, bias)
     o_grad, lse_grad = torch.randn_like(o), torch.randn_like(lse)
-    args = (o_grad, lse_grad, q, k, v, bias, o, lse, False, None, None, None, None, bias_dot is not None)
+    args = (o_grad, lse_grad, q, k, v, bias, o, lse, *How(), bias_dot is not None)
     torch.library.opcheck(ops.attention_backward.default, args)
 
 
@@ -632,7 +633,7 @@ def test_opcheck(bias, requires_grad):
 def test_opcheck_of_windows_packing_and_the_second_backward():
     (q, k, v), dots, bias, bias_dot = make(b=1, n_q=9, n_k=9, kv_heads=2, bias="per_head")
     packed = [torch.tensor(ends, dtype=torch.int32) for ends in ([0, 4, 9], [0, 6, 8])]
-    how = (False, None, [2, 3], *packed)
+    how = How(False, None, [2, 3], *packed)
     for requires_grad in (False, True):
         inputs = [x.detach().requires_grad_(requires_grad) for x in (q, k, v)]
         torch.library.opcheck(OPS.attention.default, (*inputs, None, *how))
@@ -640,7 +641,7 @@ def test_opcheck_of_windows_packing_and_the_second_backward():
     o, lse, o_dot, lse_dot = attention_jvp(q, k, v, *dots, bias, bias_dot)
     cotangents = [torch.randn_like(x) for x in (o, lse, o_dot, lse_dot)]
     outs = (o, lse, o_dot, lse_dot)
-    args = (*cotangents, q, k, v, *dots, bias, bias_dot, *outs, True, 0.3, None, None, None, True, True)
+    args = (*cotangents, q, k, v, *dots, bias, bias_dot, *outs, *How(True, 0.3), True, True)
     torch.library.opcheck(OPS.attention_jvp_backward.default, args)
     few = (None, None, cotangents[2], None, q, k, v, None, dots[1], None, None, None, *outs, *how)
     torch.library.opcheck(OPS.attention_jvp_backward.default, few)
@@ -962,7 +963,7 @@ def test_packed_backward_under_capture(lengths, window, monkeypatch):
         return [*plain[:3], *OPS.attention_jvp_backward(*cotangents, q, k, v, *dots, None, None, *outs, *how)[:6]]
 
     want = grads()
-    monkeypatch.setattr("jvpgraph.kernels.call._is_capturing", lambda q: True)
+    monkeypatch.setattr("jvpgraph.kernels.call.is_capturing", lambda q: True)
     monkeypatch.setattr(Tensor, "tolist", lambda x: pytest.fail("waits for the device"))
     assert_near(tuple(grads()), tuple(want), torch.float64)
 
