@@ -112,7 +112,7 @@ class BlockMask(NamedTuple):
         partial = torch.zeros((len(places), *tile), dtype=torch.bool, device=map.device)
         for at in torch.arange(len(places)).split(max(1, (1 << 24) // (tile[0] * tile[1]))):
             some = slice(int(at[0]), int(at[-1]) + 1)
-            b, h, q, k = positions_of(places[some], *tile, *flex.seq_lengths)
+            b, h, q, k, _ = positions_of(places[some], *tile, *flex.seq_lengths)
             partial[some] = seen_by(b[:, 0, 0], h[:, 0, 0], q[:, :, 0], k[:, 0])
         return cls(map, partial)
 
@@ -194,10 +194,11 @@ def list_blocks(
 
 
 def positions_of(places: Tensor, block_q: Any, block_k: Any, length_q: Any, length_kv: Any) -> tuple[Tensor, ...]:
-    """Batch entry, head [n, 1, 1], queries [n, BQ, 1] and keys [n, 1, BK] of tiles, int32. Those beyond the last one
-    are the last one, for whatever looks them up."""
+    """Batch entry, head [n, 1, 1], queries [n, BQ, 1] and keys [n, 1, BK] of tiles, int32; those beyond the last one
+    are the last one, for whatever looks them up. And which pairs are not beyond it, bool [n, BQ, BK]."""
     b, h, row, column = places.int().unbind(1)
     q = row[:, None] * block_q + torch.arange(block_q, device=places.device, dtype=torch.int32)
     k = column[:, None] * block_k + torch.arange(block_k, device=places.device, dtype=torch.int32)
-    q, k = q.clamp(max=length_q - 1), k.clamp(max=length_kv - 1)
-    return b[:, None, None], h[:, None, None], q[:, :, None], k[:, None, :]
+    q, k = q[:, :, None], k[:, None, :]
+    inside = (q < length_q) & (k < length_kv)
+    return b[:, None, None], h[:, None, None], q.clamp(max=length_q - 1), k.clamp(max=length_kv - 1), inside

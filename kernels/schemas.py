@@ -35,6 +35,11 @@ SCHEMAS = {
     " bool bias_needs_grad=False, bool bias_dot_needs_grad=False) -> (Tensor dq, Tensor dk, Tensor dv,"
     " Tensor dq_dot, Tensor dk_dot, Tensor dv_dot, Tensor dbias, Tensor dbias_dot)",
 }
+LIBRARY.define(
+    "block_map(Tensor count, Tensor index, Tensor? full_count, Tensor? full_index, SymInt batch, SymInt heads,"
+    " SymInt rows, SymInt columns, bool all_whole=False) -> (Tensor block_map, Tensor places)",
+    tags=TAGS,
+)
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=TAGS)
 

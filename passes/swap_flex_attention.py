@@ -1,35 +1,41 @@
-"""Swap flex_attention for our attention op with a dense mask, on the torch-level graph that Dynamo gives out.
+"""Swap flex_attention for our attention op with a block mask, on the torch-level graph that Dynamo gives out.
 
 Before: ``out, lse, _ = flex_attention(q, k, v, score_mod, block_mask, scale, ...)``
-After:  ``o, _ = jvpgraph::attention(q, k, v, mask, False, scale)``
+After:  ``map, places = jvpgraph::block_map(kv_num_blocks, kv_indices, ...)``, the nodes of mask_mod on these places,
+        ``o, _ = jvpgraph::attention(q, k, v, None, False, scale, block_map=map, partial_blocks=...)``
 Needs:
     A score_mod that changes nothing, and only ``out`` used: otherwise the call is left, with the reason.
 Keeps:
     Every other node; calls that no marked input reaches.
 Numerics:
-    The same maths. The mask is boolean [B | 1, H | 1, Lq, Lkv]: a byte for each pair of a query and a key, which flex
-    attention does without, and blocks that it would skip are computed.
+    The same maths, and the same tiles. The bytes of a tile are made where mask_mod decides on it; how many these are is
+    known when the graph runs, which on a GPU waits for it, once for each mask.
 
 A block mask lists, for each block of queries, the blocks of keys that are seen whole (``full``), and those that its
-mask_mod decides on. mask_mod is a graph of 0-dim indices; on indices that broadcast it gives the mask as a whole.
+mask_mod decides on. mask_mod is a graph of 0-dim indices; on indices that broadcast it gives the bytes of all tiles.
 """
 
 from __future__ import annotations
 
 import operator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from jvpgraph.graph.emit_attention import emit_attention
 from jvpgraph.graph.meta import source_line
-from jvpgraph.graph.torch_level import active_graphs, emit
+from jvpgraph.graph.torch_level import active_graphs, emit, fake_mode_of
+from jvpgraph.kernels.block_mask import positions_of
+from jvpgraph.kernels.ops import OPS
 from jvpgraph.passes.context import Context
 
 __all__ = ["swap_flex_attention"]
 
 FLEX = torch.ops.higher_order.flex_attention
+NO_TILES = 1 << 20  # flex attention without a block mask has one tile of 2^30 queries and keys
+FORMS = {True: "flex_attention with a block mask", False: "flex_attention"}
 
 
 def swap_flex_attention(gm: fx.GraphModule, context: Context) -> None:
@@ -37,14 +43,15 @@ def swap_flex_attention(gm: fx.GraphModule, context: Context) -> None:
     for body, nodes in active_graphs(gm):
         for node in [n for n in body.graph.find_nodes(op="call_function", target=FLEX) if n in nodes]:
             try:
-                _swap(body, node)
+                has_mask = _swap(body, node)
             except ValueError as refusal:
                 context.report.left.append((node.name, source_line(node), str(refusal)))
             else:
-                context.report.swapped.append((node.name, source_line(node), "flex_attention, with a dense mask"))
+                context.report.swapped.append((node.name, source_line(node), FORMS[has_mask]))
 
 
-def _swap(gm: fx.GraphModule, node: fx.Node) -> None:
+def _swap(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Swap one call, or raise ValueError with the reason why not. Whether it has a mask."""
     q, k, v, score_mod, block_mask, scale, _, _, captured = node.args
     outs = {user.args[1]: user for user in node.users if user.target is operator.getitem}
     if len(outs) != len(node.users) or any(out.users for index, out in outs.items() if index != 0):
@@ -55,12 +62,15 @@ def _swap(gm: fx.GraphModule, node: fx.Node) -> None:
     if not isinstance(scale, (int, float)):
         raise ValueError("scale is not a number")
     value = outs[0].meta["example_value"]
+    mask_mod = getattr(gm, block_mask[-1].target)  # type: ignore[index, union-attr]
+    _check_is_pointwise(mask_mod, captured)
     with node.graph.inserting_before(node):
-        mask = _dense(gm, node, q, k, block_mask, captured)  # type: ignore[arg-type]
-        o = emit_attention(node, q, k, v, mask, False, float(scale), value.dtype)  # type: ignore[arg-type]
+        mask = _block_mask(node, q, k, block_mask, mask_mod, captured)  # type: ignore[arg-type]
+        o = emit_attention(node, q, k, v, None, False, float(scale), value.dtype, mask)  # type: ignore[arg-type]
     outs[0].replace_all_uses_with(o)
     for unused in (*outs.values(), node):
         node.graph.erase_node(unused)
+    return mask is not None
 
 
 def _known(scale: Any) -> Any:
@@ -75,49 +85,87 @@ def _is_identity(mod: fx.GraphModule) -> bool:
     return mod.graph.output_node().args[0] in (score, (score,))
 
 
-def _dense(gm: fx.GraphModule, node: fx.Node, q: fx.Node, k: fx.Node, block_mask: Any, captured: Any) -> fx.Node:
-    """The mask of a block mask, [B | 1, H | 1, Lq, Lkv]."""
+def _block_mask(
+    node: fx.Node, q: fx.Node, k: fx.Node, block_mask: Any, mask_mod: fx.GraphModule, captured: Any
+) -> tuple[fx.Node, fx.Node] | None:
+    """map and partial of jvpgraph.kernels.block_mask.BlockMask; None where all is seen."""
 
-    def do(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def do(target: Any, *args: Any, **kwargs: Any) -> Any:
         return emit(node, target, *args, **kwargs)
 
-    _, _, count, index, full_count, full_index, *_, block_q, block_k, mask_mod = block_mask
-    device = q.meta["example_value"].device
+    _, _, count, index, full_count, full_index, *_, block_q, block_k, _ = block_mask
     n_q, n_k = do("size", q, 2), do("size", k, 2)
-
-    def positions(n: Any, *ones: int) -> fx.Node:
-        """0, 1, ... of a dim of n, with dims of size one behind it."""
-        return do("view", do(_arange_like, q, n, device), -1, *ones)
-
-    def seen(count: fx.Node, index: fx.Node) -> fx.Node:
-        """[B | 1, H | 1, Lq, Lkv]: the pairs in the blocks of keys that each block of queries lists."""
-        listed = do(_listed, count, index, do(_blocks, n_k, block_k))
-        of_q, of_k = (do(operator.floordiv, positions(n), size) for n, size in ((n_q, block_q), (n_k, block_k)))
-        return do(torch.index_select, do(torch.index_select, listed, -2, of_q), -1, of_k)
-
-    mask = seen(count, index)
-    body = getattr(gm, mask_mod.target)
-    batch, heads = do("size", q, 0), do("size", q, 1)
-    indices = (positions(batch, 1, 1, 1), positions(heads, 1, 1), positions(n_q, 1), positions(n_k))
-    mask = do(operator.and_, mask, _inlined(node, body, (*indices, *captured)))
-    if full_count is not None:
-        mask = do(operator.or_, mask, seen(full_count, full_index))
-    return mask
-
-
-def _arange_like(x: Tensor, n: int, device: torch.device) -> Tensor:
-    return torch.arange(n, device=device, dtype=torch.int32)
+    sees_all = _returns_ones(mask_mod)
+    if block_q >= NO_TILES and block_k >= NO_TILES:
+        if sees_all and full_count is None:
+            return None
+        block_q, block_k = n_q, n_k
+    # mask_mod is asked for each batch entry and head, whether or not the lists tell these apart
+    asked = [bool(x.users) for x in mask_mod.graph.find_nodes(op="placeholder")[:2]]
+    batch, heads = (do("size", q if ask else count, i) for i, ask in enumerate(asked))
+    rows, columns = do(_tiles, n_q, block_q), do(_tiles, n_k, block_k)
+    lists = (count, index, full_count, full_index, batch, heads, rows, columns, sees_all)
+    with _fresh_sizes_of(q):
+        listed = do(OPS.block_map.default, *lists)
+    block_map, places = do(operator.getitem, listed, 0), do(operator.getitem, listed, 1)
+    if sees_all:
+        return block_map, do("new_empty", block_map, (0, block_q, block_k), dtype=torch.bool)
+    at = do(positions_of, places, block_q, block_k, n_q, n_k)
+    *indices, inside = (do(operator.getitem, at, i) for i in range(5))
+    return block_map, do(torch.logical_and, inside, _inlined(node, mask_mod, (*indices, *captured)))
 
 
-def _blocks(n: int, block: int) -> int:
-    return -(-n // block)
+def _tiles(length: int, size: int) -> int:
+    return -(-length // size)
 
 
-def _listed(count: Tensor, index: Tensor, blocks: int) -> Tensor:
-    """[B, H, blocks of queries, blocks of keys]: those among the first `count` of each row of `index`."""
-    there = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
-    dense = torch.zeros(*index.shape[:-1], blocks, device=index.device, dtype=torch.int32)
-    return dense.scatter_add(-1, index.long(), there.int()) > 0
+def _fresh_sizes_of(x: fx.Node) -> AbstractContextManager[Any]:
+    """Inside, sizes that depend on data are known to belong to example values, which nobody returns."""
+    return fake_mode_of(x.meta["example_value"]).shape_env.ignore_fresh_unbacked_symbols()
+
+
+def _returns_ones(body: fx.GraphModule) -> bool:
+    """Whether a mask_mod is that of a block mask without one: it lets every query see every key."""
+    result = body.graph.output_node().args[0]
+    (result,) = result if isinstance(result, (tuple, list)) else (result,)
+    return isinstance(result, fx.Node) and result.target in ("new_ones", torch.ones)
+
+
+def _check_is_pointwise(body: fx.GraphModule, captured: Any) -> None:
+    """Raise ValueError unless each node that depends on an index is one of numbers, so that its ops broadcast. A row of
+    a table, or a sum, would be another on tensors of indices."""
+    placeholders = body.graph.find_nodes(op="placeholder")
+    fake_mode = fake_mode_of(placeholders[0].meta["example_value"])
+    known = dict(zip(placeholders[4:], (x.meta["example_value"] for x in captured)))
+    with fake_mode, torch.no_grad():
+        shapes = ((2, 1, 1, 1), (3, 1, 1), (5, 1), (7,))
+        known |= {p: torch.zeros(s, dtype=torch.int32, device=_device_of(p)) for p, s in zip(placeholders, shapes)}
+        of_index = set(placeholders[:4])
+        for inner in body.graph.nodes:
+            if inner.op not in ("call_function", "call_method"):
+                continue
+            args, kwargs = fx.node.map_arg((inner.args, inner.kwargs), known.__getitem__)
+            run = getattr(args[0], inner.target) if inner.op == "call_method" else inner.target
+            given = [x for x in inner.all_input_nodes if x in of_index]
+            try:
+                known[inner] = run(*(args[1:] if inner.op == "call_method" else args), **kwargs)
+                pointwise = not given or known[inner].shape in (
+                    torch.broadcast_shapes(*(known[x].shape for x in given)),
+                    torch.Size(()) if inner.target in ("new_ones", "new_zeros", "new_full", "new_tensor") else None,
+                )
+            except Exception as error:
+                raise ValueError(f"flex_attention whose mask_mod has {inner.name}, {error}") from error
+            if not pointwise:
+                raise ValueError(
+                    f"flex_attention whose mask_mod has {inner.name} ({inner.target}), which is not pointwise in the "
+                    "indices: index tables by all of their dims at once, as in table[q, k]"
+                )
+            if given:
+                of_index.add(inner)
+
+
+def _device_of(placeholder: fx.Node) -> torch.device:
+    return placeholder.meta["example_value"].device
 
 
 def _inlined(node: fx.Node, body: fx.GraphModule, arguments: tuple[Any, ...]) -> fx.Node:

@@ -23,12 +23,14 @@ def emit_attention(
     is_causal: bool,
     scale: float | None,
     dtype: torch.dtype,
+    block_mask: tuple[fx.Node, fx.Node] | None = None,
 ) -> fx.Node:
     """Insert the attention op at the graph's cursor and return its o.
 
     Args:
         origin: whose source line the new nodes inherit.
         dtype: what q, k and v are computed in: theirs, or the one that autocast gives them.
+        block_mask: map and partial of a block mask.
     Raises:
         ValueError: the op does not take these operands.
     """
@@ -43,8 +45,11 @@ def emit_attention(
     with fake_mode, torch.no_grad():
         if any(x.dtype != dtype for x in examples[:3]):  # autocast will cast all of them
             examples = [x.to(dtype) if x is not None and x.is_floating_point() else x for x in examples]
-        fake = OPS.attention.default(*examples, is_causal, scale)
-    attention = origin.graph.call_function(OPS.attention.default, (q, k, v, bias, is_causal, scale))
+        how = dict(zip(("block_map", "partial_blocks"), block_mask or ()))
+        fake = OPS.attention.default(
+            *examples, is_causal, scale, **{name: x.meta["example_value"] for name, x in how.items()}
+        )
+    attention = origin.graph.call_function(OPS.attention.default, (q, k, v, bias, is_causal, scale), how)
     o = origin.graph.call_function(operator.getitem, (attention, 0))
     for new, example in ((attention, fake), (o, fake[0])):
         inherit(new, origin)
