@@ -62,7 +62,7 @@ def _swap(gm: fx.GraphModule, node: fx.Node) -> bool:
     if not isinstance(scale, (int, float)):
         raise ValueError("scale is not a number")
     value = outs[0].meta["example_value"]
-    mask_mod = getattr(gm, block_mask[-1].target)  # type: ignore[index, union-attr]
+    mask_mod = getattr(gm, str(block_mask[-1].target))  # type: ignore[index, union-attr]
     _check_is_pointwise(mask_mod, captured)
     with node.graph.inserting_before(node):
         mask = _block_mask(node, q, k, block_mask, mask_mod, captured)  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ def _block_mask(
     _, _, count, index, full_count, full_index, *_, block_q, block_k, _ = block_mask
     n_q, n_k = do("size", q, 2), do("size", k, 2)
     sees_all = _returns_ones(mask_mod)
-    if block_q >= NO_TILES and block_k >= NO_TILES:
+    if all(isinstance(size, int) and size >= NO_TILES for size in (block_q, block_k)):
         if sees_all and full_count is None:
             return None
         block_q, block_k = n_q, n_k

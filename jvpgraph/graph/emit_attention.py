@@ -45,7 +45,7 @@ def emit_attention(
     with fake_mode, torch.no_grad():
         if any(x.dtype != dtype for x in examples[:3]):  # autocast will cast all of them
             examples = [x.to(dtype) if x is not None and x.is_floating_point() else x for x in examples]
-        how = dict(zip(("block_map", "partial_blocks"), block_mask or ()))
+        how: dict[str, Any] = dict(zip(("block_map", "partial_blocks"), block_mask or ()))
         fake = OPS.attention.default(
             *examples, is_causal, scale, **{name: x.meta["example_value"] for name, x in how.items()}
         )
