@@ -98,6 +98,7 @@ zoo-exact: $(READY)  ## the same models in float64 without Inductor, compared wi
 
 bench: $(READY)  ## time compared with torch.func.jvp and finite differences; compile time against depth
 	$(BIN)/python -m benchmarks.dit --out $(OUT)/bench
+	$(BIN)/python -m benchmarks.several_tangents --out $(OUT)/bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.compile_time --regions-only --out $(OUT)/bench
 
 bench-quality: $(READY)  ## rCM, sCM, DMD, dCM and MeanFlow on the digits, three seeds: an hour and a half on two cores

@@ -217,9 +217,10 @@ def attend(call: Call) -> Outputs:
 
 
 def attend_all(calls: Sequence[Call]) -> list[Outputs]:
-    """The same of calls that differ in their tangents only; o and lse stand in the first."""
+    """The same of calls that differ in their tangents only. Where a GPU's kernels compute them, each computes o and lse
+    as well."""
     forward = plan(calls[0]).forward
-    return [forward.run(call) for call in calls]
+    return attention_blocked.attend_all(calls) if forward is BLOCKED else [forward.run(call) for call in calls]
 
 
 def differentiate(call: Call, outs: Outputs, grads: Cotangents) -> Gradients:
