@@ -40,7 +40,7 @@ demo: $(READY)  ## distil a diffusion transformer on handwritten digits: out/dem
 # Kernels in the interpreter share nothing, and are dealt out one by one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
-KERNELS := $(addprefix tests/test_,attention_triton.py backward_triton.py triton_models.py)
+KERNELS := $(addprefix tests/test_,attention_triton.py backward_triton.py block_mask_triton.py triton_models.py)
 
 check: lint  ## before each commit, in five minutes: lint, types, and the fast tests
 	$(PYTEST) $(PARALLEL) -m "not slow and not kernels and not ranks and not timing and not matrix and not fuzz" tests

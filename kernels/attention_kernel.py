@@ -14,7 +14,9 @@ Streaming form
     when it is rounded for the product with v does. mu, the mean of s_dot over the first key block, is taken
     from q and the mean of those keys, and lse_dot = r + mu. Any mu is right; a near one is precise.
     Key blocks that every query of a block sees whole come first and need no mask; those that the end of the keys or
-    the window cuts follow, and those that no query sees are not visited.
+    the window cuts follow, and those that no query sees are not visited. With a block mask the key blocks are those of
+    the tiles listed for the queries: first those seen whole, then those of which the bytes are read, or that hang over
+    the end of the keys.
     Head dims are taken in parts, see tiles.
 Shapes
     q [B, H, Lq, Dqk], k [B, Hkv, Lkv, Dqk], v [B, Hkv, Lkv, Dv], bias [B | 1, H | 1, Lq | 1, Lkv | 1], lse
@@ -42,11 +44,14 @@ from jvpgraph.kernels.tiles import (
     BIAS_STRIDES,
     LN2,
     LOG2E,
+    TILE_STEPS,
     additive,
     base_of,
+    listed_tiles,
     load_bias,
     load_part,
     load_parts,
+    load_tile,
     store_parts,
     zero_parts,
 )
@@ -129,7 +134,7 @@ def _visible(columns, own_keys, end, left, right, LIMITS: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["heads", "group", "length_q", "length_kv", "left", "right", "sequences"],
+    do_not_specialize=["heads", "group", "length_q", "length_kv", "left", "right", "sequences", *TILE_STEPS],
     do_not_specialize_on_alignment=["cu_q", "cu_kv", *BIAS_STRIDES, *BIAS_DOT_STRIDES],
 )
 def attention_kernel(
@@ -147,6 +152,7 @@ def attention_kernel(
     outs,
     cu_q,
     cu_kv,
+    tiles,
     strides,
     bias_batch,
     bias_head,
@@ -164,6 +170,10 @@ def attention_kernel(
     left,
     right,
     sequences,
+    tiles_batch,
+    tiles_head,
+    tiles_rows,
+    tiles_columns,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -178,6 +188,7 @@ def attention_kernel(
     BIAS_HAS_ROWS: tl.constexpr,
     LIMITS: tl.constexpr,
     PACKED: tl.constexpr,
+    TILE: tl.constexpr,
     SCALE_IS_POSITIVE: tl.constexpr,
     BY_DESCRIPTOR: tl.constexpr,
 ):
@@ -189,7 +200,9 @@ def attention_kernel(
     q, k, v and the bias have a tangent. BIAS is one of NO_BIAS, BOOLEAN_BIAS, ADDITIVE_BIAS. SHARES programs share the
     columns of v, where the accumulators of all would not fit the registers. Query i sees keys i - left .. i + right,
     each limit only if LIMITS, (left, right), says so. PACKED: the lengths are those of all sequences together.
-    CUT_STAGES are those of the loop over key blocks that are masked.
+    CUT_STAGES are those of the loop over key blocks that are masked. TILE: queries and keys of a tile of the block mask
+    `tiles`, see block_mask.Lists, or (0, 0) without one; the steps of its rows by batch entry and head, and how many
+    rows and columns of tiles there are, are arguments of their own.
     """
     bias_strides = (bias_batch, bias_head, bias_row, bias_key)
     bias_dot_strides = (bias_dot_batch, bias_dot_head, bias_dot_row, bias_dot_key)
@@ -203,15 +216,16 @@ def attention_kernel(
     O_ACTIVE: tl.constexpr = S_ACTIVE or HAS_V_DOT
     # the maximum can be taken before scaling, which then fuses with the subtraction of the maximum
     SCALE_LATE: tl.constexpr = BIAS == 0 and SCALE_IS_POSITIVE
-    MAY_BE_BLIND: tl.constexpr = BIAS != 0 or HAS_LEFT or PACKED
+    TILED: tl.constexpr = TILE[0] > 0
+    MAY_BE_BLIND: tl.constexpr = BIAS != 0 or HAS_LEFT or PACKED or TILED
     # the rows behind the end of a sequence are another's, which may be NaN
     CLEAR: tl.constexpr = BY_DESCRIPTOR and PACKED
 
-    tiles = length_q // BLOCK_Q + sequences if PACKED else tl.cdiv(length_q, BLOCK_Q)
-    tile = tl.program_id(0) % tiles
+    blocks = length_q // BLOCK_Q + sequences if PACKED else tl.cdiv(length_q, BLOCK_Q)
+    tile = tl.program_id(0) % blocks
     if HAS_RIGHT and not HAS_LEFT:
-        tile = tiles - 1 - tile  # the longest rows first: the short ones fill the gaps at the end
-    batch_head = tl.program_id(0) // tiles
+        tile = blocks - 1 - tile  # the longest rows first: the short ones fill the gaps at the end
+    batch_head = tl.program_id(0) // blocks
     first_column = tl.program_id(1) * WIDTHS_V[0]
     batch = batch_head // heads
     head = batch_head % heads
@@ -260,11 +274,20 @@ def attention_kernel(
     if HAS_BIAS_DOT:
         bias_dot = base_of(bias_dot, bias_dot_strides, batch, head)
     first_seen, whole, uncut, cut, end = _seen_keys(own_key, start_kv, end_kv, left, right, BLOCK_Q, BLOCK_K, LIMITS)
+    mean_at = whole
+    if TILED:
+        # steps stand for the keys of listed tiles, one behind the other
+        tile_steps = (tiles_batch, tiles_head, tiles_rows, tiles_columns)
+        listed, kinds, uncut, end = listed_tiles(tiles, tile_steps, batch, head, first_row // TILE[0])
+        uncut = uncut * TILE[1]
+        cut = uncut
+        end = end * TILE[1]
+        mean_at = tl.load(listed) * TILE[1]
 
     if S_ACTIVE:
-        start = (batch, head_kv, whole, 0, end_kv)
+        start = (batch, head_kv, mean_at, 0, end_kv)
         mu = tl.zeros([BLOCK_Q], tl.float32)
-        count = tl.minimum(end_kv - whole, BLOCK_K).to(tl.float32)
+        count = tl.minimum(end_kv - mean_at, BLOCK_K).to(tl.float32)
         for i in tl.static_range(len(WIDTHS)):
             if HAS_Q_DOT:
                 first = load_part(ks, start, k_stride, HEAD_DIM, i, WIDTHS, 1, BLOCK_K, BY_DESCRIPTOR, True, CLEAR)
@@ -277,7 +300,7 @@ def attention_kernel(
                 mu += _mean_product(q[i], first, count)
         mu = mu * scale
         if HAS_BIAS_DOT:
-            at = (first_row, length_q, whole, length_kv)
+            at = (first_row, length_q, mean_at, length_kv)
             first = load_bias(bias_dot, bias_dot_strides, at, BLOCK_Q, BLOCK_K, BIAS_HAS_ROWS)
             mu += tl.sum(first.to(tl.float32), 1) / count
 
@@ -299,6 +322,10 @@ def attention_kernel(
                 # steps before `uncut` stand for the key blocks that the left limit cuts, [first_seen, whole)
                 first_key = tl.where(step < uncut, step - cut + first_seen, step)
                 end_of_part = tl.where(step < uncut, whole, end_kv)
+            tile_column = step
+            if TILED:
+                tile_column = tl.load(listed + step // TILE[1])
+                first_key = tile_column * TILE[1] + step % TILE[1]
             keys_at = (batch, head_kv, first_key, 0, end_kv)
             values_at = (batch, head_kv, first_key, first_column, end_kv)
             scores_at = (first_row, length_q, first_key, length_kv)
@@ -330,13 +357,16 @@ def attention_kernel(
                     s_dot = tl.where((columns < end_of_part)[None, :], s_dot, 0.0)
                 own_keys = own_key + tl.arange(0, BLOCK_Q)
                 s = tl.where(_visible(columns, own_keys, end_of_part, left, right, LIMITS), s, -float("inf"))
+                if TILED:
+                    tile_at = (tl.load(kinds + tile_column), first_row, step)
+                    s = tl.where(load_tile(tiles[3], tile_at, TILE, BLOCK_Q, BLOCK_K) != 0, s, -float("inf"))
 
             if SCALE_LATE:
                 m_new = tl.maximum(m, tl.max(s, 1) * log2_scale)
             else:
                 m_new = tl.maximum(m, tl.max(s, 1))
             base = m_new
-            if BIAS != 0 or (CUT and HAS_LEFT):
+            if BIAS != 0 or (CUT and (HAS_LEFT or TILED)):
                 base = tl.where(m_new == -float("inf"), 0.0, m_new)  # 2^(-inf - 0) = 0 until a key is seen
             if SCALE_LATE:
                 p = tl.math.exp2(s * log2_scale - base[:, None])

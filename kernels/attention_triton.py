@@ -27,8 +27,9 @@ from jvpgraph.kernels.launch import (
     strides_of,
 )
 from jvpgraph.kernels.layout import empty_rows
+from jvpgraph.kernels.window import EVERYTHING
 
-__all__ = ["attend", "packed_blocks", "refuses"]
+__all__ = ["attend", "blocks_within", "packed_blocks", "refuses"]
 
 
 def refuses(call: Call) -> str | None:
@@ -42,7 +43,11 @@ def refuses(call: Call) -> str | None:
     if max(call.q.shape[-1], call.v.shape[-1]) > most:
         return f"Triton's takes {most} columns of {call.q.dtype} at most"
     if call.block_mask is not None:
-        return "Triton's takes no block mask"
+        if call.window != EVERYTHING:
+            return "Triton's takes no window beside a block mask"
+        rows, columns = call.block_mask.tile
+        if rows % 16 or columns % 16:
+            return f"Triton's takes tiles of multiples of 16 queries and keys, not of {rows} x {columns}"
     return "there is nothing to compute" if call.is_empty else None
 
 
@@ -65,6 +70,7 @@ def attend(call: Call, *, blocks: Blocks | None = None, by_descriptor: bool | No
         for x, nothing in ((o, 0.0), (lse, -math.inf), (o_dot, 0.0), (lse_dot, 0.0)):
             if x is not None:
                 x.fill_(nothing)  # for rows of no sequence
+    lists = None if call.block_mask is None else call.block_mask.lists(length_kv)
     left, right = call.window
 
     streamed = (k, k_dot, v, v_dot)
@@ -75,11 +81,13 @@ def attend(call: Call, *, blocks: Blocks | None = None, by_descriptor: bool | No
     is_pipelined = by_descriptor and call.packing is None and (blocks is None or blocks.num_stages > 1)
     least = least_columns(arch, (head_dim, head_dim_v), q.dtype, is_pipelined)
     if blocks is None:
-        kind = variant(call.is_active, bias is not None)
+        kind = variant(call.is_active, bias is not None or lists is not None)
         padded = -(-head_dim // least) * least, -(-head_dim_v // least) * least
         blocks = choose_blocks(arch, padded, q.dtype, kind, by_descriptor)
         if call.packing is not None:
             blocks = packed_blocks(blocks)
+    if call.block_mask is not None:
+        blocks = blocks_within(blocks, call.block_mask.tile)
     widths, widths_v, shares = blocks.split(head_dim, head_dim_v, least)
     of_streamed = (widths, widths, widths_v, widths_v)
     sources = [
@@ -98,6 +106,7 @@ def attend(call: Call, *, blocks: Blocks | None = None, by_descriptor: bool | No
             (o, lse, o_dot, lse_dot),
             cu_q,
             cu_kv,
+            None if lists is None else tuple(lists),
             tuple(strides_of(x, 3) for x in (q, q_dot, *((None,) * 4 if by_descriptor else streamed), o)),
             *bias_strides(bias).values(),
             *bias_strides(bias_dot, of_tangent=True).values(),
@@ -109,6 +118,7 @@ def attend(call: Call, *, blocks: Blocks | None = None, by_descriptor: bool | No
             0 if left is None else min(left, length_q),
             0 if right is None else min(right, length_kv),
             sequences,
+            *((0, 0, 0, 0) if lists is None else lists.steps()),
             HEAD_DIM=head_dim,
             HEAD_DIM_V=head_dim_v,
             WIDTHS=widths,
@@ -123,6 +133,7 @@ def attend(call: Call, *, blocks: Blocks | None = None, by_descriptor: bool | No
             BIAS_HAS_ROWS=bias is not None and bias.shape[2] > 1,
             LIMITS=(left is not None, right is not None),
             PACKED=call.packing is not None,
+            TILE=(0, 0) if call.block_mask is None else call.block_mask.tile,
             SCALE_IS_POSITIVE=scale > 0,
             BY_DESCRIPTOR=by_descriptor,
             num_warps=blocks.num_warps,
@@ -136,6 +147,15 @@ def packed_blocks(blocks: Blocks) -> Blocks:
     """blocks for packed sequences: short ones end within a wide block of keys, and zeroing what follows takes
     registers, which on Hopper 128 keys of 64 columns do not leave."""
     return blocks._replace(block_k=min(blocks.block_k, 64))
+
+
+def blocks_within(blocks: Blocks, tile: tuple[int, int]) -> Blocks:
+    """blocks that divide the tiles of a block mask, with as many rows for each warp where there are that many."""
+    while tile[0] % blocks.block_q:
+        blocks = blocks._replace(block_q=blocks.block_q // 2, num_warps=max(4, blocks.num_warps // 2))
+    while tile[1] % blocks.block_k:
+        blocks = blocks._replace(block_k=blocks.block_k // 2)
+    return blocks
 
 
 def _descriptors(x: Tensor | None, widths: Parts, block_k: int) -> tuple[Any, Any]:

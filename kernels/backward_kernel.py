@@ -24,6 +24,7 @@ Shapes
     is the mean over keys of k and of k_dot, float32 [2, B, Hkv, Dqk].
     Head dims are taken in parts, see tiles. `inputs` is (q, k, v, q_dot, k_dot, v_dot, gradient of o, that of o_dot),
     and `strides` those of them; what is not there is None. LIMITS: whether a window has a left and a right one.
+    TILE and `tiles` as in attention_kernel; keys_kernel takes the lists of the transposed map.
 Precision
     Sums in float32; p, p * u, ds and ds_dot are rounded to the dtype of the inputs for their products. With tangents
     the means are swept anew, since mean(do v') = rowsum(do * o) would take over what o was rounded by; and what
@@ -43,24 +44,36 @@ from jvpgraph.kernels.backward_tiles import (
     load_keys,
     load_queries,
     masked_scores,
+    place_of_step,
     rounding,
     seeing_queries,
     seen_keys,
     visible_of,
     weights_of,
 )
-from jvpgraph.kernels.tiles import BIAS_STRIDES, add_product, base_of, load_parts, store_parts, zero_parts
+from jvpgraph.kernels.tiles import (
+    BIAS_STRIDES,
+    TILE_STEPS,
+    add_product,
+    base_of,
+    listed_tiles,
+    load_parts,
+    load_tile,
+    store_parts,
+    zero_parts,
+)
 
 __all__ = ["keys_kernel", "queries_kernel"]
 
 
 @triton.jit(
-    do_not_specialize=["heads", "group", "length_q", "length_kv", "left", "right"],
+    do_not_specialize=["heads", "group", "length_q", "length_kv", "left", "right", *TILE_STEPS],
     do_not_specialize_on_alignment=BIAS_STRIDES,
 )
 def queries_kernel(
     inputs,
     bias,
+    tiles,
     sums,
     o,
     centre,
@@ -79,6 +92,10 @@ def queries_kernel(
     length_kv,
     left,
     right,
+    tiles_batch,
+    tiles_head,
+    tiles_rows,
+    tiles_columns,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -91,25 +108,28 @@ def queries_kernel(
     BIAS: tl.constexpr,
     BIAS_HAS_ROWS: tl.constexpr,
     LIMITS: tl.constexpr,
+    TILE: tl.constexpr,
     SUMS: tl.constexpr,
 ):
     """One block of queries of one head. With SUMS its row sums: in come dlse, dr and r in the fields 1 to 3, out go the
     shifts of e and of w, an r that is the mean of s_dot to float32, and m and log2 l. Else dq and dq_dot."""
     bias_strides = (bias_batch, bias_head, bias_row, bias_key)
+    tile_steps = (tiles_batch, tiles_head, tiles_rows, tiles_columns)
+    TILED: tl.constexpr = TILE[0] > 0
     HAS_Q_DOT: tl.constexpr = ACTIVE[0]
     HAS_K_DOT: tl.constexpr = ACTIVE[1]
     HAS_V_DOT: tl.constexpr = ACTIVE[2]
     S_ACTIVE: tl.constexpr = HAS_Q_DOT or HAS_K_DOT
-    tiles = tl.cdiv(length_q, BLOCK_Q)
-    first_row = (tl.program_id(0) % tiles) * BLOCK_Q
-    batch_head = tl.program_id(0) // tiles
+    blocks = tl.cdiv(length_q, BLOCK_Q)
+    first_row = (tl.program_id(0) % blocks) * BLOCK_Q
+    batch_head = tl.program_id(0) // blocks
     batch = batch_head // heads
     head = batch_head % heads
     head_kv = head // group
     queries = first_row + tl.arange(0, BLOCK_Q)
     inside = queries < length_q
     sums += batch_head.to(tl.int64) * length_q + queries
-    size = (tl.num_programs(0) // tiles).to(tl.int64) * length_q  # of a field
+    size = (tl.num_programs(0) // blocks).to(tl.int64) * length_q  # of a field
 
     queries_at = (batch, head, first_row, length_q)
     of_queries = load_queries(
@@ -132,17 +152,26 @@ def queries_kernel(
             w_shift = tl.load(sums + 2 * size, mask=inside, other=0.0)
     log_l = e_shift
     start, end = seen_keys(first_row, length_kv, left, right, BLOCK_Q, LIMITS)
+    walk = (tiles, tiles, tiles)
+    if TILED:
+        # steps stand for the keys of listed tiles, one behind the other
+        listed, kinds, _, end = listed_tiles(tiles, tile_steps, batch, head, first_row // TILE[0])
+        walk = (listed, kinds, tiles[3])
+        end = end * TILE[1]
     if BIAS == 2:
         if SUMS:
             lse = tl.full([BLOCK_Q], -float("inf"), tl.float32)
             l = tl.zeros([BLOCK_Q], tl.float32)
-            for first_key in tl.range(start, end, BLOCK_K, num_stages=STAGES):
+            for step in tl.range(start, end, BLOCK_K, num_stages=STAGES):
+                first_key, kind = place_of_step(walk, step, TILE[1], TILED)
                 keys_at = (batch, head_kv, first_key, length_kv)
                 k_parts = load_parts(inputs[1], strides[1], keys_at, HEAD_DIM, WIDTHS, BLOCK_K)
                 at = (first_row, length_q, first_key, length_kv)
                 bias_tile = bias_tile_of(bias, bias_strides, at, BLOCK_Q, BLOCK_K, BIAS_HAS_ROWS, BIAS, False)
                 keys = first_key + tl.arange(0, BLOCK_K)
                 visible = visible_of(queries[:, None], keys[None, :], length_kv, left, right, LIMITS)
+                if TILED:
+                    visible &= load_tile(walk[2], (kind, first_row, step), TILE, BLOCK_Q, BLOCK_K) != 0
                 s = masked_scores(q_parts, k_parts, bias_tile, scale, BLOCK_Q, BLOCK_K, BIAS, False)
                 s = tl.where(visible, s, -float("inf"))
                 m = tl.maximum(lse, tl.max(s, 1))
@@ -169,7 +198,8 @@ def queries_kernel(
         o_parts = load_parts(o, o_strides, queries_at, HEAD_DIM_V, WIDTHS_V, BLOCK_Q)
         for i in tl.static_range(len(WIDTHS_V)):
             total_e += tl.sum(grad_parts[i].to(tl.float32) * o_parts[i].to(tl.float32), 1)
-    for first_key in tl.range(start, end, BLOCK_K, num_stages=STAGES):
+    for step in tl.range(start, end, BLOCK_K, num_stages=STAGES):
+        first_key, kind = place_of_step(walk, step, TILE[1], TILED)
         keys_at = (batch, head_kv, first_key, length_kv)
         of_keys = load_keys(
             inputs, strides, keys_at, HEAD_DIM, HEAD_DIM_V, WIDTHS, WIDTHS_V, BLOCK_K, HAS_K_DOT, HAS_V_DOT
@@ -180,6 +210,8 @@ def queries_kernel(
         bias_tile = bias_tile_of(bias, bias_strides, at, BLOCK_Q, BLOCK_K, BIAS_HAS_ROWS, BIAS, False)
         keys = first_key + tl.arange(0, BLOCK_K)
         visible = visible_of(queries[:, None], keys[None, :], length_kv, left, right, LIMITS)
+        if TILED:
+            visible &= load_tile(walk[2], (kind, first_row, step), TILE, BLOCK_Q, BLOCK_K) != 0
         p, u, w, e = weights_of(
             of_queries, of_keys, bias_tile, rows, visible, scale, BLOCK_Q, BLOCK_K, BIAS, ACTIVE, False
         )
@@ -224,12 +256,13 @@ def queries_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["heads", "group", "length_q", "length_kv", "left", "right"],
+    do_not_specialize=["heads", "group", "length_q", "length_kv", "left", "right", *TILE_STEPS],
     do_not_specialize_on_alignment=BIAS_STRIDES,
 )
 def keys_kernel(
     inputs,
     bias,
+    tiles,
     sums,
     grads,
     strides,
@@ -245,6 +278,10 @@ def keys_kernel(
     length_kv,
     left,
     right,
+    tiles_batch,
+    tiles_head,
+    tiles_rows,
+    tiles_columns,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -257,23 +294,26 @@ def keys_kernel(
     BIAS: tl.constexpr,
     BIAS_HAS_ROWS: tl.constexpr,
     LIMITS: tl.constexpr,
+    TILE: tl.constexpr,
     HAS_DK: tl.constexpr,
     HAS_DV: tl.constexpr,
 ):
     """dk, dv, dk_dot and dv_dot of one block of keys of one head, from the queries of all heads that share it."""
     bias_strides = (bias_batch, bias_head, bias_row, bias_key)
+    tile_steps = (tiles_batch, tiles_head, tiles_rows, tiles_columns)
+    TILED: tl.constexpr = TILE[0] > 0
     HAS_Q_DOT: tl.constexpr = ACTIVE[0]
     HAS_K_DOT: tl.constexpr = ACTIVE[1]
     HAS_V_DOT: tl.constexpr = ACTIVE[2]
     S_ACTIVE: tl.constexpr = HAS_Q_DOT or HAS_K_DOT
-    tiles = tl.cdiv(length_kv, BLOCK_K)
-    first_key = (tl.program_id(0) % tiles) * BLOCK_K
-    batch_head = tl.program_id(0) // tiles
+    blocks = tl.cdiv(length_kv, BLOCK_K)
+    first_key = (tl.program_id(0) % blocks) * BLOCK_K
+    batch_head = tl.program_id(0) // blocks
     kv_heads = heads // group
     batch = batch_head // kv_heads
     head_kv = batch_head % kv_heads
     keys = first_key + tl.arange(0, BLOCK_K)
-    size = (tl.num_programs(0) // tiles * group).to(tl.int64) * length_q  # of a field
+    size = (tl.num_programs(0) // blocks * group).to(tl.int64) * length_q  # of a field
 
     keys_at = (batch, head_kv, first_key, length_kv)
     of_keys = load_keys(inputs, strides, keys_at, HEAD_DIM, HEAD_DIM_V, WIDTHS, WIDTHS_V, BLOCK_K, HAS_K_DOT, HAS_V_DOT)
@@ -289,7 +329,13 @@ def keys_kernel(
         if BIAS != 0:
             bias_base = base_of(bias, bias_strides, batch, head)
         own = sums + (batch * heads + head).to(tl.int64) * length_q
-        for first_row in tl.range(start, end, BLOCK_Q, num_stages=STAGES):
+        walk = (tiles, tiles, tiles)
+        if TILED:
+            listed, kinds, _, end = listed_tiles(tiles, tile_steps, batch, head, first_key // TILE[1])
+            walk = (listed, kinds, tiles[3])
+            end = end * TILE[0]
+        for step in tl.range(start, end, BLOCK_Q, num_stages=STAGES):
+            first_row, kind = place_of_step(walk, step, TILE[0], TILED)
             queries_at = (batch, head, first_row, length_q)
             of_queries = load_queries(
                 inputs, strides, queries_at, HEAD_DIM, HEAD_DIM_V, WIDTHS, WIDTHS_V, BLOCK_Q, HAS_Q_DOT, TANGENT
@@ -311,6 +357,8 @@ def keys_kernel(
             at = (first_row, length_q, first_key, length_kv)
             bias_tile = bias_tile_of(bias_base, bias_strides, at, BLOCK_Q, BLOCK_K, BIAS_HAS_ROWS, BIAS, True)
             visible = visible_of(queries[None, :], keys[:, None], length_kv, left, right, LIMITS)
+            if TILED:
+                visible &= tl.trans(load_tile(walk[2], (kind, step, first_key), TILE, BLOCK_Q, BLOCK_K)) != 0
             p, u, w, e = weights_of(
                 of_queries, of_keys, bias_tile, rows, visible, scale, BLOCK_Q, BLOCK_K, BIAS, ACTIVE, True
             )

@@ -15,6 +15,7 @@ __all__ = [
     "load_keys",
     "load_queries",
     "masked_scores",
+    "place_of_step",
     "rounding",
     "seeing_queries",
     "seen_keys",
@@ -193,6 +194,18 @@ def visible_of(queries, keys, end_kv, left, right, LIMITS: tl.constexpr):
     if HAS_LEFT:
         visible = visible & (keys >= queries - left)
     return visible
+
+
+@triton.jit
+def place_of_step(walk, step, SIZE: tl.constexpr, TILED: tl.constexpr):
+    """(first query or key, what the map holds) of a step through listed tiles of this size; else the step itself."""
+    first = step
+    kind = 0
+    if TILED:
+        tile = tl.load(walk[0] + step // SIZE)
+        first = tile * SIZE + step % SIZE
+        kind = tl.load(walk[1] + tile)
+    return first, kind
 
 
 @triton.jit

@@ -18,6 +18,8 @@ from jvpgraph.kernels.blocks import Sweeps, backward_sweeps, parts_of_head_dim
 from jvpgraph.kernels.call import Call, Cotangents, Gradients, Outputs
 from jvpgraph.kernels.launch import addressable, bias_kind, bias_strides, on_device, strides_of
 from jvpgraph.kernels.layout import empty_rows
+from jvpgraph.kernels.tiles import TILE_STEPS
+from jvpgraph.kernels.window import EVERYTHING
 
 __all__ = ["differentiate", "refuses", "row_bytes"]
 
@@ -32,12 +34,22 @@ def refuses(call: Call) -> str | None:
         return "Triton's gives a bias no gradient, and takes no tangent of one"
     if call.packing is not None:
         return "Triton's takes no packed sequences"
+    if call.block_mask is not None and call.window != EVERYTHING:
+        return "Triton's takes no window beside a block mask"
     if call.is_empty:
         return "there is nothing to compute"
-    if backward_sweeps(arch, columns, call.through_tangent, row_bytes(call.bias)) is None:
+    sweeps = backward_sweeps(arch, columns, call.through_tangent, row_bytes(call.bias))
+    if sweeps is not None and call.block_mask is not None and not _divide(sweeps, *call.block_mask.tile):
+        return f"Triton's has no blocks that divide tiles of {' x '.join(map(str, call.block_mask.tile))}"
+    if sweeps is None:
         mask = f" with a {call.bias.dtype} mask of rows" if call.bias is not None and row_bytes(call.bias) else ""
         return f"Triton's has no tile that fits sm_{arch} at {columns} columns{mask}"
     return None
+
+
+def _divide(sweeps: Sweeps, rows: int, columns: int) -> bool:
+    """Whether the blocks of all sweeps divide the tiles of a block mask."""
+    return all(blocks is None or (rows % blocks.block_q == 0 and columns % blocks.block_k == 0) for blocks in sweeps)
 
 
 def row_bytes(bias: Tensor | None) -> int:
@@ -91,7 +103,9 @@ def differentiate(call: Call, outs: Outputs, grads: Cotangents, *, sweeps: Sweep
         "BIAS": bias_kind(bias),
         "BIAS_HAS_ROWS": bias is not None and bias.shape[2] > 1,
         "LIMITS": (left is not None, right is not None),
+        "TILE": (0, 0) if call.block_mask is None else call.block_mask.tile,
     }
+    by_query, by_key_lists = _walks(call)
     sweeps = sweeps or backward_sweeps(call.place.arch, max(head_dim, head_dim_v), active, row_bytes(bias))
     assert sweeps is not None
     of_queries = (dq, dq_dot if active else None)
@@ -100,6 +114,7 @@ def differentiate(call: Call, outs: Outputs, grads: Cotangents, *, sweeps: Sweep
         for blocks, sums_only in ((sweeps.sums, True), (sweeps.queries, False)):
             queries_kernel[(triton.cdiv(length_q, blocks.block_q) * batch * heads,)](
                 **common,
+                **by_query,
                 o=addressable(o),
                 centre=centre,
                 grads=of_queries,
@@ -114,6 +129,7 @@ def differentiate(call: Call, outs: Outputs, grads: Cotangents, *, sweeps: Sweep
         for blocks, has_dk, has_dv in by_key:
             keys_kernel[(triton.cdiv(length_kv, blocks.block_k) * batch * kv_heads,)](
                 **common,
+                **by_key_lists,
                 grads=of_keys,
                 grad_strides=tuple(strides_of(x, 3) for x in of_keys),
                 HAS_DK=has_dk,
@@ -121,6 +137,17 @@ def differentiate(call: Call, outs: Outputs, grads: Cotangents, *, sweeps: Sweep
                 **blocks.options(),
             )
     return Gradients(dq, dk, dv, dq_dot, dk_dot, dv_dot)
+
+
+def _walks(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the kernels take of a block mask, by rows of its tiles and by columns."""
+    if call.block_mask is None:
+        nothing = {"tiles": None, **dict.fromkeys(TILE_STEPS, 0)}
+        return nothing, nothing
+    by_row = call.block_mask.lists()
+    by_column = call.block_mask._replace(map=call.block_mask.map.transpose(2, 3)).lists()
+    first, second = ({"tiles": tuple(x), **dict(zip(TILE_STEPS, x.steps()))} for x in (by_row, by_column))
+    return first, second
 
 
 def _row_sums(lse: Tensor, lse_grad: Tensor | None, lse_dot_grad: Tensor | None, lse_dot: Tensor | None) -> Tensor:

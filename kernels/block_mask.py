@@ -19,6 +19,20 @@ HIDDEN, WHOLE = 0, -1
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of batch, head, query, key: whether it is seen
 
 
+class Lists(NamedTuple):
+    """The tiles that each row of a block mask keeps, as kernels walk through them."""
+
+    columns: Tensor  # int32 [B | 1, H | 1, rows, columns]: those to read no mask in, those to mask, the hidden ones
+    counts: Tensor  # int32 [B | 1, H | 1, rows, 2]: how many are before the first to mask, and before the first hidden
+    kinds: Tensor  # the map: of those to mask, WHOLE hang over the end
+    bytes: Tensor  # uint8 [n, BQ, BK]
+
+    def steps(self) -> tuple[int, int, int, int]:
+        """From a batch entry, and from a head, to the next, in units of the rows of a head; rows; columns."""
+        batch, heads, rows, columns = self.columns.shape
+        return heads if batch > 1 else 0, 1 if heads > 1 else 0, rows, columns
+
+
 class BlockMask(NamedTuple):
     """A mask in tiles of BQ queries and BK keys, counted from the first query and the first key.
 
@@ -39,6 +53,16 @@ class BlockMask(NamedTuple):
     def kept(self) -> float:
         """The share of tiles that are visited. Waits for the device."""
         return float((self.map != HIDDEN).float().mean())
+
+    def lists(self, length_kv: int = 0) -> Lists:
+        """For keys of this length, if it is asked which tiles hang over their end. Does not wait for the device."""
+        kinds = self.map.contiguous()
+        order = torch.where(kinds == HIDDEN, 2, kinds != WHOLE).to(torch.uint8)
+        if length_kv % self.tile[1]:
+            order[..., -1].clamp_(min=1)
+        columns = order.argsort(dim=-1, stable=True).int()
+        counts = torch.stack([(order < kind).sum(-1) for kind in (1, 2)], -1).int()
+        return Lists(columns, counts, kinds, self.partial.contiguous().view(torch.uint8))
 
     def dense(self, length_q: int, length_kv: int) -> Tensor:
         """[B | 1, H | 1, Lq, Lkv], True where a query sees a key. Does not wait for the device."""

@@ -21,7 +21,7 @@ from jvpgraph.kernels.blocks import (
     GluonBlocks,
     Sweeps,
 )
-from jvpgraph.kernels.call import Call, Cotangents, Outputs, Wanted
+from jvpgraph.kernels.call import Call, Cotangents, How, Outputs, Wanted
 from jvpgraph.kernels.recorded import Launch, memory, recording
 from jvpgraph.kernels.tiles import ADDITIVE_BIAS, BOOLEAN_BIAS, NO_BIAS
 from jvpgraph.kernels.window import Window
@@ -43,6 +43,7 @@ __all__ = [
 
 TENSOR_MEMORY = 512  # columns
 HEADS, LENGTH_Q, LENGTH_KV = 4, 160, 192  # of which no launch depends
+TILE = 128  # queries and keys of a tile of a block mask
 
 
 class Flags(NamedTuple):
@@ -141,6 +142,7 @@ def sweeps_of(entry: BackwardEntry, sweeps: Sweeps) -> dict[str, BackwardBlocks]
 
 MASKS: dict[str, tuple[torch.dtype, int] | None] = {  # dtype and length
     "no mask": None,
+    "tiles": None,
     "padding": (torch.bool, 1),
     "fp32 padding": (torch.float32, 1),
     "bool rows": (torch.bool, LENGTH_Q),
@@ -188,7 +190,12 @@ class Case(NamedTuple):
             ),
         }
         op, tensors = args[self.way]
-        ops.REAL[op](*tensors, self.is_causal)
+        blocks: tuple[Tensor | None, Tensor | None] = None, None
+        if self.mask == "tiles":
+            rows, columns = (-(-length // TILE) for length in (LENGTH_Q, LENGTH_KV))
+            block_map = torch.empty(1, HEADS, rows, columns, dtype=torch.int32, device="meta")
+            blocks = block_map, torch.empty(3, TILE, TILE, dtype=torch.bool, device="meta")
+        ops.REAL[op](*tensors, *How(self.is_causal, None, None, None, None, *blocks))
 
     def __str__(self) -> str:
         notes = ("causal" * self.is_causal, "expanded" * self.is_expanded, "fp32" * (self.dtype == torch.float32))

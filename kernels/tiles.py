@@ -22,12 +22,15 @@ __all__ = [
     "LN2",
     "LOG2E",
     "NO_BIAS",
+    "TILE_STEPS",
     "add_product",
     "additive",
     "base_of",
+    "listed_tiles",
     "load_bias",
     "load_part",
     "load_parts",
+    "load_tile",
     "scores",
     "store_parts",
     "zero_parts",
@@ -41,6 +44,7 @@ MOST_NEGATIVE = tl.constexpr(-2.35e38)  # times LOG2E it is finite
 NO_BIAS, BOOLEAN_BIAS, ADDITIVE_BIAS = 0, 1, 2
 # Arguments of their own: those of a tuple cannot be kept from specialising, and these change with the lengths.
 BIAS_STRIDES = ["bias_batch", "bias_head", "bias_row", "bias_key"]
+TILE_STEPS = ["tiles_batch", "tiles_head", "tiles_rows", "tiles_columns"]
 BIAS_DOT_STRIDES = ["bias_dot_batch", "bias_dot_head", "bias_dot_row", "bias_dot_key"]
 
 
@@ -169,6 +173,31 @@ def load_bias(
     else:
         address = address + keys[None, :] * strides[3]
     return tl.load(address, mask=mask, other=0)
+
+
+@triton.jit
+def listed_tiles(tiles, steps, batch, head, row):
+    """(where the tiles of a row are listed, where the kinds of its tiles are, how many of the listed ones need no mask,
+    how many there are) of a block mask; see block_mask.Lists."""
+    at = (batch * steps[0] + head * steps[1]).to(tl.int64) * steps[2] + row
+    return (
+        tiles[0] + at * steps[3],
+        tiles[2] + at * steps[3],
+        tl.load(tiles[1] + 2 * at),
+        tl.load(tiles[1] + 2 * at + 1),
+    )
+
+
+@triton.jit
+def load_tile(bytes, at, TILE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_Q, BLOCK_K] of what a block mask says, 1 where a query sees a key. at: (what the map holds, row, key),
+    which count on from one tile to the next."""
+    kind, row, key = at
+    address = bytes + (kind - 1).to(tl.int64) * (TILE[0] * TILE[1]) + row % TILE[0] * TILE[1] + key % TILE[1]
+    rows = tl.arange(0, BLOCK_Q)
+    keys = tl.arange(0, BLOCK_K)
+    is_cut = keys < tl.where(kind > 0, BLOCK_K, 0)
+    return tl.load(address + (rows[:, None] * TILE[1] + keys[None, :]), mask=is_cut[None, :], other=1)
 
 
 @triton.jit

@@ -276,7 +276,7 @@ class TiledVisits(Visits):
 
 def visits_of(call: Call, block_q: int | None = None, block_k: int | None = None) -> Visits:
     """Those of a call. block_q and block_k override the sizes of blocks."""
-    if call.block_mask is not None and is_capturing(call.q):
+    if call.block_mask is not None and (call.q.is_meta or is_capturing(call.q)):  # which tiles are kept is not known
         return Visits(call.with_dense_mask(), block_q, block_k)
     if call.block_mask is not None:
         return TiledVisits(call, call.block_mask, False, block_q, block_k)

@@ -102,6 +102,8 @@ FIT = [
     (90, "d tangent", 128, "fp32 padding", False),
     (100, "d tangent", 128, "fp32 rows", False),
     (120, "tangent", 128, "fp32 rows", False),
+    (90, "d tangent", 64, "tiles", False),
+    (80, "tangent", 128, "tiles", False),
 ]
 
 
