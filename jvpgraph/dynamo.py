@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from jvpgraph.errors import CaptureError, JvpgraphError
+from jvpgraph.tracing import TRACED, taught
 from jvpgraph.unguarded import unobserved
 
 __all__ = [
@@ -53,10 +54,10 @@ def in_one_piece() -> Iterator[None]:
 
     Inside DDP it cuts them at its gradient buckets, and tangents could not cross from one piece to the next.
     """
-    settings = {"skip_nnmodule_hook_guards": False}
+    settings = {"skip_nnmodule_hook_guards": False, **TRACED}
     if DistributedDataParallel._get_active_ddp_module() is not None:
         settings["optimize_ddp"] = False
-    with torch._dynamo.config.patch(settings), unobserved():
+    with torch._dynamo.config.patch(settings), unobserved(), taught():
         yield
 
 

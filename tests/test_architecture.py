@@ -59,6 +59,7 @@ LAYERS = (
         "jvpgraph.unguarded",
         "jvpgraph.markers",
         "jvpgraph.dynamo",
+        "jvpgraph.tracing",
         "jvpgraph.storages",
         "jvpgraph.tree",
         "jvpgraph.config",

@@ -1,0 +1,278 @@
+"""What Dynamo does not trace by itself in networks that people run, made traceable while a graph is captured.
+
+None of this changes what is computed: a message is said once, while the model is captured; a size that went through an
+integer tensor stays a size; hints that only choose a kernel are taken as not given.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch._dynamo import exc, symbolic_convert
+from torch._dynamo.bytecode_transformation import create_call_function
+from torch._dynamo.variables import (
+    ConstantVariable,
+    SymNodeVariable,
+    TensorVariable,
+    VariableTracker,
+    misc,
+    user_defined,
+)
+from torch._dynamo.variables.tensor import NumpyNdarrayVariable
+from torch._subclasses import fake_tensor
+from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
+from torch.nn.modules import transformer
+
+__all__ = ["TRACED", "taught"]
+
+KNOWN_NUMBERS = 64  # elements of constants, such as grids of sizes, whose values Dynamo follows
+SAYS = ("debug", "info", "warning", "warn", "error", "exception", "critical", "log")
+SAYERS = {
+    *(print, warnings.warn, logging.getLogger, *(getattr(logging, name) for name in SAYS if name != "warn")),
+    *(getattr(logging.Logger, name) for name in (*SAYS, "isEnabledFor", "getEffectiveLevel")),
+}
+TRACED = {"trace_autograd_ops": True, "ignore_logging_functions": SAYERS}  # settings of Dynamo's
+SAME_NUMBERS = ("to", "cpu", "cuda", "long", "int", "clone", "contiguous", "detach")  # methods that keep integers
+MISSING = object()
+MAKERS = (torch.tensor, torch._refs.tensor)
+
+
+@contextmanager
+def taught() -> Iterator[None]:
+    """Dynamo, with what it is taught here."""
+    before = [(owner, name, vars(owner).get(name, MISSING)) for owner, name, _ in TAUGHT]
+    for owner, name, new in TAUGHT:
+        setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        for owner, name, old in before:
+            delattr(owner, name) if old is MISSING else setattr(owner, name, old)
+
+
+# ------------------------------------------------------------------------------------------------- messages
+
+
+def _say(self: Any, tx: Any, args: Any, kwargs: Any) -> VariableTracker:
+    """What a model prints, warns of or logs is said now, if its words are known now."""
+    return _said(self.value, tx, args, kwargs)
+
+
+def _attribute_of_logger(self: Any, tx: Any, name: str) -> VariableTracker:
+    found = getattr(self.value, name, None)
+    if isinstance(found, (str, int)):
+        return ConstantVariable.create(found)
+    return _getattr_of_variable(self, tx, name)
+
+
+def _of_logger(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> VariableTracker:
+    return _said(getattr(self.value, name), tx, args, kwargs)
+
+
+def _said(say: Callable[..., Any], tx: Any, args: Any, kwargs: Any) -> VariableTracker:
+    try:
+        words = [x.as_python_constant() for x in args]
+        how = {name: x.as_python_constant() for name, x in kwargs.items()}
+    except Exception:  # a tensor or a symbolic size, in as many ways as there are variables
+        return ConstantVariable.create(None)
+    if say is not warnings.warn:
+        found = say(*words, **how)
+        return (
+            misc.LoggingLoggerVariable(found) if isinstance(found, logging.Logger) else ConstantVariable.create(found)
+        )
+    try:
+        kind = how.get("category", words[1] if len(words) > 1 else None) or UserWarning
+        warnings.warn_explicit(words[0] if words else how["message"], kind, tx.f_code.co_filename, tx.lineno or 1)
+    except Warning as raised:
+        exc.raise_observed_exception(type(raised), tx, args=list(raised.args))
+    return ConstantVariable.create(None)
+
+
+# -------------------------------------------------------------------------------- numbers that become tensors
+
+
+def _numbers(node: Any) -> Any:
+    """What an integer tensor that was made of sizes holds, nested: ints, nodes of symbolic ones. None: unknown."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else node
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return node
+    if isinstance(node, (list, tuple)):
+        found = [_numbers(x) for x in node]
+        return None if any(x is None for x in found) else found
+    if isinstance(value, torch.Size):
+        return _numbers(node.args[0]) if node.target is torch.Size else None
+    if not isinstance(node, fx.Node) or not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+        return None
+    if value._version or not node.args:
+        return None
+    first, *rest = node.args
+    if node.target in MAKERS or node.target is torch.as_tensor:
+        return _numbers(first)
+    if node.target is torch.stack and not any(rest) and not node.kwargs.get("dim"):
+        return _numbers(first)
+    if node.op == "call_method" and node.target in SAME_NUMBERS:
+        return _numbers(first)
+    if _is_getitem(node) and isinstance(rest[0], int):
+        found = _numbers(first)
+        return found[rest[0]] if isinstance(found, list) else None
+    return None
+
+
+def _is_getitem(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", node.target) in ("getitem", "__getitem__")
+
+
+def _as_variable(tx: Any, numbers: Any) -> VariableTracker:
+    if isinstance(numbers, list):
+        return VariableTracker.build(tx, [_as_variable(tx, x) for x in numbers])
+    if isinstance(numbers, fx.Node):
+        proxy = fx.Proxy(numbers, tx.output.current_tracer)
+        return SymNodeVariable.create(tx, proxy, numbers.meta["example_value"])
+    return ConstantVariable.create(numbers)
+
+
+def _read(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``item`` or ``tolist``: the sizes themselves, where a tensor was made of sizes."""
+
+    def read(self: Any, tx: Any, *args: Any, **kwargs: Any) -> VariableTracker:
+        numbers = _numbers(self.as_proxy().node)
+        return method(self, tx, *args, **kwargs) if numbers is None else _as_variable(tx, numbers)
+
+    return read
+
+
+class _DType(misc.NumpyDTypeVariable):
+    """A dtype that comes from no variable of the model, and can be part of a key that it keeps."""
+
+    def reconstruct(self, codegen: Any) -> None:
+        codegen.add_push_null(lambda: codegen.load_import_from("numpy", "dtype"))
+        codegen.append_output(codegen.create_load_const(self.value.name))
+        codegen.extend_output(create_call_function(1, False))
+
+
+def _same_dtype(self: Any, other: Any) -> bool:
+    return isinstance(other, misc.NumpyDTypeVariable) and self.value == other.value
+
+
+def _attribute_of_array(self: Any, tx: Any, name: str) -> VariableTracker:
+    if name != "dtype":
+        return _getattr_of_array(self, tx, name)
+    return _DType(np.dtype(torch._numpy.ndarray(_example(self)).dtype.name))
+
+
+def _method_of_array(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> VariableTracker:
+    constant = getattr(_example(self), "constant", None)
+    if name not in ("tobytes", "tostring") or constant is None or args or kwargs:
+        return _call_method_of_array(self, tx, name, args, kwargs)
+    return ConstantVariable.create(constant.numpy().tobytes())
+
+
+def _example(variable: Any) -> Any:
+    return variable.as_proxy().node.meta["example_value"]
+
+
+# --------------------------------------------------------------------------------------------- Python's own
+
+
+def _method_of_context(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> VariableTracker:
+    """What a backward deletes from its context is not asked for any more."""
+    if name == "__delattr__":
+        return ConstantVariable.create(None)
+    return _call_method_of_context(self, tx, name, args, kwargs)
+
+
+def _import(name: str, **how: Any) -> Any:
+    """Dynamo's own import: a module that is not there raises ImportError where the model may catch it."""
+    try:
+        return __import__(name, **how)
+    except ImportError as error:
+        translator = sys._getframe(1).f_locals["self"]
+        exc.raise_observed_exception(type(error), translator, args=[str(error)])
+
+
+def _is_assert(self: Any, truth_fn: Any, push: bool) -> bool:
+    """An assertion whose message is made of something gets the line as its message: graphs have no text in them."""
+    if _detect_assert(self, truth_fn, push):
+        return True
+    start, target = self.instruction_pointer, self.current_instruction.target
+    last = next((i for i, inst in enumerate(self.instructions) if inst is target), 0) - 1
+    raises = start < last and self.instructions[last].opname == "RAISE_VARARGS"
+    first = self.instructions[start]
+    what = first.opname == "LOAD_ASSERTION_ERROR" or (first.opname == "LOAD_COMMON_CONSTANT" and not first.arg)
+    if push or truth_fn is not operator.truth or not raises or not what:
+        return False
+    self.push(ConstantVariable.create(f"assertion failed in {self.f_code.co_name}, line {self.lineno}"))
+    return True
+
+
+def _source_of_method(self: Any, tx: Any, name: str) -> Any:
+    """Of what ``torch.compile`` wraps, where a method is decorated with it: the guards ask for its defaults."""
+    source = _by_mro(self, tx, name)
+    found = next((vars(kind)[name] for kind in type(self.value).__mro__ if name in vars(kind)), None)
+    while "_torchdynamo_inline" in getattr(found, "__dict__", {}):
+        found, source = found._torchdynamo_inline, user_defined.AttrSource(source, "_torchdynamo_inline")
+    return source
+
+
+# ------------------------------------------------------------------------------------------- hints and checks
+
+
+def _sdp_kernel(
+    enable_flash: bool = True, enable_math: bool = True, enable_mem_efficient: bool = True, enable_cudnn: bool = True
+) -> Any:
+    """torch.backends.cuda.sdp_kernel, by its successor."""
+    backends = []
+    if enable_flash:
+        backends.append(SDPBackend.FLASH_ATTENTION)
+    if enable_mem_efficient:
+        backends.append(SDPBackend.EFFICIENT_ATTENTION)
+    if enable_math:
+        backends.append(SDPBackend.MATH)
+    if enable_cudnn:
+        backends.append(SDPBackend.CUDNN_ATTENTION)
+    return sdpa_kernel(backends)
+
+
+def _is_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """Whether the caller says that the mask is causal, which is only a hint: the mask holds either way."""
+    return is_causal is True
+
+
+def _any_device(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """flex_attention has no backward on CPUs; the op that takes its place has one."""
+
+
+_getattr_of_array = NumpyNdarrayVariable.var_getattr
+_call_method_of_array = NumpyNdarrayVariable.call_method
+_getattr_of_variable = misc.LoggingLoggerVariable.var_getattr
+_call_method_of_context = misc.AutogradFunctionContextVariable.call_method
+_detect_assert = symbolic_convert._detect_and_normalize_assert_statement
+_by_mro = user_defined.UserDefinedObjectVariable.get_source_by_walking_mro
+
+TAUGHT: list[tuple[Any, str, Any]] = [
+    (fake_tensor, "CONSTANT_NUMEL_LIMIT", KNOWN_NUMBERS),
+    (misc.IgnoredFunctionVariable, "call_function", _say),
+    (misc.LoggingLoggerVariable, "call_method", _of_logger),
+    (TensorVariable, "method_tolist", _read(TensorVariable.method_tolist)),
+    (TensorVariable, "method_item", _read(TensorVariable.method_item)),
+    (misc.NumpyDTypeVariable, "is_python_equal", _same_dtype),
+    (NumpyNdarrayVariable, "var_getattr", _attribute_of_array),
+    (NumpyNdarrayVariable, "call_method", _method_of_array),
+    (symbolic_convert, "__import__", _import),
+    (misc.LoggingLoggerVariable, "var_getattr", _attribute_of_logger),
+    (misc.AutogradFunctionContextVariable, "call_method", _method_of_context),
+    (symbolic_convert, "_detect_and_normalize_assert_statement", _is_assert),
+    (user_defined.UserDefinedObjectVariable, "get_source_by_walking_mro", _source_of_method),
+    (torch.backends.cuda, "sdp_kernel", _sdp_kernel),
+    (transformer, "_detect_is_causal_mask", _is_causal),
+    (flex_attention, "_validate_device", _any_device),
+]

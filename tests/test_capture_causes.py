@@ -1,0 +1,433 @@
+"""What networks that people run are full of, and what once kept them from being one graph: each in a small network.
+
+Each is compared with a plain twin, which computes the same without the construct, under torch.func.jvp in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
+
+import jvpgraph
+from jvpgraph.errors import CaptureError
+from tests.models import assert_in_range
+
+WIDTH = 8
+log = logging.getLogger("tests.a_network")
+
+
+class Network(nn.Module):
+    """A construct between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.inner = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x) + t[:, None, None])
+        return self.last(self.construct(h, t))
+
+    def construct(self, h: Tensor, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def plain(self, h: Tensor, t: Tensor) -> Tensor:
+        return h.sin()
+
+
+def wanted(model: Network, x, t, x_dot, t_dot):
+    """Value, tangent and gradients of the twin."""
+    twin = copy.deepcopy(model).double()
+    twin.construct = twin.plain
+    x, t, x_dot, t_dot = (y.double() for y in (x, t, x_dot, t_dot))
+    with sdpa_kernel(SDPBackend.MATH):
+        y, y_dot = torch.func.jvp(lambda x, t: twin(x, t), (x, t), (x_dot, t_dot))
+        x = x.requires_grad_()
+        grads = torch.autograd.grad(twin(x, t).square().sum(), [x, *twin.parameters()], allow_unused=True)
+    return y, y_dot, [torch.zeros(1).double() if g is None else g for g in grads]
+
+
+def check(model: Network, sizes=(5,), dtype=torch.float64, rtol=1e-9, **settings) -> jvpgraph.DualModule:
+    model = model.to(dtype)
+    dual = jvpgraph.transform(model, **{"backend": "eager", **settings})
+    for n in sizes:
+        x, x_dot = torch.randn(2, 2, n, WIDTH, dtype=dtype)
+        t, t_dot = torch.rand(2, 2, dtype=dtype)
+        want = wanted(model, x, t, x_dot, t_dot)
+        x.requires_grad_()
+        y, y_dot = dual(x, t, tangents={"x": x_dot, "t": t_dot})
+        grads = torch.autograd.grad(y.square().sum(), [x, *model.parameters()], allow_unused=True)
+        got = [torch.zeros(1).to(dtype) if g is None else g for g in grads]
+        scale = max(g.abs().max().item() for g in want[2])
+        assert_close(y.double(), want[0], rtol=rtol, atol=rtol)
+        assert_close(y_dot.double(), want[1], rtol=rtol, atol=10 * rtol)
+        for g, w in zip(got, want[2], strict=True):
+            assert_close(g.double(), w, rtol=rtol, atol=10 * rtol * scale)
+    return dual
+
+
+# ------------------------------------------------------------------------------ sizes that become tensors
+
+
+class SizesInATensor(Network):
+    """Rotary embeddings by a grid of sizes, as in video networks."""
+
+    def construct(self, h, t):
+        clips = [y.reshape(-1, 1, 1, WIDTH) for y in h]
+        grid = torch.stack([torch.tensor(y.shape[:3], dtype=torch.long) for y in clips])
+        angles = torch.arange(16, dtype=torch.float64)[:, None] * torch.linspace(
+            0.1, 1, WIDTH // 2, dtype=torch.float64
+        )
+        turned = []
+        for i, (frames, height, width) in enumerate(grid.tolist()):
+            length = frames * height * width
+            y = torch.view_as_complex(h[i, :length].double().reshape(length, -1, 2))
+            turn = torch.polar(torch.ones_like(angles), angles)[:frames].view(frames, 1, 1, -1)
+            y = y * turn.expand(frames, height, width, -1).reshape(length, -1)
+            turned.append(torch.cat([torch.view_as_real(y).flatten(1), h[i, length:].double()]))
+        return torch.stack(turned).to(h.dtype)
+
+    def plain(self, h, t):
+        angles = torch.arange(h.shape[1])[:, None] * torch.linspace(0.1, 1, WIDTH // 2, dtype=torch.float64)
+        even, odd = h[..., ::2], h[..., 1::2]
+        turned = even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos()
+        return torch.stack(turned, -1).flatten(-2)
+
+
+class NumbersOfSizes(Network):
+    """Lengths kept in an integer tensor and read from it one by one."""
+
+    def construct(self, h, t):
+        lengths = torch.tensor([h.size(1)] * h.size(0)).to(h.device)
+        return torch.stack([h[i, : n.item()].sin() for i, n in enumerate(lengths)]) * int(lengths[0])
+
+    def plain(self, h, t):
+        return h.sin() * h.shape[1]
+
+
+# --------------------------------------------------------------------- Functions that recompute what they ran
+
+
+class Recomputes(torch.autograd.Function):
+    """The checkpoint of OpenAI's networks: it calls torch.autograd.grad in its backward."""
+
+    @staticmethod
+    def forward(ctx, run, length, *args):
+        ctx.run, ctx.inputs, ctx.parameters = run, list(args[:length]), list(args[length:])
+        with torch.no_grad():
+            return ctx.run(*ctx.inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx.inputs = [x.detach().requires_grad_(True) for x in ctx.inputs]
+        with torch.enable_grad():
+            out = ctx.run(*[x.view_as(x) for x in ctx.inputs])
+        found = torch.autograd.grad(out, ctx.inputs + ctx.parameters, grads, allow_unused=True)
+        del ctx.inputs, ctx.parameters
+        return None, None, *found
+
+
+class ChecksInItsOwnWay(Network):
+    def construct(self, h, t):
+        return Recomputes.apply(self.inner, 1, h, *self.inner.parameters())
+
+    def plain(self, h, t):
+        return self.inner(h)
+
+
+class DifferentiatesInside(Network):
+    """A score that is the gradient of an energy."""
+
+    def construct(self, h, t):
+        with torch.enable_grad():
+            y = h * 1
+            energy = self.inner[0](y).sin().sum() + y.pow(3).sum()
+            return torch.autograd.grad(energy, y, create_graph=True)[0]
+
+    def plain(self, h, t):
+        return self.inner[0](h).cos() @ self.inner[0].weight + 3 * h**2
+
+
+# -------------------------------------------------------------------------------------- compiled parts, contexts
+
+
+class CompiledMethod(Network):
+    @torch.compile
+    def construct(self, h, t, scale=2.0, eps=1e-5):
+        return F.layer_norm(h, (WIDTH,), eps=eps) * scale
+
+    def plain(self, h, t):
+        return F.layer_norm(h, (WIDTH,)) * 2
+
+
+class OldContext(Network):
+    def construct(self, h, t):
+        with torch.backends.cuda.sdp_kernel(enable_flash=True, enable_math=True, enable_mem_efficient=False):
+            return F.scaled_dot_product_attention(h[:, None], h[:, None], h[:, None])[:, 0]
+
+    def plain(self, h, t):
+        return F.scaled_dot_product_attention(h[:, None], h[:, None], h[:, None])[:, 0]
+
+
+class Encoder(Network):
+    """With a mask that is causal, without saying so."""
+
+    def __init__(self, **how):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, WIDTH, 0.0, "gelu", batch_first=True)
+        self.encoder, self.how = nn.TransformerEncoder(layer, 1), how
+
+    def construct(self, h, t):
+        n = h.shape[1]
+        how = {"mask": nn.Transformer.generate_square_subsequent_mask(n, dtype=h.dtype)} if "mask" in self.how else {}
+        if "padding" in self.how:
+            how["src_key_padding_mask"] = torch.arange(n).expand(len(h), -1) >= n - 2
+        return self.encoder(h, **how)
+
+    plain = construct
+
+
+class Decoder(Network):
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.TransformerDecoder(
+            nn.TransformerDecoderLayer(WIDTH, 2, WIDTH, 0.0, "gelu", batch_first=True), 1
+        )
+
+    def construct(self, h, t):
+        mask = nn.Transformer.generate_square_subsequent_mask(h.shape[1], dtype=h.dtype)
+        return self.decoder(h, h * t[:, None, None], tgt_mask=mask)
+
+    plain = construct
+
+
+# --------------------------------------------------------------------------------------------------- messages
+
+
+class Prints(Network):
+    def construct(self, h, t):
+        print("shape", h.shape, flush=True)
+        print(f"mean {h.mean()}")
+        return h.sin()
+
+
+class Warns(Network):
+    def construct(self, h, t):
+        warnings.warn("this argument is deprecated", FutureWarning, stacklevel=2)
+        return h.sin()
+
+
+class Logs(Network):
+    def construct(self, h, t):
+        log.warning("a network says %s", "hello")
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("mean %s", h.mean())
+        logging.getLogger(__name__).info("shape %s", h.shape)
+        return h.sin()
+
+
+# -------------------------------------------------------------------------------------------------- Python's own
+
+
+class ImportsInForward(Network):
+    def construct(self, h, t):
+        try:
+            from a_package_that_is_not_there import attention
+        except ImportError:
+            import math
+
+            return h.sin() * math.pi / math.pi
+        return attention(h)
+
+
+class AssertsWithTensors(Network):
+    def construct(self, h, t):
+        assert_in_range(h, t)
+        return h.sin()
+
+
+CONSTANTS: dict = {}
+
+
+def constant_like(like: Tensor, value) -> Tensor:
+    """A constant that is made once, as in EDM2's networks."""
+    value = np.asarray(value)
+    key = (value.shape, value.dtype, value.tobytes(), like.dtype, like.device)
+    found = CONSTANTS.get(key)
+    if found is None:
+        found = CONSTANTS[key] = torch.as_tensor(value.copy(), dtype=like.dtype, device=like.device)
+    return found
+
+
+class ConstantsOfNumpy(Network):
+    def construct(self, h, t):
+        scale = constant_like(h, np.sqrt(0.5)) * torch.as_tensor(np.float32(0.5), dtype=h.dtype, device=h.device)
+        return h.sin() * scale + h * constant_like(h, [0.5] * WIDTH)
+
+    def plain(self, h, t):
+        return h.sin() * 0.5**1.5 + h * 0.5
+
+
+class OwnJvp(torch.autograd.Function):
+    """A rounding with a straight-through tangent."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (8 * x).round() / 8
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+    @staticmethod
+    def jvp(ctx, x_dot):
+        return x_dot.clone()
+
+
+class StraightThrough(Network):
+    def construct(self, h, t):
+        return OwnJvp.apply(h)
+
+    def plain(self, h, t):
+        return h + ((8 * h).round() / 8 - h).detach()
+
+
+ONE_GRAPH = {
+    "a shape through tolist": SizesInATensor,
+    "numbers of a tensor of sizes": NumbersOfSizes,
+    "a Function that calls autograd.grad in its backward": ChecksInItsOwnWay,
+    "autograd.grad in forward": DifferentiatesInside,
+    "a method under torch.compile": CompiledMethod,
+    "sdp_kernel": OldContext,
+    "an encoder with a mask": functools.partial(Encoder, mask=True),
+    "an encoder with padding": functools.partial(Encoder, padding=True),
+    "a decoder with a mask": Decoder,
+    "print": Prints,
+    "logging": Logs,
+    "imports in forward": ImportsInForward,
+    "asserts on tensors": AssertsWithTensors,
+    "constants of numpy": ConstantsOfNumpy,
+    "a Function with its own jvp": StraightThrough,
+}
+
+
+SIZED = ("a shape through tolist", "numbers of a tensor of sizes", "constants of numpy")
+
+
+@pytest.mark.parametrize("cause", ONE_GRAPH)
+def test_is_one_graph(cause):
+    check(ONE_GRAPH[cause](), sizes=(5, 7) if cause in SIZED else (5,))
+
+
+@pytest.mark.parametrize("cause", ["an encoder with a mask", "an encoder with padding"])
+def test_an_encoder_in_eval_which_has_a_fast_path_of_its_own(cause):
+    check(ONE_GRAPH[cause]().eval())
+
+
+@pytest.mark.parametrize("cause", ["a shape through tolist", "numbers of a tensor of sizes"])
+def test_sizes_stay_symbolic_on_their_way_through_a_tensor(cause):
+    dual = check(ONE_GRAPH[cause](), sizes=(5, 7, 6), dynamic=True)
+    assert len(dual.reports) == 1
+
+
+@pytest.mark.parametrize("cause", ["a shape through tolist", "print", "constants of numpy", "an encoder with a mask"])
+def test_op_by_op(cause):
+    check(ONE_GRAPH[cause](), backend="op_by_op")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cause", ["a shape through tolist", "a Function that calls autograd.grad in its backward", "asserts on tensors"]
+)
+def test_on_the_default_backend(cause):
+    check(ONE_GRAPH[cause](), dtype=torch.float32, rtol=2e-5, backend="inductor")
+
+
+# ------------------------------------------------------------------------------------------ what is said, and when
+
+
+def test_a_message_is_said_once_while_the_model_is_captured(capsys, caplog):
+    with caplog.at_level(logging.INFO):
+        dual = jvpgraph.transform(Logs(), backend="eager")
+        for _ in range(2):
+            dual(torch.randn(2, 5, WIDTH), torch.rand(2), tangents={"t": torch.ones(2)})
+    assert [r.getMessage() for r in caplog.records if r.name == log.name] == ["a network says hello"]
+    dual = jvpgraph.transform(Prints(), backend="eager")
+    for _ in range(2):
+        dual(torch.randn(2, 5, WIDTH), torch.rand(2), tangents={"t": torch.ones(2)})
+    assert capsys.readouterr().out == "shape torch.Size([2, 5, 8])\n"
+
+
+def test_a_warning_of_the_models_is_given_where_it_stands():
+    dual = jvpgraph.transform(Warns(), backend="eager")
+    call = functools.partial(dual, torch.randn(2, 5, WIDTH), torch.rand(2), tangents={"t": torch.ones(2)})
+    with pytest.warns(FutureWarning, match="deprecated") as given:
+        call()
+    assert given[0].filename == __file__
+    call()
+
+
+def test_a_warning_that_is_an_error_is_raised():
+    dual = jvpgraph.transform(Warns(), backend="op_by_op")
+    with pytest.raises(FutureWarning, match="deprecated"):  # as all warnings are, in tests
+        dual(torch.randn(2, 5, WIDTH), torch.rand(2), tangents={"t": torch.ones(2)})
+
+
+def test_an_assertion_that_fails_still_fails():
+    dual = jvpgraph.transform(AssertsWithTensors(), backend="eager")
+    dual(torch.randn(2, 5, WIDTH), torch.rand(2), tangents={"t": torch.ones(2)})
+    with pytest.raises(RuntimeError, match="assertion failed in assert_in_range, line"):
+        dual(torch.randn(2, 5, WIDTH), -torch.rand(2), tangents={"t": torch.ones(2)})
+
+
+def test_what_dynamo_is_taught_does_not_outlive_a_call():
+    before = torch.backends.cuda.sdp_kernel, sys.modules["torch._subclasses.fake_tensor"].CONSTANT_NUMEL_LIMIT
+    check(OldContext())
+    assert before == (
+        torch.backends.cuda.sdp_kernel,
+        sys.modules["torch._subclasses.fake_tensor"].CONSTANT_NUMEL_LIMIT,
+    )
+
+
+def test_sizes_that_were_changed_in_the_tensor_are_not_taken_for_what_they_were():
+    class Changed(Network):
+        def construct(self, h, t):
+            sizes = torch.tensor([h.size(1), 2])
+            sizes[0] -= 1
+            sizes.mul_(2)
+            n, k = sizes.tolist()
+            return h.sin() * n + k
+
+        def plain(self, h, t):
+            return h.sin() * 2 * (h.shape[1] - 1) + 4
+
+    check(Changed())
+    check(Changed(), backend="op_by_op")
+
+
+# ------------------------------------------------------------------------------------------ what stays refused
+
+
+class Branches(Network):
+    def construct(self, h, t):
+        if torch.isnan(h).any():
+            raise ValueError("not a number")
+        return h.sin()
+
+
+def test_a_branch_on_data_is_no_graph_and_runs_in_regions():
+    with pytest.raises(CaptureError, match=r"test_capture_causes\.py"):
+        check(Branches())
+    check(Branches(), regions="auto")
