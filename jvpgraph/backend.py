@@ -24,7 +24,7 @@ from jvpgraph.dynamo import first_cause
 from jvpgraph.errors import ABSOLUTE, NUMBER_HAS_NO_TANGENT, CaptureError, Explained, UnsupportedNode, UnsupportedOp
 from jvpgraph.graph.meta import source_line
 from jvpgraph.graph.torch_level import STOPS, active_graphs, graphs_in, wants_gradients_of_tangents
-from jvpgraph.inductor import compile_inner
+from jvpgraph.inductor import bodies_wait, compile_inner
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.passes.context import Context, Report
 from jvpgraph.passes.pipeline import (
@@ -71,7 +71,7 @@ class Backend:
         context = Context(self.config, example_inputs=example_inputs)
         run, stage = Pipeline(context), ON_ATEN_GRAPH
         captured = run(ON_TORCH_GRAPH, gm)
-        absolute, marked = _absolute_views(captured), _marked_inputs(captured)
+        absolute, inputs = _absolute_views(captured), _marked_inputs(captured)
         autocast: AbstractContextManager[Any] = nullcontext()
         lowered = captured
         if wants_gradients_of_tangents(captured):
@@ -81,7 +81,10 @@ class Backend:
         _sizes_of_a_base_have_one_symbol()
         try:
             with autocast:
-                compiled = self.compile(lowered, example_inputs, JointPasses(run, stage))
+                marked = stage is ON_ATEN_GRAPH and bool(
+                    captured.graph.find_nodes(op="call_function", target=TANGENT_OF)
+                )
+                compiled = self.compile(lowered, example_inputs, JointPasses(run, stage, marked=marked))
         except Exception as error:
             if _asks_for_a_number(error) and (numbers := _active_numbers(captured)):
                 raise UnsupportedOp(numbers) from error
@@ -89,7 +92,7 @@ class Backend:
         self.reports.append(context.report)  # not earlier: Dynamo may break an attempt off and start anew
         if self.explains:
             raise Explained
-        return _at_the_start(compiled, marked, absolute) if absolute else compiled
+        return _at_the_start(compiled, inputs, absolute) if absolute else compiled
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses) -> Compiled:
         """AOTAutograd, the passes on its joint graph, and code."""
@@ -246,7 +249,8 @@ def _inductor(
         context.decompositions = dict(select_decomp_table())
     # Rules are written for the ops that PyTorch differentiates: decomposing comes last in our own pipeline.
     inner = inner or compile_inner
-    return compile_fx(gm, list(example_inputs), inner_compile=inner, config_patches=patches, decompositions={})
+    with bodies_wait(passes):
+        return compile_fx(gm, list(example_inputs), inner_compile=inner, config_patches=patches, decompositions={})
 
 
 def _has_symbols(x: Any) -> bool:

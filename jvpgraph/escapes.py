@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["HIGHER_ORDER", "Calls", "Newborn", "Watcher", "frames"]
 
@@ -38,7 +38,26 @@ def _while_loop(cond_fn: Any, body_fn: Any, carried: Any, additional: Any) -> An
     return tuple(carried)
 
 
-HIGHER_ORDER: dict[str, Callable[..., Any]] = {"cond": _cond, "while_loop": _while_loop}
+def _map(fn: Any, xs: Any, additional: Any) -> Any:
+    rounds = [fn(*row, *additional) for row in zip(*(x.unbind() for x in xs), strict=True)]
+    return tree_map(lambda *outs: torch.stack(outs), *rounds)
+
+
+def _scan(combine: Any, init: Any, xs: Any, additional: Any) -> Any:
+    carried, rounds = tuple(init), []
+    for row in zip(*(x.unbind() for x in xs), strict=True):
+        outs = tuple(combine(*carried, *row, *additional))
+        carried = outs[: len(init)]
+        rounds.append(outs[len(init) :])
+    return (*carried, *(torch.stack(outs) for outs in zip(*rounds, strict=True)))
+
+
+HIGHER_ORDER: dict[str, Callable[..., Any]] = {
+    "cond": _cond,
+    "while_loop": _while_loop,
+    "map_impl": _map,
+    "scan": _scan,
+}
 
 
 class Watcher(Protocol):

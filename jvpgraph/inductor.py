@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
+import torch._inductor.compile_fx  # a function goes by this name, too
 from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.codegen.cpp import OuterLoopFusedSchedulerNode
@@ -16,8 +18,36 @@ from torch._inductor.virtualized import V
 
 from jvpgraph.dynamo import NOT_COMPILED, remedy
 from jvpgraph.errors import CaptureError
+from jvpgraph.graph.torch_level import graphs_in
 
-__all__ = ["compile_inner"]
+compiler = sys.modules["torch._inductor.compile_fx"]
+
+__all__ = ["bodies_wait", "compile_inner"]
+
+
+@contextmanager
+def bodies_wait(passes: Any) -> Iterator[None]:
+    """Inductor's passes on a joint graph, but none on the bodies of its higher-order ops before ours have run.
+
+    It begins with the bodies, and would take from them what ours look for: the marks of detach, and ops before they are
+    decomposed. The bodies of invoke_subgraph even come before the graph that calls them.
+
+    Args:
+        passes: those of the whole graph, with ``wait(gm)``, which says whether gm is a body that has to wait for it.
+    """
+    own = compiler._recursive_joint_graph_passes
+
+    def joint_passes(gm: fx.GraphModule, skip_invoke_subgraph: bool = False, *args: Any, **kwargs: Any) -> Any:
+        if passes.wait(gm):
+            return gm
+        if len(graphs_in(gm)) == 1:
+            return own(gm, skip_invoke_subgraph, *args, **kwargs)
+        passes(gm.graph)
+        with mock.patch.object(compiler, own.__name__, own):  # which calls itself by its name
+            return own(gm, False, *args, **kwargs)
+
+    with mock.patch.object(compiler, own.__name__, joint_passes):
+        yield
 
 
 def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Any:

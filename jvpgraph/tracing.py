@@ -40,7 +40,12 @@ SAYERS = {
     *(print, warnings.warn, logging.getLogger, *(getattr(logging, name) for name in SAYS if name != "warn")),
     *(getattr(logging.Logger, name) for name in (*SAYS, "isEnabledFor", "getEffectiveLevel")),
 }
-TRACED = {"trace_autograd_ops": True, "ignore_logging_functions": SAYERS}  # settings of Dynamo's
+# Settings of Dynamo's; older versions have another name for what is ignored, and need no hint for autograd.grad.
+TRACED: dict[str, Any] = {
+    name: value
+    for name, value in {"trace_autograd_ops": True, "ignore_logging_functions": SAYERS}.items()
+    if hasattr(torch._dynamo.config, name)
+}
 SAME_NUMBERS = ("to", "cpu", "cuda", "long", "int", "clone", "contiguous", "detach")  # methods that keep integers
 MISSING = object()
 MAKERS = (torch.tensor, torch._refs.tensor)
@@ -49,8 +54,9 @@ MAKERS = (torch.tensor, torch._refs.tensor)
 @contextmanager
 def taught() -> Iterator[None]:
     """Dynamo, with what it is taught here."""
-    before = [(owner, name, vars(owner).get(name, MISSING)) for owner, name, _ in TAUGHT]
-    for owner, name, new in TAUGHT:
+    present = [entry for entry in TAUGHT if entry[0] is not None]  # older versions lack some of them
+    before = [(owner, name, vars(owner).get(name, MISSING)) for owner, name, _ in present]
+    for owner, name, new in present:
         setattr(owner, name, new)
     try:
         yield
@@ -216,8 +222,8 @@ def _is_assert(self: Any, truth_fn: Any, push: bool) -> bool:
 
 def _source_of_method(self: Any, tx: Any, name: str) -> Any:
     """Of what ``torch.compile`` wraps, where a method is decorated with it: the guards ask for its defaults."""
-    source = _by_mro(self, tx, name)
-    found = next((vars(kind)[name] for kind in type(self.value).__mro__ if name in vars(kind)), None)
+    source: Any = _by_mro(self, tx, name)
+    found: Any = next((vars(kind)[name] for kind in type(self.value).__mro__ if name in vars(kind)), None)
     while "_torchdynamo_inline" in getattr(found, "__dict__", {}):
         found, source = found._torchdynamo_inline, user_defined.AttrSource(source, "_torchdynamo_inline")
     return source
@@ -256,11 +262,11 @@ _call_method_of_array = NumpyNdarrayVariable.call_method
 _getattr_of_variable = misc.LoggingLoggerVariable.var_getattr
 _call_method_of_context = misc.AutogradFunctionContextVariable.call_method
 _detect_assert = symbolic_convert._detect_and_normalize_assert_statement
-_by_mro = user_defined.UserDefinedObjectVariable.get_source_by_walking_mro
+_by_mro: Any = getattr(user_defined.UserDefinedObjectVariable, "get_source_by_walking_mro", None)
 
 TAUGHT: list[tuple[Any, str, Any]] = [
     (fake_tensor, "CONSTANT_NUMEL_LIMIT", KNOWN_NUMBERS),
-    (misc.IgnoredFunctionVariable, "call_function", _say),
+    (getattr(misc, "IgnoredFunctionVariable", None), "call_function", _say),
     (misc.LoggingLoggerVariable, "call_method", _of_logger),
     (TensorVariable, "method_tolist", _read(TensorVariable.method_tolist)),
     (TensorVariable, "method_item", _read(TensorVariable.method_item)),
@@ -271,7 +277,7 @@ TAUGHT: list[tuple[Any, str, Any]] = [
     (misc.LoggingLoggerVariable, "var_getattr", _attribute_of_logger),
     (misc.AutogradFunctionContextVariable, "call_method", _method_of_context),
     (symbolic_convert, "_detect_and_normalize_assert_statement", _is_assert),
-    (user_defined.UserDefinedObjectVariable, "get_source_by_walking_mro", _source_of_method),
+    (_by_mro and user_defined.UserDefinedObjectVariable, "get_source_by_walking_mro", _source_of_method),
     (torch.backends.cuda, "sdp_kernel", _sdp_kernel),
     (transformer, "_detect_is_causal_mask", _is_causal),
     (flex_attention, "_validate_device", _any_device),

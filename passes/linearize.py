@@ -18,6 +18,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +29,11 @@ from torch.utils._pytree import tree_leaves
 
 from jvpgraph.autograd_function import NOTHING_ARRIVES
 from jvpgraph.errors import ABSOLUTE, NUMBER_HAS_NO_TANGENT, UnsupportedNode, UnsupportedOp
+from jvpgraph.graph.higher_order import differentiable_call, extend
 from jvpgraph.graph.meta import INSERTED_META, TANGENT_META, source_line
 from jvpgraph.graph.recorder import Recorder, value_of
 from jvpgraph.graph.strides import flat_memory, in_layout, overlaps, span_of
+from jvpgraph.graph.torch_level import graphs_in
 from jvpgraph.markers import ARRIVED, MAKE_DUAL, TANGENT_OF
 from jvpgraph.passes.context import Context, Report
 from jvpgraph.rules import NoRule, tangents_of
@@ -41,7 +44,6 @@ __all__ = ["linearize"]
 
 NUMBERS = (torch.SymFloat, torch.SymInt, torch.SymBool, float, int, complex)  # what is no tensor has no tangent
 SIZES = ("aten::sym_size", "aten::sym_stride", "aten::sym_numel", "aten::sym_storage_offset")  # not of its contents
-RUN_OP_BY_OP = ("cond", "while_loop")  # higher-order ops that are Python there
 
 
 def linearize(gm: fx.GraphModule, context: Context) -> None:
@@ -50,8 +52,15 @@ def linearize(gm: fx.GraphModule, context: Context) -> None:
     Raises:
         UnsupportedOp: ops on the tangent path have no rule; all of them, with the user's source lines.
     """
+    _insert_tangents(gm, context, {})
+    for part in graphs_in(gm):
+        _erase_stops(part.graph)
+
+
+def _insert_tangents(gm: fx.GraphModule, context: Context, seeds: dict[fx.Node, fx.Node]) -> None:
+    """In gm and the bodies that it runs; ``seeds`` are the tangents of placeholders, where gm is a body itself."""
     graph, report = gm.graph, context.report
-    starts = graph.find_nodes(op="call_function", target=MAKE_DUAL)
+    starts = [*graph.find_nodes(op="call_function", target=MAKE_DUAL), *seeds]
     ends = graph.find_nodes(op="call_function", target=TANGENT_OF)
     if not starts and not ends:
         return
@@ -59,7 +68,7 @@ def linearize(gm: fx.GraphModule, context: Context) -> None:
     path = _reachable(starts, lambda n: n.users)
     path &= _reachable(ends, lambda n: [] if n.target is MAKE_DUAL else n.all_input_nodes)
     recorder = Recorder(graph)
-    tangent: dict[fx.Node, Any] = {}  # node -> tangent node, None for zero, a list for several outputs
+    tangent: dict[fx.Node, Any] = {**seeds}  # node -> tangent node, None for zero, a list for several outputs
     read: dict[fx.Node, fx.Node] = {}  # number -> where it was read from something with a tangent
     taken = {_memory_of(n) for n in graph.output_node().all_input_nodes}  # what outputs already stand for
     refused: list[UnsupportedNode] = []
@@ -75,7 +84,7 @@ def linearize(gm: fx.GraphModule, context: Context) -> None:
             tangent[node] = tangent.get(y)
             if _any_tangent(given, tangent) and not _any_tangent([y, *others], tangent):
                 refused.append(replace(_unsupported(node, tangent, NOTHING_ARRIVES), op=str(what)))
-        elif node in path:
+        elif node in path and node not in seeds:
             if (source := _number_read(node, tangent, read)) is not None:
                 if isinstance(node.meta.get("val"), NUMBERS):
                     read[node] = source
@@ -85,7 +94,17 @@ def linearize(gm: fx.GraphModule, context: Context) -> None:
                     tangent[node] = _pretended(node)
                     continue
             try:
+                if differentiable_call(node) and _any_tangent(node.all_input_nodes, tangent):
+                    wanted = {item.args[1] for item in node.users if item in path}
+                    dot_of = partial(_beside, node=node, tangent=tangent, recorder=recorder)
+                    new, dots = extend(gm, node, dot_of, wanted, partial(_in_body, context=context))  # type: ignore[arg-type]
+                    tangent[new] = dots
+                    recorder.inserted += [dot for dot in dots if dot is not None]
+                    continue
                 tangent[node] = _tangent_of_node(node, tangent, recorder, report)
+            except UnsupportedOp as inside:
+                refused += inside.nodes
+                tangent[node] = _pretended(node)
             except NoRule as reason:
                 refused.append(_unsupported(node, tangent, str(reason)))
                 tangent[node] = _pretended(node)  # to go on and find the others
@@ -97,13 +116,27 @@ def linearize(gm: fx.GraphModule, context: Context) -> None:
     report.active = sum(1 for dot in tangent.values() if dot is not None)
     report.inactive = sum(1 for n in forward if isinstance(n.target, OpOverload) and tangent.get(n) is None)
     asked = graph.find_nodes(op="call_function", target=ARRIVED)
-    for node in reversed(ends + starts + asked):
+    for node in reversed([*ends, *starts, *asked]):
+        if node in seeds:
+            continue
         if node.target is not TANGENT_OF:
             node.replace_all_uses_with(_unmarked(node, recorder))
         graph.erase_node(node)
-    _erase_stops(graph)
     for node in recorder.inserted:
         node.meta[INSERTED_META] = True
+
+
+def _beside(x: Any, node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder) -> fx.Node | None:
+    """The tangent of an operand of ``node``, laid out as the operand is: bodies count on it."""
+    dot = tangent.get(x) if isinstance(x, fx.Node) else None
+    if dot is None:
+        return None
+    with recorder.behind(node.prev):
+        return recorder.node_of(in_layout(recorder.stand_in(dot), value_of(x)))
+
+
+def _in_body(body: fx.GraphModule, seeds: dict[fx.Node, fx.Node], context: Context) -> None:
+    _insert_tangents(body, context, seeds)
 
 
 def _any_tangent(nodes: Any, tangent: dict[fx.Node, Any]) -> bool:
@@ -183,9 +216,9 @@ def _tangent_of_strided(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Re
 def _why_no_op(target: Any) -> str:
     if not isinstance(target, torch._ops.HigherOrderOperator):
         return "not an op"
-    runs = 'backend="op_by_op" runs it, and so does code between regions='
-    remedy = runs if target.name() in RUN_OP_BY_OP else "write it in plain Python"
-    return f"a higher-order op: its body is a graph of its own, into which tangents do not follow; {remedy}"
+    return (
+        "a higher-order op: its body is a graph of its own, into which tangents do not follow; write it in plain Python"
+    )
 
 
 def _argument_tangent(value: Any, tangent: dict[fx.Node, Any]) -> Any:

@@ -21,6 +21,7 @@ from torch._ops import OpOverload
 from jvpgraph.config import Config
 from jvpgraph.dump import Dump, readable
 from jvpgraph.graph.torch_level import graphs_in
+from jvpgraph.markers import TANGENT_OF
 from jvpgraph.passes.batch_tangents import batch_tangents
 from jvpgraph.passes.call_own_jvps import call_own_jvps
 from jvpgraph.passes.check_gradients import check_gradients
@@ -33,6 +34,7 @@ from jvpgraph.passes.differentiate_attention import differentiate_attention
 from jvpgraph.passes.drop_dead_tangents import drop_dead_tangents
 from jvpgraph.passes.fuse_aten_attention import fuse_aten_attention
 from jvpgraph.passes.fuse_attention import fuse_attention
+from jvpgraph.passes.inline_repeated_bodies import inline_repeated_bodies
 from jvpgraph.passes.keep_outputs_apart import keep_outputs_apart
 from jvpgraph.passes.linearize import linearize
 from jvpgraph.passes.lower import lower
@@ -82,6 +84,7 @@ class Stage:
 ON_TORCH_GRAPH = Stage(
     "torch",
     (
+        inline_repeated_bodies,
         swap_attention,
         swap_flex_attention,
         recognize_attention,
@@ -130,6 +133,9 @@ AFTER_AUTOGRAD = Stage("after autograd", (count, decompose, note_outputs), ATEN,
 # What the compiler's own passes on that graph have left.
 AFTER_COMPILER = Stage("after the compiler's passes", (keep_outputs_apart,), (), "optimized")
 
+# Steps that look at one graph only: the runner calls them for each body of a higher-order op, too.
+IN_EACH_BODY = (drop_dead_tangents, fuse_attention, fuse_aten_attention, decompose)
+
 OPTIONAL = frozenset(
     {
         *("swap_attention", "swap_flex_attention", "recognize_attention"),
@@ -165,7 +171,11 @@ class Pipeline:
             if name in config.skip_passes:
                 continue
             start = time.perf_counter()
-            gm = step(gm, self.context) or gm
+            if step in IN_EACH_BODY:
+                for part in graphs_in(gm):
+                    step(part, self.context)
+            else:
+                gm = step(gm, self.context) or gm
             milliseconds = 1e3 * (time.perf_counter() - start)
             if config.verify:
                 verify(gm, stage.invariants, after=name)
@@ -192,15 +202,31 @@ def _op(node: fx.Node) -> str:
 class JointPasses(CustomGraphPass):
     """A stage as one custom pass of Inductor's, on joint and on inference graphs."""
 
-    def __init__(self, pipeline: Pipeline, stage: Stage, users: Callable[[fx.Graph], None] | None = None):
-        """``users``: a pass that the user's own settings of Inductor name for this place. It runs first."""
-        self.pipeline, self.stage, self.users = pipeline, stage, users
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        stage: Stage,
+        users: Callable[[fx.Graph], None] | None = None,
+        marked: bool = False,
+    ):
+        """
+        Args:
+            users: a pass that the user's own settings of Inductor name for this place. It runs first.
+            marked: the graph has markers, which its bodies have not: these wait until it has been linearized.
+        """
+        self.pipeline, self.stage, self.users, self.marked = pipeline, stage, users, marked
+
+    def wait(self, gm: fx.GraphModule) -> bool:
+        """Whether gm is a body that waits, or a graph that has been dealt with."""
+        return self.marked and not gm.graph.find_nodes(op="call_function", target=TANGENT_OF)
 
     def __call__(self, graph: fx.Graph) -> None:
         if self.users is not None:
             self.users(graph)
         gm = graph.owning_module
         assert gm is not None
+        if self.wait(gm):
+            return
         self.pipeline(self.stage, gm)
         self.pipeline.context.report.passes_ran = True
 

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops import map as map_of_torch
+from torch._higher_order_ops import scan, while_loop
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
@@ -304,7 +306,94 @@ class StraightThrough(Network):
         return h + ((8 * h).round() / 8 - h).detach()
 
 
+# ----------------------------------------------------------------------------------------- higher-order ops
+
+
+class Branch(Network):
+    """Of which one branch stops a tangent, and both hold parameters."""
+
+    def construct(self, h, t):
+        def yes(h, t):
+            return self.inner(h).sin(), t.detach() * 2
+
+        def no(h, t):
+            return h.cos(), t * 3
+
+        y, s = torch.cond(t.sum() > -1, yes, no, (h, t))
+        return y + s[:, None, None]
+
+    def plain(self, h, t):
+        return self.inner(h).sin() + 2 * t.detach()[:, None, None]
+
+
+class Scan(Network):
+    def construct(self, h, t):
+        def step(carried, x):
+            new = torch.tanh(carried * 0.9 + x @ self.inner[0].weight)
+            return new, new * 2
+
+        return scan(step, torch.zeros_like(h[:, 0]), h.transpose(0, 1))[1].transpose(0, 1)
+
+    def plain(self, h, t):
+        carried, outs = torch.zeros_like(h[:, 0]), []
+        for i in range(h.shape[1]):
+            carried = torch.tanh(carried * 0.9 + h[:, i] @ self.inner[0].weight)
+            outs.append(carried * 2)
+        return torch.stack(outs, 1)
+
+
+class Map(Network):
+    def construct(self, h, t):
+        return map_of_torch(lambda x, w: torch.sin(x @ w), h, self.inner[0].weight)
+
+    def plain(self, h, t):
+        return torch.sin(h @ self.inner[0].weight)
+
+
+class WhileLoop(Network):
+    def construct(self, h, t):
+        start = torch.zeros((), dtype=torch.long), h
+        return while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, torch.sin(y) * 1.1), start)[1]
+
+    def plain(self, h, t):
+        for _ in range(3):
+            h = torch.sin(h) * 1.1
+        return h
+
+
+class Repeated(Network):
+    """Blocks under nested_compile_region, with attention in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2)])
+
+    def plain(self, h, t):
+        for block in self.blocks:
+            h = a_block(block, h, t)
+        return h
+
+    def construct(self, h, t):
+        for block in self.blocks:
+            h = a_region(block, h, t)
+        return h
+
+
+def a_block(block, h, t):
+    h = F.layer_norm(h, (WIDTH,)) * (1 + t[:, None, None])
+    q, k, v = block(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+    return h.sin() + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+a_region = torch.compiler.nested_compile_region(a_block)
+
+
 ONE_GRAPH = {
+    "cond": Branch,
+    "scan": Scan,
+    "map": Map,
+    "while_loop": WhileLoop,
+    "nested_compile_region": Repeated,
     "a shape through tolist": SizesInATensor,
     "numbers of a tensor of sizes": NumbersOfSizes,
     "a Function that calls autograd.grad in its backward": ChecksInItsOwnWay,
@@ -323,7 +412,8 @@ ONE_GRAPH = {
 }
 
 
-SIZED = ("a shape through tolist", "numbers of a tensor of sizes", "constants of numpy")
+HIGHER_ORDER = ("cond", "scan", "map", "while_loop", "nested_compile_region")
+SIZED = (*HIGHER_ORDER, "a shape through tolist", "numbers of a tensor of sizes", "constants of numpy")
 
 
 @pytest.mark.parametrize("cause", ONE_GRAPH)
@@ -342,17 +432,38 @@ def test_sizes_stay_symbolic_on_their_way_through_a_tensor(cause):
     assert len(dual.reports) == 1
 
 
-@pytest.mark.parametrize("cause", ["a shape through tolist", "print", "constants of numpy", "an encoder with a mask"])
+@pytest.mark.parametrize("cause", ["a shape through tolist", "print", "constants of numpy", *HIGHER_ORDER])
 def test_op_by_op(cause):
     check(ONE_GRAPH[cause](), backend="op_by_op")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "cause", ["a shape through tolist", "a Function that calls autograd.grad in its backward", "asserts on tensors"]
+    "cause",
+    [
+        *("a shape through tolist", "a Function that calls autograd.grad in its backward", "asserts on tensors"),
+        *("cond", "scan", "nested_compile_region"),
+    ],
 )
 def test_on_the_default_backend(cause):
     check(ONE_GRAPH[cause](), dtype=torch.float32, rtol=2e-5, backend="inductor")
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_repeated_bodies_stay_bodies_where_no_gradients_are_needed(backend):
+    """And attention in them is one kernel with its tangent."""
+    model = Repeated().requires_grad_(False)
+    dual = jvpgraph.transform(model.float(), backend=backend, config=jvpgraph.Config(keep_graphs=True))
+    x, x_dot = torch.randn(2, 2, 5, WIDTH)
+    t = torch.rand(2)
+    y, y_dot = dual(x, t, tangents={"x": x_dot})
+    want = wanted(model.requires_grad_(), x, t, x_dot, torch.zeros(2))
+    assert_close(y.double(), want[0], rtol=1e-5, atol=1e-5)
+    assert_close(y_dot.double(), want[1], rtol=1e-5, atol=1e-5)
+    (report,) = dual.reports
+    text = next(graph.text for graph in reversed(report.graphs) if graph.name == "fuse_attention")
+    assert text.count("invoke_subgraph(") == 2
+    assert report.fused == 1
 
 
 # ------------------------------------------------------------------------------------------ what is said, and when

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops import map as map_of_torch
 from torch._higher_order_ops import scan, while_loop
 
 import jvpgraph
@@ -306,26 +307,18 @@ def test_sparse_tensors_are_refused():
             jvpgraph.jvp(fn, (R(3, 3),), (R(3, 3),), backend="op_by_op")
 
 
-HIGHER_ORDER: dict[str, tuple[Function, str]] = {
-    "cond": (lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)), 'backend="op_by_op" runs it'),
-    "while_loop": (
-        lambda x: while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, y.sin()), (torch.tensor(0), x))[1],
-        'backend="op_by_op" runs it',
-    ),
-    "scan": (
-        lambda x: scan(lambda c, e: (c + e, c * e), torch.zeros((), dtype=x.dtype), x)[1],
-        "write it in plain Python",
-    ),
+HIGHER_ORDER: dict[str, Function] = {
+    "cond": lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)),
+    "while_loop": lambda x: while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, y.sin()), (torch.tensor(0), x))[1],
+    "scan": lambda x: scan(lambda c, e: (c + e, c * e), torch.zeros((), dtype=x.dtype), x)[1],
+    "map": lambda x: map_of_torch(torch.sin, x),
 }
 
 
+@pytest.mark.parametrize("backend", ["eager", "op_by_op"])
 @pytest.mark.parametrize("name", HIGHER_ORDER)
-def test_higher_order_ops_say_what_to_do(name: str):
-    fn, remedy = HIGHER_ORDER[name]
-    with pytest.raises(UnsupportedOp, match=remedy):
-        jvpgraph.jvp(fn, (R(4),), (R(4),), backend="eager")
-    if "op_by_op" in remedy:
-        check(fn, R(4), backend="op_by_op")
+def test_through_higher_order_ops(name: str, backend: str):
+    check(HIGHER_ORDER[name], R(4), backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["op_by_op", "eager"])

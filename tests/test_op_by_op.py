@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._higher_order_ops.map import map as map_of_torch
 from torch._higher_order_ops.while_loop import while_loop
 from torch.autograd import forward_ad
 from torch.masked import masked_tensor
@@ -582,11 +581,6 @@ def test_a_refusal_without_a_line_of_the_user_says_so(monkeypatch):
     monkeypatch.setattr("jvpgraph.op_by_op.refusals.frames", lambda: iter(()))
     with pytest.raises(jvpgraph.UnsupportedOp, match=r"\(no source line\)"):
         call(lambda x: x * x.sum().item(), "op_by_op", *inputs())
-
-
-def test_other_higher_order_ops_are_named():
-    with pytest.raises(jvpgraph.UnsupportedOp, match=r"map_impl.*higher-order"):
-        call(lambda x: map_of_torch(torch.sin, x), "op_by_op", *inputs())
 
 
 # ------------------------------------------------------------------------------------------ every kind on every way
