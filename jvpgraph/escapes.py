@@ -21,7 +21,9 @@ from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["HIGHER_ORDER", "Calls", "Newborn", "Watcher", "frames"]
+__all__ = ["HIGHER_ORDER", "Calls", "Graphs", "Newborn", "Watcher", "frames"]
+
+Graphs = Callable[[Any, Any, Any, Any], Any]
 
 LOOK_THROUGH = ("torch._tensor", "torch.storage", "torch.overrides", "torch.utils._contextlib")
 IDENTITY = ("_cdata", "nbytes", "size", "_weak_ref", "device", "resizable", "is_shared")
@@ -113,9 +115,9 @@ class Newborn:
 class Calls(TorchFunctionMode):
     """Reports to a :class:`Watcher` the torch functions by which values leave."""
 
-    def __init__(self, watcher: Watcher):
+    def __init__(self, watcher: Watcher, graphs: Graphs | None = None):
         super().__init__()
-        self._watcher = watcher
+        self._watcher, self._graphs = watcher, graphs
         self.blind = 0  # Python functions of torch's that run now: what they call is not told
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -123,6 +125,10 @@ class Calls(TorchFunctionMode):
         handle = _HANDLERS.get(func)
         if handle is not None:
             return handle(self._watcher, func, args, kwargs)
+        if isinstance(func, HigherOrderOperator) and self._graphs is not None:
+            found = self._graphs(self._watcher, func, args, kwargs)
+            if found is not NotImplemented:
+                return found
         if isinstance(func, HigherOrderOperator) and str(func) in HIGHER_ORDER:
             with self:  # above autograd: what the branches hold gets gradients too
                 return HIGHER_ORDER[str(func)](*args, **kwargs)

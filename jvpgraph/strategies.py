@@ -20,7 +20,7 @@ from jvpgraph.errors import CaptureError
 from jvpgraph.functions import Kept
 from jvpgraph.op_by_op import OpByOp as Mode
 from jvpgraph.passes.context import Report
-from jvpgraph.regions import Regions, brief, hooks_forbid_one_graph
+from jvpgraph.regions import Regions, SmallGraphs, brief, hooks_forbid_one_graph
 from jvpgraph.settings import Settings
 from jvpgraph.unguarded import held_by, unguarded
 
@@ -58,9 +58,10 @@ class OpByOp:
 
     def __init__(self) -> None:
         self.reports: list[Report] = []
+        self._small = SmallGraphs(Backend("eager"))
 
     def __call__(self, forward: Callable[..., Any], inputs: Inputs) -> Result:
-        with Mode() as mode:
+        with Mode(graphs=self._small) as mode:
             result: Result = forward(*inputs)
         self.reports[:] = [Report(rules=mode.rules, active=sum(rules.total() for rules in mode.rules.values()))]
         return result

@@ -11,8 +11,9 @@ import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from torch._subclasses import fake_tensor
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from torch.nn.modules import transformer
 
-__all__ = ["TRACED", "taught"]
+__all__ = ["TRACED", "flex_on_any_device", "taught"]
 
 KNOWN_NUMBERS = 64  # elements of constants, such as grids of sizes, whose values Dynamo follows
 SAYS = ("debug", "info", "warning", "warn", "error", "exception", "critical", "log")
@@ -63,6 +64,11 @@ def taught() -> Iterator[None]:
     finally:
         for owner, name, old in before:
             delattr(owner, name) if old is MISSING else setattr(owner, name, old)
+
+
+def flex_on_any_device() -> AbstractContextManager[Any]:
+    """flex_attention refuses inputs with gradients on CPUs; the op that takes its place has a backward there."""
+    return mock.patch.object(flex_attention, "_validate_device", _any_device)
 
 
 # ------------------------------------------------------------------------------------------------- messages

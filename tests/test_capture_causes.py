@@ -19,13 +19,16 @@ from torch._higher_order_ops import map as map_of_torch
 from torch._higher_order_ops import scan, while_loop
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torch.testing import assert_close
 
 import jvpgraph
-from jvpgraph.errors import CaptureError
+from jvpgraph.errors import CaptureError, UnsupportedOp
 from tests.models import assert_in_range
 
 WIDTH = 8
+NOT_A_LEAF = "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"  # Dynamo looks
+pytestmark = pytest.mark.filterwarnings(NOT_A_LEAF)
 log = logging.getLogger("tests.a_network")
 
 
@@ -542,3 +545,66 @@ def test_a_branch_on_data_is_no_graph_and_runs_in_regions():
     with pytest.raises(CaptureError, match=r"test_capture_causes\.py"):
         check(Branches())
     check(Branches(), regions="auto")
+
+
+# -------------------------------------------------------------------------------- flex_attention between graphs
+
+
+class FlexBehindABranch(Network):
+    """Of which only parts can be graphs, and attention is in none of them."""
+
+    def construct(self, h, t):
+        if t.sum() > 100:
+            return h.cos()
+        n = h.shape[1]
+        block_mask = create_block_mask(causal, None, None, n, n, device="cpu")
+        steady = flex_attention(*[self.inner[0].weight[None, None]] * 3)[0]  # of parameters alone
+        return flex_attention(h[:, None], h[:, None].sin(), h[:, None], block_mask=block_mask)[:, 0] + steady.mean()
+
+    def plain(self, h, t):
+        weight = self.inner[0].weight[None, None]
+        steady = F.scaled_dot_product_attention(weight, weight, weight).mean()
+        y = F.scaled_dot_product_attention(h[:, None], h[:, None].sin(), h[:, None], is_causal=True)
+        return y[:, 0] + steady
+
+
+def causal(b, h, q, k):
+    return q >= k
+
+
+FLEX_WAYS = [{"backend": "op_by_op"}, {"regions": "auto"}, {"regions": nn.Sequential}]
+flex = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+
+
+@flex
+@pytest.mark.parametrize(
+    "settings", [{"backend": "op_by_op"}, {"regions": "auto"}, {"regions": nn.Sequential}], ids=str
+)
+def test_flex_attention_outside_of_graphs_is_a_graph_of_its_own(settings):
+    check(FlexBehindABranch(), sizes=(5, 7), **settings)
+
+
+@flex
+def test_what_the_functions_of_flex_attention_hold_has_no_tangent_unseen():
+    class Biased(Network):
+        def construct(self, h, t):
+            bias = h[0, 0, 0]
+            return flex_attention(h[:, None], h[:, None], h[:, None], score_mod=lambda s, *_: s + bias)[:, 0]
+
+    with pytest.raises(UnsupportedOp, match=r"reads a tensor with a tangent.*region that contains"):
+        check(Biased(), backend="op_by_op")
+
+
+@flex
+def test_the_logsumexp_of_flex_attention_is_refused_where_it_is_used():
+    class LogSumExp(Network):
+        def construct(self, h, t):
+            return (
+                flex_attention(h[:, None], h[:, None], h[:, None], return_aux=AuxRequest(lse=True))[1].lse[
+                    :, 0, :, None
+                ]
+                + h
+            )
+
+    with pytest.raises(UnsupportedOp, match=r"logsumexp and the maximum of flex_attention have no tangent"):
+        check(LogSumExp(), backend="op_by_op")

@@ -2,5 +2,6 @@
 
 from jvpgraph.op_by_op.levels import refuse_other_levels
 from jvpgraph.op_by_op.mode import OpByOp
+from jvpgraph.op_by_op.refusals import user_line
 
-__all__ = ["OpByOp", "refuse_other_levels"]
+__all__ = ["OpByOp", "refuse_other_levels", "user_line"]

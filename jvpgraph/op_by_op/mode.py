@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from jvpgraph.autograd_function import functions_watched
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
-from jvpgraph.escapes import HIGHER_ORDER, Calls, frames
+from jvpgraph.escapes import HIGHER_ORDER, Calls, Graphs, frames
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.op_by_op.kinds import (
     BATCH_NORMS,
@@ -63,6 +63,7 @@ from jvpgraph.storages import (
     tensors_in,
     view_of,
 )
+from jvpgraph.tracing import flex_on_any_device
 
 __all__ = ["OpByOp"]
 
@@ -91,6 +92,7 @@ class OpByOp(Shadows, TorchDispatchMode):
 
     Args:
         observer: called with (op, primal output, tangent output) after each active op.
+        graphs: (mode, op, args, kwargs) runs a higher-order op as a graph, or returns NotImplemented.
 
     Raises (from inside):
         UnsupportedOp: an op on the tangent path has no rule, or something with a tangent leaves where ops can be seen.
@@ -98,17 +100,15 @@ class OpByOp(Shadows, TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, observer: Observer | None = None):
+    def __init__(self, observer: Observer | None = None, graphs: Graphs | None = None):
         TorchDispatchMode.__init__(self)
         Shadows.__init__(self)
-        self._moved: dict[
-            StorageWeakRef | None, bool
-        ] = {}  # copies of inputs that lie elsewhere: whether strides are kept
+        self._moved: dict[StorageWeakRef | None, bool] = {}  # copies of inputs elsewhere: whether strides are kept
         self._stopping = False
         self.rules: dict[str, Counter[str]] = {"table": Counter(), "derived": Counter()}  # as in a Report
         self._observer = observer
         self._ops = 0
-        self._calls = Calls(self)
+        self._calls = Calls(self, graphs)
         self._entered = ExitStack()
         self._asleep = False
 
@@ -116,14 +116,14 @@ class OpByOp(Shadows, TorchDispatchMode):
         self._stance = eval_frame._stance
         local = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
         self._keys_outside = local[0](), local[1]()
-        for key in [key for key in CONSTANTS if key.expired()]:
-            CONSTANTS.pop(key, None)
+        list(map(CONSTANTS.pop, [key for key in CONSTANTS if key.expired()]))
         with ExitStack() as entered:
             entered.enter_context(torch.jit.optimized_execution(False))  # nothing fused
             entered.enter_context(torch.compiler.set_stance("force_eager"))  # torch.cond compiles itself
             entered.enter_context(self._newborn)
             entered.enter_context(self._calls)
             entered.enter_context(functions_watched(self, user_line))
+            entered.enter_context(flex_on_any_device())
             self._entered = entered.pop_all()
         super().__enter__()
         return self

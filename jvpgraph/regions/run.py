@@ -41,6 +41,7 @@ from jvpgraph.markers import MAKE_DUAL
 from jvpgraph.op_by_op import OpByOp
 from jvpgraph.regions.checkpoints import Call, hooks_taken_off, open_checkpoints, policy
 from jvpgraph.regions.find import Choice, find_regions, fingerprint, parts_of
+from jvpgraph.regions.small import SmallGraphs
 from jvpgraph.regions.writes import is_number, refuse_writes
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.storages import is_dtensor, is_to_come, key_of, plain
@@ -102,6 +103,7 @@ class Regions:
         self.reason = ""
         self.groups: list[Group] = []
         self._model, self._choice, self._backend, self._dynamic = model, choice, backend, dynamic
+        self._small = SmallGraphs(backend, dynamic)
         self._regions: list[_Region] = []
         self._structure: tuple[Any, ...] = ()
         self._mode: OpByOp | None = None
@@ -120,7 +122,7 @@ class Regions:
     def __call__(self, forward: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
         """``forward(*inputs)`` op by op, but for the regions."""
         self._find()
-        with OpByOp() as mode, self._patches:
+        with OpByOp(graphs=self._small) as mode, self._patches:
             self._mode = mode
             try:
                 for region in self._regions:

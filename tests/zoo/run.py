@@ -245,8 +245,7 @@ def _summary(results: list[Result]) -> str:
     )
 
 
-# flex_attention outside of a graph: the model branches on its data, in its attention too.
-REFUSED = {"WanAnimate2Transformer3DModel"}
+REFUSED: set[str] = set()  # classes that are known to be refused
 
 
 def _wrong(results: list[Result]) -> list[str]:
