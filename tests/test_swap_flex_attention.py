@@ -1,6 +1,8 @@
-"""flex_attention as attention with a dense mask: against forward AD of attention written by hand."""
+"""flex_attention as attention with a block mask: against forward AD of attention written by hand."""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 from torch.testing import assert_close
 
 import jvpgraph
+import jvpgraph.kernels.visits
 
 N = 300
 DOCUMENTS = torch.tensor([0] * 150 + [1] * 150)
@@ -83,3 +86,147 @@ def test_a_score_mod_is_refused():
     x = torch.randn(1, 2, N, 16, dtype=torch.float64)
     with pytest.raises(jvpgraph.UnsupportedOp, match="flex_attention"):
         jvpgraph.transform(model, backend="eager")(x, tangents={"x": x})
+
+
+# ------------------------------------------------------------------------------------------------- tiles and gradients
+
+
+class Layers(nn.Module):
+    """Two layers with parameters and grouped heads; with a mask_mod the block mask is made inside."""
+
+    def __init__(self, mask_mod=None):
+        super().__init__()
+        self.mask_mod = mask_mod
+        self.qkv = nn.ModuleList(nn.Linear(16, 4 * 8 + 2 * 2 * 8) for _ in range(2))
+        self.out = nn.ModuleList(nn.Linear(32, 16) for _ in range(2))
+
+    def forward(self, x: Tensor, block_mask: BlockMask | None = None, dense: Tensor | None = None) -> Tensor:
+        if self.mask_mod is not None and dense is None:
+            block_mask = create_block_mask(self.mask_mod, None, None, x.shape[1], x.shape[1], device="cpu")
+        for qkv, out in zip(self.qkv, self.out):
+            q, k, v = (y.unflatten(-1, (-1, 8)).transpose(1, 2) for y in qkv(x).split((32, 16, 16), -1))
+            if dense is None:
+                o = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)
+            else:
+                k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+                s = torch.where(dense, q @ k.mT * 8**-0.5, -1e30)
+                o = (s.softmax(-1) * dense.any(-1, keepdim=True)) @ v
+            x = x + out(o.transpose(1, 2).flatten(2)).sin()
+        return x
+
+
+class Checkpointed(Layers):
+    def forward(self, x: Tensor, block_mask: BlockMask | None = None, dense: Tensor | None = None) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(super().forward, x, block_mask, dense, use_reentrant=False)
+
+
+def frames(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return (q // 30 >= k // 30) & (q > 3)
+
+
+def of_heads(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return frames(b, h, q, k) & (q + h != k) & (k + 40 * b > 20)
+
+
+@pytest.fixture
+def gradients_on_a_cpu(monkeypatch):
+    """flex_attention refuses inputs with gradients there, before anybody can swap it."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+
+
+def check_layers(model: Layers, mask_mod, sizes, own=(None, None), dtype=torch.float32, **settings) -> None:
+    """Value, tangent and all gradients, against float64 with the dense mask."""
+    exact = Layers().double()
+    model.to(dtype)
+    exact.load_state_dict({name: x.double() for name, x in model.state_dict().items()})
+    dual = jvpgraph.transform(model, **settings)
+    for n in sizes:
+        x, x_dot, weights = (torch.randn(2, n, 16).to(dtype) for _ in range(3))
+        block_mask = None
+        if model.mask_mod is None:
+            block_mask = create_block_mask(mask_mod, *own, n, n, device="cpu", BLOCK_SIZE=64)
+        dense = create_mask(mask_mod, *own, n, n, device="cpu")
+        x.requires_grad_()
+        y, y_dot = dual(x, block_mask, tangents={"x": x_dot})
+        plain = functools.partial(exact, dense=dense)
+        want, want_dot = torch.func.jvp(plain, (x.double(),), (x_dot.double(),))
+        got = torch.autograd.grad((y * weights).sum(), [x, *model.parameters()])
+        x_exact = x.detach().double().requires_grad_()
+        loss = (plain(x_exact) * weights.double()).sum()
+        grads = torch.autograd.grad(loss, [x_exact, *exact.parameters()])
+        tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+        largest = max(float(g.abs().max()) for g in grads)
+        for a, b, size in ((y, want, 4), (y_dot, want_dot, 4), *((a, b, largest) for a, b in zip(got, grads))):
+            assert_close(a.double(), b, rtol=0, atol=tolerance * size)
+
+
+@pytest.mark.usefixtures("gradients_on_a_cpu")
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_gradients_at_several_sizes(backend):
+    check_layers(Layers(), frames, (150, 100), backend=backend)
+
+
+@pytest.mark.usefixtures("gradients_on_a_cpu")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's, of inputs of a region
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (Layers, {"dtype": torch.bfloat16}),
+        (Layers, {"mask_mod": of_heads, "own": (2, 4)}),
+        (Checkpointed, {}),
+        (Layers, {"dynamic": True}),
+        (Layers, {"regions": Layers}),
+    ],
+    ids=str,
+)
+def test_gradients(model, options):
+    check_layers(model(), **{"mask_mod": frames, "sizes": (150,), "backend": "eager", **options})
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gradients_on_a_cpu")
+def test_a_block_mask_made_inside():
+    check_layers(Layers(frames), frames, (150, 100), backend="eager")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gradients_on_a_cpu")
+def test_a_checkpoint_with_inductor():
+    check_layers(Checkpointed(), frames, (150,), dynamic=True)
+
+
+def test_layers_share_the_bytes(monkeypatch):
+    """And without a dense mask."""
+    made = []
+    tiles = jvpgraph.kernels.visits.TiledVisits.__init__
+    monkeypatch.setattr(
+        jvpgraph.kernels.visits.TiledVisits,
+        "__init__",
+        lambda self, call, mask, *how: (made.append(mask.partial), tiles(self, call, mask, *how))[1],
+    )
+    x = torch.randn(2, 150, 16)
+    block_mask = create_block_mask(frames, None, None, 150, 150, device="cpu", BLOCK_SIZE=64)
+    with torch.no_grad():
+        dual = jvpgraph.transform(Layers(), backend="eager")
+        dual(x, block_mask, tangents={"x": x})
+    assert len(made) == 2
+    assert {tuple(x.shape) for x in made} == {(int(block_mask.kv_num_blocks.sum()), 64, 64)}
+
+
+TABLE = torch.rand(2, 150, 150) > 0.3
+
+
+@pytest.mark.parametrize(
+    "mask_mod",
+    [
+        lambda b, h, q, k: TABLE[h][q, k],
+        lambda b, h, q, k: (torch.stack((q, k)) > 3).all(),
+        lambda b, h, q, k: (q >= k).any(),
+    ],
+    ids=["chained", "stacked", "reduced"],
+)
+def test_a_mask_mod_that_does_not_broadcast_is_refused(mask_mod):
+    block_mask = create_block_mask(mask_mod, None, 2, 150, 150, device="cpu")
+    x = torch.randn(1, 2, 150, 16, dtype=torch.float64)
+    with pytest.raises(jvpgraph.UnsupportedOp, match="flex_attention"):
+        jvpgraph.transform(Flex(block_mask), backend="eager")(x, tangents={"x": x})
