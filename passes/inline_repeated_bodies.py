@@ -35,10 +35,15 @@ def inline_repeated_bodies(gm: fx.GraphModule, context: Context) -> None:
     if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         return
     for part in graphs_in(gm):
+        written_out: dict[fx.Node, str] = {}
         while calls := part.graph.find_nodes(op="call_function", target=INVOKE):
             for node in calls:
+                written_out[node.args[0]] = str(node.args[0].target)
                 _inline(part, node)
-    gm.delete_all_unused_submodules()
+        for body_of in written_out:
+            part.graph.erase_node(body_of)
+        for name in set(written_out.values()):
+            part.delete_submodule(name)
 
 
 def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
