@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch._functorch.config as functorch_config
@@ -14,11 +16,13 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+import jvpgraph.errors
 from jvpgraph.errors import CaptureError, JvpgraphError
 from jvpgraph.tracing import TRACED, taught
 from jvpgraph.unguarded import unobserved
 
 __all__ = [
+    "advice",
     "backward_at_once",
     "compile_failed",
     "first_cause",
@@ -30,6 +34,9 @@ __all__ = [
 ]
 
 CAPTURE = convert_frame._compile.__code__
+FROM_USER = "from user code:"
+MOST_LINES = 8  # of a text that names neither cause nor line
+NOT_OF_USERS = tuple(f"{Path(str(module.__file__)).parent}/" for module in (torch, jvpgraph.errors))
 NOT_CAPTURED = "the model cannot be captured as one graph: "
 NOT_COMPILED = "the compiler cannot compile the graph: "
 NO_BACKWARD = (
@@ -59,6 +66,22 @@ def in_one_piece() -> Iterator[None]:
         settings["optimize_ddp"] = False
     with torch._dynamo.config.patch(settings), unobserved(), taught():
         yield
+
+
+# What was said, and what to change in the model so that it is one graph.
+CHANGES = {
+    "Data-dependent branching": "choose by torch.where or torch.cond, or decide before the call and pass the decision",
+    "Could not guard on data-dependent": "pass sizes as numbers, not in tensors that are read",
+    "Could not extract specialized integer": "pass sizes as numbers, not in tensors that are read",
+    "Unsupported context manager": "enter the context around the call, not in forward",
+    "non-integer tensor": "keep it a tensor",
+    "Unsupported Tensor.item": "keep it a tensor",
+}
+
+
+def advice(reason: str) -> str:
+    """What to change where a graph was not captured; empty where nothing better is known than to read the line."""
+    return next((change for said, change in CHANGES.items() if said in reason), "")
 
 
 def remedy(compiled: bool = True, compiler: str = "inductor", needs_one_graph: str = "") -> str:
@@ -103,7 +126,7 @@ def own_errors(compiler: str = "inductor", needs_one_graph: str = "") -> Iterato
             raise cause.with_traceback(None) from None
         compiled = compile_failed(error)
         head = NOT_COMPILED if compiled else NOT_CAPTURED
-        told = _told(error)
+        told = _cut(_told(error))
         how = NO_BACKWARD if _has_no_backward(told) else remedy(compiled, compiler, needs_one_graph)
         raise CaptureError(f"{head}{told}\n{how}") from error
 
@@ -133,6 +156,30 @@ def _told(error: Exception) -> str:
     while (inner := getattr(error, "inner_exception", None)) is not None:
         error = inner
     return str(error) if isinstance(error, TorchDynamoException) else f"{type(error).__name__}: {error}"
+
+
+def _cut(told: str) -> str:
+    """The cause, in a sentence or two, and the user's line. The long text is that of the error's cause."""
+    head, *lines = told.strip().splitlines() or [""]
+    stripped = [line.strip() for line in lines]
+    found = [head]
+    for start, one_line in (("Explanation: ", False), ("Caused by: ", True), ("target: ", True)):
+        line = next((line for line in stripped if line.startswith(start)), None)
+        if line is not None:
+            found.append("  " + (line if one_line else _sentence(line.removeprefix(start))))
+    if FROM_USER in stripped:
+        below = lines[stripped.index(FROM_USER) + 1 :]
+        frames = [i for i, line in enumerate(below) if line.strip().startswith("File ")]
+        own = [i for i in frames if not any(folder in below[i] for folder in NOT_OF_USERS)] or frames
+        found += (
+            [FROM_USER, *(f"  {line.strip()}" for line in below[own[-1] : own[-1] + 2] if line.strip())] if own else []
+        )
+    return "\n".join(found if len(found) > 1 else [head, *lines[:MOST_LINES]])
+
+
+def _sentence(text: str) -> str:
+    """The first one; the dots of "e.g." end none."""
+    return re.split(r"(?<=[^.][^.]\w[.)`])\s+(?=[A-Z])", text, maxsplit=1)[0]
 
 
 @contextmanager

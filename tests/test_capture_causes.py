@@ -538,13 +538,46 @@ class Branches(Network):
     def construct(self, h, t):
         if torch.isnan(h).any():
             raise ValueError("not a number")
-        return h.sin()
+        return self.inner(h)
+
+    def plain(self, h, t):
+        return self.inner(h)
 
 
 def test_a_branch_on_data_is_no_graph_and_runs_in_regions():
-    with pytest.raises(CaptureError, match=r"test_capture_causes\.py"):
+    with pytest.raises(CaptureError) as refused:
         check(Branches())
-    check(Branches(), regions="auto")
+    what, why, _, where, code, remedy = str(refused.value).splitlines()
+    assert what == "the model cannot be captured as one graph: Data-dependent branching"
+    assert "`if my_tensor.sum() > 0:`" in why
+    assert where.endswith(", in construct")
+    assert "test_capture_causes.py" in where
+    assert code == "  if torch.isnan(h).any():"
+    assert remedy.startswith('Use transform(model, regions="auto")')
+    assert "Developer debug context" in str(refused.value.__cause__)
+    dual = check(Branches(), regions="auto")
+    assert "test_capture_causes.py" in dual.regions.reason
+    assert dual.regions.op_by_op is None  # all of the first call went into compiling
+    dual(torch.randn(2, 5, WIDTH).double(), torch.rand(2).double(), tangents={"t": torch.ones(2).double()})
+    assert 0 < dual.regions.op_by_op < 1
+    assert " % of the time of the last call\n  for one graph: choose by torch.where" in str(dual.regions).replace(
+        "%", " %"
+    )
+
+
+class NoBackward(Network):
+    """An op of another library's that the compiler cannot trace."""
+
+    def construct(self, h, t):
+        return h + float(str(t.sum().item()))
+
+    def plain(self, h, t):
+        return h + t.sum().detach()
+
+
+def test_what_dynamo_does_not_know_is_named_with_its_line():
+    with pytest.raises(CaptureError, match=r"(?s)one graph: .{10,300}test_capture_causes.{10,300}float\(str\(t\.sum"):
+        check(NoBackward())
 
 
 # -------------------------------------------------------------------------------- flex_attention between graphs

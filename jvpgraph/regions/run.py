@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -31,6 +32,7 @@ from jvpgraph.dual_forward import dual_forward
 from jvpgraph.dynamo import (
     NOT_CAPTURED,
     NOT_COMPILED,
+    advice,
     backward_at_once,
     hit_recompile_limit,
     in_one_piece,
@@ -96,12 +98,16 @@ class Regions:
         whole: the model is captured as one graph, there are no regions.
         reason: why whole, or why not.
         groups: equal regions, in the order of the model.
+        op_by_op: the share of the last call's time, as the CPU sees it, that was not spent in graphs; None until there
+            was a call that compiled nothing.
     """
 
     def __init__(self, model: nn.Module, choice: Choice, backend: Backend, dynamic: bool | None):
         self.whole: bool = False
         self.reason = ""
         self.groups: list[Group] = []
+        self.op_by_op: float | None = None
+        self._in_graphs = 0.0
         self._model, self._choice, self._backend, self._dynamic = model, choice, backend, dynamic
         self._small = SmallGraphs(backend, dynamic)
         self._regions: list[_Region] = []
@@ -117,11 +123,27 @@ class Regions:
         count = sum(len(g.names) for g in self.groups)
         head = "no parts, everything runs op by op" if self._structure and not count else f"{count} regions"
         head += f": {self.reason}" if self.reason else ""
-        return "\n".join([head, *(f"  {group}" for group in self.groups)])
+        tail = []
+        if self.op_by_op is not None:
+            tail.append(f"  op by op: {self.op_by_op:.0%} of the time of the last call")
+        if change := advice(self.reason):
+            tail.append(f"  for one graph: {change}")
+        return "\n".join([head, *(f"  {group}" for group in self.groups), *tail])
 
     def __call__(self, forward: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
         """``forward(*inputs)`` op by op, but for the regions."""
         self._find()
+        start, compiled = time.perf_counter(), self._graphs()
+        self._in_graphs = 0.0
+        result = self._call(forward, inputs)
+        if self._graphs() == compiled:
+            self.op_by_op = 1 - self._in_graphs / (time.perf_counter() - start)
+        return result
+
+    def _graphs(self) -> int:
+        return sum(group.graphs for group in self.groups)
+
+    def _call(self, forward: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
         with OpByOp(graphs=self._small) as mode, self._patches:
             self._mode = mode
             try:
@@ -225,9 +247,11 @@ class Regions:
             function = group.functions.get((key, serial))
             if function is None:
                 function = group.functions[key, serial] = self._compile(group, key[1])
+            start = time.perf_counter()
             try:
                 with own_errors(), in_one_piece(), backward_at_once():
                     result = function(args, kwargs, dots)
+                self._in_graphs += time.perf_counter() - start
             except CaptureError as error:
                 if not hit_recompile_limit(error) or region.serial is not None:
                     raise
