@@ -10,6 +10,8 @@ import functools
 import logging
 import sys
 import warnings
+from collections import OrderedDict, UserDict, defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -641,3 +643,70 @@ def test_the_logsumexp_of_flex_attention_is_refused_where_it_is_used():
 
     with pytest.raises(UnsupportedOp, match=r"logsumexp and the maximum of flex_attention have no tangent"):
         check(LogSumExp(), backend="op_by_op")
+
+
+# ------------------------------------------------------------------------------ arguments, outputs, what is kept
+
+
+class Encoding(UserDict):
+    """A mapping that is no dict, with its items as attributes, as tokenizers return them."""
+
+    def __getattr__(self, name):
+        try:
+            return self.data[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+@dataclass
+class Conditions:
+    time: Tensor
+
+
+CONTAINERS = {
+    "a UserDict": lambda t: Encoding({"time": t}),
+    "a defaultdict": lambda t: defaultdict(list, time=t),
+    "an OrderedDict": lambda t: OrderedDict(time=t),
+    "a dataclass": Conditions,
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "op_by_op"])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_mappings_as_arguments_and_outputs(container, backend):
+    class InAMapping(nn.Module):
+        def forward(self, x, conditions):
+            time = conditions.time if isinstance(conditions, (Encoding, Conditions)) else conditions["time"]
+            return CONTAINERS[container](x.sin() * time)
+
+    x, t = torch.randn(3).double(), torch.rand(3).double()
+    dual = jvpgraph.transform(InAMapping(), backend=backend)
+    out, out_dot = dual(x, CONTAINERS[container](t), tangents={"x": x, "conditions.time": t})
+    want = torch.func.jvp(lambda x, t: x.sin() * t, (x, t), (x, t))
+    assert type(out) is type(out_dot)
+    got = [found.time if container == "a dataclass" else found["time"] for found in (out, out_dot)]
+    assert_close(tuple(got), want)
+
+
+KEPT: dict = {}
+
+
+class KeepsWhatItMade(Network):
+    """A table that is made at the first call, which may have been one of torch.func.jvp."""
+
+    def construct(self, h, t):
+        if "table" not in KEPT:
+            KEPT["table"] = torch.ones_like(h[0, 0]) * torch.linspace(0, 1, WIDTH, dtype=h.dtype)
+        return h.sin() * KEPT["table"]
+
+    def plain(self, h, t):
+        return h.sin() * torch.linspace(0, 1, WIDTH, dtype=h.dtype)
+
+
+@pytest.mark.parametrize("regions", [None, "auto"])
+def test_tensors_that_a_torch_func_jvp_left_behind(regions):
+    KEPT.clear()
+    model = KeepsWhatItMade().double()
+    x, t = torch.randn(2, 5, WIDTH).double(), torch.rand(2).double()
+    torch.func.jvp(lambda x, t: model(x, t), (x, t), (x, t))
+    check(model, regions=regions)

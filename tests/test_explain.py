@@ -110,7 +110,7 @@ def test_graphs_are_kept_from_dynamos_to_the_last():
     (report,) = dual.reports
     names = [graph.name for graph in report.graphs]
     assert names[0] == "captured"
-    assert names[1:4] == ["swap_attention", "swap_flex_attention", "recognize_attention"]
+    assert names[1:5] == ["inline_repeated_bodies", "swap_attention", "swap_flex_attention", "recognize_attention"]
     assert names[names.index("traced") + 1] == "linearize"
     by_name = {graph.name: graph for graph in report.graphs}
     assert by_name["swap_attention"].changes["jvpgraph.attention.default"] == 1
