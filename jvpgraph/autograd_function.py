@@ -27,7 +27,15 @@ from jvpgraph.errors import UnsupportedNode, UnsupportedOp
 from jvpgraph.markers import ARRIVED, MAKE_DUAL, make_dual, tangent_of
 from jvpgraph.rules.apply import has_tangent
 
-__all__ = ["NOTHING_ARRIVES", "OWN_JVP", "call_own_jvp", "functions_watched", "has_own_jvp", "keep_calls_of_own_jvps"]
+__all__ = [
+    "NOTHING_ARRIVES",
+    "OWN_JVP",
+    "call_own_jvp",
+    "functions_watched",
+    "has_markers",
+    "has_own_jvp",
+    "keep_calls_of_own_jvps",
+]
 
 Function = torch.autograd.Function
 NOTHING_ARRIVES = (
@@ -51,7 +59,7 @@ def keep_calls_of_own_jvps() -> None:
 
     @functools.wraps(traced)
     def call_apply(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if not _has_markers(tx):
+        if not has_markers(tx):
             return traced(self, tx, args, kwargs)
         if not has_own_jvp(self.fn_cls):
             return _asked(tx, self.fn_cls, traced(self, tx, args, kwargs), [*args, *kwargs.values()])
@@ -81,7 +89,8 @@ def _is_floating(x: Any) -> bool:
     return isinstance(x, TensorVariable) and x.dtype is not None and (x.dtype.is_floating_point or x.dtype.is_complex)
 
 
-def _has_markers(tx: Any) -> bool:
+def has_markers(tx: Any) -> bool:
+    """Whether the graph that Dynamo is making has markers by now."""
     return any(tracer.graph.find_nodes(op="call_function", target=MAKE_DUAL) for tracer in tx.output.tracers)
 
 

@@ -22,6 +22,7 @@ from jvpgraph.autograd_function import keep_calls_of_own_jvps
 from jvpgraph.config import Config
 from jvpgraph.dynamo import first_cause
 from jvpgraph.errors import ABSOLUTE, NUMBER_HAS_NO_TANGENT, CaptureError, Explained, UnsupportedNode, UnsupportedOp
+from jvpgraph.foreign.capture import trace_ours
 from jvpgraph.graph.meta import source_line
 from jvpgraph.graph.torch_level import STOPS, active_graphs, graphs_in, wants_gradients_of_tangents
 from jvpgraph.inductor import bodies_wait, compile_inner
@@ -43,6 +44,7 @@ __all__ = ["COMPILERS", "Backend", "backend"]
 
 register_sharding_rules()
 keep_calls_of_own_jvps()
+trace_ours()
 Compiled = Any  # what a backend returns: a callable of the graph's inputs
 AS_STRIDED = ("as_strided", torch.as_strided, torch.Tensor.as_strided, torch.ops.aten.as_strided.default)
 COMPILERS = ("inductor", "eager")

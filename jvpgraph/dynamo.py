@@ -11,13 +11,18 @@ from pathlib import Path
 import torch
 import torch._functorch.config as functorch_config
 from torch._dynamo import convert_frame, eval_frame
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    InternalTorchDynamoError,
+    TorchDynamoException,
+)
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import jvpgraph.errors
-from jvpgraph.errors import CaptureError, JvpgraphError
+from jvpgraph.errors import CaptureError, JvpgraphError, UnsupportedOp
 from jvpgraph.tracing import TRACED, taught
 from jvpgraph.unguarded import unobserved
 
@@ -123,6 +128,8 @@ def own_errors(compiler: str = "inductor", needs_one_graph: str = "") -> Iterato
             raise
         cause = first_cause(error, JvpgraphError)
         if cause is not None:
+            if isinstance(cause, UnsupportedOp):  # to whose message Dynamo adds the frames
+                cause = UnsupportedOp(cause.nodes)
             raise cause.with_traceback(None) from None
         compiled = compile_failed(error)
         head = NOT_COMPILED if compiled else NOT_CAPTURED
@@ -202,5 +209,8 @@ def first_cause(error: BaseException | None, kind: type[Exception]) -> Exception
     while error is not None:
         if isinstance(error, kind):
             return error
-        error = getattr(error, "inner_exception", None) or error.__cause__
+        cause = getattr(error, "inner_exception", None) or error.__cause__
+        if cause is None and isinstance(error, InternalTorchDynamoError):  # of what is not Dynamo's it hides the cause
+            cause = error.__context__
+        error = cause
     return None

@@ -49,6 +49,7 @@ class UnsupportedNode:
     inputs: tuple[str, ...]
     where: str
     reason: str = ""
+    remedy: str = "Register a rule with jvpgraph.rules.jvp, or keep the input out of the tangents."
 
     def __str__(self) -> str:
         what = f"{self.op} ({self.name}, input {', '.join(self.inputs)})" if self.inputs else f"{self.op} ({self.name})"
@@ -63,10 +64,8 @@ class UnsupportedOp(JvpgraphError, NotImplementedError):
         count = f"{len(self.nodes)} op{'s' if len(self.nodes) != 1 else ''}"
         verb = "has" if len(self.nodes) == 1 else "have"
         lines = "\n".join(f"  {node}" for node in self.nodes)
-        super().__init__(
-            f"{count} on the tangent path {verb} no JVP\n{lines}\n"
-            "Register a rule with jvpgraph.rules.jvp, or keep the input out of the tangents."
-        )
+        remedies = "\n".join(dict.fromkeys(node.remedy for node in self.nodes))
+        super().__init__(f"{count} on the tangent path {verb} no JVP\n{lines}\n{remedies}")
 
     def __reduce__(self) -> tuple[type, tuple[tuple[UnsupportedNode, ...]]]:  # the message is made from the nodes
         return type(self), (self.nodes,)

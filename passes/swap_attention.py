@@ -10,6 +10,7 @@ Keeps:
 Numerics:
     The same maths; on a CPU the same kernel.
 
+What Dynamo has traced in place of other packages' attention (jvpgraph.foreign) is our op already, and reported here.
 The bodies of higher-order ops (activation checkpointing, compiled regions) are graphs of their own, treated
 likewise.
 """
@@ -23,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from jvpgraph.graph.emit_attention import emit_attention, with_layout_of
-from jvpgraph.graph.meta import source_line
+from jvpgraph.graph.meta import source_line, traced_for
 from jvpgraph.graph.torch_level import active_graphs, same_shape
+from jvpgraph.kernels.ops import OPS
 from jvpgraph.passes.context import Context
 
 __all__ = ["swap_attention"]
@@ -36,6 +38,9 @@ SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"
 def swap_attention(gm: fx.GraphModule, context: Context) -> None:
     """Replace active calls of scaled_dot_product_attention by jvpgraph::attention, in gm and its bodies."""
     for body, nodes in active_graphs(gm):
+        for node in body.graph.find_nodes(op="call_function", target=OPS.attention.default):
+            if node in nodes and (function := traced_for(node)):
+                context.report.swapped.append((node.name, source_line(node), function))
         for node in [n for n in body.graph.nodes if n.op == "call_function" and n.target in SDPA and n in nodes]:
             try:
                 form = _swap(node)

@@ -50,7 +50,7 @@ LAYERS = (
     ("jvpgraph.passes",),
     ("jvpgraph.dump", "jvpgraph.verify", "jvpgraph.sharding"),
     ("jvpgraph.graph", "jvpgraph.inductor"),
-    ("jvpgraph.dual_forward", "jvpgraph.autograd_function"),
+    ("jvpgraph.dual_forward", "jvpgraph.autograd_function", "jvpgraph.foreign"),
     (
         "jvpgraph.diffusers_parallel",
         "jvpgraph.context_parallel",

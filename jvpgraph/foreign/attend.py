@@ -1,0 +1,114 @@
+"""Attention in the layouts and with the alignments of others, by our op; written for Dynamo to trace."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jvpgraph.kernels.ops import OPS
+
+__all__ = ["attend", "attend_packed", "band", "band_of_sequences"]
+
+Window = tuple[int, int]
+EVERYTHING = (-1, -1)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    window: Window = EVERYTHING,
+    from_the_end: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(o [B, Lq, H, Dv], lse [B, H, Lq]) of q [B, Lq, H, D], k [B, Lkv, Hkv, D], v [B, Lkv, Hkv, Dv].
+
+    Args:
+        window: (left, right), -1 for no limit; causal is a right of 0.
+        from_the_end: the last query is above the last key, not the first above the first.
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    left, right = window[0], 0 if causal else window[1]
+    if (left >= 0 or right >= 0) and from_the_end and q.shape[2] != k.shape[2]:
+        mask = band(q.shape[2], k.shape[2], left, right, q.device)
+        bias = mask if bias is None else torch.where(mask, bias, float("-inf"))
+        left = right = -1
+    limits = None if left < 0 and right < 0 else [max(left, -1), max(right, -1)]
+    o, lse = OPS.attention.default(q, k, v, bias, False, scale, limits)
+    return o.transpose(1, 2), lse
+
+
+def band(n_q: int, n_kv: int, left: int, right: int, device: torch.device) -> Tensor:
+    """[n_q, n_kv]: the keys within a window that is counted from the last query and the last key."""
+    rows = torch.arange(n_q, device=device).unsqueeze(1) + (n_kv - n_q)
+    return _within(torch.arange(n_kv, device=device) - rows, left, right)
+
+
+def _within(distance: Tensor, left: int, right: int) -> Tensor:
+    seen = distance == distance
+    if right >= 0:
+        seen = seen & (distance <= right)
+    if left >= 0:
+        seen = seen & (distance >= -left)
+    return seen
+
+
+def attend_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    causal: bool = False,
+    scale: float | None = None,
+    window: Window = EVERYTHING,
+    from_the_end: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(o [Tq, H, Dv], lse [H, Tq]) of sequences one after the other: q [Tq, H, D], k and v [Tkv, Hkv, D].
+
+    Windows that are counted from the end take a mask of all pairs, unless the lengths of queries and keys are known to
+    be the same: they are the same tensor.
+    """
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    left, right = max(window[0], -1), 0 if causal else max(window[1], -1)
+    limited = left >= 0 or right >= 0
+    if limited and from_the_end and cu_seqlens_q is not cu_seqlens_kv:
+        ends = cu_seqlens_q[1:], cu_seqlens_kv[1:]
+        starts = cu_seqlens_q[:-1], cu_seqlens_kv[:-1]
+        mask = band_of_sequences(q.shape[2], k.shape[2], starts, ends, left, right)
+        o, lse = OPS.attention.default(q, k, v, mask, False, scale)
+    else:
+        limits = [left, right] if limited else None
+        packing = cu_seqlens_q.int(), cu_seqlens_kv.int()
+        o, lse = OPS.attention.default(q, k, v, None, False, scale, limits, packing[0], packing[1])
+    return o.squeeze(0).transpose(0, 1), lse.squeeze(0)
+
+
+def band_of_sequences(
+    n_q: int,
+    n_kv: int,
+    starts: tuple[Tensor, Tensor],
+    ends: tuple[Tensor, Tensor],
+    left: int = -1,
+    right: int = -1,
+    from_the_end: bool = True,
+) -> Tensor:
+    """[n_q, n_kv]: a query sees the keys of its own sequence, within a window.
+
+    Args:
+        starts, ends: of the sequences, among the queries and among the keys; ascending. Between them may be gaps.
+    """
+    of_q, inside_q, at_q = _places(n_q, starts[0], ends[0], from_the_end)
+    of_kv, inside_kv, at_kv = _places(n_kv, starts[1], ends[1], from_the_end)
+    same = (of_q.unsqueeze(1) == of_kv) & inside_q.unsqueeze(1) & inside_kv
+    return same & _within(at_kv - at_q.unsqueeze(1), left, right)
+
+
+def _places(n: int, starts: Tensor, ends: Tensor, from_the_end: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each position the sequence, whether it is in it, and where it is, counted from its end or its start."""
+    at = torch.arange(n, device=starts.device)
+    sequence = torch.searchsorted(starts.long().contiguous(), at, right=True) - 1
+    inside = (sequence >= 0) & (at < ends.long()[sequence.clamp(min=0)])
+    return sequence, inside, at - (ends if from_the_end else starts).long()[sequence.clamp(min=0)]

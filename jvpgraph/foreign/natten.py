@@ -1,0 +1,111 @@
+"""NATTEN's fused neighbourhood attention in one, two and three dims, as a mask of all pairs of tokens.
+
+Along a dim with dilation d, a token sees tokens of its own remainder mod d only. Of these, counted as neighbours, it
+sees the kernel_size nearest: a window around it, moved inwards at the ends, or with causal the last ones up to itself.
+With a stride, the tokens of a group share the window of one of them: the middle one, or with causal the last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jvpgraph.foreign.attend import attend
+from jvpgraph.foreign.table import check_options, refuse, swaps
+
+__all__: list[str] = []
+
+TILES = {
+    *("q_tile_shape", "kv_tile_shape", "backward_q_tile_shape", "backward_kv_tile_shape", "backward_kv_splits"),
+    *("backward_use_pt_reduction", "run_persistent_kernel", "kernel_schedule", "torch_compile"),
+    *("q_tile_size", "kv_tile_size", "backward_q_tile_size", "backward_kv_tile_size"),
+}
+MERGED = "natten.functional"
+
+
+@swaps(*(f"{MERGED}.{name}" for name in ("na1d", "na2d", "na3d")))
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Any,
+    stride: Any = 1,
+    dilation: Any = 1,
+    is_causal: Any = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+    rpb: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """query, key, value [B, *spatial, H, D], additional ones [B, N, H, D]; lse [B, *spatial, H]."""
+    _check("natten", options)
+    if rpb is not None:
+        refuse("natten", "rpb", "relative positional biases are not built into our mask")
+    mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
+    for dim, size in enumerate(query.shape[1:-2]):
+        kernel, step, gap, causal = (_of_dim(x, dim) for x in (kernel_size, stride, dilation, is_causal))
+        mask = _product(mask, _neighbours(size, kernel, step, gap, causal, query.device))
+    q, k, v = (x.flatten(1, -3) for x in (query, key, value))
+    if additional_keys is not None and additional_values is not None:
+        k, v = torch.cat([k, additional_keys], 1), torch.cat([v, additional_values], 1)
+        mask = torch.cat([mask, mask.new_ones(mask.shape[0], additional_keys.shape[1])], 1)
+    o, lse = attend(q, k, v, mask, scale=scale or None)
+    o = o.reshape(*query.shape[:-1], value.shape[-1])
+    return (o, lse.transpose(1, 2).reshape(query.shape[:-1])) if return_lse else o
+
+
+def _check(what: str, options: dict[str, Any]) -> None:
+    check_options(what, {name: value for name, value in options.items() if name not in TILES})
+
+
+def _of_dim(value: Any, dim: int) -> Any:
+    return value[dim] if isinstance(value, (tuple, list)) else value
+
+
+def _neighbours(size: int, kernel: int, stride: int, dilation: int, causal: bool, device: torch.device) -> Tensor:
+    """[size, size]: which keys a query sees along one dim."""
+    at = torch.arange(size, device=device)
+    place, remainder = at // dilation, at % dilation
+    last = (size - 1 - remainder) // dilation  # of the tokens of this remainder
+    leader = place // stride * stride + (stride - 1 if causal else stride // 2)
+    leader = torch.minimum(leader, last)
+    if causal:
+        first, end = leader - kernel + 1, place
+    else:
+        first = torch.minimum((leader - kernel // 2).clamp(min=0), last - kernel + 1)
+        end = first + kernel - 1
+    seen = (place >= first.unsqueeze(1)) & (place <= end.unsqueeze(1))
+    return seen & (remainder == remainder.unsqueeze(1))
+
+
+def _product(outer: Tensor, inner: Tensor) -> Tensor:
+    """[M N, M N] of [M, M] and [N, N]: both see."""
+    n = outer.shape[0] * inner.shape[0]
+    return (outer[:, None, :, None] & inner[None, :, None, :]).reshape(n, n)
+
+
+@swaps(f"{MERGED}.attention")
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Any:
+    """query [B, L, H, D]; lse [B, L, H]."""
+    packed = ("seqlens_Q", "seqlens_KV", "cumulative_seqlen_Q", "cumulative_seqlen_KV")
+    for name in packed:
+        if options.get(name) is not None:
+            refuse("natten.attention", name, "sequences of several lengths are not taken")
+    others = {name: x for name, x in options.items() if name not in packed and not name.startswith("max_seqlen_")}
+    _check("natten.attention", others)
+    if is_causal and query.shape[1] != key.shape[1]:
+        refuse("natten.attention", "is_causal", "there are not as many keys as queries")
+    o, lse = attend(query, key, value, None, is_causal, scale or None, from_the_end=False)
+    return (o, lse.transpose(1, 2)) if return_lse else o
