@@ -24,6 +24,7 @@ from torch._dynamo.variables import TensorVariable, builder, lists, misc
 from torch.autograd.function import _is_setup_context_defined
 
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
+from jvpgraph.foreign.table import Swap, absent, by_name, swap_for
 from jvpgraph.markers import ARRIVED, MAKE_DUAL, make_dual, tangent_of
 from jvpgraph.rules.apply import has_tangent
 
@@ -229,6 +230,8 @@ def _forward(function: Any, mode: Any, where: Callable[[], str]) -> Callable[...
         dots = _tangents(mode, args)
         if dots is None:
             return forward(ctx, *args, **kwargs)
+        if (swap := swap_for(function)) is not None:
+            return _with_our_tangents(swap, function, lambda: forward(ctx, *args, **kwargs), mode, args)
         if not has_own_jvp(function):
             return _arrived(function, forward(ctx, *args, **kwargs), mode, where)
         with mode.asleep():
@@ -239,6 +242,21 @@ def _forward(function: Any, mode: Any, where: Callable[[], str]) -> Callable[...
         return out
 
     return watched
+
+
+def _with_our_tangents(swap: Swap, function: Any, forward: Callable[[], Any], mode: Any, args: Any) -> Any:
+    """The outputs of another package's Function, with the tangents of what ours makes of copies of its arguments."""
+    copies = [x.clone() if has_tangent(x) else x for x in args]
+    positional, named = by_name(swap, function, copies, {})
+    ours = swap.ours(*positional, **named, **absent(swap, function))
+    with mode.asleep():
+        out = forward()
+    outs, dotted = (x if isinstance(x, tuple) else (x,) for x in (out, ours))
+    dots = [mode.tangent(x) if has_tangent(x) else None for x in dotted]
+    with mode.asleep():
+        dots = [None if dot is None else dot.clone() for dot in dots]
+    _give(mode, outs, tuple(dots))
+    return out
 
 
 def _forward_of_two(function: Any, mode: Any, where: Callable[[], str], calls: list[Any]) -> Callable[..., Any]:

@@ -143,6 +143,7 @@ OPTIONAL = frozenset(
     }
 )
 OWN_NAMESPACES = ("aten", "prims", "jvpgraph", "_c10d_functional", "_dtensor")  # whose ops the package has rules for
+OWN_RULES = ("jvpgraph.rules.", "jvpgraph.foreign.")
 PROCESS = uuid.uuid4().hex
 
 
@@ -246,7 +247,7 @@ def _rules() -> list[Any]:
     foreign: list[Any] = []
     for op, rule in TABLE.items():
         functions = [term.fn for term in rule.terms] + ([rule.when] if rule.when is not None else [])
-        if any(not getattr(fn, "__module__", "").startswith("jvpgraph.rules.") for fn in functions):
+        if any(not getattr(fn, "__module__", "").startswith(OWN_RULES) for fn in functions):
             foreign.append((str(op), rule.wrt, PROCESS, [id(fn) for fn in functions]))
         elif op.namespace not in OWN_NAMESPACES:
             foreign.append((str(op), rule.wrt))

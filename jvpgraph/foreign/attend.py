@@ -7,9 +7,11 @@ from torch import Tensor
 
 from jvpgraph.kernels.ops import OPS
 
-__all__ = ["attend", "attend_packed", "band", "band_of_sequences"]
+__all__ = ["attend", "attend_packed", "band", "band_of_sequences", "tangents", "tangents_packed"]
 
 Window = tuple[int, int]
+Qkv = tuple[Tensor, Tensor, Tensor]
+Dots = tuple[Tensor | None, Tensor | None, Tensor | None]
 EVERYTHING = (-1, -1)
 
 
@@ -29,15 +31,37 @@ def attend(
         window: (left, right), -1 for no limit; causal is a right of 0.
         from_the_end: the last query is above the last key, not the first above the first.
     """
+    bias, limits = _limits(q.shape[1], k.shape[1], bias, causal, window, from_the_end, q.device)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    left, right = window[0], 0 if causal else window[1]
-    if (left >= 0 or right >= 0) and from_the_end and q.shape[2] != k.shape[2]:
-        mask = band(q.shape[2], k.shape[2], left, right, q.device)
-        bias = mask if bias is None else torch.where(mask, bias, float("-inf"))
-        left = right = -1
-    limits = None if left < 0 and right < 0 else [max(left, -1), max(right, -1)]
     o, lse = OPS.attention.default(q, k, v, bias, False, scale, limits)
     return o.transpose(1, 2), lse
+
+
+def tangents(
+    qkv: Qkv,
+    dots: Dots,
+    causal: bool = False,
+    scale: float | None = None,
+    window: Window = EVERYTHING,
+    from_the_end: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The tangents of attend, for a primal by another kernel."""
+    q, k, _ = qkv
+    bias, limits = _limits(q.shape[1], k.shape[1], None, causal, window, from_the_end, q.device)
+    operands = [None if x is None else x.transpose(1, 2) for x in (*qkv, *dots)]
+    *_, o_dot, lse_dot = OPS.attention_jvp.default(*operands, bias, None, False, scale, limits)
+    return o_dot.transpose(1, 2), lse_dot
+
+
+def _limits(
+    n_q: int, n_kv: int, bias: Tensor | None, causal: bool, window: Window, from_the_end: bool, device: torch.device
+) -> tuple[Tensor | None, list[int] | None]:
+    """The mask and the window by which our op sees the same keys."""
+    left, right = window[0], 0 if causal else window[1]
+    if (left >= 0 or right >= 0) and from_the_end and n_q != n_kv:
+        mask = band(n_q, n_kv, left, right, device)
+        return mask if bias is None else torch.where(mask, bias, float("-inf")), None
+    return bias, None if left < 0 and right < 0 else [max(left, -1), max(right, -1)]
 
 
 def band(n_q: int, n_kv: int, left: int, right: int, device: torch.device) -> Tensor:
@@ -71,19 +95,41 @@ def attend_packed(
     Windows that are counted from the end take a mask of all pairs, unless the lengths of queries and keys are known to
     be the same: they are the same tensor.
     """
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    mask, limits, cu_q, cu_kv = _limits_of_sequences(
+        q.shape[0], k.shape[0], (cu_seqlens_q, cu_seqlens_kv), causal, window, from_the_end
+    )
+    q, k, v = q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
+    o, lse = OPS.attention.default(q, k, v, mask, False, scale, limits, cu_q, cu_kv)
+    return o.squeeze(0).transpose(0, 1), lse.squeeze(0)
+
+
+def tangents_packed(
+    qkv: Qkv,
+    dots: Dots,
+    cu_seqlens: tuple[Tensor, Tensor],
+    causal: bool = False,
+    scale: float | None = None,
+    window: Window = EVERYTHING,
+) -> tuple[Tensor, Tensor]:
+    """The tangents of attend_packed, for a primal by another kernel."""
+    q, k, _ = qkv
+    mask, limits, cu_q, cu_kv = _limits_of_sequences(q.shape[0], k.shape[0], cu_seqlens, causal, window, True)
+    operands = [None if x is None else x.transpose(0, 1).unsqueeze(0) for x in (*qkv, *dots)]
+    *_, o_dot, lse_dot = OPS.attention_jvp.default(*operands, mask, None, False, scale, limits, cu_q, cu_kv)
+    return o_dot.squeeze(0).transpose(0, 1), lse_dot.squeeze(0)
+
+
+def _limits_of_sequences(
+    n_q: int, n_kv: int, cu_seqlens: tuple[Tensor, Tensor], causal: bool, window: Window, from_the_end: bool
+) -> tuple[Tensor | None, list[int] | None, Tensor | None, Tensor | None]:
+    """The mask, the window and the offsets by which our op sees the same keys."""
+    cu_q, cu_kv = cu_seqlens
     left, right = max(window[0], -1), 0 if causal else max(window[1], -1)
     limited = left >= 0 or right >= 0
-    if limited and from_the_end and cu_seqlens_q is not cu_seqlens_kv:
-        ends = cu_seqlens_q[1:], cu_seqlens_kv[1:]
-        starts = cu_seqlens_q[:-1], cu_seqlens_kv[:-1]
-        mask = band_of_sequences(q.shape[2], k.shape[2], starts, ends, left, right)
-        o, lse = OPS.attention.default(q, k, v, mask, False, scale)
-    else:
-        limits = [left, right] if limited else None
-        packing = cu_seqlens_q.int(), cu_seqlens_kv.int()
-        o, lse = OPS.attention.default(q, k, v, None, False, scale, limits, packing[0], packing[1])
-    return o.squeeze(0).transpose(0, 1), lse.squeeze(0)
+    if limited and from_the_end and cu_q is not cu_kv:
+        ends, starts = (cu_q[1:], cu_kv[1:]), (cu_q[:-1], cu_kv[:-1])
+        return band_of_sequences(n_q, n_kv, starts, ends, left, right), None, None, None
+    return None, [left, right] if limited else None, cu_q.int(), cu_kv.int()
 
 
 def band_of_sequences(

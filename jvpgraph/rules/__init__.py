@@ -13,7 +13,7 @@ collective                collectives of torch.distributed
 
 from jvpgraph.rules import attention, collective, matmul, norm, pointwise, reduce, shape
 from jvpgraph.rules.apply import NoRule, tangents_of
-from jvpgraph.rules.registry import TABLE, Rule, bilinear, jvp, linear, no_tangent
+from jvpgraph.rules.registry import TABLE, Rule, bilinear, jvp, jvp_by_name, linear, no_tangent
 
 __all__ = [
     "TABLE",
@@ -23,6 +23,7 @@ __all__ = [
     "bilinear",
     "collective",
     "jvp",
+    "jvp_by_name",
     "linear",
     "matmul",
     "no_tangent",

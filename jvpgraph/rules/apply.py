@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, g
 
 from jvpgraph.errors import JvpgraphError
 from jvpgraph.rules.derived import NotDerivable, Unknown, derive
-from jvpgraph.rules.registry import TABLE, Rule
+from jvpgraph.rules.registry import Rule, rule_of
 
 __all__ = [
     "NoRule",
@@ -96,7 +96,7 @@ def tangents_of(op: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[
     Raises:
         NoRule: there is no forward derivative, or none that works for these arguments; the message gives the reason.
     """
-    rule = TABLE.get(op)
+    rule = rule_of(op)
     try:
         unmet = rule.unmet(arguments) if rule is not None else ""
         if rule is not None and not unmet and (not rule.terms or set(dots) <= set(rule.wrt)):

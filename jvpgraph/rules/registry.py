@@ -35,7 +35,18 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-__all__ = ["TABLE", "Rule", "Term", "bilinear", "is_tensor_argument", "jvp", "linear", "no_tangent"]
+__all__ = [
+    "TABLE",
+    "Rule",
+    "Term",
+    "bilinear",
+    "is_tensor_argument",
+    "jvp",
+    "jvp_by_name",
+    "linear",
+    "no_tangent",
+    "rule_of",
+]
 
 When = Callable[..., "bool | str"]  # of the schema arguments: whether the rule holds, or why it does not
 
@@ -175,3 +186,48 @@ def jvp(*ops: OpOverload, when: When | None = None) -> Callable[[Callable[..., A
         return fn
 
     return register
+
+
+# ------------------------------------------------------------------------------- ops of packages that may not be there
+
+ByName = Callable[[Any, dict[str, Any], dict[str, Any]], Any]
+BY_NAME: dict[str, tuple[ByName, tuple[str, ...], Callable[[dict[str, Any]], str]]] = {}
+
+
+def jvp_by_name(*names: str, wrt: str, unmet: Callable[[dict[str, Any]], str]) -> Callable[[ByName], ByName]:
+    """Register a function as the rule of ops that another package defines, once they are there.
+
+    Their schemas differ from version to version, so the function takes the primal output, the arguments by name and the
+    tangents by ``name_dot``, None where there is none.
+
+    Args:
+        names: such as "flash_attn::_flash_attn_forward".
+        wrt: the arguments that may have tangents, of which a version need not have all.
+        unmet: why the rule does not hold for these arguments; empty where it does.
+    """
+
+    def register(fn: ByName) -> ByName:
+        for name in names:
+            BY_NAME[name] = (fn, tuple(wrt.split()), unmet)
+        return fn
+
+    return register
+
+
+def rule_of(op: OpOverload) -> Rule | None:
+    """The rule of an op; None where there is none."""
+    if op not in TABLE and op._schema.name in BY_NAME:
+        fn, given, unmet = BY_NAME[op._schema.name]
+        names = [argument.name for argument in op._schema.arguments]
+        wrt = tuple(name for name in given if name in names)
+
+        def term(out: Any, *args: Any, **dots: Any) -> Any:
+            return fn(out, dict(zip(names, args)), {f"{name}_dot": dots.get(f"{name}_dot") for name in wrt})
+
+        def when(*args: Any) -> bool | str:
+            return unmet(dict(zip(names, args))) or True
+
+        term.__module__ = when.__module__ = fn.__module__
+        terms = [Term(term, wrt, tuple(f"{name}_dot" for name in wrt), takes=None, joint=True)]
+        TABLE[op] = Rule(op, terms, when)
+    return TABLE.get(op)

@@ -14,20 +14,35 @@ from torch import Tensor
 NO_WINDOW = (-1, -1)
 
 
-def math_attention(q, k, v, scale, causal, left, right, first=None):
-    """o and lse of [B, L, H, D]; windows are counted from the end."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+def probabilities(q, k, scale, causal, left, right):
+    """p and lse of [B, H, L, D]; windows are counted from the end."""
     s = scale * q @ k.mT
     distance = torch.arange(k.shape[2]) - torch.arange(q.shape[2])[:, None] - (k.shape[2] - q.shape[2])
     right = 0 if causal else right
-    hidden = (distance > right if right >= 0 else distance != distance) | (
-        distance < -left if left >= 0 else distance != distance
-    )
+    hidden = ((distance > right) & (right >= 0)) | ((distance < -left) & (left >= 0))
     s = s.masked_fill(hidden, -math.inf)
     lse = s.logsumexp(-1)
-    p = torch.exp(s - lse[..., None]).nan_to_num(0.0)
-    return (p @ v).transpose(1, 2), lse.masked_fill(lse == -math.inf, math.inf)
+    return torch.exp(s - lse[..., None]).nan_to_num(0.0), lse.masked_fill(lse == -math.inf, math.inf)
+
+
+def math_attention(q, k, v, scale, causal, left, right):
+    """o and lse of [B, L, H, D]"""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    p, lse = probabilities(q, k, scale, causal, left, right)
+    return (p @ v).transpose(1, 2), lse
+
+
+def math_backward(dout, q, k, v, scale, causal, left, right):
+    """dq, dk, dv, without autograd, which is switched off inside of an op."""
+    groups = q.shape[2] // k.shape[2]
+    dout, q, k, v = (x.transpose(1, 2) for x in (dout, q, k, v))
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    p, _ = probabilities(q, k, scale, causal, left, right)
+    dp = dout @ v.mT
+    ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
+    dk, dv = ((x.mT @ y).unflatten(1, (-1, groups)).sum(2) for x, y in ((ds, q), (p, dout)))
+    return [x.transpose(1, 2) for x in (ds @ k, dk, dv)]
 
 
 def each(q, k, v, cu_q, cu_k, *how):
@@ -77,10 +92,7 @@ def _flash_attn_backward(
     dk: Tensor,
     dv: Tensor,
 ) -> Tensor:
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        o, _ = math_attention(*inputs, softmax_scale, causal, window_size_left, window_size_right)
-        grads = torch.autograd.grad(o, inputs, dout)
+    grads = math_backward(dout, q, k, v, softmax_scale, causal, window_size_left, window_size_right)
     for buffer, grad in zip((dq, dk, dv), grads):
         buffer.copy_(grad)
     return dout.new_zeros(1)
@@ -140,11 +152,10 @@ def _flash_attn_varlen_backward(
     dk: Tensor,
     dv: Tensor,
 ) -> Tensor:
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        how = (softmax_scale, causal, window_size_left, window_size_right)
-        o, _ = each(*inputs, cu_seqlens_q, cu_seqlens_k, *how)
-        grads = torch.autograd.grad(o, inputs, dout)
+    how = (softmax_scale, causal, window_size_left, window_size_right)
+    ends = zip(*(cu.tolist()[i:] for cu in (cu_seqlens_q, cu_seqlens_k) for i in (0, 1)))
+    parts = [math_backward(*(x[None, a:b] for x in (dout, q)), k[None, c:d], v[None, c:d], *how) for a, b, c, d in ends]
+    grads = [torch.cat(xs, 1)[0] for xs in zip(*parts)]
     for buffer, grad in zip((dq, dk, dv), grads):
         buffer.copy_(grad)
     return dout.new_zeros(1)
