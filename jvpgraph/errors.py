@@ -40,6 +40,9 @@ class VerifyError(JvpgraphError, AssertionError):
     """A pass left an illegal graph: a bug in jvpgraph. The message names the pass and the node."""
 
 
+REMEDY = "Register a rule with jvpgraph.rules.jvp, or keep the input out of the tangents."
+
+
 @dataclass(frozen=True)
 class UnsupportedNode:
     """One op on the tangent path that has no rule."""
@@ -49,7 +52,7 @@ class UnsupportedNode:
     inputs: tuple[str, ...]
     where: str
     reason: str = ""
-    remedy: str = "Register a rule with jvpgraph.rules.jvp, or keep the input out of the tangents."
+    remedy: str = REMEDY
 
     def __str__(self) -> str:
         what = f"{self.op} ({self.name}, input {', '.join(self.inputs)})" if self.inputs else f"{self.op} ({self.name})"

@@ -37,7 +37,7 @@ from jvpgraph.graph.torch_level import graphs_in
 from jvpgraph.markers import ARRIVED, MAKE_DUAL, TANGENT_OF
 from jvpgraph.passes.context import Context, Report
 from jvpgraph.rules import NoRule, tangents_of
-from jvpgraph.rules.apply import Unknown, any_has_tangent, argument_tangent, bind, has_tangent
+from jvpgraph.rules.apply import Unknown, any_has_tangent, argument_tangent, bind, has_tangent, remedy
 from jvpgraph.rules.shape import stops_tangent
 
 __all__ = ["linearize"]
@@ -333,4 +333,5 @@ def _unsupported(node: fx.Node, tangent: dict[fx.Node, Any], reason: str) -> Uns
     if isinstance(op, OpOverload):
         bound = bind(op, node.args, node.kwargs)
         names = [name for name, v in bound.items() if _argument_tangent(v, tangent) is not None]
+        return UnsupportedNode(str(op), node.name, tuple(names), source_line(node), reason, remedy(op, names))
     return UnsupportedNode(str(op), node.name, tuple(names), source_line(node), reason)

@@ -9,6 +9,7 @@ from torch._ops import OpOverload
 
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
 from jvpgraph.escapes import frames
+from jvpgraph.rules.apply import remedy
 
 __all__ = ["NUMBER", "refusal", "unsupported", "user_line"]
 
@@ -20,7 +21,7 @@ def refusal(what: str, reason: str) -> UnsupportedOp:
 
 
 def unsupported(func: OpOverload, dots: dict[str, Any], reason: str) -> UnsupportedNode:
-    return UnsupportedNode(str(func), "op by op", tuple(dots), user_line(), reason)
+    return UnsupportedNode(str(func), "op by op", tuple(dots), user_line(), reason, remedy(func, tuple(dots)))
 
 
 def user_line() -> str:

@@ -13,7 +13,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, guard_or_false
 
-from jvpgraph.errors import JvpgraphError
+from jvpgraph.errors import REMEDY, JvpgraphError
 from jvpgraph.rules.derived import NotDerivable, Unknown, derive
 from jvpgraph.rules.registry import Rule, rule_of
 
@@ -26,6 +26,7 @@ __all__ = [
     "bind",
     "functional_form",
     "has_tangent",
+    "remedy",
     "tangents_of",
 ]
 
@@ -46,6 +47,26 @@ def has_tangent(value: Any) -> bool:
 def any_has_tangent(op: OpOverload, out: Any) -> bool:
     """Whether one of an op's outputs can carry a tangent; as integers, bits can hide one."""
     return op is torch.ops.aten.view.dtype or any(map(has_tangent, out if isinstance(out, (tuple, list)) else (out,)))
+
+
+def remedy(op: OpOverload, names: Sequence[str]) -> str:
+    """What to do about an op that is refused; of another package's without a rule, how one begins.
+
+    Args:
+        names: of the arguments that have tangents.
+    """
+    if op.namespace in ("aten", "prims", "jvpgraph") or not names or rule_of(op) is not None:
+        return REMEDY
+    default = "" if len(names) == 1 else "=None"
+    dots = [f"{name}_dot" for name in names]
+    parameters = ", ".join(["y", *(a.name for a in op._schema.arguments), "*", *(dot + default for dot in dots)])
+    return (
+        f"{REMEDY} This one begins:\n"
+        "    from jvpgraph.rules import jvp\n\n"
+        f"    @jvp(torch.ops.{op})\n"
+        f"    def rule({parameters}):\n"
+        f"        return ...  # the tangent of y, linear in {' and '.join(dots)}"
+    )
 
 
 def argument_tangent(value: Any, tangent_of: Callable[[Any], Any]) -> Any:
