@@ -486,3 +486,47 @@ def test_varlen_attention_of_torch(window):
         return plain(q, k, v, blocks(of, of, lambda a, b: band(a, b, *window)))
 
     check(call, reference, sizes=((1, 12), (1, 20)), others=lambda n: {"ends": cu(lengths(n))})
+
+
+# ------------------------------------------------------------------------------------------------- ways to run them
+
+
+class Stack(nn.Module):
+    """Blocks with Python between them that no graph has."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.blocks = nn.ModuleList(Net(attention) for _ in range(2))
+
+    def forward(self, x, t):
+        for block in self.blocks:
+            x = x + block(x, t)
+            if x.detach().sum().item() > 1e9:
+                return x
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks
+def test_regions(of_flash_attn):
+    flash = of_flash_attn("flash_attn")
+    x, t = torch.randn(2, 6, C), torch.rand(2)
+    net, exact = Stack(lambda q, k, v: flash.flash_attn_func(q, k, v, causal=True)), Stack(causal).double()
+    dual = jvpgraph.transform(net, backend="eager", regions="auto")
+    got = dual(x, t, tangents={"x": x})
+    wanted = torch.func.jvp(exact, (x.double(), t.double()), (x.double(), torch.zeros(2).double()))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    assert "2 x Net (blocks.0, ...): 1 graph, 2 calls" in str(dual.regions)
+
+
+def test_gradients_of_the_tangent(of_xformers):
+    ops = of_xformers("xformers.ops")
+    x, t = torch.randn(2, 6, C), torch.rand(2)
+    net, exact = Net(lambda q, k, v: ops.memory_efficient_attention(q, k, v)), Net(plain).double()
+    dual = jvpgraph.transform(net, backend="eager", differentiable_tangent=True)
+    dual(x, t, tangents={"x": x})[1].square().sum().backward()
+    dots = x.double(), torch.zeros(2).double()
+    torch.func.jvp(exact, (x.double(), t.double()), dots)[1].square().sum().backward()
+    for a, b in zip(net.parameters(), exact.parameters(), strict=True):
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-5)
