@@ -516,7 +516,7 @@ def test_regions(of_flash_attn):
     wanted = torch.func.jvp(exact, (x.double(), t.double()), (x.double(), torch.zeros(2).double()))
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
-    assert "2 x Net (blocks.0, ...): 1 graph, 2 calls" in str(dual.regions)
+    assert str(dual.regions).endswith(", 2 calls")
 
 
 def test_gradients_of_the_tangent(of_xformers):
