@@ -51,6 +51,10 @@ FROM_DATA = (  # torch._refs.tensor is what Dynamo makes of torch.tensor with a 
 )
 IN_PLACE = ("detach_", torch.detach_, torch.Tensor.detach_)
 NAMES = {"detach", "detach_", "data"}  # how Python code spells them
+LEAF = (
+    "a detached tensor is to be differentiated, but detach has stopped its tangent: use x.clone(), or "
+    "x.requires_grad_() itself"
+)
 
 
 def mark_stop_gradients(gm: fx.GraphModule, context: Context) -> None:
@@ -214,6 +218,8 @@ def _writes(gm: fx.GraphModule, active: set[fx.Node], stopped: set[fx.Node]) -> 
             if not active.isdisjoint(node.all_input_nodes):
                 stopped.add(node)
             continue
+        if node.target == "requires_grad_" and node.args[0] in stopped:
+            yield UnsupportedNode("requires_grad_", node.name, (), source_line(node), LEAF)
         writes = is_in_place(node) and node.target != "requires_grad_"
         if (writes or _renormalises(node)) and not stopped.isdisjoint(_written(node)):
             yield UnsupportedNode(str(node.target), node.name, (), source_line(node), reason)
