@@ -39,6 +39,7 @@ from jvpgraph.graph.torch_level import (
     is_in_place,
     is_of_numpy,
 )
+from jvpgraph.markers import MAKE_DUAL
 from jvpgraph.passes.context import Context
 from jvpgraph.rules.apply import has_tangent
 
@@ -218,7 +219,7 @@ def _writes(gm: fx.GraphModule, active: set[fx.Node], stopped: set[fx.Node]) -> 
             if not active.isdisjoint(node.all_input_nodes):
                 stopped.add(node)
             continue
-        if node.target == "requires_grad_" and node.args[0] in stopped:
+        if node.target == "requires_grad_" and node.args[0] in stopped and _is_whole(gm):
             yield UnsupportedNode("requires_grad_", node.name, (), source_line(node), LEAF)
         writes = is_in_place(node) and node.target != "requires_grad_"
         if (writes or _renormalises(node)) and not stopped.isdisjoint(_written(node)):
@@ -228,6 +229,11 @@ def _writes(gm: fx.GraphModule, active: set[fx.Node], stopped: set[fx.Node]) -> 
             yield from _writes(body, set(), inputs) if inputs else ()
         if _shares_memory(node, stopped.intersection(node.all_input_nodes)):
             stopped.add(node)
+
+
+def _is_whole(gm: fx.GraphModule) -> bool:
+    """Whether gm is no body: the backward of a Function, which detaches what it computes again, is one."""
+    return bool(gm.graph.find_nodes(op="call_function", target=MAKE_DUAL))
 
 
 def _written(node: fx.Node) -> list[Any]:
