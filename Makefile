@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo check test test-dist test-kernels test-scaling test-gpu-script mutants lint format gate fuzz kinds zoo zoo-exact opinfo opinfo-table bench bench-quality scaling wheels gpu dump docs clean
+.PHONY: help demo check test test-dist test-kernels test-scaling test-gpu-script mutants lint format gate fuzz kinds zoo zoo-exact reach opinfo opinfo-table bench bench-quality scaling wheels gpu dump docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -92,6 +92,9 @@ kinds: $(READY)  ## programs that bug reports were about, on every backend: righ
 
 zoo: $(READY)  ## every transformer of diffusers on the default backend, resumable: make zoo SHARD=0/16
 	TORCHINDUCTOR_COMPILE_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m tests.zoo.sweep --shard $(SHARD) --minutes $(MINUTES) --out $(OUT)/zoo
+
+reach: $(READY)  ## small networks with the constructs of other repositories, each as one graph on the default backend
+	TORCHINDUCTOR_COMPILE_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m tests.reach.run --minutes $(MINUTES) --out $(OUT)/reach
 
 zoo-exact: $(READY)  ## the same models in float64 without Inductor, compared with independent oracles
 	$(BIN)/python -m tests.zoo.run

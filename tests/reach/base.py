@@ -1,0 +1,64 @@
+"""What a network of tests/reach is: small, ours, and with the constructs of networks that people run.
+
+    @network("Wan 2.1", "sizes of the grid through a tensor and .tolist()")
+    class Wan(nn.Module):
+        def forward(self, x, t): ...
+
+Unless it has inputs of its own, it is called with images x [B, 4, H, W] and times t [B], both with tangents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.zoo.base import Draw, pick, randomise
+
+__all__ = ["NETWORKS", "Network", "network"]
+
+NETWORKS: dict[str, Network] = {}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A case, as tests.zoo.sweep.examine takes it."""
+
+    name: str
+    kind: type[nn.Module]
+    of: str  # whose networks are like it
+    construct: str
+    draw: Callable[[Draw, int], dict[str, Any]]
+    tangents: tuple[str, ...] = ("x", "t")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {}
+
+    def build(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = self.kind().double().eval()
+        randomise(model, 0)
+        return model
+
+    def inputs(self, variant: int = 0) -> dict[str, Any]:
+        return self.draw(Draw(variant), variant)
+
+
+def images(draw: Draw, variant: int) -> dict[str, Any]:
+    batch, side = pick(variant, (2, 8), (3, 12))
+    return {"x": draw.normal(batch, 4, side, side), "t": draw.time(batch, high=1.0)}
+
+
+def network(of: str, construct: str, draw: Callable[[Draw, int], dict[str, Any]] = images) -> Any:
+    """Registers a class."""
+
+    def register(kind: type[nn.Module]) -> type[nn.Module]:
+        NETWORKS[kind.__name__] = Network(kind.__name__, kind, of, construct, draw)
+        return kind
+
+    return register
