@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,13 @@ def test_argument_lists_of_the_kernels_are_short(module):
             given = function.args
             listed = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
             assert len(listed) <= 14, f"{module}.{function.name} has {len(listed)} arguments"
+
+
+def test_the_wheel_has_every_package():
+    """pyproject.toml lists them: what is missing there is missing for everybody but us."""
+    listed = re.search(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    packages = {module for module, path in SOURCES.items() if path.name == "__init__.py"}
+    assert packages <= set(re.findall(r'"(.*?)"', listed[1]))
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ def test_gradients_at_several_sizes(backend):
         (Layers, {"dynamic": True}),
         (Layers, {"regions": Layers}),
     ],
-    ids=str,
+    ids=("bfloat16", "tiles of each head", "checkpoint", "dynamic", "regions"),
 )
 def test_gradients(model, options):
     check_layers(model(), **{"mask_mod": frames, "sizes": (150,), "backend": "eager", **options})
