@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 CAPTURE = convert_frame._compile.__code__
+RAISED = "Developer debug context: raised exception "
 FROM_USER = "from user code:"
 MOST_LINES = 8  # of a text that names neither cause nor line
 NOT_OF_USERS = tuple(f"{Path(str(module.__file__)).parent}/" for module in (torch, jvpgraph.errors))
@@ -170,7 +171,10 @@ def _cut(told: str) -> str:
     head, *lines = told.strip().splitlines() or [""]
     stripped = [line.strip() for line in lines]
     found = [head]
-    for start, one_line in (("Explanation: ", False), ("Caused by: ", True), ("target: ", True)):
+    raised = next((line for line in stripped if line.startswith(RAISED)), None)
+    if raised is not None:  # by the model, which says what is wrong better than Dynamo
+        head, found = "", [f"the model raises {raised.removeprefix(RAISED)}"]
+    for start, one_line in (("Explanation: ", False), ("Caused by: ", True), ("target: ", True)) if head else ():
         line = next((line for line in stripped if line.startswith(start)), None)
         if line is not None:
             found.append("  " + (line if one_line else _sentence(line.removeprefix(start))))
@@ -181,7 +185,7 @@ def _cut(told: str) -> str:
         found += (
             [FROM_USER, *(f"  {line.strip()}" for line in below[own[-1] : own[-1] + 2] if line.strip())] if own else []
         )
-    return "\n".join(found if len(found) > 1 else [head, *lines[:MOST_LINES]])
+    return "\n".join(found if len(found) > 1 or not head else [head, *lines[:MOST_LINES]])
 
 
 def _sentence(text: str) -> str:

@@ -52,6 +52,10 @@ def linearize(gm: fx.GraphModule, context: Context) -> None:
     Raises:
         UnsupportedOp: ops on the tangent path have no rule; all of them, with the user's source lines.
     """
+    parts = [part.graph for part in graphs_in(gm)]
+    markers = (MAKE_DUAL, TANGENT_OF)
+    if not any(part.find_nodes(op="call_function", target=marker) for part in parts for marker in markers):
+        return
     _insert_tangents(gm, context, {})
     for part in graphs_in(gm):
         _erase_stops(part.graph)

@@ -202,7 +202,7 @@ class Custom(torch.autograd.Function):
 
 def test_refusals():
     x = torch.randn(3, 4).double().requires_grad_()
-    with pytest.raises(ValueError, match="differentiable_tangent needs another backend"):
+    with pytest.raises(ValueError, match="differentiable_tangent=True needs one graph, and so another backend"):
         jvpgraph.transform(nn.Linear(4, 4), backend="op_by_op", differentiable_tangent=True)
     with pytest.raises(jvpgraph.UnsupportedOp, match=r"autograd\.Function"):
         jvpgraph.jvp(Custom.apply, (x,), (x.detach(),), backend="eager", differentiable_tangent=True)

@@ -129,7 +129,9 @@ def test_the_same_attention_behind_others_is_found():
 
 def test_attention_keeps_what_gradients_of_tangents_need():
     gm = linearized(FUSE, **HEADS)
-    after = FUSE.replace("q_dot, None, v_dot)", "q_dot, None, v_dot, None, None, False, None, None, None, None, True)")
+    after = FUSE.replace(
+        "q_dot, None, v_dot)", "q_dot, None, v_dot, None, None, False, None, None, None, None, None, None, True)"
+    )
     check_step(differentiate_attention, gm, after)
 
 

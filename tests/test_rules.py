@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unfl
 from jvpgraph.rules import TABLE, NoRule, Rule, bilinear, jvp, linear, no_tangent, tangents_of
 from jvpgraph.rules.apply import apply_rule, bind, has_tangent
 from jvpgraph.rules.derived import NotDerivable, Unknown, derive
+from jvpgraph.rules.registry import BY_NAME
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
@@ -274,7 +275,9 @@ def check_layouts(trial: Trial) -> None:
 
 
 def test_every_rule_has_one_row():
-    assert sorted(str(case.op) for case in CASES) == sorted(map(str, TABLE))
+    """But those of other packages' ops, which are in the table once somebody has asked for them."""
+    own = [op for op in TABLE if op._schema.name not in BY_NAME]
+    assert sorted(str(case.op) for case in CASES) == sorted(map(str, own))
 
 
 @pytest.mark.parametrize("case", ON_ONE_PROCESS)

@@ -516,7 +516,7 @@ def test_regions(of_flash_attn):
     wanted = torch.func.jvp(exact, (x.double(), t.double()), (x.double(), torch.zeros(2).double()))
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
-    assert str(dual.regions).endswith(", 2 calls")
+    assert ", 2 calls" in str(dual.regions)
 
 
 def test_gradients_of_the_tangent(of_xformers):
