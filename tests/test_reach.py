@@ -10,7 +10,7 @@ from tests.reach.run import table
 from tests.rounding import FLOOR
 from tests.zoo.sweep import examine
 
-SOME = ("OwnCheckpoint", "Magnitudes", "GridSizes", "CausalByFrames", "Waves", "Cached")
+SOME = ("OwnCheckpoint", "Magnitudes", "Waves")
 
 
 @pytest.mark.filterwarnings("default")  # what the networks' own code warns about

@@ -82,8 +82,7 @@ def rotated(x, interleaved, offset=0):
     return torch.cat([(y if interleaved else y.mT).flatten(-2), x[..., 6:]], -1)
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("interleaved", "inplace"), [(False, True), (True, False)])
 def test_rotary_embeddings(fused, interleaved, inplace):
     rotary = fused("flash_attn.layers.rotary")
 
