@@ -31,4 +31,4 @@ def test_the_table_says_what_is_not_one_graph():
     right = {"status": "right", "capture": "one graph", "errors": {"value": 1e-7, "tangent": 2e-6}}
     text = table({name: [right, right | {"capture": "regions"}]})
     assert "| one graph, regions | 2e-06 | 2e-06 |" in text
-    assert "0 of 1 are right as one graph." in text
+    assert "0 of 1 are right as one graph; " in text

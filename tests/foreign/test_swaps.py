@@ -16,6 +16,7 @@ from jvpgraph.errors import UnsupportedOp
 from tests.foreign.stand_ins import INSTALL
 
 H, D, C = 4, 8, 16
+pytestmark = pytest.mark.slow
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 
 

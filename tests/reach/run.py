@@ -39,7 +39,16 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         errors = [f"{max(run['errors'].values()):.0e}" if run["errors"] else "" for run in runs]
         lines.append(f"| {case.of} | {case.construct} | {', '.join(kinds)} | {' | '.join(errors)} |")
     whole = sum(map(is_whole, results.values()))
-    return "\n".join([*lines, "", f"{whole} of {len(results)} are right as one graph."]) + "\n"
+    return (
+        "\n".join(
+            [
+                *lines,
+                "",
+                f"{whole} of {len(results)} are right as one graph; {len(NETWORKS) - len(results)} have not been run.",
+            ]
+        )
+        + "\n"
+    )
 
 
 def is_whole(runs: list[dict[str, Any]]) -> bool:
