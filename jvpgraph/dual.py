@@ -51,7 +51,7 @@ class Dual:
     # A graph of its own, also inside a function that is being compiled: its markers must not meet those of another.
     @torch.compiler.disable(reason="a call with tangents= is compiled on its own")
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dots: dict[str, Tensor]) -> tuple[Any, Any]:
-        if is_vmapped((args, kwargs), dots):
+        if is_vmapped(dots, lambda: (args, kwargs, self._held(args), self._own())):
             return call_with_all(self._of_several(), args, kwargs, dots)
         dots = self.prepare(args, kwargs, dots)
         out, flat_dots = self._run((args, kwargs, dots))
@@ -85,6 +85,10 @@ class Dual:
         held = held_by(args[0].fn)
         parameters = [p for module in held if isinstance(module, nn.Module) for p in module.parameters()]
         return parameters + [x for x in held if isinstance(x, Tensor)]
+
+    def _own(self) -> list[Tensor]:
+        """The parameters and buffers of a module."""
+        return [*self._call.parameters(), *self._call.buffers()] if isinstance(self._call, nn.Module) else []
 
     def _run(self, inputs: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
         if not self.settings.compiles:

@@ -13,13 +13,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 __all__ = ["call_with_all", "is_vmapped"]
 
 
-def is_vmapped(inputs: Any, dots: dict[str, Tensor]) -> bool:
-    """Whether the innermost of torch.func's transforms is a vmap over tangents, and over nothing else that goes in."""
+def is_vmapped(dots: dict[str, Tensor], inputs: Callable[[], Any]) -> bool:
+    """Whether the innermost of torch.func's transforms is a vmap over tangents, and over nothing else that goes in:
+    ``inputs()``, which are looked for in a vmap only."""
     stack = functorch.get_interpreter_stack()
     if not stack or stack[-1].key() != functorch.TransformType.Vmap:
         return False
     level = stack[-1].level()
-    given = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+    given = [x for x in tree_leaves(inputs()) if isinstance(x, Tensor)]
     return any(_is_of(level, dot) for dot in dots.values()) and not any(_is_of(level, x) for x in given)
 
 

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import jvpgraph
 from jvpgraph.kernels.attention import attention
+from jvpgraph.kernels.block_mask import BlockMask
 from jvpgraph.kernels.ops import OPS
 
 T = 3
@@ -47,15 +48,16 @@ def check(model: nn.Module, dual: jvpgraph.DualModule, length: int, count: int, 
     """Values, tangents and gradients against torch.func.jvp and autograd in float64."""
     given, dots = inputs_of(length, count, dtype)
     model.zero_grad()
-    out, out_dots = dual(**given, tangents=dots)
+    out, out_dots = dual(**{name: x.requires_grad_() for name, x in given.items()}, tangents=dots)
     sum(x.square().sum() for x in tree_leaves(out)).backward()
     exact = Block().double()
     exact.load_state_dict(model.state_dict())
-    wide = [x.double() for x in given.values()]
+    wide = [x.detach().double().requires_grad_() for x in given.values()]
     right = exact(*wide)
     sum(x.square().sum() for x in tree_leaves(right)).backward()
-    for a, b in zip(model.parameters(), exact.parameters()):
+    for a, b in zip([*model.parameters(), *given.values()], [*exact.parameters(), *wide]):
         close(a.grad, b.grad)
+    wide = [x.detach() for x in wide]
     for t in range(count):
         with sdpa_kernel(SDPBackend.MATH):
             _, right_dots = torch.func.jvp(exact, tuple(wide), tuple(dot[t].double() for dot in dots.values()))
@@ -65,6 +67,7 @@ def check(model: nn.Module, dual: jvpgraph.DualModule, length: int, count: int, 
             close(a[t], b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "dynamic"), [(torch.float32, None), (torch.bfloat16, True)])
 def test_a_network_on_the_default_backend(dtype, dynamic):
     """With gradients of the value, and at a second size."""
@@ -170,6 +173,33 @@ def test_each_is_a_call_of_its_own(name, differentiable):
             close(a[t], b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("masked", ["", "window", "bias", "sequences", "tiles"])
+def test_the_op_is_one_of_each(masked, dtype):
+    """With grouped heads, with tangents of some operands only, and with rows that see no key."""
+    torch.manual_seed(0)
+    batch = 1 if masked == "sequences" else 2
+    q, k, v = (torch.randn(batch, heads, 20, 8).to(dtype) for heads in (4, 2, 2))
+    bias = torch.randn(4, 20, 20).to(dtype) if masked == "bias" else None
+    tiles = BlockMask.of(lambda b, h, q, k: (k // 5 <= q // 5) & (q != 3), 20, 20, tile=(8, 4))
+    how = {
+        "window": {"window": (3, 2), "is_causal": True},
+        "sequences": {f"cu_seqlens_{x}": torch.tensor([0, 3, 17], dtype=torch.int32) for x in ("q", "kv")},
+        "tiles": {"block_map": tiles.map, "partial_blocks": tiles.partial},
+    }.get(masked, {})
+    for active in ((1, 1, 1), (1, 0, 0), (0, 0, 1)):
+        dots = [torch.randn(T, *x.shape).to(dtype) if is_active else None for x, is_active in zip((q, k, v), active)]
+        bias_dot = None if bias is None else torch.randn(T, *bias.shape).to(dtype)
+        o, lse, o_dots, lse_dots = OPS.attention_jvps(q, k, v, *dots, bias, bias_dot, **how)
+        for t in range(T):
+            one = [None if x is None else x[t] for x in (*dots, bias_dot)]
+            alone = OPS.attention_jvp(q, k, v, *one[:3], bias, one[3], **how)
+            for a, b in zip((o, lse, o_dots[t], lse_dots[t]), alone):
+                finite = b.isfinite()
+                assert torch.equal(a[~finite], b[~finite])
+                close(a[finite], b[finite])
+
+
 def test_gradients_of_several_tangents():
     """d / dW of a sum over tangents, as reverse mode over torch.func.jvp gives it."""
     torch.manual_seed(0)
@@ -205,6 +235,33 @@ def test_vmap_over_tangents_is_one_call(how):
         close(out_dots[:, t], right_dot)
     out[0].sum().backward()
     assert linear.weight.grad.abs().max() > 0
+
+
+def test_vmap_over_more_than_tangents_is_refused():
+    """Over what a function holds, over an input, or over the parameters of a module."""
+    linear, x, dots, weights = nn.Linear(3, 3), torch.randn(3, 3), torch.randn(T, 3, 3), torch.randn(T, 3, 3)
+    dual = jvpgraph.transform(linear, backend="eager")
+
+    def holds(dot: Tensor) -> Tensor:
+        return jvpgraph.jvp(lambda x: x * dot, (x,), (dot,), backend="eager")[1]
+
+    def given(dot: Tensor) -> Tensor:
+        return dual(dot, tangents={"input": dot})[1]
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = linear
+
+        def forward(self, dot: Tensor) -> Tensor:
+            return dual(x, tangents={"input": dot})[1]
+
+    def parameters(weight: Tensor, dot: Tensor) -> Tensor:
+        return torch.func.functional_call(Around(), {"inner.weight": weight}, (dot,))
+
+    for call, inputs in ((holds, (dots,)), (given, (dots,)), (parameters, (weights, dots))):
+        with pytest.raises(ValueError, match=r"inside torch\.func's vmap: nest them the other way round"):
+            torch.func.vmap(call)(*inputs)
 
 
 def test_what_does_not_fit_is_refused():
