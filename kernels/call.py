@@ -15,7 +15,7 @@ from torch import Tensor
 from jvpgraph.kernels.block_mask import BlockMask
 from jvpgraph.kernels.checks import check_how, check_operands, check_tangents
 from jvpgraph.kernels.layout import bias_to_rank4, to_rank4
-from jvpgraph.kernels.window import EVERYTHING, Window, packed_mask
+from jvpgraph.kernels.window import EVERYTHING, Window, hide_more, packed_mask
 
 __all__ = [
     "Call",
@@ -83,8 +83,8 @@ class How(NamedTuple):
     partial_blocks: Tensor | None = None
 
     def as_window(self) -> Window:
-        left, right = (None if width < 0 else width for width in self.window or (-1, -1))
-        return Window(left, 0 if self.is_causal else right)
+        left, right = self.window or (-1, -1)
+        return Window.of(left, 0 if self.is_causal else right)
 
     def as_scale(self, q: Tensor) -> float:
         if self.scale is not None:
@@ -257,12 +257,8 @@ class Call:
         """This, but with a block mask as a dense one: a byte for each pair of a query and a key."""
         if self.block_mask is None:
             return self
-        mask, bias = self.block_mask.dense(self.q.shape[2], self.k.shape[2]), self.bias
-        if self.has_additive_bias and bias is not None:
-            mask = torch.where(mask, bias, bias.new_full((), -math.inf))
-        elif bias is not None:
-            mask = mask & bias
-        return replace(self, bias=mask, block_mask=None)
+        mask = self.block_mask.dense(self.q.shape[2], self.k.shape[2])
+        return replace(self, bias=hide_more(mask, self.bias), block_mask=None)
 
     def without_waiting(self) -> Call:
         """This, but packed sequences as a dense mask while a CUDA graph is captured, which must not wait for their

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["CAUSAL", "EVERYTHING", "Window", "packed_mask"]
+__all__ = ["CAUSAL", "EVERYTHING", "Window", "hide_more", "packed_mask", "sequences_mask"]
 
 
 class Window(NamedTuple):
@@ -19,6 +20,11 @@ class Window(NamedTuple):
 
     left: int | None = None
     right: int | None = None
+
+    @staticmethod
+    def of(left: int, right: int) -> Window:
+        """As callers write it, with -1 for no limit."""
+        return Window(None if left < 0 else left, None if right < 0 else right)
 
     def keys(self, first: int, rows: int, length: int) -> tuple[int, int]:
         """[start, end) of the keys that one of the queries [first, first + rows) sees, out of `length`."""
@@ -44,13 +50,43 @@ CAUSAL = Window(right=0)
 
 def packed_mask(cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, length_q: int, length_kv: int, window: Window) -> Tensor:
     """[1, 1, Lq, Lkv], True where a query of packed sequences sees a key. Does not wait for the device."""
+    starts, ends = (cu_seqlens_q[:-1], cu_seqlens_kv[:-1]), (cu_seqlens_q[1:], cu_seqlens_kv[1:])
+    return sequences_mask(starts, ends, length_q, length_kv, window)[None, None]
 
-    def places(cu: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Of which sequence each row is, and at which position in it; none is len(cu) - 1 and more."""
-        rows = torch.arange(length, device=cu.device, dtype=cu.dtype)
-        sequence = torch.searchsorted(cu, rows, right=True) - 1
-        return sequence, rows - cu[sequence.clamp(min=0)]
 
-    (of_q, at_q), (of_kv, at_kv) = places(cu_seqlens_q, length_q), places(cu_seqlens_kv, length_kv)
-    own = (of_q[:, None] == of_kv) & (of_q[:, None] < cu_seqlens_q.shape[0] - 1)
-    return (own & ~window.hides(at_kv - at_q[:, None]))[None, None]
+def sequences_mask(
+    starts: tuple[Tensor, Tensor],
+    ends: tuple[Tensor, Tensor],
+    length_q: int,
+    length_kv: int,
+    window: Window = EVERYTHING,
+    from_the_end: bool = False,
+) -> Tensor:
+    """[Lq, Lkv], True where a query sees a key: of its own sequence, and within a window.
+
+    Args:
+        starts, ends: of the sequences, among the queries and among the keys; ascending. Between them may be gaps.
+        from_the_end: positions are counted from the end of a sequence, not from its start.
+    """
+    of_q, inside_q, at_q = _places(length_q, starts[0], ends[0], from_the_end)
+    of_kv, inside_kv, at_kv = _places(length_kv, starts[1], ends[1], from_the_end)
+    own = (of_q[:, None] == of_kv) & inside_q[:, None] & inside_kv
+    return own & ~window.hides(at_kv - at_q[:, None])
+
+
+def _places(length: int, starts: Tensor, ends: Tensor, from_the_end: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each position the sequence, whether it is in it, and where it is, counted from its end or its start."""
+    at = torch.arange(length, device=starts.device)
+    if not starts.shape[0]:
+        return at, torch.zeros_like(at, dtype=torch.bool), at
+    sequence = torch.searchsorted(starts.long().contiguous(), at, right=True) - 1
+    known = sequence.clamp(min=0)
+    inside = (sequence >= 0) & (at < ends.long()[known])
+    return sequence, inside, at - (ends if from_the_end else starts).long()[known]
+
+
+def hide_more(mask: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias that hides what a boolean mask hides, too."""
+    if bias is None:
+        return mask
+    return mask & bias if bias.dtype == torch.bool else torch.where(mask, bias, bias.new_full((), -math.inf))

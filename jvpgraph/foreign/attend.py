@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from jvpgraph.kernels.ops import OPS
+from jvpgraph.kernels.window import Window as Limits
+from jvpgraph.kernels.window import hide_more, sequences_mask
 
-__all__ = ["attend", "attend_packed", "band", "band_of_sequences", "tangents", "tangents_packed"]
+__all__ = ["attend", "attend_packed", "tangents", "tangents_packed"]
 
 Window = tuple[int, int]
 Qkv = tuple[Tensor, Tensor, Tensor]
@@ -59,24 +61,14 @@ def _limits(
     """The mask and the window by which our op sees the same keys."""
     left, right = window[0], 0 if causal else window[1]
     if (left >= 0 or right >= 0) and from_the_end and n_q != n_kv:
-        mask = band(n_q, n_kv, left, right, device)
-        return mask if bias is None else torch.where(mask, bias, float("-inf")), None
+        return hide_more(_band(n_q, n_kv, Limits.of(left, right), device), bias), None
     return bias, None if left < 0 and right < 0 else [max(left, -1), max(right, -1)]
 
 
-def band(n_q: int, n_kv: int, left: int, right: int, device: torch.device) -> Tensor:
+def _band(n_q: int, n_kv: int, window: Limits, device: torch.device) -> Tensor:
     """[n_q, n_kv]: the keys within a window that is counted from the last query and the last key."""
     rows = torch.arange(n_q, device=device).unsqueeze(1) + (n_kv - n_q)
-    return _within(torch.arange(n_kv, device=device) - rows, left, right)
-
-
-def _within(distance: Tensor, left: int, right: int) -> Tensor:
-    seen = distance == distance
-    if right >= 0:
-        seen = seen & (distance <= right)
-    if left >= 0:
-        seen = seen & (distance >= -left)
-    return seen
+    return ~window.hides(torch.arange(n_kv, device=device) - rows)
 
 
 def attend_packed(
@@ -127,34 +119,7 @@ def _limits_of_sequences(
     left, right = max(window[0], -1), 0 if causal else max(window[1], -1)
     limited = left >= 0 or right >= 0
     if limited and from_the_end and cu_q is not cu_kv:
-        ends, starts = (cu_q[1:], cu_kv[1:]), (cu_q[:-1], cu_kv[:-1])
-        return band_of_sequences(n_q, n_kv, starts, ends, left, right), None, None, None
+        starts, ends = (cu_q[:-1], cu_kv[:-1]), (cu_q[1:], cu_kv[1:])
+        mask = sequences_mask(starts, ends, n_q, n_kv, Limits.of(left, right), from_the_end=True)
+        return mask, None, None, None
     return None, [left, right] if limited else None, cu_q.int(), cu_kv.int()
-
-
-def band_of_sequences(
-    n_q: int,
-    n_kv: int,
-    starts: tuple[Tensor, Tensor],
-    ends: tuple[Tensor, Tensor],
-    left: int = -1,
-    right: int = -1,
-    from_the_end: bool = True,
-) -> Tensor:
-    """[n_q, n_kv]: a query sees the keys of its own sequence, within a window.
-
-    Args:
-        starts, ends: of the sequences, among the queries and among the keys; ascending. Between them may be gaps.
-    """
-    of_q, inside_q, at_q = _places(n_q, starts[0], ends[0], from_the_end)
-    of_kv, inside_kv, at_kv = _places(n_kv, starts[1], ends[1], from_the_end)
-    same = (of_q.unsqueeze(1) == of_kv) & inside_q.unsqueeze(1) & inside_kv
-    return same & _within(at_kv - at_q.unsqueeze(1), left, right)
-
-
-def _places(n: int, starts: Tensor, ends: Tensor, from_the_end: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each position the sequence, whether it is in it, and where it is, counted from its end or its start."""
-    at = torch.arange(n, device=starts.device)
-    sequence = torch.searchsorted(starts.long().contiguous(), at, right=True) - 1
-    inside = (sequence >= 0) & (at < ends.long()[sequence.clamp(min=0)])
-    return sequence, inside, at - (ends if from_the_end else starts).long()[sequence.clamp(min=0)]

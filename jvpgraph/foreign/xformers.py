@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jvpgraph.foreign.attend import attend, attend_packed, band_of_sequences
+from jvpgraph.foreign.attend import attend, attend_packed
 from jvpgraph.foreign.table import check_options, refuse, swaps
+from jvpgraph.kernels.window import Window, sequences_mask
 
 __all__: list[str] = []
 
@@ -124,5 +125,5 @@ def _of_sequences(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float | Non
     starts = of_q.seqstart[:-1], of_k.seqstart[:n]
     ends = of_q.seqstart[1:], of_k.seqstart[:n] + of_k.seqlen
     right = 0 if causal else right
-    mask = band_of_sequences(q.shape[1], k.shape[1], starts, ends, left, right, from_the_end)
+    mask = sequences_mask(starts, ends, q.shape[1], k.shape[1], Window.of(left, right), from_the_end)
     return attend(q, k, v, mask, scale=scale)[0]
