@@ -27,19 +27,13 @@ def _of_3(*names: str) -> list[str]:
     return [f"{module}.{name}" for module in FA3 for name in names]
 
 
-def _result(o: Tensor, lse: Tensor, with_lse: bool, third: bool) -> Any:
-    """As they return it; of the probabilities, which are there with dropout only, nothing."""
-    if not with_lse:
-        return o
-    return (o, lse, o.new_empty(0)) if third else (o, lse)
-
-
-def _options(what: str, options: dict[str, Any]) -> bool:
-    """Refuse what cannot be done; whether the logsumexp is to be returned."""
+def _result(what: str, o: Tensor, lse: Tensor, options: dict[str, Any]) -> Any:
+    """As they return it, once it is known that nothing is asked for that cannot be done. Of the probabilities, which
+    are there with dropout only, nothing."""
     with_lse = options.pop("return_attn_probs", False)
     with_lse = options.pop("return_softmax", False) or with_lse
     check_options(what, options)
-    return bool(with_lse)
+    return (o, lse, o.new_empty(0)) if with_lse else o
 
 
 @swaps(*_of_2("flash_attn_func", "FlashAttnFunc"))
@@ -52,9 +46,8 @@ def flash_attn_func(
     window_size: Window = EVERYTHING,
     **options: Any,
 ) -> Any:
-    with_lse = _options("flash_attn_func", options)
     o, lse = attend(q, k, v, None, causal, softmax_scale, window_size)
-    return _result(o, lse, with_lse, third=True)
+    return _result("flash_attn_func", o, lse, options)
 
 
 @swaps(*_of_2("flash_attn_qkvpacked_func", "FlashAttnQKVPackedFunc"))
@@ -83,9 +76,8 @@ def flash_attn_varlen_func(
     window_size: Window = EVERYTHING,
     **options: Any,
 ) -> Any:
-    with_lse = _options("flash_attn_varlen_func", options)
     o, lse = attend_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale, window_size)
-    return _result(o, lse, with_lse, third=True)
+    return _result("flash_attn_varlen_func", o, lse, options)
 
 
 @swaps(*_of_2("flash_attn_varlen_qkvpacked_func", "FlashAttnVarlenQKVPackedFunc"))
@@ -107,36 +99,20 @@ def flash_attn_varlen_kvpacked_func(
 # --------------------------------------------------------------------------------------------------- flash_attn 3
 
 
+def _without_probabilities(result: Any) -> Any:
+    return result[:2] if isinstance(result, tuple) else result
+
+
 @swaps(*_of_3("flash_attn_func", "FlashAttnFunc"), absent=TUPLE)
-def flash_attn_3_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Window = EVERYTHING,
-    **options: Any,
-) -> Any:
-    with_lse = _options("flash_attn_func", options)
-    o, lse = attend(q, k, v, None, causal, softmax_scale, window_size)
-    return _result(o, lse, with_lse, third=False)
+def flash_attn_3_func(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    return _without_probabilities(flash_attn_func(q, k, v, **options))
 
 
 @swaps(*_of_3("flash_attn_varlen_func", "FlashAttnVarlenFunc"), absent=TUPLE)
 def flash_attn_3_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Window = EVERYTHING,
-    **options: Any,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
 ) -> Any:
-    with_lse = _options("flash_attn_varlen_func", options)
-    o, lse = attend_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale, window_size)
-    return _result(o, lse, with_lse, third=False)
+    return _without_probabilities(flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, **options))
 
 
 @swaps(*_of_3("flash_attn_qkvpacked_func", "FlashAttnQKVPackedFunc"), absent=TUPLE)
