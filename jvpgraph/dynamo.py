@@ -170,22 +170,31 @@ def _cut(told: str) -> str:
     """The cause, in a sentence or two, and the user's line. The long text is that of the error's cause."""
     head, *lines = told.strip().splitlines() or [""]
     stripped = [line.strip() for line in lines]
-    found = [head]
-    raised = next((line for line in stripped if line.startswith(RAISED)), None)
+    raised = next((line.removeprefix(RAISED) for line in stripped if line.startswith(RAISED)), None)
     if raised is not None:  # by the model, which says what is wrong better than Dynamo
-        head, found = "", [f"the model raises {raised.removeprefix(RAISED)}"]
-    for start, one_line in (("Explanation: ", False), ("Caused by: ", True), ("target: ", True)) if head else ():
+        found = [f"the model raises {raised}", *_users_line(lines)]
+    else:
+        found = [head, *_explanations(stripped), *_users_line(lines)]
+    return "\n".join([head, *lines[:MOST_LINES]] if found == [head] else found)
+
+
+def _explanations(stripped: list[str]) -> Iterator[str]:
+    """Of Dynamo's, the first sentence of each that says what it stumbled over."""
+    for start, one_line in (("Explanation: ", False), ("Caused by: ", True), ("target: ", True)):
         line = next((line for line in stripped if line.startswith(start)), None)
         if line is not None:
-            found.append("  " + (line if one_line else _sentence(line.removeprefix(start))))
-    if FROM_USER in stripped:
-        below = lines[stripped.index(FROM_USER) + 1 :]
-        frames = [i for i, line in enumerate(below) if line.strip().startswith("File ")]
-        own = [i for i in frames if not any(folder in below[i] for folder in NOT_OF_USERS)] or frames
-        found += (
-            [FROM_USER, *(f"  {line.strip()}" for line in below[own[-1] : own[-1] + 2] if line.strip())] if own else []
-        )
-    return "\n".join(found if len(found) > 1 or not head else [head, *lines[:MOST_LINES]])
+            yield "  " + (line if one_line else _sentence(line.removeprefix(start)))
+
+
+def _users_line(lines: list[str]) -> list[str]:
+    """The innermost frame of the user's code, with its line of source; nothing where there are no frames."""
+    start = next((i for i, line in enumerate(lines) if line.strip() == FROM_USER), len(lines))
+    below = lines[start + 1 :]
+    frames = [i for i, line in enumerate(below) if line.strip().startswith("File ")]
+    own = [i for i in frames if not any(folder in below[i] for folder in NOT_OF_USERS)] or frames
+    if not own:
+        return []
+    return [FROM_USER, *(f"  {line.strip()}" for line in below[own[-1] : own[-1] + 2] if line.strip())]
 
 
 def _sentence(text: str) -> str:
