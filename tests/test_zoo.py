@@ -13,7 +13,7 @@ import torch
 import jvpgraph
 from tests.rounding import RoundedOtherwise
 from tests.zoo import sweep
-from tests.zoo.base import QUIET
+from tests.zoo.base import QUIET, model_class
 from tests.zoo.cases import CASES, missing_classes
 from tests.zoo.oracle import random_tangents
 from tests.zoo.run import examine
@@ -81,6 +81,27 @@ class TestSweep:
         alike = sweep.examine(CASES["PriorTransformer"], "float32", None, variants=(1,))
         assert (alike["status"], set(alike["compiled"][1])) == ("compiled", {"tangent"})
         assert sweep.bad({"name": "PriorTransformer", "runs": [alike]})
+
+    def test_what_the_model_itself_raises_is_no_fault_of_ours(self, monkeypatch):
+        """But what is raised otherwise is, also where the model raises something."""
+
+        def raises(text):
+            def fails(*_, **__):
+                raise ValueError(text)
+
+            return fails
+
+        case = CASES["PriorTransformer"]
+        monkeypatch.setattr(sweep, "dual_answer", raises("ours"))
+        assert sweep.examine(case, "float32", None, variants=(1,))["status"] == "failed"
+        monkeypatch.setattr(model_class(case.name), "forward", raises("the model's"))
+        run = sweep.examine(case, "float32", None, variants=(1,))
+        assert (run["status"], run["cause"]) == ("the model itself raises", "ValueError: the model's")
+        assert not sweep.bad({"name": case.name, "runs": [run]})
+        monkeypatch.setattr(sweep, "Wanted", raises("ours"))
+        run = sweep.examine(case, "float32", None, variants=(1,))
+        assert run["status"] == "failed"
+        assert sweep.bad({"name": case.name, "runs": [run]})
 
     def test_only_what_was_rounded_is_rounded_otherwise(self):
         """A gradient that cancels out depends on it; whole numbers and what is random do not."""

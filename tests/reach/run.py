@@ -37,6 +37,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         case = NETWORKS[name]
         kinds = dict.fromkeys(run.get("capture", "") if run["status"] == "right" else run["status"] for run in runs)
         errors = [f"{max(run['errors'].values()):.0e}" if run["errors"] else "" for run in runs]
+        errors += ["not run"] * (len(RUNS) - len(runs))
         lines.append(f"| {case.of} | {case.construct} | {', '.join(kinds)} | {' | '.join(errors)} |")
     whole = sum(map(is_whole, results.values()))
     return (

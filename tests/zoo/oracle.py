@@ -166,7 +166,7 @@ def projected(outputs: list[Tensor], seed: int = 0) -> Tensor:
 
 def oracle_grads(model: nn.Module, inputs: Inputs, seed: int = 0) -> dict[str, Tensor]:
     """Gradients of sum(y * w), w standard normal, for every parameter that the eager model reaches."""
-    with sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel keeps its log-sum-exp in float32
+    with differentiable():  # the fused CPU kernel keeps its log-sum-exp in float32
         loss = projected(float_leaves(model(**inputs)), seed)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)

@@ -245,12 +245,8 @@ def _summary(results: list[Result]) -> str:
     )
 
 
-REFUSED: set[str] = set()  # classes that are known to be refused
-
-
 def _wrong(results: list[Result]) -> list[str]:
-    """Those that are not right, nor refused as is known."""
-    return [r.name for r in results if not (r.name in REFUSED if r.capture == "refused" else r.right)]
+    return [r.name for r in results if not r.right]
 
 
 def main() -> None:
