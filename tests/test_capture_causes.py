@@ -454,6 +454,12 @@ def test_on_the_default_backend(cause):
     check(ONE_GRAPH[cause](), dtype=torch.float32, rtol=2e-5, backend="inductor")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cause", ["cond", "scan", "while_loop"])
+def test_bfloat16_at_several_sizes_on_the_default_backend(cause):
+    check(ONE_GRAPH[cause](), sizes=(5, 7), dtype=torch.bfloat16, rtol=4e-2, backend="inductor", dynamic=True)
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_repeated_bodies_stay_bodies_where_no_gradients_are_needed(backend):
     """And attention in them is one kernel with its tangent."""
