@@ -23,6 +23,8 @@ from jvpgraph.rules.apply import bind
 __all__ = ["batch_tangents"]
 
 aten = torch.ops.aten
+ONE = "a higher-order op, which takes one tangent at a time"
+REMEDY = "Call once for each tangent, or write it in plain Python."
 VIEWS = (aten.view.default, aten._unsafe_view.default)
 Way = Callable[[Callable[..., Any], list[Tensor]], Any]
 PRIMALS = (0, 1)  # o and lse of attention_jvp
@@ -85,8 +87,7 @@ def _answer(marker: fx.Node, many: dict[fx.Node, Any], recorder: Recorder) -> No
 def _batched(node: fx.Node, many: dict[fx.Node, Any], recorder: Recorder) -> Any:
     """The node, or list of nodes, of all tangents."""
     if not isinstance(node.target, OpOverload):
-        reason = "a higher-order op, which takes one tangent at a time"
-        raise UnsupportedOp([UnsupportedNode(str(node.target), node.name, (), source_line(node), reason)])
+        raise UnsupportedOp([UnsupportedNode(str(node.target), node.name, (), source_line(node), ONE, REMEDY)])
     first = len(recorder.inserted)
     try:
         found = _recorded(_at_once, node, many, recorder)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
 from jvpgraph.graph.meta import INSERTED_META, source_line
@@ -16,9 +17,13 @@ from jvpgraph.rules.apply import has_tangent
 
 __all__ = ["check_gradients"]
 
+IN_A_BODY = "a higher-order op, whose tangent has no gradients"
+PLAIN = "Write it in plain Python, or call without differentiable_tangent."
+
 
 def check_gradients(gm: fx.GraphModule, context: Context) -> None:
-    """Refuse a graph in which a tangent uses an output that PyTorch says has no gradient, though it depends on inputs.
+    """Refuse a graph in which a tangent uses an output that PyTorch says has no gradient, though it depends on inputs,
+    or comes out of a higher-order op: nobody has looked into its body.
 
     Raises:
         UnsupportedOp: with every such output.
@@ -27,7 +32,12 @@ def check_gradients(gm: fx.GraphModule, context: Context) -> None:
     for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
         (source,) = node.all_input_nodes
         used = any(INSERTED_META in user.meta for user in node.users)
-        if used and has_tangent(value_of(node)) and not _has_gradient(source, node.args[1]):
+        if isinstance(source.target, HigherOrderOperator):
+            if used or INSERTED_META in node.meta:
+                refused.append(
+                    UnsupportedNode(str(source.target), source.name, (), source_line(source), IN_A_BODY, PLAIN)
+                )
+        elif used and has_tangent(value_of(node)) and not _has_gradient(source, node.args[1]):
             reason = f"the tangent depends on its output {node.args[1]}, which PyTorch does not differentiate"
             refused.append(UnsupportedNode(str(source.target), source.name, (), source_line(source), reason))
     if refused:

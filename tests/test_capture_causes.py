@@ -454,10 +454,43 @@ def test_on_the_default_backend(cause):
     check(ONE_GRAPH[cause](), dtype=torch.float32, rtol=2e-5, backend="inductor")
 
 
+@pytest.mark.parametrize("cause", [name for name in HIGHER_ORDER if name != "nested_compile_region"])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"differentiable_tangent": True},
+            r"(?s)a higher-order op, whose tangent has no gradients.*without differentiable_tangent",
+        ),
+        ({"tangents_batched": True}, r"(?s)takes one tangent at a time.*Call once for each tangent"),
+    ],
+    ids=("gradients of tangents", "several tangents"),
+)
+def test_what_higher_order_ops_do_not_do_is_refused(cause, settings, message):
+    x, t = torch.randn(1, 2, 5, WIDTH), torch.rand(2)
+    x = x if "tangents_batched" in settings else x[0]
+    dual = jvpgraph.transform(ONE_GRAPH[cause](), backend="eager", **settings)
+    with pytest.raises(UnsupportedOp, match=message):
+        dual(x.view(2, 5, WIDTH), t, tangents={"x": x})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cause", ["cond", "scan", "while_loop"])
 def test_bfloat16_at_several_sizes_on_the_default_backend(cause):
     check(ONE_GRAPH[cause](), sizes=(5, 7), dtype=torch.bfloat16, rtol=4e-2, backend="inductor", dynamic=True)
+
+
+def test_repeated_bodies_have_gradients_of_tangents_and_take_several():
+    """As they are where they are written out."""
+    model, twin = Repeated().double(), Repeated().double()
+    twin.construct = twin.plain
+    x, t, dots = torch.randn(2, 5, WIDTH).double(), torch.rand(2).double(), torch.randn(3, 2, 5, WIDTH).double()
+    how = {"backend": "eager", "differentiable_tangent": True, "tangents_batched": True}
+    for network in (model, twin):
+        jvpgraph.transform(network, **how)(x, t, tangents={"x": dots})[1].square().sum().backward()
+    for a, b in zip(model.blocks.parameters(), twin.blocks.parameters(), strict=True):
+        assert a.grad.abs().max() > 0
+        assert_close(a.grad, b.grad)
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
