@@ -11,7 +11,7 @@ import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -24,7 +24,10 @@ from torch._dynamo.variables import (
     ConstantVariable,
     SymNodeVariable,
     TensorVariable,
+    UserFunctionVariable,
+    UserMethodVariable,
     VariableTracker,
+    builder,
     misc,
     user_defined,
 )
@@ -235,6 +238,33 @@ def _source_of_method(self: Any, tx: Any, name: str) -> Any:
     return source
 
 
+def _calls_itself(attribute: Callable[..., Any]) -> Callable[..., Any]:
+    """``f.__call__`` of a function or method is f: checkpoints are handed ``block.__call__`` and call that."""
+
+    def get(self: Any, tx: Any, name: str) -> VariableTracker:
+        found: VariableTracker = self if name == "__call__" else attribute(self, tx, name)
+        return found
+
+    return get
+
+
+def _float(self: Any, value: float) -> VariableTracker:
+    """A float of a module's, such as an eps, is a number as its ints are, until it is seen to change.
+
+    One that is an input of the graph is read outside of the body, a checkpoint's, that asks for it first: the others
+    ask for it too.
+    """
+    known, tracers = self.source.guard_source.is_unspecialized_nn_module(), self.tx.output.tracers
+    bodies = tracers[1:]
+    del tracers[1:]
+    try:
+        with torch._dynamo.config.patch(assume_static_by_default=True) if known else nullcontext():
+            found: VariableTracker = _wrap_float(self, value)
+    finally:
+        tracers += bodies
+    return found
+
+
 # ------------------------------------------------------------------------------------------- hints and checks
 
 
@@ -267,6 +297,7 @@ _getattr_of_array = NumpyNdarrayVariable.var_getattr
 _call_method_of_array = NumpyNdarrayVariable.call_method
 _getattr_of_variable = misc.LoggingLoggerVariable.var_getattr
 _call_method_of_context = misc.AutogradFunctionContextVariable.call_method
+_wrap_float = builder.VariableBuilder.wrap_symfloat
 _detect_assert = symbolic_convert._detect_and_normalize_assert_statement
 _by_mro: Any = getattr(user_defined.UserDefinedObjectVariable, "get_source_by_walking_mro", None)
 
@@ -282,6 +313,8 @@ TAUGHT: list[tuple[Any, str, Any]] = [
     (symbolic_convert, "__import__", _import),
     (misc.LoggingLoggerVariable, "var_getattr", _attribute_of_logger),
     (misc.AutogradFunctionContextVariable, "call_method", _method_of_context),
+    (builder.VariableBuilder, "wrap_symfloat", _float),
+    *((kind, "var_getattr", _calls_itself(kind.var_getattr)) for kind in (UserFunctionVariable, UserMethodVariable)),
     (symbolic_convert, "_detect_and_normalize_assert_statement", _is_assert),
     (_by_mro and user_defined.UserDefinedObjectVariable, "get_source_by_walking_mro", _source_of_method),
     (torch.backends.cuda, "sdp_kernel", _sdp_kernel),

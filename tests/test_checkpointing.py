@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import jvpgraph
 from tests.models import oracle
+from tests.rounding import cast, dual_answer, eager_answer, errors
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 CHECKPOINTING = ("none", "plain", "reentrant", "nested", "selective")
@@ -359,3 +360,55 @@ def test_the_marks_are_gone_from_the_compiled_graph(tmp_path):
     *before, last = (path.read_text() for path in sorted(tmp_path.rglob("*.py")))
     assert any("implicit" in text for text in before)
     assert "implicit" not in last
+
+
+class Block(nn.Module):
+    """With numbers of its own, and one that its caller gives it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.table, self.layer = nn.LayerNorm(8, eps=1.5e-6), nn.Embedding(10, 8), nn.Linear(8, 8)
+        self.gain = 1.25
+
+    def forward(self, x: Tensor, label: Tensor, scale: float) -> Tensor:
+        return x + torch.tanh(self.layer(self.norm(x))) * self.gain * scale + self.table(label)
+
+
+class Blocks(nn.Module):
+    """As of PRX and Cosmos 3 Omni, the checkpoint is handed a block's ``__call__``."""
+
+    def __init__(self, checkpointing: bool = True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks, self.checkpointing = nn.ModuleList([Block(), Block()]), checkpointing
+
+    def forward(self, x: Tensor, label: Tensor, scale: float) -> Tensor:
+        for block in self.blocks:
+            run = functools.partial(checkpoint, block.__call__.__call__) if self.checkpointing else block
+            x = run(x, label, scale, **({"use_reentrant": False} if self.checkpointing else {}))
+        return x
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "eps"),
+    [
+        ("eager", torch.float64, 1e-12),
+        pytest.param("inductor", torch.float32, 1e-5, marks=pytest.mark.slow),
+        pytest.param("inductor", torch.bfloat16, 3e-2, marks=pytest.mark.slow),
+    ],
+)
+def test_numbers_in_the_body_of_a_checkpoint(backend: str, dtype: torch.dtype, eps: float, dynamic: bool | None):
+    """Dynamo makes inputs of floats that may change, and of all with dynamic=True."""
+    model, exact = Blocks().to(dtype), Blocks(checkpointing=False).double()
+    exact.load_state_dict(model.state_dict())
+    dual = jvpgraph.transform(model, backend=backend, dynamic=dynamic)
+    for n, scale, gain in [(3, 0.5, 1.25), (5, 0.75, 1.25), (6, 1.5, 1.25), (6, 1.5, 2.5), (7, 2.5, 3.5)]:
+        for block in (*model.blocks, *exact.blocks):
+            block.gain = gain
+        inputs = {"x": torch.randn(n, 8, dtype=dtype), "label": torch.randint(10, (n,)), "scale": scale}
+        dots = {"x": torch.randn(n, 8, dtype=dtype)}
+        wanted = eager_answer(exact, cast(inputs, torch.float64), cast(dots, torch.float64))
+        found = errors(dual_answer(dual, inputs, dots), wanted)
+        assert max(found.values()) < eps, found
+    assert len(dual.reports) < 4  # one for all of the scales, and gains are numbers until they change
