@@ -12,8 +12,10 @@ import torch
 import torch._inductor.compile_fx  # a function goes by this name, too
 from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
-from torch._inductor.codegen.cpp import OuterLoopFusedSchedulerNode
+from torch._inductor.codegen.common import DeferredLine
+from torch._inductor.codegen.cpp import CppVecKernel, OuterLoopFusedSchedulerNode
 from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.utils import IndentedBuffer
 from torch._inductor.virtualized import V
 
 from jvpgraph.dynamo import NOT_COMPILED, remedy
@@ -53,7 +55,7 @@ def bodies_wait(passes: Any) -> Iterator[None]:
 def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Any:
     """Inductor itself. A backward is compiled when it first runs, where no caller of ours can tell what failed."""
     try:
-        with _a_local_buffer_for_one_row():
+        with _a_local_buffer_for_one_row(), _a_name_for_each_store():
             return compile_fx_inner(gm, _one_symbol_each(example_inputs), **settings)
     except BackendCompilerFailed as error:
         if settings.get("is_backward"):
@@ -78,6 +80,29 @@ def _a_local_buffer_for_one_row() -> Iterator[None]:
         return not (tiled and V.local_buffer_context.local_buffers) and may_fuse(node, kernels, depth)
 
     with mock.patch.object(OuterLoopFusedSchedulerNode, may_fuse.__name__, unless_tiled):
+        yield
+
+
+@contextmanager
+def _a_name_for_each_store() -> Iterator[None]:
+    """What stores a sum is a block of its own.
+
+    C++ code for CPUs, in torch < 2.14: a sum over rows that goes to two outputs in half precision, as the gradient of a
+    bias and that of a table added to it, is rounded twice under one name, which does not compile.
+    """
+    own = CppVecKernel.store_reduction
+
+    def in_a_block(kernel: CppVecKernel, name: str, index: Any, value: Any) -> None:
+        suffix, kernel.reduction_suffix = kernel.reduction_suffix, IndentedBuffer()
+        try:
+            own(kernel, name, index, value)
+        finally:
+            store, kernel.reduction_suffix = kernel.reduction_suffix, suffix
+        suffix.writeline(DeferredLine(name, "{"))
+        suffix.splice(store)
+        suffix.writeline(DeferredLine(name, "}"))
+
+    with mock.patch.object(CppVecKernel, own.__name__, in_a_block):
         yield
 
 

@@ -263,3 +263,29 @@ def test_gradients_of_a_norm_of_what_is_transposed(dtype: torch.dtype, eps: floa
         wanted = eager_answer(exact, cast(inputs, torch.float64), cast(dots, torch.float64))
         found = errors(dual_answer(dual, inputs, dots), wanted)
         assert max(found.values()) < eps, found
+
+
+class SharedModulation(nn.Module):
+    """adaLN-single, as of PixArt: a bias and a table have the same sum as their gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.table = nn.Linear(8, 144), nn.Parameter(torch.randn(6, 24))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        a, b, c, d, e, f = (self.table[None] + self.layer(t).reshape(t.shape[0], 6, -1)).chunk(6, dim=1)
+        x = torch.tanh(x * (1 + a) + b) * c
+        return torch.sin(x * (1 + d) + e) * f
+
+
+@pytest.mark.slow
+def test_a_sum_with_two_outputs_in_half_precision():
+    """With a batch of any size Inductor's own code, for the plain model too, does not compile."""
+    net = SharedModulation().bfloat16()
+    dual, exact = jvpgraph.transform(net, dynamic=True), copy.deepcopy(net).double()
+    for batch, tokens in [(40, 9), (7, 5)]:
+        inputs = cast({"x": torch.randn(batch, tokens, 24), "t": torch.randn(batch, 8)}, torch.bfloat16)
+        dots = {name: torch.randn_like(x) for name, x in inputs.items()}
+        wanted = eager_answer(exact, cast(inputs, torch.float64), cast(dots, torch.float64))
+        found = errors(dual_answer(dual, inputs, dots), wanted)
+        assert max(found.values()) < 2e-2, found
