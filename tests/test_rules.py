@@ -21,6 +21,7 @@ from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
+import jvpgraph
 from jvpgraph.rules import TABLE, NoRule, Rule, bilinear, jvp, linear, no_tangent, tangents_of
 from jvpgraph.rules.apply import apply_rule, bind, has_tangent
 from jvpgraph.rules.derived import NotDerivable, Unknown, derive
@@ -542,3 +543,20 @@ def check_collectives(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_collectives_on_two_processes(tmp_path: Path):
     torch.multiprocessing.spawn(check_collectives, (str(tmp_path),), nprocs=2)
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex128])
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_the_determinant_of_singular_matrices(n: int, dtype: torch.dtype, differentiable: bool):
+    """The cofactors of ones with two equal rows, or all, whose pivots are zero or what rounding leaves of it."""
+    a, a_dot = torch.randn(2, 100, n, n, dtype=dtype)
+    a[:50, -1] = a[:50, 0]
+    a[50:70] = a[50:70, :1]
+    u, s, vh = torch.linalg.svd(a.to(torch.complex128))
+    others = torch.stack([torch.cat((s[:, :i], s[:, i + 1 :]), 1).prod(1) for i in range(n)], 1)
+    cofactors = (torch.linalg.det(u) * torch.linalg.det(vh))[:, None, None] * (vh.mH * others[:, None]) @ u.mH
+    want = (cofactors @ a_dot.to(u.dtype)).diagonal(0, -2, -1).sum(-1)
+    settings = {"differentiable_tangent": True} if differentiable else {}
+    got = jvpgraph.jvp(torch.linalg.det, (a,), (a_dot,), backend="eager", **settings)[1]
+    torch.testing.assert_close(got.to(want.dtype), want, rtol=0, atol=1e3 * n * torch.finfo(dtype).eps * 4**n)

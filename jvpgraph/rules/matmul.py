@@ -76,14 +76,23 @@ def _trace_of_quotient(a: torch.Tensor, a_dot: torch.Tensor) -> torch.Tensor:
 
 @jvp(aten._linalg_det.default)
 def det(outs, a, *, a_dot):
-    """d det(a) = det(a) tr(a^-1 da) = tr(adj(a) da), which is continuous: of a singular a that of its neighbour."""
+    """d det(a) = det(a) tr(a^-1 da) = tr(adj(a) da), which is continuous: of a singular a that of its neighbour.
+
+    Both factors are of the same LU: of others, that round otherwise, a determinant of nothing but rounding errors times
+    an inverse of the same would be any number.
+    """
     if a.shape[-1] == 0:
         return torch.zeros_like(outs[0]), FACTORS, None
+    singular = (aten.linalg_lu_factor_ex(a.detach())[0].diagonal(0, -2, -1) == 0).any(-1)
     size = a.detach().abs().amax((-2, -1), keepdim=True)
-    step = torch.where(size == 0, 1, size) * torch.finfo(a.dtype).eps
+    above_rounding = 16 * a.shape[-1] * torch.finfo(a.dtype).eps  # or it might make up for the step
+    step = torch.where(size == 0, 1, size) * above_rounding
     identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    regular = torch.where((outs[0] == 0)[..., None, None], a + step * identity, a)
-    return aten._linalg_det(regular)[0] * _trace_of_quotient(regular, a_dot), FACTORS, None
+    regular = torch.where(singular[..., None, None], a + step * identity, a)
+    lu, pivots, _ = aten.linalg_lu_factor_ex(regular)
+    swaps = (pivots != torch.arange(1, a.shape[-1] + 1, device=a.device)).sum(-1)
+    value = lu.diagonal(0, -2, -1).prod(-1) * (1 - 2 * (swaps % 2))
+    return value * aten.linalg_lu_solve(lu, pivots, a_dot).diagonal(0, -2, -1).sum(-1), FACTORS, None
 
 
 @jvp(aten._linalg_slogdet.default)
