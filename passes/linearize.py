@@ -169,7 +169,7 @@ def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recor
     if not any(tangent.get(n) is not None for n in node.all_input_nodes):
         return None
     if not isinstance(node.target, OpOverload):
-        raise NoRule(_why_no_op(node.target))
+        raise NoRule(_why_no_op(node, report))
     op = node.target
     if not any_has_tangent(op, value_of(node)):
         return None
@@ -217,12 +217,15 @@ def _tangent_of_strided(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Re
         return named
 
 
-def _why_no_op(target: Any) -> str:
-    if not isinstance(target, torch._ops.HigherOrderOperator):
+def _why_no_op(node: fx.Node, report: Report) -> str:
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return "not an op"
-    return (
-        "a higher-order op: its body is a graph of its own, into which tangents do not follow; write it in plain Python"
-    )
+    why = "its body is a graph of its own, into which tangents do not follow; write it in plain Python"
+    line = source_line(node)
+    for _, where, reason in report.left:  # of the calls that would have been swapped for an op of ours
+        if line and where == line:
+            why = reason
+    return f"a higher-order op: {why}"
 
 
 def _argument_tangent(value: Any, tangent: dict[fx.Node, Any]) -> Any:

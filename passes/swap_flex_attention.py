@@ -2,32 +2,39 @@
 
 Before: ``out, lse, _ = flex_attention(q, k, v, score_mod, block_mask, scale, ...)``
 After:  ``map, places = jvpgraph::block_map(kv_num_blocks, kv_indices, ...)``, the nodes of mask_mod on these places,
-        ``o, _ = jvpgraph::attention(q, k, v, None, False, scale, block_map=map, partial_blocks=...)``
+        ``bias = score_mod(0, b, h, i, j)``,
+        ``o, _ = jvpgraph::attention(q, k, v, bias, False, scale, block_map=map, partial_blocks=...)``
+        For a score_mod that does more than add (a softcap): ``softmax(score_mod(scale * q k^T, b, h, i, j)) v``.
 Needs:
-    A score_mod that changes nothing, and only ``out`` used: otherwise the call is left, with the reason.
+    Only ``out`` used, and functions that are pointwise in the indices: otherwise the call is left, with the reason.
 Keeps:
     Every other node; calls that no marked input reaches.
 Numerics:
     The same maths, and the same tiles. The bytes of a tile are made where mask_mod decides on it; how many these are is
-    known when the graph runs, which on a GPU waits for it, once for each mask.
+    known when the graph runs, which on a GPU waits for it, once for each mask. A bias is in float32, and as large as
+    the indices that it depends on; what is written out is as large as the scores, and computed in float32.
 
 A block mask lists, for each block of queries, the blocks of keys that are seen whole (``full``), and those that its
 mask_mod decides on. mask_mod is a graph of 0-dim indices; on indices that broadcast it gives the bytes of all tiles.
+So is score_mod, of which the rules that all ops have give the tangent.
 """
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from jvpgraph.graph.emit_attention import emit_attention
+from jvpgraph.graph.index_functions import adds_to_the_score, check_is_pointwise, inlined, result_of
 from jvpgraph.graph.meta import source_line
 from jvpgraph.graph.torch_level import active_graphs, emit, fake_mode_of
-from jvpgraph.kernels.block_mask import positions_of
+from jvpgraph.kernels.block_mask import BlockMask, positions_of
 from jvpgraph.kernels.ops import OPS
 from jvpgraph.passes.context import Context
 
@@ -35,42 +42,107 @@ __all__ = ["swap_flex_attention"]
 
 FLEX = torch.ops.higher_order.flex_attention
 NO_TILES = 1 << 20  # flex attention without a block mask has one tile of 2^30 queries and keys
-FORMS = {True: "flex_attention with a block mask", False: "flex_attention"}
+WRITTEN_OUT = "flex_attention whose score_mod does more than add to the score: written out, in memory for all scores"
 
 
 def swap_flex_attention(gm: fx.GraphModule, context: Context) -> None:
     """Replace active calls of flex_attention by jvpgraph::attention, in gm and the bodies of its higher-order ops."""
     for body, nodes in active_graphs(gm):
         for node in [n for n in body.graph.find_nodes(op="call_function", target=FLEX) if n in nodes]:
+            name, line = node.name, source_line(node)
             try:
-                has_mask = _swap(body, node)
+                form = _swap(body, node)
             except ValueError as refusal:
-                context.report.left.append((node.name, source_line(node), str(refusal)))
+                context.report.left.append((name, line, str(refusal)))
             else:
-                context.report.swapped.append((node.name, source_line(node), FORMS[has_mask]))
+                (context.report.left if form is WRITTEN_OUT else context.report.swapped).append((name, line, form))
 
 
-def _swap(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Swap one call, or raise ValueError with the reason why not. Whether it has a mask."""
-    q, k, v, score_mod, block_mask, scale, _, _, captured = node.args
+def _swap(gm: fx.GraphModule, node: fx.Node) -> str:
+    """Swap one call, and say what it was, or raise ValueError with the reason why not."""
+    q, k, v, score_mod, block_mask, scale, _, of_score, of_mask = node.args
     outs = {user.args[1]: user for user in node.users if user.target is operator.getitem}
     if len(outs) != len(node.users) or any(out.users for index, out in outs.items() if index != 0):
         raise ValueError("flex_attention whose logsumexp or maximum is used")
-    if not _is_identity(getattr(gm, str(score_mod.target))):  # type: ignore[union-attr]
-        raise ValueError("flex_attention with a score_mod")
     scale = _known(scale)
     if not isinstance(scale, (int, float)):
         raise ValueError("scale is not a number")
-    value = outs[0].meta["example_value"]
+    score_mod = getattr(gm, str(score_mod.target))  # type: ignore[union-attr]
     mask_mod = getattr(gm, str(block_mask[-1].target))  # type: ignore[index, union-attr]
-    _check_is_pointwise(mask_mod, captured)
+    check_is_pointwise(mask_mod, of_mask, "mask_mod")  # type: ignore[arg-type]
+    check_is_pointwise(score_mod, of_score, "score_mod")  # type: ignore[arg-type]
+    dtype = outs[0].meta["example_value"].dtype
     with node.graph.inserting_before(node):
-        mask = _block_mask(node, q, k, block_mask, mask_mod, captured)  # type: ignore[arg-type]
-        o = emit_attention(node, q, k, v, None, False, float(scale), value.dtype, mask)  # type: ignore[arg-type]
+        mask = _block_mask(node, q, k, block_mask, mask_mod, of_mask)  # type: ignore[arg-type]
+        form = "flex_attention with a block mask" if mask else "flex_attention"
+        bias = None
+        if adds_to_the_score(score_mod):
+            if not _is_identity(score_mod):
+                bias, form = _bias(node, q, k, score_mod, of_score), f"{form}{' and' if mask else ' with'} a bias"  # type: ignore[arg-type]
+            o = emit_attention(node, q, k, v, bias, False, float(scale), dtype, mask)  # type: ignore[arg-type]
+        else:
+            o = _written_out(node, q, k, v, score_mod, of_score, float(scale), dtype, mask)  # type: ignore[arg-type]
+            form = WRITTEN_OUT
     outs[0].replace_all_uses_with(o)
     for unused in (*outs.values(), node):
         node.graph.erase_node(unused)
-    return mask is not None
+    return form
+
+
+def _inside(x: fx.Node) -> torch.dtype:
+    """What scores are computed in."""
+    return torch.float64 if x.meta["example_value"].dtype == torch.float64 else torch.float32
+
+
+def _indices(node: fx.Node, q: fx.Node, k: fx.Node) -> list[fx.Node]:
+    """Batch entries [B, 1, 1, 1], heads [H, 1, 1], queries [Lq, 1] and keys [Lkv]."""
+    device, indices = q.meta["example_value"].device, []
+    for x, dim, more in ((q, 0, 3), (q, 1, 2), (q, 2, 1), (k, 2, 0)):
+        index = emit(node, torch.arange, emit(node, "size", x, dim), dtype=torch.int32, device=device)
+        indices.append(emit(node, "view", index, -1, *[1] * more) if more else index)
+    return indices
+
+
+def _bias(node: fx.Node, q: fx.Node, k: fx.Node, score_mod: fx.GraphModule, captured: Sequence[fx.Node]) -> fx.Node:
+    nothing = emit(node, "new_zeros", q, (1, 1, 1, 1), dtype=_inside(q))
+    bias = inlined(node, score_mod, (nothing, *_indices(node, q, k), *captured))
+    return emit(node, "to", bias, _inside(q))
+
+
+def _written_out(
+    node: fx.Node,
+    q: fx.Node,
+    k: fx.Node,
+    v: fx.Node,
+    score_mod: fx.GraphModule,
+    captured: Sequence[fx.Node],
+    scale: float,
+    dtype: torch.dtype,
+    mask: tuple[fx.Node, fx.Node] | None,
+) -> fx.Node:
+    """softmax(score_mod(scale * q k^T)) v; zero where a query sees nothing."""
+
+    def do(target: Any, *args: Any, **kwargs: Any) -> Any:
+        return emit(node, target, *args, **kwargs)
+
+    heads, groups = (x.meta["example_value"].shape[1] for x in (q, k))
+    indices = _indices(node, q, k)
+    if heads != groups:
+        k, v = (do("repeat_interleave", x, heads // groups, 1) for x in (k, v))
+    q, k, v = (do("to", x, _inside(x)) for x in (q, k, v))
+    score = do(operator.mul, do(torch.matmul, q, do("transpose", k, -2, -1)), scale)
+    score = do("to", inlined(node, score_mod, (score, *indices, *captured)), _inside(q))
+    if mask is not None:
+        seen = do(_dense, *mask, *(do("size", x, 2) for x in (q, k)))
+        score = do(torch.where, seen, score, -math.inf)
+    sees = do("any", do(operator.ne, score, -math.inf), -1, True)  # NaN is seen
+    p = do(torch.where, sees, do("softmax", score, -1), 0.0)
+    return do("to", do(torch.matmul, p, v), dtype)
+
+
+def _dense(map: Tensor, partial: Tensor, length_q: int, length_kv: int) -> Tensor:
+    one_more = partial.new_zeros(1, *partial.shape[1:])  # how many there are is not known, perhaps none
+    return BlockMask(map, torch.cat((partial, one_more))).dense(length_q, length_kv)
 
 
 def _known(scale: Any) -> Any:
@@ -82,7 +154,7 @@ def _known(scale: Any) -> Any:
 
 def _is_identity(mod: fx.GraphModule) -> bool:
     score, *_ = mod.graph.find_nodes(op="placeholder")
-    return mod.graph.output_node().args[0] in (score, (score,))
+    return result_of(mod) is score
 
 
 def _block_mask(
@@ -112,7 +184,7 @@ def _block_mask(
         return block_map, do("new_empty", block_map, (0, block_q, block_k), dtype=torch.bool)
     at = do(positions_of, places, block_q, block_k, n_q, n_k)
     *indices, inside = (do(operator.getitem, at, i) for i in range(5))
-    return block_map, do(torch.logical_and, inside, _inlined(node, mask_mod, (*indices, *captured)))
+    return block_map, do(torch.logical_and, inside, inlined(node, mask_mod, (*indices, *captured)))
 
 
 def _tiles(length: int, size: int) -> int:
@@ -126,59 +198,4 @@ def _fresh_sizes_of(x: fx.Node) -> AbstractContextManager[Any]:
 
 def _returns_ones(body: fx.GraphModule) -> bool:
     """Whether a mask_mod is that of a block mask without one: it lets every query see every key."""
-    result = body.graph.output_node().args[0]
-    (result,) = result if isinstance(result, (tuple, list)) else (result,)
-    return isinstance(result, fx.Node) and result.target in ("new_ones", torch.ones)
-
-
-def _check_is_pointwise(body: fx.GraphModule, captured: Any) -> None:
-    """Raise ValueError unless each node that depends on an index is one of numbers, so that its ops broadcast. A row of
-    a table, or a sum, would be another on tensors of indices."""
-    placeholders = body.graph.find_nodes(op="placeholder")
-    fake_mode = fake_mode_of(placeholders[0].meta["example_value"])
-    known = dict(zip(placeholders[4:], (x.meta["example_value"] for x in captured)))
-    with fake_mode, torch.no_grad():
-        shapes = ((2, 1, 1, 1), (3, 1, 1), (5, 1), (7,))
-        known |= {p: torch.zeros(s, dtype=torch.int32, device=_device_of(p)) for p, s in zip(placeholders, shapes)}
-        of_index = set(placeholders[:4])
-        for inner in body.graph.nodes:
-            if inner.op not in ("call_function", "call_method"):
-                continue
-            args, kwargs = fx.node.map_arg((inner.args, inner.kwargs), known.__getitem__)
-            run = getattr(args[0], inner.target) if inner.op == "call_method" else inner.target
-            given = [x for x in inner.all_input_nodes if x in of_index]
-            try:
-                known[inner] = run(*(args[1:] if inner.op == "call_method" else args), **kwargs)
-                pointwise = not given or known[inner].shape in (
-                    torch.broadcast_shapes(*(known[x].shape for x in given)),
-                    torch.Size(()) if inner.target in ("new_ones", "new_zeros", "new_full", "new_tensor") else None,
-                )
-            except Exception as error:
-                raise ValueError(f"flex_attention whose mask_mod has {inner.name}, {error}") from error
-            if not pointwise:
-                raise ValueError(
-                    f"flex_attention whose mask_mod has {inner.name} ({inner.target}), which is not pointwise in the "
-                    "indices: index tables by all of their dims at once, as in table[q, k]"
-                )
-            if given:
-                of_index.add(inner)
-
-
-def _device_of(placeholder: fx.Node) -> torch.device:
-    return placeholder.meta["example_value"].device
-
-
-def _inlined(node: fx.Node, body: fx.GraphModule, arguments: tuple[Any, ...]) -> fx.Node:
-    """The nodes of body, with arguments in place of its placeholders."""
-    known = dict(zip(body.graph.find_nodes(op="placeholder"), arguments))
-    for inner in body.graph.nodes:
-        if inner.op == "output":
-            (result,) = inner.args[0] if isinstance(inner.args[0], (tuple, list)) else inner.args
-            return known[result]
-        if inner.op == "placeholder":
-            continue
-        if inner.op not in ("call_function", "call_method"):
-            raise ValueError(f"the mask_mod of a flex_attention has a {inner.op} in its graph")
-        args, kwargs = fx.node.map_arg((inner.args, inner.kwargs), known.__getitem__)
-        known[inner] = emit(node, inner.target, *args, **kwargs)
-    raise AssertionError("a graph without an output")
+    return getattr(result_of(body), "target", None) in ("new_ones", torch.ones)

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import jvpgraph
 import jvpgraph.kernels.visits
+from tests.rounding import cast, dual_answer, eager_answer, errors
 
 N = 300
 DOCUMENTS = torch.tensor([0] * 150 + [1] * 150)
@@ -80,11 +81,109 @@ def test_it_is_told():
     assert found.fused == 1
 
 
-def test_a_score_mod_is_refused():
-    """It may bend the scores in any way."""
-    model = Flex(None, score_mod=lambda score, b, h, q, k: score * 2)
+# ------------------------------------------------------------------------------------------------------- score_mod
+
+
+def alibi(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return score - (i - j).abs() * 0.5 ** (h + 1)
+
+
+class Scores(nn.Module):
+    """Grouped heads whose scores are changed by a method of this name, by the indices, a table and a number of x."""
+
+    def __init__(self, kind: str, mask_mod=None, written_out: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.mask_mod, self.written_out = kind, mask_mod, written_out
+        self.qkv, self.out = nn.Linear(16, 4 * 8 + 2 * 2 * 8), nn.Linear(32, 16)
+        self.table = nn.Parameter(torch.randn(4, 400))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (-1, 8)).transpose(1, 2) for y in self.qkv(x).split((32, 16, 16), -1))
+        n, warmth = x.shape[1], x.square().mean()
+        table = self.table * warmth
+
+        def of_x(score, b, h, i, j):
+            if self.kind == "relative":
+                return score + table[h, i - j + 200]
+            if self.kind == "hidden":
+                return torch.where(i >= j + 2, score + 0.1 * b, -float("inf"))
+            if self.kind == "softcap":
+                return 2.0 * torch.tanh(score / 2.0)
+            if self.kind == "warm":
+                return score * warmth + table[h, j]
+            raise ValueError(self.kind)
+
+        score_mod = alibi if self.kind == "ALiBi" else of_x
+        if self.written_out:
+            k, v = (y.repeat_interleave(2, 1) for y in (k, v))
+            b, h, i, j = (torch.arange(s).view(-1, *[1] * d) for s, d in ((len(x), 3), (4, 2), (n, 1), (n, 0)))
+            s = score_mod(q @ k.mT * 8**-0.5, b, h, i, j)
+            s = s if self.mask_mod is None else torch.where(self.mask_mod(b, h, i, j), s, -float("inf"))
+            o = s.softmax(-1).nan_to_num() @ v
+        else:
+            mask = self.mask_mod and create_block_mask(self.mask_mod, None, None, n, n, device="cpu", BLOCK_SIZE=64)
+            o = flex_attention(q, k, v, score_mod, mask, enable_gqa=True)
+        return x + self.out(o.transpose(1, 2).flatten(2)).sin()
+
+
+class Behind(Scores):
+    """With numbers and indices alone, behind a branch on data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if float(x.detach().sum()) < 1e9 else x
+
+
+def check_scores(model: Scores, sizes, dtype=torch.float64, **settings) -> jvpgraph.DualModule:
+    model = model.to(dtype)
+    exact = type(model)(model.kind, model.mask_mod, written_out=True).double()
+    exact.load_state_dict(model.state_dict())
+    dual = jvpgraph.transform(model, **{"backend": "eager", **settings})
+    for batch, n in sizes:
+        inputs, dots = ({"x": torch.randn(batch, n, 16).to(dtype)} for _ in range(2))
+        wanted = eager_answer(exact, cast(inputs, torch.float64), cast(dots, torch.float64))
+        found = errors(dual_answer(dual, inputs, dots), wanted)
+        assert max(found.values()) < {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype], found
+    return dual
+
+
+def up_to(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return (q >= k) & (h != q)
+
+
+@pytest.mark.parametrize("mask_mod", [None, up_to], ids=["all", "masked"])
+@pytest.mark.parametrize("kind", ["relative", "ALiBi", "hidden", "softcap", "warm"])
+def test_a_score_mod(kind, mask_mod):
+    dual = check_scores(Scores(kind, mask_mod), [(2, 150)])
+    (report,) = dual.reports
+    told = report.left if kind in ("softcap", "warm") else report.swapped
+    assert "score" in told[0][2] or "bias" in told[0][2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["relative", "softcap"])
+def test_a_score_mod_on_the_default_backend(kind, dtype):
+    check_scores(Scores(kind, up_to), [(2, 150), (3, 70), (3, 90)], dtype, backend="inductor")
+
+
+@pytest.mark.parametrize("kind", ["ALiBi", "softcap"])
+def test_a_score_mod_at_any_size(kind):
+    dual = check_scores(Scores(kind, up_to), [(2, 150), (3, 70), (4, 90)], dynamic=True)
+    assert len(dual.reports) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's, of inputs of a small graph
+@pytest.mark.parametrize("settings", [{"backend": "op_by_op"}, {"backend": "eager", "regions": "auto"}], ids=str)
+def test_a_score_mod_outside_of_graphs(settings):
+    check_scores(Behind("ALiBi"), [(2, 70)], **settings)
+
+
+def test_a_score_mod_of_rows_is_refused():
+    rows = torch.randn(N, N, dtype=torch.float64)
+    model = Flex(None, score_mod=lambda score, b, h, q, k: score + rows[q][k])
     x = torch.randn(1, 2, N, 16, dtype=torch.float64)
-    with pytest.raises(jvpgraph.UnsupportedOp, match="flex_attention"):
+    with pytest.raises(jvpgraph.UnsupportedOp, match="index tables by all of their dims at once"):
         jvpgraph.transform(model, backend="eager")(x, tangents={"x": x})
 
 
