@@ -242,6 +242,7 @@ def _inductor(
 ) -> Compiled:
     context = passes.pipeline.context
     asked = context.config.inductor
+    passes.users = asked.get("joint_custom_pre_pass")
     after = JointPasses(passes.pipeline, AFTER_COMPILER, asked.get("joint_custom_post_pass"))
     patches = {**asked, "joint_custom_pre_pass": passes, "joint_custom_post_pass": after}
     if any(map(_has_symbols, example_inputs)):

@@ -223,10 +223,12 @@ def test_a_copy_is_one(backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_pass_that_a_user_has_for_inductor_does_not_replace_ours(dtype: torch.dtype):
+@pytest.mark.parametrize(
+    ("dtype", "place"), [(torch.float32, "post"), (torch.bfloat16, "post"), (torch.float32, "pre")]
+)
+def test_a_pass_that_a_user_has_for_inductor_and_ours_both_run(dtype: torch.dtype, place: str):
     seen: list[fx.Graph] = []
-    config = jvpgraph.Config(inductor={"joint_custom_post_pass": seen.append})
+    config = jvpgraph.Config(inductor={f"joint_custom_{place}_pass": seen.append})
     for n in (3, 5):
         x = torch.randn(n, dtype=dtype).requires_grad_()
         fn = lambda x, n=n: (lambda y: (y.detach() + torch.zeros(n, dtype=y.dtype), y))(x.sin())  # noqa: E731
