@@ -15,6 +15,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.codegen.common import DeferredLine
 from torch._inductor.codegen.cpp import CppVecKernel, OuterLoopFusedSchedulerNode
 from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.kernel import conv
+from torch._inductor.lowering import lowerings
 from torch._inductor.utils import IndentedBuffer
 from torch._inductor.virtualized import V
 
@@ -55,7 +57,7 @@ def bodies_wait(passes: Any) -> Iterator[None]:
 def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Any:
     """Inductor itself. A backward is compiled when it first runs, where no caller of ours can tell what failed."""
     try:
-        with _a_local_buffer_for_one_row(), _a_name_for_each_store():
+        with _a_local_buffer_for_one_row(), _a_name_for_each_store(), _convolutions_of_any_size():
             return compile_fx_inner(gm, _one_symbol_each(example_inputs), **settings)
     except BackendCompilerFailed as error:
         if settings.get("is_backward"):
@@ -103,6 +105,29 @@ def _a_name_for_each_store() -> Iterator[None]:
         suffix.writeline(DeferredLine(name, "}"))
 
     with mock.patch.object(CppVecKernel, own.__name__, in_a_block):
+        yield
+
+
+@contextmanager
+def _convolutions_of_any_size() -> Iterator[None]:
+    """The order of the strides of a convolution's backward is that of the first sizes, and no guard on each of them.
+
+    Inductor, in torch 2.13, makes numbers of the strides, so that the code is for these sizes alone and is compiled
+    again for each resolution, until there are too many variants.
+    """
+    op = torch.ops.aten.convolution_backward.default
+    own = lowerings.get(op)
+    if own is None or not hasattr(conv, "convolution_backward_lowering"):
+        yield  # older: an op like others
+        return
+
+    def lowered(grad_out: Any, x: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes = V.graph.sizevars
+        sizes.guard_int_seq(weight.get_size())
+        with mock.patch.object(sizes, "guard_int_seq", lambda seq: list(sizes.optimization_hints(seq))):
+            return own(grad_out, x, weight, *args, **kwargs)
+
+    with mock.patch.dict(lowerings, {op: lowered}):
         yield
 
 

@@ -159,7 +159,8 @@ def check_sizes(
 
     Args:
         draw: keyword arguments of the model for one size.
-        sizes: at least three; the second changes every entry of the first, the third is neither.
+        sizes: at least three; the second changes every entry of the first, the third is neither. One graph has to do
+            for all with dynamic=True, and one more without.
         active: names of the inputs with a tangent; default: all floating tensors.
     """
     assert len(sizes) >= 3, "call a second size, and a third"
@@ -177,4 +178,7 @@ def check_sizes(
         found, limit = errors(dual_answer(dual, inputs, dots, grad), wanted), allowed(dtype, own)
         off = {kind: f"{found[kind]:.1e} > {limit[kind]:.1e}" for kind in found if not found[kind] <= limit[kind]}
         assert not off, f"at size {size}: {off}"
+    if dual.regions is None and settings.get("backend") != "op_by_op":
+        wanted = 1 if settings.get("dynamic") else 2
+        assert len(dual.reports) == wanted, f"{len(dual.reports)} graphs, where {wanted} should do for all sizes"
     return dual

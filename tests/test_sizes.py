@@ -106,7 +106,7 @@ def test_numbers_that_a_guard_found_equal(used):
     def draw(batch: int, height: int, width: int) -> dict[str, object]:
         return {"x": torch.randn(batch, height * width, 4), "sizes": [(height, width)] * 2}
 
-    check_sizes(Rotary(used), draw, [(2, 4, 4), (3, 3, 5), (4, 6, 2)], dynamic=True)
+    check_sizes(Rotary(used), draw, [(3, 5, 6), (4, 3, 7), (5, 6, 10)], dynamic=True)
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ def examine(
             result["gradients"] = wanted.grad
         assert dual.regions is not None
         status = next((s for s in ("wrong", "compiled") if s in result), "right")
-        result |= {"status": status, **_capture(dual.regions)}
+        result |= {"status": status, "graphs": len(dual.reports), **_capture(dual.regions)}
     except jvpgraph.UnsupportedOp as error:
         result |= {"status": "refused", "cause": "; ".join(map(str, error.nodes))}
     except Exception as error:  # a sweep goes on
@@ -203,7 +203,10 @@ def line(name: str, run: dict[str, Any]) -> str:
     how = f"{run['dtype']}{' dynamic' if run['dynamic'] else ''}{' checkpointing' if run['checkpointing'] else ''}"
     off = "  ".join(f"{kind} {error:.0e}" for kind, error in run["errors"].items())
     told = run.get("wrong") or run.get("compiled") or run.get("cause", "")
-    return f"{name} {how}: {run['status'].upper()} {run.get('capture', '')}  {off}  {run['seconds']:.0f} s  {told}"
+    many = f" x {run['graphs']}" if run.get("graphs", 1) > 1 else ""
+    return (
+        f"{name} {how}: {run['status'].upper()} {run.get('capture', '')}{many}  {off}  {run['seconds']:.0f} s  {told}"
+    )
 
 
 def shard(names: list[str], part: str) -> list[str]:
