@@ -175,7 +175,7 @@ def test_a_score_mod_at_any_size(kind):
 
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor:UserWarning"
-)  # Dynamo's, of inputs of a small graph
+)  # Dynamo's, of a small graph's inputs
 @pytest.mark.parametrize("settings", [{"backend": "op_by_op"}, {"backend": "eager", "regions": "auto"}], ids=str)
 def test_a_score_mod_outside_of_graphs(settings):
     check_scores(Behind("ALiBi"), [(2, 70)], **settings)
