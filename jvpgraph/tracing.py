@@ -254,7 +254,8 @@ def _float(self: Any, value: float) -> VariableTracker:
     One that is an input of the graph is read outside of the body, a checkpoint's, that asks for it first: the others
     ask for it too.
     """
-    known, tracers = self.source.guard_source.is_unspecialized_nn_module(), self.tx.output.tracers
+    kind, tracers = self.source.guard_source, self.tx.output.tracers
+    known = (kind() if callable(kind) else kind).is_unspecialized_nn_module()  # a method in older versions
     bodies = tracers[1:]
     del tracers[1:]
     try:

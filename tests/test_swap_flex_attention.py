@@ -174,12 +174,19 @@ def test_a_score_mod_at_any_size(kind):
     assert len(dual.reports) == 1
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor:UserWarning"
-)  # Dynamo's, of a small graph's inputs
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's, of a small graph's inputs
 @pytest.mark.parametrize("settings", [{"backend": "op_by_op"}, {"backend": "eager", "regions": "auto"}], ids=str)
 def test_a_score_mod_outside_of_graphs(settings):
     check_scores(Behind("ALiBi"), [(2, 70)], **settings)
+
+
+def test_a_score_mod_that_writes_is_refused():
+    def writes(score, b, h, q, k):
+        return score.add_(q - k)
+
+    x = torch.randn(1, 2, N, 16, dtype=torch.float64)
+    with pytest.raises(jvpgraph.JvpgraphError):  # Dynamo itself does not take some
+        jvpgraph.transform(Flex(None, score_mod=writes), backend="eager")(x, tangents={"x": x})
 
 
 def test_a_score_mod_of_rows_is_refused():

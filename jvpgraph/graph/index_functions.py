@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from jvpgraph.graph.torch_level import emit, fake_mode_of
+from jvpgraph.graph.torch_level import emit, fake_mode_of, is_in_place
 
 __all__ = ["adds_to_the_score", "check_is_pointwise", "inlined", "result_of"]
 
 SHAPES = ((2, 1, 1, 1), (3, 1, 1), (5, 1), (7,))  # of batch entry, head, query and key
 MAKERS = ("new_ones", "new_zeros", "new_full", "new_tensor")
-ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
-SUBTRACTS = (operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract")
+ADDS = (operator.add, torch.add, "add")
+SUBTRACTS = (operator.sub, torch.sub, torch.subtract, "sub", "subtract")
 WHERES = (torch.where, "where")
 
 
@@ -27,8 +27,8 @@ def result_of(body: fx.GraphModule) -> Any:
 
 
 def check_is_pointwise(body: fx.GraphModule, captured: Sequence[fx.Node], what: str) -> None:
-    """Raise ValueError unless each node that depends on an index is one of numbers, so that its ops broadcast. A row of
-    a table, or a sum, would be another on tensors of indices.
+    """Raise ValueError unless each node that depends on an index is one of numbers, so that its ops broadcast, and none
+    writes. A row of a table, or a sum, would be another on tensors of indices.
 
     Args:
         body: of (score,) batch entry, head, query, key and what was captured.
@@ -39,13 +39,16 @@ def check_is_pointwise(body: fx.GraphModule, captured: Sequence[fx.Node], what: 
     fake_mode = fake_mode_of(placeholders[0].meta["example_value"])
     known = dict(zip(placeholders[len(own) :], (x.meta["example_value"] for x in captured)))
     with fake_mode, torch.no_grad():
-        for given, shape in zip(own, (*[torch.broadcast_shapes(*SHAPES)] * (len(own) - len(SHAPES)), *SHAPES)):
-            example = given.meta["example_value"]
-            known[given] = torch.zeros(shape, dtype=example.dtype, device=example.device)
+        of_all = [torch.broadcast_shapes(*SHAPES)] * (len(own) - len(SHAPES))
+        for placeholder, shape in zip(own, (*of_all, *SHAPES)):
+            example = placeholder.meta["example_value"]
+            known[placeholder] = torch.zeros(shape, dtype=example.dtype, device=example.device)
         of_index = set(own)
         for inner in body.graph.nodes:
             if inner.op not in ("call_function", "call_method"):
                 continue
+            if is_in_place(inner):
+                raise ValueError(f"flex_attention whose {what} writes to a tensor ({inner.target})")
             args, kwargs = fx.node.map_arg((inner.args, inner.kwargs), known.__getitem__)
             run = getattr(args[0], inner.target) if inner.op == "call_method" else inner.target
             given = [x for x in inner.all_input_nodes if x in of_index]
