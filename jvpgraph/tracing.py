@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo import exc, symbolic_convert
 from torch._dynamo.bytecode_transformation import create_call_function
+from torch._dynamo.source import ChainedSource, LocalSource
 from torch._dynamo.variables import (
     ConstantVariable,
     SymNodeVariable,
@@ -249,17 +250,19 @@ def _calls_itself(attribute: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _float(self: Any, value: float) -> VariableTracker:
-    """A float of a module's, such as an eps, is a number as its ints are, until it is seen to change.
+    """A float that nobody passed, a module's eps or a default, is a number until it is seen to change, as ints are.
 
     One that is an input of the graph is read outside of the body, a checkpoint's, that asks for it first: the others
     ask for it too.
     """
     kind, tracers = self.source.guard_source, self.tx.output.tracers
-    known = (kind() if callable(kind) else kind).is_unspecialized_nn_module()  # a method in older versions
+    of_module = (kind() if callable(kind) else kind).is_unspecialized_nn_module()  # a method in older versions
+    base = self.source.get_base() if isinstance(self.source, ChainedSource) else self.source
+    passed = isinstance(base, LocalSource) and not of_module
     bodies = tracers[1:]
     del tracers[1:]
     try:
-        with torch._dynamo.config.patch(assume_static_by_default=True) if known else nullcontext():
+        with nullcontext() if passed else torch._dynamo.config.patch(assume_static_by_default=True):
             found: VariableTracker = _wrap_float(self, value)
     finally:
         tracers += bodies

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -17,12 +18,11 @@ from jvpgraph.rules.apply import bind
 __all__ = ["fuse_aten_attention"]
 
 aten = torch.ops.aten
+ON_CPU = aten._scaled_dot_product_flash_attention_for_cpu.default
 # Forward -> backward. Not the efficient kernel, whose logsumexp is padded.
 KERNELS = {
     aten._scaled_dot_product_flash_attention.default: aten._scaled_dot_product_flash_attention_backward.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default: (
-        aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    ),
+    ON_CPU: aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
     aten._scaled_dot_product_cudnn_attention.default: aten._scaled_dot_product_cudnn_attention_backward.default,
 }
 O, LSE = 0, 1
@@ -76,6 +76,8 @@ def _replace_results(plain: fx.Node, fused: fx.Node, recorder: Recorder) -> None
     results = _items(plain)
     with recorder.behind(fused):
         o, lse, *_ = recorder.stand_in(fused)
+        if plain.target is ON_CPU:  # what sees nothing has 0 there, of which its backward makes no NaN
+            lse = lse.masked_fill(lse == -math.inf, 0)
         for i, new in ((O, o), (LSE, lse)):
             if i in results:
                 _substitute(results[i], new, recorder)

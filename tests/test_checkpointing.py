@@ -374,6 +374,48 @@ class Block(nn.Module):
         return x + torch.tanh(self.layer(self.norm(x))) * self.gain * scale + self.table(label)
 
 
+HALF = 0.5
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    return HALF * F.scaled_dot_product_attention(q, k, v, mask, dropout)
+
+
+class MaskedBlocks(nn.Module):
+    """As of Chroma: a default that is a float, and queries that see nothing."""
+
+    def __init__(self, checkpointing: bool = True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.checkpointing = nn.ModuleList(nn.Linear(8, 24) for _ in range(2)), checkpointing
+
+    def block(self, x: Tensor, layer: nn.Linear, mask: Tensor) -> Tensor:
+        return x + attend(*layer(x).chunk(3, -1), mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = torch.arange(x.shape[1]) < x.shape[1] - 1
+        for layer in self.layers:
+            given = (x, layer, seen[:, None] & seen)
+            x = checkpoint(self.block, *given, use_reentrant=False) if self.checkpointing else self.block(*given)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "eps"), [("eager", torch.float64, 1e-12), ("inductor", torch.float32, 1e-5)]
+)
+def test_defaults_in_the_body_of_a_checkpoint(backend: str, dtype: torch.dtype, eps: float):
+    model, exact = MaskedBlocks().to(dtype), MaskedBlocks(checkpointing=False).double()
+    exact.load_state_dict(model.state_dict())
+    dual = jvpgraph.transform(model, backend=backend, dynamic=True)
+    for batch, n in [(3, 5), (4, 7)]:
+        inputs, dots = ({"x": torch.randn(batch, n, 8, dtype=dtype)} for _ in range(2))
+        wanted = eager_answer(exact, cast(inputs, torch.float64), cast(dots, torch.float64))
+        found = errors(dual_answer(dual, inputs, dots), wanted)
+        assert max(found.values()) < eps, found
+    assert len(dual.reports) == 1
+    assert len(dual.reports[0].swapped) == 2  # the default is known to be 0
+
+
 class Blocks(nn.Module):
     """As of PRX and Cosmos 3 Omni, the checkpoint is handed a block's ``__call__``."""
 

@@ -49,6 +49,34 @@ def test_value_tangent_and_gradients(skip):
     assert backend.reports[0].fused == (0 if skip else 1)
 
 
+@pytest.mark.parametrize("skip", [(), ("fuse_aten_attention",)])
+def test_a_query_that_sees_nothing(skip):
+    """Its lse is 0 in ATen and -inf in our kernel, of which ATen's backward would make NaN."""
+    seen = torch.ones(SHAPE[2], SHAPE[2], dtype=torch.bool).tril()
+    seen[0] = False
+    mask = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)[None, None]
+    on_cpu = aten._scaled_dot_product_flash_attention_for_cpu
+
+    def masked(q, k, v):
+        o, lse = on_cpu(q, k, v, attn_mask=mask)
+        return o * lse.detach().unsqueeze(-1), lse.detach()
+
+    def by_hand(q, k, v):
+        s = (q @ k.mT / SHAPE[-1] ** 0.5).masked_fill(~seen, -1e30)
+        lse = torch.where(seen.any(-1), s.logsumexp(-1), 0).detach()
+        return s.softmax(-1) * seen @ v * lse.unsqueeze(-1), lse
+
+    backend = jvpgraph.backend("eager", jvpgraph.Config(skip_passes=skip))
+    primals = tuple(torch.randn(SHAPE, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    dots = tuple(torch.randn(SHAPE, dtype=torch.float64) for _ in range(3))
+    (y, lse), (y_dot, _) = jvpgraph.jvp(masked, primals, dots, backend=backend)
+    want, want_dot = torch.func.jvp(lambda *x: by_hand(*x)[0], tuple(x.detach() for x in primals), dots)
+    grads = torch.autograd.grad(y.square().sum(), primals)
+    want_grads = torch.autograd.grad(by_hand(*primals)[0].square().sum(), primals)
+    torch.testing.assert_close((y, y_dot, *grads), (want, want_dot, *want_grads), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(lse, by_hand(*primals)[1])
+
+
 def test_another_call_of_the_kernel_is_left_alone():
     """Only the call whose tangent is asked for becomes ours."""
 
