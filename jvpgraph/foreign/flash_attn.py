@@ -16,7 +16,8 @@ from jvpgraph.foreign.table import check_options, refuse, swaps
 __all__: list[str] = []
 
 FA2, FA3 = "flash_attn.flash_attn_interface", ("flash_attn_interface", "flash_attn_3.flash_attn_interface")
-TUPLE = {"return_attn_probs": True}  # what older versions of flash_attn 3 always returned
+# Older versions of flash_attn 3 have neither, and return the logsumexp always.
+OF_FUNCTIONS, OF_APPLY = {"return_attn_probs": True}, {"return_softmax": True}
 
 
 def _of_2(*names: str) -> list[str]:
@@ -103,19 +104,22 @@ def _without_probabilities(result: Any) -> Any:
     return result[:2] if isinstance(result, tuple) else result
 
 
-@swaps(*_of_3("flash_attn_func", "FlashAttnFunc"), absent=TUPLE)
+@swaps(*_of_3("flash_attn_func"), absent=OF_FUNCTIONS)
+@swaps(*_of_3("FlashAttnFunc"), absent=OF_APPLY)
 def flash_attn_3_func(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
     return _without_probabilities(flash_attn_func(q, k, v, **options))
 
 
-@swaps(*_of_3("flash_attn_varlen_func", "FlashAttnVarlenFunc"), absent=TUPLE)
+@swaps(*_of_3("flash_attn_varlen_func"), absent=OF_FUNCTIONS)
+@swaps(*_of_3("FlashAttnVarlenFunc"), absent=OF_APPLY)
 def flash_attn_3_varlen_func(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
 ) -> Any:
     return _without_probabilities(flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, **options))
 
 
-@swaps(*_of_3("flash_attn_qkvpacked_func", "FlashAttnQKVPackedFunc"), absent=TUPLE)
+@swaps(*_of_3("flash_attn_qkvpacked_func"), absent=OF_FUNCTIONS)
+@swaps(*_of_3("FlashAttnQKVPackedFunc"), absent=OF_APPLY)
 def flash_attn_3_qkvpacked_func(qkv: Tensor, num_heads_q: int | None = None, **options: Any) -> Any:
     """qkv [B, L, 3, H, D], or [B, L, H + 2 Hkv, D] with num_heads_q = H."""
     if qkv.dim() == 5:

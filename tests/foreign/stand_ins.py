@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.foreign import fake_flash_attn
+from tests.foreign import fake_flash_attn, fake_flash_attn_3
 
 OPAQUE = "a stand-in's kernel, which nothing may trace"
 
@@ -141,6 +141,11 @@ def install_flash_attn(patch: pytest.MonkeyPatch) -> None:
             patch.setattr(sys.modules["flash_attn"], name, getattr(fake_flash_attn, name), raising=False)
 
 
+def install_flash_attn_3(patch: pytest.MonkeyPatch) -> None:
+    if not real("flash_attn_interface"):
+        patch.setitem(sys.modules, "flash_attn_interface", fake_flash_attn_3)
+
+
 def install_sage(patch: pytest.MonkeyPatch) -> None:
     if not real("sageattention"):
         core = put(patch, "sageattention.core", sageattn=sageattn, sageattn_varlen=sageattn_varlen)
@@ -170,6 +175,7 @@ def install_xformers(patch: pytest.MonkeyPatch) -> None:
 
 INSTALL = {
     "flash_attn": install_flash_attn,
+    "flash_attn_interface": install_flash_attn_3,
     "sageattention": install_sage,
     "natten": install_natten,
     "xformers": install_xformers,

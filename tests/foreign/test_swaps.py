@@ -102,8 +102,8 @@ def importing(name):
     return fixture
 
 
-fixtures = [importing(name) for name in INSTALL]
-of_flash_attn, of_sage, of_natten, of_xformers = fixtures
+of_flash_attn, of_sage = importing("flash_attn"), importing("sageattention")
+of_natten, of_xformers = importing("natten"), importing("xformers")
 
 
 def qkv(q, k, v):
