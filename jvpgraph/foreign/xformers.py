@@ -44,12 +44,37 @@ MASKS = "xformers.ops.fmha.attn_bias", "mslk.attention.fmha.attn_bias"
 FUNCTIONS = "xformers.ops", "xformers.ops.fmha", "mslk.attention.fmha"
 
 
-@swaps(*(f"{module}.LowerTriangularMask" for module in MASKS))
-class LowerTriangularMask:
-    """Theirs is a subclass of Tensor in some versions, which Dynamo does not make."""
+def _of_masks(*names: str) -> list[str]:
+    return [f"{module}.{name}" for module in MASKS for name in names]
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+
+class LowerTriangularMask:
+    """Theirs is a wrapper of a tensor in newer versions, which Dynamo does not make."""
+
+    def add_bias(self, bias: Tensor) -> LowerTriangularMaskWithTensorBias:
+        return LowerTriangularMaskWithTensorBias(bias)
+
+
+class LowerTriangularMaskWithTensorBias(LowerTriangularMask):
+    def __init__(self, bias: Tensor) -> None:
+        self._bias = bias
+
+
+# Functions make them: Dynamo knows a class of ours by where it finds it, which here is in their globals.
+@swaps(*_of_masks("LowerTriangularMask"))
+def new_mask(*_: Any, **__: Any) -> LowerTriangularMask:
+    return LowerTriangularMask()
+
+
+@swaps(*_of_masks("LowerTriangularMaskWithTensorBias"))
+def new_mask_with_bias(bias: Tensor) -> LowerTriangularMaskWithTensorBias:
+    return LowerTriangularMaskWithTensorBias(bias)
+
+
+@swaps(*_of_masks("_AddDenseBias"))
+def add_bias(causal_bias: Any, tensor: Tensor) -> LowerTriangularMaskWithTensorBias:
+    """What add_bias of theirs calls, where the mask was made outside of the graph."""
+    return LowerTriangularMaskWithTensorBias(tensor)
 
 
 @swaps(*(f"{module}.{NAME}" for module in FUNCTIONS))
@@ -85,7 +110,7 @@ def _with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float | None, 
     kind = type(bias).__name__
     if kind in OF_PAIRS:
         causal, from_the_end = OF_PAIRS[kind]
-        added = _of_rank_4(bias._bias, rank) if kind == "LowerTriangularMaskWithTensorBias" else None
+        added = _of_rank_4(_added(bias), rank) if kind == "LowerTriangularMaskWithTensorBias" else None
         return attend(q, k, v, added, causal, scale, _window(bias), from_the_end)[0]
     if kind in OF_SEQUENCES or kind in OF_SEQUENCES_WITH_GAPS:
         if q.shape[0] != 1:
@@ -96,6 +121,12 @@ def _with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float | None, 
             refuse(NAME, "attn_bias", "xformers adds the bias to the scores, and a boolean one means something else")
         return attend(q, k, v, _of_rank_4(bias, rank), scale=scale)[0]
     refuse(NAME, "attn_bias", f"{kind} is a mask that our version of the function does not know")
+
+
+def _added(bias: Any) -> Tensor:
+    """What a mask adds to the scores, which versions keep in one place or the other."""
+    tensor: Tensor = bias._subtensor if hasattr(bias, "_subtensor") else bias._bias
+    return tensor
 
 
 def _of_rank_4(bias: Tensor, rank: int) -> Tensor:

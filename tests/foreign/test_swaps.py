@@ -287,9 +287,9 @@ XFORMERS = {
         {},
     ),
     "causal blocks from the end": (
-        of_lengths("BlockDiagonalCausalFromBottomRightMask", k=reversed_lengths),
-        lambda n, m: blocks(lengths(n), reversed_lengths(m), lambda a, b: band(a, b, right=0)),
-        {},
+        of_lengths("BlockDiagonalCausalFromBottomRightMask", lambda n: [2, 4, 1], lengths),
+        lambda n, m: blocks([2, 4, 1], lengths(m), lambda a, b: band(a, b, right=0)),
+        {"last": 7},
     ),
 }
 
@@ -302,7 +302,7 @@ def test_masks_of_xformers(of_xformers, form):
     check(
         lambda q, k, v, bias: ops.memory_efficient_attention(q, k, v, attn_bias=bias),
         lambda q, k, v, bias: plain(q, k, v, wanted(q.shape[1], k.shape[1])),
-        sizes=((1, 12), (1, 20)),
+        sizes=((1, 13), (1, 22)),
         others=lambda n: {"bias": mask(masks, n)},
         **how,
     )
@@ -343,32 +343,6 @@ def test_biases_of_xformers(of_xformers):
 
 def causal(q, k, v):
     return plain(q, k, v, band(q.shape[1], k.shape[1], right=0))
-
-
-def test_padded_keys_of_xformers(of_xformers):
-    ops, masks = of_xformers("xformers.ops"), of_xformers("xformers.ops.fmha.attn_bias")
-    from tests.foreign.stand_ins import _PaddedSeqLenInfo, _SeqLenInfo
-
-    def mask(n):
-        padding, used = n // 3, [2, n // 3, 1]
-        starts = [0, padding, 2 * padding, 3 * padding]
-        keys = _PaddedSeqLenInfo(torch.tensor(starts).int(), max(used), starts, torch.tensor(used).int(), used)
-        return masks.BlockDiagonalPaddedKeysMask(_SeqLenInfo.of([3, 2, 4]), keys)
-
-    def reference(q, k, v, bias):
-        seen = torch.zeros(9, k.shape[1], dtype=torch.bool)
-        starts, used = bias.k_seqinfo.seqstart_py, bias.k_seqinfo.seqlen_py
-        for (a, b), start, n in zip(((0, 3), (3, 5), (5, 9)), starts, used):
-            seen[a:b, start : start + n] = True
-        return plain(q, k, v, seen)
-
-    check(
-        lambda q, k, v, bias: ops.memory_efficient_attention(q, k, v, bias),
-        reference,
-        sizes=((1, 12), (1, 21)),
-        others=lambda n: {"bias": mask(n)},
-        last=9,
-    )
 
 
 @pytest.mark.slow
