@@ -54,6 +54,7 @@ def apply_rotary_emb_qkv_(
     interleaved: bool = False,
     seqlen_offsets: Any = 0,
     num_heads_q: int | None = None,
+    **options: Any,
 ) -> Tensor:
     """qkv [B, L, 3, H, D], or [B, L, H + 2 Hkv, D] with num_heads_q = H; q and k are turned in place."""
     cos_k, sin_k = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
@@ -64,17 +65,17 @@ def apply_rotary_emb_qkv_(
     else:
         n_kv = (qkv.shape[2] - num_heads_q) // 2
         q, k = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + n_kv]
-    apply_rotary_emb(q, cos, sin, interleaved, True, seqlen_offsets)
-    apply_rotary_emb(k, cos_k, sin_k, interleaved, True, seqlen_offsets)
+    apply_rotary_emb(q, cos, sin, interleaved, True, seqlen_offsets, **options)
+    apply_rotary_emb(k, cos_k, sin_k, interleaved, True, seqlen_offsets, **options)
     return qkv
 
 
 @swaps(f"{ROTARY}.apply_rotary_emb_kv_", f"{ROTARY}.ApplyRotaryEmbKV_")
 def apply_rotary_emb_kv_(
-    kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, seqlen_offsets: Any = 0
+    kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, seqlen_offsets: Any = 0, **options: Any
 ) -> Tensor:
     """kv [B, L, 2, H, D]; k is turned in place."""
-    apply_rotary_emb(kv[:, :, 0], cos, sin, interleaved, True, seqlen_offsets)
+    apply_rotary_emb(kv[:, :, 0], cos, sin, interleaved, True, seqlen_offsets, **options)
     return kv
 
 

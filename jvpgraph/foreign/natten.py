@@ -25,7 +25,7 @@ TILES = {
 MERGED = "natten.functional"
 
 
-@swaps(*(f"{MERGED}.{name}" for name in ("na1d", "na2d", "na3d")))
+@swaps(*(f"{MERGED}.{name}" for name in ("na1d", "na2d", "na3d", "neighborhood_attention_generic")))
 def neighborhood_attention(
     query: Tensor,
     key: Tensor,

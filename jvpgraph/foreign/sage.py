@@ -20,6 +20,7 @@ KERNELS = (
     *("sageattn", "sageattn_qk_int8_pv_fp16_cuda"),
     *("sageattn_qk_int8_pv_fp8_cuda", "sageattn_qk_int8_pv_fp8_cuda_sm90"),
 )
+NOT_OF_3 = {"tensor_layout": "HND", "sm_scale": None, "return_lse": False}
 OF_QUANTIZATION = {
     *("quantization_backend", "qk_quant_gran", "pv_accum_dtype", "smooth_k", "smooth_v", "per_block_mean"),
 }
@@ -77,4 +78,7 @@ def sageattn_varlen(
 @swaps("sageattn3.api.sageattn3_blackwell")
 def sageattn3_blackwell(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, **options: Any) -> Any:
     """[B, H, L, D]"""
+    for name, value in options.items():
+        if name in NOT_OF_3 and value != NOT_OF_3[name]:
+            refuse("sageattn3_blackwell", name, "SageAttention 3 ignores it, where SageAttention does not")
     return sageattn(q, k, v, is_causal=is_causal, **options)

@@ -6,6 +6,7 @@ functions that it may not trace, in autograd.Functions around what it cannot see
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 import types
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from tests.foreign import fake_flash_attn, fake_flash_attn_3
+from tests.foreign.plain import band, blocks, neighbourhoods, plain
 
 OPAQUE = "a stand-in's kernel, which nothing may trace"
 
@@ -41,9 +43,19 @@ def put(patch: pytest.MonkeyPatch, name: str, **members: Any) -> types.ModuleTyp
     return module
 
 
+def opaque():
+    """What Dynamo traces is ours."""
+    if torch.compiler.is_compiling():
+        raise AssertionError(OPAQUE)
+
+
 @torch.compiler.disable
 def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False, **kwargs):
-    raise AssertionError(OPAQUE)
+    assert not return_lse
+    q, k, v = (x.transpose(1, 2) if tensor_layout == "HND" else x for x in (q, k, v))
+    seen = band(q.shape[1], k.shape[1], right=0, from_the_end=False) if is_causal else None
+    o = plain(q, k, v, seen, scale=sm_scale)
+    return o.transpose(1, 2) if tensor_layout == "HND" else o
 
 
 @torch.compiler.disable
@@ -53,20 +65,160 @@ def sageattn_varlen(
     raise AssertionError(OPAQUE)
 
 
-def na1d(query, key, value, kernel_size, stride=1, dilation=1, is_causal=False, scale=None, return_lse=False):
+@torch.compiler.disable
+def sageattn_qk_int8_pv_fp16_triton(
+    q,
+    k,
+    v,
+    tensor_layout="HND",
+    quantization_backend="triton",
+    is_causal=False,
+    attn_mask=None,
+    sm_scale=None,
+    smooth_k=True,
+    return_lse=False,
+    **kwargs,
+):
     raise AssertionError(OPAQUE)
 
 
-def na2d(query, key, value, kernel_size, stride=1, dilation=1, is_causal=False, scale=None, return_lse=False):
+@torch.compiler.disable
+def sageattn_qk_int8_pv_fp16_cuda(
+    q,
+    k,
+    v,
+    tensor_layout="HND",
+    is_causal=False,
+    qk_quant_gran="per_thread",
+    sm_scale=None,
+    pv_accum_dtype="fp32",
+    smooth_k=True,
+    smooth_v=False,
+    return_lse=False,
+    **kwargs,
+):
     raise AssertionError(OPAQUE)
 
 
-def na3d(query, key, value, kernel_size, stride=1, dilation=1, is_causal=False, scale=None, return_lse=False):
+@torch.compiler.disable
+def sageattn_qk_int8_pv_fp8_cuda(
+    q,
+    k,
+    v,
+    tensor_layout="HND",
+    is_causal=False,
+    qk_quant_gran="per_thread",
+    sm_scale=None,
+    pv_accum_dtype="fp32+fp16",
+    smooth_k=True,
+    smooth_v=False,
+    return_lse=False,
+    **kwargs,
+):
+    raise AssertionError(OPAQUE)
+
+
+@torch.compiler.disable
+def sageattn_qk_int8_pv_fp8_cuda_sm90(
+    q,
+    k,
+    v,
+    tensor_layout="HND",
+    is_causal=False,
+    qk_quant_gran="per_thread",
+    sm_scale=None,
+    pv_accum_dtype="fp32+fp32",
+    smooth_k=True,
+    return_lse=False,
+    **kwargs,
+):
+    raise AssertionError(OPAQUE)
+
+
+def sageattn3_blackwell(q, k, v, attn_mask=None, is_causal=False, per_block_mean=True, **kwargs):
+    raise AssertionError(OPAQUE)
+
+
+def neighborhood_attention_generic(
+    query,
+    key,
+    value,
+    kernel_size,
+    stride=1,
+    dilation=1,
+    is_causal=False,
+    scale=None,
+    additional_keys=None,
+    additional_values=None,
+    attention_kwargs=None,
+    backend=None,
+    q_tile_shape=None,
+    kv_tile_shape=None,
+    backward_q_tile_shape=None,
+    backward_kv_tile_shape=None,
+    backward_kv_splits=None,
+    backward_use_pt_reduction=False,
+    run_persistent_kernel=True,
+    kernel_schedule=None,
+    torch_compile=False,
+    return_lse=False,
+):
+    opaque()
+    assert additional_keys is None
+    assert not return_lse
+    seen = neighbourhoods(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    return plain(*(x.flatten(1, -3) for x in (query, key, value)), seen, scale=scale).view_as(query)
+
+
+def of_dims(name):
+    """na1d, na2d and na3d have the same arguments as the function for any of them."""
+
+    @functools.wraps(neighborhood_attention_generic)
+    def call(*args, **kwargs):
+        return neighborhood_attention_generic(*args, **kwargs)
+
+    call.__name__ = call.__qualname__ = name
+    return call
+
+
+na1d, na2d, na3d = map(of_dims, ("na1d", "na2d", "na3d"))
+
+
+def attention(
+    query,
+    key,
+    value,
+    is_causal=False,
+    scale=None,
+    seqlens_Q=None,
+    seqlens_KV=None,
+    cumulative_seqlen_Q=None,
+    cumulative_seqlen_KV=None,
+    max_seqlen_Q=None,
+    max_seqlen_KV=None,
+    backend=None,
+    q_tile_size=None,
+    kv_tile_size=None,
+    backward_q_tile_size=None,
+    backward_kv_tile_size=None,
+    backward_kv_splits=None,
+    backward_use_pt_reduction=False,
+    run_persistent_kernel=True,
+    kernel_schedule=None,
+    torch_compile=False,
+    return_lse=False,
+):
     raise AssertionError(OPAQUE)
 
 
 def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
-    raise AssertionError(OPAQUE)
+    opaque()
+    seen = None
+    if attn_bias is not None:
+        of_q, of_k = (x.seqstart.diff().tolist() for x in (attn_bias.q_seqinfo, attn_bias.k_seqinfo))
+        assert type(attn_bias) is BlockDiagonalMask
+        seen = blocks(of_q, of_k)
+    return plain(query, key, value, seen, scale=scale)
 
 
 @dataclass
@@ -318,18 +470,28 @@ def install_flash_attn_3(patch: pytest.MonkeyPatch) -> None:
         patch.setitem(sys.modules, "flash_attn_interface", fake_flash_attn_3)
 
 
+SAGE = {name: x for name, x in list(globals().items()) if name.startswith("sageattn") and name != "sageattn3_blackwell"}
+NATTEN = {"attention": attention, "neighborhood_attention_generic": neighborhood_attention_generic}
+NATTEN |= {"na1d": na1d, "na2d": na2d, "na3d": na3d}
+
+
 def install_sage(patch: pytest.MonkeyPatch) -> None:
     if not real("sageattention"):
-        core = put(patch, "sageattention.core", sageattn=sageattn, sageattn_varlen=sageattn_varlen)
-        for name in ("sageattn", "sageattn_varlen"):
-            patch.setattr(sys.modules["sageattention"], name, getattr(core, name), raising=False)
+        put_in_both(patch, "sageattention", "core", SAGE)
+    if not real("sageattn3"):
+        put_in_both(patch, "sageattn3", "api", {"sageattn3_blackwell": sageattn3_blackwell})
 
 
 def install_natten(patch: pytest.MonkeyPatch) -> None:
     if not real("natten"):
-        put(patch, "natten.functional", na1d=na1d, na2d=na2d, na3d=na3d)
-        for name in ("na1d", "na2d", "na3d"):
-            patch.setattr(sys.modules["natten"], name, globals()[name], raising=False)
+        put_in_both(patch, "natten", "functional", NATTEN)
+
+
+def put_in_both(patch: pytest.MonkeyPatch, package: str, module: str, members: dict[str, Any]) -> None:
+    """In a module of a package, and in the package itself."""
+    put(patch, f"{package}.{module}", **members)
+    for name, member in members.items():
+        patch.setattr(sys.modules[package], name, member, raising=False)
 
 
 MASKS = {name: x for name, x in list(globals().items()) if name.endswith("Mask") or "TriangularMask" in name}

@@ -246,7 +246,7 @@ def test_sequences_of_a_cache_are_refused(of_flash_attn_interface, argument):
     flash = of_flash_attn_interface("flash_attn_interface")
     dual = jvpgraph.transform(Net(lambda q, k, v: packed(flash, q, k, v, **{argument: cu([6])[1:]})), backend="eager")
     x = torch.randn(1, 6, C)
-    with pytest.raises(UnsupportedOp, match=rf"flash_attn_varlen_func \({argument}\).*\n?.*slots of a cache"):
+    with pytest.raises(UnsupportedOp, match=rf"flash_attn_varlen_func \({argument}\).*slots of a cache"):
         dual(x, torch.rand(1), tangents={"x": x})
 
 

@@ -22,7 +22,14 @@ def apply_rotary_emb(x, cos, sin, interleaved=False, inplace=False, seqlen_offse
     raise AssertionError(OPAQUE)
 
 
-def apply_rotary_emb_qkv_(qkv, cos, sin, cos_k=None, sin_k=None, interleaved=False, seqlen_offsets=0, num_heads_q=None):
+def apply_rotary_emb_qkv_(
+    qkv, cos, sin, cos_k=None, sin_k=None, interleaved=False, seqlen_offsets=0, cu_seqlens=None, max_seqlen=None,
+    num_heads_q=None
+):  # fmt: skip
+    raise AssertionError(OPAQUE)
+
+
+def apply_rotary_emb_kv_(kv, cos, sin, interleaved=False, seqlen_offsets=0, cu_seqlens=None, max_seqlen=None):
     raise AssertionError(OPAQUE)
 
 
@@ -60,6 +67,7 @@ def fused(monkeypatch):
         "flash_attn.layers.rotary",
         apply_rotary_emb=apply_rotary_emb,
         apply_rotary_emb_qkv_=apply_rotary_emb_qkv_,
+        apply_rotary_emb_kv_=apply_rotary_emb_kv_,
     )
     put(monkeypatch, "flash_attn.ops.triton.layer_norm", rms_norm_fn=rms_norm_fn, layer_norm_fn=layer_norm_fn)
     put(monkeypatch, "flash_attn.ops.rms_norm", rms_norm=rms_norm)
@@ -104,6 +112,37 @@ def test_rotary_embedding_of_packed_operands(fused):
         return plain(*qkv.unbind(2))
 
     check(call, lambda q, k, v: plain(rotated(q, False), rotated(k, False), v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_embedding_of_packed_keys(fused, interleaved, dtype):
+    """Grouped ones, turned from the second position on, in place: what is returned is what was given."""
+    rotary = fused("flash_attn.layers.rotary")
+
+    def call(q, k, v):
+        kv = torch.stack([k, v], 2)
+        turned = rotary.apply_rotary_emb_kv_(kv, *angles(64), interleaved=interleaved, seqlen_offsets=1)
+        return plain(q, kv[:, :, 0], turned[:, :, 1])
+
+    check(call, lambda q, k, v: plain(q, rotated(k, interleaved, 1), v), kv_heads=2, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "options", [{"cu_seqlens": torch.tensor([0, 6])}, {"seqlen_offsets": torch.tensor([1])}], ids=str
+)
+@pytest.mark.parametrize("name", ["apply_rotary_emb", "apply_rotary_emb_kv_", "apply_rotary_emb_qkv_"])
+def test_positions_of_several_sequences_are_refused(fused, name, options):
+    function = getattr(fused("flash_attn.layers.rotary"), name)
+
+    def call(q, k, v):
+        parts = {"apply_rotary_emb": q, "apply_rotary_emb_kv_": torch.stack([k, v], 2)}
+        function(parts.get(name, torch.stack([q, k, v], 2)), *angles(64), **options)
+        return q
+
+    x, dual = torch.randn(1, 6, C), jvpgraph.transform(Net(call), backend="eager")
+    with pytest.raises(UnsupportedOp, match="positions of several sequences: index cos and sin"):
+        dual(x, torch.rand(1), tangents={"x": x})
 
 
 def test_norms(fused):

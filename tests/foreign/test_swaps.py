@@ -13,33 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 import jvpgraph
 from jvpgraph.errors import UnsupportedOp
+from tests.foreign.plain import band, blocks, neighbourhoods, plain
 from tests.foreign.stand_ins import INSTALL
 
 H, D, C = 4, 8, 16
 pytestmark = pytest.mark.slow
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
-
-
-def plain(q, k, v, mask=None, bias=0.0, scale=None):
-    """[B, L, H, D], with a boolean mask [Lq, Lk] and something added."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    s = (scale or q.shape[-1] ** -0.5) * q @ k.mT + bias
-    if mask is None:
-        return (s.softmax(-1) @ v).transpose(1, 2)
-    p = s.masked_fill(~mask, -1e300).softmax(-1)
-    return (p.masked_fill(~mask, 0) @ v).transpose(1, 2)
-
-
-def band(n_q, n_k, left=-1, right=-1, from_the_end=True):
-    distance = torch.arange(n_k) - torch.arange(n_q)[:, None] - (n_k - n_q if from_the_end else 0)
-    seen = torch.ones(n_q, n_k, dtype=torch.bool)
-    seen &= (distance <= right) | (right < 0)
-    return seen & ((distance >= -left) | (left < 0))
-
-
-def blocks(of_q, of_k, block=lambda n, m: torch.ones(n, m, dtype=torch.bool)):
-    return torch.block_diag(*map(block, of_q, of_k)).bool()
 
 
 def lengths(n):
@@ -400,24 +379,6 @@ def test_packed_sage_attention(of_sage):
     )
 
 
-def neighbours(n, kernel, stride, dilation, causal):
-    """[n, n], token by token, as NATTEN describes it."""
-    seen = torch.zeros(n, n, dtype=torch.bool)
-    for i in range(n):
-        group = list(range(i % dilation, n, dilation))
-        place = i // dilation
-        leader = place - place % stride + (stride - 1 if causal else stride // 2)
-        leader = min(leader, len(group) - 1)
-        if causal:
-            window = [j for j in range(len(group)) if leader - kernel < j <= place]
-        else:
-            first = min(max(leader - kernel // 2, 0), len(group) - kernel)
-            window = range(first, first + kernel)
-        for j in window:
-            seen[i, group[j]] = True
-    return seen
-
-
 NATTEN = [
     ((12,), {"kernel_size": 5}),
     ((13,), {"kernel_size": 4, "dilation": 3}),
@@ -433,11 +394,7 @@ NATTEN = [
 def test_neighbourhoods(of_natten, space, options):
     natten, n = of_natten("natten"), math.prod(space)
     attention = getattr(natten, f"na{len(space)}d")
-    mask = torch.ones(1, 1, dtype=torch.bool)
-    for dim, size in enumerate(space):
-        names = ("kernel_size", "stride", "dilation", "is_causal")
-        given = (options.get(name, default) for name, default in zip(names, (None, 1, 1, False)))
-        mask = torch.kron(mask, neighbours(size, *(x[dim] if isinstance(x, tuple) else x for x in given)))
+    mask = neighbourhoods(space, **options)
     check(
         lambda q, k, v: attention(*(x.unflatten(1, space) for x in (q, k, v)), **options).flatten(1, -3),
         lambda q, k, v: plain(q, k, v, mask),

@@ -1,0 +1,228 @@
+"""The kernels of SageAttention by their names, SageAttention 3, and NATTEN's attention and additional keys."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import jvpgraph
+from jvpgraph.errors import UnsupportedOp
+from tests.foreign.plain import band, neighbourhoods, plain
+from tests.foreign.test_swaps import C, H, Net, check, cu, importing
+
+pytestmark = pytest.mark.slow
+of_sage, of_natten = importing("sageattention"), importing("natten")
+KERNELS = {
+    "sageattn_qk_int8_pv_fp16_triton": {"quantization_backend": "cuda"},
+    "sageattn_qk_int8_pv_fp16_cuda": {"qk_quant_gran": "per_warp", "pv_accum_dtype": "fp16+fp32"},
+    "sageattn_qk_int8_pv_fp8_cuda": {"smooth_k": False, "smooth_v": True},
+    "sageattn_qk_int8_pv_fp8_cuda_sm90": {"pv_accum_dtype": "fp32"},
+}
+
+
+def causal(q, k, v, scale=None):
+    return plain(q, k, v, band(q.shape[1], k.shape[1], right=0, from_the_end=False), scale=scale)
+
+
+def times_lse(o, lse):
+    """Of [B, H, L]."""
+    return o * lse.mT[..., None]
+
+
+def with_lse(q, k, v, scale):
+    k_all = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    s = q.transpose(1, 2) @ k_all.transpose(1, 2).mT * scale
+    return times_lse(plain(q, k, v, scale=scale), s.logsumexp(-1))
+
+
+def heads_first(*tensors):
+    return [x.transpose(1, 2) for x in tensors]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_of_sage_attention(of_sage, name):
+    kernel, of_quantization = getattr(of_sage("sageattention"), name), KERNELS[name]
+
+    def call(q, k, v):
+        return kernel(q, k, v, "NHD", is_causal=True, sm_scale=0.3, **of_quantization)
+
+    def call_with_lse(q, k, v):
+        o, lse = kernel(*heads_first(q, k, v), sm_scale=0.3, return_lse=True, **of_quantization)
+        return times_lse(o.transpose(1, 2), lse)
+
+    check(call, lambda q, k, v: causal(q, k, v, 0.3), kv_heads=2)
+    check(call_with_lse, lambda q, k, v: with_lse(q, k, v, 0.3), last=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sage_attention_3(of_sage, dtype):
+    sage = of_sage("sageattn3")
+
+    def call(q, k, v):
+        q, k, v = heads_first(q, k, v)
+        return sage.sageattn3_blackwell(q, k, v, None, True, per_block_mean=False).transpose(1, 2)
+
+    check(call, causal, dtype=dtype)
+    check(lambda q, k, v: sage.sageattn3_blackwell(*heads_first(q, k, v)).transpose(1, 2), plain, dtype=dtype)
+
+
+@pytest.mark.slow
+def test_sage_attention_3_with_inductor(of_sage):
+    sage = of_sage("sageattn3")
+    check(lambda q, k, v: sage.sageattn3_blackwell(*heads_first(q, k, v)).transpose(1, 2), plain, backend="inductor")
+
+
+def test_a_mask_that_triton_takes(of_sage):
+    """The one kernel that does not ignore it."""
+    kernel = of_sage("sageattention").sageattn_qk_int8_pv_fp16_triton
+    seen = torch.rand(12, 12, generator=torch.Generator().manual_seed(0)) < 0.7
+    check(
+        lambda q, k, v: kernel(q, k, v, tensor_layout="NHD", attn_mask=seen),
+        lambda q, k, v: plain(q, k, v, seen),
+        sizes=((2, 12), (3, 12)),
+    )
+
+
+def refused(call, reason):
+    x = torch.randn(1, 6, C)
+    with pytest.raises(UnsupportedOp, match=reason) as told:
+        jvpgraph.transform(Net(call), backend="eager")(x, torch.rand(1), tangents={"x": x})
+    assert "test_sage_natten.py:" in str(told.value)
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if not name.endswith("triton")])
+def test_masks_that_kernels_ignore_are_refused(of_sage, name):
+    kernel = getattr(of_sage("sageattention"), name)
+    refused(lambda q, k, v: kernel(q, k, v, attn_mask=q > 0), "attn_mask.*SageAttention ignores it")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"tensor_layout": "NHD"}, "tensor_layout.*SageAttention 3 ignores it"),
+        ({"sm_scale": 0.3}, "sm_scale.*SageAttention 3 ignores it"),
+        ({"return_lse": True}, "return_lse.*SageAttention 3 ignores it"),
+        ({"attn_mask": torch.ones(6, 6)}, "attn_mask.*SageAttention ignores it"),
+        ({"window": 3}, "window.*newer than our version"),
+    ],
+    ids=str,
+)
+def test_what_sage_attention_3_ignores_is_refused(of_sage, options, reason):
+    sage = of_sage("sageattn3")
+    refused(lambda q, k, v: sage.sageattn3_blackwell(q, k, v, **options), reason)
+
+
+# --------------------------------------------------------------------------------------------------------- NATTEN
+
+
+ATTENTION = {
+    "plain": ({}, plain, {"kv_heads": 2, "last": 5}),
+    "causal": ({"is_causal": True, "q_tile_size": 64, "backend": "cutlass-fmha"}, causal, {}),
+    "scale": ({"scale": 0.3, "run_persistent_kernel": False}, lambda q, k, v: plain(q, k, v, scale=0.3), {}),
+    "logsumexp": (
+        {"scale": 0.3, "return_lse": True},
+        lambda q, k, v: with_lse(q, k, v, 0.3),
+        {"kv_heads": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ATTENTION)
+def test_attention_of_natten(of_natten, form):
+    natten = of_natten("natten")
+    options, reference, how = ATTENTION[form]
+
+    def call(q, k, v):
+        result = natten.attention(q, k, v, **options)
+        return times_lse(result[0], result[1].mT) if options.get("return_lse") else result
+
+    check(call, reference, **how)
+
+
+@pytest.mark.parametrize(
+    ("space", "options", "dtype"),
+    [
+        ((12,), {"kernel_size": 5}, torch.float32),
+        ((3, 4), {"kernel_size": (3, 2), "dilation": (1, 2), "is_causal": (False, True)}, torch.float32),
+        ((2, 2, 3), {"kernel_size": (2, 1, 3)}, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_additional_keys_of_natten(of_natten, space, options, dtype):
+    """Of a context, which all tokens see: the first rows, which have tangents and gradients as well."""
+    attention = getattr(of_natten("natten"), f"na{len(space)}d")
+    n = math.prod(space)
+    seen = torch.cat([neighbourhoods(space, **options), torch.ones(n, 3, dtype=torch.bool)], 1)
+
+    def call(q, k, v):
+        own = [x[:, 3:].unflatten(1, space) for x in (q, k, v)]
+        more = {
+            "additional_keys": k[:, :3],
+            "additional_values": v[:, :3],
+            "attention_kwargs": {"backend": "flex-fmha"},
+        }
+        o, lse = attention(*own, **options, **more, return_lse=True)
+        assert lse.shape == own[0].shape[:-1]
+        return torch.cat([q[:, :3], (o * lse[..., None].to(o)).flatten(1, -3)], 1)
+
+    def reference(q, k, v):
+        q_own, k, v = q[:, 3:], *(torch.cat([x[:, 3:], x[:, :3]], 1) for x in (k, v))
+        s = q_own.transpose(1, 2) @ k.repeat_interleave(2, 2).transpose(1, 2).mT * q.shape[-1] ** -0.5
+        lse = s.masked_fill(~seen, -1e300).logsumexp(-1)
+        return torch.cat([q[:, :3], times_lse(plain(q_own, k, v, seen), lse)], 1)
+
+    check(call, reference, sizes=((2, n + 3), (3, n + 3)), kv_heads=2, dtype=dtype)
+
+
+def test_neighbourhoods_of_any_rank(of_natten):
+    attention = of_natten("natten").neighborhood_attention_generic
+    check(
+        lambda q, k, v: attention(*(x.unflatten(1, (3, 4)) for x in (q, k, v)), kernel_size=3, scale=0.3).flatten(1, 2),
+        lambda q, k, v: plain(q, k, v, neighbourhoods((3, 4), 3), scale=0.3),
+        sizes=((2, 12), (3, 12)),
+    )
+
+
+@pytest.mark.slow
+def test_neighbourhoods_with_inductor(of_natten):
+    attention = of_natten("natten").na2d
+    check(
+        lambda q, k, v: attention(*(x.unflatten(1, (3, 4)) for x in (q, k, v)), kernel_size=3).flatten(1, 2),
+        lambda q, k, v: plain(q, k, v, neighbourhoods((3, 4), 3)),
+        sizes=((2, 12), (3, 12)),
+        backend="inductor",
+    )
+
+
+@pytest.mark.parametrize("name", ["seqlens_Q", "cumulative_seqlen_KV"])
+def test_sequences_of_several_lengths_are_refused(of_natten, name):
+    natten = of_natten("natten")
+    refused(
+        lambda q, k, v: natten.attention(q, k, v, **{name: cu([6])}, max_seqlen_Q=6),
+        rf"natten.attention \({name}\).*several lengths are not taken",
+    )
+
+
+def test_causal_with_fewer_queries_is_refused(of_natten):
+    natten = of_natten("natten")
+    refused(
+        lambda q, k, v: natten.attention(q[:, 3:], k, v, True).repeat(1, 2, 1, 1),
+        r"natten.attention \(is_causal\).*not as many keys as queries",
+    )
+
+
+def test_a_positional_bias_is_refused(of_natten, monkeypatch):
+    """Which na2d took in older versions."""
+
+    def na2d(query, key, value, kernel_size, dilation=1, is_causal=False, rpb=None, scale=None):
+        raise AssertionError
+
+    module = of_natten("natten.functional")
+    monkeypatch.setattr(module, "na2d", na2d)
+    rpb = torch.zeros(H, 5, 5)
+    refused(
+        lambda q, k, v: module.na2d(*(x.unflatten(1, (2, 3)) for x in (q, k, v)), 2, rpb=rpb).flatten(1, 2),
+        r"natten \(rpb\).*positional biases",
+    )
