@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import jvpgraph
-from tests.reach import networks  # noqa: F401  which fills NETWORKS
+from tests.reach import foreign, networks  # noqa: F401  which fill NETWORKS
 from tests.reach.base import NETWORKS
 from tests.reach.run import table
 from tests.rounding import FLOOR
 from tests.zoo.sweep import examine
 
-SOME = ("OwnCheckpoint", "Magnitudes", "Waves")
+SOME = ("OwnCheckpoint", "Magnitudes", "Waves", "FlashEither", "Blocks")
 
 
 @pytest.mark.filterwarnings("default")  # what the networks' own code warns about
@@ -20,7 +20,8 @@ def test_is_right_as_one_graph(name, monkeypatch):
     monkeypatch.setitem(FLOOR, torch.float64, 1e-7)  # some compute parts of themselves in float32
     transform = jvpgraph.transform
     monkeypatch.setattr(jvpgraph, "transform", lambda model, **how: transform(model, **how | {"backend": "eager"}))
-    run = examine(NETWORKS[name], "float64", None)
+    with NETWORKS[name].installed():
+        run = examine(NETWORKS[name], "float64", None)
     assert (run["status"], run.get("capture"), run["sizes"]) == ("right", "one graph", 2), run
     assert run["gradients"]
     torch._dynamo.reset()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import sys
 import types
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, retur
     q, k, v = (x.transpose(1, 2) if tensor_layout == "HND" else x for x in (q, k, v))
     seen = band(q.shape[1], k.shape[1], right=0, from_the_end=False) if is_causal else None
     o = plain(q, k, v, seen, scale=sm_scale)
-    return o.transpose(1, 2) if tensor_layout == "HND" else o
+    return (o.transpose(1, 2) if tensor_layout == "HND" else o).contiguous()
 
 
 @torch.compiler.disable
@@ -167,7 +168,7 @@ def neighborhood_attention_generic(
     assert additional_keys is None
     assert not return_lse
     seen = neighbourhoods(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
-    return plain(*(x.flatten(1, -3) for x in (query, key, value)), seen, scale=scale).view_as(query)
+    return plain(*(x.flatten(1, -3) for x in (query, key, value)), seen, scale=scale).reshape(query.shape).contiguous()
 
 
 def of_dims(name):
@@ -218,7 +219,7 @@ def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=N
         of_q, of_k = (x.seqstart.diff().tolist() for x in (attn_bias.q_seqinfo, attn_bias.k_seqinfo))
         assert type(attn_bias) is BlockDiagonalMask
         seen = blocks(of_q, of_k)
-    return plain(query, key, value, seen, scale=scale)
+    return plain(query, key, value, seen, scale=scale).contiguous()
 
 
 @dataclass
@@ -230,8 +231,10 @@ class _SeqLenInfo:
 
     @classmethod
     def of(cls, lengths):
-        ends = torch.tensor([0, *lengths]).cumsum(0).int()
-        return cls(ends, max(lengths), min(lengths), ends.tolist())
+        ends = [0]
+        for n in lengths:
+            ends.append(ends[-1] + n)
+        return cls(torch.tensor(ends, dtype=torch.int32), max(lengths), min(lengths), ends)
 
 
 @dataclass
@@ -455,6 +458,81 @@ class BlockDiagonalLocalAttentionFromBottomRightGappyKeysMask(BlockDiagonalGappy
         return cls(_SeqLenInfo.of(q_seqlen), keys, window_left, window_right)
 
 
+def older(theirs, returned):
+    """A function of flash_attn 3, or a Function, before the argument that asks for the logsumexp: it comes always."""
+    is_function = inspect.isclass(theirs)
+    signature = inspect.signature(theirs.forward if is_function else theirs)
+
+    def call(*_, **__):
+        raise AssertionError(OPAQUE)
+
+    call.__signature__ = signature.replace(parameters=[p for p in signature.parameters.values() if p.name != returned])
+    call.__name__ = call.__qualname__ = theirs.__name__
+    if is_function:
+        return type(theirs.__name__, (torch.autograd.Function,), {"forward": staticmethod(call)})
+    return call
+
+
+def computing(theirs, compute):
+    """A function of this name and signature that is opaque to Dynamo, and otherwise differentiable in any mode."""
+    signature = inspect.signature(theirs)
+
+    def call(*args, **kwargs):
+        opaque()
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        return compute(**given.arguments)
+
+    call.__signature__ = signature
+    call.__name__ = call.__qualname__ = theirs.__name__
+    return call
+
+
+def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=None, causal=False, window_size=(-1, -1), **_):
+    seen = blocks(
+        cu_seqlens_q.diff().tolist(),
+        cu_seqlens_k.diff().tolist(),
+        lambda n, m: band(n, m, window_size[0], 0 if causal else window_size[1]),
+    )
+    return plain(q[None], k[None], v[None], seen, scale=softmax_scale)[0].contiguous()
+
+
+def varlen_of_qkv(qkv, cu_seqlens, **options):
+    return varlen(*qkv.unbind(1), cu_seqlens, cu_seqlens, **options)
+
+
+def dense(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), **_):
+    seen = band(q.shape[1], k.shape[1], window_size[0], 0 if causal else window_size[1])
+    return plain(q, k, v, seen, scale=softmax_scale).contiguous()
+
+
+def install_computing_flash_attn(patch: pytest.MonkeyPatch) -> None:
+    """As others run it: functions without Functions and ops, whose value and derivatives are those of plain math."""
+    compute = {
+        "flash_attn_func": dense,
+        "flash_attn_varlen_func": varlen,
+        "flash_attn_varlen_qkvpacked_func": varlen_of_qkv,
+    }
+    functions = {name: computing(getattr(fake_flash_attn, name), how) for name, how in compute.items()}
+    put_in_both(patch, "flash_attn", "flash_attn_interface", functions)
+
+
+def install_computing_flash_attn_3(patch: pytest.MonkeyPatch) -> None:
+    """In the version that returns the logsumexp always; here it is nothing, which nobody looks at."""
+    compute = {"flash_attn_func": dense, "flash_attn_varlen_func": varlen}
+    put(
+        patch,
+        "flash_attn_interface",
+        **{
+            name: computing(
+                older(getattr(fake_flash_attn_3, name), "return_attn_probs"),
+                lambda how=how, **given: (how(**given), None),
+            )
+            for name, how in compute.items()
+        },
+    )
+
+
 def install_flash_attn(patch: pytest.MonkeyPatch) -> None:
     if real("flash_attn"):
         return
@@ -499,11 +577,21 @@ MASKS = {name: x for name, x in list(globals().items()) if name.endswith("Mask")
 
 def install_xformers(patch: pytest.MonkeyPatch) -> None:
     if not real("xformers"):
+        ops = put(patch, "xformers.ops", memory_efficient_attention=memory_efficient_attention)
         put(patch, "xformers.ops.fmha.attn_bias", _AddDenseBias=_AddDenseBias, **MASKS)
-        put(patch, "xformers.ops", memory_efficient_attention=memory_efficient_attention)
-        patch.setattr(sys.modules["xformers.ops"], "LowerTriangularMask", LowerTriangularMask, raising=False)
+        patch.setattr(ops, "LowerTriangularMask", LowerTriangularMask, raising=False)
+        patch.setattr(ops.fmha, "memory_efficient_attention", memory_efficient_attention, raising=False)
+        patch.setattr(ops.fmha, "BlockDiagonalMask", BlockDiagonalMask, raising=False)
 
 
+# For networks that run as they are, too.
+COMPUTING = {
+    "flash_attn": install_computing_flash_attn,
+    "flash_attn_interface": install_computing_flash_attn_3,
+    "sageattention": install_sage,
+    "natten": install_natten,
+    "xformers": install_xformers,
+}
 INSTALL = {
     "flash_attn": install_flash_attn,
     "flash_attn_interface": install_flash_attn_3,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 
 import jvpgraph
 from jvpgraph.errors import UnsupportedOp
-from tests.foreign.stand_ins import OPAQUE
+from tests.foreign.stand_ins import older
 from tests.foreign.test_swaps import C, D, H, Net, band, blocks, check, cu, importing, lengths, packed, plain, qkv
 
 pytestmark = pytest.mark.slow
@@ -105,21 +103,6 @@ def test_functions(of_flash_attn_interface, form):
     dual = check(lambda q, k, v: call(flash, q, k, v), reference, sizes=sizes, **how)
     assert all(report.fused == calls and len(report.swapped) == calls for report in dual.reports)
     assert "flash_attn_3" in dual.reports[0].swapped[0][2]
-
-
-def older(function, returned):
-    """As before the argument that asks for the logsumexp: opaque, and returning both always."""
-    signature = inspect.signature(function.forward if inspect.isclass(function) else function)
-    kept = [p for name, p in signature.parameters.items() if name != returned]
-
-    def call(*_, **__):
-        raise AssertionError(OPAQUE)
-
-    call.__signature__ = signature.replace(parameters=kept)
-    call.__name__ = call.__qualname__ = function.__name__
-    if not inspect.isclass(function):
-        return call
-    return type(function.__name__, (torch.autograd.Function,), {"forward": staticmethod(call)})
 
 
 @pytest.mark.parametrize("name", ["flash_attn_func", "FlashAttnFunc", "flash_attn_varlen_func", "FlashAttnVarlenFunc"])

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.reach import networks  # noqa: F401  which fills NETWORKS
+from tests.reach import foreign, networks  # noqa: F401  which fill NETWORKS
 from tests.reach.base import NETWORKS
 from tests.zoo.sweep import examine, line
 
@@ -73,7 +73,8 @@ def main() -> None:
         for dtype, dynamic in RUNS[len(runs) :] if options.table is None else ():
             if time.monotonic() > end:
                 sys.exit(f"no time for {name} and those after it: run it again")
-            runs.append(examine(NETWORKS[name], dtype, dynamic))
+            with NETWORKS[name].installed():
+                runs.append(examine(NETWORKS[name], dtype, dynamic))
             print(line(name, runs[-1]), flush=True)
             file.write_text(json.dumps(runs, indent=1) + "\n")
         if runs:
