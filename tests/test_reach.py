@@ -10,11 +10,12 @@ from tests.reach.run import table
 from tests.rounding import FLOOR
 from tests.zoo.sweep import examine
 
-SOME = ("OwnCheckpoint", "Magnitudes", "Waves", "FlashEither", "Blocks")
+SOME = ("OwnCheckpoint", "Magnitudes", "Waves")
+WITH_PACKAGES = ("FlashEither", "Blocks")
 
 
 @pytest.mark.filterwarnings("default")  # what the networks' own code warns about
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", [*SOME, *(pytest.param(name, marks=pytest.mark.slow) for name in WITH_PACKAGES)])
 def test_is_right_as_one_graph(name, monkeypatch):
     """At two sizes: value, tangent, gradients of parameters and inputs."""
     monkeypatch.setitem(FLOOR, torch.float64, 1e-7)  # some compute parts of themselves in float32

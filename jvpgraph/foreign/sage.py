@@ -55,7 +55,7 @@ def sageattn_with_mask(
     if heads_first:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     o, lse = attend(q, k, v, attn_mask, is_causal, sm_scale, from_the_end=False)
-    o = o.transpose(1, 2) if heads_first else o
+    o = o.transpose(1, 2).contiguous() if heads_first else o  # as theirs lies in memory, of which models take views
     return (o, lse) if return_lse else o
 
 

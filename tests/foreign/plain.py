@@ -12,7 +12,7 @@ def plain(q, k, v, mask=None, bias=0.0, scale=None):
     s = (scale or q.shape[-1] ** -0.5) * q @ k.mT + bias
     if mask is None:
         return (s.softmax(-1) @ v).transpose(1, 2)
-    p = s.masked_fill(~mask, -1e300).softmax(-1)
+    p = s.masked_fill(~mask, torch.finfo(s.dtype).min).softmax(-1)
     return (p.masked_fill(~mask, 0) @ v).transpose(1, 2)
 
 
