@@ -458,18 +458,32 @@ class BlockDiagonalLocalAttentionFromBottomRightGappyKeysMask(BlockDiagonalGappy
         return cls(_SeqLenInfo.of(q_seqlen), keys, window_left, window_right)
 
 
+def function_of(name, signature):
+    """An opaque autograd.Function whose apply takes the arguments of a signature."""
+
+    def forward(*_):
+        raise AssertionError(OPAQUE)
+
+    context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = signature.replace(parameters=[context, *signature.parameters.values()])
+    return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward)})
+
+
+def without(signature, name):
+    return signature.replace(parameters=[p for p in signature.parameters.values() if p.name != name])
+
+
 def older(theirs, returned):
     """A function of flash_attn 3, or a Function, before the argument that asks for the logsumexp: it comes always."""
-    is_function = inspect.isclass(theirs)
-    signature = inspect.signature(theirs.forward if is_function else theirs)
+    if inspect.isclass(theirs):
+        signature = without(inspect.signature(theirs.forward), returned)
+        return function_of(theirs.__name__, without(signature, "ctx"))
 
     def call(*_, **__):
         raise AssertionError(OPAQUE)
 
-    call.__signature__ = signature.replace(parameters=[p for p in signature.parameters.values() if p.name != returned])
+    call.__signature__ = without(inspect.signature(theirs), returned)
     call.__name__ = call.__qualname__ = theirs.__name__
-    if is_function:
-        return type(theirs.__name__, (torch.autograd.Function,), {"forward": staticmethod(call)})
     return call
 
 

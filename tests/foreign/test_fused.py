@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 import jvpgraph
 from jvpgraph.errors import UnsupportedOp
-from tests.foreign.stand_ins import OPAQUE, put
+from tests.foreign.stand_ins import OPAQUE, function_of, put
 from tests.foreign.test_swaps import C, D, H, Net, band, check, plain
 
 
@@ -60,6 +61,17 @@ def cross_entropy_loss(
     raise AssertionError(OPAQUE)
 
 
+def class_of(name, function):
+    return {name: function_of(name, inspect.signature(function))}
+
+
+def cross_entropy_arguments(
+    logits, labels, precomputed_lse=None, smoothing=0.0, logit_scale=1.0, lse_square_scale=0.0, ignore_index=-100,
+    inplace_backward=False, process_group=None
+):  # fmt: skip
+    """Of the Function, which calls smoothing what the function calls label_smoothing."""
+
+
 @pytest.fixture
 def fused(monkeypatch):
     put(
@@ -68,10 +80,24 @@ def fused(monkeypatch):
         apply_rotary_emb=apply_rotary_emb,
         apply_rotary_emb_qkv_=apply_rotary_emb_qkv_,
         apply_rotary_emb_kv_=apply_rotary_emb_kv_,
+        **class_of("ApplyRotaryEmb", apply_rotary_emb),
+        **class_of("ApplyRotaryEmbQKV_", apply_rotary_emb_qkv_),
+        **class_of("ApplyRotaryEmbKV_", apply_rotary_emb_kv_),
     )
-    put(monkeypatch, "flash_attn.ops.triton.layer_norm", rms_norm_fn=rms_norm_fn, layer_norm_fn=layer_norm_fn)
+    put(
+        monkeypatch,
+        "flash_attn.ops.triton.layer_norm",
+        rms_norm_fn=rms_norm_fn,
+        layer_norm_fn=layer_norm_fn,
+        **class_of("LayerNormFn", layer_norm_fn),
+    )
     put(monkeypatch, "flash_attn.ops.rms_norm", rms_norm=rms_norm)
-    put(monkeypatch, "flash_attn.ops.triton.cross_entropy", cross_entropy_loss=cross_entropy_loss)
+    put(
+        monkeypatch,
+        "flash_attn.ops.triton.cross_entropy",
+        cross_entropy_loss=cross_entropy_loss,
+        **class_of("CrossEntropyLoss", cross_entropy_arguments),
+    )
     return importlib.import_module
 
 
@@ -162,6 +188,33 @@ def test_norms(fused):
 
     check(call, reference)
     check(call, reference, dtype=torch.bfloat16)
+
+
+def test_autograd_function_of_norms(fused):
+    norm = fused("flash_attn.ops.triton.layer_norm").LayerNormFn
+    w, b = torch.linspace(0.5, 2, D), torch.linspace(-1, 1, D)
+
+    def call(q, k, v):
+        more = (None, None, None, 1e-5, 0.0, None, True)  # with the sum
+        k, total = norm.apply(k, w.to(q), b.to(q), v, *more)
+        return plain(q, k, total)
+
+    check(call, lambda q, k, v: plain(q, F.layer_norm(k + v, (D,), w.to(q), b.to(q), 1e-5), k + v))
+
+
+def test_autograd_function_of_cross_entropy(fused):
+    module, labels = fused("flash_attn.ops.triton.cross_entropy"), torch.tensor([1, 3, -100, 0])
+    x, x_dot = torch.randn(4, 5), torch.randn(4, 5)
+    wanted = torch.func.jvp(
+        lambda x: F.cross_entropy(0.7 * x, labels, reduction="none", label_smoothing=0.1),
+        (x.double(),),
+        (x_dot.double(),),
+    )
+    got = jvpgraph.jvp(
+        lambda x: module.CrossEntropyLoss.apply(x, labels, None, 0.1, 0.7)[0], (x,), (x_dot,), backend="eager"
+    )
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
 
 
 def test_cross_entropy(fused):

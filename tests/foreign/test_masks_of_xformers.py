@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -192,6 +194,20 @@ def test_a_bias_of_the_caller_under_a_causal_mask(of_xformers, masks):
 
 def numbers(n):
     return torch.linspace(-2, 2, H * n * n, dtype=torch.float64).reshape(1, H, n, n).cos()
+
+
+def test_in_mslk(monkeypatch):
+    """To where xformers' attention moved."""
+    members = stand_ins.MASKS | {"_AddDenseBias": stand_ins._AddDenseBias}
+    masks = stand_ins.put(monkeypatch, "mslk.attention.fmha.attn_bias", **members)
+    fmha = sys.modules["mslk.attention.fmha"]
+    monkeypatch.setattr(fmha, "memory_efficient_attention", stand_ins.memory_efficient_attention, raising=False)
+
+    def call(q, k, v):
+        return fmha.memory_efficient_attention(q, k, v, masks.LowerTriangularMask().add_bias(bias_of(q, k.shape[1])))
+
+    dual = check(call, causal_with_bias)
+    assert all(report.fused == 1 and len(report.swapped) == 1 for report in dual.reports)
 
 
 def refused(masks, kind):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import jvpgraph
 from jvpgraph.errors import UnsupportedOp
 from tests.foreign.plain import band, blocks, neighbourhoods, plain
-from tests.foreign.stand_ins import INSTALL
+from tests.foreign.stand_ins import INSTALL, function_of
 
 H, D, C = 4, 8, 16
 pytestmark = pytest.mark.slow
@@ -94,10 +95,13 @@ def whole(x):
     return x.flatten(0, 1)
 
 
+def ends_of(x):
+    of = torch.tensor([x.shape[1]] * x.shape[0])
+    return torch.cat([of.new_zeros(1), of.cumsum(0)]).int()
+
+
 def packed(flash, q, k, v, **options):
-    of = torch.tensor([q.shape[1]] * q.shape[0])
-    ends = torch.cat([of.new_zeros(1), of.cumsum(0)]).int()
-    n = q.shape[1]
+    ends, n = ends_of(q), q.shape[1]
     o = flash.flash_attn_varlen_func(whole(q), whole(k), whole(v), ends, ends, n, n, **options)
     return o.unflatten(0, q.shape[:2])
 
@@ -139,6 +143,21 @@ FLASH = {
         lambda q, k, v: plain(q, k, v, band(q.shape[1], k.shape[1], right=0)),
         {},
     ),
+    "qkv of sequences": (
+        lambda f, q, k, v: f.flash_attn_varlen_qkvpacked_func(
+            whole(qkv(q, k, v)), ends_of(q), q.shape[1], softmax_scale=0.3, causal=True
+        ).unflatten(0, q.shape[:2]),
+        lambda q, k, v: plain(q, k, v, band(q.shape[1], k.shape[1], right=0), scale=0.3),
+        {},
+    ),
+    "kv of sequences": (
+        lambda f, q, k, v: f.flash_attn_varlen_kvpacked_func(
+            *(whole(q), whole(torch.stack([k, v], 2)), ends_of(q), ends_of(k), q.shape[1], k.shape[1]),
+            window_size=(3, 1),
+        ).unflatten(0, q.shape[:2]),
+        lambda q, k, v: plain(q, k, v, band(q.shape[1], k.shape[1], 3, 1)),
+        {"kv_heads": 2, "last": 7},
+    ),
     "the autograd.Function": (
         lambda f, q, k, v: f.flash_attn_interface.FlashAttnFunc.apply(
             *(q, k, v, 0.0, None, True, (-1, -1), 0.0, None, False, False, True)
@@ -152,6 +171,38 @@ FLASH = {
         {},
     ),
 }
+
+
+ARGUMENTS = (
+    "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_softmax is_grad_enabled"
+)
+PACKED_FUNCTIONS = {  # by what comes before those arguments
+    "FlashAttnKVPackedFunc": ("q kv", lambda q, k, v: (q, torch.stack([k, v], 2))),
+    "FlashAttnVarlenQKVPackedFunc": (
+        "qkv cu_seqlens max_seqlen",
+        lambda q, k, v: (whole(qkv(q, k, v)), ends_of(q), q.shape[1]),
+    ),
+    "FlashAttnVarlenKVPackedFunc": (
+        "q kv cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k",
+        lambda q, k, v: (whole(q), whole(torch.stack([k, v], 2)), ends_of(q), ends_of(k), q.shape[1], k.shape[1]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PACKED_FUNCTIONS)
+def test_autograd_functions_of_packed_operands(of_flash_attn, monkeypatch, name):
+    flash = of_flash_attn("flash_attn.flash_attn_interface")
+    names, operands = PACKED_FUNCTIONS[name]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    signature = inspect.Signature([inspect.Parameter(x, kind) for x in f"{names} {ARGUMENTS}".split()])
+    monkeypatch.setattr(flash, name, function_of(name, signature), raising=False)
+
+    def call(q, k, v):
+        given = (*operands(q, k, v), 0.0, 0.3, True, (-1, -1), 0.0, None, False, True, True)
+        o, lse, _ = getattr(flash, name).apply(*given)
+        return o.view(q.shape) + 0 * lse.sum()
+
+    check(call, lambda q, k, v: plain(q, k, v, band(q.shape[1], k.shape[1], right=0), scale=0.3))
 
 
 def of_sequences(q, k, v, cu_q, cu_k):

@@ -25,7 +25,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
         "# Networks of other repositories",
         "",
-        "Small networks of our own (`tests/reach/networks.py`) with the constructs that other repositories are full",
+        "Small networks of our own (`tests/reach`) with the constructs that other repositories are full",
         "of. `make reach` runs each on the default backend in float32, at two sizes, and in bfloat16 with",
         "`dynamic=True`. Errors are the largest of value, tangent and gradients of parameters and inputs, compared",
         "with the network in float64.",
