@@ -68,29 +68,31 @@ class FlashEither(Tokens):
         self.own, self.cross = Heads(), Heads()
         self.context = nn.Parameter(torch.zeros(TEXT, WIDTH))
 
-    def attention(self, q, k, v, k_lens=None, version=None):
-        b, lq, lk = q.size(0), q.size(1), k.size(1)
-        q_lens = torch.tensor([lq] * b, dtype=torch.int32).to(device=q.device, non_blocking=True)
-        if k_lens is None:
-            k, v, k_lens = k.flatten(0, 1), v.flatten(0, 1), torch.tensor([lk] * b, dtype=torch.int32)
+    @staticmethod
+    def ragged(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """So many rows of each sample, one sample after the other, and where these begin and end."""
+        rows = torch.cat([sample[:length] for sample, length in zip(x, lengths)])
+        return rows, F.pad(lengths.cumsum(0), (1, 0)).int()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, newest: bool = True) -> Tensor:
+        batch, most = q.shape[:2]
+        q, of_q = self.ragged(q, torch.full((batch,), most))
+        (k, of_k), (v, _) = (self.ragged(x, lengths) for x in (k, v))
+        how = {"cu_seqlens_q": of_q, "cu_seqlens_k": of_k, "max_seqlen_q": most, "max_seqlen_k": int(lengths.max())}
+        if newest and self.flash_3 is not None:
+            o, _ = self.flash_3.flash_attn_varlen_func(q, k, v, causal=False, seqused_q=None, **how)
         else:
-            k, v = (torch.cat([rows[:n] for rows, n in zip(x, k_lens)]) for x in (k, v))
-        ends = [torch.cat([n.new_zeros([1]), n]).cumsum(0, dtype=torch.int32) for n in (q_lens, k_lens)]
-        packed = {"q": q.flatten(0, 1), "k": k, "v": v, "cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1]}
-        packed |= {"max_seqlen_q": lq, "max_seqlen_k": lk, "softmax_scale": None, "causal": False}
-        if version in (None, 3) and self.flash_3 is not None:
-            o = self.flash_3.flash_attn_varlen_func(**packed, seqused_q=None, seqused_k=None, deterministic=False)[0]
-        else:
-            o = self.flash_2.flash_attn_varlen_func(**packed, dropout_p=0.0, window_size=(-1, -1), deterministic=False)
-        return o.unflatten(0, (b, lq)).type(q.dtype)
+            o = self.flash_2.flash_attn_varlen_func(q, k, v, dropout_p=0.0, window_size=(-1, -1), **how)
+        return o.unflatten(0, (batch, most)).flatten(2)
 
     def on_tokens(self, h, emb, height):
-        seq_lens = torch.tensor([u.size(0) for u in h], dtype=torch.long)
         h = h + emb[:, None]
-        h = h + self.own.out(self.attention(*self.own.split(h).unbind(2), k_lens=seq_lens).flatten(2))
-        q = self.cross.split(h)[:, :, 0]
-        k, v = self.cross.split(self.context.expand(len(h), -1, -1)).unbind(2)[1:]
-        return h + self.cross.out(self.attention(q, k, v, version=2).flatten(2))
+        lengths = torch.tensor([len(sample) for sample in h])
+        h = h + self.own.out(self.attend(*self.own.split(h).unbind(2), lengths))
+        context = self.context.expand(len(h), -1, -1)
+        keys, values = self.cross.split(context)[:, :, 1:].unbind(2)
+        queries, lengths = self.cross.split(h)[:, :, 0], torch.tensor([TEXT] * len(h))
+        return h + self.cross.out(self.attend(queries, keys, values, lengths, newest=False))
 
 
 @network(
@@ -106,21 +108,19 @@ class FlashJoint(WithText):
         self.image, self.prompt = Heads(), Heads()
 
     @staticmethod
-    def ends(text_mask, img_len):
-        batch_size, text_len = text_mask.shape[0], text_mask.sum(dim=1)
-        max_len = text_mask.shape[1] + img_len
-        cu_seqlens = torch.zeros([2 * batch_size + 1], dtype=torch.int32, device=text_mask.device)
-        for i in range(batch_size):
-            cu_seqlens[2 * i + 1] = i * max_len + text_len[i] + img_len
-            cu_seqlens[2 * i + 2] = (i + 1) * max_len
-        return cu_seqlens, max_len
+    def ends(text_mask: Tensor, tokens: int) -> tuple[Tensor, int]:
+        """Of the image with its prompt, and of the padding behind it, for each sample."""
+        width = tokens + text_mask.shape[1]
+        ends = torch.zeros(2 * len(text_mask) + 1, dtype=torch.int32)
+        for row, words in enumerate(text_mask.sum(1)):
+            ends[2 * row + 1] = ends[2 * row] + tokens + words
+            ends[2 * row + 2] = width * (row + 1)
+        return ends, width
 
     def mixed(self, h, text, text_mask):
-        cu_seqlens, max_len = self.ends(text_mask, h.shape[1])
-        q, k, v = torch.cat([self.image.split(h), self.prompt.split(text)], dim=1).unbind(2)
-        q, k, v = (x.view(x.shape[0] * x.shape[1], *x.shape[2:]) for x in (q, k, v))
-        o = self.varlen(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len)
-        o = o.view(len(h), max_len, -1)
+        ends, width = self.ends(text_mask, h.shape[1])
+        packed = torch.cat([self.image.split(h), self.prompt.split(text)], dim=1).flatten(0, 1)
+        o = self.varlen(*packed.unbind(1), ends, ends, width, width).unflatten(0, (len(h), width)).flatten(2)
         image, prompt = o[:, : h.shape[1]], o[:, h.shape[1] :]
         return h + self.image.out(image) + self.prompt.out(prompt * text_mask[..., None]).mean(1, keepdim=True)
 
@@ -138,15 +138,13 @@ class FlashUnpadded(WithText):
         self.image, self.prompt = Heads(), Heads()
 
     def mixed(self, h, text, text_mask):
-        b, n = h.shape[:2]
-        mask = F.pad(text_mask, (n, 0), value=True)
-        indices = torch.nonzero(mask.flatten(), as_tuple=False).flatten()
-        cu_seqlens = F.pad(mask.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
-        qkv = torch.cat([self.image.split(h), self.prompt.split(text)], dim=1).flatten(0, 1).index_select(0, indices)
-        o = self.varlen(qkv, cu_seqlens=cu_seqlens, max_seqlen=mask.shape[1], dropout_p=0.0, softmax_scale=None)
-        o = o.flatten(1)
-        whole = torch.zeros(b * mask.shape[1], o.shape[-1], dtype=o.dtype, device=o.device)
-        whole = whole.scatter_(0, indices[:, None].expand(-1, o.shape[-1]), o).unflatten(0, (b, -1))
+        n = h.shape[1]
+        kept = F.pad(text_mask, (n, 0), value=True)
+        where = kept.flatten().nonzero().squeeze(1)
+        rows = torch.cat([self.image.split(h), self.prompt.split(text)], dim=1).flatten(0, 1)[where]
+        ends = F.pad(kept.sum(1).cumsum(0), (1, 0)).int()
+        o = self.varlen(rows, cu_seqlens=ends, max_seqlen=kept.shape[1], dropout_p=0.0).flatten(1)
+        whole = o.new_zeros(kept.numel(), o.shape[1]).index_copy(0, where, o).unflatten(0, kept.shape)
         image, prompt = whole.tensor_split([n], dim=1)
         return h + self.image.out(image) + self.prompt.out(prompt).sum(1, keepdim=True)
 
@@ -167,15 +165,13 @@ class Blocks(WithText):
         self.own, self.cross = Heads(), Heads()
 
     def mixed(self, h, text, text_mask):
-        b, n, c = h.shape
-        y_lens = text_mask.sum(dim=1).tolist()
-        y = text.masked_select(text_mask.unsqueeze(-1)).view(1, -1, c)
-        h = h + self.own.out(self.xformers.memory_efficient_attention(*self.own.split(h).unbind(2), p=0.0).flatten(2))
-        q = self.cross.split(h)[:, :, 0].reshape(1, -1, HEADS, c // HEADS)
-        k, v = self.cross.split(y).unbind(2)[1:]
-        bias = self.xformers.fmha.BlockDiagonalMask.from_seqlens([n] * b, y_lens)
-        o = self.xformers.memory_efficient_attention(q, k, v, p=0.0, attn_bias=bias)
-        return h + self.cross.out(o.view(b, -1, c))
+        attend, mask = self.xformers.memory_efficient_attention, self.xformers.fmha.BlockDiagonalMask
+        h = h + self.own.out(attend(*self.own.split(h).unbind(2), p=0.0).flatten(2))
+        words = text.masked_select(text_mask[..., None]).unflatten(0, (1, -1, WIDTH))
+        queries = self.cross.split(h)[:, :, 0].flatten(0, 1)[None]
+        keys, values = self.cross.split(words)[:, :, 1:].unbind(2)
+        blocks = mask.from_seqlens([h.shape[1]] * len(h), text_mask.sum(1).tolist())
+        return h + self.cross.out(attend(queries, keys, values, attn_bias=blocks).reshape(h.shape))
 
 
 @network(
