@@ -162,7 +162,7 @@ def test_a_score_mod(kind, mask_mod):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "dtype", "dynamic"), [("relative", torch.bfloat16, True), ("softcap", torch.float32, None)]
+    ("kind", "dtype", "dynamic"), [("relative", torch.float32, None), ("softcap", torch.bfloat16, True)]
 )
 def test_a_score_mod_on_the_default_backend(kind, dtype, dynamic):
     check_scores(Scores(kind, up_to), [(2, 150), (3, 70), (4, 90)], dtype, backend="inductor", dynamic=dynamic)
