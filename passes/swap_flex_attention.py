@@ -21,9 +21,10 @@ So is score_mod, of which the rules that all ops have give the tangent.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -121,10 +122,7 @@ def _written_out(
     mask: tuple[fx.Node, fx.Node] | None,
 ) -> fx.Node:
     """softmax(score_mod(scale * q k^T)) v; zero where a query sees nothing."""
-
-    def do(target: Any, *args: Any, **kwargs: Any) -> Any:
-        return emit(node, target, *args, **kwargs)
-
+    do: Callable[..., Any] = functools.partial(emit, node)
     heads, groups = (x.meta["example_value"].shape[1] for x in (q, k))
     indices = _indices(node, q, k)
     if heads != groups:
@@ -161,10 +159,7 @@ def _block_mask(
     node: fx.Node, q: fx.Node, k: fx.Node, block_mask: Any, mask_mod: fx.GraphModule, captured: Any
 ) -> tuple[fx.Node, fx.Node] | None:
     """map and partial of jvpgraph.kernels.block_mask.BlockMask; None where all is seen."""
-
-    def do(target: Any, *args: Any, **kwargs: Any) -> Any:
-        return emit(node, target, *args, **kwargs)
-
+    do: Callable[..., Any] = functools.partial(emit, node)
     _, _, count, index, full_count, full_index, *_, block_q, block_k, _ = block_mask
     n_q, n_k = do("size", q, 2), do("size", k, 2)
     sees_all = _returns_ones(mask_mod)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from jvpgraph.graph.torch_level import emit, fake_mode_of, is_in_place
+from jvpgraph.graph.torch_level import active_nodes, emit, fake_mode_of, is_in_place
 
 __all__ = ["adds_to_the_score", "check_is_pointwise", "inlined", "result_of"]
 
@@ -85,7 +85,7 @@ def inlined(node: fx.Node, body: fx.GraphModule, arguments: Sequence[Any]) -> An
 def adds_to_the_score(score_mod: fx.GraphModule) -> bool:
     """Whether it is score + f(indices), also less what a condition on the indices hides: score_mod(0) is a bias."""
     score, *_ = score_mod.graph.find_nodes(op="placeholder")
-    follows = _all_users(score)
+    follows = active_nodes(score_mod, {score})
     node = result_of(score_mod)
     while node is not score:
         if not isinstance(node, fx.Node) or node.kwargs:
@@ -98,12 +98,3 @@ def adds_to_the_score(score_mod: fx.GraphModule) -> bool:
             return False
         node = node.args[depends.index(True)]
     return True
-
-
-def _all_users(node: fx.Node) -> set[Any]:
-    waiting, found = [node], set()
-    while waiting:
-        if (node := waiting.pop()) not in found:
-            found.add(node)
-            waiting += node.users
-    return found
