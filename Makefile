@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo check test test-dist test-kernels test-scaling test-gpu-script mutants lint format gate fuzz kinds zoo zoo-exact reach opinfo opinfo-table bench bench-quality scaling wheels gpu dump docs clean
+.PHONY: help demo check test test-all test-dist test-kernels test-scaling test-gpu-script mutants lint format gate fuzz kinds zoo zoo-exact reach opinfo opinfo-table bench bench-quality scaling wheels gpu dump docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -49,6 +49,10 @@ test: lint  ## all tests except the long sweeps: those of make check, kernels in
 	$(PYTEST) $(PARALLEL) --durations=15 -m "not kernels and not timing and not matrix" tests
 	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) --durations=5 -m "kernels and not matrix" $(KERNELS)
 	$(PYTEST) -m timing tests/test_regions.py tests/test_data.py tests/test_checkpoint.py
+
+test-all: test $(READY)  ## those of make test, then every case of which it runs one in several: before a release
+	$(PYTEST) $(PARALLEL) --durations=15 -m "matrix and not kernels" tests
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) --durations=15 -m "matrix and kernels" $(KERNELS)
 
 test-dist: $(READY)  ## every combination of parallelism on real process groups, with a table of errors
 	$(PYTEST) --durations=15 tests/distributed

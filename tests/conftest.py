@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,8 +80,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parameters = item.callspec.params.values() if isinstance(item, pytest.Function) and _has_cases(item) else ()
         if any(isinstance(value, str) and value == "inductor" for value in parameters):
             item.add_marker(pytest.mark.slow)
+    _take_samples(items)
     places = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
+def _take_samples(items: list[pytest.Item]) -> None:
+    """``sampled(n)``: of the cases of a test, `make test` runs the first of every n, and `make test-all` the others."""
+    number: Counter[tuple[Path, str]] = Counter()
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        if sampled is None or not isinstance(item, pytest.Function) or not _has_cases(item):
+            continue
+        test = item.path, item.nodeid.partition("[")[0]
+        if number[test] % sampled.args[0]:
+            item.add_marker(pytest.mark.matrix)
+        number[test] += 1
 
 
 def _has_cases(item: pytest.Function) -> bool:

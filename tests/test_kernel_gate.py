@@ -36,7 +36,6 @@ from jvpgraph.kernels.call import Place
 from jvpgraph.kernels.gate_launches import Case, Flags
 from jvpgraph.kernels.recorded import KERNELS, memory
 from jvpgraph.kernels.sass import disassemble, wrong_descriptors
-from tests.interpreter import share
 
 pytestmark = [
     pytest.mark.slow,  # Triton's compiler, and NVIDIA's assembler
@@ -94,19 +93,20 @@ def test_what_the_command_covers():
 
 # Launches that asked for more than there is, one for each kind of mask.
 FIT = [
-    (89, "d value", 128, "bool rows", True),
     (120, "d value", 128, "half rows", False),
+    (89, "d value", 128, "bool rows", True),
     (86, "d value", 64, "fp32 rows", False),
-    (89, "d tangent", 64, "bool rows", False),
-    (90, "d tangent", 128, "half rows", True),
     (90, "d tangent", 128, "fp32 padding", False),
-    (100, "d tangent", 128, "fp32 rows", False),
+    (90, "d tangent", 128, "half rows", True),
     (120, "tangent", 128, "fp32 rows", False),
+    (100, "d tangent", 128, "fp32 rows", False),
     (90, "d tangent", 64, "tiles", False),
     (80, "tangent", 128, "tiles", False),
+    (89, "d tangent", 64, "bool rows", False),
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("arch", "way", "head_dim", "mask", "is_causal"), FIT, ids=str)
 def test_what_the_host_launches_fits(arch, way, head_dim, mask, is_causal):
     sizes, violations = gate_launches.too_large(Case(way, head_dim, mask, is_causal), (arch,))
@@ -239,8 +239,8 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("arch", "head_dim", "packed"), share(6, [80, 90, 100], [64, 128], [False, True]))
+@pytest.mark.sampled(5)
+@pytest.mark.parametrize(("arch", "head_dim", "packed"), itertools.product([80, 90, 100], [64, 128], [False, True]))
 def test_windows_and_packed_sequences_keep_what_the_table_has(arch, head_dim, packed):
     entry = Entry(arch, head_dim, BF16, "jvp")
     blocks = packed_blocks(TABLE[entry]) if packed else TABLE[entry]
@@ -262,17 +262,14 @@ def check_memory(launch):
     assert tensor_memory <= gate_launches.TENSOR_MEMORY
 
 
-@pytest.mark.parametrize("variant", share(4, VARIANTS), ids=str)
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_other_variants_fit(variant):
     check_memory(variant_launch(*variant))
 
 
-SOON_ASSEMBLED = (VARIANTS[0], VARIANTS[2])  # of Hopper, whose operands an assembler may lose
-
-
-@pytest.mark.parametrize(
-    "variant", [pytest.param(x, marks=[pytest.mark.matrix] * (x not in SOON_ASSEMBLED)) for x in VARIANTS], ids=str
-)
+@pytest.mark.sampled(13)  # the first is of Hopper, whose operands an assembler may lose
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_other_variants_are_assembled(variant):
     compiled, _ = gate_checks.compile_launch(variant_launch(*variant))
     assert not wrong_descriptors(disassemble(compiled.asm["cubin"]))
@@ -293,11 +290,12 @@ def launches_of(entry):
     ]
 
 
-def test_the_backward_fits_in_head_dims_of_several_parts():
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("entry", SEVERAL_PARTS, ids=str)
+def test_the_backward_fits_in_head_dims_of_several_parts(entry):
     assert backward_sweeps(80, 112, active=True) is None
-    for entry in SEVERAL_PARTS:
-        for launch in launches_of(entry):
-            check_memory(launch)
+    for launch in launches_of(entry):
+        check_memory(launch)
 
 
 @pytest.mark.matrix

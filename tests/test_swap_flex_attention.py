@@ -161,8 +161,9 @@ def test_a_score_mod(kind, mask_mod):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
-    ("kind", "dtype", "dynamic"), [("relative", torch.float32, None), ("softcap", torch.bfloat16, True)]
+    ("kind", "dtype", "dynamic"), [("softcap", torch.bfloat16, True), ("relative", torch.float32, None)]
 )
 def test_a_score_mod_on_the_default_backend(kind, dtype, dynamic):
     check_scores(Scores(kind, up_to), [(2, 150), (3, 70), (4, 90)], dtype, backend="inductor", dynamic=dynamic)
@@ -270,7 +271,8 @@ def check_layers(model: Layers, mask_mod, sizes, own=(None, None), dtype=torch.f
 
 
 @pytest.mark.usefixtures("gradients_on_a_cpu")
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.sampled(2)  # in bfloat16 on the default backend below
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_gradients_at_several_sizes(backend):
     check_layers(Layers(), frames, (150, 100), backend=backend)
 

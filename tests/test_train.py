@@ -282,13 +282,16 @@ def test_how_the_student_runs_may_change_between_a_stop_and_going_on(tmp_path: P
 
 
 @pytest.mark.slow
-def test_compiled_networks_give_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_compiled_networks_give_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
     compiled: list[type] = []
     original = nn.Module.compile
 
     def compile_and_note(module: nn.Module, **settings: Any) -> None:
         compiled.append(type(module))
-        original(module, **settings)
+        assert settings.pop("backend").compiler == "inductor"
+        original(module, backend=jvpgraph.backend(compiler), **settings)
 
     monkeypatch.setattr(nn.Module, "compile", compile_and_note)
     plain, fast = (

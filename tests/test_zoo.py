@@ -19,12 +19,12 @@ from tests.zoo.oracle import random_tangents
 from tests.zoo.run import examine
 
 WHOLE = (
-    "FluxTransformer2DModel",  # double and single stream, guidance
-    "QwenImageTransformer2DModel",  # complex rotary embedding
     "SanaTransformer2DModel",  # linear attention, depthwise convolutions
-    "WanTransformer3DModel",  # video
+    "FluxTransformer2DModel",  # double and single stream, guidance
     "MochiTransformer3DModel",  # attends to as many text tokens as the mask says
+    "WanTransformer3DModel",  # video
     "ZImageTransformer2DModel",  # lists of latents
+    "QwenImageTransformer2DModel",  # complex rotary embedding
     "T5FilmDecoder",  # attention written by hand
 )
 
@@ -40,6 +40,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", WHOLE)
 def test_one_graph(name):
     """One class of each family, at one size, as each has a graph of its own: `make zoo-exact` has all of both."""

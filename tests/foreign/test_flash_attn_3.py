@@ -10,7 +10,7 @@ from jvpgraph.errors import UnsupportedOp
 from tests.foreign.stand_ins import older
 from tests.foreign.test_swaps import C, D, H, Net, band, blocks, check, cu, importing, lengths, packed, plain, qkv
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
 of_flash_attn_interface = importing("flash_attn_interface")
 
 
@@ -205,6 +205,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["flash_attn_func", "FlashAttnFunc"])
 @pytest.mark.parametrize("argument", REFUSED)
 def test_what_is_refused(of_flash_attn_interface, argument, name):
@@ -224,6 +225,7 @@ def test_what_is_refused(of_flash_attn_interface, argument, name):
     assert f"flash_attn_func ({argument})  test_flash_attn_3.py:" in str(told.value)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("argument", ["seqused_q", "seqused_k"])
 def test_sequences_of_a_cache_are_refused(of_flash_attn_interface, argument):
     flash = of_flash_attn_interface("flash_attn_interface")
@@ -233,6 +235,7 @@ def test_sequences_of_a_cache_are_refused(of_flash_attn_interface, argument):
         dual(x, torch.rand(1), tangents={"x": x})
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("backend", ["eager", "op_by_op"])
 @pytest.mark.parametrize("argument", ["qv", "attention_chunk", "softcap", "k_new", "seqused_k", "cu_seqlens_q"])
 def test_what_is_refused_of_the_op(backend, argument):

@@ -154,6 +154,7 @@ def test_rotary_embedding_of_packed_keys(fused, interleaved, dtype):
     check(call, lambda q, k, v: plain(q, rotated(k, interleaved, 1), v), kv_heads=2, dtype=dtype)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "options", [{"cu_seqlens": torch.tensor([0, 6])}, {"seqlen_offsets": torch.tensor([1])}], ids=str
 )
@@ -241,7 +242,7 @@ def test_cross_entropy(fused):
 
 # ------------------------------------------------------------------------------------------------------ diffusers
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
 SWAPPED = ("flash", "flash_hub", "_flash_3", "_flash_3_hub", "flash_4_hub", "aiter_fa2_hub", "sage", "sage_hub")
 PACKED = ("flash_varlen", "flash_varlen_hub", "_flash_varlen_3", "_flash_3_varlen_hub", "sage_varlen")
 OF_TORCH = ("native", "_native_flash", "_native_math")  # the others have no kernel with a backward on a CPU
@@ -286,6 +287,7 @@ def test_masks_of_diffusers(backend):
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("backend", ["flash", "sage"])
 def test_masks_that_a_backend_of_diffusers_does_not_take(backend):
     dual = jvpgraph.transform(Net(lambda q, k, v: dispatch(backend, q, k, v, q[..., 0, 0] > 0)), backend="eager")

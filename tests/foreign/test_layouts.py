@@ -7,7 +7,7 @@ import pytest
 from tests.foreign.plain import plain
 from tests.foreign.test_swaps import check, cu, importing
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(4)]
 of_flash_attn, of_flash_attn_interface = importing("flash_attn"), importing("flash_attn_interface")
 of_sage, of_natten, of_xformers = importing("sageattention"), importing("natten"), importing("xformers")
 

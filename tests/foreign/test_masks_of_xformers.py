@@ -13,7 +13,7 @@ from jvpgraph.errors import UnsupportedOp
 from tests.foreign import stand_ins
 from tests.foreign.test_swaps import C, H, Net, band, blocks, check, importing, lengths, plain
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
 of_xformers = importing("xformers")
 FEW = [2, 4, 1]  # queries of three sequences, no more than keys of any
 
@@ -219,6 +219,7 @@ def refused(masks, kind):
     return nn.Identity() if kind == "unknown" else masks.BlockDiagonalMask.from_seqlens([6, 6])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [

@@ -12,7 +12,7 @@ from jvpgraph.errors import UnsupportedOp
 from tests.foreign.plain import band, neighbourhoods, plain
 from tests.foreign.test_swaps import C, H, Net, check, cu, importing
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
 of_sage, of_natten = importing("sageattention"), importing("natten")
 KERNELS = {
     "sageattn_qk_int8_pv_fp16_triton": {"quantization_backend": "cuda"},
@@ -92,12 +92,14 @@ def refused(call, reason):
     assert "test_sage_natten.py:" in str(told.value)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", [name for name in KERNELS if not name.endswith("triton")])
 def test_masks_that_kernels_ignore_are_refused(of_sage, name):
     kernel = getattr(of_sage("sageattention"), name)
     refused(lambda q, k, v: kernel(q, k, v, attn_mask=q > 0), "attn_mask.*SageAttention ignores it")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -196,6 +198,7 @@ def test_neighbourhoods_with_inductor(of_natten):
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["seqlens_Q", "cumulative_seqlen_KV"])
 def test_sequences_of_several_lengths_are_refused(of_natten, name):
     natten = of_natten("natten")

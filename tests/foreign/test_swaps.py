@@ -18,7 +18,7 @@ from tests.foreign.plain import band, blocks, neighbourhoods, plain
 from tests.foreign.stand_ins import INSTALL, function_of
 
 H, D, C = 4, 8, 16
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 
 
@@ -246,6 +246,7 @@ def test_flash_attn_with_inductor(of_flash_attn, dtype):
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -389,6 +390,7 @@ def test_xformers_with_inductor(of_xformers, dtype):
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("bias", "reason"),
     [(torch.ones(6, 6, dtype=torch.bool), "boolean"), (nn.Identity(), "Identity is a mask that our version")],
