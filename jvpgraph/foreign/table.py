@@ -63,6 +63,13 @@ def swap_for(theirs: Any) -> Swap | None:
     return next((swap for name, swap in SWAPS.items() if name.endswith(f".{short}") and _find(name) is theirs), None)
 
 
+def present() -> Iterator[tuple[Any, Swap]]:
+    """Theirs, as far as they have been imported, and what stands for them."""
+    for name, swap in list(SWAPS.items()):
+        if (theirs := _find(name)) is not None:
+            yield theirs, swap
+
+
 def _find(name: str) -> Any:
     """What a module has under this name; None where it has not been imported."""
     module, _, attribute = name.rpartition(".")
