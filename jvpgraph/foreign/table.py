@@ -32,23 +32,27 @@ class Swap:
         ours: takes by keyword what theirs is given, under the names that their signature has.
         absent: what ours is given for parameters that the signature of theirs does not have, in some versions.
         unless: an argument that theirs handles itself where it is not None.
+        around: an op that theirs is written around: where it is registered, Dynamo can trace theirs.
     """
 
     ours: Callable[..., Any]
     absent: dict[str, Any] = field(default_factory=dict)
     unless: str = ""
+    around: str = ""
 
 
 SWAPS: dict[str, Swap] = {}  # by the full name of theirs
 SHORT: set[str] = set()  # the last parts of those names
 
 
-def swaps(*names: str, absent: dict[str, Any] | None = None, unless: str = "") -> Callable[[Ours], Ours]:
+def swaps(
+    *names: str, absent: dict[str, Any] | None = None, unless: str = "", around: str = ""
+) -> Callable[[Ours], Ours]:
     """Register a function, or a class, in place of those of these full names; see Swap."""
 
     def register(ours: Ours) -> Ours:
         for name in names:
-            SWAPS[name] = Swap(ours, absent or {}, unless)
+            SWAPS[name] = Swap(ours, absent or {}, unless, around)
             SHORT.add(name.rsplit(".", 1)[-1])
         return ours
 
@@ -61,6 +65,11 @@ def swap_for(theirs: Any) -> Swap | None:
     if short not in SHORT:
         return None
     return next((swap for name, swap in SWAPS.items() if name.endswith(f".{short}") and _find(name) is theirs), None)
+
+
+def is_traceable(swap: Swap) -> bool:
+    namespace, _, op = swap.around.partition("::")
+    return bool(op) and hasattr(getattr(torch.ops, namespace), op)
 
 
 def present() -> Iterator[tuple[Any, Swap]]:
