@@ -41,6 +41,7 @@ class Swap:
     around: str = ""
 
 
+OPS = "torch.ops."  # of PyTorch itself, which are there always
 SWAPS: dict[str, Swap] = {}  # by the full name of theirs
 SHORT: set[str] = set()  # the last parts of those names
 
@@ -53,7 +54,7 @@ def swaps(
     def register(ours: Ours) -> Ours:
         for name in names:
             SWAPS[name] = Swap(ours, absent or {}, unless, around)
-            SHORT.add(name.rsplit(".", 1)[-1])
+            SHORT.add(_short(name))
         return ours
 
     return register
@@ -65,6 +66,11 @@ def swap_for(theirs: Any) -> Swap | None:
     if short not in SHORT:
         return None
     return next((swap for name, swap in SWAPS.items() if name.endswith(f".{short}") and _find(name) is theirs), None)
+
+
+def _short(name: str) -> str:
+    """What something of this full name says that its name is: of an op with its overload."""
+    return name.split(".", 3)[-1] if name.startswith(OPS) else name.rsplit(".", 1)[-1]
 
 
 def is_traceable(swap: Swap) -> bool:
@@ -81,6 +87,8 @@ def present() -> Iterator[tuple[Any, Swap]]:
 
 def _find(name: str) -> Any:
     """What a module has under this name; None where it has not been imported."""
+    if name.startswith(OPS):
+        return functools.reduce(getattr, name.removeprefix(OPS).split("."), torch.ops)
     module, _, attribute = name.rpartition(".")
     return getattr(sys.modules.get(module), attribute, None)
 
