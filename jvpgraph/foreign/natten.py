@@ -129,3 +129,11 @@ def _offsets(options: dict[str, Any], side: str) -> Tensor | None:
     given: Tensor | None = options.get(f"cumulative_seqlen_{side}")
     lengths = options.get(f"seqlens_{side}")
     return given if lengths is None else F.pad(lengths.cumsum(0), (1, 0)).int()
+
+
+@swaps(*(f"{MERGED}.na{n}d_varlen" for n in (1, 2, 3)))
+def packed_neighbourhoods(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Any:
+    """Grids of several sizes, one after the other."""
+    refuse(
+        "natten", "layout", "neighbourhoods in grids of several sizes are not taken: call na1d, na2d or na3d for each"
+    )

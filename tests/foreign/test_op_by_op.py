@@ -346,6 +346,60 @@ def test_views(packages, name, layout):
     torch.testing.assert_close(alone, tuple(a.detach() for a in got), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_views_in_graphs(packages, name, dynamic):
+    """Parts of one tensor at three sizes, with gradients, without, and of some operands only."""
+    theirs, exact = named(name)
+    net, of_net = Views(theirs), Views(exact).double()
+    of_net.load_state_dict(net.state_dict())
+    dual = jvpgraph.transform(net, backend="eager", dynamic=dynamic)
+    for batch, n, grads in ((2, 7, True), (3, 9, True), (4, 8, False)):
+        net.requires_grad_(grads)
+        x, x_dot = torch.randn(batch, n, C), torch.randn(batch, n, C)
+        wanted = torch.func.jvp(of_net, (x.double(),), (x_dot.double(),))
+        got = dual(x, tangents={"x": x_dot})
+        for a, b in zip(got, wanted, strict=True):
+            assert (a - b).abs().max() <= 2e-5 * max(1, b.abs().max())
+        assert got[0].requires_grad == grads
+        if grads:
+            net.kv.requires_grad_(False)
+            some = torch.autograd.grad(dual(x, tangents={"x": x_dot})[0].square().sum(), net.q.weight)
+            every = torch.autograd.grad(of_net(x.double()).square().sum(), of_net.q.weight)
+            torch.testing.assert_close(some[0].double(), every[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_gradients_of_tangents_in_graphs(packages, name):
+    """Which nothing but one graph has, whichever the package."""
+    theirs, exact = named(name)
+    net, of_net = Views(theirs), Views(exact).double()
+    of_net.load_state_dict(net.state_dict())
+    x, x_dot = torch.randn(2, 7, C), torch.randn(2, 7, C)
+    y, y_dot = jvpgraph.transform(net, backend="eager", differentiable_tangent=True)(x, tangents={"x": x_dot})
+    wanted, wanted_dot = torch.func.jvp(of_net, (x.double(),), (x_dot.double(),))
+    grads = torch.autograd.grad(y.sum() + y_dot.square().sum(), tuple(net.parameters()))
+    exact_grads = torch.autograd.grad(wanted.sum() + wanted_dot.square().sum(), tuple(of_net.parameters()))
+    for a, b in zip((y, y_dot, *grads), (wanted, wanted_dot, *exact_grads), strict=True):
+        assert (a - b).abs().max() <= 5e-5 * max(1, b.abs().max())
+    with pytest.raises(ValueError, match="differentiable_tangent=True needs one graph"):
+        jvpgraph.transform(net, backend="op_by_op", differentiable_tangent=True)
+
+
+class Views(nn.Module):
+    """Queries that lie by heads, keys and values that are parts of one tensor."""
+
+    def __init__(self, attention):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.kv, self.attention = nn.Linear(C, H * D), nn.Linear(C, 2 * H * D), attention
+
+    def forward(self, x):
+        q = self.q(x).unflatten(-1, (H, D)).transpose(1, 2).contiguous().transpose(1, 2)
+        k, v = self.kv(x).chunk(2, -1)
+        return self.attention(q, k.unflatten(-1, (H, D)), v.unflatten(-1, (H, D))).flatten(2)
+
+
 def test_where_no_tangent_arrives_the_package_computes(packages):
     """The stand-in of this kernel raises when it is called."""
     kernel = packages("sageattention").sageattn_qk_int8_pv_fp16_cuda

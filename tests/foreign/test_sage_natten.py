@@ -283,3 +283,19 @@ def test_a_positional_bias_is_refused(of_natten, monkeypatch):
         lambda q, k, v: module.na2d(*(x.unflatten(1, (2, 3)) for x in (q, k, v)), 2, rpb=rpb).flatten(1, 2),
         r"natten \(rpb\).*positional biases",
     )
+
+
+@pytest.mark.parametrize("backend", ["eager", "op_by_op"])
+def test_packed_grids_are_refused(of_natten, monkeypatch, backend):
+    """Which newer versions take."""
+
+    def na2d_varlen(query, key, value, layout, kernel_size, **_):
+        raise AssertionError
+
+    module = of_natten("natten.functional")
+    monkeypatch.setattr(module, "na2d_varlen", na2d_varlen, raising=False)
+    dual = jvpgraph.transform(Net(lambda q, k, v: module.na2d_varlen(q, k, v, None, 3)), backend=backend)
+    x = torch.randn(1, 6, C)
+    with pytest.raises(UnsupportedOp, match=r"natten \(layout\).*call na1d, na2d or na3d for each") as told:
+        dual(x, torch.rand(1), tangents={"x": x})
+    assert "test_sage_natten.py:" in str(told.value)
