@@ -24,6 +24,7 @@ from torch._dynamo.variables import TensorVariable, builder, lists, misc
 from torch.autograd.function import _is_setup_context_defined
 
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
+from jvpgraph.foreign.calls import calls_swapped
 from jvpgraph.foreign.table import Swap, absent, by_name, swap_for
 from jvpgraph.markers import ARRIVED, MAKE_DUAL, make_dual, tangent_of
 from jvpgraph.rules.apply import has_tangent
@@ -188,12 +189,14 @@ def _bound(function: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def functions_watched(mode: Any, where: Callable[[], str]) -> Iterator[None]:
-    """Within this context a Function with its own jvp gives its outputs their tangents in ``mode``, an OpByOp.
+    """Within this context a Function with its own jvp gives its outputs their tangents in ``mode``, an OpByOp; and
+    functions of other packages are ours, as far as something with a tangent reaches them.
 
     C++ looks ``forward`` up by name, whoever holds ``apply``: that is what is replaced. One without a jvp runs op by op
     as any code does, and is refused where nothing of an active argument arrives in what it returns.
     """
     with ExitStack() as replaced:
+        replaced.enter_context(calls_swapped(mode))
         for function in _functions(Function):
             if _is_setup_context_defined(function.setup_context):
                 calls: list[Any] = []
@@ -227,13 +230,13 @@ def _forward(function: Any, mode: Any, where: Callable[[], str]) -> Callable[...
 
     @functools.wraps(forward)
     def watched(ctx: Any, *args: Any, **kwargs: Any) -> Any:
-        dots = _tangents(mode, args)
-        if dots is None:
+        if not _is_active(mode, args):
             return forward(ctx, *args, **kwargs)
         if (swap := swap_for(function)) is not None:
             return _with_our_tangents(swap, function, lambda: forward(ctx, *args, **kwargs), mode, args)
         if not has_own_jvp(function):
             return _arrived(function, forward(ctx, *args, **kwargs), mode, where)
+        dots = _tangents(mode, args)
         with mode.asleep():
             out = _apart(lambda: forward(ctx, *args, **kwargs), args)
             outs = out if isinstance(out, tuple) else (out,)
@@ -245,13 +248,17 @@ def _forward(function: Any, mode: Any, where: Callable[[], str]) -> Callable[...
 
 
 def _with_our_tangents(swap: Swap, function: Any, forward: Callable[[], Any], mode: Any, args: Any) -> Any:
-    """The outputs of another package's Function, with the tangents of what ours makes of copies of its arguments."""
+    """The outputs of another package's Function, with the tangents of what ours makes of copies of its arguments; if
+    ours makes no tensors but an object that holds one, such as a mask, what theirs makes holds it as well."""
     copies = [x.clone() if has_tangent(x) else x for x in args]
     positional, named = by_name(swap, function, copies, {})
     ours = swap.ours(*positional, **named, **absent(swap, function))
+    dotted = ours if isinstance(ours, tuple) else (ours,)
+    if not any(isinstance(x, Tensor) for x in dotted):
+        return forward()
     with mode.asleep():
         out = forward()
-    outs, dotted = (x if isinstance(x, tuple) else (x,) for x in (out, ours))
+    outs = out if isinstance(out, tuple) else (out,)
     dots = [mode.tangent(x) if has_tangent(x) else None for x in dotted]
     with mode.asleep():
         dots = [None if dot is None else dot.clone() for dot in dots]
@@ -296,13 +303,15 @@ def _setup_context(function: Any, mode: Any, calls: list[Any]) -> Callable[..., 
     return watched
 
 
+def _is_active(mode: Any, args: tuple[Any, ...]) -> bool:
+    return mode.is_watching() and any(mode.tangent(x) is not None for x in args if has_tangent(x))
+
+
 def _tangents(mode: Any, args: tuple[Any, ...]) -> list[Any] | None:
     """What a jvp is given: zeros for what is not active. None where nothing is."""
-    if not mode.is_watching():
+    if not _is_active(mode, args):
         return None
     dots = [mode.tangent(x) if has_tangent(x) else None for x in args]
-    if all(dot is None for dot in dots):
-        return None
     with mode.asleep():
         return [
             None if not has_tangent(x) else torch.zeros_like(x) if dot is None else dot.clone()

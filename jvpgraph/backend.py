@@ -24,7 +24,7 @@ from jvpgraph.dynamo import first_cause
 from jvpgraph.errors import ABSOLUTE, NUMBER_HAS_NO_TANGENT, CaptureError, Explained, UnsupportedNode, UnsupportedOp
 from jvpgraph.foreign.capture import trace_ours
 from jvpgraph.graph.meta import source_line
-from jvpgraph.graph.torch_level import STOPS, active_graphs, graphs_in, wants_gradients_of_tangents
+from jvpgraph.graph.torch_level import STOPS, active_graphs, active_nodes, graphs_in, wants_gradients_of_tangents
 from jvpgraph.inductor import bodies_wait, compile_inner
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.passes.context import Context, Report
@@ -44,7 +44,7 @@ __all__ = ["COMPILERS", "Backend", "backend"]
 
 register_sharding_rules()
 keep_calls_of_own_jvps()
-trace_ours()
+trace_ours(active_nodes)
 Compiled = Any  # what a backend returns: a callable of the graph's inputs
 AS_STRIDED = ("as_strided", torch.as_strided, torch.Tensor.as_strided, torch.ops.aten.as_strided.default)
 COMPILERS = ("inductor", "eager")

@@ -59,6 +59,7 @@ LAYERS = (
         "jvpgraph.functions",
         "jvpgraph.unguarded",
         "jvpgraph.markers",
+        "jvpgraph.open_checkpoints",
         "jvpgraph.dynamo",
         "jvpgraph.tracing",
         "jvpgraph.storages",

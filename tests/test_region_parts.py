@@ -17,7 +17,8 @@ from jvpgraph.dynamo import NOT_CAPTURED, NOT_COMPILED, own_errors
 from jvpgraph.errors import CaptureError
 from jvpgraph.markers import make_dual
 from jvpgraph.op_by_op import OpByOp
-from jvpgraph.regions.checkpoints import Call, hooks_taken_off, open_checkpoints, policy
+from jvpgraph.open_checkpoints import open_checkpoints
+from jvpgraph.regions.checkpoints import Call, hooks_taken_off, policy
 from jvpgraph.regions.run import Group, _own_forward, _replaced, _set_tangents, brief
 from jvpgraph.regions.writes import refuse_writes
 

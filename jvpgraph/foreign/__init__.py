@@ -4,6 +4,26 @@ In a graph with tangents, a call of a function in the table is traced as a call 
 kernel: value and tangent in one sweep. Ops of theirs that are reached otherwise have rules.
 """
 
-from jvpgraph.foreign import diffusers, flash_attn, flash_attn_fused, natten, ops, sage, torch_varlen, xformers
+from jvpgraph.foreign import (
+    aten_efficient,
+    diffusers,
+    flash_attn,
+    flash_attn_fused,
+    natten,
+    ops,
+    sage,
+    torch_varlen,
+    xformers,
+)
 
-__all__ = ["diffusers", "flash_attn", "flash_attn_fused", "natten", "ops", "sage", "torch_varlen", "xformers"]
+__all__ = [
+    "aten_efficient",
+    "diffusers",
+    "flash_attn",
+    "flash_attn_fused",
+    "natten",
+    "ops",
+    "sage",
+    "torch_varlen",
+    "xformers",
+]

@@ -46,12 +46,14 @@ def tangents(
     scale: float | None = None,
     window: Window = EVERYTHING,
     from_the_end: bool = True,
+    bias_and_dot: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """The tangents of attend, for a primal by another kernel."""
     q, k, _ = qkv
-    bias, limits = _limits(q.shape[1], k.shape[1], None, causal, window, from_the_end, q.device)
+    bias, bias_dot = bias_and_dot
+    bias, limits = _limits(q.shape[1], k.shape[1], bias, causal, window, from_the_end, q.device)
     operands = [None if x is None else x.transpose(1, 2) for x in (*qkv, *dots)]
-    *_, o_dot, lse_dot = OPS.attention_jvp.default(*operands, bias, None, False, scale, limits)
+    *_, o_dot, lse_dot = OPS.attention_jvp.default(*operands, bias, bias_dot, False, scale, limits)
     return o_dot.transpose(1, 2), lse_dot
 
 
@@ -102,10 +104,11 @@ def tangents_packed(
     causal: bool = False,
     scale: float | None = None,
     window: Window = EVERYTHING,
+    from_the_end: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The tangents of attend_packed, for a primal by another kernel."""
     q, k, _ = qkv
-    mask, limits, cu_q, cu_kv = _limits_of_sequences(q.shape[0], k.shape[0], cu_seqlens, causal, window, True)
+    mask, limits, cu_q, cu_kv = _limits_of_sequences(q.shape[0], k.shape[0], cu_seqlens, causal, window, from_the_end)
     operands = [None if x is None else x.transpose(0, 1).unsqueeze(0) for x in (*qkv, *dots)]
     *_, o_dot, lse_dot = OPS.attention_jvp.default(*operands, mask, None, False, scale, limits, cu_q, cu_kv)
     return o_dot.squeeze(0).transpose(0, 1), lse_dot.squeeze(0)

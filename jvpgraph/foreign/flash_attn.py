@@ -17,6 +17,7 @@ __all__: list[str] = []
 
 FA2, FA3 = "flash_attn.flash_attn_interface", ("flash_attn_interface", "flash_attn_3.flash_attn_interface")
 # Older versions of flash_attn 3 have neither, and return the logsumexp always.
+OP_2, OP_3 = "flash_attn::_flash_attn_forward", "flash_attn_3::_flash_attn_forward"
 OF_FUNCTIONS, OF_APPLY = {"return_attn_probs": True}, {"return_softmax": True}
 
 
@@ -37,7 +38,7 @@ def _result(what: str, o: Tensor, lse: Tensor, options: dict[str, Any]) -> Any:
     return (o, lse, o.new_empty(0)) if with_lse else o
 
 
-@swaps(*_of_2("flash_attn_func", "FlashAttnFunc"))
+@swaps(*_of_2("flash_attn_func", "FlashAttnFunc"), around=OP_2)
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -51,21 +52,21 @@ def flash_attn_func(
     return _result("flash_attn_func", o, lse, options)
 
 
-@swaps(*_of_2("flash_attn_qkvpacked_func", "FlashAttnQKVPackedFunc"))
+@swaps(*_of_2("flash_attn_qkvpacked_func", "FlashAttnQKVPackedFunc"), around=OP_2)
 def flash_attn_qkvpacked_func(qkv: Tensor, **options: Any) -> Any:
     """qkv [B, L, 3, H, D]"""
     q, k, v = qkv.unbind(2)
     return flash_attn_func(q, k, v, **options)
 
 
-@swaps(*_of_2("flash_attn_kvpacked_func", "FlashAttnKVPackedFunc"))
+@swaps(*_of_2("flash_attn_kvpacked_func", "FlashAttnKVPackedFunc"), around=OP_2)
 def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, **options: Any) -> Any:
     """kv [B, L, 2, H, D]"""
     k, v = kv.unbind(2)
     return flash_attn_func(q, k, v, **options)
 
 
-@swaps(*_of_2("flash_attn_varlen_func", "FlashAttnVarlenFunc"))
+@swaps(*_of_2("flash_attn_varlen_func", "FlashAttnVarlenFunc"), around=OP_2)
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -81,14 +82,14 @@ def flash_attn_varlen_func(
     return _result("flash_attn_varlen_func", o, lse, options)
 
 
-@swaps(*_of_2("flash_attn_varlen_qkvpacked_func", "FlashAttnVarlenQKVPackedFunc"))
+@swaps(*_of_2("flash_attn_varlen_qkvpacked_func", "FlashAttnVarlenQKVPackedFunc"), around=OP_2)
 def flash_attn_varlen_qkvpacked_func(qkv: Tensor, cu_seqlens: Tensor, **options: Any) -> Any:
     """qkv [T, 3, H, D]"""
     q, k, v = qkv.unbind(1)
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, **options)
 
 
-@swaps(*_of_2("flash_attn_varlen_kvpacked_func", "FlashAttnVarlenKVPackedFunc"))
+@swaps(*_of_2("flash_attn_varlen_kvpacked_func", "FlashAttnVarlenKVPackedFunc"), around=OP_2)
 def flash_attn_varlen_kvpacked_func(
     q: Tensor, kv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
 ) -> Any:
@@ -104,22 +105,22 @@ def _without_probabilities(result: Any) -> Any:
     return result[:2] if isinstance(result, tuple) else result
 
 
-@swaps(*_of_3("flash_attn_func"), absent=OF_FUNCTIONS)
-@swaps(*_of_3("FlashAttnFunc"), absent=OF_APPLY)
+@swaps(*_of_3("flash_attn_func"), absent=OF_FUNCTIONS, around=OP_3)
+@swaps(*_of_3("FlashAttnFunc"), absent=OF_APPLY, around=OP_3)
 def flash_attn_3_func(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
     return _without_probabilities(flash_attn_func(q, k, v, **options))
 
 
-@swaps(*_of_3("flash_attn_varlen_func"), absent=OF_FUNCTIONS)
-@swaps(*_of_3("FlashAttnVarlenFunc"), absent=OF_APPLY)
+@swaps(*_of_3("flash_attn_varlen_func"), absent=OF_FUNCTIONS, around=OP_3)
+@swaps(*_of_3("FlashAttnVarlenFunc"), absent=OF_APPLY, around=OP_3)
 def flash_attn_3_varlen_func(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
 ) -> Any:
     return _without_probabilities(flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, **options))
 
 
-@swaps(*_of_3("flash_attn_qkvpacked_func"), absent=OF_FUNCTIONS)
-@swaps(*_of_3("FlashAttnQKVPackedFunc"), absent=OF_APPLY)
+@swaps(*_of_3("flash_attn_qkvpacked_func"), absent=OF_FUNCTIONS, around=OP_3)
+@swaps(*_of_3("FlashAttnQKVPackedFunc"), absent=OF_APPLY, around=OP_3)
 def flash_attn_3_qkvpacked_func(qkv: Tensor, num_heads_q: int | None = None, **options: Any) -> Any:
     """qkv [B, L, 3, H, D], or [B, L, H + 2 Hkv, D] with num_heads_q = H."""
     if qkv.dim() == 5:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from jvpgraph.foreign.attend import attend
+from jvpgraph.foreign.attend import attend, attend_packed
 from jvpgraph.foreign.table import check_options, refuse, swaps
 
 __all__: list[str] = []
@@ -23,6 +24,8 @@ TILES = {
     *("q_tile_size", "kv_tile_size", "backward_q_tile_size", "backward_kv_tile_size"),
 }
 MERGED = "natten.functional"
+OF_SEQUENCES = "cumulative_seqlen_", "seqlens_"
+PACKED = [f"{name}{side}" for name in OF_SEQUENCES for side in ("Q", "KV")]
 
 
 @swaps(*(f"{MERGED}.{name}" for name in ("na1d", "na2d", "na3d", "neighborhood_attention_generic")))
@@ -98,14 +101,39 @@ def attention(
     return_lse: bool = False,
     **options: Any,
 ) -> Any:
-    """query [B, L, H, D]; lse [B, L, H]."""
-    packed = ("seqlens_Q", "seqlens_KV", "cumulative_seqlen_Q", "cumulative_seqlen_KV")
-    for name in packed:
-        if options.get(name) is not None:
-            refuse("natten.attention", name, "sequences of several lengths are not taken")
-    others = {name: x for name, x in options.items() if name not in packed and not name.startswith("max_seqlen_")}
+    """query [B, L, H, D]; lse [B, L, H]. Packed [1, T, H, D], with lengths or, of one more, offsets."""
+    others = {name: x for name, x in options.items() if name not in PACKED and not name.startswith("max_seqlen_")}
     _check("natten.attention", others)
+    cu_q, cu_kv = (_offsets(options, side) for side in ("Q", "KV"))
+    if cu_q is not None and cu_kv is not None:
+        same = any(options.get(f"{name}Q") is options.get(f"{name}KV") is not None for name in OF_SEQUENCES)
+        if is_causal and not same:
+            refuse(
+                "natten.attention",
+                "is_causal",
+                "it is not known that sequences have as many keys as queries: pass the same tensor for both",
+            )
+        cu_kv = cu_q if same else cu_kv
+        o, lse = attend_packed(query[0], key[0], value[0], cu_q, cu_kv, is_causal, scale or None, from_the_end=False)
+        return (o[None], lse.mT[None]) if return_lse else o[None]
+    if cu_q is not None or cu_kv is not None:
+        refuse("natten.attention", "seqlens_Q, seqlens_KV", "those of queries or of keys are missing")
     if is_causal and query.shape[1] != key.shape[1]:
         refuse("natten.attention", "is_causal", "there are not as many keys as queries")
     o, lse = attend(query, key, value, None, is_causal, scale or None, from_the_end=False)
     return (o, lse.transpose(1, 2)) if return_lse else o
+
+
+def _offsets(options: dict[str, Any], side: str) -> Tensor | None:
+    """Where packed sequences begin and end; None where there is one in each row of the batch."""
+    given: Tensor | None = options.get(f"cumulative_seqlen_{side}")
+    lengths = options.get(f"seqlens_{side}")
+    return given if lengths is None else F.pad(lengths.cumsum(0), (1, 0)).int()
+
+
+@swaps(*(f"{MERGED}.na{n}d_varlen" for n in (1, 2, 3)))
+def packed_neighbourhoods(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Any:
+    """Grids of several sizes, one after the other."""
+    refuse(
+        "natten", "layout", "neighbourhoods in grids of several sizes are not taken: call na1d, na2d or na3d for each"
+    )

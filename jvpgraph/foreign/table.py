@@ -32,24 +32,29 @@ class Swap:
         ours: takes by keyword what theirs is given, under the names that their signature has.
         absent: what ours is given for parameters that the signature of theirs does not have, in some versions.
         unless: an argument that theirs handles itself where it is not None.
+        around: an op that theirs is written around: where it is registered, Dynamo can trace theirs.
     """
 
     ours: Callable[..., Any]
     absent: dict[str, Any] = field(default_factory=dict)
     unless: str = ""
+    around: str = ""
 
 
+OPS = "torch.ops."  # of PyTorch itself, which are there always
 SWAPS: dict[str, Swap] = {}  # by the full name of theirs
 SHORT: set[str] = set()  # the last parts of those names
 
 
-def swaps(*names: str, absent: dict[str, Any] | None = None, unless: str = "") -> Callable[[Ours], Ours]:
+def swaps(
+    *names: str, absent: dict[str, Any] | None = None, unless: str = "", around: str = ""
+) -> Callable[[Ours], Ours]:
     """Register a function, or a class, in place of those of these full names; see Swap."""
 
     def register(ours: Ours) -> Ours:
         for name in names:
-            SWAPS[name] = Swap(ours, absent or {}, unless)
-            SHORT.add(name.rsplit(".", 1)[-1])
+            SWAPS[name] = Swap(ours, absent or {}, unless, around)
+            SHORT.add(_short(name))
         return ours
 
     return register
@@ -63,8 +68,27 @@ def swap_for(theirs: Any) -> Swap | None:
     return next((swap for name, swap in SWAPS.items() if name.endswith(f".{short}") and _find(name) is theirs), None)
 
 
+def _short(name: str) -> str:
+    """What something of this full name says that its name is: of an op with its overload."""
+    return name.split(".", 3)[-1] if name.startswith(OPS) else name.rsplit(".", 1)[-1]
+
+
+def is_traceable(swap: Swap) -> bool:
+    namespace, _, op = swap.around.partition("::")
+    return bool(op) and hasattr(getattr(torch.ops, namespace), op)
+
+
+def present() -> Iterator[tuple[Any, Swap]]:
+    """Theirs, as far as they have been imported, and what stands for them."""
+    for name, swap in list(SWAPS.items()):
+        if (theirs := _find(name)) is not None:
+            yield theirs, swap
+
+
 def _find(name: str) -> Any:
     """What a module has under this name; None where it has not been imported."""
+    if name.startswith(OPS):
+        return functools.reduce(getattr, name.removeprefix(OPS).split("."), torch.ops)
     module, _, attribute = name.rpartition(".")
     return getattr(sys.modules.get(module), attribute, None)
 

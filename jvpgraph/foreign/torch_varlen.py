@@ -12,7 +12,7 @@ from jvpgraph.foreign.table import check_options, refuse, swaps
 __all__: list[str] = []
 
 
-@swaps("torch.nn.attention.varlen.varlen_attn")
+@swaps("torch.nn.attention.varlen.varlen_attn", around="torch_attn::_varlen_attn")
 def varlen_attn(
     query: Tensor,
     key: Tensor,

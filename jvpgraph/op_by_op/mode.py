@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from jvpgraph.autograd_function import functions_watched
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
 from jvpgraph.escapes import HIGHER_ORDER, Calls, Graphs, frames
+from jvpgraph.foreign.calls import calls_as_they_were
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.op_by_op.kinds import (
     BATCH_NORMS,
@@ -160,7 +161,7 @@ class OpByOp(Shadows, TorchDispatchMode):
             modes.append(_pop_mode())
         within = eval_frame._set_stance(self._stance)
         try:
-            with self._calls.left():
+            with self._calls.left(), calls_as_they_were():
                 yield
         finally:
             eval_frame._set_stance(within)
@@ -476,9 +477,7 @@ def _reads_later(value: Any, targets: list[Tensor]) -> bool:
 
 
 def _flat_dots(dot: Any, count: int) -> list[Any]:
-    if dot is None:
-        return [None] * count
-    return [dot] if isinstance(dot, Tensor) else list(dot)
+    return [None] * count if dot is None else [dot] if isinstance(dot, Tensor) else list(dot)
 
 
 def _asked_for() -> bool:

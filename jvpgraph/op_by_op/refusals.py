@@ -13,6 +13,7 @@ from jvpgraph.rules.apply import remedy
 
 __all__ = ["NUMBER", "refusal", "unsupported", "user_line"]
 
+PACKAGE = f"{Path(__file__).parents[1]}/"
 NUMBER = "a tensor with a tangent becomes a Python number, which has none: keep it a tensor, or detach it"
 
 
@@ -25,11 +26,10 @@ def unsupported(func: OpOverload, dots: dict[str, Any], reason: str) -> Unsuppor
 
 
 def user_line() -> str:
-    """The innermost Python frame outside of torch and this package."""
+    """The innermost Python frame outside of torch and this package, whose code others' functions may have."""
     for frame in frames():
-        package = frame.f_globals.get("__name__", "").split(".")[0]
-        if package not in ("torch", "jvpgraph"):
-            code = frame.f_code
+        package, code = frame.f_globals.get("__name__", "").split(".")[0], frame.f_code
+        if package not in ("torch", "jvpgraph") and not code.co_filename.startswith(PACKAGE):
             name = getattr(code, "co_qualname", code.co_name)
             return f"{Path(code.co_filename).name}:{frame.f_lineno} in {name}"
     return "(no source line)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import _CachingTorchDispatchMode, checkpoint, create
 
 from jvpgraph.tree import map_leaves
 
-__all__ = ["Call", "hooks_taken_off", "open_checkpoints", "policy"]
+__all__ = ["Call", "hooks_taken_off", "policy"]
 
 
 @dataclass(frozen=True)
@@ -46,24 +45,6 @@ def policy() -> Callable[..., Any] | None:
     return modes[-1].policy_fn if modes else None
 
 
-def open_checkpoints() -> list[Any]:
-    """The checkpoints whose saved-tensor hooks are the innermost ones, innermost first."""
-    frames: list[Any] = []
-    taken: list[Any] = []
-    try:
-        while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
-            frame = _frame_of(hooks[0])
-            if frame is None:
-                break
-            frames.append(frame)
-            taken.append(hooks)
-            torch._C._autograd._pop_saved_tensors_default_hooks()
-    finally:
-        for hooks in reversed(taken):
-            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
-    return frames
-
-
 @contextmanager
 def hooks_taken_off(count: int) -> Iterator[None]:
     """Without the innermost saved-tensor hooks."""
@@ -76,9 +57,3 @@ def hooks_taken_off(count: int) -> Iterator[None]:
     finally:
         for hooks in reversed(taken):
             torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
-
-
-def _frame_of(pack: Callable[..., Any]) -> Any:
-    if getattr(pack, "__module__", "") != "torch.utils.checkpoint":
-        return None
-    return inspect.getclosurevars(pack).nonlocals.get("frame")

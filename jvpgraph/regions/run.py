@@ -41,7 +41,8 @@ from jvpgraph.dynamo import (
 from jvpgraph.errors import CaptureError, MarkerExecuted
 from jvpgraph.markers import MAKE_DUAL
 from jvpgraph.op_by_op import OpByOp
-from jvpgraph.regions.checkpoints import Call, hooks_taken_off, open_checkpoints, policy
+from jvpgraph.open_checkpoints import open_checkpoints
+from jvpgraph.regions.checkpoints import Call, hooks_taken_off, policy
 from jvpgraph.regions.find import Choice, find_regions, fingerprint, parts_of
 from jvpgraph.regions.small import SmallGraphs
 from jvpgraph.regions.writes import is_number, refuse_writes

@@ -9,8 +9,8 @@ import torch
 
 import jvpgraph
 from jvpgraph.errors import UnsupportedOp
-from tests.foreign.plain import band, neighbourhoods, plain
-from tests.foreign.test_swaps import C, H, Net, check, cu, importing
+from tests.foreign.plain import band, blocks, neighbourhoods, plain
+from tests.foreign.test_swaps import C, H, Net, check, cu, importing, lengths
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
 of_sage, of_natten = importing("sageattention"), importing("natten")
@@ -198,14 +198,70 @@ def test_neighbourhoods_with_inductor(of_natten):
     )
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("name", ["seqlens_Q", "cumulative_seqlen_KV"])
-def test_sequences_of_several_lengths_are_refused(of_natten, name):
+def offsets(cu_q, cu_k):
+    return {"cumulative_seqlen_Q": cu_q, "cumulative_seqlen_KV": cu_k, "max_seqlen_Q": 9, "max_seqlen_KV": 11}
+
+
+def of_lengths(cu_q, cu_k):
+    return {"seqlens_Q": cu_q.diff(), "seqlens_KV": cu_k.diff()}
+
+
+@pytest.mark.parametrize("backend", ["eager", "op_by_op"])
+@pytest.mark.parametrize("given", [offsets, of_lengths])
+def test_packed_sequences(of_natten, given, backend):
+    """Of several lengths, those of keys others than those of queries; with grouped heads and the logsumexp."""
     natten = of_natten("natten")
-    refused(
-        lambda q, k, v: natten.attention(q, k, v, **{name: cu([6])}, max_seqlen_Q=6),
-        rf"natten.attention \({name}\).*several lengths are not taken",
+
+    def call(q, k, v, cu_q, cu_k):
+        o, lse = natten.attention(q, k, v, scale=0.3, return_lse=True, **given(cu_q, cu_k))
+        return times_lse(o, lse.mT)
+
+    def reference(q, k, v, cu_q, cu_k):
+        seen = blocks(cu_q.diff().tolist(), cu_k.diff().tolist())
+        s = 0.3 * q.transpose(1, 2) @ k.repeat_interleave(2, 2).transpose(1, 2).mT
+        return times_lse(plain(q, k, v, seen, scale=0.3), s.masked_fill(~seen, -1e300).logsumexp(-1))
+
+    check(
+        call,
+        reference,
+        sizes=((1, 12), (1, 20)),
+        others=lambda n: {"cu_q": cu([2, 4, 1]), "cu_k": cu(lengths(n))},
+        kv_heads=2,
+        last=7,
+        backend=backend,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "op_by_op"])
+@pytest.mark.parametrize("given", [offsets, lambda a, b: dict.fromkeys(("seqlens_Q", "seqlens_KV"), a.diff())])
+def test_causal_packed_sequences(of_natten, given, backend, dtype):
+    natten = of_natten("natten")
+
+    def reference(q, k, v, ends):
+        of = ends.diff().tolist()
+        return plain(q, k, v, blocks(of, of, lambda n, m: band(n, m, right=0)))
+
+    check(
+        lambda q, k, v, ends: natten.attention(q, k, v, True, **given(ends, ends)),
+        reference,
+        sizes=((1, 12), (1, 20)),
+        others=lambda n: {"ends": cu(lengths(n))},
+        backend=backend,
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"cumulative_seqlen_Q": cu([6])}, "those of queries or of keys are missing"),
+        ({"is_causal": True} | offsets(cu([6]), cu([6])), "pass the same tensor for both"),
+    ],
+)
+def test_sequences_that_are_refused(of_natten, given, reason):
+    natten = of_natten("natten")
+    refused(lambda q, k, v: natten.attention(q, k, v, **given), rf"natten.attention .*{reason}")
 
 
 def test_causal_with_fewer_queries_is_refused(of_natten):
@@ -229,3 +285,19 @@ def test_a_positional_bias_is_refused(of_natten, monkeypatch):
         lambda q, k, v: module.na2d(*(x.unflatten(1, (2, 3)) for x in (q, k, v)), 2, rpb=rpb).flatten(1, 2),
         r"natten \(rpb\).*positional biases",
     )
+
+
+@pytest.mark.parametrize("backend", ["eager", "op_by_op"])
+def test_packed_grids_are_refused(of_natten, monkeypatch, backend):
+    """Which newer versions take."""
+
+    def na2d_varlen(query, key, value, layout, kernel_size, **_):
+        raise AssertionError
+
+    module = of_natten("natten.functional")
+    monkeypatch.setattr(module, "na2d_varlen", na2d_varlen, raising=False)
+    dual = jvpgraph.transform(Net(lambda q, k, v: module.na2d_varlen(q, k, v, None, 3)), backend=backend)
+    x = torch.randn(1, 6, C)
+    with pytest.raises(UnsupportedOp, match=r"natten \(layout\).*call na1d, na2d or na3d for each") as told:
+        dual(x, torch.rand(1), tangents={"x": x})
+    assert "test_sage_natten.py:" in str(told.value)
