@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jvpgraph.kernels.block_mask import HIDDEN, WHOLE, BlockMask, some_and_every
+from jvpgraph.kernels.block_mask import HIDDEN, WHOLE, BlockMask
 from jvpgraph.kernels.call import Call, is_capturing
 
-__all__ = ["Chunk", "Keys", "Visits", "summary_of", "take", "take_rows", "visits_of"]
+__all__ = ["Chunk", "Keys", "Visits", "take", "take_rows", "visits_of"]
 
 # Scores per block. The two score blocks of a JVP (2 MiB) should stay in the cache of a CPU; elsewhere
 # launches cost.
@@ -31,9 +31,6 @@ TILE_ELEMENTS_ELSEWHERE = 1 << 25
 # Keys per block: long enough for an efficient matmul, short enough to leave rows in the block.
 BLOCK_K = {"cpu": 512}
 BLOCK_K_ELSEWHERE = 4096
-# A dense boolean mask of as many pairs is looked through for tiles of SUMMARY queries and keys that it hides or shows
-# whole; they are used if they are at least that share.
-SUMMARY, PAIRS_TO_SUMMARIZE, SHARE_TO_USE = 128, 1 << 20, 0.25
 
 # Integers as wide as the scores, and the one that has the bits of -inf.
 BITS = {torch.float32: (torch.int32, -1 << 23), torch.float64: (torch.int64, -1 << 52)}
@@ -311,19 +308,5 @@ def visits_of(call: Call, block_q: int | None = None, block_k: int | None = None
         return Visits(call.with_dense_mask(), block_q, block_k)
     if call.block_mask is not None:
         return TiledVisits(call, call.block_mask, False, block_q, block_k)
-    summary = None if block_q else summary_of(call.bias)
+    summary = None if block_q else call.summary
     return Visits(call, block_q, block_k) if summary is None else TiledVisits(call, summary, True, None, block_k)
-
-
-def summary_of(bias: Tensor | None) -> BlockMask | None:
-    """Which tiles a dense boolean mask on a CPU hides or shows whole, without bytes; None where it is not worth it."""
-    if bias is None or bias.dtype != torch.bool or bias.device.type != "cpu" or 1 in bias.shape[2:]:
-        return None
-    if bias.shape[2:].numel() < PAIRS_TO_SUMMARIZE:
-        return None
-    of_rows = zip(*(some_and_every(strip, SUMMARY) for strip in bias.split(SUMMARY, 2)))
-    some, every = (torch.stack(x, 2) for x in of_rows)  # [B, H, tiles of queries, tiles of keys]
-    if (every | ~some).float().mean() < SHARE_TO_USE:
-        return None
-    kinds = torch.where(some, torch.where(every, WHOLE, 1), HIDDEN).int()
-    return BlockMask(kinds, bias.new_empty(0, SUMMARY, SUMMARY))

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from jvpgraph.kernels import visits
 from jvpgraph.kernels.attention import attention, attention_jvp
-from jvpgraph.kernels.block_mask import HIDDEN, WHOLE, BlockMask, list_blocks, positions_of
+from jvpgraph.kernels.block_mask import HIDDEN, WHOLE, BlockMask, list_blocks, positions_of, summary_of
 from jvpgraph.kernels.blocked_parts import exp_
 from jvpgraph.kernels.call import Call, How
 from jvpgraph.kernels.choose import plan
@@ -192,17 +192,33 @@ def test_a_dense_mask_is_skipped_where_it_hides(monkeypatch, dtype):
     each = int((BlockMask.of_dense(dense).map != HIDDEN).sum())
     assert sum(counts) >= each  # that of the value is ATen's
     assert sum(counts) % each == 0
-    monkeypatch.setattr(visits, "summary_of", lambda bias: None)
+    monkeypatch.setattr(Call, "summary", None)
     counts.clear()
     assert_equal(got, everything(xs, dots, dense), 1e-6 if dtype == torch.float32 else 2e-2)
     assert not counts
 
 
+def test_a_dense_mask_is_looked_through_once_in_each_pass(monkeypatch):
+    n, looked = 1100, []
+    monkeypatch.setattr(
+        "jvpgraph.kernels.call.summary_of", lambda bias: (looked.append(bias.shape), summary_of(bias))[1]
+    )
+    dense = create_mask(lambda b, h, q, k: q // 300 == k // 300, None, None, n, n, device="cpu")
+    (q, k, v), dots = inputs(n, n)
+    q.requires_grad_()
+    o, _, o_dot, _ = attention_jvp(q, k, v, *dots, dense, differentiable_tangent=True)
+    assert len(looked) == 1
+    torch.autograd.grad(o.sum(), q, retain_graph=True)
+    assert len(looked) == 2
+    torch.autograd.grad(o_dot.sum(), q)
+    assert len(looked) == 3
+
+
 def test_a_dense_mask_without_structure_is_left_alone():
-    assert visits.summary_of(torch.rand(1, 1, 1100, 1100) > 0.5) is None
-    assert visits.summary_of(torch.ones(1, 1, 150, 150, dtype=torch.bool)) is None
-    assert visits.summary_of(torch.randn(1, 1, 1100, 1100)) is None
-    assert visits.summary_of(torch.ones(1, 1, 1100, 1100, dtype=torch.bool)) is not None
+    assert summary_of(torch.rand(1, 1, 1100, 1100) > 0.5) is None
+    assert summary_of(torch.ones(1, 1, 150, 150, dtype=torch.bool)) is None
+    assert summary_of(torch.randn(1, 1, 1100, 1100)) is None
+    assert summary_of(torch.ones(1, 1, 1100, 1100, dtype=torch.bool)) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
