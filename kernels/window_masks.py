@@ -33,6 +33,7 @@ __all__ = [
     "cut_tiles",
     "intervals_from_the_end",
     "intervals_of_sequences",
+    "kept_tiles",
     "mask_of_grid",
     "mask_of_intervals",
     "tiles_of",
@@ -214,11 +215,22 @@ def _seen(grid: Grid, device: torch.device | str) -> tuple[Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=256)
-def cut_tiles(grid: Grid) -> int:
-    """How many tiles the mask of a grid cuts."""
+def _counted(grid: Grid) -> tuple[Tensor, int]:
+    """Which tiles the mask of a grid keeps, and how many it cuts."""
     with _disable_current_modes():
         some, every = _seen(grid, "cpu")
-        return int((some & ~every).sum())
+        return some, int((some & ~every).sum())
+
+
+def cut_tiles(grid: Grid) -> int:
+    """How many tiles the mask of a grid cuts."""
+    return _counted(grid)[1]
+
+
+def kept_tiles(grid: Grid) -> Tensor:
+    """bool [tiles of queries, tiles of keys]: which are not hidden."""
+    with _disable_current_modes():
+        return _counted(grid)[0].clone()
 
 
 def mask_of_grid(grid: Grid, device: torch.device | str = "cpu") -> BlockMask:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import jvpgraph
 from jvpgraph.foreign.attend import attend, attend_packed, tiles_of_sequences
 from jvpgraph.foreign.natten import neighborhood_attention
 from jvpgraph.kernels.attention import attention, attention_jvp
@@ -184,6 +185,26 @@ def test_as_many_tiles_are_visited_as_are_kept(monkeypatch):
     attend_packed(q[0], k[0], v[0], cu_q, cu_k, causal=True, window=(100, -1))
     dense = torch.block_diag(band(100, 600, 100, 0), band(300, 300, 100, 0)).bool()
     assert sum(counts) == int((BlockMask.of_dense(dense[None, None]).map != HIDDEN).sum()) < 28
+
+
+class OfAGrid(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(1, 2)
+        return neighborhood_attention(x, x, x, 5).flatten(1, 2) + attend(flat, *[flat[:, :-2]] * 2, window=(100, 0))[0]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_flops_are_of_what_is_kept_in_this_call(dynamic):
+    x = torch.randn(2, 30, 32, 1, 8)
+    found = jvpgraph.transform(OfAGrid(), backend="eager").explain(x, tangents={"x": x}, dynamic=dynamic)
+    kept = 0
+    for dense in (neighbourhoods((30, 32), 5), band(960, 958, 100, 0)):
+        tiles = BlockMask.of_dense(dense[None, None])
+        every = tiles._replace(map=-(tiles.map != HIDDEN).int(), partial=tiles.partial[:0])
+        kept += int(every.dense(*dense.shape).sum())
+    assert found.flops() == (2 * kept * 2 * (8 + 8), 2 * 2 * kept * 2 * (8 + 8))
+    assert found.upper_bounds == 0
+    assert sum("a block mask keeps" in meaning for meaning, _ in found.sizes.values()) == (2 if dynamic else 0)
 
 
 @pytest.mark.parametrize("what", ["neighbourhoods", "a window"])
