@@ -102,6 +102,11 @@ class Explanation:
         return sum((report.backward_flops for report in self.reports), sympy.S.Zero)
 
     @property
+    def upper_bounds(self) -> int:
+        """Calls of attention with a block mask that is data, which count as if it kept all tiles."""
+        return sum(report.upper_bounds for report in self.reports)
+
+    @property
     def sizes(self) -> dict[sympy.Symbol, tuple[str, int]]:
         """Symbol -> its meaning, and its value in this call."""
         known = {symbol: size for report in self.reports for symbol, size in report.sizes.items()}
@@ -138,6 +143,10 @@ class Explanation:
             f"  primal FLOPs     {primal:.3e}".ljust(30) + f" = {sympy.sstr(self.primal_flops)}",
             f"  tangent FLOPs    {tangent:.3e}".ljust(30) + f" = {sympy.sstr(self.tangent_flops)}",
         ]
+        if self.upper_bounds:
+            lines.append(
+                f"    at most that: block masks that are data count as if they hid nothing ({self.upper_bounds})"
+            )
         if self.regions:
             lines.append("  " + self.regions.replace("\n", "\n  "))
         if self.sizes:

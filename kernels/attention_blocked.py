@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jvpgraph.kernels.blocked_parts import score_tangent_operands, score_tangents
+from jvpgraph.kernels.blocked_parts import exp_, score_tangent_operands, score_tangents
 from jvpgraph.kernels.call import Call, Outputs
 from jvpgraph.kernels.layout import dtype_inside, empty_rows
 from jvpgraph.kernels.visits import Chunk, take, take_rows, visits_of
@@ -122,7 +122,7 @@ def _absorb(
         m = torch.maximum(sums.m, m)
     # exp(-inf - 0) = 0 where no key has been seen yet
     safe = m.masked_fill(m == -math.inf, 0) if may_be_empty else m
-    p = s.sub_(safe).exp_()
+    p = exp_(s.sub_(safe))
     hs = [s_dot.mul_(p) for s_dot in s_dots]
     l = p.sum(-1, keepdim=True)
     rs = [h.sum(-1, keepdim=True) for h in hs]

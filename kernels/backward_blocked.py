@@ -45,7 +45,7 @@ import math
 import torch
 from torch import Tensor
 
-from jvpgraph.kernels.blocked_parts import needs_own_sums, row_sums, score_tangent_operands, score_tangents
+from jvpgraph.kernels.blocked_parts import exp_, needs_own_sums, row_sums, score_tangent_operands, score_tangents
 from jvpgraph.kernels.call import Call, Cotangents, Gradients, Outputs
 from jvpgraph.kernels.layout import dtype_inside, empty_rows
 from jvpgraph.kernels.visits import Chunk, Keys, take_rows, visits_of
@@ -116,7 +116,7 @@ def _of_value(
                 k_j, v_j = keys.of(k_c), keys.of(v_c)
                 s = torch.bmm(q_i, k_j.mT)
                 visits.hide(s, chunk, i, bq, keys)
-                p = s.sub_(lse_i).exp_() if log_l is None else s.sub_(lse_i).sub_(log_l).exp_()
+                p = exp_(s.sub_(lse_i) if log_l is None else s.sub_(lse_i).sub_(log_l))
                 keys.add_product(dv_c, p.mT, do_i)
                 ds = torch.bmm(do_i, v_j.mT).sub_(delta_i).mul_(p)
                 keys.add_product(dk_c, ds.mT, q_i)
@@ -180,7 +180,7 @@ def _through_tangent(
                 k_j, values_j = keys.of(k_c), keys.of(values)
                 s = torch.bmm(q_i, k_j.mT)
                 visits.hide(s, chunk, i, bq, keys)
-                p = s.sub_(lse_i).exp_() if log_l is None else s.sub_(lse_i).sub_(log_l).exp_()
+                p = exp_(s.sub_(lse_i) if log_l is None else s.sub_(lse_i).sub_(log_l))
                 keys.add_product(dvalues, p.mT, cots_i)
                 e = torch.baddbmm(e_shift_i, cots_i, values_j.mT)
                 if call.s_active:

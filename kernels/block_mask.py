@@ -13,9 +13,21 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["HIDDEN", "WHOLE", "BlockMask", "MaskMod", "as_block_mask", "list_blocks", "positions_of", "some_and_every"]
+__all__ = [
+    "HIDDEN",
+    "WHOLE",
+    "BlockMask",
+    "MaskMod",
+    "as_block_mask",
+    "list_blocks",
+    "positions_of",
+    "summary_of",
+]
 
 HIDDEN, WHOLE = 0, -1
+# A dense boolean mask of as many pairs is looked through for tiles of SUMMARY queries and keys that it hides or shows
+# whole; they are used if they are at least that share.
+SUMMARY, PAIRS_TO_SUMMARIZE, SHARE_TO_USE = 128, 1 << 20, 0.25
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of batch, head, query, key: whether it is seen
 
 
@@ -159,7 +171,7 @@ def _on_axes(mask_mod: MaskMod, outer: int = 2) -> Callable[..., Tensor]:
     return on
 
 
-def some_and_every(seen: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+def _some_and_every(seen: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """Whether some query of a row of tiles [B, H, rows, Lkv] sees some key of a tile, and whether each sees every key,
     [B, H, tiles]."""
     bits = seen.view(torch.uint8)  # in which amin takes a ninth of the time of all
@@ -171,9 +183,23 @@ def some_and_every(seen: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     return some.amax(-1).bool(), every.amin(-1).bool()
 
 
+def summary_of(bias: Tensor | None) -> BlockMask | None:
+    """Which tiles a dense boolean mask on a CPU hides or shows whole, without bytes; None where it is not worth it."""
+    if bias is None or bias.dtype != torch.bool or bias.device.type != "cpu" or 1 in bias.shape[2:]:
+        return None
+    if bias.shape[2:].numel() < PAIRS_TO_SUMMARIZE:
+        return None
+    of_rows = zip(*(_some_and_every(strip, SUMMARY) for strip in bias.split(SUMMARY, 2)))
+    some, every = (torch.stack(x, 2) for x in of_rows)  # [B, H, tiles of queries, tiles of keys]
+    if (every | ~some).float().mean() < SHARE_TO_USE:
+        return None
+    kinds = torch.where(some, torch.where(every, WHOLE, 1), HIDDEN).int()
+    return BlockMask(kinds, bias.new_empty(0, SUMMARY, SUMMARY))
+
+
 def _tiled(seen: Tensor, tile: tuple[int, int], before: int) -> tuple[Tensor, Tensor]:
     """The map and the cut tiles of one row of tiles [B, H, rows, Lkv], of which `before` come before."""
-    some, whole = some_and_every(seen, tile[1])
+    some, whole = _some_and_every(seen, tile[1])
     cut = some & ~whole
     kinds = torch.where(cut, cut.flatten().cumsum(0).view_as(cut) + before, -whole.int())
     missing = tile[0] - seen.shape[2], -seen.shape[3] % tile[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jvpgraph.kernels.block_mask import BlockMask
+from jvpgraph.kernels.block_mask import BlockMask, summary_of
 from jvpgraph.kernels.checks import check_how, check_operands, check_tangents
 from jvpgraph.kernels.layout import bias_to_rank4, to_rank4
 from jvpgraph.kernels.window import EVERYTHING, Window, hide_more, packed_mask
@@ -240,6 +241,11 @@ class Call:
     @property
     def is_empty(self) -> bool:
         return 0 in (self.q.numel(), self.k.numel(), self.v.numel())
+
+    @functools.cached_property
+    def summary(self) -> BlockMask | None:
+        """The tiles of a dense boolean mask, where it is worth it to visit some of them only: see summary_of."""
+        return summary_of(self.bias)
 
     def sequences(self) -> Iterator[tuple[slice, slice, Call]]:
         """The queries, the keys and the call of each packed sequence. Waits for the device."""

@@ -22,7 +22,6 @@ from jvpgraph.kernels import aten_cpu, aten_cuda, attention_blocked, backward_bl
 from jvpgraph.kernels.blocked_parts import needs_own_sums
 from jvpgraph.kernels.call import Call, Cotangents, Gradients, Outputs, Wanted
 from jvpgraph.kernels.packed import attend_each, differentiate_each
-from jvpgraph.kernels.visits import summary_of
 
 __all__ = [
     "BACKWARDS",
@@ -229,7 +228,7 @@ def differentiate(call: Call, outs: Outputs, grads: Cotangents) -> Gradients:
     backward = _first(candidates, call)[0] if _forced is None else _forced(call).backward
     if backward.is_by_lse and needs_own_sums(call.bias, outs.lse):
         backward = BLOCKED_BACKWARD
-    if backward is ATEN_CPU_BACKWARD and summary_of(call.bias) is not None:
+    if backward is ATEN_CPU_BACKWARD and call.summary is not None:
         backward = BLOCKED_BACKWARD  # skips what the mask hides
     return backward.run(call, outs, grads)
 

@@ -6,23 +6,20 @@ Ops
     jvpgraph::attention_jvps          the same of T tangents: dots, o_dots and lse_dots have a first dim of T
     jvpgraph::attention_backward      (dq, dk, dv, dbias): from o and lse
     jvpgraph::attention_jvp_backward  (dq, dk, dv, dq_dot, dk_dot, dv_dot, dbias, dbias_dot): through the tangent too
-    jvpgraph::block_map               (block_map, places): a block mask's tiles from flex_attention's lists
+Those that make block masks are in jvpgraph.kernels.mask_ops.
 See jvpgraph.kernels.attention for what they compute. An op takes any strides; the functions there are stricter.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jvpgraph.kernels import autograd  # noqa: F401  which the ops have from the start
-from jvpgraph.kernels.block_mask import list_blocks
+from jvpgraph.kernels import autograd, mask_ops  # noqa: F401  which the ops have from the start
 from jvpgraph.kernels.call import Call, Cotangents, Dots, Outputs, Wanted, check_call
 from jvpgraph.kernels.checks import check_block_map, check_outputs, check_sequences
 from jvpgraph.kernels.choose import attend, attend_all, differentiate
@@ -232,40 +229,6 @@ def _without_autocast(real: Callable[..., tuple[Tensor, ...]]) -> Callable[..., 
     return kernel
 
 
-@contextlib.contextmanager
-def _sizes_may_be_data(shape_env: Any) -> Iterator[None]:
-    """Inside, fakes may have sizes that depend on data, also where Dynamo was not asked for such ops: this one is ours,
-    and comes after it."""
-    before = shape_env.settings
-    shape_env.settings = dataclasses.replace(before, allow_dynamic_output_shape_ops=True)
-    try:
-        yield
-    finally:
-        shape_env.settings = before
-
-
-def _block_map_fake(
-    count: Tensor,
-    index: Tensor,
-    full_count: Any,
-    full_index: Any,
-    batch: Any,
-    heads: Any,
-    rows: Any,
-    columns: Any,
-    all_whole: bool = False,
-) -> tuple[Tensor, Tensor]:
-    places: Any = 0
-    if not all_whole:
-        context = torch.library.get_ctx()
-        with _sizes_may_be_data(context._shape_env):
-            places = context.new_dynamic_size()
-    empty = count.new_empty((batch, heads, rows, columns), dtype=torch.int32)
-    return empty, count.new_empty((places, 4), dtype=torch.int64)
-
-
-LIBRARY.impl("block_map", list_blocks, "CompositeExplicitAutograd")
-torch.library.register_fake("jvpgraph::block_map", _block_map_fake, lib=LIBRARY)
 for _name in SCHEMAS:
     LIBRARY.impl(_name, _without_autocast(REAL[_name]), "CompositeExplicitAutograd")
     torch.library.register_fake(f"jvpgraph::{_name}", FAKE[_name], lib=LIBRARY)

@@ -35,12 +35,14 @@ SCHEMAS = {
     " bool bias_needs_grad=False, bool bias_dot_needs_grad=False) -> (Tensor dq, Tensor dk, Tensor dv,"
     " Tensor dq_dot, Tensor dk_dot, Tensor dv_dot, Tensor dbias, Tensor dbias_dot)",
 }
-LIBRARY.define(
-    "block_map(Tensor count, Tensor index, Tensor? full_count, Tensor? full_index, SymInt batch, SymInt heads,"
+MASKS = {
+    "block_map": "(Tensor count, Tensor index, Tensor? full_count, Tensor? full_index, SymInt batch, SymInt heads,"
     " SymInt rows, SymInt columns, bool all_whole=False) -> (Tensor block_map, Tensor places)",
-    tags=TAGS,
-)
-for _name, _schema in SCHEMAS.items():
+    "interval_mask": "(Tensor first, Tensor last, SymInt length_kv) -> (Tensor block_map, Tensor partial_blocks)",
+    "grid_mask": "(SymInt[] space, SymInt[] kernel, SymInt[] stride, SymInt[] dilation, bool[] causal, SymInt others,"
+    " Device device) -> (Tensor block_map, Tensor partial_blocks)",
+}
+for _name, _schema in (SCHEMAS | MASKS).items():
     LIBRARY.define(_name + _schema, tags=TAGS)
 
 DEFAULTS = {

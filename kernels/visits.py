@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jvpgraph.kernels.block_mask import HIDDEN, WHOLE, BlockMask, some_and_every
+from jvpgraph.kernels.block_mask import HIDDEN, WHOLE, BlockMask
 from jvpgraph.kernels.call import Call, is_capturing
 
-__all__ = ["Chunk", "Keys", "Visits", "summary_of", "take", "take_rows", "visits_of"]
+__all__ = ["Chunk", "Keys", "Visits", "take", "take_rows", "visits_of"]
 
 # Scores per block. The two score blocks of a JVP (2 MiB) should stay in the cache of a CPU; elsewhere
 # launches cost.
@@ -31,9 +31,9 @@ TILE_ELEMENTS_ELSEWHERE = 1 << 25
 # Keys per block: long enough for an efficient matmul, short enough to leave rows in the block.
 BLOCK_K = {"cpu": 512}
 BLOCK_K_ELSEWHERE = 4096
-# A dense boolean mask of as many pairs is looked through for tiles of SUMMARY queries and keys that it hides or shows
-# whole; they are used if they are at least that share.
-SUMMARY, PAIRS_TO_SUMMARIZE, SHARE_TO_USE = 128, 1 << 20, 0.25
+
+# Integers as wide as the scores, and the one that has the bits of -inf.
+BITS = {torch.float32: (torch.int32, -1 << 23), torch.float64: (torch.int64, -1 << 52)}
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,17 @@ def take_rows(x: Tensor, i: int, bq: int) -> Tensor:
     return take(x, 2, i, bq).flatten(1, 2)
 
 
+def _hide(s: Tensor, hidden: Tensor) -> None:
+    """s.masked_fill_(hidden, -inf), whatever s is there. On a CPU that takes a branch for each score, and a fifth of
+    the time by bits, of which those of a mask that scores share are made once."""
+    if s.device.type != "cpu" or s.dtype not in BITS:
+        s.masked_fill_(hidden, -math.inf)
+        return
+    bits, minus_infinity = BITS[s.dtype]
+    hides = hidden.view(torch.uint8).to(bits)
+    s.view(bits).bitwise_and_(hides - 1).bitwise_or_(hides.mul_(minus_infinity))
+
+
 def _blocks_of(first: int, end: int, block: int) -> Iterator[tuple[int, int]]:
     """(start, size) of each block of [first, end) of a dim."""
     for start in range(first, end, block):
@@ -105,9 +116,12 @@ class Keys(NamedTuple):
     runs: tuple[tuple[int, int], ...]  # (first, how many), one behind the other
     are_all: bool = False  # that the queries see
     hidden: Tensor | None = None  # [batches | 1, heads | 1, group | 1, bq, n], True hides, of the last n
+    tiles: tuple[Tensor, int] | None = None  # where the runs are tiles: which, and of how many keys
 
     def of(self, x: Tensor, dim: int = 1) -> Tensor:
         """These keys of x, in this order; x if it has one for all."""
+        if self.tiles is not None and dim == 1 and x.shape[1] > 1:
+            return self._in_tiles(x).index_select(1, self.tiles[0]).flatten(1, 2)
         parts = [_take_unless_one(x, dim, *run) for run in self.runs]
         return parts[0] if len(parts) == 1 or x.shape[dim] == 1 else torch.cat(parts, dim)
 
@@ -116,9 +130,19 @@ class Keys(NamedTuple):
         if len(self.runs) == 1:
             take(sums, 1, *self.runs[0]).baddbmm_(a, b)
             return
-        parts = torch.bmm(a, b).split([length for _, length in self.runs], 1)
+        product = torch.bmm(a, b)
+        if self.tiles is not None:
+            self._in_tiles(sums).index_add_(1, self.tiles[0], self._in_tiles(product))
+            return
+        parts = product.split([length for _, length in self.runs], 1)
         for run, part in zip(self.runs, parts):
             take(sums, 1, *run).add_(part)
+
+    def _in_tiles(self, x: Tensor) -> Tensor:
+        """x [n, Lkv, D] as [n, tiles, keys of one, D], but for a last one that is not whole."""
+        assert self.tiles is not None
+        size = self.tiles[1]
+        return take(x, 1, 0, x.shape[1] // size * size).unflatten(1, (-1, size))
 
     def add(self, sums: Tensor, x: Tensor) -> None:
         """Add x to these keys, the last dim of sums; summed over as sums broadcasts."""
@@ -176,15 +200,15 @@ class Visits:
         if self.bias is not None:
             block = chunk.bias(self.bias, i, bq, keys)
             if self.bias.dtype == torch.bool:
-                chunk.scores(s, bq).masked_fill_(block, -math.inf)
+                _hide(chunk.scores(s, bq), block)
             else:
                 chunk.scores(s, bq).add_(block)
         if keys.hidden is not None:
             n = keys.hidden.shape[-1]
-            chunk.scores(s, bq)[..., s.shape[-1] - n :].masked_fill_(keys.hidden, -math.inf)
+            _hide(chunk.scores(s, bq)[..., s.shape[-1] - n :], keys.hidden)
         if any(self.window.cuts(i, bq, first, first + n) for first, n in keys.runs):
             ahead = keys.positions(s.device) - torch.arange(i, i + bq, device=s.device)[:, None]
-            chunk.scores(s, bq).masked_fill_(self.window.hides(ahead), -math.inf)
+            _hide(chunk.scores(s, bq), self.window.hides(ahead))
 
 
 class TiledVisits(Visits):
@@ -246,7 +270,11 @@ class TiledVisits(Visits):
             some = tiles[start : start + together]
             of_cut = some[max(0, len(whole) - start) :]
             hidden = self._hidden(chunk, i, bq, of_cut) if of_cut else None
-            yield Keys(self._runs(some), len(some) == len(tiles), hidden)
+            runs = self._runs(some)
+            in_tiles = None
+            if len(runs) > 1 and (max(some) + 1) * columns <= self.n_k:  # fewer calls than run by run
+                in_tiles = torch.tensor(some, device=self.hides.device), columns
+            yield Keys(runs, len(some) == len(tiles), hidden, in_tiles)
 
     def _runs(self, tiles: list[int]) -> tuple[tuple[int, int], ...]:
         """Tiles that follow one another are one run."""
@@ -280,19 +308,5 @@ def visits_of(call: Call, block_q: int | None = None, block_k: int | None = None
         return Visits(call.with_dense_mask(), block_q, block_k)
     if call.block_mask is not None:
         return TiledVisits(call, call.block_mask, False, block_q, block_k)
-    summary = None if block_q else summary_of(call.bias)
+    summary = None if block_q else call.summary
     return Visits(call, block_q, block_k) if summary is None else TiledVisits(call, summary, True, None, block_k)
-
-
-def summary_of(bias: Tensor | None) -> BlockMask | None:
-    """Which tiles a dense boolean mask on a CPU hides or shows whole, without bytes; None where it is not worth it."""
-    if bias is None or bias.dtype != torch.bool or bias.device.type != "cpu" or 1 in bias.shape[2:]:
-        return None
-    if bias.shape[2:].numel() < PAIRS_TO_SUMMARIZE:
-        return None
-    of_rows = zip(*(some_and_every(strip, SUMMARY) for strip in bias.split(SUMMARY, 2)))
-    some, every = (torch.stack(x, 2) for x in of_rows)  # [B, H, tiles of queries, tiles of keys]
-    if (every | ~some).float().mean() < SHARE_TO_USE:
-        return None
-    kinds = torch.where(some, torch.where(every, WHOLE, 1), HIDDEN).int()
-    return BlockMask(kinds, bias.new_empty(0, SUMMARY, SUMMARY))

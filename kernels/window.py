@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CAUSAL", "EVERYTHING", "Window", "hide_more", "packed_mask", "sequences_mask"]
+__all__ = ["CAUSAL", "EVERYTHING", "Window", "hide_more", "packed_mask", "places"]
 
 
 class Window(NamedTuple):
@@ -50,32 +50,18 @@ CAUSAL = Window(right=0)
 
 def packed_mask(cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, length_q: int, length_kv: int, window: Window) -> Tensor:
     """[1, 1, Lq, Lkv], True where a query of packed sequences sees a key. Does not wait for the device."""
-    starts, ends = (cu_seqlens_q[:-1], cu_seqlens_kv[:-1]), (cu_seqlens_q[1:], cu_seqlens_kv[1:])
-    return sequences_mask(starts, ends, length_q, length_kv, window)[None, None]
+    of_q, inside_q, at_q = places(length_q, cu_seqlens_q[:-1], cu_seqlens_q[1:])
+    of_kv, inside_kv, at_kv = places(length_kv, cu_seqlens_kv[:-1], cu_seqlens_kv[1:])
+    own = (of_q[:, None] == of_kv) & inside_q[:, None] & inside_kv
+    return (own & ~window.hides(at_kv - at_q[:, None]))[None, None]
 
 
-def sequences_mask(
-    starts: tuple[Tensor, Tensor],
-    ends: tuple[Tensor, Tensor],
-    length_q: int,
-    length_kv: int,
-    window: Window = EVERYTHING,
-    from_the_end: bool = False,
-) -> Tensor:
-    """[Lq, Lkv], True where a query sees a key: of its own sequence, and within a window.
+def places(length: int, starts: Tensor, ends: Tensor, from_the_end: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each position the sequence that began last, whether it is in it, and where, counted from its start or its end.
 
     Args:
-        starts, ends: of the sequences, among the queries and among the keys; ascending. Between them may be gaps.
-        from_the_end: positions are counted from the end of a sequence, not from its start.
+        starts, ends: of the sequences; ascending. Between them may be gaps.
     """
-    of_q, inside_q, at_q = _places(length_q, starts[0], ends[0], from_the_end)
-    of_kv, inside_kv, at_kv = _places(length_kv, starts[1], ends[1], from_the_end)
-    own = (of_q[:, None] == of_kv) & inside_q[:, None] & inside_kv
-    return own & ~window.hides(at_kv - at_q[:, None])
-
-
-def _places(length: int, starts: Tensor, ends: Tensor, from_the_end: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each position the sequence, whether it is in it, and where it is, counted from its end or its start."""
     at = torch.arange(length, device=starts.device)
     if not starts.shape[0]:
         return at, torch.zeros_like(at, dtype=torch.bool), at

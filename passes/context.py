@@ -57,6 +57,7 @@ class Report:
         collectives: by op.
         paired: collectives that carry a primal and its tangent.
         primal_flops, tangent_flops, backward_flops: in the symbols of ``sizes``; a multiply-add counts 2.
+        upper_bounds: calls of attention with a block mask that is data, which count as if it kept all tiles.
         sizes: symbol -> (where it comes from, its value in the first call).
         graphs: every graph from Dynamo's to the last, with the step that made it.
         passes_ran: whether the passes on the ATen graph did; not where the compiler had the result in its cache.
@@ -74,6 +75,7 @@ class Report:
     primal_flops: sympy.Expr = sympy.S.Zero
     tangent_flops: sympy.Expr = sympy.S.Zero
     backward_flops: sympy.Expr = sympy.S.Zero
+    upper_bounds: int = 0
     sizes: dict[sympy.Symbol, tuple[str, int]] = field(default_factory=dict)
     graphs: list[StepReport] = field(default_factory=list)
     passes_ran: bool = False

@@ -35,6 +35,7 @@ NAMES: dict[str, Any] = {
     "torch": torch,
     "F": F,
     "operator": operator,
+    "CPU": torch.device("cpu"),
     **{name: getattr(torch.ops, name) for name in ("aten", "prims", "jvpgraph", "_c10d_functional", "_dtensor")},
 }
 

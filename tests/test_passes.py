@@ -586,6 +586,52 @@ def test_what_attention_costs(call: str, primal: int, tangent: int):
     assert sum(report.kernels.values()) == (0 if "backward" in call else 1)
 
 
+SPLIT = "map = mask[0]\nbytes = mask[1]\n"
+ENDS = f"""\
+at = aten.arange(200, dtype=torch.int64)
+early = aten.sub.Tensor(at, 50)
+first = aten.clamp(early, 0)
+mask = jvpgraph.interval_mask(first, at, 300)
+{SPLIT}"""
+GRID = f"mask = jvpgraph.grid_mask([10, 20], [3, 3], [1, 1], [1, 1], [False, False], 100, CPU)\n{SPLIT}"
+NO_BYTES = "bytes = aten.full([0, 128, 128], False)\n"
+OF_HEADS = "map = aten.full([1, 3, 2, 3], {}, dtype=torch.int32)\n" + NO_BYTES
+
+
+@pytest.mark.parametrize(
+    ("made", "pairs", "times"),
+    [
+        (ENDS, 128 * 128 + 72 * 256, 6),  # windows of 51 keys up to the query's own
+        (GRID, 200 * 300, 6),  # all tiles: tokens of the first see those of the second, which have all the others
+        (OF_HEADS.format(-1), 3 * 200 * 300, 2),
+        (OF_HEADS.format(0), 0, 2),
+        ("map = aten.neg(kinds)\n" + NO_BYTES, None, 6),
+    ],
+)
+def test_what_attention_costs_with_a_block_mask(made: str, pairs: int | None, times: int):
+    how = "block_map=map, partial_blocks=bytes"
+    calls = (
+        f"y = jvpgraph.attention_jvp(q, k, v, q_dot, None, None, {how})",
+        f"dq = jvpgraph.attention_backward(go, None, q, k, v, None, go, lse, {how})",
+        "o = y[0]",
+        "g = dq[0]",
+        "return o, g",
+    )
+    gm = linearized(
+        made + "\n".join(calls),
+        **{name: R(2, 3, 200, 8) for name in ("q", "q_dot")},
+        k=R(2, 3, 300, 8),
+        v=R(2, 3, 300, 4),
+        go=R(2, 3, 200, 4),
+        lse=R(2, 3, 200),
+        kinds=torch.zeros(1, 1, 2, 3, dtype=torch.int32),
+    )
+    report = run(count, gm)
+    scores = 2 * times * (200 * 300 if pairs is None else pairs)
+    assert report.upper_bounds == (1 if pairs is None else 0)
+    assert report.primal_flops + report.tangent_flops + report.backward_flops == scores * (5 * 8 + 4 * 4)
+
+
 def test_the_kernel_at_the_sizes_of_this_call():
     inputs = {name: Dynamic(x, (2,)) for name, x in HEADS.items()}
     gm = linearized("y = jvpgraph.attention(q, q, q)\no = y[0]\nreturn o", **inputs)

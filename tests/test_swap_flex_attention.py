@@ -79,6 +79,18 @@ def test_it_is_told():
     found = jvpgraph.transform(Flex(None)).explain(x, tangents={"x": x_dot})
     assert [form for _, _, form in found.swapped] == ["flex_attention"]
     assert found.fused == 1
+    assert "at most" not in str(found)
+
+
+@pytest.mark.slow
+def test_flops_with_a_block_mask_are_a_bound():
+    """Its lists are inputs of the graph."""
+    x, x_dot = torch.randn(2, 1, 2, N, 16, dtype=torch.float64)
+    block_mask = create_block_mask(causal_documents, None, 2, N, N, device="cpu")
+    found = jvpgraph.transform(Flex(block_mask)).explain(x, tangents={"x": x_dot})
+    assert found.upper_bounds == 1
+    assert found.flops()[0] == 2 * (2 * N * N) * (16 + 16)
+    assert "at most that: block masks that are data count as if they hid nothing (1)" in str(found)
 
 
 # ------------------------------------------------------------------------------------------------------- score_mod

@@ -1,9 +1,5 @@
-"""NATTEN's fused neighbourhood attention in one, two and three dims, as a mask of all pairs of tokens.
-
-Along a dim with dilation d, a token sees tokens of its own remainder mod d only. Of these, counted as neighbours, it
-sees the kernel_size nearest: a window around it, moved inwards at the ends, or with causal the last ones up to itself.
-With a stride, the tokens of a group share the window of one of them: the middle one, or with causal the last.
-"""
+"""NATTEN's fused neighbourhood attention in one, two and three dims, as attention with a block mask: see Axis in
+jvpgraph.kernels.window_masks for who sees whom."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ from torch import Tensor
 
 from jvpgraph.foreign.attend import attend, attend_packed
 from jvpgraph.foreign.table import check_options, refuse, swaps
+from jvpgraph.kernels.ops import OPS
 
 __all__: list[str] = []
 
@@ -48,15 +45,18 @@ def neighborhood_attention(
     _check("natten", options)
     if rpb is not None:
         refuse("natten", "rpb", "relative positional biases are not built into our mask")
-    mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
-    for dim, size in enumerate(query.shape[1:-2]):
-        kernel, step, gap, causal = (_of_dim(x, dim) for x in (kernel_size, stride, dilation, is_causal))
-        mask = _product(mask, _neighbours(size, kernel, step, gap, causal, query.device))
+    space = query.shape[1:-2]
+    windows = ([_of_dim(x, dim) for dim in range(len(space))] for x in (kernel_size, stride, dilation, is_causal))
     q, k, v = (x.flatten(1, -3) for x in (query, key, value))
+    others = 0
     if additional_keys is not None and additional_values is not None:
-        k, v = torch.cat([k, additional_keys], 1), torch.cat([v, additional_values], 1)
-        mask = torch.cat([mask, mask.new_ones(mask.shape[0], additional_keys.shape[1])], 1)
-    o, lse = attend(q, k, v, mask, scale=scale or None)
+        k, v, others = (
+            torch.cat([k, additional_keys], 1),
+            torch.cat([v, additional_values], 1),
+            additional_keys.shape[1],
+        )
+    tiles = OPS.grid_mask.default(list(space), *windows, others, query.device)
+    o, lse = attend(q, k, v, tiles=tiles, scale=scale or None)
     o = o.reshape(*query.shape[:-1], value.shape[-1])
     return (o, lse.transpose(1, 2).reshape(query.shape[:-1])) if return_lse else o
 
@@ -67,28 +67,6 @@ def _check(what: str, options: dict[str, Any]) -> None:
 
 def _of_dim(value: Any, dim: int) -> Any:
     return value[dim] if isinstance(value, (tuple, list)) else value
-
-
-def _neighbours(size: int, kernel: int, stride: int, dilation: int, causal: bool, device: torch.device) -> Tensor:
-    """[size, size]: which keys a query sees along one dim."""
-    at = torch.arange(size, device=device)
-    place, remainder = at // dilation, at % dilation
-    last = (size - 1 - remainder) // dilation  # of the tokens of this remainder
-    leader = place // stride * stride + (stride - 1 if causal else stride // 2)
-    leader = torch.minimum(leader, last)
-    if causal:
-        first, end = leader - kernel + 1, place
-    else:
-        first = torch.minimum((leader - kernel // 2).clamp(min=0), last - kernel + 1)
-        end = first + kernel - 1
-    seen = (place >= first.unsqueeze(1)) & (place <= end.unsqueeze(1))
-    return seen & (remainder == remainder.unsqueeze(1))
-
-
-def _product(outer: Tensor, inner: Tensor) -> Tensor:
-    """[M N, M N] of [M, M] and [N, N]: both see."""
-    n = outer.shape[0] * inner.shape[0]
-    return (outer[:, None, :, None] & inner[None, :, None, :]).reshape(n, n)
 
 
 @swaps(f"{MERGED}.attention")

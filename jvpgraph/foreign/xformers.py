@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jvpgraph.foreign.attend import attend, attend_packed
+from jvpgraph.foreign.attend import attend, attend_packed, tiles_of_sequences
 from jvpgraph.foreign.table import check_options, refuse, swaps
-from jvpgraph.kernels.window import Window, sequences_mask
 
 __all__: list[str] = []
 
@@ -31,14 +30,14 @@ OF_SEQUENCES = {
     "BlockDiagonalCausalLocalAttentionMask": (True, False),
     "BlockDiagonalCausalLocalAttentionFromBottomRightMask": (True, True),
 }
-OF_SEQUENCES_WITH_GAPS = {
-    "BlockDiagonalPaddedKeysMask": (False, True),
-    "BlockDiagonalCausalWithOffsetPaddedKeysMask": (True, True),
-    "BlockDiagonalLocalAttentionPaddedKeysMask": (False, True),
-    "BlockDiagonalCausalLocalAttentionPaddedKeysMask": (True, True),
-    "BlockDiagonalGappyKeysMask": (False, True),
-    "BlockDiagonalCausalWithOffsetGappyKeysMask": (True, True),
-    "BlockDiagonalLocalAttentionFromBottomRightGappyKeysMask": (False, True),
+OF_SEQUENCES_WITH_GAPS = {  # causal; positions are counted from the end
+    "BlockDiagonalPaddedKeysMask": False,
+    "BlockDiagonalCausalWithOffsetPaddedKeysMask": True,
+    "BlockDiagonalLocalAttentionPaddedKeysMask": False,
+    "BlockDiagonalCausalLocalAttentionPaddedKeysMask": True,
+    "BlockDiagonalGappyKeysMask": False,
+    "BlockDiagonalCausalWithOffsetGappyKeysMask": True,
+    "BlockDiagonalLocalAttentionFromBottomRightGappyKeysMask": False,
 }
 MASKS = "xformers.ops.fmha.attn_bias", "mslk.attention.fmha.attn_bias"
 FUNCTIONS = "xformers.ops", "xformers.ops.fmha", "mslk.attention.fmha"
@@ -151,10 +150,8 @@ def _of_sequences(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float | Non
         starts = of_q.seqstart, of_q.seqstart if of_k is of_q else of_k.seqstart
         q, k, v = q.squeeze(0), k.squeeze(0), v.squeeze(0)
         return attend_packed(q, k, v, *starts, causal, scale, (left, right), from_the_end)[0].unsqueeze(0)
-    causal, from_the_end = OF_SEQUENCES_WITH_GAPS[kind]
     n = of_k.seqlen.shape[0]
     starts = of_q.seqstart[:-1], of_k.seqstart[:n]
     ends = of_q.seqstart[1:], of_k.seqstart[:n] + of_k.seqlen
-    right = 0 if causal else right
-    mask = sequences_mask(starts, ends, q.shape[1], k.shape[1], Window.of(left, right), from_the_end)
-    return attend(q, k, v, mask, scale=scale)[0]
+    window = left, 0 if OF_SEQUENCES_WITH_GAPS[kind] else right
+    return attend(q, k, v, tiles=tiles_of_sequences(starts, ends, q.shape[1], k.shape[1], window), scale=scale)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -196,6 +197,38 @@ def test_neighbourhoods_with_inductor(of_natten):
         sizes=((2, 12), (3, 12)),
         backend="inductor",
     )
+
+
+class OfAGrid(torch.nn.Module):
+    """On x [B, rows, columns, C]."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.qkv, self.attention = torch.nn.Linear(8, 24), attention
+
+    def forward(self, x):
+        return self.attention(*self.qkv(x).unflatten(-1, (2, 12)).split(4, -1))
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_neighbourhoods_in_a_grid_of_any_size(of_natten, backend):
+    """One graph, from two tiles on: how many are cut follows from sizes that are symbols in it."""
+    attention = of_natten("natten").na2d
+    torch.manual_seed(0)
+    net = OfAGrid(lambda q, k, v: attention(q, k, v, kernel_size=(3, 5), dilation=(1, 2)))
+    dual = jvpgraph.transform(net, backend=backend, dynamic=True)
+    exact = copy.deepcopy(net).double()
+    for space in ((12, 20), (15, 20), (10, 31)):
+        seen = neighbourhoods(space, (3, 5), 1, (1, 2))
+        exact.attention = lambda q, k, v: plain(*(x.flatten(1, 2) for x in (q, k, v)), seen).unflatten(1, space)  # noqa: B023
+        x, x_dot = torch.randn(2, 1, *space, 8)
+        want = torch.func.jvp(exact, (x.double(),), (x_dot.double(),))
+        grads = torch.autograd.grad(exact(x.double()).square().sum(), list(exact.parameters()))
+        y, y_dot = dual(x, tangents={"x": x_dot})
+        got = torch.autograd.grad(y.square().sum(), list(net.parameters()))
+        for a, b in zip((y, y_dot, *got), (*want, *grads), strict=True):
+            assert (a - b).abs().max() <= 2e-6 * max(1, b.abs().max())
+    assert len(dual.reports) == 1
 
 
 def offsets(cu_q, cu_k):
