@@ -259,6 +259,28 @@ def test_formulas_that_derive(model):
     check_module(model(), (x,), (x_dot,), ("x",))
 
 
+class Resized(nn.Module):
+    """Ops whose meta kernels in C++ know no symbolic sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[-1]
+        wide = F.pad(x, (0, n))[None, None]
+        parts = [F.interpolate(wide, size=(2 * n, n), mode=mode)[0, 0] for mode in ("bilinear", "bicubic")]
+        return torch.cat([*parts, torch.fft.rfft(x, n=2 * n).abs()[:, :n]]).sin()
+
+
+def test_formulas_at_symbolic_sizes():
+    dual = jvpgraph.transform(Resized(), backend="eager", dynamic=True, differentiable_tangent=True)
+    for n in (4, 6):
+        x, x_dot = (torch.randn(n, n).double().requires_grad_() for _ in range(2))
+        check(
+            lambda x=x, x_dot=x_dot: dual(x, tangents={"x": x_dot}),
+            lambda x=x, x_dot=x_dot: oracle(Resized(), (x,), (x_dot,)),
+            [x, x_dot],
+        )
+    assert len(dual.reports) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # Inductor's own
 def test_formulas_that_derive_with_inductor():
