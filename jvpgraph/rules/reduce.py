@@ -33,6 +33,12 @@ def kept(y: Tensor, x: Tensor, dim: Any, keepdim: bool) -> Tensor:
     return y
 
 
+def over(x: Tensor, y: Tensor) -> Tensor:
+    """x / y, and zero where y is: so is its gradient there, which that of the quotient alone would make NaN."""
+    zero = y == 0
+    return torch.where(zero, 0, x / torch.where(zero, 1, y))
+
+
 linear(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.cumsum.default)
 
 
@@ -104,13 +110,13 @@ def var_mean(outs, x, dim, correction, keepdim, *, x_dot):
 @jvp(aten.std.correction, when=real)
 def std(y, x, dim, correction, keepdim, *, x_dot):
     """As PyTorch: zero where the deviation is."""
-    return torch.where(y == 0, 0, half_spread(x, dim, correction, keepdim, x_dot) / y)
+    return over(half_spread(x, dim, correction, keepdim, x_dot), y)
 
 
 @jvp(aten.linalg_vector_norm.default, when=real_two_norm)
 def two_norm(y, x, order, dim, keepdim, dtype, *, x_dot):
     """y_dot = sum(x * x_dot) / y, and zero at the origin, as PyTorch."""
-    return torch.where(y == 0, 0, (in_float32(x) * x_dot).sum(dim, keepdim) / y)
+    return over((in_float32(x) * x_dot).sum(dim, keepdim), y)
 
 
 @jvp(aten._cdist_forward.default)
