@@ -53,6 +53,7 @@ SAYERS = {
 # grows, features for a loss) is kept by the forward; the backward does not keep it once more.
 SETTINGS = {
     "trace_autograd_ops": True,
+    "allow_rnn": True,  # written out step by step
     "ignore_logging_functions": SAYERS,
     "skip_fwd_side_effects_in_bwd_under_checkpoint": True,
 }

@@ -358,6 +358,18 @@ def angles(h: Tensor) -> Tensor:
     return torch.arange(h.shape[1])[:, None] * torch.linspace(0.1, 1, WIDTH, dtype=h.dtype)
 
 
+class Recurrent(Network):
+    def __init__(self):
+        super().__init__()
+        self.steps = nn.GRU(WIDTH, WIDTH // 2, batch_first=True, bidirectional=True)
+
+    def construct(self, h, t):
+        y, last = self.steps(h)
+        return y + last.mean((0, 2))[:, None, None]
+
+    plain = construct
+
+
 CONSTANTS: dict = {}
 
 
@@ -511,6 +523,7 @@ ONE_GRAPH = {
     "cached properties and locks": Caches,
     "checkpoint_sequential": Sequence,
     "what is kept under a checkpoint": Keeps,
+    "a recurrent layer": Recurrent,
 }
 
 
