@@ -45,6 +45,12 @@ MOST_LINES = 8  # of a text that names neither cause nor line
 NOT_OF_USERS = tuple(f"{Path(str(module.__file__)).parent}/" for module in (torch, jvpgraph.errors))
 NOT_CAPTURED = "the model cannot be captured as one graph: "
 NOT_COMPILED = "the compiler cannot compile the graph: "
+# What Dynamo raises for a tensor that is kept on a module or in a list by a checkpoint inside another.
+OF_INNER_GRAPH = "does not belong to this Graph"
+KEPT_INSIDE = (
+    "a tensor that was made under a checkpoint inside another checkpoint is kept outside of both, on a module or in a "
+    "list: return it from there, or leave out the inner checkpoint"
+)
 NO_BACKWARD = (
     "PyTorch has no backward for this op, with or without tangents: detach its input, use another op (for "
     "floor_divide, torch.div with a rounding_mode), or call under torch.no_grad()."
@@ -80,6 +86,7 @@ CHANGES = {
     "Could not guard on data-dependent": "pass sizes as numbers, not in tensors that are read",
     "Could not extract specialized integer": "pass sizes as numbers, not in tensors that are read",
     "Unsupported context manager": "enter the context around the call, not in forward",
+    "torch.compiler.disable": "take torch.compiler.disable away, if a graph may have what it covers",
     "non-integer tensor": "keep it a tensor",
     "Unsupported Tensor.item": "keep it a tensor",
 }
@@ -163,6 +170,8 @@ def _told(error: Exception) -> str:
     """What was raised inside of the wrappers that say no more than which backend raised it."""
     while (inner := getattr(error, "inner_exception", None)) is not None:
         error = inner
+    if OF_INNER_GRAPH in str(error):
+        return KEPT_INSIDE
     return str(error) if isinstance(error, TorchDynamoException) else f"{type(error).__name__}: {error}"
 
 

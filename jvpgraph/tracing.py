@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import operator
 import sys
+import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,7 +20,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch._dynamo import exc, symbolic_convert
+from torch._dynamo import exc, symbolic_convert, trace_rules
 from torch._dynamo.bytecode_transformation import create_call_function
 from torch._dynamo.source import ChainedSource, LocalSource
 from torch._dynamo.variables import (
@@ -32,10 +34,12 @@ from torch._dynamo.variables import (
     misc,
     user_defined,
 )
+from torch._dynamo.variables.ctx_manager import NullContextVariable
 from torch._dynamo.variables.tensor import NumpyNdarrayVariable
 from torch._subclasses import fake_tensor
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from torch.nn.modules import transformer
+from torch.utils.checkpoint import checkpoint_sequential
 
 __all__ = ["TRACED", "flex_on_any_device", "taught"]
 
@@ -45,15 +49,24 @@ SAYERS = {
     *(print, warnings.warn, logging.getLogger, *(getattr(logging, name) for name in SAYS if name != "warn")),
     *(getattr(logging.Logger, name) for name in (*SAYS, "isEnabledFor", "getEffectiveLevel")),
 }
-# Settings of Dynamo's; older versions have another name for what is ignored, and need no hint for autograd.grad.
-TRACED: dict[str, Any] = {
-    name: value
-    for name, value in {"trace_autograd_ops": True, "ignore_logging_functions": SAYERS}.items()
-    if hasattr(torch._dynamo.config, name)
+# Settings of Dynamo's, where this version has them. What a block keeps while it runs under a checkpoint (a table that
+# grows, features for a loss) is kept by the forward; the backward does not keep it once more.
+SETTINGS = {
+    "trace_autograd_ops": True,
+    "allow_rnn": True,  # written out step by step
+    "ignore_logging_functions": SAYERS,
+    "skip_fwd_side_effects_in_bwd_under_checkpoint": True,
 }
+TRACED: dict[str, Any] = {name: value for name, value in SETTINGS.items() if hasattr(torch._dynamo.config, name)}
 SAME_NUMBERS = ("to", "cpu", "cuda", "long", "int", "clone", "contiguous", "detach")  # methods that keep integers
 MISSING = object()
 MAKERS = (torch.tensor, torch._refs.tensor)
+ITEMS: dict[Any, Callable[..., Any]] = {
+    dict.__getitem__: lambda self, name: self[name],
+    dict.get: lambda self, name: self.get(name),
+}
+CHECKPOINTS = checkpoint_sequential.__code__.co_filename
+LOCKS = (type(threading.Lock()), type(threading.RLock()))
 
 
 @contextmanager
@@ -239,6 +252,33 @@ def _source_of_method(self: Any, tx: Any, name: str) -> Any:
     return source
 
 
+def _enter(self: Any, inst: Any) -> None:
+    """A lock, such as functools.cached_property has before Python 3.12, is for Python; a graph has no use for it."""
+    if isinstance(getattr(self.stack[-1].realize(), "value", None), LOCKS):
+        self.stack[-1] = NullContextVariable()
+    _before_with(self, inst)
+
+
+def _by_item(self: Any) -> Any:
+    """``__getattr__ = dict.__getitem__``, as dictionaries of settings have it, as a function of Python's."""
+    found = _find_getattr(self)
+    return ITEMS.get(found, found) if isinstance(found, types.MethodDescriptorType) else found
+
+
+def _look_up(obj: Any, name: str | None = None, filename: str | None = None, **how: Any) -> Any:
+    """checkpoint_sequential is traced like what it calls; the rest of its file is left to Dynamo."""
+    if obj is None:  # a function with a closure, of which Dynamo has name and file alone
+        of_sequential = (filename, name) == (CHECKPOINTS, "forward")
+    else:
+        file = getattr(getattr(obj, "__code__", None), "co_filename", None)
+        of_sequential = file == CHECKPOINTS and obj.__qualname__.startswith("checkpoint_sequential")
+    if not of_sequential:
+        return _lookup_inner(obj, name, filename, **how)
+    if how.get("reasons") is not None:
+        how["reasons"].add("it only calls checkpoint")
+    return UserFunctionVariable
+
+
 def _calls_itself(attribute: Callable[..., Any]) -> Callable[..., Any]:
     """``f.__call__`` of a function or method is f: checkpoints are handed ``block.__call__`` and call that."""
 
@@ -305,6 +345,10 @@ _wrap_float = builder.VariableBuilder.wrap_symfloat
 _detect_assert = symbolic_convert._detect_and_normalize_assert_statement
 _by_mro: Any = getattr(user_defined.UserDefinedObjectVariable, "get_source_by_walking_mro", None)
 
+_before_with = symbolic_convert.InstructionTranslatorBase.setup_or_before_with
+_find_getattr = user_defined.UserDefinedObjectVariable._check_for_getattr
+_lookup_inner = trace_rules._lookup_inner
+
 TAUGHT: list[tuple[Any, str, Any]] = [
     (fake_tensor, "CONSTANT_NUMEL_LIMIT", KNOWN_NUMBERS),
     (getattr(misc, "IgnoredFunctionVariable", None), "call_function", _say),
@@ -319,6 +363,9 @@ TAUGHT: list[tuple[Any, str, Any]] = [
     (misc.AutogradFunctionContextVariable, "call_method", _method_of_context),
     (builder.VariableBuilder, "wrap_symfloat", _float),
     *((kind, "var_getattr", _calls_itself(kind.var_getattr)) for kind in (UserFunctionVariable, UserMethodVariable)),
+    (symbolic_convert.InstructionTranslatorBase, "setup_or_before_with", _enter),
+    (user_defined.UserDefinedObjectVariable, "_check_for_getattr", _by_item),
+    (trace_rules, "_lookup_inner", _look_up),
     (symbolic_convert, "_detect_and_normalize_assert_statement", _is_assert),
     (_by_mro and user_defined.UserDefinedObjectVariable, "get_source_by_walking_mro", _source_of_method),
     (torch.backends.cuda, "sdp_kernel", _sdp_kernel),

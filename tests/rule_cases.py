@@ -313,6 +313,13 @@ REDUCE = [
         aten.linalg_vector_norm.default,
         *(call(R(3, 4)), call(R(3, 4), 2, [1]), call(R(3, 4, 2), 2, [0, -1], True), kink(V([0.0, 0.0]))),
     ),
+    *row(
+        aten._cdist_forward.default,
+        *(call(R(5, 3), R(4, 3), p, None) for p in (2.0, 1.0, float("inf"), 3.0, 0.0)),
+        *(call(R(2, 5, 3), R(2, 4, 3), 1.5, None), call(R(3, 1, 5, 3), R(2, 4, 3), 2.0, 2)),
+        *(kink(V([[1.0, 2.0], [0.0, 0.0]]), V([[1.0, 2.0], [1.0, 0.0]]), p, None) for p in (2.0, 1.0, 3.0)),
+    ),
+    *row(aten._euclidean_dist.default, call(R(5, 3), R(4, 3)), call(R(2, 5, 3), R(2, 4, 3))),
     *rows(
         [aten.amax.default, aten.amin.default],
         *(

@@ -9,6 +9,7 @@ import copy
 import functools
 import logging
 import sys
+import threading
 import warnings
 from collections import OrderedDict, UserDict, defaultdict
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import jvpgraph
 from jvpgraph.errors import CaptureError, UnsupportedOp
@@ -265,6 +267,109 @@ class AssertsWithTensors(Network):
         return h.sin()
 
 
+class Options(dict):
+    """As easydict and others have it; an option that is not there is None."""
+
+    __getattr__ = dict.get
+
+
+class OwnAttributes(dict):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.__dict__ = self
+
+
+class OptionsInADict(Network):
+    def __init__(self):
+        super().__init__()
+        self.options, self.others = Options(scale=2.0, inner=OwnAttributes(act="sin")), {"shift": 1.0}
+
+    def construct(self, h, t):
+        if self.options.dropout is None and "act" in self.options.inner:
+            h = getattr(torch, self.options.inner.act)(h)
+        return torch.add(h * self.options.scale, self.others["shift"])
+
+    def plain(self, h, t):
+        return h.sin() * 2 + 1
+
+
+class Caches(Network):
+    """Under a lock, which functools.cached_property is too in older versions of Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.RLock()
+
+    @functools.cached_property
+    def scale(self):
+        return len(self.inner) ** 0.5
+
+    def construct(self, h, t):
+        with self.lock:
+            return h.sin() * self.scale
+
+    def plain(self, h, t):
+        return h.sin() * 3**0.5
+
+    def __deepcopy__(self, memo):  # locks have no copies
+        twin = type(self)()
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+
+class Sequence(Network):
+    def construct(self, h, t):
+        h = checkpoint_sequential(self.inner, 2, h, use_reentrant=False)
+        return checkpoint_sequential(list(self.inner), 3, input=h, use_reentrant=True)
+
+    def plain(self, h, t):
+        return self.inner(self.inner(h))
+
+
+class Keeps(Network):
+    """Blocks under a checkpoint that keep what they made: a table that grows, scores, features for a loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(0, WIDTH), persistent=False)
+        self.features: list = []
+        self.scores = None
+
+    def block(self, h):
+        if len(self.table) < h.shape[1]:
+            self.register_buffer("table", angles(h).cos(), persistent=False)
+        self.scores = torch.softmax(h @ h.mT, dim=-1)
+        self.features.append(self.inner(self.scores @ h))
+        return self.features[-1] * self.table[: h.shape[1]]
+
+    def construct(self, h, t):
+        h = checkpoint(self.block, h, use_reentrant=False)
+        h = h + self.features.pop().sin() * self.scores.square().sum(-1, keepdim=True)
+        self.scores = None
+        return h
+
+    def plain(self, h, t):
+        scores = torch.softmax(h @ h.mT, dim=-1)
+        features = self.inner(scores @ h)
+        return features * angles(h).cos() + features.sin() * scores.square().sum(-1, keepdim=True)
+
+
+def angles(h: Tensor) -> Tensor:
+    return torch.arange(h.shape[1])[:, None] * torch.linspace(0.1, 1, WIDTH, dtype=h.dtype)
+
+
+class Recurrent(Network):
+    def __init__(self):
+        super().__init__()
+        self.steps = nn.GRU(WIDTH, WIDTH // 2, batch_first=True, bidirectional=True)
+
+    def construct(self, h, t):
+        y, last = self.steps(h)
+        return y + last.mean((0, 2))[:, None, None]
+
+    plain = construct
+
+
 CONSTANTS: dict = {}
 
 
@@ -414,11 +519,17 @@ ONE_GRAPH = {
     "asserts on tensors": AssertsWithTensors,
     "constants of numpy": ConstantsOfNumpy,
     "a Function with its own jvp": StraightThrough,
+    "dictionaries with attributes": OptionsInADict,
+    "cached properties and locks": Caches,
+    "checkpoint_sequential": Sequence,
+    "what is kept under a checkpoint": Keeps,
+    "a recurrent layer": Recurrent,
 }
 
 
+KEEP = ("checkpoint_sequential", "what is kept under a checkpoint")
 HIGHER_ORDER = ("cond", "scan", "map", "while_loop", "nested_compile_region")
-SIZED = (*HIGHER_ORDER, "a shape through tolist", "numbers of a tensor of sizes", "constants of numpy")
+SIZED = (*HIGHER_ORDER, "a shape through tolist", "numbers of a tensor of sizes", "constants of numpy", *KEEP)
 
 
 @pytest.mark.parametrize("cause", ONE_GRAPH)
@@ -437,7 +548,7 @@ def test_sizes_stay_symbolic_on_their_way_through_a_tensor(cause):
     assert len(dual.reports) == 1
 
 
-@pytest.mark.parametrize("cause", ["a shape through tolist", "print", "constants of numpy", *HIGHER_ORDER])
+@pytest.mark.parametrize("cause", ["a shape through tolist", "print", "constants of numpy", KEEP[1], *HIGHER_ORDER])
 def test_op_by_op(cause):
     check(ONE_GRAPH[cause](), backend="op_by_op")
 
@@ -448,7 +559,7 @@ def test_op_by_op(cause):
     "cause",
     [
         *("a Function that calls autograd.grad in its backward", "a shape through tolist", "nested_compile_region"),
-        *("cond", "asserts on tensors", "scan"),
+        *("cond", "asserts on tensors", "scan", *KEEP),
     ],
 )
 def test_on_the_default_backend(cause):
@@ -606,6 +717,16 @@ def test_a_branch_on_data_is_no_graph_and_runs_in_regions():
     assert " % of the time of the last call\n  for one graph: choose by torch.where" in str(dual.regions).replace(
         "%", " %"
     )
+
+
+def test_what_is_kept_by_a_checkpoint_inside_another_is_refused():
+    class KeepsInside(Keeps):
+        def construct(self, h, t):
+            h = checkpoint(lambda h: checkpoint(self.block, h, use_reentrant=False), h, use_reentrant=False)
+            return h + self.features.pop()
+
+    with pytest.raises(CaptureError, match=r"under a checkpoint inside another.*: return it from there"):
+        check(KeepsInside())
 
 
 class NoBackward(Network):

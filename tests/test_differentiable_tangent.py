@@ -260,6 +260,44 @@ def test_formulas_that_derive(model):
     check_module(model(), (x,), (x_dot,), ("x",))
 
 
+@pytest.mark.parametrize("fn", [lambda x: F.normalize(x, dim=-1), lambda x: x.norm(dim=-1), lambda x: x.std(-1)])
+def test_rows_of_zeros_have_finite_gradients(fn):
+    """As padding has them; where reverse mode over torch.func.jvp makes NaN."""
+    x, x_dot = torch.randn(2, 3, 4).double()
+    x[1] = 0
+    x, x_dot, rest, rest_dot = (y.requires_grad_() for y in (x, x_dot, x[::2].clone(), x_dot[::2].clone()))
+    how = {"backend": "eager", "differentiable_tangent": True}
+    y_dot = jvpgraph.jvp(fn, (x,), (x_dot,), **how)[1]
+    want_dot = torch.func.jvp(fn, (rest,), (rest_dot,))[1]
+    got = torch.autograd.grad(y_dot.square().sum(), [x, x_dot])
+    want = torch.autograd.grad(want_dot.square().sum(), [rest, rest_dot])
+    for g, w in zip(got, want, strict=True):
+        assert_close(g[::2], w)
+        assert g[1].isfinite().all()
+
+
+class Resized(nn.Module):
+    """Ops whose meta kernels in C++ know no symbolic sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[-1]
+        wide = F.pad(x, (0, n))[None, None]
+        parts = [F.interpolate(wide, size=(2 * n, n), mode=mode)[0, 0] for mode in ("bilinear", "bicubic")]
+        return torch.cat([*parts, torch.fft.rfft(x, n=2 * n).abs()[:, :n]]).sin()
+
+
+def test_formulas_at_symbolic_sizes():
+    dual = jvpgraph.transform(Resized(), backend="eager", dynamic=True, differentiable_tangent=True)
+    for n in (4, 6):
+        x, x_dot = (torch.randn(n, n).double().requires_grad_() for _ in range(2))
+        check(
+            lambda x=x, x_dot=x_dot: dual(x, tangents={"x": x_dot}),
+            lambda x=x, x_dot=x_dot: oracle(Resized(), (x,), (x_dot,)),
+            [x, x_dot],
+        )
+    assert len(dual.reports) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # Inductor's own
 def test_formulas_that_derive_with_inductor():

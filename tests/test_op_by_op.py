@@ -446,7 +446,7 @@ NEIGHBOURS = {
     "index builtin": (lambda x: x[int(x.argmax())] * x, False),
     "sorted builtin": (lambda x: torch.stack(sorted(x)), False),
     "contains": (lambda x: x * (2 if 5.0 in x else 3), False),
-    "distances": (lambda x: torch.cdist(x.view(2, 2), 2 * x.view(2, 2)), True),
+    "distances": (lambda x: torch.cdist(x.view(2, 2), 2 * x.view(2, 2)), False),
 }
 
 

@@ -10,7 +10,7 @@ from tests.reach.run import table
 from tests.rounding import FLOOR
 from tests.zoo.sweep import examine
 
-SOME = ("OwnCheckpoint", "Magnitudes", "Waves")
+SOME = ("OwnCheckpoint", "Magnitudes", "Waves", "KeptFeatures")
 WITH_PACKAGES = ("FlashEither", "Blocks")
 
 

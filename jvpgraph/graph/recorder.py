@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, compute_unbacked_bindings
@@ -41,6 +42,13 @@ ZEROS: dict[Any, Callable[..., Any]] = {
 def value_of(node: fx.Node) -> Any:
     """The fake value of a node: a tensor, a symbolic number, or a tuple of them."""
     return node.meta["val"]
+
+
+@contextmanager
+def _computing() -> Iterator[None]:
+    """As AOTAutograd traces: meta kernels in C++ know no symbolic sizes, those in Python do."""
+    with torch.inference_mode(False), torch.no_grad(), enable_python_dispatcher():
+        yield
 
 
 class Recorder(TorchDispatchMode):
@@ -78,7 +86,7 @@ class Recorder(TorchDispatchMode):
         self._cursor, self._behind, self._primal = _last_output(node), node, node if reuse else None
         self._meta = dict(meta) if meta is not None else {k: node.meta[k] for k in INHERITED_META if k in node.meta}
         try:
-            with torch.inference_mode(False), torch.no_grad(), self._fake_mode, self:
+            with _computing(), self._fake_mode, self:
                 yield
         finally:
             self._known.clear()
@@ -108,7 +116,7 @@ class Recorder(TorchDispatchMode):
         op: Any = node.target
         if op in (aten.view.default, aten._unsafe_view.default):
             op = aten.reshape.default  # a decomposition may have another layout than the op that it stands for
-        with torch.inference_mode(False), torch.no_grad(), self._fake_mode:
+        with _computing(), self._fake_mode:
             if "unbacked_bindings" in node.meta:  # sizes would be drawn anew
                 old = value_of(node)
                 return torch.as_strided(args[0], old.shape, old.stride(), old.storage_offset())

@@ -33,6 +33,12 @@ def kept(y: Tensor, x: Tensor, dim: Any, keepdim: bool) -> Tensor:
     return y
 
 
+def over(x: Tensor, y: Tensor) -> Tensor:
+    """x / y, and zero where y is: so is its gradient there, which that of the quotient alone would make NaN."""
+    zero = y == 0
+    return torch.where(zero, 0, x / torch.where(zero, 1, y))
+
+
 linear(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.cumsum.default)
 
 
@@ -104,13 +110,37 @@ def var_mean(outs, x, dim, correction, keepdim, *, x_dot):
 @jvp(aten.std.correction, when=real)
 def std(y, x, dim, correction, keepdim, *, x_dot):
     """As PyTorch: zero where the deviation is."""
-    return torch.where(y == 0, 0, half_spread(x, dim, correction, keepdim, x_dot) / y)
+    return over(half_spread(x, dim, correction, keepdim, x_dot), y)
 
 
 @jvp(aten.linalg_vector_norm.default, when=real_two_norm)
 def two_norm(y, x, order, dim, keepdim, dtype, *, x_dot):
     """y_dot = sum(x * x_dot) / y, and zero at the origin, as PyTorch."""
-    return torch.where(y == 0, 0, (in_float32(x) * x_dot).sum(dim, keepdim) / y)
+    return over((in_float32(x) * x_dot).sum(dim, keepdim), y)
+
+
+@jvp(aten._cdist_forward.default)
+def distances(d, x1, x2, p, _, *, x1_dot=None, x2_dot=None):
+    """y_dot = sum(slope * (x1_dot - x2_dot)) over all pairs, and zero where two points are one, as PyTorch's backward.
+
+    By the differences: products of the points themselves, which need less memory, cancel between neighbours.
+    """
+    apart, d = x1.unsqueeze(-2) - x2.unsqueeze(-3), torch.where(d == 0, 1, d).unsqueeze(-1)
+    if p == 2:
+        slope = apart / d
+    elif p == 1:
+        slope = apart.sign()
+    elif p == math.inf:
+        slope = torch.where(apart.abs() == d, apart.sign(), 0)
+    else:
+        slope = apart.sign() * torch.where(apart == 0, d, apart.abs()).div(d) ** (p - 1) * (1 if p else 0)
+    dots = (x1_dot, 1, -2), (x2_dot, -1, -3)
+    return sum((slope * dot.unsqueeze(dim)).sum(-1) * sign for dot, sign, dim in dots if dot is not None)
+
+
+@jvp(aten._euclidean_dist.default)
+def euclidean_distances(d, x1, x2, *, x1_dot=None, x2_dot=None):
+    return distances(d, x1, x2, 2, None, x1_dot=x1_dot, x2_dot=x2_dot)
 
 
 # Extrema

@@ -677,6 +677,41 @@ class Molecules(nn.Module):
         return self.node(torch.cat([h, gathered], dim=-1))
 
 
+@network(
+    "AlphaFold 3, RFdiffusion (Google DeepMind, RosettaCommons)",
+    "distances by cdist and in bins, pairs multiplied along triangles, attention in their rows with biases of pairs",
+    sequences,
+)
+class Triangles(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.times, self.single, self.pair = Times(), nn.Linear(WIDTH, 16), nn.Linear(8 + 4, 8)
+        self.left, self.right, self.gate, self.bias = (nn.Linear(8, width) for width in (8, 8, 8, 2))
+        self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, WIDTH)
+        self.register_buffer("edges", torch.linspace(0.5, 4, 3))
+
+    @functools.cached_property
+    def scale(self):
+        return self.norm.normalized_shape[0] ** -0.5
+
+    def forward(self, x, t):
+        h = x + self.times(t)[:, None]
+        places = h[..., :3] - h[..., :3].mean(dim=1, keepdim=True)
+        apart = torch.cdist(places, places).unsqueeze(-1)
+        bins = F.one_hot((apart.detach() > self.edges.to(h.dtype)).sum(-1), 4).to(h.dtype)
+        a, b = self.single(h).chunk(2, dim=-1)
+        z = self.pair(torch.cat([(a[:, :, None] + b[:, None]) / (1 + apart), bins], dim=-1))
+        known = torch.arange(h.shape[1]) < h.shape[1] - 1
+        normal = self.norm(z)
+        left, right = (side(normal) * (known[:, None] & known)[..., None] for side in (self.left, self.right))
+        z = z + torch.einsum("... i k d, ... j k d -> ... i j d", left, right) * self.gate(normal).sigmoid()
+        q = rearrange(z, "b i j (h d) -> b i h j d", h=2)
+        bias = rearrange(self.bias(z), "b j k h -> b 1 h j k") + torch.where(known, 0.0, -1e4).to(h.dtype)
+        weight = torch.softmax(torch.einsum("bihqd,bihkd->bihqk", q * self.scale, q) + bias, dim=-1)
+        rows = torch.einsum("bihqk,bihkd->bihqd", weight, q)
+        return h + self.out(rearrange(rows, "b i h j d -> b i j (h d)").mean(2))
+
+
 class Batch(UserDict):
     """As tokenizers return."""
 
@@ -758,3 +793,27 @@ class Adapted(Tokens):
         while residuals:
             h = h + self.body(h) + residuals.pop()
         return h
+
+
+class Options(dict):
+    """Settings of a network, as attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+@network(
+    "REPA, REG (sihyun-yu, Martinser)",
+    "features that a hook keeps while its block runs under a checkpoint, settings in a dict with attributes",
+)
+class KeptFeatures(Tokens):
+    def __init__(self):
+        super().__init__()
+        self.options, self.kept = Options(depth=3, kept_at=1), []
+        self.blocks = nn.ModuleList(Attention() for _ in range(self.options.depth))
+        self.project = nn.Sequential(nn.Linear(WIDTH, 8), nn.SiLU(), nn.Linear(8, WIDTH))
+        self.blocks[self.options.kept_at].register_forward_hook(lambda module, args, out: self.kept.append(out))
+
+    def on_tokens(self, h, emb, height):
+        for block in self.blocks[: self.options.depth]:
+            h = h + checkpoint(block, h * (1 + emb[:, None]), use_reentrant=False)
+        return h + self.project(self.kept.pop())
