@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -15,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.codegen.common import DeferredLine
 from torch._inductor.codegen.cpp import CppVecKernel, OuterLoopFusedSchedulerNode
 from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.fx_passes import post_grad
 from torch._inductor.kernel import conv
 from torch._inductor.lowering import lowerings
 from torch._inductor.utils import IndentedBuffer
@@ -57,7 +58,9 @@ def bodies_wait(passes: Any) -> Iterator[None]:
 def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Any:
     """Inductor itself. A backward is compiled when it first runs, where no caller of ours can tell what failed."""
     try:
-        with _a_local_buffer_for_one_row(), _a_name_for_each_store(), _convolutions_of_any_size():
+        with ExitStack() as mended:
+            for mend in MENDS:
+                mended.enter_context(mend())
             return compile_fx_inner(gm, _one_symbol_each(example_inputs), **settings)
     except BackendCompilerFailed as error:
         if settings.get("is_backward"):
@@ -129,6 +132,25 @@ def _convolutions_of_any_size() -> Iterator[None]:
 
     with mock.patch.dict(lowerings, {op: lowered}):
         yield
+
+
+@contextmanager
+def _sums_of_a_number() -> Iterator[None]:
+    """A running sum of a full tensor, as of lengths that are all the same, is written out where its number is known.
+
+    Inductor, in torch < 2.14: a number that is a symbol is multiplied by as the node that it is, which is a TypeError.
+    """
+    written_out = getattr(post_grad, "pointless_cumsum_replacement", None)
+    with ExitStack() as patches:
+        for entries in post_grad.pass_patterns[1].patterns.values():
+            for entry in entries:
+                if written_out and getattr(entry, "handler", None) is written_out:
+                    known = lambda match: not isinstance(match.kwargs["fill_value"], fx.Node)  # noqa: E731
+                    patches.enter_context(mock.patch.object(entry, "extra_check", known))
+        yield
+
+
+MENDS = (_a_local_buffer_for_one_row, _a_name_for_each_store, _convolutions_of_any_size, _sums_of_a_number)
 
 
 def _one_symbol_each(example_inputs: Sequence[Any]) -> list[Any]:

@@ -61,6 +61,7 @@ TRACED: dict[str, Any] = {name: value for name, value in SETTINGS.items() if has
 SAME_NUMBERS = ("to", "cpu", "cuda", "long", "int", "clone", "contiguous", "detach")  # methods that keep integers
 MISSING = object()
 MAKERS = (torch.tensor, torch._refs.tensor)
+FILLED = {torch.full: None, torch.zeros: 0, torch.ones: 1}
 ITEMS: dict[Any, Callable[..., Any]] = {
     dict.__getitem__: lambda self, name: self[name],
     dict.get: lambda self, name: self.get(name),
@@ -146,6 +147,8 @@ def _numbers(node: Any) -> Any:
     first, *rest = node.args
     if node.target in MAKERS or node.target is torch.as_tensor:
         return _numbers(first)
+    if node.target in FILLED:
+        return _filled(value.shape, rest[0] if node.target is torch.full and rest else FILLED[node.target])
     if node.target is torch.stack and not any(rest) and not node.kwargs.get("dim"):
         return _numbers(first)
     if node.op == "call_method" and node.target in SAME_NUMBERS:
@@ -154,6 +157,14 @@ def _numbers(node: Any) -> Any:
         found = _numbers(first)
         return found[rest[0]] if isinstance(found, list) else None
     return None
+
+
+def _filled(shape: torch.Size, number: Any) -> Any:
+    """Of a shape that is known, nested; None: unknown."""
+    found = _numbers(number)
+    for size in reversed(shape):
+        found = [found] * size if isinstance(size, int) and found is not None else None
+    return found
 
 
 def _is_getitem(node: fx.Node) -> bool:

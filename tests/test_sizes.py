@@ -155,6 +155,21 @@ def test_an_input_that_is_a_view_of_another(backend: str, view_first: bool, dtyp
         assert max(found.values()) < eps, found
 
 
+class Packed(nn.Module):
+    """Where sequences begin and end, of lengths that are all the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.full((x.shape[0],), x.shape[1])
+        ends = nn.functional.pad(lengths.cumsum(0), (1, 0))
+        return x.sin() * ends[1:, None] + ends.diff()[:, None] * x
+
+
+@pytest.mark.slow
+def test_a_running_sum_of_a_size():
+    """Plain torch.compile raises: "unsupported operand type(s) for *: 'FakeTensor' and 'Node'"."""
+    check_sizes(Packed(), lambda batch, n: {"x": torch.randn(batch, n)}, SEQUENCES, dynamic=True)
+
+
 # ------------------------------------------------------------------------------------------------- not compiled
 
 
