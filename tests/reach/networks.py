@@ -697,7 +697,8 @@ class Triangles(nn.Module):
     def forward(self, x, t):
         h = x + self.times(t)[:, None]
         places = h[..., :3] - h[..., :3].mean(dim=1, keepdim=True)
-        apart = torch.cdist(places, places).unsqueeze(-1)
+        places = places.to(torch.promote_types(places.dtype, torch.float32))  # cdist has no half precision on CPUs
+        apart = torch.cdist(places, places).unsqueeze(-1).to(h.dtype)
         bins = F.one_hot((apart.detach() > self.edges.to(h.dtype)).sum(-1), 4).to(h.dtype)
         a, b = self.single(h).chunk(2, dim=-1)
         z = self.pair(torch.cat([(a[:, :, None] + b[:, None]) / (1 + apart), bins], dim=-1))
