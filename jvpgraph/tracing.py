@@ -19,13 +19,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._dynamo import exc, symbolic_convert, trace_rules
 from torch._dynamo.bytecode_transformation import create_call_function
 from torch._dynamo.source import ChainedSource, LocalSource
 from torch._dynamo.variables import (
     ConstantVariable,
-    SymNodeVariable,
     TensorVariable,
     UserFunctionVariable,
     UserMethodVariable,
@@ -41,9 +40,10 @@ from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from torch.nn.modules import transformer
 from torch.utils.checkpoint import checkpoint_sequential
 
+from jvpgraph.sizes_in_tensors import KNOWN_NUMBERS, numbers_of, variable_of
+
 __all__ = ["TRACED", "flex_on_any_device", "taught"]
 
-KNOWN_NUMBERS = 64  # elements of constants, such as grids of sizes, whose values Dynamo follows
 SAYS = ("debug", "info", "warning", "warn", "error", "exception", "critical", "log")
 SAYERS = {
     *(print, warnings.warn, logging.getLogger, *(getattr(logging, name) for name in SAYS if name != "warn")),
@@ -58,10 +58,7 @@ SETTINGS = {
     "skip_fwd_side_effects_in_bwd_under_checkpoint": True,
 }
 TRACED: dict[str, Any] = {name: value for name, value in SETTINGS.items() if hasattr(torch._dynamo.config, name)}
-SAME_NUMBERS = ("to", "cpu", "cuda", "long", "int", "clone", "contiguous", "detach")  # methods that keep integers
 MISSING = object()
-MAKERS = (torch.tensor, torch._refs.tensor)
-FILLED = {torch.full: None, torch.zeros: 0, torch.ones: 1}
 ITEMS: dict[Any, Callable[..., Any]] = {
     dict.__getitem__: lambda self, name: self[name],
     dict.get: lambda self, name: self.get(name),
@@ -130,62 +127,14 @@ def _said(say: Callable[..., Any], tx: Any, args: Any, kwargs: Any) -> VariableT
 # -------------------------------------------------------------------------------- numbers that become tensors
 
 
-def _numbers(node: Any) -> Any:
-    """What an integer tensor that was made of sizes holds, nested: ints, nodes of symbolic ones. None: unknown."""
-    value = node.meta.get("example_value") if isinstance(node, fx.Node) else node
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return node
-    if isinstance(node, (list, tuple)):
-        found = [_numbers(x) for x in node]
-        return None if any(x is None for x in found) else found
-    if isinstance(value, torch.Size):
-        return _numbers(node.args[0]) if node.target is torch.Size else None
-    if not isinstance(node, fx.Node) or not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
-        return None
-    if value._version or not node.args:
-        return None
-    first, *rest = node.args
-    if node.target in MAKERS or node.target is torch.as_tensor:
-        return _numbers(first)
-    if node.target in FILLED:
-        return _filled(value.shape, rest[0] if node.target is torch.full and rest else FILLED[node.target])
-    if node.target is torch.stack and not any(rest) and not node.kwargs.get("dim"):
-        return _numbers(first)
-    if node.op == "call_method" and node.target in SAME_NUMBERS:
-        return _numbers(first)
-    if _is_getitem(node) and isinstance(rest[0], int):
-        found = _numbers(first)
-        return found[rest[0]] if isinstance(found, list) else None
-    return None
-
-
-def _filled(shape: torch.Size, number: Any) -> Any:
-    """Of a shape that is known, nested; None: unknown."""
-    found = _numbers(number)
-    for size in reversed(shape):
-        found = [found] * size if isinstance(size, int) and found is not None else None
-    return found
-
-
-def _is_getitem(node: fx.Node) -> bool:
-    return getattr(node.target, "__name__", node.target) in ("getitem", "__getitem__")
-
-
-def _as_variable(tx: Any, numbers: Any) -> VariableTracker:
-    if isinstance(numbers, list):
-        return VariableTracker.build(tx, [_as_variable(tx, x) for x in numbers])
-    if isinstance(numbers, fx.Node):
-        proxy = fx.Proxy(numbers, tx.output.current_tracer)
-        return SymNodeVariable.create(tx, proxy, numbers.meta["example_value"])
-    return ConstantVariable.create(numbers)
-
-
-def _read(method: Callable[..., Any]) -> Callable[..., Any]:
+def _read(method: Callable[..., Any], one: bool = False) -> Callable[..., Any]:
     """``item`` or ``tolist``: the sizes themselves, where a tensor was made of sizes."""
 
     def read(self: Any, tx: Any, *args: Any, **kwargs: Any) -> VariableTracker:
-        numbers = _numbers(self.as_proxy().node)
-        return method(self, tx, *args, **kwargs) if numbers is None else _as_variable(tx, numbers)
+        numbers = numbers_of(tx, self.as_proxy().node)
+        if numbers is None or (one and numbers.size != 1):
+            return method(self, tx, *args, **kwargs)
+        return variable_of(tx, (numbers.reshape(()) if one else numbers).tolist())
 
     return read
 
@@ -365,7 +314,7 @@ TAUGHT: list[tuple[Any, str, Any]] = [
     (getattr(misc, "IgnoredFunctionVariable", None), "call_function", _say),
     (misc.LoggingLoggerVariable, "call_method", _of_logger),
     (TensorVariable, "method_tolist", _read(TensorVariable.method_tolist)),
-    (TensorVariable, "method_item", _read(TensorVariable.method_item)),
+    (TensorVariable, "method_item", _read(TensorVariable.method_item, one=True)),
     (misc.NumpyDTypeVariable, "is_python_equal", _same_dtype),
     (NumpyNdarrayVariable, "var_getattr", _attribute_of_array),
     (NumpyNdarrayVariable, "call_method", _method_of_array),

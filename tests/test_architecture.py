@@ -62,6 +62,7 @@ LAYERS = (
         "jvpgraph.open_checkpoints",
         "jvpgraph.dynamo",
         "jvpgraph.tracing",
+        "jvpgraph.sizes_in_tensors",
         "jvpgraph.storages",
         "jvpgraph.tree",
         "jvpgraph.config",

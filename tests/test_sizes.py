@@ -170,6 +170,38 @@ def test_a_running_sum_of_a_size():
     check_sizes(Packed(), lambda batch, n: {"x": torch.randn(batch, n)}, SEQUENCES, dynamic=True)
 
 
+class Cuts(nn.Module):
+    """Sizes in integer tensors, computed with and read: as data they would be sizes that Inductor cannot compile."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.layer(x) * t[:, None, None]
+        batch, n, _ = h.shape
+        lengths = torch.full((batch,), n)
+        ends = nn.functional.pad(torch.cumsum(lengths, dim=0, dtype=torch.int32), (1, 0))
+        most = (ends[1:] - ends[:-1]).max().item()
+        grids = torch.stack([torch.tensor([n // 2, 2]), torch.tensor((1, n))])
+        areas = grids.prod(-1) * 2 // torch.tensor([2, 2])
+        rows = torch.cat([torch.zeros(1, dtype=torch.long), areas.cumsum(0)]).view(3, 1).squeeze(1).tolist()
+        h, total = h.flatten(0, 1), torch.tensor([n]).new_full((1,), n).item() + int(lengths.sum())
+        ends, fifth = ends.tolist(), int(torch.remainder(ends, 5)[1])
+        parts = [h[ends[i] : ends[i + 1]].softmax(0)[:most] for i in range(batch)]
+        parts += [h[rows[i] : rows[i + 1]].sin() for i in range(2)] + [h[: lengths.diff().min().item() + 1]]
+        return torch.cat(parts) * total + h[fifth]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "dynamic"), [(torch.float32, None), (torch.bfloat16, True)])
+def test_sizes_that_tensors_compute_with(dtype, dynamic):
+    def inputs(n: int) -> dict[str, Tensor]:
+        return {"x": torch.randn(2, n, 8), "t": torch.rand(2) + 0.5}
+
+    check_sizes(Cuts(), inputs, [(6,), (8,), (10,)], dtype=dtype, dynamic=dynamic)
+
+
 # ------------------------------------------------------------------------------------------------- not compiled
 
 
