@@ -305,7 +305,7 @@ REDUCE = [
         formula=False,
     ),
     *rows(
-        [aten.var.correction, aten.std.correction, aten.var_mean.correction],
+        [aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction],
         *(call(R(3, 4)), call(R(3, 4, 2), [0, -1], correction=0), call(R(3, 4), [-1], keepdim=True)),
         *(call(R(3, 4, 2), [1], correction=2, keepdim=True),),
     ),

@@ -104,21 +104,25 @@ jvp(aten.log2.default)(lambda y, x, *, x_dot: x_dot / (x * math.log(2)))
 jvp(aten.log10.default)(lambda y, x, *, x_dot: x_dot / (x * math.log(10)))
 jvp(aten.log1p.default)(lambda y, x, *, x_dot: x_dot / (1 + x))
 jvp(aten.pow.Scalar, when=has_logarithm)(lambda y, x, n, *, n_dot: n_dot * y * logarithm(x))
-jvp(aten.pow.Tensor_Tensor)(lambda y, x, n, *, x_dot: torch.where(n == 0, 0, x_dot * n * x ** (n - 1)))
+# 1 for what is not taken, of which 0 x inf would be in the gradient
+jvp(aten.pow.Tensor_Tensor)(
+    lambda y, x, n, *, x_dot: torch.where(n == 0, 0, x_dot * n * torch.where(n == 0, 1, x) ** (n - 1))
+)
 
 
 @jvp(aten.pow.Tensor_Tensor)
 def pow_by_exponent(y, x, n, *, n_dot):
     """A real base of a complex exponent has a complex logarithm, which PyTorch's formula cuts down to its real part."""
     at_zero = (x == 0) & ((n.real if n.is_complex() else n) >= 0)
-    return torch.where(at_zero, 0, n_dot * y * x.to(y.dtype).log())
+    return torch.where(at_zero, 0, n_dot * y * torch.where(at_zero, 1, x).to(y.dtype).log())
 
 
 @jvp(aten.pow.Tensor_Scalar)
 def pow_by_number(y, x, n, *, x_dot):
     if isinstance(n, torch.SymFloat):  # read from data, so that nobody knows now whether it is 0
         power: Any = n
-        return torch.where(torch.scalar_tensor(power) == 0, 0, x_dot * (power * x ** (power - 1)))
+        is_zero = torch.scalar_tensor(power) == 0
+        return torch.where(is_zero, 0, x_dot * (power * torch.where(is_zero, 1, x) ** (power - 1)))
     return None if n == 0 else x_dot * (n * x ** (n - 1))
 
 

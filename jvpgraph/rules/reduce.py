@@ -113,6 +113,11 @@ def std(y, x, dim, correction, keepdim, *, x_dot):
     return over(half_spread(x, dim, correction, keepdim, x_dot), y)
 
 
+@jvp(aten.std_mean.correction, when=real)
+def std_mean(outs, x, dim, correction, keepdim, *, x_dot):
+    return std(outs[0], x, dim, correction, keepdim, x_dot=x_dot), x_dot.mean(dim or None, keepdim)
+
+
 @jvp(aten.linalg_vector_norm.default, when=real_two_norm)
 def two_norm(y, x, order, dim, keepdim, dtype, *, x_dot):
     """y_dot = sum(x * x_dot) / y, and zero at the origin, as PyTorch."""
