@@ -8,7 +8,22 @@ import torch
 import jvpgraph
 from jvpgraph.errors import UnsupportedOp
 from tests.foreign.stand_ins import older
-from tests.foreign.test_swaps import C, D, H, Net, band, blocks, check, cu, importing, lengths, packed, plain, qkv
+from tests.foreign.test_swaps import (
+    C,
+    D,
+    H,
+    Net,
+    band,
+    blocks,
+    both_ways,
+    check,
+    cu,
+    importing,
+    lengths,
+    packed,
+    plain,
+    qkv,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
 of_flash_attn_interface = importing("flash_attn_interface")
@@ -150,17 +165,6 @@ def test_in_bfloat16(of_flash_attn_interface, backend):
     check(call, causal, dtype=torch.bfloat16, backend=backend, kv_heads=2)
 
 
-OP_BY_OP = "causal, fewer queries", "window, groups, scale", "qkv", "qkv by heads", "narrow values"
-
-
-@pytest.mark.parametrize("form", [*OP_BY_OP, "causal sequences", "Function of sequences"])
-def test_op_by_op(of_flash_attn_interface, form):
-    flash = of_flash_attn_interface("flash_attn_interface")
-    call, reference, how = FORMS[form]
-    sizes = ((1, 12), (1, 17)) if form == "Function of sequences" else ((2, 12), (3, 17))
-    check(lambda q, k, v: call(flash, q, k, v), reference, sizes=sizes, backend="op_by_op", **how)
-
-
 OP = {"softmax_scale": D**-0.5, "causal": True}
 
 
@@ -178,7 +182,7 @@ def in_sequences(q, k, v):
     return o.unflatten(0, (2, 12)), lse.unflatten(1, (2, 12)).transpose(0, 1)
 
 
-@pytest.mark.parametrize("backend", ["eager", "op_by_op"])
+@both_ways
 @pytest.mark.parametrize("call", [dense, in_sequences])
 def test_the_op_called_directly(backend, call):
     """With the logsumexp, whose tangent counts."""
@@ -236,7 +240,7 @@ def test_sequences_of_a_cache_are_refused(of_flash_attn_interface, argument):
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("backend", ["eager", "op_by_op"])
+@both_ways
 @pytest.mark.parametrize("argument", ["qv", "attention_chunk", "softcap", "k_new", "seqused_k", "cu_seqlens_q"])
 def test_what_is_refused_of_the_op(backend, argument):
     values = {"attention_chunk": 4, "softcap": 3.0, "cu_seqlens_q": cu([6])}

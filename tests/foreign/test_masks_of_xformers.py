@@ -11,7 +11,7 @@ from torch import nn
 import jvpgraph
 from jvpgraph.errors import UnsupportedOp
 from tests.foreign import stand_ins
-from tests.foreign.test_swaps import C, H, Net, band, blocks, check, importing, lengths, plain
+from tests.foreign.test_swaps import C, H, Net, band, blocks, both_ways, check, importing, lengths, plain
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
 of_xformers = importing("xformers")
@@ -104,8 +104,10 @@ MASKS = {
 }
 
 
+@both_ways
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MASKS)
-def test_masks_with_windows_and_gaps(of_xformers, name):
+def test_masks_with_windows_and_gaps(of_xformers, name, backend):
     """Seven queries on keys whose number changes; the mask is an argument of the model."""
     ops, masks = of_xformers("xformers.ops"), of_xformers("xformers.ops.fmha.attn_bias")
     mask, wanted = MASKS[name]
@@ -115,6 +117,7 @@ def test_masks_with_windows_and_gaps(of_xformers, name):
         sizes=((1, 15), (1, 21)),
         others=lambda n: {"bias": mask(masks, n)},
         last=7,
+        backend=backend,
     )
 
 
@@ -151,8 +154,10 @@ def causal_with_bias(q, k, v, **_):
     return plain(q, k, v, band(q.shape[1], k.shape[1], right=0, from_the_end=False), bias_of(q, k.shape[1]))
 
 
+@both_ways
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("how", ["add_bias", "class", "rank 5"])
-def test_a_bias_under_a_causal_mask(of_xformers, masks, how):
+def test_a_bias_under_a_causal_mask(of_xformers, masks, how, backend):
     """Made by the model, of a tensor with a tangent and gradients."""
     ops = of_xformers("xformers.ops")
 
@@ -165,7 +170,7 @@ def test_a_bias_under_a_causal_mask(of_xformers, masks, how):
         mask = masks.LowerTriangularMaskWithTensorBias(bias.unflatten(1, (2, 2)))
         return ops.memory_efficient_attention(*(x.unflatten(2, (2, 2)) for x in (q, k, v)), mask).flatten(2, 3)
 
-    check(call, causal_with_bias)
+    check(call, causal_with_bias, backend=backend)
 
 
 @pytest.mark.parametrize("last", [None, 5])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 
 import pytest
 import torch
@@ -59,51 +58,8 @@ def test_flash_attn_3(packages, form):
     check(lambda q, k, v: call(flash, q, k, v), reference, sizes=sizes, **how)
 
 
-@pytest.mark.parametrize("form", swaps.XFORMERS)
-def test_masks_of_xformers(packages, form):
-    ops, masks = packages("xformers.ops"), packages("xformers.ops.fmha.attn_bias")
-    mask, wanted, how = swaps.XFORMERS[form]
-    check(
-        lambda q, k, v, bias: ops.memory_efficient_attention(q, k, v, attn_bias=bias),
-        lambda q, k, v, bias: plain(q, k, v, wanted(q.shape[1], k.shape[1])),
-        sizes=((1, 13), (1, 22)),
-        others=lambda n: {"bias": mask(masks, n)},
-        **how,
-    )
-
-
-@pytest.mark.parametrize("name", xformers.MASKS)
-def test_masks_with_windows_and_gaps(packages, name):
-    ops, masks = packages("xformers.ops"), packages("xformers.ops.fmha.attn_bias")
-    mask, wanted = xformers.MASKS[name]
-    check(
-        lambda q, k, v, bias: ops.memory_efficient_attention(q, k, v, attn_bias=bias, scale=0.3),
-        lambda q, k, v, bias: plain(q, k, v, wanted(k.shape[1]), scale=0.3),
-        sizes=((1, 15), (1, 21)),
-        others=lambda n: {"bias": mask(masks, n)},
-        last=7,
-    )
-
-
 of_xformers = swaps.of_xformers
 masks = xformers.masks
-
-
-@pytest.mark.parametrize("how", ["add_bias", "class", "rank 5"])
-def test_a_bias_under_a_causal_mask(of_xformers, masks, how):
-    """With a tangent and gradients, in a mask that is an object or a wrapper."""
-    ops = of_xformers("xformers.ops")
-
-    def call(q, k, v):
-        bias = xformers.bias_of(q, k.shape[1])
-        if how == "add_bias":
-            return ops.memory_efficient_attention(q, k, v, masks.LowerTriangularMask().add_bias(bias))
-        if how == "class":
-            return ops.memory_efficient_attention(q, k, v, masks.LowerTriangularMaskWithTensorBias(bias))
-        mask = masks.LowerTriangularMaskWithTensorBias(bias.unflatten(1, (2, 2)))
-        return ops.memory_efficient_attention(*(x.unflatten(2, (2, 2)) for x in (q, k, v)), mask).flatten(2, 3)
-
-    check(call, xformers.causal_with_bias)
 
 
 def test_a_tangent_in_the_mask_alone(of_xformers, masks):
@@ -142,21 +98,6 @@ def test_layouts_of_xformers(packages, layout):
     check(call, reference, kv_heads=2 if layout == "grouped" else H)
 
 
-@pytest.mark.parametrize("name", others.KERNELS)
-def test_kernels_of_sage_attention(packages, name):
-    kernel, of_quantization = getattr(packages("sageattention"), name), others.KERNELS[name]
-
-    def call(q, k, v):
-        return kernel(q, k, v, "NHD", is_causal=True, sm_scale=0.3, **of_quantization)
-
-    def call_with_lse(q, k, v):
-        o, lse = kernel(*others.heads_first(q, k, v), sm_scale=0.3, return_lse=True, **of_quantization)
-        return others.times_lse(o.transpose(1, 2), lse)
-
-    check(call, lambda q, k, v: others.causal(q, k, v, 0.3), kv_heads=2)
-    check(call_with_lse, lambda q, k, v: others.with_lse(q, k, v, 0.3), last=5)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sage_attention(packages, dtype):
     """Behind torch.compiler.disable, packed, and in version 3."""
@@ -170,30 +111,6 @@ def test_sage_attention(packages, dtype):
         dtype=dtype,
     )
     check(lambda q, k, v: sage_3.sageattn3_blackwell(*others.heads_first(q, k, v)).transpose(1, 2), plain, dtype=dtype)
-
-
-@pytest.mark.parametrize(("space", "options"), swaps.NATTEN, ids=str)
-def test_neighbourhoods(packages, space, options):
-    attention, n = getattr(packages("natten"), f"na{len(space)}d"), math.prod(space)
-    mask = neighbourhoods(space, **options)
-    check(
-        lambda q, k, v: attention(*(x.unflatten(1, space) for x in (q, k, v)), **options).flatten(1, -3),
-        lambda q, k, v: plain(q, k, v, mask),
-        sizes=((2, n), (3, n)),
-        kv_heads=2,
-    )
-
-
-@pytest.mark.parametrize("form", others.ATTENTION)
-def test_attention_of_natten(packages, form):
-    natten = packages("natten")
-    options, reference, how = others.ATTENTION[form]
-
-    def call(q, k, v):
-        result = natten.attention(q, k, v, **options)
-        return others.times_lse(result[0], result[1].mT) if options.get("return_lse") else result
-
-    check(call, reference, **how)
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (2, 0)])

@@ -11,7 +11,7 @@ import torch
 import jvpgraph
 from jvpgraph.errors import UnsupportedOp
 from tests.foreign.plain import band, blocks, neighbourhoods, plain
-from tests.foreign.test_swaps import C, H, Net, check, cu, importing, lengths
+from tests.foreign.test_swaps import C, H, Net, both_ways, check, cu, importing, lengths
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
 of_sage, of_natten = importing("sageattention"), importing("natten")
@@ -42,8 +42,10 @@ def heads_first(*tensors):
     return [x.transpose(1, 2) for x in tensors]
 
 
+@both_ways
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", KERNELS)
-def test_kernels_of_sage_attention(of_sage, name):
+def test_kernels_of_sage_attention(of_sage, name, backend):
     kernel, of_quantization = getattr(of_sage("sageattention"), name), KERNELS[name]
 
     def call(q, k, v):
@@ -53,8 +55,8 @@ def test_kernels_of_sage_attention(of_sage, name):
         o, lse = kernel(*heads_first(q, k, v), sm_scale=0.3, return_lse=True, **of_quantization)
         return times_lse(o.transpose(1, 2), lse)
 
-    check(call, lambda q, k, v: causal(q, k, v, 0.3), kv_heads=2)
-    check(call_with_lse, lambda q, k, v: with_lse(q, k, v, 0.3), last=5)
+    check(call, lambda q, k, v: causal(q, k, v, 0.3), kv_heads=2, backend=backend)
+    check(call_with_lse, lambda q, k, v: with_lse(q, k, v, 0.3), last=5, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -132,8 +134,10 @@ ATTENTION = {
 }
 
 
+@both_ways
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("form", ATTENTION)
-def test_attention_of_natten(of_natten, form):
+def test_attention_of_natten(of_natten, form, backend):
     natten = of_natten("natten")
     options, reference, how = ATTENTION[form]
 
@@ -141,7 +145,7 @@ def test_attention_of_natten(of_natten, form):
         result = natten.attention(q, k, v, **options)
         return times_lse(result[0], result[1].mT) if options.get("return_lse") else result
 
-    check(call, reference, **how)
+    check(call, reference, backend=backend, **how)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +243,7 @@ def of_lengths(cu_q, cu_k):
     return {"seqlens_Q": cu_q.diff(), "seqlens_KV": cu_k.diff()}
 
 
-@pytest.mark.parametrize("backend", ["eager", "op_by_op"])
+@both_ways
 @pytest.mark.parametrize("given", [offsets, of_lengths])
 def test_packed_sequences(of_natten, given, backend):
     """Of several lengths, those of keys others than those of queries; with grouped heads and the logsumexp."""
@@ -266,7 +270,7 @@ def test_packed_sequences(of_natten, given, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["eager", "op_by_op"])
+@both_ways
 @pytest.mark.parametrize("given", [offsets, lambda a, b: dict.fromkeys(("seqlens_Q", "seqlens_KV"), a.diff())])
 def test_causal_packed_sequences(of_natten, given, backend, dtype):
     natten = of_natten("natten")
@@ -320,7 +324,7 @@ def test_a_positional_bias_is_refused(of_natten, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("backend", ["eager", "op_by_op"])
+@both_ways
 def test_packed_grids_are_refused(of_natten, monkeypatch, backend):
     """Which newer versions take."""
 

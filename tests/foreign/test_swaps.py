@@ -19,6 +19,7 @@ from tests.foreign.stand_ins import INSTALL, function_of
 
 H, D, C = 4, 8, 16
 pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
+both_ways = pytest.mark.parametrize("backend", ["eager", "op_by_op"])
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 
 
@@ -325,8 +326,10 @@ XFORMERS = {
 }
 
 
+@both_ways
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("form", XFORMERS)
-def test_masks_of_xformers(of_xformers, form):
+def test_masks_of_xformers(of_xformers, form, backend):
     """As an argument of the model, whose lengths change."""
     ops, masks = of_xformers("xformers.ops"), of_xformers("xformers.ops.fmha.attn_bias")
     mask, wanted, how = XFORMERS[form]
@@ -335,6 +338,7 @@ def test_masks_of_xformers(of_xformers, form):
         lambda q, k, v, bias: plain(q, k, v, wanted(q.shape[1], k.shape[1])),
         sizes=((1, 13), (1, 22)),
         others=lambda n: {"bias": mask(masks, n)},
+        backend=backend,
         **how,
     )
 
@@ -443,8 +447,10 @@ NATTEN = [
 ]
 
 
+@both_ways
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("space", "options"), NATTEN, ids=str)
-def test_neighbourhoods(of_natten, space, options):
+def test_neighbourhoods(of_natten, space, options, backend):
     natten, n = of_natten("natten"), math.prod(space)
     attention = getattr(natten, f"na{len(space)}d")
     mask = neighbourhoods(space, **options)
@@ -453,6 +459,7 @@ def test_neighbourhoods(of_natten, space, options):
         lambda q, k, v: plain(q, k, v, mask),
         sizes=((2, n), (3, n)),
         kv_heads=2,
+        backend=backend,
     )
 
 
