@@ -272,12 +272,12 @@ def _forward_of_two(function: Any, mode: Any, where: Callable[[], str], calls: l
 
     @functools.wraps(forward)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        dots = _tangents(mode, args)
-        if has_own_jvp(function):
-            calls.append(dots)
-        if dots is None:
+        is_active, has_own = _is_active(mode, args), has_own_jvp(function)
+        if has_own:
+            calls.append(_tangents(mode, args) if is_active else None)
+        if not is_active:
             return forward(*args, **kwargs)
-        if not has_own_jvp(function):
+        if not has_own:
             return _arrived(function, forward(*args, **kwargs), mode, where)
         with mode.asleep():
             return _apart(lambda: forward(*args, **kwargs), args)
@@ -307,10 +307,8 @@ def _is_active(mode: Any, args: tuple[Any, ...]) -> bool:
     return mode.is_watching() and any(mode.tangent(x) is not None for x in args if has_tangent(x))
 
 
-def _tangents(mode: Any, args: tuple[Any, ...]) -> list[Any] | None:
-    """What a jvp is given: zeros for what is not active. None where nothing is."""
-    if not _is_active(mode, args):
-        return None
+def _tangents(mode: Any, args: tuple[Any, ...]) -> list[Any]:
+    """What a jvp is given: zeros for what is not active."""
     dots = [mode.tangent(x) if has_tangent(x) else None for x in args]
     with mode.asleep():
         return [

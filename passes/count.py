@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
-from jvpgraph.graph.constants import hint_of, value_of
+from jvpgraph.graph.constants import constant_of, hint_of
 from jvpgraph.graph.meta import INSERTED_META
 from jvpgraph.kernels.block_mask import HIDDEN
 from jvpgraph.kernels.choose import describe
@@ -135,7 +135,7 @@ def _map(node: fx.Node) -> Tensor | None:
     if isinstance(made_by, fx.Node) and made_by.target is OPS.grid_mask.default:
         hints: Any = fx.node.map_aggregate(made_by.args[:-1], _hint_of_node)
         return kept_tiles(Grid.of(*hints))[None, None]
-    found: Tensor | None = value_of(node)
+    found: Tensor | None = constant_of(node)
     return found
 
 

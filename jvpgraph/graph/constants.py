@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["hint_of", "value_of"]
+__all__ = ["constant_of", "hint_of"]
 
 
 class _UnknownError(Exception):
@@ -23,7 +23,7 @@ def hint_of(size: int | torch.SymInt) -> int | None:
     return int(size) if isinstance(size, int) else size.node.hint
 
 
-def value_of(node: fx.Node) -> Any:
+def constant_of(node: fx.Node) -> Any:
     """What a node of an ATen graph comes to at the sizes of this call, on the CPU; None if it depends on the values of
     an input. Runs what it depends on."""
     try:
