@@ -214,6 +214,7 @@ class OfAGrid(torch.nn.Module):
         return self.attention(*self.qkv(x).unflatten(-1, (2, 12)).split(4, -1))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_neighbourhoods_in_a_grid_of_any_size(of_natten, backend):
     """One graph, from two tiles on: how many are cut follows from sizes that are symbols in it."""

@@ -249,6 +249,17 @@ def test_flash_attn_with_inductor(of_flash_attn, dtype):
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
+    ("form", "dtype"), [("window, fewer queries", torch.float32), ("causal, fewer queries", torch.bfloat16)], ids=str
+)
+def test_windows_from_the_last_key_with_inductor(of_flash_attn, form, dtype):
+    """A block mask made of sizes, which are symbols the second time."""
+    flash = of_flash_attn("flash_attn")
+    call, reference, how = FLASH[form]
+    check(lambda q, k, v: call(flash, q, k, v), reference, backend="inductor", dtype=dtype, **how)
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"dropout_p": 0.1}, "dropout"),
