@@ -12,14 +12,16 @@ import torch
 import torch._inductor.compile_fx  # a function goes by this name, too
 from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor import config
 from torch._inductor.codegen.common import DeferredLine
 from torch._inductor.codegen.cpp import CppVecKernel, OuterLoopFusedSchedulerNode
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP, cexpr_index
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.fx_passes import post_grad
 from torch._inductor.kernel import conv
 from torch._inductor.lowering import lowerings
 from torch._inductor.utils import IndentedBuffer
-from torch._inductor.virtualized import V
+from torch._inductor.virtualized import V, ops
 
 from jvpgraph.dynamo import NOT_COMPILED, remedy
 from jvpgraph.errors import CaptureError
@@ -149,7 +151,39 @@ def _sums_of_a_number() -> Iterator[None]:
         yield
 
 
-MENDS = (_a_local_buffer_for_one_row, _a_name_for_each_store, _convolutions_of_any_size, _sums_of_a_number)
+@contextmanager
+def _sums_into_one_place() -> Iterator[None]:
+    """What vectors of numbers are added to may be one place for all, as by ``x.index_add(0, torch.zeros(n), y)``.
+
+    C++ code for CPUs with several threads, in torch < 2.14: such an index is no vector, as an assertion demands.
+    """
+    own = CppVecKernel.store
+
+    def with_a_vector(kernel: CppVecKernel, name: str, index: Any, value: Any, mode: Any = None) -> None:
+        if mode != "atomic_add" or (kernel.num_threads == 1 and not config.cpp.dynamic_threads):
+            return own(kernel, name, index, value, mode)
+        place = ops.index_expr(kernel.rename_indexing(index), torch.int64).value
+        if place.is_vec:
+            return own(kernel, name, index, value, mode)
+        dtype = V.graph.get_dtype(name)
+        counts = f"{kernel._get_num_vectors(torch.int64)}, {kernel._get_num_vectors(dtype)}"
+        vector = value if value.is_vec else kernel.broadcast(value)
+        rest = f", {cexpr_index(kernel.tail_size)}" if kernel.tail_size else ""
+        operands = f"{kernel.args.output(name)}, {kernel.broadcast(place)}, {vector}{rest}"
+        call = f"atomic_add_vec<{DTYPE_TO_CPP[dtype]}, {counts}>({operands});"
+        kernel.stores.writeline(DeferredLine(name, call))
+
+    with mock.patch.object(CppVecKernel, own.__name__, with_a_vector):
+        yield
+
+
+MENDS = (
+    _a_local_buffer_for_one_row,
+    _a_name_for_each_store,
+    _convolutions_of_any_size,
+    _sums_into_one_place,
+    _sums_of_a_number,
+)
 
 
 def _one_symbol_each(example_inputs: Sequence[Any]) -> list[Any]:
