@@ -71,6 +71,10 @@ LONG = (
 )
 
 
+# Of so many slow cases of a test, `make test` runs one.
+SLOW_CASES = 2
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Markers that a test need not carry itself; and the long files first."""
@@ -86,14 +90,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _take_samples(items: list[pytest.Item]) -> None:
-    """``sampled(n)``: of the cases of a test, `make test` runs the first of every n, and `make test-all` the others."""
+    """``sampled(n)``: of the cases of a test, `make test` runs the first of every n, and `make test-all` the others.
+
+    Slow cases are sampled(2) where a test does not say otherwise: most cross dtypes, backends and sizes, and each of
+    these is met in other tests.
+    """
     number: Counter[tuple[Path, str]] = Counter()
     for item in items:
         sampled = item.get_closest_marker("sampled")
-        if sampled is None or not isinstance(item, pytest.Function) or not _has_cases(item):
+        if not isinstance(item, pytest.Function) or not _has_cases(item):
+            continue
+        if sampled is None and item.get_closest_marker("slow") is None:
             continue
         test = item.path, item.nodeid.partition("[")[0]
-        if number[test] % sampled.args[0]:
+        if number[test] % (sampled.args[0] if sampled else SLOW_CASES):
             item.add_marker(pytest.mark.matrix)
         number[test] += 1
 

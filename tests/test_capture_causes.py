@@ -555,7 +555,6 @@ def test_op_by_op(cause):
 
 
 @pytest.mark.slow
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "cause",
     [

@@ -258,7 +258,6 @@ def test_dynamic_shapes(fn):
 
 
 @pytest.mark.slow
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["none", "plain", "selective"])
 @pytest.mark.parametrize("fn", [rotary, stopped_before_a_write, stopped_outside], ids=lambda fn: fn.__name__)
 def test_with_inductor(fn, kind):

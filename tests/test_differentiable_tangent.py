@@ -72,7 +72,6 @@ def check_module(model, primals, dots, names, backend="eager") -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_diffusion_transformer(backend):
     x, t, x_dot, t_dot = inputs()
@@ -448,7 +447,6 @@ def test_ops_whose_own_backward_has_no_derivative(fn):
 
 
 @pytest.mark.slow
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float32, 1e-5)])
 def test_ops_whose_own_backward_has_no_derivative_on_the_default_backend(dtype, tolerance):
     """Gradients of value and tangent in the input and in its tangent, at two sizes, compared with float64."""

@@ -132,7 +132,6 @@ class Picks(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("backend", "view_first", "dtype", "eps"),
     [

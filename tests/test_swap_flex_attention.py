@@ -173,7 +173,6 @@ def test_a_score_mod(kind, mask_mod):
 
 
 @pytest.mark.slow
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "dtype", "dynamic"), [("softcap", torch.bfloat16, True), ("relative", torch.float32, None)]
 )

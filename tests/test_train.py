@@ -282,7 +282,6 @@ def test_how_the_student_runs_may_change_between_a_stop_and_going_on(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_compiled_networks_give_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
     compiled: list[type] = []

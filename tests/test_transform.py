@@ -340,7 +340,6 @@ def test_dataclass_with_a_computed_field():
 
 class TestPrecision:
     @pytest.mark.slow
-    @pytest.mark.sampled(2)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, dtype):
         """The tangent is as far from the truth as rounding makes the value: a few units of the format."""

@@ -25,7 +25,7 @@ from tests.foreign.test_swaps import (
     qkv,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
+pytestmark = pytest.mark.slow
 of_flash_attn_interface = importing("flash_attn_interface")
 
 

@@ -242,7 +242,7 @@ def test_cross_entropy(fused):
 
 # ------------------------------------------------------------------------------------------------------ diffusers
 
-pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
+pytestmark = pytest.mark.slow
 SWAPPED = ("flash", "flash_hub", "_flash_3", "_flash_3_hub", "flash_4_hub", "aiter_fa2_hub", "sage", "sage_hub")
 PACKED = ("flash_varlen", "flash_varlen_hub", "_flash_varlen_3", "_flash_3_varlen_hub", "sage_varlen")
 OF_TORCH = ("native", "_native_flash", "_native_math")  # the others have no kernel with a backward on a CPU

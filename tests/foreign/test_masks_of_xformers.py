@@ -13,7 +13,7 @@ from jvpgraph.errors import UnsupportedOp
 from tests.foreign import stand_ins
 from tests.foreign.test_swaps import C, H, Net, band, blocks, both_ways, check, importing, lengths, plain
 
-pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
+pytestmark = pytest.mark.slow
 of_xformers = importing("xformers")
 FEW = [2, 4, 1]  # queries of three sequences, no more than keys of any
 

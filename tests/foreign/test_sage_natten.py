@@ -13,7 +13,7 @@ from jvpgraph.errors import UnsupportedOp
 from tests.foreign.plain import band, blocks, neighbourhoods, plain
 from tests.foreign.test_swaps import C, H, Net, both_ways, check, cu, importing, lengths
 
-pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
+pytestmark = pytest.mark.slow
 of_sage, of_natten = importing("sageattention"), importing("natten")
 KERNELS = {
     "sageattn_qk_int8_pv_fp16_triton": {"quantization_backend": "cuda"},

@@ -18,7 +18,7 @@ from tests.foreign.plain import band, blocks, neighbourhoods, plain
 from tests.foreign.stand_ins import INSTALL, function_of
 
 H, D, C = 4, 8, 16
-pytestmark = [pytest.mark.slow, pytest.mark.sampled(2)]
+pytestmark = pytest.mark.slow
 both_ways = pytest.mark.parametrize("backend", ["eager", "op_by_op"])
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 
