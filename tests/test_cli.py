@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from jvpgraph.trainer import cli
+from jvpgraph.trainer.commands import train as train_command
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.configs import names, ready
 from jvpgraph.trainer.model.dit import dit
@@ -101,7 +102,7 @@ def test_train_makes_a_folder_that_goes_on(whole):
 
 def test_overrides_and_options_in_any_order(monkeypatch):
     calls = []
-    monkeypatch.setattr(cli, "train", lambda config, fresh: calls.append((config, fresh)))
+    monkeypatch.setattr(train_command, "train", lambda config, fresh: calls.append((config, fresh)))
     for argv in (
         ["tiny.yaml", "seed=3", "threads=2", "--fresh"],
         ["tiny.yaml", "--fresh", "seed=3", "threads=2"],
@@ -115,7 +116,7 @@ def test_overrides_and_options_in_any_order(monkeypatch):
 @pytest.mark.parametrize("name", names())
 def test_ready_settings_are_trained_by_name(monkeypatch, name):
     calls = []
-    monkeypatch.setattr(cli, "train", lambda config, fresh: calls.append((config, fresh)))
+    monkeypatch.setattr(train_command, "train", lambda config, fresh: calls.append((config, fresh)))
     assert cli.main(["train", name, "out=elsewhere"]) == 0
     assert calls == [(load(RunConfig, ready(name), ["out=elsewhere"]), False)]
 
@@ -357,7 +358,7 @@ def test_traceback_shows_where(monkeypatch, capsys):
     def broken(args: argparse.Namespace) -> None:
         raise ValueError("a message")
 
-    monkeypatch.setattr(cli, "train_command", broken)
+    monkeypatch.setattr(train_command, "run", broken)
     assert cli.main(["train", "tiny.yaml"]) == 1
     assert capsys.readouterr().err == "jvpgraph train: a message\n"
     assert cli.main(["train", "tiny.yaml", "--traceback"]) == 1
@@ -370,7 +371,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def broken(args: argparse.Namespace) -> None:
         raise AttributeError("a bug")
 
-    monkeypatch.setattr(cli, "train_command", broken)
+    monkeypatch.setattr(train_command, "run", broken)
     with pytest.raises(AttributeError, match="a bug"):
         cli.main(["train", "tiny.yaml"])
 
@@ -407,7 +408,7 @@ def test_the_commands_of_the_documentation_fit_their_settings(monkeypatch):
     commands = re.findall(r"--nproc-per-node (\d+) -m jvpgraph\.trainer\.cli train (\S+) ([^#\n]*)", text)
     assert len(commands) == 3
     for processes, name, overrides in commands:
-        config = load(RunConfig, cli.settings_file(Path(name)), overrides.split())
+        config = load(RunConfig, train_command.settings_file(Path(name)), overrides.split())
         sizes = sizes_of(config.parallel, int(processes))
         check(config, sizes)
         if context_parallel(sizes):

@@ -1,6 +1,6 @@
 """Distillation of diffusion transformers with the tangents that `jvpgraph.transform` gives.
 
-what runs        train (the loop), cli, demo
+what runs        train (the loop), cli, commands/ (what each command takes), demo
 what is trained  objectives/, times (where), noise, trigflow (coordinates, noise schedules), batch
 networks         model/: networks (built from the settings), adapters (diffusers), dit (digits), student, ema, optimizer
 data             data/

@@ -24,7 +24,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
-from jvpgraph.trainer import cli, settings
+from jvpgraph.trainer import settings
+from jvpgraph.trainer.commands import failures
 from jvpgraph.trainer.config import ParallelConfig, RunConfig
 from jvpgraph.trainer.data.digits import digits
 from jvpgraph.trainer.data.sample import Sample, first_samples
@@ -474,7 +475,7 @@ def kinds_of_errors() -> list[tuple[bool, str, str]]:
             ranks.on_first(lambda error=error: raise_(error))
         except Exception as told:
             kind = Refused if isinstance(error, Local) else type(error)
-            found.append((isinstance(told, kind), str(told), cli.explain(told, "train")))
+            found.append((isinstance(told, kind), str(told), failures.explain(told, "train")))
     return found
 
 
@@ -490,7 +491,7 @@ def test_what_fails_on_one_rank_fails_on_all_in_the_same_way(tmp_path: Path) -> 
     for (_, message, advice), (_, told, told_advice) in zip(first, second, strict=True):
         assert told.startswith("rank 0: ")
         assert told.endswith(message)
-        assert (cli.RESUMES in told_advice) == (cli.RESUMES in advice)
+        assert (failures.RESUMES in told_advice) == (failures.RESUMES in advice)
     assert "the disk is full (out/log.jsonl)" in second[1][2]
 
 

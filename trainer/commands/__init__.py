@@ -1,0 +1,1 @@
+"""What the commands of `jvpgraph` take and do: a module each, imported when the command is called."""
