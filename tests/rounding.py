@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import jvpgraph
 from jvpgraph.tree import leaves, map_leaves
@@ -103,21 +104,30 @@ def errors(got: Answer, wanted: Answer) -> dict[str, float]:
 
 
 class RoundedOtherwise(TorchDispatchMode):
-    """What an op on entries had to round goes to a neighbouring float, at random, as other compilers and processors
-    would round it: how much of an answer is rounding (Parker, "Monte Carlo Arithmetic", 1997)."""
+    """What an op had to round goes to a neighbouring float, at random, as other compilers and processors would round
+    it: how much of an answer is rounding (Parker, "Monte Carlo Arithmetic", 1997)."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        self.generator = torch.Generator().manual_seed(0)  # the model's own random numbers stay what they are
+        self.generator = torch.Generator().manual_seed(seed)  # the model's own random numbers stay what they are
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, kwargs = op(*args, **(kwargs or {})), kwargs or {}
-        entrywise = torch.Tag.pointwise in op.tags and not op._schema.is_mutable
-        if not entrywise or not isinstance(out, Tensor) or not out.is_floating_point():
+        aliases = any(result.alias_info is not None for result in op._schema.returns)
+        if aliases or "dtype" in kwargs or torch.Tag.nondeterministic_seeded in op.tags or not _is_rounded(out):
             return out
-        exact = op(*cast(args, torch.float64), **kwargs) if "dtype" not in kwargs else out
+        return tree_map(self._nudged, out, op(*cast(args, torch.float64), **cast(kwargs, torch.float64)))
+
+    def _nudged(self, out: Any, exact: Any) -> Any:
+        if not _is_rounded(out):
+            return out
         ways = torch.where(torch.rand(out.shape, generator=self.generator) < 0.5, -torch.inf, torch.inf).to(out.dtype)
         return torch.where(out.double() != exact, torch.nextafter(out, ways), out)
+
+
+def _is_rounded(out: Any) -> bool:
+    tensors = [x for x in tree_leaves(out) if isinstance(x, Tensor) and not x.is_meta]
+    return any(x.is_floating_point() and x.dtype != torch.float64 for x in tensors)
 
 
 def allowed(dtype: torch.dtype, *own: Mapping[str, float]) -> dict[str, float]:

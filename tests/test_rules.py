@@ -19,6 +19,7 @@ from rule_cases import CASES, Call, Case, Drawn
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
 import jvpgraph
@@ -560,3 +561,22 @@ def test_the_determinant_of_singular_matrices(n: int, dtype: torch.dtype, differ
     settings = {"differentiable_tangent": True} if differentiable else {}
     got = jvpgraph.jvp(torch.linalg.det, (a,), (a_dot,), backend="eager", **settings)[1]
     torch.testing.assert_close(got.to(want.dtype), want, rtol=0, atol=1e3 * n * torch.finfo(dtype).eps * 4**n)
+
+
+NORMS = {
+    "layer norm": (lambda x: F.layer_norm(x, (64,)), (256, 64)),
+    "group norm": (lambda x: F.group_norm(x, 2), (16, 8, 16)),
+    "batch norm": (lambda x: F.batch_norm(x, None, None, training=True), (64, 8)),
+    "instance norm": (F.instance_norm, (8, 4, 32)),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_of_what_is_far_from_zero(norm):
+    """Where values and tangents have large means, of which nothing is left: rounding of one must not meet the other."""
+    fn, shape = NORMS[norm]
+    x, x_dot = 30 + torch.randn(shape) / 10, 10 + torch.randn(shape)
+    exact = torch.func.jvp(fn, (x.double(),), (x_dot.double(),))[1]
+    torchs = torch.func.jvp(fn, (x,), (x_dot,))[1]
+    ours = jvpgraph.jvp(fn, (x,), (x_dot,), backend="op_by_op")[1]
+    assert (ours - exact).norm() < 2 * (torchs - exact).norm()
