@@ -24,8 +24,8 @@ def weighted(x: Tensor, weight: Tensor | None) -> Tensor:
 def standardized(x: Tensor, mean: Tensor, rstd: Tensor, dims: Any, x_dot: Tensor) -> tuple[Tensor, ...]:
     """Tangents of x_hat = (x - mean) * rstd, of mean and of rstd.
 
-    x_hat_dot = rstd * (d - x_hat * mean(x_hat * d)), d = x_dot - mean(x_dot): mean(x_hat * x_dot) is the same number, but
-    x_hat's mean is rounding instead of zero, and would be multiplied by mean(x_dot).
+    x_hat_dot = rstd * (d - x_hat * mean(x_hat * d)), d = x_dot - mean(x_dot). mean(x_hat * x_dot) is the same number,
+    but there mean(x_hat), which is rounding instead of zero, is multiplied by mean(x_dot).
     """
     x, x_dot, mean, rstd = in_float32(x), in_float32(x_dot), in_float32(mean), in_float32(rstd)
     x_hat = (x - mean) * rstd
