@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,8 +82,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "distributed" in item.path.parts:
             item.add_marker(pytest.mark.ranks)
-        parameters = item.callspec.params.values() if isinstance(item, pytest.Function) and _has_cases(item) else ()
-        if any(isinstance(value, str) and value == "inductor" for value in parameters):
+        if _is_compiled(item):
             item.add_marker(pytest.mark.slow)
     _take_samples(items)
     places = {name: i for i, name in enumerate(LONG)}
@@ -92,15 +92,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _take_samples(items: list[pytest.Item]) -> None:
     """``sampled(n)``: of the cases of a test, `make test` runs the first of every n, and `make test-all` the others.
 
-    Slow cases are sampled(2) where a test does not say otherwise: most cross dtypes, backends and sizes, and each of
-    these is met in other tests.
+    Those on the default backend come first. Slow cases are sampled(2) where a test does not say otherwise: most cross
+    dtypes, backends and sizes, and each of these is met in other tests.
     """
     number: Counter[tuple[Path, str]] = Counter()
-    for item in items:
+    for item in sorted(items, key=lambda item: not _is_compiled(item)):
         sampled = item.get_closest_marker("sampled")
-        if not isinstance(item, pytest.Function) or not _has_cases(item):
-            continue
-        if sampled is None and item.get_closest_marker("slow") is None:
+        if not _cases(item) or (sampled is None and item.get_closest_marker("slow") is None):
             continue
         test = item.path, item.nodeid.partition("[")[0]
         if number[test] % (sampled.args[0] if sampled else SLOW_CASES):
@@ -108,8 +106,14 @@ def _take_samples(items: list[pytest.Item]) -> None:
         number[test] += 1
 
 
-def _has_cases(item: pytest.Function) -> bool:
-    return hasattr(item, "callspec")
+def _is_compiled(item: pytest.Item) -> bool:
+    """Whether it is the case of a test on the default backend."""
+    return any(isinstance(value, str) and value == "inductor" for value in _cases(item).values())
+
+
+def _cases(item: pytest.Item) -> dict[str, Any]:
+    """The parameters of a case."""
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
 
 
 @pytest.fixture(autouse=True)
