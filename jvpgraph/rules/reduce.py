@@ -50,8 +50,8 @@ def softmax(p, x, dim, _, *, x_dot):
 
 @jvp(aten._log_softmax.default)
 def log_softmax(y, x, dim, _, *, x_dot):
-    """y_dot = x_dot - sum(p * x_dot)."""
-    return x_dot - (in_float32(y).exp() * x_dot).sum(dim, keepdim=True)
+    """y_dot = x_dot - sum(p * x_dot). p is not exp(y): in an exponent y's rounding is a factor."""
+    return x_dot - (in_float32(x).softmax(dim) * x_dot).sum(dim, keepdim=True)
 
 
 @jvp(aten.logsumexp.default)
