@@ -12,7 +12,8 @@ import torch
 import torch._inductor.compile_fx  # a function goes by this name, too
 from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
-from torch._inductor import config
+from torch._guards import TracingContext
+from torch._inductor import config, output_code
 from torch._inductor.codegen.common import DeferredLine
 from torch._inductor.codegen.cpp import CppVecKernel, OuterLoopFusedSchedulerNode
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP, cexpr_index
@@ -177,12 +178,34 @@ def _sums_into_one_place() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _strides_of_any_size() -> Iterator[None]:
+    """What a forward keeps for its backward has strides that follow its sizes.
+
+    Where Inductor chooses another layout than the graph's, the backward is compiled for the strides in it that the
+    first sizes have, in torch < 2.14: it is for these sizes alone, or, if nothing compares the numbers with a size,
+    refuses the next at its door.
+    """
+    own = output_code.set_tracing_context_output_strides
+
+    def symbolic(example_inputs: Sequence[Any], compiled: Any) -> None:
+        context = TracingContext.try_get()
+        if context is None:
+            return own(example_inputs, compiled)
+        with mock.patch.object(context, "fakify_first_call", True):  # for which strides are kept as expressions
+            return own(example_inputs, compiled)
+
+    with mock.patch.object(output_code, own.__name__, symbolic):
+        yield
+
+
 MENDS = (
     _a_local_buffer_for_one_row,
     _a_name_for_each_store,
     _convolutions_of_any_size,
     _sums_into_one_place,
     _sums_of_a_number,
+    _strides_of_any_size,
 )
 
 
