@@ -177,7 +177,10 @@ def test_a_score_mod(kind, mask_mod):
     ("kind", "dtype", "dynamic"), [("softcap", torch.bfloat16, True), ("relative", torch.float32, None)]
 )
 def test_a_score_mod_on_the_default_backend(kind, dtype, dynamic):
-    check_scores(Scores(kind, up_to), [(2, 150), (3, 70), (4, 90)], dtype, backend="inductor", dynamic=dynamic)
+    """Inductor keeps some of the scores in a layout of its own, whose strides have to follow the sizes."""
+    sizes = [(2, 150), (3, 120), (4, 90)]  # sums of more than 4,096 entries, as Inductor has other code for fewer
+    dual = check_scores(Scores(kind, up_to), sizes, dtype, backend="inductor", dynamic=dynamic)
+    assert len(dual.reports) == (1 if dynamic else 2)
 
 
 @pytest.mark.parametrize("kind", ["ALiBi", "softcap"])
