@@ -102,7 +102,7 @@ def test_train_makes_a_folder_that_goes_on(whole):
 
 def test_overrides_and_options_in_any_order(monkeypatch):
     calls = []
-    monkeypatch.setattr(train_command, "train", lambda config, fresh: calls.append((config, fresh)))
+    monkeypatch.setattr(train_command, "train", lambda config, fresh, **_: calls.append((config, fresh)))
     for argv in (
         ["tiny.yaml", "seed=3", "threads=2", "--fresh"],
         ["tiny.yaml", "--fresh", "seed=3", "threads=2"],
@@ -116,7 +116,7 @@ def test_overrides_and_options_in_any_order(monkeypatch):
 @pytest.mark.parametrize("name", names())
 def test_ready_settings_are_trained_by_name(monkeypatch, name):
     calls = []
-    monkeypatch.setattr(train_command, "train", lambda config, fresh: calls.append((config, fresh)))
+    monkeypatch.setattr(train_command, "train", lambda config, fresh, **_: calls.append((config, fresh)))
     assert cli.main(["train", name, "out=elsewhere"]) == 0
     assert calls == [(load(RunConfig, ready(name), ["out=elsewhere"]), False)]
 

@@ -23,13 +23,20 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0 done, 1 failed, 2 wrong usage or settings, 130 stopped."""
+    """Runs one command and returns its exit status.
+
+    0 done; 1 failed; 2 wrong usage or settings; 128 + N stopped by signal N, such as 143 by SIGTERM and 130 by SIGINT;
+    75 stopped by --time-limit.
+    """
     args = parse(sys.argv[1:] if argv is None else argv)
     command, failures = module_of(args.command), module_of("failures")
     logging.basicConfig(format="%(levelname)s: %(message)s")  # warnings, such as those of a skipped shard
     logging.getLogger("jvpgraph.trainer").setLevel(logging.INFO)  # and what computes the attention
     try:
         command.run(args)
+    except failures.Stopped as stop:
+        print(f"\njvpgraph train: {stop}. {failures.GOES_ON}", file=sys.stderr)
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         print(f"\nstopped. {failures.RESUMES}" if args.command == "train" else "\nstopped", file=sys.stderr)
         return 130

@@ -46,12 +46,13 @@ from jvpgraph.trainer.run.log import RunLog
 from jvpgraph.trainer.run.not_finite import Compute, not_finite
 from jvpgraph.trainer.run.parallel import Layout, joined
 from jvpgraph.trainer.run.preview import preview
+from jvpgraph.trainer.run.stopping import Stop
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, *, fresh: bool = False) -> Path:
+def train(config: RunConfig, *, fresh: bool = False, time_limit: float | None = None) -> Path:
     """Runs all stages and returns the run's folder; resumes from its last checkpoint if it has one.
 
     A run that was stopped and resumed ends with the same parameters as one that was not stopped: bit for bit on a
@@ -60,20 +61,23 @@ def train(config: RunConfig, *, fresh: bool = False) -> Path:
     Args:
         config: the whole run.
         fresh: move an earlier run in the folder aside instead of resuming it.
+        time_limit: seconds after which it has stopped by itself.
 
     Raises:
+        Stopped: SIGTERM, SIGINT or the time limit. A checkpoint of the last step was saved; the same call goes on.
         ValueError: the settings do not fit each other, the network or the data, or the folder holds another run.
         NotFinite: a loss or a gradient is not finite. The last checkpoint is from before it.
         CheckpointError: a checkpoint could not be written, or does not fit the model.
         BadShard: a part of the data cannot be read, and the settings say to stop then.
     """
+    stop = Stop(time_limit)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with joined(config) as layout:
-        return train_here(config, layout, fresh)
+        return train_here(config, layout, fresh, stop)
 
 
-def train_here(config: RunConfig, layout: Layout, fresh: bool) -> Path:
+def train_here(config: RunConfig, layout: Layout, fresh: bool, stop: Stop) -> Path:
     """`train` as one of the processes of a layout. All do the same; the first one writes."""
     layout.ranks.on_first(lambda: check_free(config.out))
     if not fresh:
@@ -107,6 +111,7 @@ def train_here(config: RunConfig, layout: Layout, fresh: bool) -> Path:
             )
 
         layout.ranks.on_first(open_log)
+        stack.enter_context(stop)
         for index, end in enumerate(ends):
             if done > end:
                 continue
@@ -127,8 +132,12 @@ def train_here(config: RunConfig, layout: Layout, fresh: bool) -> Path:
                 if config.ema.snapshot_every and (last_step or due(step, config.ema.snapshot_every)):
                     for ema in stage.emas:
                         save_snapshot(folder / "ema" / f"stage-{index}", step, ema)
-                if last_step or due(step, config.checkpoint.every):
+                stopping = step < ends[-1] and stop.agreed(layout.ranks, reserve=checkpoints.seconds)
+                if last_step or stopping or due(step, config.checkpoint.every):
                     checkpoints.save(step, stage.state())
+                if stopping:
+                    checkpoints.wait()
+                    raise stop.stopped(step)
                 if due(step, config.log.preview_every):
                     average = stage.emas[0].parameters
                     pictures = folder / "samples"

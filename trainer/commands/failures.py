@@ -9,12 +9,14 @@ import torch
 from jvpgraph.errors import JvpgraphError
 from jvpgraph.trainer.plug import PlugError
 from jvpgraph.trainer.run.checkpoint import CheckpointError
+from jvpgraph.trainer.run.stopping import Stopped
 from jvpgraph.trainer.settings import SettingsError
 
 EXPECTED = (JvpgraphError, ValueError, OSError, FloatingPointError, ImportError, torch.OutOfMemoryError)
 """Failures with a message that says what to do; anything else is a bug and keeps its traceback."""
 
 WRONG_USE = (SettingsError, PlugError)
+GOES_ON = "The same command goes on from there."
 RESUMES = "The same command resumes from the last checkpoint."
 
 

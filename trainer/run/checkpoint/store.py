@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -67,6 +68,7 @@ class Checkpoints:
         self.keep = keep
         self.asynchronous = asynchronous
         self.ranks = Ranks(timeout)
+        self.seconds = 0.0  # that the longest save took
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[None] | None = None
         self._verified: dict[Path, tuple[Any, str | None]] = {}
@@ -162,10 +164,12 @@ class Checkpoints:
         """All of a save that touches the disk; in the writer's thread."""
         final = self.folder / f"step-{step:08d}"
         partial = final.with_name(final.name + ".partial")
+        begun = time.monotonic()
         try:
             self.ranks.on_first(lambda: _make_empty(partial))
             files = write_plan(plan, partial, self.ranks)
             self.ranks.on_first(lambda: self._complete(step, partial, final, files))
+            self.seconds = max(self.seconds, time.monotonic() - begun)
         except Exception as error:
             # Only what was being written is thrown away, which leaves room for what comes next.
             if self.ranks.first:
