@@ -115,7 +115,15 @@ def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90s", 90), ("30m", 1800), ("3.5h", 12600), ("2d", 172800), ("5:30", 330), ("3:50:00", 13800), ("1-0:0:01", 86401)],
+    [
+        ("90s", 90),
+        ("30m", 1800),
+        ("3.5h", 12600),
+        ("2d", 172800),
+        ("5:30", 330),
+        ("3:50:00", 13800),
+        ("1-0:0:01", 86401),
+    ],
 )
 def test_times(text: str, seconds: float) -> None:
     assert seconds_of(text) == seconds
@@ -127,3 +135,95 @@ def test_what_is_no_time(text: str, capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["train", "run.yaml", f"--time-limit={text}"])
     assert stop.value.code == 2
     assert "is no time" in capsys.readouterr().err
+
+
+# ---- the scripts in examples/
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+STUBS = {
+    "jvpgraph": 'exec "$PYTHON" -W ignore -m jvpgraph.trainer.cli "$@"',
+    "torchrun": 'exec "$PYTHON" -W ignore -m torch.distributed.run "$@"',
+    "scontrol": 'echo "$@" >> scontrol.txt; [ "$1" = show ] && echo localhost; true',
+    # As srun does: so many tasks, a signal for all of them, and the highest status.
+    "srun": """
+tasks=()
+for ((i = 0; i < SLURM_NTASKS; i++)); do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & tasks+=($!); done
+trap 'kill -TERM "${tasks[@]}"' TERM
+highest=0
+for task in "${tasks[@]}"; do
+  wait "$task"; status=$?
+  while kill -0 "$task" 2> /dev/null; do wait "$task"; status=$?; done
+  ((status > highest)) && highest=$status
+done
+exit $highest
+""",
+}
+
+
+def run_script(script: str, config: RunConfig, folder: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
+    """With stand-ins for the commands that it calls, in a process group of its own."""
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, text in STUBS.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+    settings.save(config, folder / "run.yaml")
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    return subprocess.Popen(
+        ["bash", str(EXAMPLES / script), "run.yaml", *more],
+        env={
+            **os.environ,
+            "PATH": path,
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(EXAMPLES.parent),
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def slurm(tasks: int, seconds: float) -> dict[str, str]:
+    end = int(time.time() + seconds)
+    return {
+        "SLURM_NTASKS": str(tasks),
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "node[1]",
+        "SLURM_JOB_END_TIME": str(end),
+    }
+
+
+@pytest.mark.parametrize(
+    "tasks", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=[pytest.mark.slow, pytest.mark.matrix])]
+)
+def test_the_slurm_script_queues_a_run_again_until_it_is_done(tmp_path: Path, tasks: int) -> None:
+    parallel = {"dp_shard": tasks}
+    config = config_of(tmp_path / "run", [stage("scm", 100_000)], parallel=parallel, checkpoint={"every": 100_000})
+    steps = [0]
+    for _ in range(2 if tasks > 1 else 1):
+        job = run_script("train.sbatch", config, tmp_path, **slurm(tasks, 8))
+        said = job.communicate(timeout=120)[0]
+        assert job.returncode == 75, said
+        steps.append(int(last_checkpoint(config.out).name[5:]))
+        assert f"stopped by the time limit and saved after step {steps[-1]}" in said
+        assert steps[-1] > steps[-2]
+    assert (tmp_path / "scontrol.txt").read_text().split("\n")[:2] == ["show hostnames node[1]", "requeue 77"]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_torchrun_passes_a_signal_on_and_all_processes_agree(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", [stage("scm", 60)], parallel={"dp_shard": 2}, checkpoint={"every": 100_000})
+    job = run_script("torchrun.sh", config, tmp_path, PROCESSES="2")
+    await_step(job, config, 3)
+    os.kill(job.pid, signal.SIGTERM)
+    said = job.communicate(timeout=120)[0]
+    step = int(last_checkpoint(config.out).name[5:])
+    assert 3 <= step < 60
+    assert said.count(f"stopped by SIGTERM and saved after step {step}") == 2
+    assert {str(json.loads(line)["step"]) for line in (config.out / "log.jsonl").read_text().splitlines()} == {
+        str(i) for i in range(1, step + 1)
+    }

@@ -1,11 +1,11 @@
 """Stopping in time: SIGTERM, SIGINT and a time limit end a run after the update that is being made, with a checkpoint.
 
-    with Stop(limit=3600) as stop:
-        for step in ...:
-            ...
-            if stop.agreed(ranks, reserve=seconds_of_a_save):   # all processes, after the same step
-                save()
-                raise stop.stopped(step)
+with Stop(limit=3600) as stop:
+    for step in ...:
+        ...
+        if stop.agreed(ranks, reserve=seconds_of_a_save):   # all processes, after the same step
+            save()
+            raise stop.stopped(step)
 """
 
 from __future__ import annotations
@@ -126,4 +126,3 @@ def seconds_of(text: str) -> float:
     if not seconds:
         raise ValueError(f"{text!r} is no time at all")
     return seconds
-
