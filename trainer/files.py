@@ -19,11 +19,23 @@ def draft_of(path: Path) -> Iterator[Path]:
     """A file to write, which takes the place of `path` at the end; after an error it is gone."""
     draft = path.with_name(f".{path.name}.draft")
     try:
-        yield draft
-        sync(draft)
-        draft.replace(path)
+        with naming(path):
+            yield draft
+            sync(draft)
+            draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system in here say which file: a write to a full disk knows none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def sync(path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from jvpgraph.errors import JvpgraphError
 from jvpgraph.trainer.plug import PlugError
 from jvpgraph.trainer.run.checkpoint import CheckpointError
-from jvpgraph.trainer.run.stopping import Stopped
+from jvpgraph.trainer.run.stopping import Stopped as Stopped
 from jvpgraph.trainer.settings import SettingsError
 
 EXPECTED = (JvpgraphError, ValueError, OSError, FloatingPointError, ImportError, torch.OutOfMemoryError)

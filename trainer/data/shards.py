@@ -36,7 +36,7 @@ log = logging.getLogger("jvpgraph.trainer.data")
 OnBadShard = Literal["stop", "skip"]
 INDEX_THREADS = 16  # indexing waits for the disk, not for the processor
 TAR_BLOCK = 512  # bytes: members start at multiples, two blocks of zeros end the file (POSIX ustar)
-ADVICE = 'Write the shard again, or pass on_bad_shard="skip" to leave out what is bad.'
+ADVICE = "Write the shard again, or set data.source.options.on_bad_shard=skip to leave out what is bad."
 
 
 def webdataset(

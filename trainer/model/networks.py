@@ -45,8 +45,13 @@ def device_of(config: RunConfig, local_rank: int | None = None) -> torch.device:
 
 
 def build_teacher(config: RunConfig, device: torch.device) -> TrigFlow:
-    """Frozen, in evaluation mode: dropout and the like have no place in a teacher's trajectory."""
-    teacher = config.model.build()
+    """Frozen, in evaluation mode: dropout and the like have no place in a teacher's trajectory.
+
+    One that starts at random is the same wherever it is built, in a run and for samples of it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        teacher = config.model.build()
     if not isinstance(teacher, TrigFlow):
         raise ValueError(f"model.load: {config.model.load} gave a {type(teacher).__name__}; it must return a TrigFlow")
     return teacher.to(device).requires_grad_(False).eval()

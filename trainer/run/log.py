@@ -24,7 +24,7 @@ from matplotlib.image import imsave
 from torch import Tensor
 from tqdm import tqdm
 
-from jvpgraph.trainer.files import write_whole
+from jvpgraph.trainer.files import naming, write_whole
 
 
 class RunLog:
@@ -76,8 +76,9 @@ class RunLog:
         now = time.perf_counter()
         seconds = (now - self.time) / (step - self.step)
         numbers = {name: float(value) for name, value in values.items()}
-        self.file.write(f"{json.dumps({'step': step, **numbers})}\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(f"{json.dumps({'step': step, **numbers})}\n")
+            self.file.flush()
         machine = {"seconds_per_step": seconds, "memory_gib": memory_gib()}
         if self.writer is not None:
             for name, value in {**numbers, **machine}.items():
@@ -98,7 +99,8 @@ class RunLog:
 
     def close(self) -> None:
         """Harmless when repeated."""
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
