@@ -120,7 +120,10 @@ def train_here(
         )
         stack.push(partial(finish, checkpoints))
         last = checkpoints.latest()
-        done = 0 if last is None else checkpoint_step(last)
+        done = 0
+        if last is not None:
+            done = checkpoint_step(last)
+            checkpoints.trim(last)
         ranks.on_first(lambda: write_origin(folder, origin, done, changes))
         said = 0
         log: RunLog | None = None

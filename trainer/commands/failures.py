@@ -8,7 +8,7 @@ import torch
 
 from jvpgraph.errors import JvpgraphError
 from jvpgraph.trainer.plug import PlugError
-from jvpgraph.trainer.run.checkpoint import CheckpointError
+from jvpgraph.trainer.run.checkpoint import NotWritten
 from jvpgraph.trainer.run.stopping import Stopped as Stopped
 from jvpgraph.trainer.settings import SettingsError
 
@@ -33,6 +33,6 @@ def explain(error: Exception, command: str) -> str:
         return f"{error}\nTry {advice}."
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, CheckpointError) and command == "train":
+    if isinstance(error, NotWritten) and command == "train":
         return f"{error}\n{RESUMES}"
     return str(error) or type(error).__name__
