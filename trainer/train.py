@@ -36,10 +36,12 @@ from jvpgraph.trainer.model.networks import (
     moving,
     take_values,
     trainable,
+    try_network,
 )
 from jvpgraph.trainer.model.optimizer import MasterAdamW, learning_rate
 from jvpgraph.trainer.objectives import Terms, loss_of
 from jvpgraph.trainer.objectives.dmd import fake_score_loss
+from jvpgraph.trainer.run.beforehand import data_of, look, shown
 from jvpgraph.trainer.run.changes import covered
 from jvpgraph.trainer.run.checkpoint import CheckpointError, Checkpoints, OnePiece
 from jvpgraph.trainer.run.folder import check_folder, check_free, checkpoint_step, claimed, newest_step
@@ -99,7 +101,8 @@ def train_here(
     begun = None if fresh else ranks.on_first(lambda: newest_step(config.out))
     torch.manual_seed(config.seed)
     rng = torch.Generator(layout.device).manual_seed(config.seed)
-    dataset = config.data.source.build()
+    dataset = data_of(config)
+    extremes = ranks.on_first(lambda: look(config, dataset))
     networks = build_networks(config, layout, start if begun is None else None)
     if begun is None:
         origin = ranks.on_first(lambda: origin_of(config, networks.digest, dataset, start))
@@ -107,6 +110,9 @@ def train_here(
         dataset, origin, others = resumed(config, networks.digest, dataset, start, change, ranks)
         changes += others
     check_run(config, networks.student, networks.guided, dataset, layout.device)
+    for batch in extremes:
+        one = batch.to(layout.device)
+        try_network(f"the teacher cannot run with {shown(batch)}", networks.guided.model, one.x0, one.cond)
     layout.check_gradients(networks.student, first_samples(dataset, 1).to(layout.device))
 
     ends = list(accumulate(stage.steps for stage in config.stages))
@@ -257,7 +263,7 @@ class Stage:
         change: Sequence[str] = (),
     ) -> None:
         settings = config.stages[index]
-        self.settings, self.layout, self.networks = settings, layout, networks
+        self.index, self.settings, self.layout, self.networks = index, settings, layout, networks
         self.rng, self.noise = rng, layout.noise(rng)
         self.objective, self.loss = settings.objective, loss_of(settings.objective)
         self.begin = sum(stage.steps for stage in config.stages[:index])
@@ -365,7 +371,8 @@ class Stage:
         if not torch.isfinite(means["loss"] + means["gradient_norm"]):
             self.rng.set_state(before)
             what = f"{name}, step {step}"
-            raise not_finite(what, terms, batches, self.trained(), name, loss, self.layout.ranks)
+            lr = f"stages.{self.index}.{name}.lr={settings.lr:g}"
+            raise not_finite(what, terms, batches, self.trained(), name, loss, self.layout.ranks, lr)
         optimizer.clip(means["gradient_norm"])
         iteration, steps = step - self.begin - since, self.settings.steps - since
         optimizer.step(learning_rate(iteration, settings.lr, settings.warmup, steps, settings.decay))
