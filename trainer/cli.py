@@ -43,10 +43,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except failures.EXPECTED as error:
         if args.traceback:
             traceback.print_exc()
-        rank = f", rank {os.environ.get('RANK', '?')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"jvpgraph {args.command}{rank}: {failures.explain(error, args.command)}", file=sys.stderr)
+        out = getattr(args, "out", None) or getattr(args, "folder", None)
+        print(f"jvpgraph {args.command}{rank()}: {failures.explain(error, args.command, out)}", file=sys.stderr)
         return 2 if isinstance(error, failures.WRONG_USE) else 1
+    except Exception as error:
+        message = failures.explain_other(error, args.command)
+        if message is None or args.traceback:
+            raise
+        print(f"jvpgraph {args.command}{rank()}: {message}", file=sys.stderr)
+        return 1
     return 0
+
+
+def rank() -> str:
+    """Which of several processes says it."""
+    return f", rank {os.environ.get('RANK', '?')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -25,6 +27,17 @@ def draft_of(path: Path) -> Iterator[Path]:
             draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError that names the file if it holds no JSON mapping."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, or no JSON: {error}. Download or export it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no mapping. Download or export it again.")
+    return found
 
 
 @contextmanager

@@ -358,7 +358,15 @@ class Stage:
         before = self.rng.get_state()
         parts = []
         for batch in batches:
-            terms = loss(model, batch)
+            try:
+                terms = loss(model, batch)
+            except IndexError as error:
+                if "index out of range in self" not in str(error):  # of an embedding
+                    raise
+                raise ValueError(
+                    f"{name}, step {step}: a label that the network does not know: {shown(batch)}\n"
+                    "Give the network more classes, or take the sample out."
+                ) from error
             (terms["loss"].mean() / len(batches)).backward()
             parts.append({key: value.detach() for key, value in terms.items()})
         self.layout.reduce_whole(model)
