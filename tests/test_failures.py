@@ -13,10 +13,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from jvpgraph.trainer import cli
-from jvpgraph.trainer.commands.failures import explain_other
+from jvpgraph.trainer.commands.failures import explain, explain_other
 from jvpgraph.trainer.model.adapters import diffusers_model
 from tests.test_cli import TINY
 from tests.test_wan_run import WAN
@@ -144,6 +145,13 @@ def test_a_label_that_is_met_later(capfd: pytest.CaptureFixture[str]) -> None:
     assert "student, step 1: a label that the network does not know: sample d/" in said
     assert "99" in said
     assert "Traceback" not in said
+
+
+def test_a_full_disk_in_the_words_of_safetensors() -> None:
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    said = explain(error, "export", Path("net"))
+    assert said == "the disk is full (net): No space left on device\nFree some space and try again."
+    assert explain(SafetensorError("header too large"), "export", Path("net")) == "header too large"
 
 
 def test_what_is_lost_with_another_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,9 +57,8 @@ def explain(error: Exception, command: str, out: Path | None = None) -> str:
             "a smaller stages.N.batch with more stages.N.accumulate, student.checkpoint_blocks=true or student.lora"
         )
         return f"{error}\nTry {advice}."
-    if isinstance(error, OSError) and error.filename:
-        advice = f"\nPut it there, or give another path to {command}." if number == errno.ENOENT else ""
-        return f"{error.filename}: {error.strerror}{advice}"
+    if number is not None and where:
+        return f"{where}: {reason}\nLook whether the path is right, and give another one if not."
     if isinstance(error, NotWritten) and command == "train":
         return f"{error}\n{RESUMES}"
     return str(error) or type(error).__name__

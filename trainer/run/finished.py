@@ -18,6 +18,7 @@ from jvpgraph.trainer.data.sample import first_samples
 from jvpgraph.trainer.evaluation import distances
 from jvpgraph.trainer.evaluation.distances import Quality, table
 from jvpgraph.trainer.evaluation.samplers import Sampler, draw, few_step_times, sampler_of
+from jvpgraph.trainer.files import naming
 from jvpgraph.trainer.model.ema import PowerEMA, reconstruct
 from jvpgraph.trainer.model.networks import (
     build_guided,
@@ -138,7 +139,8 @@ def evaluate_run(
     report = compare(run, samplers_of(run, steps), seeds)
     figures = {name: [asdict(quality) for quality in qualities] for name, qualities in report.rows.items()}
     summary = {"step": run.step, "seeds": list(seeds), "samplers": figures}
-    (folder / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n")
+    with naming(folder / "evaluation.json"):
+        (folder / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n")
     return report
 
 

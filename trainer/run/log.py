@@ -185,7 +185,8 @@ def draw_curves(curves: Mapping[str, tuple[list[float], list[float]]], path: Pat
     for axis in axes[len(curves) :]:
         axis.set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with naming(path):
+        figure.savefig(path)
 
 
 def grid(images: Tensor, path: Path, columns: int, *, frames: int = 8, gap: int = 2, side: int = 64) -> None:
@@ -217,4 +218,5 @@ def grid(images: Tensor, path: Path, columns: int, *, frames: int = 8, gap: int 
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         canvas[top : top + height, left : left + width] = tile
     path.parent.mkdir(parents=True, exist_ok=True)
-    imsave(path, canvas)
+    with naming(path):
+        imsave(path, canvas)
