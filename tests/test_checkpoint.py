@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -246,6 +247,11 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
+def copy_over(source: Path, target: Path) -> None:
+    shutil.rmtree(target)
+    shutil.copytree(source, target)
+
+
 DAMAGE = {
     "flipped": (lambda p: flip(p / EXAMPLE, 2500), "__0_0.distcp has other content"),
     "flipped metadata": (lambda p: flip(p / ".metadata", 100), r"\.metadata has other content"),
@@ -253,6 +259,10 @@ DAMAGE = {
     "truncated": (lambda p: os.truncate(p / EXAMPLE, 77), r"__0_0.distcp has 77 bytes of \d+"),
     "file missing": (lambda p: (p / EXAMPLE).unlink(), "__0_0.distcp is missing"),
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
+    "copy of another": (
+        lambda p: copy_over(p.with_name("step-00000001"), p),
+        "it is a copy of the checkpoint of step 1",
+    ),
     "empty manifest": (lambda p: (p / "manifest.json").write_text(""), "manifest.json is damaged"),
 }
 
@@ -270,10 +280,51 @@ def test_what_is_damaged_is_passed_over_with_a_warning(folder, kind, caplog):
     assert re.search(message, warning)
     with pytest.raises(CheckpointError, match=message):
         store.load(tensors(), folder / "step-00000002")
+    if kind == "copy of another":
+        harm = DAMAGE["no manifest"][0]
     harm(folder / "step-00000001")
     for look in (store.latest, partial(store.load, tensors())):
         with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
             look()
+
+
+def test_old_checkpoints_go_before_the_next_one_where_that_is_asked_for(folder):
+    saved(folder, 1, 2, 3)
+    store = Checkpoints(folder, keep=2)
+    assert names(folder) == ["step-00000001", "step-00000002", "step-00000003"]
+    flip(folder / "step-00000003" / EXAMPLE, 2500)
+    store.trim(store.latest())
+    assert names(folder) == ["step-00000001", "step-00000002", "step-00000003"], "the damaged one does not count"
+    store = Checkpoints(folder, keep=1)
+    store.trim(store.latest())
+    assert names(folder) == ["step-00000002", "step-00000003"]
+    assert_loads(folder, 2)
+
+
+@pytest.mark.parametrize("moment", ["checked", "read"])
+def test_a_checkpoint_that_is_deleted_while_it_is_read(folder, monkeypatch, moment):
+    """By the run that writes them: whoever reads takes the next one."""
+    saved(folder, 1)
+    run, calls = Checkpoints(folder, keep=1), []
+    module, name = {"checked": (store_module, "damage"), "read": (Checkpoints, "_read")}[moment]
+    original = getattr(module, name)
+
+    def meanwhile(*args, **more):
+        calls.append(1)
+        if len(calls) == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, original)
+                run.save(2, tensors(2))
+                run.wait()
+        return original(*args, **more)
+
+    monkeypatch.setattr(module, name, meanwhile)
+    state = tensors()
+    assert Checkpoints(folder).load_newest(state) == 2
+    assert (state["a"] == 2).all()
+    (folder / "step-00000002" / EXAMPLE).unlink()
+    with pytest.raises(CheckpointError, match="is whole"):
+        Checkpoints(folder).load_newest(state)
 
 
 def test_every_flipped_bit_of_a_file_is_found(folder):

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -416,8 +417,33 @@ def spoiled_digits() -> Any:
     from jvpgraph.trainer.data.digits import digits
 
     data = digits()
-    data.x0[::2] = torch.nan
+    data.x0[SPOILED] = torch.nan
     return data
+
+
+@pytest.mark.parametrize(("cause", "words"), [("data", "x0 of sample digits/{spoiled} reaches 1e+30"), ("rate", "")])
+def test_a_gradient_too_large_for_float32_is_named(tmp_path: Path, cause: str, words: str) -> None:
+    """Finite itself, but not the sum of its squares."""
+    data = {"source": {"load": "tests.test_train:huge_digits"}} if cause == "data" else {}
+    wild = stage("flow_matching", 400, student={"lr": 1e-3 if cause == "data" else 3e4})
+    config = config_of(tmp_path / "run", [wild], data=data, log={"every": 1000})
+    with pytest.raises(NotFinite) as raised:
+        train(config)
+    said = str(raised.value)
+    assert "does not repeat itself" not in said
+    assert words.format(spoiled=SPOILED) in said
+    assert "--change stages.0.student.lr" in said
+    assert said.splitlines()[-1].startswith("  Nothing of this update reached the weights")
+
+
+def huge_digits() -> Any:
+    data = spoiled_digits()
+    data.x0[SPOILED] = 1e30
+    return data
+
+
+SPOILED = int(np.random.default_rng((0, 0)).permutation(1797)[3])
+"""In the first batch, and none of those that are looked at before the first step."""
 
 
 def test_an_objective_that_does_not_fit_the_network_is_refused(tmp_path: Path) -> None:

@@ -23,23 +23,41 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0 done, 1 failed, 2 wrong usage or settings, 130 stopped."""
+    """Runs one command and returns its exit status.
+
+    0 done; 1 failed; 2 wrong usage or settings; 128 + N stopped by signal N, such as 143 by SIGTERM and 130 by SIGINT;
+    75 stopped by --time-limit.
+    """
     args = parse(sys.argv[1:] if argv is None else argv)
     command, failures = module_of(args.command), module_of("failures")
     logging.basicConfig(format="%(levelname)s: %(message)s")  # warnings, such as those of a skipped shard
     logging.getLogger("jvpgraph.trainer").setLevel(logging.INFO)  # and what computes the attention
     try:
         command.run(args)
+    except failures.Stopped as stop:
+        print(f"\njvpgraph train: {stop}. {failures.GOES_ON}", file=sys.stderr)
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         print(f"\nstopped. {failures.RESUMES}" if args.command == "train" else "\nstopped", file=sys.stderr)
         return 130
     except failures.EXPECTED as error:
         if args.traceback:
             traceback.print_exc()
-        rank = f", rank {os.environ.get('RANK', '?')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"jvpgraph {args.command}{rank}: {failures.explain(error, args.command)}", file=sys.stderr)
+        out = getattr(args, "out", None) or getattr(args, "folder", None)
+        print(f"jvpgraph {args.command}{rank()}: {failures.explain(error, args.command, out)}", file=sys.stderr)
         return 2 if isinstance(error, failures.WRONG_USE) else 1
+    except Exception as error:
+        message = failures.explain_other(error, args.command)
+        if message is None or args.traceback:
+            raise
+        print(f"jvpgraph {args.command}{rank()}: {message}", file=sys.stderr)
+        return 1
     return 0
+
+
+def rank() -> str:
+    """Which of several processes says it."""
+    return f", rank {os.environ.get('RANK', '?')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -5,21 +5,16 @@ The comments are what `jvpgraph train --help` prints.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from jvpgraph.trainer.model.student import LoRA
 from jvpgraph.trainer.objectives import RCM, Objective
 from jvpgraph.trainer.plug import Plug
-
-
-def positive(settings: Any, *names: str) -> None:
-    """Raises ValueError for those of the fields that are neither None nor above zero."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} is {value} and must be above 0")
+from jvpgraph.trainer.ranges import not_negative, positive
 
 
 @dataclass(frozen=True)
@@ -41,6 +36,9 @@ class GuidanceConfig:
     negative: dict[str, Any] = field(default_factory=dict)  # an empty or negative prompt: numbers or lists by condition
     negative_file: Path | None = None  # the same as a safetensors file of tensors without a batch dim
 
+    def __post_init__(self) -> None:
+        positive(self, "scale")  # 0 is the negative condition alone
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -56,6 +54,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         positive(self, "lr", "eps", "clip_norm")
+        not_negative(self, "weight_decay", "warmup")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas} and must be in [0, 1)")
 
@@ -101,6 +100,9 @@ class DataConfig:
 
     source: Plug = field(default_factory=lambda: Plug("jvpgraph.trainer.data.digits:digits"))  # gives the data set
     workers: int = 0  # processes that read ahead; 0: read in the training process
+
+    def __post_init__(self) -> None:
+        not_negative(self, "workers")
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,12 @@ class SamplingConfig:
         positive(self, "sigma_max", "teacher_steps", "shift", "batch")
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps is {self.steps}: one or more numbers from 1")
+        times = [math.atan(self.sigma_max), *self.middle_times, 0.0]
+        if not all(earlier > later for earlier, later in pairwise(times)):
+            raise ValueError(
+                f"middle_times are {list(self.middle_times)}: radians that fall, below atan(sigma_max) = "
+                f"{times[0]:.4g} and above 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -198,5 +206,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         positive(self, "threads")
+        not_negative(self, "seed")
         if not self.stages:
             raise ValueError("stages is empty: a run needs at least one")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -19,11 +21,34 @@ def draft_of(path: Path) -> Iterator[Path]:
     """A file to write, which takes the place of `path` at the end; after an error it is gone."""
     draft = path.with_name(f".{path.name}.draft")
     try:
-        yield draft
-        sync(draft)
-        draft.replace(path)
+        with naming(path):
+            yield draft
+            sync(draft)
+            draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError that names the file if it holds no JSON mapping."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, or no JSON: {error}. Download or export it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no mapping. Download or export it again.")
+    return found
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system in here say which file: a write to a full disk knows none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def sync(path: Path) -> None:

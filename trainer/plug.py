@@ -10,6 +10,7 @@ import inspect
 import os
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,14 @@ from typing import Any
 
 class PlugError(ValueError):
     """A function named in the settings does not exist or does not take these options."""
+
+
+class PlugFailed(ValueError):
+    """A function or a .py file of the settings raised an error that does not speak for itself."""
+
+
+USER_FILES: set[str] = set()
+"""The .py files of the settings that were imported."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,34 @@ class Plug:
         if twice:
             raise PlugError(f"{self.load}: the trainer itself gives {', '.join(twice)}; leave it out of options")
         _check_options(self.load, function, {**self.options, **extra})
-        return function(**self.options, **extra)
+        try:
+            return function(**self.options, **extra)
+        except Exception as error:
+            if speaks_for_itself(error):
+                raise
+            paths = [f"{key}: {value}" for key, value in self.options.items() if isinstance(value, (str, Path))]
+            options = f" ({', '.join(paths)})" if paths else ""
+            raise PlugFailed(f"{self.load}{options} raised {described(error)}") from error
+
+
+def speaks_for_itself(error: Exception) -> bool:
+    """Whether its message was written for who wrote the settings: in this package, or about a file."""
+    if isinstance(error, OSError) and error.filename:
+        return True
+    frames = list(traceback.walk_tb(error.__traceback__))
+    ours = bool(frames) and str(frames[-1][0].f_globals.get("__name__", "")).startswith("jvpgraph.")
+    return ours or type(error).__name__ == "OutOfMemoryError"  # torch's, which a smaller network may help
+
+
+def described(error: BaseException) -> str:
+    """Type and message of an error, the line of the user's own file that it came through, and what to do."""
+    text = f"{type(error).__name__}: {error}".strip(": ")
+    if isinstance(error, SyntaxError):
+        return f"{text}\nMend the file and start again."
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in USER_FILES]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+    do = "Mend it" if frames else "Look whether its files are whole and its options right"
+    return f"{text}{where}\n{do}; --traceback shows where it comes from."
 
 
 def _check_options(load: str, function: Callable[..., Any], options: dict[str, Any]) -> None:
@@ -96,11 +132,14 @@ def _module_of_file(path: Path) -> ModuleType:
     assert spec is not None, "a .py file always has a spec"
     assert spec.loader is not None, "and a loader"
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    USER_FILES.add(str(path))
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
-        raise
+        if not isinstance(error, Exception) or speaks_for_itself(error):
+            raise
+        raise PlugFailed(f"{path} raised {described(error)}") from error
     return module
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jvpgraph.trainer.noise import Random, normal, uniform
+from jvpgraph.trainer.ranges import finite, positive
 from jvpgraph.trainer.settings import Variants
 
 
@@ -29,6 +30,10 @@ class LogNormal(Times):
     mean: float = -0.8  # of log tan(t); rCM: -0.8 for images, 0.7 for Wan2.1 1.3B video
     std: float = 1.6  # of log tan(t); rCM
 
+    def __post_init__(self) -> None:
+        finite(self, "mean")
+        positive(self, "std")
+
     def draw(self, size: int, rng: Random) -> Tensor:
         return (self.mean + self.std * normal(size, rng)).exp().atan()
 
@@ -39,6 +44,9 @@ class ShiftedUniform(Times):
 
     name: ClassVar[str] = "shifted_uniform"
     shift: float = 5.0  # k; rCM: 5 for video, 1 is plain uniform
+
+    def __post_init__(self) -> None:
+        positive(self, "shift")
 
     def draw(self, size: int, rng: Random) -> Tensor:
         s = uniform(size, rng)
@@ -52,6 +60,10 @@ class LogitNormal(Times):
     name: ClassVar[str] = "logit_normal"
     mean: float = 0.0  # of logit s; SD3: 0, MeanFlow: -0.4
     std: float = 1.0  # of logit s; both papers
+
+    def __post_init__(self) -> None:
+        finite(self, "mean")
+        positive(self, "std")
 
     def draw(self, size: int, rng: Random) -> Tensor:
         s = torch.sigmoid(self.mean + self.std * normal(size, rng))

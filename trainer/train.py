@@ -36,22 +36,35 @@ from jvpgraph.trainer.model.networks import (
     moving,
     take_values,
     trainable,
+    try_network,
 )
 from jvpgraph.trainer.model.optimizer import MasterAdamW, learning_rate
 from jvpgraph.trainer.objectives import Terms, loss_of
 from jvpgraph.trainer.objectives.dmd import fake_score_loss
+from jvpgraph.trainer.run.beforehand import data_of, look, shown
+from jvpgraph.trainer.run.changes import covered
 from jvpgraph.trainer.run.checkpoint import CheckpointError, Checkpoints, OnePiece
-from jvpgraph.trainer.run.folder import check_folder, check_free, checkpoint_step, claimed
+from jvpgraph.trainer.run.folder import check_folder, check_free, checkpoint_step, claimed, newest_step
 from jvpgraph.trainer.run.log import RunLog
 from jvpgraph.trainer.run.not_finite import Compute, not_finite
+from jvpgraph.trainer.run.origin import Position, digest_of, origin_of, resumed, write_origin
 from jvpgraph.trainer.run.parallel import Layout, joined
 from jvpgraph.trainer.run.preview import preview
+from jvpgraph.trainer.run.start import start_from
+from jvpgraph.trainer.run.stopping import Stop
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, *, fresh: bool = False) -> Path:
+def train(
+    config: RunConfig,
+    *,
+    fresh: bool = False,
+    change: Sequence[str] = (),
+    start: Path | None = None,
+    time_limit: float | None = None,
+) -> Path:
     """Runs all stages and returns the run's folder; resumes from its last checkpoint if it has one.
 
     A run that was stopped and resumed ends with the same parameters as one that was not stopped: bit for bit on a
@@ -60,34 +73,51 @@ def train(config: RunConfig, *, fresh: bool = False) -> Path:
     Args:
         config: the whole run.
         fresh: move an earlier run in the folder aside instead of resuming it.
+        change: keys of settings in which a run in the folder may differ from the ones given here, see run/changes.py.
+        start: folder of another run, or of an exported network, from whose weights the student of a new run starts.
+        time_limit: seconds after which it has stopped by itself.
 
     Raises:
+        Stopped: SIGTERM, SIGINT or the time limit. A checkpoint of the last step was saved; the same call goes on.
         ValueError: the settings do not fit each other, the network or the data, or the folder holds another run.
         NotFinite: a loss or a gradient is not finite. The last checkpoint is from before it.
         CheckpointError: a checkpoint could not be written, or does not fit the model.
         BadShard: a part of the data cannot be read, and the settings say to stop then.
     """
+    stop = Stop(time_limit)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with joined(config) as layout:
-        return train_here(config, layout, fresh)
+        return train_here(config, layout, stop, fresh, change, start)
 
 
-def train_here(config: RunConfig, layout: Layout, fresh: bool) -> Path:
+def train_here(
+    config: RunConfig, layout: Layout, stop: Stop, fresh: bool, change: Sequence[str], start: Path | None
+) -> Path:
     """`train` as one of the processes of a layout. All do the same; the first one writes."""
-    layout.ranks.on_first(lambda: check_free(config.out))
-    if not fresh:
-        layout.ranks.on_first(lambda: check_folder(config))
+    ranks = layout.ranks
+    ranks.on_first(lambda: check_free(config.out))
+    changes = [] if fresh else ranks.on_first(lambda: check_folder(config, change))
+    begun = None if fresh else ranks.on_first(lambda: newest_step(config.out))
     torch.manual_seed(config.seed)
     rng = torch.Generator(layout.device).manual_seed(config.seed)
-    dataset = config.data.source.build()
-    networks = build_networks(config, layout)
+    dataset = data_of(config)
+    extremes = ranks.on_first(lambda: look(config, dataset))
+    networks = build_networks(config, layout, start if begun is None else None)
+    if begun is None:
+        origin = ranks.on_first(lambda: origin_of(config, networks.digest, dataset, start))
+    else:
+        dataset, origin, others = resumed(config, networks.digest, dataset, start, change, ranks)
+        changes += others
     check_run(config, networks.student, networks.guided, dataset, layout.device)
+    for batch in extremes:
+        one = batch.to(layout.device)
+        try_network(f"the teacher cannot run with {shown(batch)}", networks.guided.model, one.x0, one.cond)
     layout.check_gradients(networks.student, first_samples(dataset, 1).to(layout.device))
 
     ends = list(accumulate(stage.steps for stage in config.stages))
     with ExitStack() as stack:
-        folder = layout.ranks.on_first(lambda: stack.enter_context(claimed(config, fresh=fresh)))
+        folder = ranks.on_first(lambda: stack.enter_context(claimed(config, fresh=fresh)))
         checkpoints = Checkpoints(
             folder / "checkpoints",
             keep=config.checkpoint.keep,
@@ -96,7 +126,11 @@ def train_here(config: RunConfig, layout: Layout, fresh: bool) -> Path:
         )
         stack.push(partial(finish, checkpoints))
         last = checkpoints.latest()
-        done = 0 if last is None else checkpoint_step(last)
+        done = 0
+        if last is not None:
+            done = checkpoint_step(last)
+            checkpoints.trim(last)
+        ranks.on_first(lambda: write_origin(folder, origin, done, changes))
         said = 0
         log: RunLog | None = None
 
@@ -106,11 +140,12 @@ def train_here(config: RunConfig, layout: Layout, fresh: bool) -> Path:
                 RunLog(folder, tensorboard=config.log.tensorboard, wandb=config.log.wandb, total=ends[-1], start=done)
             )
 
-        layout.ranks.on_first(open_log)
+        ranks.on_first(open_log)
+        stack.enter_context(stop)
         for index, end in enumerate(ends):
             if done > end:
                 continue
-            stage = Stage(index, config, layout, networks, dataset, rng)
+            stage = Stage(index, config, layout, networks, dataset, rng, change)
             if last is not None:
                 checkpoints.load(stage.state(), last)
                 last = None
@@ -127,8 +162,12 @@ def train_here(config: RunConfig, layout: Layout, fresh: bool) -> Path:
                 if config.ema.snapshot_every and (last_step or due(step, config.ema.snapshot_every)):
                     for ema in stage.emas:
                         save_snapshot(folder / "ema" / f"stage-{index}", step, ema)
-                if last_step or due(step, config.checkpoint.every):
+                stopping = step < ends[-1] and stop.agreed(ranks, reserve=checkpoints.seconds)
+                if last_step or stopping or due(step, config.checkpoint.every):
                     checkpoints.save(step, stage.state())
+                if stopping:
+                    checkpoints.wait()
+                    raise stop.stopped(step)
                 if due(step, config.log.preview_every):
                     average = stage.emas[0].parameters
                     pictures = folder / "samples"
@@ -171,20 +210,25 @@ class Networks:
     guided: Guided  # the teacher with classifier-free guidance
     student: TrigFlow
     dual: jvpgraph.DualModule  # the student with tangents; the same parameters
-    new_student: Callable[[], TrigFlow]  # another one, as the student was at first: a fake score
+    new_student: Callable[[], TrigFlow]  # a copy of the teacher like the student: a fake score
+    digest: str  # of the teacher's values, on the first process
 
 
-def build_networks(config: RunConfig, layout: Layout) -> Networks:
-    """Teacher and student from the settings, spread over the processes."""
+def build_networks(config: RunConfig, layout: Layout, start: Path | None = None) -> Networks:
+    """Teacher and student from the settings, spread over the processes; the student from the weights in `start`."""
 
-    def student_of(teacher: TrigFlow) -> TrigFlow:
-        student = layout.spread(build_student(teacher, config.student))
+    def student_of(teacher: TrigFlow, start: Path | None = None) -> TrigFlow:
+        student = build_student(teacher, config.student)
+        if start is not None:
+            start_from(student, start)
+        student = layout.spread(student)
         if config.student.compile:
             student.compile(backend=jvpgraph.backend(), dynamic=False)
         return student
 
     teacher = build_teacher(config, layout.workshop)
-    student = student_of(teacher)  # a copy of the teacher before that is taken apart
+    digest = digest_of(teacher) if layout.first else ""
+    student = student_of(teacher, start)  # a copy of the teacher before that is taken apart
     teacher = layout.spread(teacher)
     guided = build_guided(teacher, config.guidance, layout.device)
     if config.student.compile:
@@ -202,7 +246,7 @@ def build_networks(config: RunConfig, layout: Layout) -> Networks:
         take_values(new, teacher)  # a network that starts at random has another start now
         return new
 
-    return Networks(teacher, guided, student, dual, new_student)
+    return Networks(teacher, guided, student, dual, new_student, digest)
 
 
 class Stage:
@@ -216,9 +260,10 @@ class Stage:
         networks: Networks,
         dataset: Any,
         rng: torch.Generator,
+        change: Sequence[str] = (),
     ) -> None:
         settings = config.stages[index]
-        self.settings, self.layout, self.networks = settings, layout, networks
+        self.index, self.settings, self.layout, self.networks = index, settings, layout, networks
         self.rng, self.noise = rng, layout.noise(rng)
         self.objective, self.loss = settings.objective, loss_of(settings.objective)
         self.begin = sum(stage.steps for stage in config.stages[:index])
@@ -230,6 +275,10 @@ class Stage:
             rank=layout.part,
             ranks=layout.parts,
         )
+        self.kept = {
+            "random": OnePiece(RandomState(rng, config.seed if covered("device", change) else None)),
+            "data": OnePiece(Position(self.loader, change)),
+        }
         self.batches: Iterator[Batch] | None = None
         self.means = Means()
 
@@ -248,8 +297,7 @@ class Stage:
             "student": moving(self.networks.student),
             "optimizer": self.optimizer,
             "ema": {f"{ema.sigma_rel:g}": ema for ema in self.emas},
-            "random": OnePiece(RandomState(self.rng)),
-            "data": OnePiece(self.loader),
+            **self.kept,
             "means": OnePiece(self.means),
         }
         if self.fake is not None:
@@ -310,7 +358,15 @@ class Stage:
         before = self.rng.get_state()
         parts = []
         for batch in batches:
-            terms = loss(model, batch)
+            try:
+                terms = loss(model, batch)
+            except IndexError as error:
+                if "index out of range in self" not in str(error):  # of an embedding
+                    raise
+                raise ValueError(
+                    f"{name}, step {step}: a label that the network does not know: {shown(batch)}\n"
+                    "Give the network more classes, or take the sample out."
+                ) from error
             (terms["loss"].mean() / len(batches)).backward()
             parts.append({key: value.detach() for key, value in terms.items()})
         self.layout.reduce_whole(model)
@@ -323,7 +379,8 @@ class Stage:
         if not torch.isfinite(means["loss"] + means["gradient_norm"]):
             self.rng.set_state(before)
             what = f"{name}, step {step}"
-            raise not_finite(what, terms, batches, self.trained(), name, loss, self.layout.ranks)
+            lr = f"stages.{self.index}.{name}.lr={settings.lr:g}"
+            raise not_finite(what, terms, batches, self.trained(), name, loss, self.layout.ranks, lr)
         optimizer.clip(means["gradient_norm"])
         iteration, steps = step - self.begin - since, self.settings.steps - since
         optimizer.step(learning_rate(iteration, settings.lr, settings.warmup, steps, settings.decay))
@@ -367,8 +424,9 @@ def adamw(model: nn.Module, settings: OptimizerConfig) -> MasterAdamW:
 class RandomState:
     """Every random stream of the process, for a checkpoint: the run's, torch's, NumPy's, Python's."""
 
-    def __init__(self, rng: torch.Generator) -> None:
+    def __init__(self, rng: torch.Generator, elsewhere: int | None = None) -> None:
         self.rng = rng
+        self.elsewhere = elsewhere  # the seed to begin again with on another kind of device; None: refuse that
 
     def state_dict(self) -> dict[str, Any]:
         device = self.rng.device.type
@@ -380,10 +438,14 @@ class RandomState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["device"] != self.rng.device.type:
-            raise ValueError(
-                f"this run's random numbers were drawn on {state['device']}, so it cannot resume elsewhere: "
-                f"set device to {state['device']}, not {self.rng.device.type}"
-            )
+            if self.elsewhere is None:
+                raise ValueError(
+                    f"this run's random numbers were drawn on {state['device']}, and those of {self.rng.device.type} "
+                    f"are others: set device to {state['device']}; or add --change device to go on with others"
+                )
+            # Not the seed alone: the numbers of the first steps would come again.
+            self.rng.manual_seed(self.elsewhere + int(state["run"].long().sum()))
+            return
         self.rng.set_state(state["run"])
         torch.set_rng_state(state["torch"])
         np.random.set_state(state["numpy"])

@@ -379,6 +379,7 @@ def test_one_rank_killed(tmp_path: Path, parallel: str) -> None:
     killed = time.monotonic()
     text, _ = process.communicate(timeout=60)
     assert process.returncode != 0
+    assert "another process of this run is gone or hangs" in text
     assert "exitcode: -9" in text.replace("exitcode  : ", "exitcode: ")
     assert time.monotonic() - killed < 60
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)

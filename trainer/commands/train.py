@@ -7,12 +7,22 @@ from pathlib import Path
 
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.configs import names, ready
+from jvpgraph.trainer.run.changes import table
+from jvpgraph.trainer.run.stopping import seconds_of
 from jvpgraph.trainer.settings import Problem, SettingsError, describe, load
 from jvpgraph.trainer.train import train
 
+STATUS = """exit status: 0 done; 1 failed; 2 wrong usage or settings; 143, 130 or 75 stopped by SIGTERM, by SIGINT
+(Ctrl-C) or by --time-limit. Before it leaves with one of these three, a run ends its update and writes a
+checkpoint, and the same command goes on from there: a scheduler may start it again. A second signal ends it at
+once, and then it goes on from the last checkpoint before.
+
+settings that may change between a stop and going on:
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = f"settings, as keys of CONFIG or as key=value:\n\n{describe(RunConfig)}"
+    parser.epilog = f"{STATUS}{table()}\n\nsettings, as keys of CONFIG or as key=value:\n\n{describe(RunConfig)}"
     parser.add_argument(
         "config", type=Path, metavar="CONFIG", help=f"YAML file of settings, or ready ones: {', '.join(names())}"
     )
@@ -22,11 +32,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="settings that replace those of the file, such as stages.0.steps=100; the value is YAML",
     )
+    parser.add_argument(
+        "--change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on with a run although this setting, or one below it, is another now; may be given more than once",
+    )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        type=Path,
+        metavar="RUN|EXPORT",
+        help="start the student of a new run from the weights of another run, or of an exported network",
+    )
     parser.add_argument("--fresh", action="store_true", help="move an earlier run in the same folder aside, start anew")
+    parser.add_argument(
+        "--time-limit",
+        type=time,
+        metavar="TIME",
+        help="stop before so much time has passed since the start: 90s, 30m, 3.5h, or [days-][hours:]minutes:seconds",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    train(load(RunConfig, settings_file(args.config), args.overrides), fresh=args.fresh)
+    config = load(RunConfig, settings_file(args.config), args.overrides)
+    train(config, fresh=args.fresh, change=args.change, start=args.start, time_limit=args.time_limit)
+
+
+def time(text: str) -> float:
+    """Seconds."""
+    try:
+        return seconds_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def settings_file(config: Path) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import signal
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -142,6 +143,7 @@ class _Loader(StatefulDataLoader):
                 sampler=self._positions,
                 collate_fn=_unchanged,
                 num_workers=workers,
+                worker_init_fn=deaf_to_signals,
                 generator=torch.Generator(),  # else every iter() would draw from the global one
             )
 
@@ -187,6 +189,15 @@ class _Loader(StatefulDataLoader):
                 "Put the same shards back, or start a new loader without this state."
             )
         self._positions.start = state["position"]
+
+
+def deaf_to_signals(worker: int) -> None:
+    """Whoever stops a run signals all of its processes, and the last update needs its data.
+
+    A worker ends when the training process lets it, or is gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _unchanged(item: tuple[Batch, dict[int, str]]) -> tuple[Batch, dict[int, str]]:

@@ -36,7 +36,7 @@ log = logging.getLogger("jvpgraph.trainer.data")
 OnBadShard = Literal["stop", "skip"]
 INDEX_THREADS = 16  # indexing waits for the disk, not for the processor
 TAR_BLOCK = 512  # bytes: members start at multiples, two blocks of zeros end the file (POSIX ustar)
-ADVICE = 'Write the shard again, or pass on_bad_shard="skip" to leave out what is bad.'
+ADVICE = "Write the shard again, or set data.source.options.on_bad_shard=skip to leave out what is bad."
 
 
 def webdataset(
@@ -59,7 +59,7 @@ def webdataset(
     x0 = (latents - shift) * scale in float32; lists hold one number per channel (dim 0 of a sample).
 
     A shard is bad if it is missing, truncated, without end, or if a sample lacks a field; a sample, if a field cannot
-    be decoded, differs in shape or dtype from the first sample (dim 0 of conditions is free), or if its latents are
+    be decoded, differs in shape or dtype from the first sample (dim 0 of conditions is free), or if its values are
     not finite.  With "stop" either is a BadShard; with "skip" it is left out, with a warning in the log.  BadShard
     also if nothing is left; ValueError for arguments that fit no shard.
     """
@@ -135,6 +135,8 @@ class Shards:
         self._shapes = {field: (value.dtype, tuple(value.shape)) for field, value in first.items()}
         self._scale = _per_channel("scale", scale, first[latents])
         self._shift = _per_channel("shift", shift, first[latents])
+        if not (self._scale != 0).all() or not (self._scale.isfinite().all() and self._shift.isfinite().all()):
+            raise ValueError(f"scale is {scale} and shift {shift}: x0 = (latents - shift) * scale needs other numbers")
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -158,9 +160,10 @@ class Shards:
         row = index - (self._ends[number] - len(shard))
         name = f"{shard.path}, key {shard.key(row)}"
         tensors = shard.read(row)
-        if broken := (~tensors[self.latents].float().isfinite()).sum().item():
-            total = tensors[self.latents].numel()
-            raise BadShard(f"{name}: {self.latents}: {broken} of {total} values are NaN or infinite in float32")
+        for field, tensor in tensors.items():
+            if broken := (~tensor.float().isfinite()).sum().item():
+                total = tensor.numel()
+                raise BadShard(f"{name}: {field}: {broken} of {total} values are NaN or infinite in float32")
         return name, shard.key(row), tensors
 
     def _find_first(self) -> tuple[str, dict[str, Tensor]]:

@@ -15,7 +15,6 @@ frequencies of its embedding, which its weights know by heart: it is left alone 
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from jvpgraph.trainer.batch import Condition
+from jvpgraph.trainer.files import read_json
 from jvpgraph.trainer.model.student import kept_in_float32
 from jvpgraph.trainer.trigflow import (
     EDM_NETWORK,
@@ -370,8 +370,13 @@ def diffusers_model(
 def load(path: Path, dtype: torch.dtype) -> nn.Module:
     folder = path if (path / "config.json").exists() else path / "transformer"
     if not (folder / "config.json").exists():
+        if not path.exists():
+            raise ValueError(
+                f"{path} is no folder here; what is on the Hub has to be downloaded first: "
+                f"hf download {path} --local-dir FOLDER, and then path: FOLDER"
+            )
         raise ValueError(f"{path} holds no config.json of a diffusers network, neither does {folder}")
-    name = json.loads((folder / "config.json").read_text()).get("_class_name", "a network without _class_name")
+    name = read_json(folder / "config.json").get("_class_name", "a network without _class_name")
     net = network_class(name).from_pretrained(folder, torch_dtype=dtype)
     return net.double() if dtype == torch.float64 else net
 

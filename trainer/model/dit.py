@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from jvpgraph.context_parallel import ContextParallel
 from jvpgraph.trainer.batch import Condition
+from jvpgraph.trainer.files import read_json
 from jvpgraph.trainer.settings import from_dict
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -195,6 +196,6 @@ def dit(path: Path | str | None = None, seed: int = 0, dtype: str = "float32", *
         file = Path(path) / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist: `path` must be a folder written by save_pretrained")
-        net = DiT(DiTConfig(**json.loads(file.read_text())))
+        net = DiT(DiTConfig(**read_json(file)))
         net.load_state_dict(load_file(Path(path) / "model.safetensors"))
     return TrigFlow(net.to(getattr(torch, dtype)), call_dit)

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.config import GuidanceConfig, RunConfig, StageConfig, StudentConfig
-from jvpgraph.trainer.data.sample import Dataset, first_samples
+from jvpgraph.trainer.data.sample import Dataset, first_samples, shorten
 from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.model.optimizer import local
 from jvpgraph.trainer.model.student import make_student
@@ -45,10 +46,20 @@ def device_of(config: RunConfig, local_rank: int | None = None) -> torch.device:
 
 
 def build_teacher(config: RunConfig, device: torch.device) -> TrigFlow:
-    """Frozen, in evaluation mode: dropout and the like have no place in a teacher's trajectory."""
-    teacher = config.model.build()
+    """Frozen, in evaluation mode: dropout and the like have no place in a teacher's trajectory.
+
+    One that starts at random is the same wherever it is built, in a run and for samples of it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        teacher = config.model.build()
     if not isinstance(teacher, TrigFlow):
         raise ValueError(f"model.load: {config.model.load} gave a {type(teacher).__name__}; it must return a TrigFlow")
+    if empty := [name for name, tensor in teacher.state_dict().items() if tensor.is_meta]:
+        raise ValueError(
+            f"model: the weights that {config.model.load} reads lack {len(empty)} tensors of "
+            f"{type(teacher.net).__name__}: {shorten(empty)}. Download or export the checkpoint again."
+        )
     return teacher.to(device).requires_grad_(False).eval()
 
 
@@ -65,9 +76,14 @@ def build_guided(teacher: TrigFlow, config: GuidanceConfig, device: torch.device
 
 
 def load_condition(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"guidance.negative_file: {path} does not exist")
-    return load_file(path)
+    """Raises ValueError for what is no safetensors file."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"guidance.negative_file: {path} is no safetensors file, or is damaged ({error}). Write it with "
+            "safetensors.torch.save_file: a tensor for each condition, without a batch dim"
+        ) from error
 
 
 def build_student(teacher: TrigFlow, config: StudentConfig) -> TrigFlow:

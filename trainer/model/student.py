@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from jvpgraph.trainer.ranges import positive
 from jvpgraph.trainer.trigflow import TrigFlow
 
 
@@ -24,6 +25,9 @@ class LoRA:
     rank: int = 64  # columns of A and B
     alpha: float = 64.0  # the update is scaled by alpha / rank
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # last parts of dotted names; diffusers' attention
+
+    def __post_init__(self) -> None:
+        positive(self, "rank", "alpha")
 
 
 def make_student(teacher: TrigFlow, *, dtype: str | None, lora: LoRA | None, checkpoint_blocks: bool) -> TrigFlow:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.noise import Random, integers, noise_like
 from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
+from jvpgraph.trainer.ranges import positive
 from jvpgraph.trainer.times import from_flow_time
 from jvpgraph.trainer.trigflow import add_noise, clean_image, expand_like
 
@@ -26,6 +27,9 @@ class DCM(Objective):
     name: ClassVar[str] = "dcm"
     teacher_steps: int = 48  # Euler steps from noise to data; rCM's code
     shift: float = 1.0  # of the grid in rectified-flow time, k s / (1 + (k - 1) s); 5 for Wan
+
+    def __post_init__(self) -> None:
+        positive(self, "teacher_steps", "shift")
 
     def grid(self, device: torch.device) -> Tensor:
         """t [teacher_steps + 1] radians, rising from 0 to pi/2."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.noise import Random, noise_like
 from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
+from jvpgraph.trainer.ranges import positive
 from jvpgraph.trainer.times import ShiftedUniform, Times
 from jvpgraph.trainer.trigflow import add_noise, clean_image, expand_like
 
@@ -28,6 +29,9 @@ class DMD(Objective):
     times: Times = field(default_factory=ShiftedUniform)  # p_D, also of the fake score and the simulation
     fake_updates_per_step: int = 4  # after each student update; rCM: 4 at 1.3B, 9 at 14B
     simulation_steps: int = 4  # backward simulation cycles through 1..simulation_steps steps; rCM
+
+    def __post_init__(self) -> None:
+        positive(self, "fake_updates_per_step", "simulation_steps")
 
     @property
     def fake_score(self) -> DMD:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.noise import Random, noise_like, uniform
 from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
+from jvpgraph.trainer.ranges import not_negative, positive
 from jvpgraph.trainer.times import LogitNormal, Times, flow_time
 from jvpgraph.trainer.trigflow import expand_like
 
@@ -33,6 +34,12 @@ class MeanFlow(Objective):
     instant_share: float = 0.75  # samples with r = s, plain flow matching; the paper's table 1
     power: float = 1.0  # p of the weight 1 / (||error||^2 + c)^p; the paper's table 1
     floor: float = 1e-3  # c of the weight; the paper
+
+    def __post_init__(self) -> None:
+        not_negative(self, "power")
+        positive(self, "floor")
+        if not 0 <= self.instant_share <= 1:
+            raise ValueError(f"instant_share is {self.instant_share} and must be in [0, 1]")
 
 
 def to_flow(x: Tensor, F: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

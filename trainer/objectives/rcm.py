@@ -12,6 +12,7 @@ from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives.dmd import DMD, dmd_loss
 from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
 from jvpgraph.trainer.objectives.scm import SCM, scm_loss
+from jvpgraph.trainer.ranges import not_negative
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class RCM(Objective):
     weight: float = 0.01  # lambda; the paper tried 1, 0.1, 0.01, 0.001. 0 is sCM exactly
     scm: SCM = field(default_factory=SCM)  # the consistency part
     dmd: DMD = field(default_factory=DMD)  # the score regulariser
+
+    def __post_init__(self) -> None:
+        not_negative(self, "weight")
 
     @property
     def fake_score(self) -> DMD | None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.noise import Random, noise_like
 from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
+from jvpgraph.trainer.ranges import not_negative, positive
 from jvpgraph.trainer.times import LogNormal, Times
 from jvpgraph.trainer.trigflow import add_noise, expand_like
 
@@ -32,6 +33,10 @@ class SCM(Objective):
     times: Times = field(default_factory=LogNormal)  # p_G
     tangent_warmup: int = 0  # student updates until r = 1; 0: none, which the rCM paper finds enough
     tangent_floor: float = 0.1  # c in g / (||g|| + c); sCM
+
+    def __post_init__(self) -> None:
+        not_negative(self, "tangent_warmup")
+        positive(self, "tangent_floor")
 
 
 def tangent_target(F: Tensor, F_dot: Tensor, F_teacher: Tensor, x: Tensor, t: Tensor, r: float) -> Tensor:

@@ -18,6 +18,7 @@ from jvpgraph.trainer.data.sample import first_samples
 from jvpgraph.trainer.evaluation import distances
 from jvpgraph.trainer.evaluation.distances import Quality, table
 from jvpgraph.trainer.evaluation.samplers import Sampler, draw, few_step_times, sampler_of
+from jvpgraph.trainer.files import naming
 from jvpgraph.trainer.model.ema import PowerEMA, reconstruct
 from jvpgraph.trainer.model.networks import (
     build_guided,
@@ -30,7 +31,6 @@ from jvpgraph.trainer.model.networks import (
 )
 from jvpgraph.trainer.model.student import merged
 from jvpgraph.trainer.run.checkpoint import Checkpoints
-from jvpgraph.trainer.run.folder import checkpoint_step
 from jvpgraph.trainer.run.log import grid
 from jvpgraph.trainer.run.preview import decoder_of, picture_of
 from jvpgraph.trainer.trigflow import TrigFlow
@@ -66,11 +66,7 @@ def load_run(folder: Path, *, ema: float | None = None, step: int | None = None)
     config = settings.load(RunConfig, file)
     device = device_of(config)
     checkpoints = Checkpoints(folder / "checkpoints")
-    path = checkpoints.latest() if step is None else checkpoints.at(step)
-    if path is None:
-        raise FileNotFoundError(f"{folder / 'checkpoints'} holds no complete checkpoint")
-    step = checkpoint_step(path)
-    stage = stage_of(config, step)
+    path = None if step is None else checkpoints.at(step)
 
     teacher = build_teacher(config, device)
     student = build_student(teacher, config.student)
@@ -78,10 +74,16 @@ def load_run(folder: Path, *, ema: float | None = None, step: int | None = None)
     state: dict = {"student": moving(student)}
     if ema in config.ema.sigma_rel:
         average = PowerEMA(trainable(student), ema)
-        checkpoints.load(state | {"ema": {f"{ema:g}": average}}, path, partial=True)
-        weights: Mapping[str, Tensor] = average.parameters
+        state["ema"] = {f"{ema:g}": average}
+    # The run may be going on, and delete a checkpoint while it is read.
+    step = checkpoints.load_newest(state, partial=True) if path is None else checkpoints.load(state, path, partial=True)
+    if step is None:
+        raise FileNotFoundError(f"{folder / 'checkpoints'} holds no complete checkpoint: wait until the run has one")
+    stage = stage_of(config, step)
+    weights: Mapping[str, Tensor]
+    if ema in config.ema.sigma_rel:
+        weights = average.parameters
     else:
-        checkpoints.load(state, path, partial=True)
         weights = reconstruct(folder / "ema" / f"stage-{stage}", ema, step=step)
     return Run(config, step, stage, teacher, with_weights(student, weights))
 
@@ -137,7 +139,8 @@ def evaluate_run(
     report = compare(run, samplers_of(run, steps), seeds)
     figures = {name: [asdict(quality) for quality in qualities] for name, qualities in report.rows.items()}
     summary = {"step": run.step, "seeds": list(seeds), "samplers": figures}
-    (folder / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n")
+    with naming(folder / "evaluation.json"):
+        (folder / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n")
     return report
 
 

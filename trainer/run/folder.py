@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import errno
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.run.changes import check_changes
+from jvpgraph.trainer.run.origin import read_origin
 
 LOCK = ".lock"
 
-FREE = (
-    *("out", "threads", "parallel", "data.workers", "checkpoint", "log", "sampling", "evaluation"),
-    *("student.backend", "student.compile", "student.checkpoint_blocks"),  # other processes may need others
-)
-"""Settings that may change between a stop and going on. Other threads, processes or backends may change the last
-bits."""
 
+def check_folder(config: RunConfig, change: Sequence[str] = ()) -> list[str]:
+    """What is changed of the run that the folder holds, if any: see RULES.
 
-def check_folder(config: RunConfig) -> None:
-    """Raises ValueError if the folder holds a run with other settings, or something that is no run.
-
-    A run may be made longer: stages may be added, and its last stage may get more steps if its learning rates are
-    constant.
+    Raises:
+        ValueError: the folder holds a run with other settings, or something that is no run.
     """
     folder, file = config.out, config.out / "config.yaml"
     if not file.exists():
@@ -35,31 +29,14 @@ def check_folder(config: RunConfig) -> None:
             raise ValueError(
                 f"{folder} holds files and no config.yaml: choose another `out`, or --fresh to move it aside"
             )
-        return
-    if not any((folder / "checkpoints").glob("step-*")):
-        return  # a start that failed
-    old = settings.load(RunConfig, file)
-    different = [
-        line
-        for line in settings.differences(old, shortened(config, old))
-        if not any(line == free or line.startswith((f"{free}.", f"{free}:")) for free in FREE)
-    ]
-    if different:
-        raise ValueError(
-            f"{folder} holds a run with other settings:\n  " + "\n  ".join(different) + "\n"
-            "Choose another `out`, give the same settings to resume that run, or --fresh to move it aside."
-        )
-
-
-def shortened(config: RunConfig, old: RunConfig) -> RunConfig:
-    """A run without what it has been made longer by."""
-    stages = config.stages[: len(old.stages)]
-    if len(stages) < len(old.stages):
-        return config
-    last, before = stages[-1], old.stages[-1]
-    if last.steps > before.steps and last.student.decay == last.fake.decay == "constant":
-        stages = (*stages[:-1], replace(last, steps=before.steps))
-    return replace(config, stages=stages)
+        return []
+    done = newest_step(folder)
+    if done is None:
+        return []  # a start that failed
+    origin = read_origin(folder)
+    # config.yaml may have been edited since
+    old = settings.load(RunConfig, file) if origin is None else settings.from_dict(RunConfig, origin.settings)
+    return check_changes(old, config, change, done)
 
 
 @contextmanager
@@ -102,6 +79,12 @@ def locked(folder: Path) -> Iterator[None]:
                 raise
             raise ValueError(f"another process is training in {folder}: wait for it, or choose another `out`") from None
         yield
+
+
+def newest_step(folder: Path) -> int | None:
+    """Of the newest checkpoint in a run's folder, whole or not."""
+    names = (path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".partial")
+    return max((int(path.stem.split("-")[1]) for path in names), default=None)
 
 
 def unused(folder: Path) -> Path:

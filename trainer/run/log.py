@@ -24,7 +24,7 @@ from matplotlib.image import imsave
 from torch import Tensor
 from tqdm import tqdm
 
-from jvpgraph.trainer.files import write_whole
+from jvpgraph.trainer.files import naming, write_whole
 
 
 class RunLog:
@@ -76,8 +76,9 @@ class RunLog:
         now = time.perf_counter()
         seconds = (now - self.time) / (step - self.step)
         numbers = {name: float(value) for name, value in values.items()}
-        self.file.write(f"{json.dumps({'step': step, **numbers})}\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(f"{json.dumps({'step': step, **numbers})}\n")
+            self.file.flush()
         machine = {"seconds_per_step": seconds, "memory_gib": memory_gib()}
         if self.writer is not None:
             for name, value in {**numbers, **machine}.items():
@@ -98,7 +99,8 @@ class RunLog:
 
     def close(self) -> None:
         """Harmless when repeated."""
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
@@ -183,7 +185,8 @@ def draw_curves(curves: Mapping[str, tuple[list[float], list[float]]], path: Pat
     for axis in axes[len(curves) :]:
         axis.set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with naming(path):
+        figure.savefig(path)
 
 
 def grid(images: Tensor, path: Path, columns: int, *, frames: int = 8, gap: int = 2, side: int = 64) -> None:
@@ -215,4 +218,5 @@ def grid(images: Tensor, path: Path, columns: int, *, frames: int = 8, gap: int 
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         canvas[top : top + height, left : left + width] = tile
     path.parent.mkdir(parents=True, exist_ok=True)
-    imsave(path, canvas)
+    with naming(path):
+        imsave(path, canvas)

@@ -16,6 +16,8 @@ from jvpgraph.trainer.model.optimizer import local
 from jvpgraph.trainer.objectives import Terms
 from jvpgraph.trainer.run.ranks import Ranks
 
+HUGE = 1e3  # latents are of deviation 1
+
 Compute = Callable[[nn.Module, Batch], Terms]
 """(the module that is trained, batch) -> the terms of its loss."""
 
@@ -32,6 +34,7 @@ def not_finite(
     trained: str,
     compute: Compute,
     ranks: Ranks,
+    lr: str,
 ) -> NotFinite:
     """The error for an update of `networks[trained]` that went wrong; the update is replayed op by op to find out.
 
@@ -46,13 +49,50 @@ def not_finite(
         trained: which of them is trained.
         compute: its loss; random draws must be those of the update.
         ranks: that train together, each with a part of the batch.
+        lr: the setting of its learning rate, for the advice: key=value.
     """
     if ranks.size > 1:
-        return NotFinite("\n".join(found_by_all(what, terms, batches, networks, trained, ranks)))
+        return NotFinite("\n".join([*found_by_all(what, terms, batches, networks, trained, ranks), advice(lr)]))
     bad = bad_terms(terms, batches)
+    overflow = None if bad else overflowing(networks[trained], terms, batches)
     lines = [f"{what}: the {'loss' if 'loss' in bad else 'gradient'} is not finite", *bad.values()]
-    lines.append(f"  began in {first_offender(batches, networks, trained, compute)}")
-    return NotFinite("\n".join(lines))
+    lines.append(f"  began in {overflow or first_offender(batches, networks, trained, compute)}")
+    return NotFinite("\n".join([*lines, *huge_latents(batches), advice(lr)]))
+
+
+def overflowing(model: nn.Module, terms: Terms, batches: Sequence[Batch]) -> str | None:
+    """Where gradients are finite and the sum of their squares is not in float32: how large, and whose doing it is."""
+    gradients = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    if not gradients or not all(finite(gradient) for gradient in gradients.values()):
+        return None
+    sizes = {name: gradient.abs().max().item() for name, gradient in gradients.items() if gradient.numel()}
+    name = max(sizes, key=sizes.__getitem__)
+    keys, losses = keys_of(batches), terms["loss"].double()
+    worst = int(losses.argmax())
+    return (
+        f"a gradient that is too large: {sizes[name]:.3g} in {name}, whose square overflows float32. The largest loss "
+        f"is {losses[worst].item():.3g}, of sample {keys[worst]}; the median {losses.median().item():.3g}"
+    )
+
+
+def huge_latents(batches: Sequence[Batch]) -> list[str]:
+    """A line on the sample with the largest latent, if that is far from what latents of deviation 1 have."""
+    largest = torch.cat([batch.x0.double().flatten(1).abs().amax(1) for batch in batches])
+    worst = int(largest.argmax())
+    return [f"  x0 of sample {keys_of(batches)[worst]} reaches {largest[worst].item():.3g}"] * bool(
+        largest[worst] > HUGE
+    )
+
+
+def advice(lr: str) -> str:
+    return (
+        "  Nothing of this update reached the weights. Take a bad sample out; or go on from the last checkpoint with a "
+        f"rate below {lr} and --change {lr.partition('=')[0]}"
+    )
+
+
+def keys_of(batches: Sequence[Batch]) -> list[str]:
+    return [key for batch in batches for key in batch.keys or [f"#{i}" for i in range(len(batch))]]
 
 
 def found_by_all(
@@ -67,7 +107,10 @@ def found_by_all(
     bad = bad_terms(terms, batches)
     at_rest = bad_at_rest(batches, networks)
     gradients = (name for name, p in networks[trained].named_parameters() if p.grad is not None and not finite(p.grad))
+    overflow = overflowing(networks[trained], terms, batches)
     found = ranks.gather(lambda: (bad, at_rest, next(gradients, None)))
+    too_large = ranks.gather(lambda: overflow)
+    huge = [line for lines in ranks.gather(lambda: huge_latents(batches)) for line in lines]
     loss = any("loss" in terms_there for terms_there, _, _ in found)
     lines = [f"{what}: the {'loss' if loss else 'gradient'} is not finite"]
     for rank, (terms_there, at_rest_there, _) in enumerate(found):
@@ -75,13 +118,16 @@ def found_by_all(
         lines += [f"  rank {rank}: {at_rest_there}"] if at_rest_there else []
     if len(lines) == 1:  # else every rank has it in its gradients: they are sums over all
         lines += [f"  rank {rank}: the gradient of {trained}.{name}" for rank, (_, _, name) in enumerate(found) if name]
+    if len(lines) == 1:
+        lines += [f"  rank {rank}: {text}" for rank, text in enumerate(too_large) if text]
+    lines += huge
     lines.append("  The same run in one process resumes from the last checkpoint, and names the module it begins in.")
     return lines
 
 
 def bad_terms(terms: Terms, batches: Sequence[Batch]) -> dict[str, str]:
     """A line on each term that is not finite: for which samples."""
-    keys = [key for batch in batches for key in batch.keys or [f"#{i}" for i in range(len(batch))]]
+    keys = keys_of(batches)
     bad = {name: (~torch.isfinite(value)).nonzero().flatten().tolist() for name, value in terms.items()}
     return {name: f"  {name}: {named(keys, indices)}" for name, indices in bad.items() if indices}
 
@@ -126,7 +172,9 @@ def first_offender(batches: Sequence[Batch], networks: Mapping[str, nn.Module], 
             terms["loss"].mean().backward()
     for name, parameter in model.named_parameters():
         note(f"the gradient of {trained}.{name}", parameter.grad)
-    return found[0] if found else "nothing that a second run could find: the error does not repeat itself"
+    if found:
+        return found[0]
+    return "nothing that a second run could find: the error does not repeat itself"
 
 
 def bad_at_rest(batches: Sequence[Batch], networks: Mapping[str, nn.Module]) -> str | None:

@@ -16,6 +16,6 @@ an untrusted source are still untrusted weights.
 """
 
 from jvpgraph.trainer.run.checkpoint.state import OnePiece, PerRank
-from jvpgraph.trainer.run.checkpoint.store import CheckpointError, Checkpoints
+from jvpgraph.trainer.run.checkpoint.store import CheckpointError, Checkpoints, NotWritten
 
-__all__ = ["CheckpointError", "Checkpoints", "OnePiece", "PerRank"]
+__all__ = ["CheckpointError", "Checkpoints", "NotWritten", "OnePiece", "PerRank"]

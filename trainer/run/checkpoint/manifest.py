@@ -37,6 +37,8 @@ def damage(path: Path, *, checksums: bool, share: tuple[int, int] = (0, 1)) -> s
         return f"{MANIFEST} is missing, so it was never complete"
     except (OSError, ValueError) as error:
         return f"{MANIFEST} is damaged ({error})"
+    if not path.name.startswith(f"step-{manifest['step']:08d}"):
+        return f"it is a copy of the checkpoint of step {manifest['step']}"
     faults = []
     for i, (name, wanted) in enumerate(sorted(manifest["files"].items())):
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -29,6 +30,10 @@ NAME = re.compile(r"step-(\d{8,})(\.replaced)?")  # replaced: the older one whil
 
 class CheckpointError(JvpgraphError, OSError):
     """A checkpoint could not be written, or none that is complete can be read."""
+
+
+class NotWritten(CheckpointError):
+    """A checkpoint could not be written; those before it are intact."""
 
 
 class Checkpoints:
@@ -67,6 +72,7 @@ class Checkpoints:
         self.keep = keep
         self.asynchronous = asynchronous
         self.ranks = Ranks(timeout)
+        self.seconds = 0.0  # that the longest save took
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[None] | None = None
         self._verified: dict[Path, tuple[Any, str | None]] = {}
@@ -115,8 +121,9 @@ class Checkpoints:
         if not candidates:
             return None
         raise CheckpointError(
-            f"no checkpoint in {self.folder} is whole; the warnings say what is wrong with each. "
-            "Restore one of them from a copy, or start in another folder."
+            f"no checkpoint in {self.folder} is whole; the warnings say what is wrong with each.\n"
+            "Restore one of them from a copy; or begin anew with --fresh, which moves this run aside, or in another "
+            "folder."
         )
 
     def at(self, step: int) -> Path:
@@ -158,19 +165,42 @@ class Checkpoints:
         self._read(state, path, partial)
         return int(self.ranks.agree(lambda: read_manifest(path)["step"]))
 
+    def load_newest(self, state: State, *, partial: bool = False) -> int | None:
+        """`load` of a folder that another process may be writing to, and deletes old checkpoints from.
+
+        Where one disappears while it is read, the next complete one is.
+
+        Raises:
+            ValueError, CheckpointError: as `load`.
+        """
+        while True:
+            before = self._candidates()
+            try:
+                return self.load(state, partial=partial)
+            except OSError:  # CheckpointError is one
+                if self._candidates() == before:
+                    raise
+
+    def trim(self, newest: Path) -> None:
+        """Deletes all but `keep` whole checkpoints now, and not after the next one: which makes room for that."""
+        self.wait()
+        self.ranks.on_first(lambda: self._prune(newest))
+
     def _write(self, step: int, plan: SavePlanner) -> None:
         """All of a save that touches the disk; in the writer's thread."""
         final = self.folder / f"step-{step:08d}"
         partial = final.with_name(final.name + ".partial")
+        begun = time.monotonic()
         try:
             self.ranks.on_first(lambda: _make_empty(partial))
             files = write_plan(plan, partial, self.ranks)
             self.ranks.on_first(lambda: self._complete(step, partial, final, files))
+            self.seconds = max(self.seconds, time.monotonic() - begun)
         except Exception as error:
             # Only what was being written is thrown away, which leaves room for what comes next.
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(self._explain(error, final, plan.bytes)) from error
+            raise NotWritten(self._explain(error, final, plan.bytes)) from error
 
     def _complete(self, step: int, partial: Path, final: Path, files: dict[str, dict[str, int]]) -> None:
         write_manifest(partial, step, self.ranks.size, files)
@@ -207,14 +237,26 @@ class Checkpoints:
 
     def _explain(self, error: Exception, final: Path, needed: int) -> str:
         try:
-            free = f"{shutil.disk_usage(self.folder).free / 1e6:,.1f} MB are free"
+            free = shutil.disk_usage(self.folder).free
+            room = f"{free / 1e6:,.1f} MB are free"
         except OSError:
-            free = "the free space is unknown"
+            free, room = 0, "the free space is unknown"
+        fewer = self._fewer(needed * self.ranks.size - free)
+        advice = "choose another folder (`out`, to which the run can be moved)"
+        if fewer is not None:
+            advice = f"go on with checkpoint.keep={fewer}, which deletes the oldest first; or {advice}"
         return (
-            f"the checkpoint {final} could not be written: {_root(error)}\n"
-            f"  It takes {needed / 1e6:,.1f} MB on this rank, and {free}. Checkpoints before it are intact.\n"
-            f"  Free some space, or keep fewer checkpoints (now {self.keep}), or choose another folder, and save again."
+            f"the checkpoint {final} could not be written: {_root(error)}; it takes {needed / 1e6:,.1f} MB on this "
+            f"rank, and {room}. Checkpoints before it are intact.\n"
+            f"Free some space; or {advice}."
         )
+
+    def _fewer(self, missing: float) -> int | None:
+        """As many of the checkpoints as leave room for `missing` bytes more, at least one; None: none can go."""
+        there = [path for path in self._candidates() if path.suffix != ".replaced"]
+        sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in there]
+        fits = [keep for keep in range(1, len(there)) if sum(sizes[keep:]) >= missing]
+        return max(fits) if fits else 1 if len(there) > 1 else None
 
     def _candidates(self, warn: bool = False) -> list[Path]:
         """Folders that have the name of a checkpoint, newest first."""

@@ -1,0 +1,96 @@
+"""`train --from RUN|EXPORT`: a student that starts from earlier weights instead of its teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from jvpgraph.trainer import settings
+from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.data.sample import shorten
+from jvpgraph.trainer.model.ema import PowerEMA
+from jvpgraph.trainer.model.networks import moving, trainable
+from jvpgraph.trainer.run.checkpoint import Checkpoints
+from jvpgraph.trainer.trigflow import TrigFlow
+
+
+def start_from(student: TrigFlow, source: Path) -> None:
+    """Gives a student, before it is spread over processes, the weights of a run or of an exported network.
+
+    Of a run it is the average that `sample` takes too, at its newest checkpoint.
+
+    Raises:
+        ValueError: there is neither in the folder, or the weights are those of another network.
+    """
+    if (source / "config.yaml").is_file():
+        take_run(student, source)
+    else:
+        take_values(student, values_in(source), source)
+
+
+def take_run(student: TrigFlow, source: Path) -> None:
+    config = settings.load(RunConfig, source / "config.yaml")
+    sigma = config.ema.sigma_rel[0]
+    average = PowerEMA(trainable(student), sigma)
+    state = {"student": moving(student), "ema": {f"{sigma:g}": average}}
+    try:
+        step = Checkpoints(source / "checkpoints").load(state, partial=True)
+    except ValueError as error:
+        raise ValueError(
+            f"--from {source}: {error}\nIts student is another network, or has other adapters (student.lora): "
+            "export it, and start from the exported folder."
+        ) from error
+    if step is None:
+        raise ValueError(f"--from {source}: {source / 'checkpoints'} holds no checkpoint. Start from another run.")
+    parameters = dict(student.named_parameters())
+    with torch.no_grad():
+        for name, value in average.parameters.items():
+            parameters[name].copy_(value)
+
+
+def values_in(source: Path) -> dict[str, Tensor]:
+    """The tensors of a folder of safetensors, or of a pipeline's `transformer`."""
+    folders = (source, source / "transformer")
+    files = next((found for folder in folders if (found := sorted(folder.glob("*.safetensors")))), [])
+    if not files:
+        raise ValueError(
+            f"--from {source}: no config.yaml of a run, and no *.safetensors of an exported network. Give the `out` "
+            "of a run, or the folder that `jvpgraph export` wrote."
+        )
+    values: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            values |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"--from: {file} is damaged: {error}. Export the network again.") from error
+    return values
+
+
+@torch.no_grad()
+def take_values(student: TrigFlow, values: Mapping[str, Tensor], source: Path) -> None:
+    own = student.net.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in values]
+    wrong += [f"{name} is of no use" for name in values if name not in own]
+    wrong += [
+        f"{name} is {list(values[name].shape)}, and {list(own[name].shape)} here"
+        for name in own.keys() & values.keys()
+        if own[name].shape != values[name].shape
+    ]
+    if wrong:
+        adapters = " A student with student.lora starts from a run with the same adapters." if _adapted(own) else ""
+        raise ValueError(
+            f"--from {source}: the weights of another network than {type(student.net).__name__}: "
+            f"{shorten(sorted(wrong))}."
+            f"{adapters or ' Give the folder of the same network.'}"
+        )
+    for name, value in own.items():
+        value.copy_(values[name])
+
+
+def _adapted(state: Mapping[str, Tensor]) -> bool:
+    return any(".lora_A." in name for name in state)
