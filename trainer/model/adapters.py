@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -399,71 +399,3 @@ def diffusers() -> ModuleType:
         return importlib.import_module("diffusers")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("the networks of diffusers need it: pip install diffusers") from error
-
-
-# ---------------------------------------------------------------- sampling by diffusers
-
-
-# Mochi's pipeline turns noise levels upside down, Cosmos 2's works on x0 + sigma eps
-OWN_NOISE_LEVELS = ("MochiTransformer3DModel", "CosmosTransformer3DModel")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What diffusers needs to sample a student at given times.
-
-    Attributes:
-        scheduler: fixed to these times, whatever sigmas or shift a pipeline asks it for.
-        arguments: what set_timesteps would need otherwise, and a pipeline that takes them: sigmas or timesteps.
-        noise_scale: the standard deviation of the latents that sampling starts from.
-    """
-
-    scheduler: Any
-    arguments: dict[str, Any]
-    noise_scale: float
-
-
-def scheduler_for(model: TrigFlow, times: Sequence[float]) -> Sampling:
-    """The scheduler of diffusers that samples like sample_consistency: x0 = f(x_t, t), noise to the next time, ...
-
-    A student that predicts the velocity of a rectified flow goes back into its own pipeline with a
-    FlowMatchLCMScheduler: assign it and call the pipeline with num_inference_steps = len(times), and with
-    latents = noise_scale * noise if the last 1 % matters (a pipeline starts at deviation 1, which is right for
-    t = pi / 2). Any other student, and those whose pipelines count noise in ways of their own, get the
-    SCMScheduler, which steps F itself: call the TrigFlow model at the scheduler's timesteps.
-
-    Args:
-        times: TrigFlow times in radians, decreasing, at most pi / 2; without the final 0.
-    """
-    radians = torch.tensor(list(times), dtype=torch.float64)
-    if len(radians) == 0 or radians[-1] <= 0 or radians[0] > torch.pi / 2 or (radians.diff() >= 0).any():
-        raise ValueError(f"times are radians that fall from at most pi / 2 and stay above 0, not {list(times)}")
-    if model.schedule == RECTIFIED_FLOW and getattr(model.call, "name", None) not in OWN_NOISE_LEVELS:
-        scheduler = diffusers().FlowMatchLCMScheduler(shift=1.0)
-        arguments: dict[str, Any] = {"sigmas": model.s_of_t(radians).tolist()}
-        noise_scale = model.c_in(radians[:1]).item()
-    else:
-        scheduler = diffusers().SCMScheduler(sigma_data=1.0)
-        arguments = {
-            "num_inference_steps": len(radians),
-            "timesteps": [*radians.tolist(), 0.0],
-            "max_timesteps": None,
-            "intermediate_timesteps": None,
-        }
-        noise_scale = 1.0
-    set_timesteps = scheduler.set_timesteps
-
-    def at_these_times(
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        sigmas: Any = None,  # pipelines look for these names, and pass their own defaults
-        timesteps: Any = None,
-        mu: Any = None,
-    ) -> None:
-        if num_inference_steps not in (None, len(radians)):
-            raise ValueError(f"this scheduler was made for {len(radians)} steps, not {num_inference_steps}")
-        set_timesteps(device=device, **arguments)
-
-    scheduler.set_timesteps = at_these_times
-    scheduler.set_timesteps()
-    return Sampling(scheduler, arguments, noise_scale)
