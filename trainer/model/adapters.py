@@ -326,7 +326,7 @@ def diffusers_model(
     path: Path | str | None = None,
     *,
     name: str | None = None,
-    config: dict[str, Any] | None = None,
+    config: dict[str, Any] | str | None = None,
     dtype: str = "float32",
     seed: int = 0,
     schedule: str | None = None,
@@ -336,9 +336,11 @@ def diffusers_model(
     """A transformer of diffusers in TrigFlow coordinates, in evaluation mode.
 
     Args:
-        path: folder of a saved network, or of a pipeline with one in `transformer`.
+        path: folder of a saved network, or of a pipeline with one in `transformer`; or a .safetensors file with the
+            names of the network's own repository.
         name: instead of a path, the class of a randomly initialised network,
-        config: with these arguments of its constructor.
+        config: with these arguments of its constructor. For a single file: a folder whose config.json says what
+            network it is, if that is not the file's own.
         dtype: of the parameters; those that diffusers keeps in float32 stay there when this is narrower.
         seed: of the random initialisation.
         schedule: what the network was trained on, by a name in trigflow.SCHEDULES, if not what its adapter says.
@@ -354,7 +356,14 @@ def diffusers_model(
     number = getattr(torch, dtype, None)
     if not isinstance(number, torch.dtype) or not number.is_floating_point:
         raise ValueError(f"dtype is a floating type such as float32 or bfloat16, not {dtype!r}")
-    net = load(Path(path), number) if path is not None else initialise(str(name), config or {}, number, seed)
+    if path is not None:
+        if isinstance(config, dict):
+            raise ValueError("config is that of a new network; with a path it is the folder of a single file's config")
+        net = load(Path(path), config, number)
+    else:
+        if isinstance(config, str):
+            raise ValueError("config is a folder, which says what network a single file is; a new one takes a mapping")
+        net = initialise(str(name), config or {}, number, seed)
     for module in net.modules():
         if type(module).__name__ == "LabelEmbedding":
             vars(module)["dropout_prob"] = (
@@ -367,12 +376,32 @@ def diffusers_model(
     return TrigFlow(net, adapter, noise, time_scale=adapter.time_scale if time_scale is None else time_scale)
 
 
-def load(path: Path, dtype: torch.dtype) -> nn.Module:
+def load(path: Path, config: str | None, dtype: torch.dtype) -> nn.Module:
+    if path.suffix == ".safetensors":
+        return load_single_file(path, path.parent if config is None else Path(config), dtype)
     folder = path if (path / "config.json").exists() else path / "transformer"
     if not (folder / "config.json").exists():
         raise ValueError(f"{path} holds no config.json of a diffusers network, neither does {folder}")
     name = json.loads((folder / "config.json").read_text()).get("_class_name", "a network without _class_name")
     net = network_class(name).from_pretrained(folder, torch_dtype=dtype)
+    return net.double() if dtype == torch.float64 else net
+
+
+def load_single_file(path: Path, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """A file with the names of the network's own repository, as ComfyUI has them; the folder says what network it is."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist\nGive a folder of diffusers, or a .safetensors file.")
+    folder = folder if (folder / "config.json").exists() else folder / "transformer"
+    if not (folder / "config.json").exists():
+        raise ValueError(
+            f"{path} is a single file, and there is no config.json of a diffusers network for it in {folder.parent}\n"
+            "Name a folder that has one by the option config: that of the same model in diffusers' format."
+        )
+    name = json.loads((folder / "config.json").read_text()).get("_class_name", "a network without _class_name")
+    cls = network_class(name)
+    if not hasattr(cls, "from_single_file"):
+        raise ValueError(f"diffusers reads no single files of {name}\nGive a folder in diffusers' format.")
+    net = cls.from_single_file(str(path), config=str(folder), torch_dtype=dtype, local_files_only=True)
     return net.double() if dtype == torch.float64 else net
 
 

@@ -1,12 +1,17 @@
-"""A scheduler of diffusers that keeps its noise levels. Needs diffusers alone: exported pipelines take this file along."""
+"""A scheduler that keeps its noise levels. It needs diffusers alone: exported pipelines take this file along."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers import FlowMatchLCMScheduler
+from diffusers import FlowMatchLCMScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
+
+__all__ = [
+    "FewStepScheduler",
+    "SchedulerMixin",
+]  # from_pretrained looks for the mixin beside a class of another library
 
 
 class FewStepScheduler(FlowMatchLCMScheduler):
@@ -16,6 +21,8 @@ class FewStepScheduler(FlowMatchLCMScheduler):
         levels: sigmas of a rectified flow, x = (1 - sigma) x0 + sigma eps, falling, without the final 0.
         num_train_timesteps: the network's time at sigma = 1.
     """
+
+    config: Any  # frozen by ConfigMixin
 
     @register_to_config
     def __init__(self, levels: tuple[float, ...] = (1.0,), num_train_timesteps: int = 1000) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,6 +93,12 @@ def flow_scheduler(levels: Sequence[float]) -> Any:
         scheduler.register_to_config(**ends)
         return at(scheduler, steps)
     return importlib.import_module("jvpgraph.trainer.model.few_step_scheduler").FewStepScheduler(tuple(levels))
+
+
+def own_file(scheduler: Any) -> Path | None:
+    """The file of the scheduler's class, if that is ours and not diffusers'."""
+    module = sys.modules[type(scheduler).__module__]
+    return Path(str(module.__file__)) if module.__name__.startswith("jvpgraph.") else None
 
 
 def at(scheduler: Any, steps: int) -> Any:
