@@ -15,20 +15,23 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.loaders import single_file_utils
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.cli import main
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import Sample
-from jvpgraph.trainer.export import export_run
+from jvpgraph.trainer.export import export_run, keys, lora
+from jvpgraph.trainer.export.prompts import sample_prompts
 from jvpgraph.trainer.model.adapters import adapter_of, diffusers_model
 from jvpgraph.trainer.model.schedulers import even_times, scheduler_for
 from jvpgraph.trainer.run.finished import load_run
 from jvpgraph.trainer.train import train
 from jvpgraph.trainer.trigflow import TrigFlow
-from tests.tiny_pipelines import ARGUMENTS, PIPELINES, make
+from tests.tiny_pipelines import ARGUMENTS, PIPELINES, flux, make
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -221,14 +224,12 @@ def test_a_lora_file_is_taken_by_the_pipeline(name: str, runs: Callable[..., Pat
     whole = loaded(export_run(run, tmp_path / "whole"))
     out = export_run(run, tmp_path / "lora", format="lora")
     pipe = loaded(run.parent / "checkpoint")
-    before = latents(pipe, name)
     pipe.load_lora_weights(out)
     pipe.scheduler = diffusers.FlowMatchLCMScheduler.from_pretrained(out, subfolder="scheduler")
     expected, found = latents(whole, name), latents(pipe, name)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     pipe.disable_lora()
     assert (latents(pipe, name) - expected).abs().max() > 1e-3
-    assert before.shape == expected.shape
 
 
 @pytest.mark.slow
@@ -236,7 +237,7 @@ def test_a_lora_of_whole_weights_says_what_it_misses(
     runs: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = runs("sd3")
-    with pytest.raises(ValueError, match="whole weights, not adapters\nGive the rank"):
+    with pytest.raises(ValueError, match="whole weights, not adapters"):
         export_run(run, tmp_path / "none", format="lora")
     assert not (tmp_path / "none").exists()
     errors = []
@@ -333,9 +334,9 @@ def test_original_names_are_what_the_converters_of_diffusers_read(name: str) -> 
 def test_unknown_networks_and_weights_are_named() -> None:
     with pytest.raises(ValueError, match="not known for MochiTransformer3DModel, but for Wan"):
         keys.to_original({}, "MochiTransformer3DModel", {})
-    with pytest.raises(ValueError, match="weights without an original name: a.b"):
+    with pytest.raises(ValueError, match=r"weights without an original name: a\.b"):
         keys.to_original({"a.b": torch.zeros(1)}, "WanTransformer3DModel", {})
-    with pytest.raises(ValueError, match="lacks transformer_blocks.#.attn.to_v"):
+    with pytest.raises(ValueError, match=r"lacks transformer_blocks\.#\.attn\.to_v"):
         few = {f"transformer_blocks.0.attn.to_{x}.weight": torch.zeros(1) for x in "qk"}
         keys.to_original(few, "FluxTransformer2DModel", {})
 
@@ -353,7 +354,7 @@ def test_a_single_file_is_a_student_and_a_teacher(name: str, runs: Callable[...,
     assert again.net.config["num_layers"] == teacher.net.config["num_layers"]
     assert "sigmas by hand: `1.0000" in (out / "README.md").read_text()
     (out / "config.json").unlink()
-    with pytest.raises(ValueError, match="no config.json of a diffusers network for it"):
+    with pytest.raises(ValueError, match=r"no config\.json of a diffusers network for it"):
         diffusers_model(out / "run.safetensors")
 
 
@@ -418,14 +419,13 @@ def test_a_network_of_ones_own_comes_back_by_the_code_of_its_card(tmp_path: Path
 
 @pytest.mark.slow
 def test_a_constant_condition_is_in_the_settings_and_in_the_card(tmp_path: Path) -> None:
-    from tests import tiny_pipelines
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        tiny_pipelines.flux(guidance_embeds=True).save_pretrained(tmp_path / "checkpoint")
+        flux(guidance_embeds=True).save_pretrained(tmp_path / "checkpoint")
     with pytest.raises(ValueError, match="needs the conditions guidance"):
         trained("flux", tmp_path)
-    run = trained("flux", tmp_path, "conditions.guidance=3.5")
+    run = trained("flux", tmp_path, "conditions.guidance=3.5", "stages.0.objective.name=scm")
     out = export_run(run, tmp_path / "out")
     assert "guidance_scale=3.5, true_cfg_scale=1.0)[0]" in (out / "README.md").read_text()
     student, sample = load_run(run).student, Noise(LATENTS["flux"], CONDITIONS["flux"])[0]
@@ -451,7 +451,7 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(runs: Callable[..., 
         with pytest.raises(ValueError, match=said):
             sample_prompts(run, ["a cat"], pipeline=pipeline, out=out)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="does not take these arguments.*wide"):
+    with pytest.raises(ValueError, match=r"does not take these arguments.*wide"):
         sample_prompts(run, ["a cat"], out=out, more={"wide": 3})
     (out / "something").mkdir(parents=True)
     with pytest.raises(ValueError, match="is not empty"):

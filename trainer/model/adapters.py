@@ -388,7 +388,7 @@ def load(path: Path, config: str | None, dtype: torch.dtype) -> nn.Module:
 
 
 def load_single_file(path: Path, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A file with the names of the network's own repository, as ComfyUI has them; the folder says what network it is."""
+    """A file with the names of the network's own repository, as ComfyUI has them; `folder` says what it is."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist\nGive a folder of diffusers, or a .safetensors file.")
     folder = folder if (folder / "config.json").exists() else folder / "transformer"

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 __all__ = [
     "FewStepScheduler",
     "SchedulerMixin",
-]  # from_pretrained looks for the mixin beside a class of another library
+]  # from_pretrained looks for the mixin beside the class
 
 
 class FewStepScheduler(FlowMatchLCMScheduler):
