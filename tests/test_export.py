@@ -336,8 +336,8 @@ def test_unknown_networks_and_weights_are_named() -> None:
         keys.to_original({}, "MochiTransformer3DModel", {})
     with pytest.raises(ValueError, match=r"weights without an original name: a\.b"):
         keys.to_original({"a.b": torch.zeros(1)}, "WanTransformer3DModel", {})
-    with pytest.raises(ValueError, match=r"lacks transformer_blocks\.#\.attn\.to_v"):
-        few = {f"transformer_blocks.0.attn.to_{x}.weight": torch.zeros(1) for x in "qk"}
+    few = {f"single_transformer_blocks.0.attn.to_{x}.weight": torch.zeros(1) for x in "qkv"}
+    with pytest.raises(ValueError, match=r"the network lacks single_transformer_blocks\.#\.proj_mlp"):
         keys.to_original(few, "FluxTransformer2DModel", {})
 
 
