@@ -65,24 +65,49 @@ def load_run(folder: Path, *, ema: float | None = None, step: int | None = None)
     config = settings.load(RunConfig, file)
     device = device_of(config)
     checkpoints = Checkpoints(folder / "checkpoints")
-    path = checkpoints.latest() if step is None else checkpoints.at(step)
-    if path is None:
+    if checkpoints.latest() is None:
         raise FileNotFoundError(f"{folder / 'checkpoints'} holds no complete checkpoint")
-    step = checkpoint_step(path)
-    stage = stage_of(config, step)
-
-    teacher = build_teacher(config, device)
-    student = build_student(teacher, config.student)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # as the run did, for a network that it initialised itself
+        teacher = build_teacher(config, device)
+        student = build_student(teacher, config.student)
     ema = config.ema.sigma_rel[0] if ema is None else ema
     state: dict = {"student": moving(student)}
-    if ema in config.ema.sigma_rel:
-        average = PowerEMA(trainable(student), ema)
-        checkpoints.load(state | {"ema": {f"{ema:g}": average}}, path, partial=True)
+    average = PowerEMA(trainable(student), ema) if ema in config.ema.sigma_rel else None
+    if average is not None:
+        state["ema"] = {f"{ema:g}": average}
+    step = read_checkpoint(checkpoints, state, step)
+    stage = stage_of(config, step)
+    if average is not None:
         weights: Mapping[str, Tensor] = average.parameters
     else:
-        checkpoints.load(state, path, partial=True)
         weights = reconstruct(folder / "ema" / f"stage-{stage}", ema, step=step)
     return Run(config, step, stage, teacher, with_weights(student, weights))
+
+
+def read_checkpoint(checkpoints: Checkpoints, state: dict, step: int | None) -> int:
+    """Restores `state` from the checkpoint of `step`, or the newest, and returns its step.
+
+    A run that goes on deletes its oldest checkpoint when a new one is whole. If that was the one being read, the
+    newest is looked for again.
+    """
+    if step is not None:
+        checkpoints.load(state, checkpoints.at(step), partial=True)
+        return step
+    while True:
+        before = names_in(checkpoints.folder)
+        try:
+            path = checkpoints.latest()
+            assert path is not None, "there was one, and a run deletes none before the next is whole"
+            checkpoints.load(state, path, partial=True)
+            return checkpoint_step(path)
+        except OSError:
+            if names_in(checkpoints.folder) == before:
+                raise
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def stage_of(config: RunConfig, step: int) -> int:
