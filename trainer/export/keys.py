@@ -164,6 +164,70 @@ def flux(config: Mapping[str, Any]) -> tuple[Rule, ...]:
     )
 
 
+def chroma(config: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """Flux's, with its modulations made by one network."""
+    layer = "distilled_guidance_layer"
+    return (
+        *flux(config),
+        rule(f"{layer}.in_proj.*", f"{layer}.in_proj.*"),
+        rule(f"{layer}.out_proj.*", f"{layer}.out_proj.*"),
+        rule(f"{layer}.layers.#.in_layer.*", f"{layer}.layers.#.linear_1.*"),
+        rule(f"{layer}.layers.#.out_layer.*", f"{layer}.layers.#.linear_2.*"),
+        rule(f"{layer}.norms.#.scale", f"{layer}.norms.#.weight"),
+    )
+
+
+def hunyuan_video(config: Mapping[str, Any]) -> tuple[Rule, ...]:
+    double, single, time = "transformer_blocks.#", "single_transformer_blocks.#", "time_text_embed"
+    refiner, text = "context_embedder.token_refiner.refiner_blocks.#", "txt_in.individual_token_refiner.blocks.#"
+    embedders = (
+        rule(f"{original}.{a}.*", f"{embedder}.{b}.*")
+        for original, names, embedder in (
+            ("time_in", ("mlp.0", "mlp.2"), f"{time}.timestep_embedder"),
+            ("guidance_in", ("mlp.0", "mlp.2"), f"{time}.guidance_embedder"),
+            ("vector_in", ("in_layer", "out_layer"), f"{time}.text_embedder"),
+            ("txt_in.t_embedder", ("mlp.0", "mlp.2"), f"context_embedder.{time}.timestep_embedder"),
+            ("txt_in.c_embedder", ("linear_1", "linear_2"), f"context_embedder.{time}.text_embedder"),
+        )
+        for a, b in zip(names, ("linear_1", "linear_2"))
+    )
+    streams = (
+        r
+        for stream, q, qk, context, out in (
+            ("img", "to_{}", "norm_{}", "", "to_out.0"),
+            ("txt", "add_{}_proj", "norm_added_{}", "_context", "to_add_out"),
+        )
+        for r in (
+            rule(f"double_blocks.#.{stream}_mod.linear.*", f"{double}.norm1{context}.linear.*"),
+            rule(f"double_blocks.#.{stream}_attn_qkv.*", *(f"{double}.attn.{q.format(x)}.*" for x in "qkv")),
+            rule(f"double_blocks.#.{stream}_attn_q_norm.*", f"{double}.attn.{qk.format('q')}.*"),
+            rule(f"double_blocks.#.{stream}_attn_k_norm.*", f"{double}.attn.{qk.format('k')}.*"),
+            rule(f"double_blocks.#.{stream}_attn_proj.*", f"{double}.attn.{out}.*"),
+            rule(f"double_blocks.#.{stream}_mlp.fc1.*", f"{double}.ff{context}.net.0.proj.*"),
+            rule(f"double_blocks.#.{stream}_mlp.fc2.*", f"{double}.ff{context}.net.2.*"),
+        )
+    )
+    return (
+        rule("img_in.proj.*", "x_embedder.proj.*"),
+        rule("txt_in.input_embedder.*", "context_embedder.proj_in.*"),
+        *embedders,
+        *streams,
+        rule(f"{text}.norm#.*", f"{refiner}.norm#.*"),
+        rule(f"{text}.self_attn_qkv.*", *(f"{refiner}.attn.to_{x}.*" for x in "qkv")),
+        rule(f"{text}.self_attn_proj.*", f"{refiner}.attn.to_out.0.*"),
+        rule(f"{text}.mlp.fc1.*", f"{refiner}.ff.net.0.proj.*"),
+        rule(f"{text}.mlp.fc2.*", f"{refiner}.ff.net.2.*"),
+        rule(f"{text}.adaLN_modulation.1.*", f"{refiner}.norm_out.linear.*"),
+        rule("single_blocks.#.modulation.linear.*", f"{single}.norm.linear.*"),
+        rule("single_blocks.#.linear1.*", *(f"{single}.attn.to_{x}.*" for x in "qkv"), f"{single}.proj_mlp.*"),
+        rule("single_blocks.#.q_norm.*", f"{single}.attn.norm_q.*"),
+        rule("single_blocks.#.k_norm.*", f"{single}.attn.norm_k.*"),
+        rule("single_blocks.#.linear2.*", f"{single}.proj_out.*"),
+        rule("final_layer.linear.*", "proj_out.*"),
+        rule("final_layer.adaLN_modulation.1.*", "norm_out.linear.*", swapped=True),
+    )
+
+
 def sd3(config: Mapping[str, Any]) -> tuple[Rule, ...]:
     block, last = "transformer_blocks.#", config["num_layers"] - 1
     x, context = "joint_blocks.#.x_block", "joint_blocks.#.context_block"
@@ -229,7 +293,9 @@ def ltx(config: Mapping[str, Any]) -> tuple[Rule, ...]:
 MAPS: dict[str, Callable[[Mapping[str, Any]], tuple[Rule, ...]]] = {
     "WanTransformer3DModel": wan,
     "FluxTransformer2DModel": flux,
+    "ChromaTransformer2DModel": chroma,
     "SD3Transformer2DModel": sd3,
     "QwenImageTransformer2DModel": same_names,
     "LTXVideoTransformer3DModel": ltx,
+    "HunyuanVideoTransformer3DModel": hunyuan_video,
 }
