@@ -35,8 +35,9 @@ from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.configs import ready
 from jvpgraph.trainer.evaluation.distances import Quality, Spread, spread, table
+from jvpgraph.trainer.export import export_run
 from jvpgraph.trainer.files import write_whole
-from jvpgraph.trainer.run.finished import compare, export_run, load_run, samplers_of
+from jvpgraph.trainer.run.finished import compare, load_run, samplers_of
 from jvpgraph.trainer.train import train
 
 STEPS = (1, 2, 4)

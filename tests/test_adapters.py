@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jvpgraph
 from jvpgraph.trainer.model import adapters
-from jvpgraph.trainer.model.adapters import ADAPTERS, adapter_of, diffusers_model, scheduler_for
+from jvpgraph.trainer.model.adapters import ADAPTERS, adapter_of, diffusers_model
+from jvpgraph.trainer.model.schedulers import scheduler_for
 from jvpgraph.trainer.trigflow import EDM_NETWORK, RECTIFIED_FLOW, TrigFlow, add_noise, clean_image, expand_like
 from tests.zoo.base import QUIET, padding, randomise
 from tests.zoo.cases import CASES
@@ -485,8 +486,9 @@ def test_diffusers_samples_a_rectified_flow_student_alike(steps: list[float]) ->
 
     sampling = scheduler_for(model, steps)
     scheduler = sampling.scheduler
-    assert type(scheduler).__name__ == "FlowMatchLCMScheduler"
-    scheduler.set_timesteps(len(steps), sigmas=[0.5] * len(steps), mu=1.0)  # a pipeline's own wishes
+    assert isinstance(scheduler, diffusers.FlowMatchLCMScheduler)
+    wishes = torch.linspace(1, 1 / len(steps), len(steps)).tolist()
+    scheduler.set_timesteps(sigmas=wishes, mu=1.0)  # as pipelines do
     torch.testing.assert_close(scheduler.sigmas[:-1].tolist(), sampling.arguments["sigmas"], rtol=1e-6, atol=0)
     generator = torch.Generator().manual_seed(3)
     x = sampling.noise_scale * torch.randn(latents(name).shape, generator=generator)
@@ -572,8 +574,8 @@ def test_pipelines_with_noise_levels_of_their_own_get_the_scheduler_of_scm() -> 
 
 def test_a_scheduler_refuses_other_steps_and_impossible_times() -> None:
     model = build("SD3Transformer2DModel")
-    with pytest.raises(ValueError, match="made for 2 steps, not 4"):
-        scheduler_for(model, [1.5, 1.0]).scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="made for 3 steps, not 4"):
+        scheduler_for(model, [1.5, 1.0, 0.5]).scheduler.set_timesteps(4)
     for wrong in ([], [1.0, 1.5], [1.6], [1.0, 0.0]):
         with pytest.raises(ValueError, match="times are radians"):
             scheduler_for(model, wrong)

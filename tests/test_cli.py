@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from jvpgraph.trainer import cli
+from jvpgraph.trainer import cli, export
 from jvpgraph.trainer.commands import failures
 from jvpgraph.trainer.commands import train as train_command
 from jvpgraph.trainer.config import RunConfig
@@ -124,19 +124,26 @@ def test_ready_settings_are_trained_by_name(monkeypatch, name):
 
 def test_the_other_commands_pass_their_arguments_on(monkeypatch, capsys):
     calls: list[Any] = []
-    for name in ("sample_run", "evaluate_run", "export_run"):
-        monkeypatch.setattr(finished, name, lambda *args, _name=name, **options: calls.append((_name, args, options)))
+    for module, name in ((finished, "sample_run"), (finished, "evaluate_run"), (export, "export_run")):
+        monkeypatch.setattr(module, name, lambda *args, _name=name, **options: calls.append((_name, args, options)))
     folder, out = Path("run"), Path("x")
     sample = {"steps": 4, "count": 16, "ema": None, "seed": 0, "out": folder / "samples-4.png"}
     other = {"steps": 2, "count": 3, "ema": 0.2, "seed": 5, "out": out}
+    nothing = dict.fromkeys(("ema", "step", "pipeline", "steps", "rank"))
+    plain: dict[str, Any] = {"format": "diffusers", "own_times": False, **nothing}
     measure = {"steps": (1, 2), "seeds": (0, 7), "ema": 0.1}
     for argv, expected in {
         "sample run": ("sample_run", (folder,), sample),
         "sample run --steps 2 --count 3 --ema 0.2 --seed 5 --out x": ("sample_run", (folder,), other),
         "evaluate run": ("evaluate_run", (folder,), {"steps": (), "seeds": (), "ema": None}),
         "evaluate run --steps 1 2 --seeds 0 7 --ema 0.1": ("evaluate_run", (folder,), measure),
-        "export run --out x": ("export_run", (folder, out), {"ema": None, "step": None}),
-        "export run --out x --step 3 --ema 0.1": ("export_run", (folder, out), {"ema": 0.1, "step": 3}),
+        "export run --out x": ("export_run", (folder, out), plain),
+        "export run --out x --step 3 --ema 0.1": ("export_run", (folder, out), plain | {"ema": 0.1, "step": 3}),
+        "export run --out x --format lora --rank 8 --pipeline p --times run --steps 2": (
+            "export_run",
+            (folder, out),
+            plain | {"format": "lora", "rank": 8, "pipeline": Path("p"), "own_times": True, "steps": 2},
+        ),
     }.items():
         assert cli.main(argv.split()) == 0
         assert calls.pop() == expected

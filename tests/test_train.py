@@ -25,10 +25,11 @@ import jvpgraph
 from jvpgraph import DualModule
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import EMAConfig, RunConfig
+from jvpgraph.trainer.export import export_run
 from jvpgraph.trainer.model.dit import DiT, DiTConfig, call_dit, dit
 from jvpgraph.trainer.run import folder as folder_module
 from jvpgraph.trainer.run.checkpoint import CheckpointError
-from jvpgraph.trainer.run.finished import evaluate_run, export_run, load_run, sample_run
+from jvpgraph.trainer.run.finished import evaluate_run, load_run, sample_run
 from jvpgraph.trainer.run.folder import LOCK, check_folder, claimed
 from jvpgraph.trainer.run.not_finite import NotFinite
 from jvpgraph.trainer.train import train

@@ -14,8 +14,10 @@ from safetensors.torch import save_file
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.evaluation.samplers import few_step_times
-from jvpgraph.trainer.model.adapters import diffusers_model, scheduler_for
-from jvpgraph.trainer.run.finished import export_run, load_run
+from jvpgraph.trainer.export import export_run
+from jvpgraph.trainer.model.adapters import diffusers_model
+from jvpgraph.trainer.model.schedulers import scheduler_for
+from jvpgraph.trainer.run.finished import load_run
 from jvpgraph.trainer.run.log import RunLog
 from jvpgraph.trainer.train import train
 from tests.test_train import content, last_checkpoint

@@ -6,6 +6,7 @@ networks         model/: networks (built from the settings), adapters (diffusers
 data             data/
 a run            run/: folder, checkpoint, log, preview, parallel (one process or many), not_finite, finished
 how good it is   evaluation/: samplers, distances, features
+where it goes    export/: a file per format
 settings         config (what there is), settings/ (how it is read), plug (functions of yours), configs/ (ready ones)
 
 adapters, dit and features are here too, under the names that settings have for them.

@@ -18,7 +18,7 @@ COMMANDS = {
     "train": "Distil a teacher; goes on by itself with a run that was stopped.",
     "sample": "Draw samples of a trained student.",
     "evaluate": "Measure a student against its teacher and real data.",
-    "export": "Save a student's averaged weights as a plain folder.",
+    "export": "Save a student for use elsewhere: as a pipeline, a LoRA or a single file.",
 }
 
 

@@ -197,6 +197,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    conditions: dict[str, Any] = field(default_factory=dict)  # the same for all samples: {guidance: 3.5} for FLUX.1-dev
     data: DataConfig = field(default_factory=DataConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -30,8 +30,9 @@ from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.configs import ready
 from jvpgraph.trainer.data.digits import Digits, digits
 from jvpgraph.trainer.evaluation.samplers import Sampler, sampler_of
+from jvpgraph.trainer.export import export_run
 from jvpgraph.trainer.model.networks import build_guided, device_of
-from jvpgraph.trainer.run.finished import Comparison, compare, export_run, load_run, samplers_of
+from jvpgraph.trainer.run.finished import Comparison, compare, load_run, samplers_of
 from jvpgraph.trainer.train import train
 
 QUICK_NET = ("model.options.width=16", "model.options.depth=1", "model.options.heads=2")

@@ -29,10 +29,11 @@ from jvpgraph.trainer.commands import failures
 from jvpgraph.trainer.config import ParallelConfig, RunConfig
 from jvpgraph.trainer.data.digits import digits
 from jvpgraph.trainer.data.sample import Sample, first_samples
+from jvpgraph.trainer.export import export_run
 from jvpgraph.trainer.model.dit import DiT, DiTConfig, call_dit, modulate
 from jvpgraph.trainer.noise import RankNoise, integers, noise_like, normal, uniform
 from jvpgraph.trainer.run.checkpoint import CheckpointError
-from jvpgraph.trainer.run.finished import export_run, load_run, sample_run
+from jvpgraph.trainer.run.finished import load_run, sample_run
 from jvpgraph.trainer.run.parallel import check, joined, parallelize, sizes_of, split_tokens
 from jvpgraph.trainer.run.ranks import Ranks
 from jvpgraph.trainer.settings import Problem, SettingsError

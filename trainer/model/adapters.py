@@ -15,7 +15,7 @@ frequencies of its embedding, which its weights know by heart: it is left alone 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -326,7 +326,7 @@ def diffusers_model(
     path: Path | str | None = None,
     *,
     name: str | None = None,
-    config: dict[str, Any] | None = None,
+    config: dict[str, Any] | str | None = None,
     dtype: str = "float32",
     seed: int = 0,
     schedule: str | None = None,
@@ -336,9 +336,11 @@ def diffusers_model(
     """A transformer of diffusers in TrigFlow coordinates, in evaluation mode.
 
     Args:
-        path: folder of a saved network, or of a pipeline with one in `transformer`.
+        path: folder of a saved network, or of a pipeline with one in `transformer`; or a .safetensors file with the
+            names of the network's own repository.
         name: instead of a path, the class of a randomly initialised network,
-        config: with these arguments of its constructor.
+        config: with these arguments of its constructor. For a single file: a folder whose config.json says what
+            network it is, if that is not the file's own.
         dtype: of the parameters; those that diffusers keeps in float32 stay there when this is narrower.
         seed: of the random initialisation.
         schedule: what the network was trained on, by a name in trigflow.SCHEDULES, if not what its adapter says.
@@ -354,7 +356,14 @@ def diffusers_model(
     number = getattr(torch, dtype, None)
     if not isinstance(number, torch.dtype) or not number.is_floating_point:
         raise ValueError(f"dtype is a floating type such as float32 or bfloat16, not {dtype!r}")
-    net = load(Path(path), number) if path is not None else initialise(str(name), config or {}, number, seed)
+    if path is not None:
+        if isinstance(config, dict):
+            raise ValueError("config is that of a new network; with a path it is the folder of a single file's config")
+        net = load(Path(path), config, number)
+    else:
+        if isinstance(config, str):
+            raise ValueError("config is a folder, which says what network a single file is; a new one takes a mapping")
+        net = initialise(str(name), config or {}, number, seed)
     for module in net.modules():
         if type(module).__name__ == "LabelEmbedding":
             vars(module)["dropout_prob"] = (
@@ -367,7 +376,9 @@ def diffusers_model(
     return TrigFlow(net, adapter, noise, time_scale=adapter.time_scale if time_scale is None else time_scale)
 
 
-def load(path: Path, dtype: torch.dtype) -> nn.Module:
+def load(path: Path, config: str | None, dtype: torch.dtype) -> nn.Module:
+    if path.suffix == ".safetensors":
+        return load_single_file(path, path.parent if config is None else Path(config), dtype)
     folder = path if (path / "config.json").exists() else path / "transformer"
     if not (folder / "config.json").exists():
         if not path.exists():
@@ -378,6 +389,24 @@ def load(path: Path, dtype: torch.dtype) -> nn.Module:
         raise ValueError(f"{path} holds no config.json of a diffusers network, neither does {folder}")
     name = read_json(folder / "config.json").get("_class_name", "a network without _class_name")
     net = network_class(name).from_pretrained(folder, torch_dtype=dtype)
+    return net.double() if dtype == torch.float64 else net
+
+
+def load_single_file(path: Path, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """A file with the names of the network's own repository, as ComfyUI has them; `folder` says what it is."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist\nGive a folder of diffusers, or a .safetensors file.")
+    folder = folder if (folder / "config.json").exists() else folder / "transformer"
+    if not (folder / "config.json").exists():
+        raise ValueError(
+            f"{path} is a single file, and there is no config.json of a diffusers network for it in {folder.parent}\n"
+            "Name a folder that has one by the option config: that of the same model in diffusers' format."
+        )
+    name = read_json(folder / "config.json").get("_class_name", "a network without _class_name")
+    cls = network_class(name)
+    if not hasattr(cls, "from_single_file"):
+        raise ValueError(f"diffusers reads no single files of {name}\nGive a folder in diffusers' format.")
+    net = cls.from_single_file(str(path), config=str(folder), torch_dtype=dtype, local_files_only=True)
     return net.double() if dtype == torch.float64 else net
 
 
@@ -404,71 +433,3 @@ def diffusers() -> ModuleType:
         return importlib.import_module("diffusers")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("the networks of diffusers need it: pip install diffusers") from error
-
-
-# ---------------------------------------------------------------- sampling by diffusers
-
-
-# Mochi's pipeline turns noise levels upside down, Cosmos 2's works on x0 + sigma eps
-OWN_NOISE_LEVELS = ("MochiTransformer3DModel", "CosmosTransformer3DModel")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What diffusers needs to sample a student at given times.
-
-    Attributes:
-        scheduler: fixed to these times, whatever sigmas or shift a pipeline asks it for.
-        arguments: what set_timesteps would need otherwise, and a pipeline that takes them: sigmas or timesteps.
-        noise_scale: the standard deviation of the latents that sampling starts from.
-    """
-
-    scheduler: Any
-    arguments: dict[str, Any]
-    noise_scale: float
-
-
-def scheduler_for(model: TrigFlow, times: Sequence[float]) -> Sampling:
-    """The scheduler of diffusers that samples like sample_consistency: x0 = f(x_t, t), noise to the next time, ...
-
-    A student that predicts the velocity of a rectified flow goes back into its own pipeline with a
-    FlowMatchLCMScheduler: assign it and call the pipeline with num_inference_steps = len(times), and with
-    latents = noise_scale * noise if the last 1 % matters (a pipeline starts at deviation 1, which is right for
-    t = pi / 2). Any other student, and those whose pipelines count noise in ways of their own, get the
-    SCMScheduler, which steps F itself: call the TrigFlow model at the scheduler's timesteps.
-
-    Args:
-        times: TrigFlow times in radians, decreasing, at most pi / 2; without the final 0.
-    """
-    radians = torch.tensor(list(times), dtype=torch.float64)
-    if len(radians) == 0 or radians[-1] <= 0 or radians[0] > torch.pi / 2 or (radians.diff() >= 0).any():
-        raise ValueError(f"times are radians that fall from at most pi / 2 and stay above 0, not {list(times)}")
-    if model.schedule == RECTIFIED_FLOW and getattr(model.call, "name", None) not in OWN_NOISE_LEVELS:
-        scheduler = diffusers().FlowMatchLCMScheduler(shift=1.0)
-        arguments: dict[str, Any] = {"sigmas": model.s_of_t(radians).tolist()}
-        noise_scale = model.c_in(radians[:1]).item()
-    else:
-        scheduler = diffusers().SCMScheduler(sigma_data=1.0)
-        arguments = {
-            "num_inference_steps": len(radians),
-            "timesteps": [*radians.tolist(), 0.0],
-            "max_timesteps": None,
-            "intermediate_timesteps": None,
-        }
-        noise_scale = 1.0
-    set_timesteps = scheduler.set_timesteps
-
-    def at_these_times(
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        sigmas: Any = None,  # pipelines look for these names, and pass their own defaults
-        timesteps: Any = None,
-        mu: Any = None,
-    ) -> None:
-        if num_inference_steps not in (None, len(radians)):
-            raise ValueError(f"this scheduler was made for {len(radians)} steps, not {num_inference_steps}")
-        set_timesteps(device=device, **arguments)
-
-    scheduler.set_timesteps = at_these_times
-    scheduler.set_timesteps()
-    return Sampling(scheduler, arguments, noise_scale)

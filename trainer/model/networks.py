@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,13 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from jvpgraph.trainer.batch import Batch, Condition
+from jvpgraph.trainer.batch import Batch, Condition, expand_condition
 from jvpgraph.trainer.config import GuidanceConfig, RunConfig, StageConfig, StudentConfig
 from jvpgraph.trainer.data.sample import Dataset, first_samples, shorten
 from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.model.optimizer import local
 from jvpgraph.trainer.model.student import make_student
-from jvpgraph.trainer.trigflow import Guided, TrigFlow
+from jvpgraph.trainer.trigflow import Call, Guided, TrigFlow
 
 
 def device_of(config: RunConfig, local_rank: int | None = None) -> torch.device:
@@ -60,7 +61,29 @@ def build_teacher(config: RunConfig, device: torch.device) -> TrigFlow:
             f"model: the weights that {config.model.load} reads lack {len(empty)} tensors of "
             f"{type(teacher.net).__name__}: {shorten(empty)}. Download or export the checkpoint again."
         )
+    if config.conditions:
+        teacher.call = WithConditions(teacher.call, config.conditions)
     return teacher.to(device).requires_grad_(False).eval()
+
+
+class WithConditions:
+    """A network's call with conditions that are the same for all samples; those of a batch come first.
+
+    Args:
+        constants: a number, or a list as the network takes it for one sample, by name.
+    """
+
+    def __init__(self, call: Call, constants: Mapping[str, Any]) -> None:
+        self.call = call
+        self.constants = dict(constants)
+        self.name = getattr(call, "name", None)  # of an adapter
+        self.__signature__ = inspect.signature(call)
+
+    def __call__(self, net: nn.Module, x: Tensor, time: Tensor, cond: Condition, **second: Tensor) -> Tensor:
+        constants = {name: torch.tensor(c, device=x.device) for name, c in self.constants.items()}
+        return self.call(
+            net, x, time, {**expand_condition({k: c[None] for k, c in constants.items()}, len(x)), **cond}, **second
+        )
 
 
 def build_guided(teacher: TrigFlow, config: GuidanceConfig, device: torch.device) -> Guided:

@@ -77,7 +77,7 @@ def merged(student: TrigFlow) -> nn.Module:
     for module in net.modules():
         if isinstance(module, CheckpointedBlock):
             module.__class__ = module.plain_class  # type: ignore[assignment]
-    for name, layer in _adapted_layers(net):
+    for name, layer in adapted_layers(net):
         base, weight = layer.base_layer, layer.base_layer.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         with torch.no_grad():
@@ -140,13 +140,13 @@ def _add_adapters(student: TrigFlow, lora: LoRA) -> None:
         # A fixed seed: all ranks of a sharded or replicated student start from the same adapters.
         torch.manual_seed(0)
         peft.inject_adapter_in_model(settings, net)
-    for _, layer in _adapted_layers(net):
+    for _, layer in adapted_layers(net):
         for adapters in (layer.lora_A, layer.lora_B):
             adapters.float()
             adapters.requires_grad_(True)
 
 
-def _adapted_layers(net: nn.Module) -> list[tuple[str, Any]]:
+def adapted_layers(net: nn.Module) -> list[tuple[str, Any]]:
     """Linear layers with adapters, by name; a list, so that they may be replaced."""
     return [(name, m) for name, m in net.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
 

@@ -1,4 +1,4 @@
-"""A finished run: its student, samples of it, how good they are, and its weights as a plain folder."""
+"""A finished run: its student, samples of it, and how good they are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import first_samples
 from jvpgraph.trainer.evaluation import distances
 from jvpgraph.trainer.evaluation.distances import Quality, table
-from jvpgraph.trainer.evaluation.samplers import Sampler, draw, few_step_times, sampler_of
+from jvpgraph.trainer.evaluation.samplers import Sampler, draw, sampler_of
 from jvpgraph.trainer.files import naming
 from jvpgraph.trainer.model.ema import PowerEMA, reconstruct
 from jvpgraph.trainer.model.networks import (
@@ -29,7 +29,6 @@ from jvpgraph.trainer.model.networks import (
     trainable,
     with_weights,
 )
-from jvpgraph.trainer.model.student import merged
 from jvpgraph.trainer.run.checkpoint import Checkpoints
 from jvpgraph.trainer.run.log import grid
 from jvpgraph.trainer.run.preview import decoder_of, picture_of
@@ -188,29 +187,3 @@ def compare(run: Run, samplers: Mapping[str, Sampler], seeds: Sequence[int]) -> 
             )
             rows.setdefault(name, []).append(quality)
     return Comparison(rows, samples)
-
-
-def export_run(folder: Path, out: Path, *, ema: float | None = None, step: int | None = None) -> Path:
-    """The averaged student as its own class saves it, with the times to sample it at in sampling.json (radians).
-
-    Adapters are merged. A diffusers network comes back by `from_pretrained(out)`, and
-    `jvpgraph.trainer.adapters.scheduler_for` makes the scheduler for it.
-
-    Raises:
-        ValueError: the folder is taken, or the network has no `save_pretrained`.
-    """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: choose another folder")
-    run = load_run(folder, ema=ema, step=step)
-    net = merged(run.student)
-    if not hasattr(net, "save_pretrained"):
-        raise ValueError(
-            f"{type(net).__name__} has no save_pretrained(folder): give it one, or take load_run's student"
-        )
-    times = {}
-    if run.sampler == "consistency":
-        times = {n: few_step_times(n, run.config.sampling) for n in run.config.sampling.steps}
-    net.save_pretrained(out)  # type: ignore[operator]  # found above
-    if times:
-        (out / "sampling.json").write_text(json.dumps({"times": times}, indent=2) + "\n")
-    return out

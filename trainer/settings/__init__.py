@@ -36,6 +36,7 @@ __all__ = [
     "from_dict",
     "load",
     "save",
+    "text",
     "to_dict",
 ]
 
@@ -112,7 +113,12 @@ def to_dict(obj: Any) -> dict[str, Any]:
 
 def save(obj: Any, path: Path) -> None:
     """Writes the settings as YAML, every default included; `load` gives them back equal."""
-    write_whole(path, dump(to_dict(obj)))
+    write_whole(path, text(obj))
+
+
+def text(obj: Any) -> str:
+    """The settings as YAML, every default included."""
+    return dump(to_dict(obj))
 
 
 def differences(a: Any, b: Any) -> list[str]:

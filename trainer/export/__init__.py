@@ -1,0 +1,81 @@
+"""A run's student for use elsewhere: task (what is exported), a file per format, keys (original names), card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jvpgraph.trainer.evaluation.samplers import few_step_times
+from jvpgraph.trainer.export.comfyui import export_comfyui
+from jvpgraph.trainer.export.lora import export_lora
+from jvpgraph.trainer.export.network import export_network
+from jvpgraph.trainer.export.task import Task, pipeline_of
+from jvpgraph.trainer.run.finished import load_run
+
+__all__ = ["FORMATS", "export_run"]
+
+FORMATS: dict[str, Callable[[Task, Path], None]] = {
+    "diffusers": export_network,
+    "lora": export_lora,
+    "comfyui": export_comfyui,
+}
+
+
+def export_run(
+    folder: Path,
+    out: Path,
+    *,
+    format: str = "diffusers",
+    ema: float | None = None,
+    step: int | None = None,
+    pipeline: Path | None = None,
+    steps: int | None = None,
+    own_times: bool = False,
+    rank: int | None = None,
+) -> Path:
+    """The averaged student in a new folder, whole or not at all, with a card and the run's times in sampling.json.
+
+    Args:
+        format: diffusers: the network's class saves it (adapters merged), in its pipeline if there is one; a network
+            without save_pretrained as safetensors. lora: what it adds to the teacher. comfyui: one file.
+        ema: relative width of the average of the weights; None: the first of ema.sigma_rel.
+        step: checkpoint to take; None: the last.
+        pipeline: a whole pipeline of diffusers to put the student into; None: the one that the teacher came from.
+        steps: of the scheduler; None: the most of sampling.steps.
+        own_times: the scheduler keeps the run's times exactly, by a class that loads with trust_remote_code only,
+            instead of even ones next to them (see schedulers.even_times) that diffusers' own can be told to use.
+        rank: of a LoRA that is taken from the difference of whole weights.
+
+    Raises:
+        ValueError: the folder is taken; or the format does not fit the network, and why.
+        FileNotFoundError: no run, or no such checkpoint.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty\nChoose another folder.")
+    run = load_run(folder, ema=ema, step=step)
+    found = pipeline_of(run.config.model.options) if pipeline is None else pipeline
+    task = Task(run, folder, found, steps, own_times, rank)
+    if pipeline is None and found is not None and not task.goes_into_pipelines:
+        task = Task(run, folder, None, steps, own_times, rank)
+    with whole(out) as draft:
+        FORMATS[format](task, draft)
+        if run.sampler == "consistency":
+            times = {n: few_step_times(n, run.config.sampling) for n in run.config.sampling.steps}
+            (draft / "sampling.json").write_text(json.dumps({"times": times}, indent=2) + "\n")
+    return out
+
+
+@contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A folder that takes the place of `out` at the end, and is gone after an error."""
+    draft = out.with_name(f".{out.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        draft.replace(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,154 @@
+"""README.md of an export: how it is loaded and called, what it was made from, how good it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from jvpgraph.trainer import settings
+from jvpgraph.trainer.export.task import Task
+from jvpgraph.trainer.model.schedulers import own_file
+from jvpgraph.trainer.plug import Plug
+
+Kind = Literal["pipeline", "network", "plain", "lora", "comfyui"]
+
+
+def write_card(task: Task, out: Path, kind: Kind, notes: str = "") -> None:
+    """Writes README.md. `notes`: what the format has to say about itself, a paragraph."""
+    library = "\nlibrary_name: diffusers" if task.from_diffusers else ""
+    parts = [
+        f"---{library}\n# license: yours to fill in; that of the teacher binds its students too\n---",
+        f"# {task.folder.resolve().name}",
+        f"A {type(task.net).__name__} distilled with jvpgraph: step {task.run.step} of a run of "
+        + ", then ".join(stage.objective.name for stage in task.run.config.stages[: task.run.stage + 1])
+        + ".",
+        notes,
+        "## Use",
+        USES[kind](task),
+        times_of(task) if task.run.sampler == "consistency" else "",
+        evaluation_of(task),
+        f"## Settings\n\n```yaml\n{settings.text(task.run.config).strip()}\n```",
+    ]
+    (out / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------- code that loads it; `.` is the folder of the card
+
+
+def use_pipeline(task: Task) -> str:
+    needs_trust = own_file(task.scheduler) is not None if task.run.sampler == "consistency" else False
+    trust = ", trust_remote_code=True" if needs_trust else ""
+    code = [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipe = DiffusionPipeline.from_pretrained("."{trust})',
+        "torch.manual_seed(0)  # schedulers that add noise take it from here",
+        f'output = pipe("a prompt", {call_of(task.arguments())})[0]',
+    ]
+    return python(code) + ("\n\n" + OWN_CLASS if needs_trust else "")
+
+
+def use_network(task: Task) -> str:
+    cls = type(task.net).__name__
+    if not task.from_diffusers:
+        return f"`{cls}` reads this folder as its `save_pretrained` wrote it."
+    code = [f"from diffusers import {cls}", "", f'net = {cls}.from_pretrained(".")']
+    if task.fits and own_file(task.scheduler) is None:
+        code.insert(0, "from diffusers import FlowMatchLCMScheduler")
+        code += ['scheduler = FlowMatchLCMScheduler.from_pretrained(".", subfolder="scheduler")']
+    return python(code) + "\n\nBoth belong into the teacher's pipeline, in the place of its own." * task.fits
+
+
+def use_plain(task: Task) -> str:
+    plug = task.run.config.model
+    source, _, name = plug.load.rpartition(":")
+    module = Path(source).stem if source.endswith(".py") else source
+    options = ", ".join(f"{key}={value!r}" for key, value in plug.options.items())
+    code = [
+        "from safetensors.torch import load_model",
+        f"from {module} import {name.partition('.')[0]}",
+        "",
+        f"model = {name}({options})",
+        'load_model(model.net, "model.safetensors")',
+    ]
+    about = "`model(x_t, t, conditions)` is F of TrigFlow: t in radians, x0 = cos(t) x_t - sin(t) F."
+    return f"{python(code)}\n\n{about}"
+
+
+def use_lora(task: Task) -> str:
+    code = [
+        "import torch",
+        "from diffusers import DiffusionPipeline, FlowMatchLCMScheduler",
+        "",
+        f'pipe = DiffusionPipeline.from_pretrained("{task.pipeline or "the teacher"}")',
+        'pipe.load_lora_weights(".")',
+    ]
+    if task.fits:
+        code.append('pipe.scheduler = FlowMatchLCMScheduler.from_pretrained(".", subfolder="scheduler")')
+    arguments = call_of(task.arguments()) if task.pipeline else f"num_inference_steps={task.count}"
+    return python([*code, "torch.manual_seed(0)", f'output = pipe("a prompt", {arguments})[0]'])
+
+
+def use_comfyui(task: Task) -> str:
+    levels = ", ".join(f"{level:.4f}" for level in task.levels) if task.fits else ""
+    sampler = f" Sampler `lcm`, sigmas by hand: `{levels}` (with no shift of the model's)." if levels else ""
+    return f"Put the file into `models/diffusion_models` and load it with Load Diffusion Model. cfg 1.0.{sampler}"
+
+
+USES = {
+    "pipeline": use_pipeline,
+    "network": use_network,
+    "plain": use_plain,
+    "lora": use_lora,
+    "comfyui": use_comfyui,
+}
+
+OWN_CLASS = (
+    "The times of this student are not among those that diffusers' own schedulers can be told to use. The scheduler is "
+    "the class in `scheduler/`, 40 lines, which diffusers runs with `trust_remote_code=True` only. Exported without "
+    "`--times run` it needs none."
+)
+
+
+def python(code: list[str]) -> str:
+    return "\n".join(["```python", *code, "```"])
+
+
+def call_of(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
+# ---------------------------------------------------------------- what is known about it
+
+
+def times_of(task: Task) -> str:
+    radians = ", ".join(f"{time:.4f}" for time in task.times)
+    text = f"## Times\n\n{task.count} steps, at t = {radians} radians of TrigFlow"
+    if task.fits:
+        text += f" (sigmas {', '.join(f'{level:.4f}' for level in task.levels[:-1])} of the rectified flow)"
+    own = ", ".join(f"{time:.4f}" for time in task.run_times)
+    changed = f" The run itself was previewed and evaluated at {own}." if task.times != task.run_times else ""
+    return f"{text}; `sampling.json` has those of the run for other numbers of steps.{changed}"
+
+
+def evaluation_of(task: Task) -> str:
+    """The figures of `jvpgraph evaluate`, if they are there."""
+    file = task.folder / "evaluation.json"
+    if not file.is_file():
+        return ""
+    report = json.loads(file.read_text())
+    names = [name for name, value in next(iter(report["samplers"].values()))[0].items() if isinstance(value, float)]
+    rows = [f"| sampler | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for sampler, seeds in report["samplers"].items():
+        means = (sum(seed[name] for seed in seeds) / len(seeds) for name in names)
+        rows.append(f"| {sampler} | {' | '.join(f'{mean:.4g}' for mean in means)} |")
+    about = f"Means over {len(report['seeds'])} seeds, at step {report['step']}."
+    return "\n".join(["## Evaluation", "", about, "", *rows])
+
+
+def plug_file(plug: Plug) -> Path | None:
+    """The .py file that a function of the settings is in, if it is not a module."""
+    source = plug.load.rpartition(":")[0]
+    return Path(source).expanduser() if source.endswith(".py") else None

@@ -1,0 +1,81 @@
+"""Pictures and videos of prompts, by the pipeline with the student in it: what the exported pipeline makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jvpgraph.trainer.export.task import NETWORK, Task, pipeline_of
+from jvpgraph.trainer.model.adapters import computing_dtype
+from jvpgraph.trainer.run.finished import load_run
+
+FRAMES_PER_SECOND = 16  # of the animated pictures; Wan's
+
+
+def sample_prompts(
+    folder: Path,
+    prompts: Sequence[str],
+    *,
+    out: Path,
+    pipeline: Path | None = None,
+    steps: int | None = None,
+    own_times: bool = False,
+    ema: float | None = None,
+    seed: int = 0,
+    more: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """OUT/0000.png and so on, animated WebP for videos; prompt i has the seed `seed` + i.
+
+    Args:
+        pipeline, steps, own_times, ema: as for export_run.
+        more: further arguments of the pipeline's call, such as height and num_frames.
+
+    Raises:
+        ValueError: no pipeline, or none that can sample the student; or the pipeline refuses its arguments.
+    """
+    run = load_run(folder, ema=ema)
+    found = pipeline_of(run.config.model.options) if pipeline is None else pipeline
+    task = Task(run, folder, found, steps, own_times)
+    pipe = assemble(task)
+    out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for i, prompt in enumerate(prompts):
+        try:
+            sample = call(pipe, prompt, seed + i, {**task.arguments(), **(more or {})})
+        except TypeError as error:
+            raise ValueError(f"{type(pipe).__name__} does not take these arguments: {error}") from error
+        files.append(save(sample, out / f"{i:04d}"))
+    return files
+
+
+def assemble(task: Task) -> Any:
+    """The pipeline with the student and its scheduler, in the student's dtype and on its device."""
+    folder = task.check_pipeline()
+    parts = {NETWORK: task.net}
+    if task.run.sampler == "consistency":
+        parts["scheduler"] = task.scheduler
+    pipe = task.pipeline_class().from_pretrained(folder, torch_dtype=computing_dtype(task.net), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(next(task.net.parameters()).device)
+
+
+def call(pipe: Any, prompt: str, seed: int, arguments: Mapping[str, Any]) -> Any:
+    """One picture, or a list of frames. Schedulers that get no generator from their pipeline draw from torch's own."""
+    torch.manual_seed(seed)
+    generator = torch.Generator(pipe.device).manual_seed(seed)
+    return pipe(prompt, generator=generator, output_type="pil", **arguments)[0][0]
+
+
+def save(sample: Any, path: Path) -> Path:
+    """A picture as PNG, frames as an animated WebP without loss."""
+    if not isinstance(sample, list):
+        sample.save(path.with_suffix(".png"))
+        return path.with_suffix(".png")
+    first, *rest = sample
+    duration = round(1000 / FRAMES_PER_SECOND)
+    file = path.with_suffix(".webp")
+    first.save(file, save_all=True, append_images=rest, duration=duration, loop=0, lossless=True)
+    return file

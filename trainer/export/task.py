@@ -1,0 +1,152 @@
+"""What is exported, and the few things that several formats need to know about it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jvpgraph.trainer.evaluation.samplers import few_step_times
+from jvpgraph.trainer.model.adapters import diffusers
+from jvpgraph.trainer.model.schedulers import even_times, fits_pipelines, own_file, scheduler_for
+from jvpgraph.trainer.model.student import merged
+from jvpgraph.trainer.run.finished import Run
+
+NETWORK = "transformer"  # the part of a pipeline that is distilled
+
+
+@dataclass(frozen=True)
+class Task:
+    """A student on its way out of its run.
+
+    Attributes:
+        folder: of the run.
+        pipeline: a whole pipeline of diffusers that the network belongs to.
+        steps: that the scheduler makes; None: the most of sampling.steps.
+        own_times: keep the run's times even where diffusers' own schedulers cannot.
+        rank: of a LoRA taken from whole weights.
+    """
+
+    run: Run
+    folder: Path
+    pipeline: Path | None = None
+    steps: int | None = None
+    own_times: bool = False
+    rank: int | None = None
+
+    @cached_property
+    def net(self) -> Any:
+        """The student's network, adapters added to the weights."""
+        return merged(self.run.student)
+
+    @property
+    def from_diffusers(self) -> bool:
+        return any(cls.__module__.startswith("diffusers.") for cls in type(self.net).__mro__)
+
+    @cached_property
+    def count(self) -> int:
+        return self.steps or max(self.run.config.sampling.steps)
+
+    @cached_property
+    def times(self) -> list[float]:
+        """Radians at which the scheduler samples: the run's own, or the even ones next to them."""
+        times = self.run_times
+        if self.own_times or not self.fits or own_file(scheduler_for(self.run.student, times).scheduler) is None:
+            return times
+        return even_times(times)
+
+    @property
+    def run_times(self) -> list[float]:
+        return few_step_times(self.count, self.run.config.sampling)
+
+    @property
+    def fits(self) -> bool:
+        """Whether a pipeline can sample the student in few steps."""
+        return self.run.sampler == "consistency" and self.from_diffusers and fits_pipelines(self.run.student)
+
+    @property
+    def goes_into_pipelines(self) -> bool:
+        return self.run.sampler == "flow" or self.fits
+
+    @cached_property
+    def scheduler(self) -> Any:
+        return scheduler_for(self.run.student, self.times).scheduler
+
+    @property
+    def levels(self) -> list[float]:
+        """The scheduler's sigmas."""
+        return self.scheduler.sigmas.tolist()
+
+    def check_pipeline(self) -> Path:
+        """The pipeline's folder. Raises ValueError if there is none, or none that can sample the student."""
+        if self.pipeline is None:
+            raise ValueError(
+                "the run's checkpoint is no folder of a whole pipeline\nGive one: --pipeline FOLDER, with a "
+                "model_index.json."
+            )
+        if not (self.pipeline / "model_index.json").is_file():
+            raise ValueError(
+                f"{self.pipeline} has no model_index.json, so it is no pipeline of diffusers\n"
+                "Give the folder that DiffusionPipeline.save_pretrained wrote."
+            )
+        own = (self.index.get(NETWORK) or ["", ""])[1]
+        if own != type(self.net).__name__:
+            raise ValueError(
+                f"{self.pipeline} has a {own or 'pipeline without a ' + NETWORK}, and the student is a "
+                f"{type(self.net).__name__}\nGive the pipeline that the teacher comes from."
+            )
+        if not self.goes_into_pipelines:
+            raise ValueError(
+                f"no scheduler of diffusers lets a pipeline sample this student: it is of {self.run.sampler} in "
+                f"{self.run.student.schedule.name} coordinates, and pipelines step rectified flows\n"
+                "Export the network alone (without --pipeline), and sample it with jvpgraph sample RUN."
+            )
+        return self.pipeline
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        assert self.pipeline is not None, "asked for after it was found"
+        return json.loads((self.pipeline / "model_index.json").read_text())
+
+    def pipeline_class(self) -> Any:
+        return getattr(diffusers(), self.index["_class_name"])
+
+    def arguments(self) -> dict[str, Any]:
+        """What the pipeline is called with: the number of steps, and no guidance on top of the student's."""
+        known = inspect.signature(self.pipeline_class().__call__).parameters
+        config = self.run.config
+        arguments: dict[str, Any] = {
+            "num_inference_steps": config.sampling.teacher_steps if self.run.sampler == "flow" else self.count
+        }
+        scale = config.conditions.get("guidance")
+        if getattr(self.net.config, "guidance_embeds", False):  # the network is told the scale
+            if isinstance(scale, int | float) and "guidance_scale" in known:
+                thousandfold = type(self.net).__name__ == "HunyuanVideoTransformer3DModel"
+                arguments["guidance_scale"] = scale / 1000 if thousandfold else scale
+        elif "guidance_scale" in known and "true_cfg_scale" not in known:
+            arguments["guidance_scale"] = 1.0
+        if "true_cfg_scale" in known:
+            arguments["true_cfg_scale"] = 1.0
+        return arguments
+
+    def save_scheduler(self, folder: Path) -> list[str]:
+        """Writes it, and gives its library and class for a model_index.json."""
+        self.scheduler.save_pretrained(folder)
+        name = type(self.scheduler).__name__
+        if file := own_file(self.scheduler):
+            shutil.copy(file, folder / file.name)
+            return [file.stem, name]
+        return ["diffusers", name]
+
+
+def pipeline_of(options: Mapping[str, Any]) -> Path | None:
+    """The folder of the pipeline that a run's teacher was loaded from, if that was one."""
+    if not isinstance(options.get("path"), str | Path):
+        return None
+    path = Path(options["path"])
+    return next((folder for folder in (path, path.parent) if (folder / "model_index.json").is_file()), None)
