@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -50,7 +49,7 @@ def call_pipeline(pipe: Any, **more: Any) -> tuple[list[dict[str, Any]], Any]:
         "height": SIZE[0],
         "width": SIZE[1],
         "num_frames": 9,
-        "num_inference_steps": 1,
+        "num_inference_steps": 2,
         "negative_prompt": NEGATIVE,
         "true_cfg_scale": 2.0,
         "use_resolution_binning": False,

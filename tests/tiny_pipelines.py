@@ -11,7 +11,7 @@ import transformers
 
 from tests.zoo.cases import CASES
 
-WORDS = "a the red green blue round square thing moves over left right field slowly".split()
+WORDS = ("a", "the", "red", "green", "blue", "round", "square", "thing", "moves", "over", "left", "right", "field")
 MEAN, STD = [0.1, -0.2, 0.3, 0.05], [0.9, 1.1, 0.7, 1.3]
 
 

@@ -232,8 +232,8 @@ class _Loader(StatefulDataLoader):
             )
         if state.get("batch", self._stream.step) != self._stream.step and "batch" in here:
             raise ValueError(
-                f"the state was saved with batches of {state['batch']} samples, this loader has {self._stream.step}, and "
-                "the data set has several shapes, whose order depends on it. Go on with the same batch."
+                f"the state was saved with batches of {state['batch']} samples, this loader has {self._stream.step}; "
+                "the order of a data set of several shapes depends on it. Go on with the same batch."
             )
         self._positions.start = state["position"]
 
