@@ -41,23 +41,14 @@ class Checkpoint:
     @property
     def told_sizes(self) -> bool:
         """Whether the network takes the picture's size: of the PixArt-alphas, the largest alone."""
-        if self.family.network == "PixArtTransformer2DModel":
-            use = self.network.get("use_additional_conditions")
-            return bool(self.network.get("sample_size") == 128 if use is None else use)
-        return bool(self.family.sizes)
+        use = self.network.get("use_additional_conditions")
+        return bool(self.family.sizes) and bool(self.network.get("sample_size") == 128 if use is None else use)
 
     def sizes(self, height: int, width: int) -> dict[str, list[float]]:
         """The conditions that say a picture's size, by name."""
         if not self.told_sizes:
             return {}
-        values = {
-            "resolution": [height, width],
-            "aspect_ratio": [height / width],
-            "original_size": [height, width],
-            "target_size": [height, width],
-            "crop_coords": [0, 0],
-        }
-        return {name: [float(x) for x in values[name]] for name in self.family.sizes}
+        return {"resolution": [float(height), float(width)], "aspect_ratio": [height / width]}
 
     def hashes(self) -> dict[str, str]:
         """sha256 of every configuration, and sizes of the weights, by file; the transformer's weights aside."""
@@ -171,9 +162,23 @@ class Encoder:
     @property
     def default_guidance(self) -> float:
         """What a network that is told its guidance scale is told by the pipeline."""
-        parameter = inspect.signature(self.pipe.__call__).parameters.get("guidance_scale")
-        known = parameter is not None and isinstance(parameter.default, (int, float))
-        return float(parameter.default) if known and parameter is not None else 1.0
+        return self._default_number("guidance_scale")
+
+    @property
+    def negative_scale(self) -> float:
+        """The pipeline's own scale of classifier-free guidance; 1 where the network is told the scale instead."""
+        if self.checkpoint.told_guidance:
+            return 1.0
+        return (
+            self._default_number("guidance_scale")
+            if self.family.negative_beside
+            else self._default_number("true_cfg_scale")
+        )
+
+    def _default_number(self, name: str) -> float:
+        parameter = inspect.signature(self.pipe.__call__).parameters.get(name)
+        value = None if parameter is None else parameter.default
+        return float(value) if isinstance(value, (int, float)) else 1.0
 
     def constants(self, guidance: float | None, fps: float) -> dict[str, float]:
         """Conditions that are the same for every sample, as the network takes them."""

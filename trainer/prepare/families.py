@@ -72,8 +72,6 @@ FAMILIES = {
         Family("AuraFlowTransformer2DModel", ("AuraFlowPipeline",), (TEXT, None, f"-{TEXT}", None)),
         Family("ChromaTransformer2DModel", ("ChromaPipeline",),
                (TEXT, None, "attention_mask", f"-{TEXT}", None, "-attention_mask"), patch=2),
-        Family("CogView4Transformer2DModel", ("CogView4Pipeline",), BETWEEN,
-               sizes=("original_size", "target_size", "crop_coords")),
         Family("FluxTransformer2DModel", ("FluxPipeline",), (TEXT, "pooled_projections", None), patch=2),
         Family("Lumina2Transformer2DModel", ("Lumina2Pipeline",), BESIDE),
         Family("PixArtTransformer2DModel", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), BESIDE,
