@@ -20,7 +20,8 @@ from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data import BadShard, Sample, loader
 from jvpgraph.trainer.data.sample import first_samples
 from jvpgraph.trainer.train import train
-from tests.distributed.test_train import assert_same_content, assert_same_log, finished, torchrun
+from tests.distributed.harness import run
+from tests.distributed.test_train import assert_same_content, assert_same_log, train_in_rank
 from tests.test_train import RCM, content, last_checkpoint, run_until, stage
 from tests.zoo.cases import CASES
 
@@ -152,40 +153,40 @@ def config_of(out: Path, stages: list[dict[str, Any]], **more: Any) -> RunConfig
             "load": "jvpgraph.trainer.adapters:diffusers_model",
             "options": {"name": NETWORK, "config": CONFIG, "dtype": "float64"},
         },
-        "data": {"source": {"load": "tests.test_buckets:mixed", "options": {"sizes": [7, 4, 5]}}},
+        "data": {"source": {"load": "tests.test_buckets:mixed", "options": {"sizes": [5, 3, 4]}}},
         "guidance": {"scale": 1.5, "negative": zero},
-        "student": {"backend": "eager"},
+        "student": {"backend": "op_by_op"},
         "threads": 1,
         "device": "cpu",
         "checkpoint": {"every": 2},
-        "log": {"every": 1, "preview_every": 6, "preview_count": 4},
+        "log": {"every": 1, "preview_every": 4, "preview_count": 4},
         "stages": stages,
     }
     return settings.from_dict(RunConfig, {**data, **more})
 
 
-STAGES = [stage("dcm", 3, batch=2), stage(RCM, 5, batch=2, accumulate=2)]
+STAGES = [stage("dcm", 2, batch=2), stage(RCM, 4, batch=2, accumulate=2)]
 
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     whole = train(config_of(tmp_path / "whole", STAGES))
     config = config_of(tmp_path / "killed", STAGES)
-    run_until(config, 5, tmp_path, delay=0.05)
+    run_until(config, 3, tmp_path, delay=0.05)
     train(config)
     expected, found = (content(last_checkpoint(out), tmp_path / "content.pt") for out in (whole, config.out))
     assert expected.keys() == found.keys()
     assert not [key for key in expected if not torch.equal(expected[key], found[key])]
     assert (whole / "log.jsonl").read_text() == (config.out / "log.jsonl").read_text()
-    assert (whole / "samples" / "step-00000006.png").is_file()
+    assert (whole / "samples" / "step-00000004.png").is_file()
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
     many = config_of(tmp_path / "many", STAGES, parallel={"dp_shard": 2})
-    process = torchrun(2, many, tmp_path)
     one = train(config_of(tmp_path / "one", STAGES))
-    finished(process)
+    run(2, train_in_rank, many)
     assert_same_log(tmp_path / "many", one, tolerance=1e-7)
     assert_same_content(tmp_path / "many", one, tmp_path)
 
