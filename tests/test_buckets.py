@@ -129,7 +129,7 @@ def test_the_order_depends_on_the_batch_which_may_not_change() -> None:
     data = Mixed(6, 4)
     first = loader(data, 2, 3)
     next(iter(first))
-    with pytest.raises(ValueError, match="saved with batches of 2 samples, this loader has 4; .* Go on with the same"):
+    with pytest.raises(ValueError, match=r"saved with batches of 2 samples, this loader has 4; .* Go on with the same"):
         loader(data, 4, 3).load_state_dict(first.state_dict())
     split = loader(data, 1, 3, rank=1, ranks=2)
     split.load_state_dict(first.state_dict())

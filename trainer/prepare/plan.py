@@ -117,8 +117,9 @@ def make_plan(source: Path, encoder: Encoder, options: Options) -> Plan:
         reasons = Counter(found.skipped.values()).most_common(1)
         why = f": all {len(found.skipped)} are left out, most of them for: {reasons[0][0]}" if reasons else ""
         raise ValueError(
-            f"{source} holds nothing to prepare{why}.\nGive a folder of pictures or clips with captions (.jpg .png .webp .mp4 .webm), "
-            "--caption TEXT for files without one, or a .txt file with a prompt a line."
+            f"{source} holds nothing to prepare{why}.\n"
+            "Give a folder of pictures or clips with captions (.jpg .png .webp .mp4 .webm), --caption TEXT for files "
+            "without one, or a .txt file with a prompt a line."
         )
     plan = Plan(settings_of(source, encoder, options), fps, skipped=found.skipped)
     plan.ignored = dict(sorted(found.ignored.items()))
