@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from types import ModuleType
 
 COMMANDS = {
+    "prepare": "Encode pictures, clips or prompts with a checkpoint's own VAE and text encoders.",
+    "inspect": "Show what was prepared: figures, and samples decoded again.",
     "train": "Distil a teacher; goes on by itself with a run that was stopped.",
     "sample": "Draw samples of a trained student.",
     "evaluate": "Measure a student against its teacher and real data.",

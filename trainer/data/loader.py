@@ -5,6 +5,11 @@ samples of that stream.  At position p, rank r of R reads samples p + r * B to p
 go on at p + R * B: every batch is full, every epoch visits every sample exactly once, and a batch may hold the end of
 one epoch and the start of the next.  The state of a loader is therefore one number, the same on every rank, whatever
 the number of workers; with it a run may even go on with another batch size or number of ranks.
+
+A data set of several shapes (`buckets`) has such a stream for each of them, and a batch of all ranks comes from one.
+By the end of epoch e a bucket of n samples has given floor((e + 1) n / step) batches of `step` samples, what is left
+over goes into the next epoch, and the order of an epoch's batches is the permutation that (seed, e) gives: all samples
+come equally often.  The position still counts samples; its meaning then depends on the batch size too.
 """
 
 from __future__ import annotations
@@ -14,7 +19,8 @@ import logging
 import signal
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,14 +69,13 @@ class _Stream:
         self.samples = len(dataset)
         self.step = batch * ranks
         self.skips = getattr(dataset, "on_bad_shard", "stop") == "skip"
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_epochs": {}}  # a worker makes its own permutations
+        buckets: Sequence[Sequence[int]] = getattr(dataset, "buckets", [range(self.samples)])
+        self.buckets = [_Bucket(members, (seed, i)[: len(buckets)]) for i, members in enumerate(buckets)]
 
     def __getitem__(self, position: int) -> tuple[Batch, dict[int, str]]:
-        start = position + self.rank * self.batch
-        index = [self.sample_at(p) for p in range(start, start + self.batch)]
+        bucket, start = self.place_of(position)
+        start += self.rank * self.batch
+        index = [bucket.sample_at(p) for p in range(start, start + self.batch)]
         if hasattr(self.dataset, "batch"):
             return self.dataset.batch(torch.tensor(index)), {}
         samples: list[Sample] = []
@@ -79,7 +84,10 @@ class _Stream:
             # Not the next spare that nobody has taken: that would depend on what the other ranks find.
             spares = itertools.count(place + self.step, self.step)
             while (sample := self._read(i, bad)) is None:
-                i = self.sample_at(next(spares))
+                if len(bad) == len(bucket):
+                    which = f"all {self.samples} samples" if len(self.buckets) == 1 else f"all {len(bucket)} of a shape"
+                    raise BadShard(f"{which} are bad, the last one:\n{bad[i]}")
+                i = bucket.sample_at(next(spares))
             samples.append(sample)
         return collate(samples), bad
 
@@ -93,18 +101,30 @@ class _Stream:
             if not self.skips:
                 raise
             bad[index] = str(error)
-            if len(bad) == self.samples:
-                raise BadShard(f"all {self.samples} samples are bad, the last one:\n{error}") from error
         return None
 
-    def sample_at(self, position: int) -> int:
-        """The number in the data set of the sample at a position of the stream."""
-        epoch, place = divmod(position, self.samples)
-        if epoch not in self._epochs:
-            # A batch and its replacements touch two epochs; an older permutation would only take memory.
-            self._epochs = {e: order for e, order in self._epochs.items() if abs(e - epoch) == 1}
-            self._epochs[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.samples)
-        return int(self._epochs[epoch][place])
+    def place_of(self, position: int) -> tuple[_Bucket, int]:
+        """Whose turn it is at a position of the whole stream, and the position in that bucket's own."""
+        if len(self.buckets) == 1:
+            return self.buckets[0], position
+        turn = position // self.step
+        epoch = position // self.samples  # never too late: whole batches lag behind the samples
+        while self.turns_before(epoch + 1).sum() <= turn:
+            epoch += 1
+        before = self.turns_before(epoch)
+        order = np.repeat(np.arange(len(self.buckets)), self.turns_before(epoch + 1) - before)
+        order = np.random.default_rng((self.seed, epoch)).permutation(order)
+        place = turn - before.sum()
+        number = int(order[place])
+        return self.buckets[number], int(before[number] + (order[:place] == number).sum()) * self.step
+
+    def turns_before(self, epoch: int) -> np.ndarray:
+        """Batches that each bucket gives before an epoch begins [buckets], int64."""
+        return epoch * self.sizes // self.step
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        return np.array([len(bucket) for bucket in self.buckets], dtype=np.int64)
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -113,7 +133,31 @@ class _Stream:
             "samples": self.samples,
             "fingerprint": getattr(self.dataset, "fingerprint", ""),
             "seed": self.seed,
+            **({"batch": self.step} if len(self.buckets) > 1 else {}),
         }
+
+
+class _Bucket:
+    """Samples of one shape, and the endless stream of their permutations."""
+
+    def __init__(self, members: Sequence[int], seed: tuple[int, ...]) -> None:
+        self.members, self.seed = members, seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_epochs": {}}  # a worker makes its own permutations
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def sample_at(self, position: int) -> int:
+        """The number in the data set of the sample at a position of the stream."""
+        epoch, place = divmod(position, len(self))
+        if epoch not in self._epochs:
+            # A batch and its replacements touch two epochs; an older permutation would only take memory.
+            self._epochs = {e: order for e, order in self._epochs.items() if abs(e - epoch) == 1}
+            self._epochs[epoch] = np.random.default_rng((*self.seed, epoch)).permutation(len(self))
+        return int(self.members[self._epochs[epoch][place]])
 
 
 class _Positions(Sampler[int]):
@@ -187,6 +231,11 @@ class _Loader(StatefulDataLoader):
             raise ValueError(
                 f"the data set changed since the state was saved: {differences}. "
                 "Put the same shards back, or start a new loader without this state."
+            )
+        if state.get("batch", self._stream.step) != self._stream.step and "batch" in here:
+            raise ValueError(
+                f"the state was saved with batches of {state['batch']} samples, this loader has {self._stream.step}; "
+                "the order of a data set of several shapes depends on it. Go on with the same batch."
             )
         self._positions.start = state["position"]
 

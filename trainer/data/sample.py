@@ -26,10 +26,12 @@ class Sample:
 class Dataset(Protocol):
     """Samples 0 to len - 1, in any order, from any process.
 
-    Three attributes are optional:
+    Some attributes are optional:
       fingerprint: str                     equal as long as every number still means the same sample
       on_bad_shard: "stop" | "skip"        whether BadShard from `dataset[index]` ends the run ("stop" if absent)
       batch(index: Tensor [B]) -> Batch    instead of `len(index)` samples and `collate`, where that is slow
+      buckets: Sequence[Sequence[int]]     the samples of each shape, every number once: a batch has one shape
+      has_latents: bool                    False: x0 is zeros that only lend their shape (prompts without pictures)
     """
 
     def __len__(self) -> int: ...
@@ -57,12 +59,18 @@ def collate(samples: Sequence[Sample]) -> Batch:
 def first_samples(dataset: Dataset, count: int) -> Batch:
     """The first `count` samples of a data set; those that cannot be read are stepped over where it skips them.
 
+    Where it has several shapes: those of the commonest one, and at most as many as it has.
+
     Raises:
         ValueError: it has not that many.
         BadShard: a sample cannot be read, and the data set says to stop then.
     """
     samples: list[Sample] = []
-    for index in range(len(dataset)):
+    members = range(len(dataset))
+    if len(buckets := getattr(dataset, "buckets", [members])) > 1:
+        members = max(buckets, key=len)
+        count = min(count, len(members))
+    for index in members:
         if len(samples) == count:
             break
         try:

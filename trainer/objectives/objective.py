@@ -29,6 +29,7 @@ class Objective(Variants):
 
     sampler: ClassVar[str] = "consistency"  # how what it trains is sampled: consistency, mean_flow or flow
     second_time: ClassVar[bool] = False  # whether the network takes a second time
+    needs_data: ClassVar[bool] = True  # whether it reads the latents: prompts alone will not do
 
     @property
     def fake_score(self) -> Any:

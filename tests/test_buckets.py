@@ -1,0 +1,199 @@
+"""Data of several shapes: the order of the loader, exact resume, and the same run on two processes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jvpgraph.trainer import settings
+from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.data import BadShard, Sample, loader
+from jvpgraph.trainer.data.sample import first_samples
+from jvpgraph.trainer.train import train
+from tests.distributed.harness import run
+from tests.distributed.test_train import assert_same_content, assert_same_log, train_in_rank
+from tests.test_train import RCM, content, last_checkpoint, run_until, stage
+from tests.zoo.cases import CASES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NETWORK = "SD3Transformer2DModel"
+CONFIG = json.loads(json.dumps(CASES[NETWORK].config))  # settings have lists
+SHAPES = (4, 8, 8), (4, 4, 8), (4, 12, 6)
+
+
+class Mixed:
+    """Sample i has the shape of its bucket, the number i in its label, and random latents of its own."""
+
+    def __init__(self, *sizes: int, bad: tuple[int, ...] = ()) -> None:
+        self.fingerprint, self.bad, self.on_bad_shard = f"mixed {sizes}", bad, "skip"
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        self.buckets = [range(end - size, end) for size, end in zip(sizes, ends)]
+
+    def __len__(self) -> int:
+        return self.buckets[-1].stop
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self.bad:
+            raise BadShard(f"hole.tar, key {index}: gone")
+        number = next(i for i, bucket in enumerate(self.buckets) if index in bucket)
+        rng = torch.Generator().manual_seed(index)
+        cond = {
+            "encoder_hidden_states": torch.randn(5, 12, generator=rng),
+            "pooled_projections": torch.randn(10, generator=rng),
+        }
+        return Sample(str(index), torch.randn(SHAPES[number % 3], generator=rng), cond)
+
+
+def mixed(*, sizes: list[int]) -> Mixed:
+    return Mixed(*sizes)
+
+
+def batches(data: Any, count: int, batch: int, **options: Any) -> list[Batch]:
+    return list(islice(iter(loader(data, batch, 3, **options)), count))
+
+
+def keys(found: list[Batch]) -> list[tuple[str, ...]]:
+    return [batch.keys for batch in found]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=2, max_size=4),
+    share=st.integers(1, 3),
+    ranks=st.integers(1, 3),
+    epochs=st.integers(1, 3),
+)
+def test_all_samples_come_equally_often_in_batches_of_one_shape(
+    sizes: list[int], share: int, ranks: int, epochs: int
+) -> None:
+    data = Mixed(*sizes)
+    step = share * ranks
+    if len(data) < step:
+        return
+    count = sum(epochs * size // step for size in sizes)
+    parts = [batches(data, count, share, rank=rank, ranks=ranks) for rank in range(ranks)]
+    whole = [tuple(key for part in parts for key in part[i].keys) for i in range(count)]
+    assert whole == keys(batches(data, count, step))
+    seen = Counter(int(key) for batch in whole for key in batch)
+    for bucket in data.buckets:
+        in_one = [batch for batch in whole if int(batch[0]) in bucket]
+        assert all(int(key) in bucket for batch in in_one for key in batch)
+        assert len(in_one) == epochs * len(bucket) // step
+        times = [seen[i] for i in bucket]
+        assert max(times) - min(times) <= 1
+
+
+@given(data=st.data(), consumed=st.integers(0, 12))
+def test_a_loader_goes_on_with_the_exact_next_batch(data: Any, consumed: int) -> None:
+    mixed = Mixed(*data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=3)), 4)
+    expected = keys(batches(mixed, consumed + 4, 2))
+    first = loader(mixed, 2, 3)
+    taken = keys(list(islice(iter(first), consumed)))
+    second = loader(mixed, 2, 3)
+    second.load_state_dict(first.state_dict())
+    assert taken + keys(list(islice(iter(second), 4))) == expected
+
+
+def test_shapes_take_turns_at_random_and_with_workers_too() -> None:
+    data = Mixed(12, 12)
+    found = keys(batches(data, 12, 2))
+    turns = [int(batch[0]) in data.buckets[0] for batch in found]
+    assert sum(turns) == 6
+    assert turns not in ([True] * 6 + [False] * 6, [False] * 6 + [True] * 6)
+    assert keys(batches(data, 12, 2, workers=2)) == found
+
+
+def test_a_bad_sample_is_replaced_by_one_of_its_shape() -> None:
+    data = Mixed(6, 4, bad=(1, 7))
+    found = batches(data, 10, 2)
+    assert all(len({x.shape for x in batch.x0}) == 1 for batch in found)
+    assert not {"1", "7"} & {key for batch in found for key in batch.keys}
+    whole = keys(found)
+    halves = [batches(data, 10, 1, rank=rank, ranks=2) for rank in (0, 1)]
+    assert [a.keys + b.keys for a, b in zip(*halves)] == whole
+    with pytest.raises(BadShard, match="all 2 of a shape are bad"):
+        batches(Mixed(6, 2, bad=(6, 7)), 4, 2)
+
+
+def test_the_order_depends_on_the_batch_which_may_not_change() -> None:
+    data = Mixed(6, 4)
+    first = loader(data, 2, 3)
+    next(iter(first))
+    with pytest.raises(ValueError, match=r"saved with batches of 2 samples, this loader has 4; .* Go on with the same"):
+        loader(data, 4, 3).load_state_dict(first.state_dict())
+    split = loader(data, 1, 3, rank=1, ranks=2)
+    split.load_state_dict(first.state_dict())
+
+
+def test_the_first_samples_have_the_commonest_shape() -> None:
+    batch = first_samples(Mixed(2, 5, 3, bad=(3,)), 4)
+    assert batch.keys == ("2", "4", "5", "6")
+    assert batch.x0.shape == (4, *SHAPES[1])
+    assert len(first_samples(Mixed(2, 5, 3), 9)) == 5
+
+
+# ---------------------------------------------------------------- runs
+
+
+def config_of(out: Path, stages: list[dict[str, Any]], **more: Any) -> RunConfig:
+    zero = {"encoder_hidden_states": [[0.0] * 12] * 5, "pooled_projections": [0.0] * 10}
+    data = {
+        "out": str(out),
+        "model": {
+            "load": "jvpgraph.trainer.adapters:diffusers_model",
+            "options": {"name": NETWORK, "config": CONFIG, "dtype": "float64"},
+        },
+        "data": {"source": {"load": "tests.test_buckets:mixed", "options": {"sizes": [5, 3, 4]}}},
+        "guidance": {"scale": 1.5, "negative": zero},
+        "student": {"backend": "op_by_op"},
+        "threads": 1,
+        "device": "cpu",
+        "checkpoint": {"every": 2},
+        "log": {"every": 1, "preview_every": 4, "preview_count": 4},
+        "stages": stages,
+    }
+    return settings.from_dict(RunConfig, {**data, **more})
+
+
+STAGES = [stage("dcm", 2, batch=2), stage(RCM, 4, batch=2, accumulate=2)]
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole = train(config_of(tmp_path / "whole", STAGES))
+    config = config_of(tmp_path / "killed", STAGES)
+    run_until(config, 3, tmp_path, delay=0.05)
+    train(config)
+    expected, found = (content(last_checkpoint(out), tmp_path / "content.pt") for out in (whole, config.out))
+    assert expected.keys() == found.keys()
+    assert not [key for key in expected if not torch.equal(expected[key], found[key])]
+    assert (whole / "log.jsonl").read_text() == (config.out / "log.jsonl").read_text()
+    assert (whole / "samples" / "step-00000004.png").is_file()
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
+    many = config_of(tmp_path / "many", STAGES, parallel={"dp_shard": 2})
+    one = train(config_of(tmp_path / "one", STAGES))
+    run(2, train_in_rank, many)
+    assert_same_log(tmp_path / "many", one, tolerance=1e-7)
+    assert_same_content(tmp_path / "many", one, tmp_path)
+
+
+def test_every_shape_is_tried_before_the_first_step(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", STAGES)
+    small = {**config.model.options, "config": {**CONFIG, "pos_embed_max_size": 4}}
+    with pytest.raises(ValueError, match=r"a sample of another shape \(x0 \[1, 4, 12, 6\]"):
+        train(replace(config, model=replace(config.model, options=small)))
+    assert not (tmp_path / "run").exists()

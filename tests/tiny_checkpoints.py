@@ -1,0 +1,291 @@
+"""Whole pipelines of diffusers with tiny random weights, made here and saved by save_pretrained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from tests.zoo.cases import CASES
+
+WORDS = ("a", "the", "red", "green", "blue", "round", "square", "thing", "moves", "over", "left", "right", "field")
+MEAN, STD = [0.1, -0.2, 0.3, 0.05], [0.9, 1.1, 0.7, 1.3]
+
+
+def save_tiny(pipeline: str, folder: Path) -> Path:
+    """`pipeline` is a class of diffusers that has a function here."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        getattr(diffusers, pipeline)(**MAKERS[pipeline]()).save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------- text
+
+
+def t5_tokenizer() -> Any:
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in WORDS), *"abcdefghijklmnopqrstuvwxyz"]
+    return transformers.T5Tokenizer(
+        vocab=[(piece, -float(i > 2)) for i, piece in enumerate(pieces)], extra_ids=0, model_max_length=32
+    )
+
+
+def letters(end: str = "") -> dict[str, int]:
+    """A vocabulary of printable characters, as byte-level BPE writes them, and those that end a word."""
+    characters = [chr(i) for i in (*range(33, 127), 0x120, 0x10A)]
+    return {token: i for i, token in enumerate([*characters, *(c + end for c in characters if end)])}
+
+
+def clip_tokenizer() -> Any:
+    vocab = letters("</w>")
+    vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
+    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16)
+
+
+def qwen_tokenizer() -> Any:
+    vocab = letters()
+    return transformers.Qwen2Tokenizer(vocab=vocab | {"<|endoftext|>": len(vocab)}, merges=[])
+
+
+def gemma_tokenizer() -> Any:
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    vocab = {token: i for i, token in enumerate([*special, "▁", "\n", *(chr(i) for i in range(33, 127))])}
+    return transformers.GemmaTokenizer(vocab=vocab, merges=[])
+
+
+def t5_encoder(width: int) -> Any:
+    config = transformers.T5Config(
+        vocab_size=64, d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    return transformers.T5EncoderModel(config).eval()
+
+
+def umt5_encoder(width: int) -> Any:
+    config = transformers.UMT5Config(vocab_size=64, d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    return transformers.UMT5EncoderModel(config).eval()
+
+
+def clip_encoder(width: int, *, projected: int = 0) -> Any:
+    size = len(clip_tokenizer())
+    config = transformers.CLIPTextConfig(
+        vocab_size=size,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        projection_dim=projected or 8,
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
+        pad_token_id=size - 1,
+    )
+    cls = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    return cls(config).eval()
+
+
+def gemma_encoder(width: int) -> Any:
+    config = transformers.Gemma2Config(
+        vocab_size=128,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        max_position_embeddings=1024,
+    )
+    return transformers.Gemma2Model(config).eval()
+
+
+def qwen_encoder(width: int) -> Any:
+    text = {
+        "vocab_size": 128,
+        "hidden_size": width,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1]},
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": width}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+# ---------------------------------------------------------------- latents
+
+
+def image_vae(channels: int = 4, **more: Any) -> Any:
+    """A factor of 4."""
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 8),
+        latent_channels=channels,
+        norm_num_groups=2,
+        sample_size=32,
+        **more,
+    ).eval()
+
+
+def wan_vae(cls: str = "AutoencoderKLWan", channels: int = 4) -> Any:
+    """A factor of 8, and of 4 in time."""
+    return getattr(diffusers, cls)(
+        base_dim=4,
+        z_dim=channels,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=(MEAN * channels)[:channels],
+        latents_std=(STD * channels)[:channels],
+    ).eval()
+
+
+def ltx_vae() -> Any:
+    """A factor of 8, and of 2 in time."""
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        down_block_types=("LTXVideoDownBlock3D",) * 2,
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        spatio_temporal_scaling=(True, False),
+        decoder_spatio_temporal_scaling=(True, False),
+        decoder_inject_noise=(False,) * 3,
+        upsample_residual=(False,) * 2,
+        upsample_factor=(1,) * 2,
+        scaling_factor=0.8,
+    ).eval()
+    vae.latents_mean.copy_(torch.tensor(MEAN))
+    vae.latents_std.copy_(torch.tensor(STD))
+    return vae
+
+
+def dc_vae() -> Any:
+    """A factor of 4."""
+    return diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock",) * 3,
+        decoder_block_types=("ResBlock",) * 3,
+        encoder_block_out_channels=(4, 8, 8),
+        decoder_block_out_channels=(4, 8, 8),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        upsample_block_type="interpolate",
+        downsample_block_type="stride_conv",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41,
+    ).eval()
+
+
+# ---------------------------------------------------------------- pipelines
+
+
+def network(name: str, **config: Any) -> Any:
+    net = getattr(diffusers, name)(**CASES[name].config | config).eval()
+    for parameter in net.parameters():  # no gate is closed
+        torch.nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+def flow_scheduler() -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler()
+
+
+def wan() -> dict[str, Any]:
+    plain = {"image_dim": None, "added_kv_proj_dim": None, "rope_max_seq_len": 32}
+    return {
+        "tokenizer": t5_tokenizer(),
+        "text_encoder": umt5_encoder(10),
+        "vae": wan_vae(),
+        "scheduler": flow_scheduler(),
+        "transformer": network("WanTransformer3DModel", **plain),
+    }
+
+
+def flux() -> dict[str, Any]:
+    return {
+        "scheduler": flow_scheduler(),
+        "vae": image_vae(2, scaling_factor=0.36, shift_factor=0.12),
+        "text_encoder": clip_encoder(10),
+        "tokenizer": clip_tokenizer(),
+        "text_encoder_2": t5_encoder(12),
+        "tokenizer_2": t5_tokenizer(),
+        "transformer": network("FluxTransformer2DModel"),
+    }
+
+
+def sd3() -> dict[str, Any]:
+    return {
+        "scheduler": flow_scheduler(),
+        "vae": image_vae(4, scaling_factor=1.5, shift_factor=0.06),
+        "text_encoder": clip_encoder(4, projected=4),
+        "tokenizer": clip_tokenizer(),
+        "text_encoder_2": clip_encoder(6, projected=6),
+        "tokenizer_2": clip_tokenizer(),
+        "text_encoder_3": t5_encoder(12),
+        "tokenizer_3": t5_tokenizer(),
+        "transformer": network("SD3Transformer2DModel"),
+    }
+
+
+def qwen_image() -> dict[str, Any]:
+    return {
+        "scheduler": flow_scheduler(),
+        "vae": wan_vae("AutoencoderKLQwenImage", 2),
+        "text_encoder": qwen_encoder(12),
+        "tokenizer": qwen_tokenizer(),
+        "transformer": network("QwenImageTransformer2DModel"),
+    }
+
+
+def ltx() -> dict[str, Any]:
+    return {
+        "scheduler": flow_scheduler(),
+        "vae": ltx_vae(),
+        "text_encoder": t5_encoder(12),
+        "tokenizer": t5_tokenizer(),
+        "transformer": network("LTXVideoTransformer3DModel"),
+    }
+
+
+def sana() -> dict[str, Any]:
+    return {
+        "tokenizer": gemma_tokenizer(),
+        "text_encoder": gemma_encoder(12),
+        "vae": dc_vae(),
+        "transformer": network("SanaTransformer2DModel", guidance_embeds=False),
+        "scheduler": flow_scheduler(),
+    }
+
+
+def pixart() -> dict[str, Any]:
+    return {
+        "tokenizer": t5_tokenizer(),
+        "text_encoder": t5_encoder(12),
+        "vae": image_vae(4, scaling_factor=0.18),
+        "transformer": network("PixArtTransformer2DModel", use_additional_conditions=False),
+        "scheduler": diffusers.DPMSolverMultistepScheduler(),
+    }
+
+
+MAKERS = {
+    "WanPipeline": wan,
+    "FluxPipeline": flux,
+    "StableDiffusion3Pipeline": sd3,
+    "QwenImagePipeline": qwen_image,
+    "LTXPipeline": ltx,
+    "SanaPipeline": sana,
+    "PixArtAlphaPipeline": pixart,
+}

@@ -1,0 +1,33 @@
+"""jvpgraph inspect"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from jvpgraph.trainer.commands.arguments import positive
+from jvpgraph.trainer.commands.prepare import device_named
+from jvpgraph.trainer.data.prepared import read_card
+from jvpgraph.trainer.prepare.look import check, decode_some, describe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DATA", help="folder that `jvpgraph prepare` wrote")
+    parser.add_argument(
+        "--count", type=positive, default=8, help="samples to decode, of all shapes in turn (default: 8)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the pictures (default: DATA/inspect)")
+    parser.add_argument("--checkpoint", type=Path, help="if it is not any more where the card says")
+    parser.add_argument("--check", action="store_true", help="read all shards and compare them with the index")
+    parser.add_argument("--device", default="auto", help="default: cuda if there is one")
+
+
+def run(args: argparse.Namespace) -> None:
+    print(describe(read_card(args.folder)))
+    if args.check:
+        check(args.folder)
+        print("all shards are as the index says")
+    out = args.out or args.folder / "inspect"
+    device = device_named(args.device)
+    for path, caption in decode_some(args.folder, out, args.count, checkpoint=args.checkpoint, device=device):
+        print(f"{path}  {caption}")

@@ -1,0 +1,108 @@
+"""What `jvpgraph prepare` wrote, as a data set: a bucket of shards for each shape, described by a card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jvpgraph.trainer.data.sample import Dataset, Sample
+from jvpgraph.trainer.data.shards import OnBadShard, webdataset
+
+CARD, INDEX = "card.json", "index.json"
+LATENTS = "latents.safetensors"
+
+
+def prepared(path: str | Path, *, guidance: float | None = None, on_bad_shard: OnBadShard = "stop") -> Prepared:
+    """The samples of a folder that `jvpgraph prepare` wrote; shift, scale and names of conditions are the card's.
+
+    Args:
+        path: the folder.
+        guidance: of a network that is told its guidance scale, instead of the one in the card.
+        on_bad_shard: as in `webdataset`.
+
+    Raises:
+        ValueError: the folder is not one, or is not complete.
+        BadShard: a shard cannot be used.
+    """
+    folder = Path(path)
+    card = read_card(folder)
+    index = json.loads((folder / INDEX).read_text())
+    constants = dict(card["constants"])
+    if guidance is not None:
+        if "guidance" not in constants:
+            raise ValueError(f"guidance={guidance}: the network of {folder} takes none. Leave it out.")
+        constants["guidance"] = guidance * card["guidance_scale"]
+    fields = {f"{name}.safetensors": name for name in card["conditions"]}
+    latents = card["latents"]
+    parts: list[Dataset] = []
+    for bucket in card["buckets"]:
+        shards = [str(folder / shard["name"]) for shard in index["shards"] if shard["bucket"] == bucket["name"]]
+        if latents["field"] is None:
+            parts.append(_Prompts(shards, fields, bucket["latents"], on_bad_shard))
+            continue
+        more = {"scale": latents["scale"], "shift": latents["shift"], "on_bad_shard": on_bad_shard}
+        parts.append(webdataset(shards, latents=latents["field"], conditions=fields, **more))
+    return Prepared(parts, constants, card, on_bad_shard)
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """Raises ValueError for a folder that is not complete."""
+    if not (folder / CARD).is_file() or not (folder / INDEX).is_file():
+        begun = (folder / "plan.json").is_file()
+        what = "was not prepared to the end" if begun else f"holds no {CARD} of `jvpgraph prepare`"
+        do = "Run the same `jvpgraph prepare` again: it goes on." if begun else "Give the folder named by its --out."
+        raise ValueError(f"{folder} {what}. {do}")
+    return json.loads((folder / CARD).read_text())
+
+
+class Prepared:
+    """The buckets one after the other; the fingerprint covers shards, names and normalisation."""
+
+    def __init__(
+        self, parts: list[Dataset], constants: dict[str, Any], card: dict[str, Any], on_bad_shard: OnBadShard
+    ) -> None:
+        self.parts, self.card, self.on_bad_shard = parts, card, on_bad_shard
+        self.has_latents = card["latents"]["field"] is not None
+        self.constants = {name: torch.tensor(value, dtype=torch.float32) for name, value in constants.items()}
+        self._ends = list(accumulate(len(part) for part in parts))
+        self.buckets = [range(start, end) for start, end in pairwise([0, *self._ends])]
+        named = [[getattr(part, "fingerprint", "") for part in parts], card["latents"], constants]
+        self.fingerprint = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`. BadShard if it cannot be used."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = bisect_right(self._ends, index)
+        sample = self.parts[number][index - self.buckets[number].start]
+        sizes = {name: torch.tensor(value).float() for name, value in self.card["buckets"][number]["sizes"].items()}
+        return Sample(sample.key, sample.x0, {**sample.cond, **sizes, **self.constants})
+
+
+class _Prompts:
+    """Conditions without latents: x0 is zeros, of which only the shape means anything."""
+
+    def __init__(self, shards: list[str], fields: dict[str, str], shape: list[int], on_bad_shard: OnBadShard) -> None:
+        first, *rest = fields
+        self._inner = webdataset(
+            shards, latents=first, conditions={name: fields[name] for name in rest}, on_bad_shard=on_bad_shard
+        )
+        self._first, self._shape, self.fingerprint = fields[first], shape, self._inner.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._inner[index]
+        cond: dict[str, Tensor] = {self._first: sample.x0, **sample.cond}
+        return Sample(sample.key, torch.zeros(self._shape), cond)

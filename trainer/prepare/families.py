@@ -1,0 +1,160 @@
+"""What each family of pipelines calls what: from diffusers' encode_prompt to the arguments of the network.
+
+A line says what `encode_prompt` returns, in its order, by the names that the network's adapter knows
+(trainer/model/adapters.py). A name behind a minus is the negative prompt's; where there is none, a negative prompt is
+encoded as any other. Everything else is asked of the pipeline itself: its defaults of `__call__`, its factors, its VAE.
+Sources: diffusers.pipelines, version 0.42.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+TEXT = "encoder_hidden_states"
+MASK = "encoder_attention_mask"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Pipelines from text to pictures or videos that share a network.
+
+    Attributes:
+        network: the class of the transformer.
+        pipelines: names of classes of diffusers.
+        returns: of encode_prompt, by names of the network's arguments; None for what it does not need.
+        padded_mask: the argument that says which tokens count, where the text's length is the longest prompt's own.
+        patch: latent pixels per side of a token where the network's configuration does not say (packed outside it).
+        fps: frames per second that the network was trained on; 0: it makes pictures.
+        guidance_scale: what the network's `guidance` argument multiplies the scale with, if it is told the scale.
+        sizes: the network is told the picture's size, by arguments of these names.
+        rate: the argument that takes the frame rate.
+    """
+
+    network: str
+    pipelines: tuple[str, ...]
+    returns: tuple[str | None, ...]
+    padded_mask: str | None = None
+    patch: int | None = None
+    fps: float = 0.0
+    guidance_scale: float = 1.0
+    sizes: tuple[str, ...] = ()
+    rate: str | None = None
+
+    @property
+    def video(self) -> bool:
+        return self.fps > 0
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The arguments that come from the prompt."""
+        return tuple(name for name in (*self.returns, self.padded_mask) if name and not name.startswith("-"))
+
+    @property
+    def negative_beside(self) -> bool:
+        """Whether encode_prompt encodes a negative prompt in its own way."""
+        return any(name and name.startswith("-") for name in self.returns)
+
+
+BESIDE = (TEXT, MASK, f"-{TEXT}", f"-{MASK}")
+BETWEEN = (TEXT, f"-{TEXT}")
+
+# fmt: off
+FAMILIES = {
+    family.network: family
+    for family in (
+        # images
+        Family("AuraFlowTransformer2DModel", ("AuraFlowPipeline",), (TEXT, None, f"-{TEXT}", None)),
+        Family("ChromaTransformer2DModel", ("ChromaPipeline",),
+               (TEXT, None, "attention_mask", f"-{TEXT}", None, "-attention_mask"), patch=2),
+        Family("FluxTransformer2DModel", ("FluxPipeline",), (TEXT, "pooled_projections", None), patch=2),
+        Family("Lumina2Transformer2DModel", ("Lumina2Pipeline",), BESIDE),
+        Family("PixArtTransformer2DModel", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), BESIDE,
+               sizes=("resolution", "aspect_ratio")),
+        Family("QwenImageTransformer2DModel", ("QwenImagePipeline",), (TEXT, None),
+               padded_mask="encoder_hidden_states_mask", patch=2),
+        Family("SanaTransformer2DModel", ("SanaPipeline",), BESIDE),
+        Family("SD3Transformer2DModel", ("StableDiffusion3Pipeline",),
+               (TEXT, f"-{TEXT}", "pooled_projections", "-pooled_projections")),
+        # video
+        Family("HunyuanVideoTransformer3DModel", ("HunyuanVideoPipeline",), (TEXT, "pooled_projections", MASK),
+               fps=24, guidance_scale=1000),
+        Family("LTXVideoTransformer3DModel", ("LTXPipeline",), BESIDE, fps=25, rate="frame_rate"),
+        Family("MochiTransformer3DModel", ("MochiPipeline",), BESIDE, fps=30),
+        Family("SanaVideoTransformer3DModel", ("SanaVideoPipeline",), BESIDE, fps=16),
+        Family("SkyReelsV2Transformer3DModel", ("SkyReelsV2Pipeline",), BETWEEN, fps=24),
+        Family("WanTransformer3DModel", ("WanPipeline",), BETWEEN, fps=16),
+    )
+}
+# fmt: on
+
+
+def family_of(pipeline: str) -> Family:
+    """The family of a pipeline's class. Raises ValueError."""
+    for family in FAMILIES.values():
+        if pipeline in family.pipelines:
+            return family
+    known = ", ".join(sorted(name for family in FAMILIES.values() for name in family.pipelines))
+    raise ValueError(f"{pipeline} is none of the pipelines that can be prepared for: {known}.")
+
+
+@torch.no_grad()
+def encode_text(family: Family, pipe: Any, prompt: str, negative: str | None, length: int) -> dict[str, Tensor]:
+    """The network's arguments for a prompt, each [...] without a batch dim, on the CPU.
+
+    Args:
+        family: of the pipeline.
+        pipe: the pipeline, with or without its transformer.
+        prompt: encoded if `negative` is None.
+        negative: encoded instead, as the pipeline's classifier-free guidance does.
+        length: tokens of text; longer prompts are cut.
+    """
+    beside = negative is not None and family.negative_beside
+    arguments: dict[str, Any] = {"prompt": negative if negative is not None and not beside else prompt}
+    if beside:
+        arguments["negative_prompt"] = negative
+    result = pipe.encode_prompt(**usual_arguments(pipe, length) | arguments | guided(pipe, beside))
+    parts = dict(zip(family.returns, result if isinstance(result, tuple) else (result,)))
+    mark = "-" if beside else ""
+    found = {name: parts[mark + name] for name in family.conditions if mark + name in parts}
+    if family.padded_mask is not None:
+        text = found[TEXT][:, :length]
+        missing = length - text.shape[1]
+        found[TEXT] = pad(text, (0, 0, 0, missing))
+        found[family.padded_mask] = pad(torch.ones(1, text.shape[1], dtype=torch.int64), (0, missing))
+    return {name: value[0].cpu().contiguous() for name, value in found.items()}
+
+
+def usual_arguments(pipe: Any, length: int) -> dict[str, Any]:
+    """What `__call__` hands to encode_prompt by default."""
+    usual = inspect.signature(pipe.__call__).parameters
+    arguments: dict[str, Any] = {}
+    for name, parameter in inspect.signature(pipe.encode_prompt).parameters.items():
+        if name == "max_sequence_length":
+            arguments[name] = length
+        elif name == "device":
+            arguments[name] = pipe._execution_device
+        elif name in usual and usual[name].default is not inspect.Parameter.empty:
+            arguments[name] = usual[name].default
+        elif parameter.default is inspect.Parameter.empty:
+            arguments[name] = None
+    return arguments
+
+
+def guided(pipe: Any, on: bool) -> dict[str, bool]:
+    name = "do_classifier_free_guidance"
+    return {name: on} if name in inspect.signature(pipe.encode_prompt).parameters else {}
+
+
+def text_length(pipe: Any) -> int:
+    """Tokens of text by the pipeline's own default."""
+    for function in (pipe.__call__, pipe.encode_prompt):
+        parameter = inspect.signature(function).parameters.get("max_sequence_length")
+        if parameter is not None and isinstance(parameter.default, int):
+            return parameter.default
+    return int(pipe.tokenizer.model_max_length)

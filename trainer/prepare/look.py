@@ -1,0 +1,114 @@
+"""What `jvpgraph prepare` wrote, for people: the card's figures, and samples decoded again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from jvpgraph.trainer.data.prepared import INDEX, prepared, read_card
+from jvpgraph.trainer.prepare.latents import decode, load_vae
+from jvpgraph.trainer.prepare.write import sha256_of
+
+SHOWN = 20  # files left out
+
+
+def describe(card: dict[str, Any]) -> str:
+    """The card as a few lines."""
+    checkpoint, skipped = card["checkpoint"], card["skipped"]
+    lines = [
+        f"{card['samples']} samples in {card['shards']} shards, {card['bytes'] / 1e6:.1f} MB",
+        f"checkpoint  {checkpoint['path']} ({checkpoint['pipeline']})",
+    ]
+    for bucket in card["buckets"]:
+        lines.append(f"bucket      {bucket['name']}: {bucket['samples']} samples, latents {bucket['latents']}")
+    if card["latents"]["field"] is None:
+        lines.append("latents     none, prompts only: for objectives that need no data (dmd)")
+    for name, (shape, dtype) in card["conditions"].items():
+        lines.append(f"condition   {name} {shape} {dtype}")
+    lines += [f"constant    {name} {value:g}" for name, value in card["constants"].items()]
+    lines.append(f"negative    {card['negative']['prompt']!r}")
+    lines.append(f"left out    {skipped['count']} files")
+    lines += [f"  {name}: {reason}" for name, reason in list(skipped["files"].items())[:SHOWN]]
+    if skipped["count"] > SHOWN:
+        lines.append(f"  and {skipped['count'] - SHOWN} more, see card.json")
+    if card["ignored"]:
+        kinds = ", ".join(f"{count} {ending}" for ending, count in card["ignored"].items())
+        lines.append(f"not looked at  {kinds}")
+    return "\n".join(lines)
+
+
+def check(folder: Path) -> None:
+    """Compares every shard with the index. Raises ValueError for those that differ."""
+    index = json.loads((folder / INDEX).read_text())["shards"]
+    bad = [
+        s["name"] for s in index if not (folder / s["name"]).is_file() or sha256_of(folder / s["name"]) != s["sha256"]
+    ]
+    if bad:
+        records = ", ".join(f"records/{Path(name).stem}.json" for name in bad)
+        raise ValueError(
+            f"{folder}: {len(bad)} of {len(index)} shards are damaged or missing: {', '.join(bad)}\n"
+            f"Delete {records} there and run the same `jvpgraph prepare` again: it writes these shards anew."
+        )
+
+
+def decode_some(
+    folder: Path, out: Path, count: int, *, checkpoint: Path | None = None, device: torch.device
+) -> Iterator[tuple[Path, str]]:
+    """Decodes samples of all buckets in turn: the path of each picture or animation, and its caption.
+
+    Args:
+        folder: of prepared data.
+        out: where pictures go, KEY.png or KEY.webp.
+        count: of samples.
+        checkpoint: if it is not where the card says.
+        device: where the VAE runs.
+    """
+    card = read_card(folder)
+    data = prepared(folder)
+    captions = captions_of(folder)
+    turns = [index for turn in zip_longest_ranges(data.buckets) for index in turn][:count]
+    if not data.has_latents:
+        for index in turns:
+            yield folder, captions[data[index].key]
+        return
+    vae = load_vae(checkpoint or Path(card["checkpoint"]["path"])).to(device)
+    out.mkdir(parents=True, exist_ok=True)
+    for index in turns:
+        sample = data[index]
+        pixels = decode(vae, sample.x0[None].to(device))[0].cpu()
+        yield save_pixels(pixels, out / sample.key, card["fps"] or 1.0), captions[sample.key]
+
+
+def zip_longest_ranges(ranges: list[range]) -> Iterator[list[int]]:
+    """The first of each, the second of each, ..."""
+    for turn in range(max(len(r) for r in ranges)):
+        yield [r[turn] for r in ranges if turn < len(r)]
+
+
+def captions_of(folder: Path) -> dict[str, str]:
+    """Of every sample, by key."""
+    found: dict[str, str] = {}
+    for shard in json.loads((folder / "plan.json").read_text(encoding="utf-8"))["shards"]:
+        found |= {entry["key"]: entry["caption"] for entry in shard["entries"]}
+    return found
+
+
+def save_pixels(pixels: Tensor, stem: Path, fps: float) -> Path:
+    """[3, H, W] as STEM.png, [3, T, H, W] of several frames as an animated STEM.webp."""
+    frames = pixels[:, None] if pixels.dim() == 3 else pixels
+    images = [
+        Image.fromarray((frame * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()) for frame in frames.unbind(1)
+    ]
+    if len(images) == 1:
+        path = stem.with_suffix(".png")
+        images[0].save(path)
+        return path
+    path = stem.with_suffix(".webp")
+    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0, lossless=True)
+    return path
