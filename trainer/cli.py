@@ -17,6 +17,7 @@ from types import ModuleType
 import jvpgraph
 
 COMMANDS = {
+    "plan": "Say what a run will need: memory of each GPU, FLOPs, time.",
     "train": "Distil a teacher; goes on by itself with a run that was stopped.",
     "sample": "Draw samples of a trained student.",
     "evaluate": "Measure a student against its teacher and real data.",

@@ -13,6 +13,12 @@ from jvpgraph.trainer.train import train
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"settings, as keys of CONFIG or as key=value:\n\n{describe(RunConfig)}"
+    add_settings(parser)
+    parser.add_argument("--fresh", action="store_true", help="move an earlier run in the same folder aside, start anew")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """A file and what replaces its settings."""
     parser.add_argument(
         "config", type=Path, metavar="CONFIG", help=f"YAML file of settings, or ready ones: {', '.join(names())}"
     )
@@ -22,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="settings that replace those of the file, such as stages.0.steps=100; the value is YAML",
     )
-    parser.add_argument("--fresh", action="store_true", help="move an earlier run in the same folder aside, start anew")
 
 
 def run(args: argparse.Namespace) -> None:

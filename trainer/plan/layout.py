@@ -59,13 +59,13 @@ class Held(NamedTuple):
         shapes: of this process's part of each parameter.
         root: bytes of the parameters outside of blocks, which FSDP2 gathers for the whole of a pass; 0 without it.
         block: of those of the largest block, likewise.
-        trained: bytes of the gradients of the largest block.
+        reduced: of the gradients of the largest block, and of the float32 copy that is reduced.
     """
 
     shapes: dict[str, tuple[int, ...]]
     root: int
     block: int
-    trained: int
+    reduced: int
 
 
 def held(network: TrigFlow, spread: Spread) -> Held:
@@ -87,8 +87,8 @@ def held(network: TrigFlow, spread: Spread) -> Held:
         shapes[names[p]] = (math.ceil(first / spread.shards), *rest)
     root = blocks.pop()
     sizes = [nbytes(block) for block in blocks]
-    trained = [nbytes(p for p in block if p.requires_grad) for block in blocks]
-    return Held(shapes, nbytes(root), max(sizes, default=0), max(trained, default=0))
+    reduced = [sum(p.nbytes + p.numel() * max(4, p.itemsize) for p in block if p.requires_grad) for block in blocks]
+    return Held(shapes, nbytes(root), max(sizes, default=0), max(reduced, default=0))
 
 
 def split_by_plan(net: nn.Module, size: int) -> dict[str, tuple[int, ...]]:
@@ -122,7 +122,11 @@ class Training(NamedTuple):
 
 
 def training(
-    network: TrigFlow, shapes: Mapping[str, Sequence[int]], settings: OptimizerConfig, widths: Sequence[float], on_gpu: bool
+    network: TrigFlow,
+    shapes: Mapping[str, Sequence[int]],
+    settings: OptimizerConfig,
+    widths: Sequence[float],
+    on_gpu: bool,
 ) -> Training:
     """Makes the run's own optimiser and averages on the meta device, and takes a step.
 

@@ -41,8 +41,7 @@ class Meter(TorchDispatchMode):
         self.timeline: list[int] = []
         self.flops = 0
         self.kept = [tensor.untyped_storage() for tensor in known]
-        self.live: dict[int, Any] = {storage._cdata: None for storage in self.kept}
-        self.made: dict[int, int] = {}  # after how many ops what is alive was
+        self.live: dict[int, Any] = dict.fromkeys(storage._cdata for storage in self.kept)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -61,29 +60,15 @@ class Meter(TorchDispatchMode):
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
         if key not in self.live:
+            size = storage.nbytes()
             self.now += size
             self.live[key] = weakref.ref(storage, lambda _: self._drop(key, size))
-            self.made[key] = len(self.timeline)
 
     def _drop(self, key: int, size: int) -> None:
-        if key in self.live:
-            del self.live[key], self.made[key]
-            self.now -= size
-
-    def disregard(self, tensor: Tensor) -> None:
-        """As if this tensor had never counted."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if self.live.get(key) is not None:
-            for i in range(self.made[key], len(self.timeline)):
-                self.timeline[i] -= size
-            self._drop(key, size)
-            self.live[key], self.made[key] = weakref.ref(storage, lambda _: self._forget(key)), 0
-
-    def _forget(self, key: int) -> None:
-        del self.live[key], self.made[key]
+        del self.live[key]
+        self.now -= size
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:

@@ -113,7 +113,7 @@ def plan_stage(
     conditions = sum(x.nbytes for x in sample.cond.values())
     resident["data"] = stage.batch // spread.parts * (sample.x0.nbytes + conditions)
 
-    costs = costs_of(config, stage, teacher, sample, stage.batch // spread.parts, handed_on=spread.many)
+    costs = costs_of(config, stage, teacher, sample, stage.batch // spread.parts)
     base = sum(resident.values())
     moments = {}
     for name in copies:
@@ -143,16 +143,18 @@ def at_moments(cost: Cost, stage: StageConfig, gradients: float, part: Held, spr
     """Bytes beyond what is resident.
 
     FSDP2 gathers a block into a buffer and copies its parameters from there, while those outside of blocks are there;
-    in the backward it also reduces the block's gradients, from a float32 copy.
+    in the backward it also reduces the block's gradients, from a float32 copy. At the end of that, activations are gone
+    and each process has its part of the gradients.
     """
     before = gradients if stage.accumulate > 1 else 0.0
-    after = gradients if stage.accumulate > 1 or spread.many else 0.0
     gathered = part.root + 2 * part.block
-    reduced = part.trained * (1 + 4 / 2) if part.trained else 0
+    end = cost.end + before
+    if spread.many:
+        end = gradients + gathered + part.reduced
     return {
         "forward": cost.forward / spread.tokens + before + gathered,
-        "backward begins": cost.start / spread.tokens + before + gathered + reduced,
-        "backward ends": cost.end / spread.tokens + after + gathered + reduced,
+        "backward begins": cost.start / spread.tokens + before + gathered + part.reduced,
+        "backward ends": end,
     }
 
 

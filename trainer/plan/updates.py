@@ -49,13 +49,9 @@ class Costs(NamedTuple):
 
 
 def costs_of(
-    config: RunConfig, stage: StageConfig, teacher: TrigFlow, sample: Batch, size: int, *, handed_on: bool
+    config: RunConfig, stage: StageConfig, teacher: TrigFlow, sample: Batch, size: int
 ) -> Costs:
-    """What the most expensive updates of a stage need, for `size` samples on this process.
-
-    Args:
-        handed_on: gradients do not count, as where FSDP2 takes those of each block when it is done.
-    """
+    """What the most expensive updates of a stage need, for `size` samples on this process."""
     counts = depths(teacher)
     few = [n if n <= WHOLE else FEW for n in counts]
 
@@ -63,7 +59,7 @@ def costs_of(
         network = teacher if list(blocks) == counts else shortened(teacher, blocks)
         fake = stage.objective.fake_score is not None
         subject = subject_of(config, network, sample.cond, fake=fake)
-        return measure(subject, stage, larger(sample, size), handed_on=handed_on)
+        return measure(subject, stage, larger(sample, size))
 
     base = total = measured(few)
     for index, count in enumerate(counts):
@@ -78,7 +74,7 @@ def costs_of(
     return total
 
 
-def measure(subject: Subject, stage: StageConfig, batch: Batch, *, handed_on: bool) -> Costs:
+def measure(subject: Subject, stage: StageConfig, batch: Batch, *) -> Costs:
     """Over the last iterations of the stage, when nothing warms up any more: the most bytes, FLOPs in the mean."""
     objective, loss, noise = stage.objective, loss_of(stage.objective), NoNoise()
     score = objective.fake_score
@@ -86,7 +82,7 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch, *, handed_on: bo
     iterations = range(stage.steps - cycle + 1, stage.steps + 1)
     fake = None if subject.fake is None else Plainly(subject.fake)
     known = [*subject.known, batch.x0, *batch.cond.values()]
-    run = partial(costs, known=known, handed_on=handed_on, again=stage.accumulate > 1)
+    run = partial(costs, known=known, again=stage.accumulate > 1)
 
     def student_loss(iteration: int) -> Terms:
         return loss(subject.dual, subject.guided, batch, noise, objective, iteration=iteration, fake=fake)
@@ -106,12 +102,11 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch, *, handed_on: bo
 
 
 def costs(
-    model: TrigFlow, losses: Iterable[Callable[[], Terms]], *, known: list[Tensor], handed_on: bool, again: bool
+    model: TrigFlow, losses: Iterable[Callable[[], Terms]], *, known: list[Tensor], again: bool
 ) -> Cost:
     """The most that any of the losses takes of memory, and what they compute in the mean.
 
     Args:
-        handed_on: gradients do not count; else they do from when they are there.
         again: there are gradients of earlier batches, which are known.
     """
     parameters = list(trainable(model).values())
@@ -125,9 +120,6 @@ def costs(
             value = loss()["loss"].mean()
             kept, first = meter.now, len(meter.timeline)
             backward_of(value)
-        if handed_on:
-            for gradient in (p.grad for p in parameters if p.grad is not None):
-                meter.disregard(gradient)
         forward, rest = meter.timeline[:first], meter.timeline[first:]
         half = (len(rest) + 1) // 2
         found.append(Cost(kept, max(forward), max(rest[:half]), max(rest[half:], default=0), meter.flops))
