@@ -373,9 +373,7 @@ def load(path: Path, dtype: torch.dtype) -> nn.Module:
         raise ValueError(f"{path} holds no config.json of a diffusers network, neither does {folder}")
     name = json.loads((folder / "config.json").read_text()).get("_class_name", "a network without _class_name")
     cls = network_class(name)
-    if (
-        torch.get_default_device().type == "meta"
-    ):  # jvpgraph plan asks for shapes, which the weights need not be read for
+    if torch.get_default_device().type == "meta":  # jvpgraph plan asks for shapes: no weights are read
         return in_dtype(cls.from_config(cls.load_config(folder)), dtype)
     net = cls.from_pretrained(folder, torch_dtype=dtype)
     return net.double() if dtype == torch.float64 else net

@@ -113,7 +113,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Training(NamedTuple):
-    """Bytes of what an optimiser and averages hold, of the gradients, and of an optimiser's step beyond all of those."""
+    """Bytes of what an optimiser and averages hold, of the gradients, and of a step beyond all of those."""
 
     states: int
     averages: int

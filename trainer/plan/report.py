@@ -22,8 +22,8 @@ def report(plan: Plan, config: RunConfig, name: str, share: float) -> str:
         *(f"    {what:<30}{gib(size):>8}" for what, size in rows(plan)),
         f"    {'most at once':<30}{gib(plan.peak):>8}  ({max(plan.moments, key=plan.moments.__getitem__)})",
         f"  FLOPs per update  {plan.flops:.3g} in each process, recomputation included",
-        f"  time              {duration(seconds)} per update, {duration(seconds * plan.steps)} for {plan.steps} updates, "
-        f"at {share:.0%} of {gpu.peak(plan.dtype) / 1e12:.0f} TFLOPs/s",
+        f"  time              {duration(seconds)} per update, {duration(seconds * plan.steps)} for {plan.steps} "
+        f"updates, at {share:.0%} of {gpu.peak(plan.dtype) / 1e12:.0f} TFLOPs/s",
     ]
     usable = USABLE * gpu.memory
     if plan.fits(gpu):

@@ -48,9 +48,7 @@ class Costs(NamedTuple):
     plain: float  # FLOPs of one pass of the student without tangents, forward only
 
 
-def costs_of(
-    config: RunConfig, stage: StageConfig, teacher: TrigFlow, sample: Batch, size: int
-) -> Costs:
+def costs_of(config: RunConfig, stage: StageConfig, teacher: TrigFlow, sample: Batch, size: int) -> Costs:
     """What the most expensive updates of a stage need, for `size` samples on this process."""
     counts = depths(teacher)
     few = [n if n <= WHOLE else FEW for n in counts]
@@ -74,7 +72,7 @@ def costs_of(
     return total
 
 
-def measure(subject: Subject, stage: StageConfig, batch: Batch, *) -> Costs:
+def measure(subject: Subject, stage: StageConfig, batch: Batch) -> Costs:
     """Over the last iterations of the stage, when nothing warms up any more: the most bytes, FLOPs in the mean."""
     objective, loss, noise = stage.objective, loss_of(stage.objective), NoNoise()
     score = objective.fake_score
@@ -101,9 +99,7 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch, *) -> Costs:
     return Costs(of_student, of_fake, sum(updates) / len(updates), meter.flops)
 
 
-def costs(
-    model: TrigFlow, losses: Iterable[Callable[[], Terms]], *, known: list[Tensor], again: bool
-) -> Cost:
+def costs(model: TrigFlow, losses: Iterable[Callable[[], Terms]], *, known: list[Tensor], again: bool) -> Cost:
     """The most that any of the losses takes of memory, and what they compute in the mean.
 
     Args:
@@ -126,7 +122,7 @@ def costs(
         del value
         model.zero_grad()
     flops = sum(cost.flops for cost in found) / len(found)
-    return Cost(*map(max, zip(*(cost[:4] for cost in found))), flops=flops)
+    return Cost(*map(max, zip(*(cost[:4] for cost in found))), flops)
 
 
 def backward_of(value: Tensor) -> None:
