@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=share,
         default=0.4,
         metavar="SHARE",
-        help="of the GPU's published FLOPs that the run will use (default: 0.4); the progress line has the real one",
+        help="of the GPU's published FLOPs that the run will use (default: 0.4)",
     )
     parser.add_argument(
         "--latents", type=shape, metavar="CxTxHxW", help="shape of a sample's latents, if the data is not there yet"

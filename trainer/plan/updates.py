@@ -122,7 +122,8 @@ def costs(model: TrigFlow, losses: Iterable[Callable[[], Terms]], *, known: list
         del value
         model.zero_grad()
     flops = sum(cost.flops for cost in found) / len(found)
-    return Cost(*map(max, zip(*(cost[:4] for cost in found))), flops)
+    kept, forward, start, end = (max(of_all) for of_all in list(zip(*found))[:4])
+    return Cost(kept, forward, start, end, flops)
 
 
 def backward_of(value: Tensor) -> None:
