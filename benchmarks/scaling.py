@@ -40,11 +40,11 @@ from torch.distributed.tensor.parallel import (
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.costs import Traffic, bytes_of, flops, input_bytes, peak_memory, saved, traffic
-from jvpgraph.backend import Backend
 from jvpgraph.config import Config
 from jvpgraph.diffusers_parallel import make_traceable
 from jvpgraph.dual_forward import dual_forward
 from jvpgraph.dynamo import first_cause, own_errors
+from jvpgraph.dynamo_backend import Backend
 from jvpgraph.passes.pipeline import JointPasses
 
 __all__ = [

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jvpgraph.backend import Backend
 from jvpgraph.config import Config
 from jvpgraph.dual import Dual
 from jvpgraph.dynamo import hit_recompile_limit
+from jvpgraph.dynamo_backend import Backend
 from jvpgraph.errors import CaptureError
 from jvpgraph.explain import Explanation, explain
 from jvpgraph.functions import Function, Kept, call_function, identity, note_graphs

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from jvpgraph.backend import COMPILERS, Backend
 from jvpgraph.config import Config
+from jvpgraph.dynamo_backend import COMPILERS, Backend
 from jvpgraph.regions import Choice, check_choice
 
 __all__ = ["BACKENDS", "Settings"]

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from jvpgraph.backend import Backend
 from jvpgraph.dual_forward import another
 from jvpgraph.dynamo import backward_at_once, hit_recompile_limit, in_one_piece, own_errors
+from jvpgraph.dynamo_backend import Backend
 from jvpgraph.errors import CaptureError
 from jvpgraph.functions import Kept
 from jvpgraph.op_by_op import OpByOp as Mode

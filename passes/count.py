@@ -48,7 +48,10 @@ def count(gm: fx.GraphModule, context: Context) -> None:
         if node.target in ATTENTION:
             kept = _keep(node, maps)
             report.upper_bounds += kept is None and node.target in FORWARDS
-            primal, tangent = _attention_flops(node, kept or Kept())
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            primal, tangent = attention_flops(node.target, args, kwargs, kept or Kept())
+            if INSERTED_META in node.meta and node.target is OPS.attention.default:
+                primal = 0
         else:
             primal, tangent = _flops(node)
         if node.meta.get("partitioner_tag") == "is_backward":
@@ -144,24 +147,26 @@ def _hint_of_node(x: Any) -> Any:
     return hint_of(value) if isinstance(value, torch.SymInt) else value
 
 
-def _attention_flops(node: fx.Node, kept: Kept) -> tuple[Any, Any]:
-    """s and o: two products. s_dot adds one per active q and k; o_dot one for v, and one for h where s_dot is. In the
-    backward, s, dq and dk are products with q or k; dp and dv with v."""
-    bound = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+def attention_flops(op: OpOverload, args: Any, kwargs: Any, kept: Kept = Kept()) -> tuple[Any, Any]:  # noqa: B008
+    """(primal, tangent) of a call of an op of ATTENTION.
+
+    s and o: two products. s_dot adds one per active q and k; o_dot one for v, and one for h where s_dot is. In the
+    backward, s, dq and dk are products with q or k; dp and dv with v.
+    """
+    bound = bind(op, args, kwargs)
     qk, pv = _products(bound, kept)
-    if node.target is OPS.attention_backward.default:
+    if op is OPS.attention_backward.default:
         return 3 * qk + 2 * pv, 0
     active = [bound.get(f"{name}_dot") is not None for name in "qkv"]
     tangent = (active[0] + active[1]) * qk + (active[2] + (active[0] or active[1])) * pv
-    if node.target is OPS.attention_jvps.default:  # one product for each of the tangents
-        tangent *= next(_expr(bound[name].meta["val"].shape[0]) for name in ALL_DOTS if bound[name] is not None)
-    own = 0 if INSERTED_META in node.meta and node.target is OPS.attention.default else qk + pv
-    return own, tangent
+    if op is OPS.attention_jvps.default:  # one product for each of the tangents
+        tangent *= next(_expr(bound[name].shape[0]) for name in ALL_DOTS if bound[name] is not None)
+    return qk + pv, tangent
 
 
 def _products(bound: dict[str, Any], kept: Kept) -> tuple[Any, Any]:
     """FLOPs of q k' and of p v."""
-    q, k, v = (bound[name].meta["val"] for name in ("q", "k", "v"))
+    q, k, v = (bound[name] for name in ("q", "k", "v"))
     if kept.pairs is None:
         scores = sympy.prod([_expr(n) for n in q.shape[:-1]]) * _expr(k.shape[-2])
     else:

@@ -27,7 +27,7 @@ from jvpgraph.passes.context import Context
 from jvpgraph.passes.decompose import decompose
 from jvpgraph.passes.pipeline import AFTER_AUTOGRAD, ON_ATEN_GRAPH, Stage
 
-BACKEND = importlib.import_module("jvpgraph.backend")  # the package has a function of that name
+BACKEND = importlib.import_module("jvpgraph.dynamo_backend")
 __all__ = ["odd", "perturb_layouts", "perturbed"]
 
 # Kernels of ATen that take layouts for granted without looking. Whoever calls them sees to it: Inductor of attention by

@@ -47,7 +47,7 @@ LAYERS = (
     ("jvpgraph.strategies", "jvpgraph.finite"),
     ("jvpgraph.settings",),
     ("jvpgraph.regions",),
-    ("jvpgraph.backend", "jvpgraph.op_by_op", "jvpgraph.tangents", "jvpgraph.vmapped"),
+    ("jvpgraph.dynamo_backend", "jvpgraph.op_by_op", "jvpgraph.tangents", "jvpgraph.vmapped"),
     ("jvpgraph.passes",),
     ("jvpgraph.dump", "jvpgraph.verify", "jvpgraph.sharding"),
     ("jvpgraph.graph", "jvpgraph.inductor"),

@@ -14,9 +14,12 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
+import jvpgraph
+
 COMMANDS = {
     "prepare": "Encode pictures, clips or prompts with a checkpoint's own VAE and text encoders.",
     "inspect": "Show what was prepared: figures, and samples decoded again.",
+    "plan": "Say what a run will need: memory of each GPU, FLOPs, time.",
     "train": "Distil a teacher; goes on by itself with a run that was stopped.",
     "sample": "Draw samples of a trained student.",
     "evaluate": "Measure a student against its teacher and real data.",
@@ -77,6 +80,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """All commands, and the arguments of the one that is called."""
     parser = argparse.ArgumentParser(prog="jvpgraph", description="Distil diffusion models with exact tangents.")
+    parser.add_argument("--version", action="version", version=f"jvpgraph {jvpgraph.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         sub = commands.add_parser(

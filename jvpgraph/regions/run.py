@@ -27,7 +27,6 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from jvpgraph.backend import Backend
 from jvpgraph.dual_forward import dual_forward
 from jvpgraph.dynamo import (
     NOT_CAPTURED,
@@ -38,6 +37,7 @@ from jvpgraph.dynamo import (
     in_one_piece,
     own_errors,
 )
+from jvpgraph.dynamo_backend import Backend
 from jvpgraph.errors import CaptureError, MarkerExecuted
 from jvpgraph.markers import MAKE_DUAL
 from jvpgraph.op_by_op import OpByOp

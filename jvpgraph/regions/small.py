@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jvpgraph.backend import Backend
 from jvpgraph.dual_forward import dual_forward
 from jvpgraph.dynamo import backward_at_once, hit_recompile_limit, in_one_piece, own_errors
+from jvpgraph.dynamo_backend import Backend
 from jvpgraph.errors import CaptureError, UnsupportedNode, UnsupportedOp
 from jvpgraph.functions import Kept, identity
 from jvpgraph.op_by_op import OpByOp, user_line

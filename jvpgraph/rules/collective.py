@@ -9,10 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._ops import OpOverload
 
 from jvpgraph.rules.registry import When, jvp, linear
+
+if dist.is_available():
+    import torch.distributed._functional_collectives  # defines some of the ops
 
 __all__ = ["reduces_linearly"]
 

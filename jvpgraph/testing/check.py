@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from jvpgraph.api import DualModule, transform
-from jvpgraph.backend import Backend
+from jvpgraph.dynamo_backend import Backend
 from jvpgraph.testing.call import call_of, refuse_random
 from jvpgraph.testing.oracle import oracle_of
 from jvpgraph.testing.report import JvpCheck, JvpMismatch

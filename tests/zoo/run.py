@@ -24,7 +24,7 @@ from torch import fx
 from torch.overrides import _pop_mode, _push_mode
 
 import jvpgraph
-from jvpgraph.backend import Backend
+from jvpgraph.dynamo_backend import Backend
 from jvpgraph.tree import leaves
 from tests.zoo import sweep
 from tests.zoo.base import QUIET, Case

@@ -23,15 +23,7 @@ settings that may change between a stop and going on:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"{STATUS}{table()}\n\nsettings, as keys of CONFIG or as key=value:\n\n{describe(RunConfig)}"
-    parser.add_argument(
-        "config", type=Path, metavar="CONFIG", help=f"YAML file of settings, or ready ones: {', '.join(names())}"
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="settings that replace those of the file, such as stages.0.steps=100; the value is YAML",
-    )
+    add_settings(parser)
     parser.add_argument(
         "--change",
         action="append",
@@ -52,6 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=time,
         metavar="TIME",
         help="stop before so much time has passed since the start: 90s, 30m, 3.5h, or [days-][hours:]minutes:seconds",
+    )
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """A file and what replaces its settings."""
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG", help=f"YAML file of settings, or ready ones: {', '.join(names())}"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings that replace those of the file, such as stages.0.steps=100; the value is YAML",
     )
 
 

@@ -388,7 +388,10 @@ def load(path: Path, config: str | None, dtype: torch.dtype) -> nn.Module:
             )
         raise ValueError(f"{path} holds no config.json of a diffusers network, neither does {folder}")
     name = read_json(folder / "config.json").get("_class_name", "a network without _class_name")
-    net = network_class(name).from_pretrained(folder, torch_dtype=dtype)
+    cls = network_class(name)
+    if torch.get_default_device().type == "meta":  # jvpgraph plan asks for shapes: no weights are read
+        return in_dtype(cls.from_config(cls.load_config(folder)), dtype)
+    net = cls.from_pretrained(folder, torch_dtype=dtype)
     return net.double() if dtype == torch.float64 else net
 
 
@@ -414,7 +417,12 @@ def initialise(name: str, config: dict[str, Any], dtype: torch.dtype, seed: int)
     cls = network_class(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = nn.Module.to(cls(**config), dtype)  # diffusers' own warns
+        return in_dtype(cls(**config), dtype)
+
+
+def in_dtype(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network with parameters of this dtype, but for those that diffusers keeps in float32."""
+    net = nn.Module.to(net, dtype)  # diffusers' own warns
     if dtype.itemsize < 4:
         for parameter, p in net.named_parameters():
             if kept_in_float32(net, parameter):

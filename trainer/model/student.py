@@ -189,10 +189,17 @@ def _checkpoint(net: nn.Module) -> None:
 
 def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
     """Outermost children of ModuleLists with one class throughout that are made of several modules."""
+    for blocks in repeated_lists(module):
+        yield from blocks
+
+
+def repeated_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """The lists of `repeated_blocks`."""
     for child in module.children():
         parts = list(child.children()) if isinstance(child, nn.ModuleList) else []
         blocks = [part for part in parts if not isinstance(part, nn.ModuleList) and any(part.children())]
         if parts and len(blocks) == len(parts) and len({type(part) for part in parts}) == 1:
-            yield from parts
+            assert isinstance(child, nn.ModuleList)
+            yield child
         else:
-            yield from repeated_blocks(child)
+            yield from repeated_lists(child)

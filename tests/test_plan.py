@@ -1,0 +1,124 @@
+"""jvpgraph plan: against what runs take, by torch's allocator, and against the counts of jvpgraph's reports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import jvpgraph
+from jvpgraph.trainer import cli
+from jvpgraph.trainer.config import RunConfig, StudentConfig
+from jvpgraph.trainer.model.dit import dit
+from jvpgraph.trainer.model.networks import build_student
+from jvpgraph.trainer.plan.machines import GPUS
+from jvpgraph.trainer.plan.meter import Meter
+from jvpgraph.trainer.plan.plan import plan_run
+from jvpgraph.trainer.plan.report import duration
+from jvpgraph.trainer.settings import from_dict, load
+
+ROOT = Path(__file__).parents[1]
+TINY: dict[str, Any] = {
+    "out": "run",
+    "model": {"load": "jvpgraph.trainer.dit:dit", "options": {"width": 128, "depth": 3, "heads": 4}},
+    "student": {"backend": "eager"},
+    "device": "cpu",
+    "threads": 1,
+    "guidance": {"scale": 1.5, "negative": {"labels": 10}},
+    "stages": [
+        {
+            "steps": 4,
+            "batch": 32,
+            "objective": {"name": "rcm", "dmd": {"simulation_steps": 2, "fake_updates_per_step": 1}},
+        }
+    ],
+    "checkpoint": {"asynchronous": False},
+}
+ADAPTERS = ["student.lora={rank: 4, targets: [qkv, out]}", "student.checkpoint_blocks=true"]
+
+
+def measured(folder: Path, overrides: list[str], processes: int) -> int:
+    """The most bytes that a process of the run needs."""
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, "-W", "ignore", *many, "-m", "tests.measure_peak", str(folder / "tiny.yaml"), *overrides]
+    done = subprocess.run([*command, f"out={folder / 'run'}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    peaks = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
+    assert len(peaks) == processes, done.stderr[-3000:]
+    return max(peaks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "processes"),
+    [([], 1), (ADAPTERS, 1), pytest.param(["parallel.dp_shard=2"], 2, marks=pytest.mark.ranks)],
+    ids=["whole", "adapters and checkpointed blocks", "sharded"],
+)
+def test_the_peak_of_a_run_within_a_tenth(tmp_path, overrides, processes):
+    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
+    config = load(RunConfig, tmp_path / "tiny.yaml", overrides)
+    held = 1797 * 64 * 4  # the digits themselves, which are read at once
+    [plan] = plan_run(config, processes=processes, on_gpu=False)
+    assert plan.peak + held == pytest.approx(measured(tmp_path, overrides, processes), rel=0.1)
+
+
+@pytest.mark.slow
+def test_more_blocks_are_extrapolated():
+    """What two and three blocks cost says what six do."""
+    shallow, deep = (
+        from_dict(RunConfig, {**TINY, "model": {**TINY["model"], "options": {"width": 128, "depth": n, "heads": 4}}})
+        for n in (4, 6)
+    )
+    [of_four], [of_six] = (plan_run(config, processes=1, on_gpu=False) for config in (shallow, deep))
+    [of_three] = plan_run(from_dict(RunConfig, TINY), processes=1, on_gpu=False)
+    assert of_six.flops == pytest.approx(of_four.flops + 2 * (of_four.flops - of_three.flops), rel=1e-3)
+    assert of_six.peak == pytest.approx(of_four.peak + 2 * (of_four.peak - of_three.peak), rel=0.03)
+
+
+@pytest.mark.slow
+def test_flops_are_those_of_the_report():
+    student = build_student(dit(width=64, depth=1, heads=2).to("meta"), StudentConfig())
+    dual = jvpgraph.transform(student, backend="eager", dynamic=False)
+    x, t = torch.empty(2, 1, 8, 8, device="meta").double(), torch.empty(2, device="meta").double()
+    cond = {"labels": torch.zeros(2, dtype=torch.long, device="meta")}
+    for _ in range(2):  # the first one makes the graph
+        with Meter([*student.parameters(), *student.buffers()]) as meter:
+            F, _ = dual(x, t, cond, tangents={"x": x, "t": t})
+            F.sum().backward()
+    [report] = dual.reports
+    assert meter.flops >= report.primal_flops + report.tangent_flops + report.backward_flops  # with what is recomputed
+    assert meter.flops == pytest.approx(
+        int(report.primal_flops + report.tangent_flops + report.backward_flops), rel=0.15
+    )
+
+
+@pytest.mark.slow
+def test_the_command_says_whether_it_fits(tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(json.dumps({**TINY, "stages": [{"steps": 4, "batch": 4, "objective": "dcm"}]}))
+    assert cli.main(["plan", str(tmp_path / "tiny.yaml"), "--gpu", "rtx4090", "out=elsewhere"]) == 0
+    told = capsys.readouterr().out
+    assert "stage 0: dcm" in told
+    assert "  fits: " in told
+    assert "averages" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_do_not_go_with_the_processes(tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
+    assert cli.main(["plan", str(tmp_path / "tiny.yaml"), "--gpus", "3"]) == 1
+    assert "parallel.dp_shard=-1 takes as many as there are" in capsys.readouterr().err
+
+
+def test_durations():
+    assert [duration(s) for s in (0.5, 3, 300, 7200, 200000)] == [
+        "0.5 seconds",
+        "3.0 seconds",
+        "5.0 minutes",
+        "2.0 hours",
+        "2.3 days",
+    ]
+    assert all(gpu.half > gpu.single for gpu in GPUS.values())

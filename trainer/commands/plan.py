@@ -1,0 +1,62 @@
+"""jvpgraph plan"""
+
+from __future__ import annotations
+
+import argparse
+
+from jvpgraph.trainer.commands.arguments import positive
+from jvpgraph.trainer.commands.train import add_settings, settings_file
+from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.plan.machines import GPUS
+from jvpgraph.trainer.plan.plan import plan_run
+from jvpgraph.trainer.plan.report import report
+from jvpgraph.trainer.settings import load
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Nothing is trained or downloaded, and no weights are read. A minute or two, for the graph of the network "
+        "is made.\n\n  jvpgraph plan my_run.yaml --gpu h100 --gpus 8 parallel.dp_shard=-1"
+    )
+    add_settings(parser)
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="of which kind (default: h100)")
+    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="how many, a process each (default: 1)")
+    parser.add_argument(
+        "--mfu",
+        type=share,
+        default=0.4,
+        metavar="SHARE",
+        help="of the GPU's published FLOPs that the run will use (default: 0.4)",
+    )
+    parser.add_argument(
+        "--latents", type=shape, metavar="CxTxHxW", help="shape of a sample's latents, if the data is not there yet"
+    )
+    parser.add_argument(
+        "--condition", type=condition, action="append", default=[], metavar="NAME=LxD", help="and of its conditions"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    config = load(RunConfig, settings_file(args.config), args.overrides)
+    shapes = {"latents": args.latents, "conditions": dict(args.condition)}
+    for plan in plan_run(config, processes=args.gpus, **shapes):
+        print(report(plan, config, args.gpu, args.mfu), flush=True)
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is no share: above 0, and at most 1")
+    return value
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """16x21x60x104; an empty one is a number per sample."""
+    return tuple(positive(size) for size in text.split("x") if size)
+
+
+def condition(text: str) -> tuple[str, tuple[int, ...]]:
+    name, equals, sizes = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=LxD, such as encoder_hidden_states=512x4096")
+    return name, shape(sizes)

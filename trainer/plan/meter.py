@@ -1,0 +1,114 @@
+"""Bytes and FLOPs of ops as they run, on the meta device too, where nothing is allocated or computed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from jvpgraph.passes.count import ATTENTION, attention_flops
+
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Meter(TorchDispatchMode):
+    """Follows every op: what its results allocate, until they are freed, and what it computes.
+
+    What a kernel allocates for itself while it runs is not seen.
+
+    Args:
+        known: tensors whose memory counts as nothing, such as parameters.
+
+    Attributes:
+        now: bytes that are allocated, beyond `known`.
+        timeline: `now` after each op.
+        flops: so far; a multiply-add counts 2, as in the reports of jvpgraph.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = 0
+        self.timeline: list[int] = []
+        self.flops = 0
+        self.kept = [tensor.untyped_storage() for tensor in known]
+        self.live: dict[int, Any] = dict.fromkeys(storage._cdata for storage in self.kept)
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What is compiled is to be compiled as ever; its ops are seen when it runs."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        self.timeline.append(self.now)
+        self.flops += flops_of(func, args, kwargs, out)
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.live:
+            size = storage.nbytes()
+            self.now += size
+            self.live[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+
+    def _drop(self, key: int, size: int) -> None:
+        del self.live[key]
+        self.now -= size
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """As `jvpgraph.passes.count` has it, for one call."""
+    if func in ATTENTION:
+        return int(sum(attention_flops(func, args, kwargs)))
+    if func.overloadpacket in (FUSED, FUSED_BACKWARD):
+        q, k, v = args[:3] if func.overloadpacket is FUSED else args[1:4]
+        scores = 2 * q.shape[:-1].numel() * k.shape[-2]
+        qk, pv = scores * q.shape[-1], scores * v.shape[-1]
+        return qk + pv if func.overloadpacket is FUSED else 3 * qk + 2 * pv
+    formula = flop_registry.get(func.overloadpacket)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Attention as kernels compute it, on the meta device too: PyTorch would write its matrices of scores out there.
+
+    Not a mode: backwards, in which checkpointed blocks are computed again, are run without those.
+    """
+    with patch.object(functional, "scaled_dot_product_attention", fused):
+        yield
+
+
+def fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What functional.scaled_dot_product_attention takes."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+    q, k, v = (x.reshape(*[1] * (4 - x.dim()), *x.shape) for x in (query, key, value))
+    out: Tensor = FUSED(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return out.reshape(*query.shape[:-1], value.shape[-1])

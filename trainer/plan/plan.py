@@ -1,0 +1,175 @@
+"""The sums: what each process of a run will hold, what an update computes, how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.config import RunConfig, StageConfig
+from jvpgraph.trainer.model.networks import build_student
+from jvpgraph.trainer.plan.layout import Held, Spread, held, training
+from jvpgraph.trainer.plan.machines import GPU, USABLE
+from jvpgraph.trainer.plan.subject import sample_of, teacher_of
+from jvpgraph.trainer.plan.updates import Cost, costs_of
+from jvpgraph.trainer.run.parallel import check, main_dtype, sizes_of
+from jvpgraph.trainer.trigflow import TrigFlow
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one stage, for each process.
+
+    Attributes:
+        index: of the stage.
+        parameters: of the student, and how many of them are trained.
+        resident: bytes that are there all the time, by what they are for.
+        moments: the most bytes at each moment of an update, what is resident included.
+        kept: bytes of activations that the student's forward keeps for its backward.
+        at_work: bytes beyond these, gradients and what is resident, at the moment that needs the most: tangents and
+            other results on the way, and parameters that are gathered.
+        flops: of one update, in one process, recomputation included.
+        dtype: of most of what is trained.
+        steps, samples: updates of the stage, and samples per update of all processes.
+        processes: how many there are.
+    """
+
+    index: int
+    parameters: tuple[int, int]
+    resident: dict[str, float]
+    moments: dict[str, float]
+    kept: float
+    gradients: float
+    flops: float
+    dtype: torch.dtype
+    steps: int
+    samples: int
+    processes: int
+
+    @property
+    def peak(self) -> float:
+        return max(self.moments.values())
+
+    @property
+    def at_work(self) -> float:
+        return max(0.0, self.peak - sum(self.resident.values()) - self.kept - self.gradients)
+
+    def fits(self, gpu: GPU) -> bool:
+        return self.peak <= USABLE * gpu.memory
+
+    def seconds(self, gpu: GPU, share: float) -> float:
+        """Of one update, if `share` of what the GPU could compute is computed."""
+        return self.flops / (share * gpu.peak(self.dtype))
+
+
+def plan_run(
+    config: RunConfig,
+    *,
+    processes: int,
+    on_gpu: bool = True,
+    latents: Sequence[int] | None = None,
+    conditions: Mapping[str, Sequence[int]] | None = None,
+) -> list[Plan]:
+    """A plan of each stage.
+
+    Args:
+        processes: how many there will be.
+        on_gpu: optimisers as on a GPU.
+        latents, conditions: shapes of a sample, [C, ...] and by name; None for those of the run's data.
+
+    Raises:
+        ValueError: the settings do not fit the number of processes, the network, or there are no data to plan for.
+    """
+    spread = Spread(sizes_of(config.parallel, processes))
+    check(config, spread.sizes)
+    teacher = teacher_of(config)
+    sample = sample_of(config, latents, conditions or {})
+    return [plan_stage(config, i, teacher, sample, spread, on_gpu=on_gpu) for i in range(len(config.stages))]
+
+
+def plan_stage(
+    config: RunConfig, index: int, teacher: TrigFlow, sample: Batch, spread: Spread, *, on_gpu: bool
+) -> Plan:
+    stage = config.stages[index]
+    student = build_student(teacher, config.student)
+    scored = stage.objective.fake_score is not None
+    copies = {"student": student} | ({"fake score": build_student(teacher, config.student)} if scored else {})
+    settings = {"student": stage.student, "fake score": stage.fake}
+    parts = {"teacher": held(teacher, spread), **{name: held(network, spread) for name, network in copies.items()}}
+
+    resident: dict[str, float] = {"teacher": resident_bytes(teacher, parts["teacher"], set())}
+    seen = {id(tensor) for tensor in tensors_of(teacher)} if not spread.many else set()
+    trained = {}
+    for name, network in copies.items():
+        resident[name] = resident_bytes(network, parts[name], seen)
+        widths = config.ema.sigma_rel if name == "student" else ()
+        trained[name] = training(network, parts[name].shapes, settings[name], widths, on_gpu)
+        resident[f"optimiser of the {name}"] = trained[name].states
+    resident["averages"] = trained["student"].averages
+    conditions = sum(x.nbytes for x in sample.cond.values())
+    resident["data"] = stage.batch // spread.parts * (sample.x0.nbytes + conditions)
+
+    costs = costs_of(config, stage, teacher, sample, stage.batch // spread.parts)
+    base = sum(resident.values())
+    moments = {}
+    for name in copies:
+        cost = costs.student if name == "student" else costs.fake
+        own, part = trained[name], parts[name]
+        for moment, most in at_moments(cost, stage, own.gradients, part, spread).items():
+            moments[f"{name}: {moment}"] = base + most
+        moments[f"{name}: optimiser's step"] = base + own.gradients + own.step
+    split = spread.tokens * spread.sizes["tp"]
+    computed = costs.student.flops + costs.fake_updates * costs.fake.flops
+    return Plan(
+        index=index,
+        parameters=count(student),
+        resident=resident,
+        moments=moments,
+        kept=costs.student.kept / spread.tokens,
+        gradients=max(own.gradients for own in trained.values()),
+        flops=stage.accumulate * computed / split,
+        dtype=main_dtype(student.parameters())[0] or torch.float32,
+        steps=stage.steps,
+        samples=stage.batch * stage.accumulate,
+        processes=prod(spread.sizes.values()),
+    )
+
+
+def at_moments(cost: Cost, stage: StageConfig, gradients: float, part: Held, spread: Spread) -> dict[str, float]:
+    """Bytes beyond what is resident.
+
+    FSDP2 gathers a block into a buffer and copies its parameters from there, while those outside of blocks are there;
+    in the backward it also reduces the block's gradients, from a float32 copy. At the end of that, activations are gone
+    and each process has its part of the gradients.
+    """
+    before = gradients if stage.accumulate > 1 else 0.0
+    gathered = part.root + 2 * part.block
+    end = cost.end + before
+    if spread.many:
+        end = gradients + gathered + part.reduced
+    return {
+        "forward": cost.forward / spread.tokens + before + gathered,
+        "backward begins": cost.start / spread.tokens + before + gathered + part.reduced,
+        "backward ends": end,
+    }
+
+
+def tensors_of(network: TrigFlow) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
+def resident_bytes(network: TrigFlow, part: Held, seen: set[int]) -> float:
+    """Of parameters and buffers that are not another network's."""
+    own = [(name, p) for name, p in network.named_parameters() if id(p) not in seen]
+    sizes = sum(prod(part.shapes.get(name, tuple(p.shape))) * p.element_size() for name, p in own)
+    return sizes + sum(b.nbytes for b in network.buffers() if id(b) not in seen)
+
+
+def count(student: TrigFlow) -> tuple[int, int]:
+    """Parameters, and those of them that are trained."""
+    sizes = [(p.numel(), p.requires_grad) for p in student.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)

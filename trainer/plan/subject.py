@@ -1,0 +1,144 @@
+"""The networks of a run on the meta device: as they are, and with fewer of their repeated blocks."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import jvpgraph
+from jvpgraph.trainer.batch import Batch, Condition
+from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.data.sample import first_samples
+from jvpgraph.trainer.model.networks import build_student
+from jvpgraph.trainer.model.student import repeated_lists
+from jvpgraph.trainer.noise import RankNoise
+from jvpgraph.trainer.plan.meter import fused_attention
+from jvpgraph.trainer.trigflow import Guided, TrigFlow
+
+META = torch.device("meta")
+Shapes = Mapping[str, Sequence[int]]
+
+
+def teacher_of(config: RunConfig) -> TrigFlow:
+    """The teacher without its weights; one of diffusers is built from config.json alone.
+
+    Raises:
+        ValueError: the settings' function does not give a TrigFlow, or what it does cannot be done without numbers.
+    """
+    with warnings.catch_warnings():  # weights that are loaded by hand go nowhere, as they should
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter.*")
+        try:
+            with META:
+                teacher = config.model.build()
+        except NotImplementedError as error:
+            raise ValueError(f"model.load: {config.model.load} needs numbers to build the network: {error}") from error
+    if not isinstance(teacher, TrigFlow):
+        raise ValueError(f"model.load: {config.model.load} gave a {type(teacher).__name__}; it must return a TrigFlow")
+    return teacher.to(META).requires_grad_(False).eval()
+
+
+def sample_of(config: RunConfig, latents: Sequence[int] | None, conditions: Shapes) -> Batch:
+    """One sample of the run's data on the meta device, or one of these shapes.
+
+    Raises:
+        ValueError, OSError: no shapes are given, and there is no data.
+    """
+    if latents is not None:
+        given = {name: torch.empty(1, *shape, device=META) for name, shape in conditions.items()}
+        return Batch(torch.empty(1, *latents, device=META), given)
+    try:
+        return first_samples(config.data.source.build(), 1).to(META)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{error}\nTo plan before the data is there, give the shapes of a sample: --latents 16x21x60x104 "
+            "--condition encoder_hidden_states=512x4096"
+        ) from error
+
+
+def larger(sample: Batch, size: int) -> Batch:
+    """`size` samples like the one."""
+    conditions = {name: x.new_empty(size, *x.shape[1:]) for name, x in sample.cond.items()}
+    return Batch(sample.x0.new_empty(size, *sample.x0.shape[1:]), conditions)
+
+
+def depths(network: TrigFlow) -> list[int]:
+    """How many blocks each list of repeated ones has."""
+    return [len(blocks) for blocks in repeated_lists(network.net)]
+
+
+def shortened(network: TrigFlow, counts: Sequence[int]) -> TrigFlow:
+    """A copy with so many blocks in each list of repeated ones; the last block stays, as it may be another."""
+    short = copy.deepcopy(network)
+    for blocks, count in zip(repeated_lists(short.net), counts, strict=True):
+        del blocks[count - 1 : -1]
+    return short
+
+
+class NoNoise(RankNoise):
+    """Draws on the meta device: shapes alone."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 0, 1)  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        return META
+
+
+class Plainly(nn.Module):
+    """A network, or a dual one, whose calls without tangents attend as kernels do."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *args: Any, tangents: Any = None, **kwargs: Any) -> Any:
+        if tangents is not None:
+            return self.network(*args, tangents=tangents, **kwargs)
+        with fused_attention():
+            return self.network(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a run trains and asks, on the meta device."""
+
+    teacher: TrigFlow
+    student: TrigFlow
+    fake: TrigFlow | None
+    dual: Plainly
+    guided: Guided
+
+    @property
+    def known(self) -> list[Tensor]:
+        """Parameters, buffers and the negative condition."""
+        networks = [network for network in (self.teacher, self.student, self.fake) if network is not None]
+        held = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+        return [*held, *self.guided.negative.values()]
+
+
+def subject_of(config: RunConfig, teacher: TrigFlow, cond: Condition, *, fake: bool) -> Subject:
+    """The networks of a run with this teacher.
+
+    Args:
+        cond: of one sample, which the negative condition is taken to be like.
+        fake: whether there is a fake score.
+    """
+    student = build_student(teacher, config.student)
+    # One graph, also where the run's will be one per block: what they keep is nearly the same. And without Inductor,
+    # which makes no code for this device.
+    dual = jvpgraph.transform(student, backend="eager", dynamic=False, regions="auto")
+    negative = dict(cond) if config.guidance.scale != 1 else {}
+    return Subject(
+        teacher,
+        student,
+        build_student(teacher, config.student) if fake else None,
+        Plainly(dual),
+        Guided(Plainly(teacher), config.guidance.scale, negative),
+    )
