@@ -202,7 +202,7 @@ FAULTS = {
         then([*SAMPLE, "--out", "b.png"]),
     ),
     "a place that cannot be written, export": Fault(
-        lambda: None, [*EXPORT, "/sys/net"], "/sys/net: ", "another place by --out", then([*EXPORT, "net"])
+        lambda: None, [*EXPORT, "/sys/net"], r"/sys/\.?net", "another place by --out", then([*EXPORT, "net"])
     ),
     "every checkpoint flipped, train": Fault(
         flip_all, TRAIN, r"no checkpoint in run/checkpoints is whole", "--fresh", then([*TRAIN, "--fresh"])
@@ -241,7 +241,7 @@ FAULTS = {
         lambda: Path("net").mkdir() or Path("net/a").touch(),
         [*EXPORT, "net"],
         "net is not empty",
-        "choose another folder",
+        "Choose another folder",
         then([*EXPORT, "net2"]),
     ),
     "a step that is not there": Fault(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import PydanticUserError
 
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.plug import Plug, PlugError
+from jvpgraph.trainer.plug import Plug, PlugError, PlugFailed
 from jvpgraph.trainer.settings import (
     SettingsError,
     Variants,
@@ -576,7 +576,7 @@ def test_a_plug_builds_what_its_function_returns():
     assert Plug(f"{HERE}Maker.make", {"a": 1}).build(b=2) == {"a": 1, "b": 2}
     assert Plug("builtins:dict", {"a": 1}).build() == {"a": 1}  # no signature
     assert Plug("math:hypot").build() == 0.0
-    with pytest.raises(RuntimeError, match="the function's own words"):
+    with pytest.raises(PlugFailed, match="raised RuntimeError: the function's own words"):
         Plug(f"{HERE}build_it", {"width": -3}).build()
 
 
@@ -615,9 +615,9 @@ def test_a_file_is_a_module_that_finds_its_neighbours(tmp_path, monkeypatch):
     assert plug.build() == (2, 5)  # one module per process
     write(tmp_path / "broken.py", "import no_such_module_anywhere\n")
     for _ in range(2):  # a module that failed is not left behind half made
-        with pytest.raises(ModuleNotFoundError, match="no_such_module_anywhere"):
+        with pytest.raises(PlugFailed, match="ModuleNotFoundError.*no_such_module_anywhere"):
             Plug(f"{tmp_path}/broken.py:f").build()
     monkeypatch.chdir(tmp_path)
     assert Plug("model:f").build() == (1, 5)  # a module of the working folder
-    with pytest.raises(ModuleNotFoundError, match="no_such_module_anywhere"):
+    with pytest.raises(PlugFailed, match="ModuleNotFoundError.*no_such_module_anywhere"):
         Plug("broken:f").build()

@@ -37,6 +37,7 @@ RULES = {
     "model": ASKED,  # moved, or another teacher of the same shape
     "imports": ASKED,
     "guidance": ASKED,
+    "conditions": ASKED,
     "stages": ASKED,
     "stages.*.objective.name": NEVER,  # another objective keeps other things in a checkpoint
     "seed": NEVER,  # the order of the data follows from it
