@@ -619,5 +619,5 @@ def test_a_file_is_a_module_that_finds_its_neighbours(tmp_path, monkeypatch):
             Plug(f"{tmp_path}/broken.py:f").build()
     monkeypatch.chdir(tmp_path)
     assert Plug("model:f").build() == (1, 5)  # a module of the working folder
-    with pytest.raises(PlugFailed, match="ModuleNotFoundError.*no_such_module_anywhere"):
+    with pytest.raises(ModuleNotFoundError, match="no_such_module_anywhere"):
         Plug("broken:f").build()
