@@ -615,7 +615,7 @@ def test_a_file_is_a_module_that_finds_its_neighbours(tmp_path, monkeypatch):
     assert plug.build() == (2, 5)  # one module per process
     write(tmp_path / "broken.py", "import no_such_module_anywhere\n")
     for _ in range(2):  # a module that failed is not left behind half made
-        with pytest.raises(PlugFailed, match="ModuleNotFoundError.*no_such_module_anywhere"):
+        with pytest.raises(PlugFailed, match=r"ModuleNotFoundError.*no_such_module_anywhere"):
             Plug(f"{tmp_path}/broken.py:f").build()
     monkeypatch.chdir(tmp_path)
     assert Plug("model:f").build() == (1, 5)  # a module of the working folder
