@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed._functional_collectives  # defines some of the ops
 from torch import Tensor
 from torch._ops import OpOverload
 

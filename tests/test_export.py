@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,7 +28,6 @@ from jvpgraph.trainer.export import export_run, keys, lora
 from jvpgraph.trainer.export.prompts import sample_prompts
 from jvpgraph.trainer.model.adapters import adapter_of, diffusers_model
 from jvpgraph.trainer.model.schedulers import even_times, scheduler_for
-from jvpgraph.trainer.run.checkpoint import Checkpoints
 from jvpgraph.trainer.run.finished import load_run
 from jvpgraph.trainer.train import train
 from jvpgraph.trainer.trigflow import TrigFlow
@@ -475,23 +473,3 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(runs: Callable[..., 
     (out / "something").mkdir(parents=True)
     with pytest.raises(ValueError, match="is not empty"):
         export_run(run, out)
-
-
-@pytest.mark.slow
-def test_a_checkpoint_that_is_deleted_while_it_is_read_is_no_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = trained("sd3", tmp_path, "checkpoint.every=1", "checkpoint.keep=2", steps=2)
-    load, folder = Checkpoints.load, run / "checkpoints"
-
-    def deleted_first(self: Checkpoints, state: Any, path: Path, **more: Any) -> int | None:
-        if path.name == "step-00000002":
-            shutil.rmtree(path)  # as a run does that has written newer ones
-        return load(self, state, path, **more)
-
-    monkeypatch.setattr(Checkpoints, "load", deleted_first)
-    assert load_run(run).step == 1
-    for file in folder.glob("step-00000001/*.distcp"):
-        file.write_bytes(b"cut")
-    with pytest.raises(OSError, match=r"is whole|cannot be read"):
-        load_run(run)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from jvpgraph.trainer.run.stopping import TIME_LIMIT, Stop, Stopped, seconds_of
 from jvpgraph.trainer.train import train
 from tests.test_train import RCM, config_of, content, last_checkpoint, stage
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "interruptible")
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a terminal: a shell starts what is to run in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def start(config: RunConfig, scratch: Path, *more: str) -> subprocess.Popen[str]:
