@@ -136,7 +136,17 @@ def _forget_compiled_graphs() -> Iterator[None]:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For small networks: a second thread would spend its time waiting."""
+    yield from _threads(1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As users have several: Inductor writes other code for them."""
+    yield from _threads(2)
+
+
+def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     yield
     torch.set_num_threads(before)

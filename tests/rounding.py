@@ -113,8 +113,10 @@ class RoundedOtherwise(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, kwargs = op(*args, **(kwargs or {})), kwargs or {}
-        aliases = any(result.alias_info is not None for result in op._schema.returns)
-        if aliases or "dtype" in kwargs or torch.Tag.nondeterministic_seeded in op.tags or not _is_rounded(out):
+        # Once more would write or draw once more; and what is a view has to stay one.
+        once = op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags
+        views = any(result.alias_info is not None for result in op._schema.returns)
+        if once or views or "dtype" in kwargs or not _is_rounded(out):
             return out
         return tree_map(self._nudged, out, op(*cast(args, torch.float64), **cast(kwargs, torch.float64)))
 

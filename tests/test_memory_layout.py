@@ -308,17 +308,12 @@ class OneScale(nn.Module):
 @pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_into_one_place_by_several_threads(dtype):
+def test_sums_into_one_place_by_several_threads(dtype, two_threads):
     """Inductor's own code, for the plain model too, is not made."""
     net = OneScale().to(dtype)
     dual, exact = jvpgraph.transform(net), copy.deepcopy(net).double()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for n in (16, 37):
-            inputs, dots = {"x": torch.randn(4, n, dtype=dtype)}, {"x": torch.randn(4, n, dtype=dtype)}
-            wanted = eager_answer(exact, cast(inputs, torch.float64), cast(dots, torch.float64))
-            found = errors(dual_answer(dual, inputs, dots), wanted)
-            assert max(found.values()) < (1e-5 if dtype == torch.float32 else 2e-2), found
-    finally:
-        torch.set_num_threads(threads)
+    for n in (16, 37):
+        inputs, dots = {"x": torch.randn(4, n, dtype=dtype)}, {"x": torch.randn(4, n, dtype=dtype)}
+        wanted = eager_answer(exact, cast(inputs, torch.float64), cast(dots, torch.float64))
+        found = errors(dual_answer(dual, inputs, dots), wanted)
+        assert max(found.values()) < (1e-5 if dtype == torch.float32 else 2e-2), found
