@@ -107,6 +107,18 @@ def test_the_command_says_whether_it_fits(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_conditions_that_are_the_same_for_all(tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(json.dumps({**TINY, "stages": [{"steps": 4, "batch": 4, "objective": "dcm"}]}))
+    alike = ["conditions={labels: 3}", "--latents", "1x8x8"]
+    told = []
+    for more in (alike, []):  # else the labels are the data's
+        assert cli.main(["plan", str(tmp_path / "tiny.yaml"), "guidance={}", *more]) == 0
+        told.append([line for line in capsys.readouterr().out.splitlines() if "FLOPs" in line or "optimiser" in line])
+    assert told[0] == told[1]
+    assert "FLOPs per update" in told[0][-2]
+
+
 def test_settings_that_do_not_go_with_the_processes(tmp_path, capsys):
     (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
     assert cli.main(["plan", str(tmp_path / "tiny.yaml"), "--gpus", "3"]) == 1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import jvpgraph
+from jvpgraph.trainer.model.networks import WithConditions
 from jvpgraph.trainer.trigflow import (
     COSINE,
     EDM,
@@ -285,3 +286,37 @@ def test_guidance_extrapolates_from_the_negative_condition() -> None:
     F = Guided(ByHint(), 1.5, negative)(x, t, {"hint": hint})
     torch.testing.assert_close(F, x * expand_like(10 + 1.5 * (hint - 10), x))
     assert torch.equal(Guided(ByHint(), 1, negative)(x, t, {"hint": hint}), x * expand_like(hint, x))
+
+
+class Told(nn.Module):
+    """A network that is told a scale and a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8 + 1 + 1 + 2, 8)
+
+    def forward(self, x: Tensor, s: Tensor, guidance: Tensor, size: Tensor) -> Tensor:
+        told = [s[:, None], guidance[:, None], size]
+        return torch.tanh(self.inner(torch.cat([x, *(c.to(x.dtype) for c in told)], dim=1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["op_by_op", "inductor"])
+def test_conditions_that_are_the_same_for_all(backend, dtype):
+    """Are as if each sample brought them: value, tangent and gradients, at a second size."""
+    torch.manual_seed(0)
+    net = Told().to(dtype)
+    plain = TrigFlow(net)
+    told = TrigFlow(net, WithConditions(plain.call, {"guidance": 3.5, "size": [8.0, 4]}))
+    dual = jvpgraph.transform(told, backend=backend)
+    for batch in (3, 5):
+        x, t = torch.randn(batch, 8), torch.rand(batch)
+        given = {"guidance": torch.full((batch,), 3.5), "size": torch.tensor([8.0, 4.0]).expand(batch, 2)}
+        answers = []
+        for call, cond in ((jvpgraph.transform(plain, backend="op_by_op"), given), (dual, {})):
+            inputs = x.clone().requires_grad_(), t.clone().requires_grad_()
+            F, F_dot = call(*inputs, cond, tangents={"x": x.cos(), "t": t.sin()})
+            answers.append([F.detach(), F_dot, *torch.autograd.grad(F.square().sum(), [*inputs, *net.parameters()])])
+        eps = 1e-5 if dtype == torch.float32 else 2e-2
+        for right, found in zip(*answers, strict=True):
+            torch.testing.assert_close(found, right, rtol=0, atol=eps * right.abs().max().item())

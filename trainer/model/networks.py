@@ -53,17 +53,27 @@ def build_teacher(config: RunConfig, device: torch.device) -> TrigFlow:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        teacher = config.model.build()
-    if not isinstance(teacher, TrigFlow):
-        raise ValueError(f"model.load: {config.model.load} gave a {type(teacher).__name__}; it must return a TrigFlow")
+        teacher = new_teacher(config)
     if empty := [name for name, tensor in teacher.state_dict().items() if tensor.is_meta]:
         raise ValueError(
             f"model: the weights that {config.model.load} reads lack {len(empty)} tensors of "
             f"{type(teacher.net).__name__}: {shorten(empty)}. Download or export the checkpoint again."
         )
+    return teacher.to(device).requires_grad_(False).eval()
+
+
+def new_teacher(config: RunConfig) -> TrigFlow:
+    """What the settings' function gives, told the conditions that are the same for all samples.
+
+    Raises:
+        ValueError: that is no TrigFlow.
+    """
+    teacher = config.model.build()
+    if not isinstance(teacher, TrigFlow):
+        raise ValueError(f"model.load: {config.model.load} gave a {type(teacher).__name__}; it must return a TrigFlow")
     if config.conditions:
         teacher.call = WithConditions(teacher.call, config.conditions)
-    return teacher.to(device).requires_grad_(False).eval()
+    return teacher
 
 
 class WithConditions:
@@ -80,10 +90,15 @@ class WithConditions:
         self.__signature__ = inspect.signature(call)
 
     def __call__(self, net: nn.Module, x: Tensor, time: Tensor, cond: Condition, **second: Tensor) -> Tensor:
-        constants = {name: torch.tensor(c, device=x.device) for name, c in self.constants.items()}
-        return self.call(
-            net, x, time, {**expand_condition({k: c[None] for k, c in constants.items()}, len(x)), **cond}, **second
-        )
+        constants = {name: filled(value, x.device)[None] for name, value in self.constants.items()}
+        return self.call(net, x, time, {**expand_condition(constants, len(x)), **cond}, **second)
+
+
+def filled(value: Any, device: torch.device) -> Tensor:
+    """`torch.tensor(value)` by ops that fill: nothing is copied to a GPU, and the meta device has them too."""
+    if isinstance(value, list | tuple):
+        return torch.stack([filled(part, device) for part in value])
+    return torch.full((), value, device=device)
 
 
 def build_guided(teacher: TrigFlow, config: GuidanceConfig, device: torch.device) -> Guided:

@@ -15,7 +15,7 @@ import jvpgraph
 from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import first_samples
-from jvpgraph.trainer.model.networks import build_student
+from jvpgraph.trainer.model.networks import build_student, new_teacher
 from jvpgraph.trainer.model.student import repeated_lists
 from jvpgraph.trainer.noise import RankNoise
 from jvpgraph.trainer.plan.meter import fused_attention
@@ -35,11 +35,9 @@ def teacher_of(config: RunConfig) -> TrigFlow:
         warnings.filterwarnings("ignore", ".*copying from a non-meta parameter.*")
         try:
             with META:
-                teacher = config.model.build()
+                teacher = new_teacher(config)
         except NotImplementedError as error:
             raise ValueError(f"model.load: {config.model.load} needs numbers to build the network: {error}") from error
-    if not isinstance(teacher, TrigFlow):
-        raise ValueError(f"model.load: {config.model.load} gave a {type(teacher).__name__}; it must return a TrigFlow")
     return teacher.to(META).requires_grad_(False).eval()
 
 
