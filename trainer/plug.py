@@ -37,6 +37,12 @@ class Plug:
     load: str  # package.module:function or path/to/file.py:function
     options: dict[str, Any] = field(default_factory=dict)  # its keyword arguments
 
+    @property
+    def file(self) -> Path | None:
+        """The .py file that it is in, if that is no module's name."""
+        source = self.load.rpartition(":")[0]
+        return Path(source).expanduser() if source.endswith(".py") else None
+
     def function(self) -> Callable[..., Any]:
         """Imports it; modules are looked for in the working folder too. Raises PlugError."""
         source, colon, names = self.load.rpartition(":")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """A run's folder, and which average of its weights."""
@@ -15,6 +17,33 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         metavar="SIGMA_REL",
         help="relative width of the average of the weights (default: the first of ema.sigma_rel)",
     )
+
+
+def add_pipeline(parser: argparse._ActionsContainer) -> None:
+    """The pipeline that a student goes into, and the times that its scheduler keeps."""
+    parser.add_argument(
+        "--pipeline",
+        type=Path,
+        metavar="FOLDER",
+        help="pipeline of diffusers to put the student into (default: the one that the teacher came from)",
+    )
+    parser.add_argument(
+        "--times",
+        choices=("even", "run"),
+        default="even",
+        help="where diffusers' own scheduler cannot keep the run's times: even steps next to them (default), or the "
+        "run's own by a class in the folder, which from_pretrained takes with trust_remote_code=True only",
+    )
+
+
+def device_named(name: str) -> torch.device:
+    """`auto`: this process's GPU, if there is one. Raises ValueError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name} is no device of torch: auto, cpu, cuda, cuda:0, ...") from error
 
 
 def positive(text: str) -> int:

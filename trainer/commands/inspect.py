@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jvpgraph.trainer.commands.arguments import positive
-from jvpgraph.trainer.commands.prepare import device_named
+from jvpgraph.trainer.commands.arguments import device_named, positive
 from jvpgraph.trainer.data.prepared import read_card
 from jvpgraph.trainer.prepare.look import check, decode_some, describe
 

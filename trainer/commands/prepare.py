@@ -6,9 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-import torch
-
-from jvpgraph.trainer.commands.arguments import positive
+from jvpgraph.trainer.commands.arguments import device_named, positive
 from jvpgraph.trainer.prepare.look import describe
 from jvpgraph.trainer.prepare.plan import Options
 from jvpgraph.trainer.prepare.write import SETTINGS, prepare
@@ -114,14 +112,3 @@ def above_zero(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{value:g} is not above 0")
     return value
-
-
-def device_named(name: str) -> torch.device:
-    """`auto`: this process's GPU, if there is one. Raises ValueError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name} is no device of torch: auto, cpu, cuda, cuda:0, ...") from error
-    return device

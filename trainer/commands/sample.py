@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jvpgraph.trainer.commands.arguments import add_run, positive
+from jvpgraph.trainer.commands.arguments import add_pipeline, add_run, positive
 from jvpgraph.trainer.export import prompts
+from jvpgraph.trainer.prepare.captions import prompts_of
 from jvpgraph.trainer.run import finished
 
 
@@ -25,13 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("prompts", "pictures and videos by the whole pipeline, instead of the data's")
     group.add_argument("--prompts", nargs="+", metavar="TEXT", help="one or more, or a file with one in each line")
-    group.add_argument(
-        "--pipeline",
-        type=Path,
-        metavar="FOLDER",
-        help="pipeline of diffusers to put the student into (default: the one that the teacher came from)",
-    )
-    group.add_argument("--times", choices=("even", "run"), default="even", help="as for jvpgraph export")
+    add_pipeline(group)
     group.add_argument(
         "--call",
         nargs="+",
@@ -66,10 +61,10 @@ def lines(given: list[str]) -> list[str]:
     """The prompts themselves, or those of a file."""
     if len(given) > 1 or not is_file(given[0]):
         return given
-    found = [line.strip() for line in Path(given[0]).read_text(encoding="utf-8").splitlines()]
-    if not any(found):
+    found = prompts_of(Path(given[0]))
+    if not found:
         raise ValueError(f"{given[0]} has no prompts\nWrite one in each line.")
-    return [line for line in found if line]
+    return found
 
 
 def is_file(text: str) -> bool:

@@ -70,7 +70,8 @@ class Prepared:
     ) -> None:
         self.parts, self.card, self.on_bad_shard = parts, card, on_bad_shard
         self.has_latents = card["latents"]["field"] is not None
-        self.constants = {name: torch.tensor(value, dtype=torch.float32) for name, value in constants.items()}
+        self.constants = _tensors(constants)
+        self.sizes = [_tensors(bucket["sizes"]) for bucket in card["buckets"]]
         self._ends = list(accumulate(len(part) for part in parts))
         self.buckets = [range(start, end) for start, end in pairwise([0, *self._ends])]
         named = [[getattr(part, "fingerprint", "") for part in parts], card["latents"], constants]
@@ -85,8 +86,11 @@ class Prepared:
             raise IndexError(f"sample {index} of {len(self)}")
         number = bisect_right(self._ends, index)
         sample = self.parts[number][index - self.buckets[number].start]
-        sizes = {name: torch.tensor(value).float() for name, value in self.card["buckets"][number]["sizes"].items()}
-        return Sample(sample.key, sample.x0, {**sample.cond, **sizes, **self.constants})
+        return Sample(sample.key, sample.x0, {**sample.cond, **self.sizes[number], **self.constants})
+
+
+def _tensors(numbers: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.tensor(value, dtype=torch.float32) for name, value in numbers.items()}
 
 
 class _Prompts:

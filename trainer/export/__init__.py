@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from jvpgraph.trainer.evaluation.samplers import few_step_times
@@ -13,6 +11,7 @@ from jvpgraph.trainer.export.comfyui import export_comfyui
 from jvpgraph.trainer.export.lora import export_lora
 from jvpgraph.trainer.export.network import export_network
 from jvpgraph.trainer.export.task import Task, pipeline_of
+from jvpgraph.trainer.files import draft_folder_of
 from jvpgraph.trainer.run.finished import load_run
 
 __all__ = ["FORMATS", "export_run"]
@@ -59,23 +58,10 @@ def export_run(
     found = pipeline_of(run.config.model.options) if pipeline is None else pipeline
     task = Task(run, folder, found, steps, own_times, rank)
     if pipeline is None and found is not None and not task.goes_into_pipelines:
-        task = Task(run, folder, None, steps, own_times, rank)
-    with whole(out) as draft:
+        task.pipeline = None
+    with draft_folder_of(out) as draft:
         FORMATS[format](task, draft)
         if run.sampler == "consistency":
             times = {n: few_step_times(n, run.config.sampling) for n in run.config.sampling.steps}
             (draft / "sampling.json").write_text(json.dumps({"times": times}, indent=2) + "\n")
     return out
-
-
-@contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """A folder that takes the place of `out` at the end, and is gone after an error."""
-    draft = out.with_name(f".{out.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        draft.replace(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

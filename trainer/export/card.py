@@ -9,7 +9,6 @@ from typing import Any, Literal
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.export.task import Task
 from jvpgraph.trainer.model.schedulers import own_file
-from jvpgraph.trainer.plug import Plug
 
 Kind = Literal["pipeline", "network", "plain", "lora", "comfyui"]
 
@@ -64,7 +63,7 @@ def use_network(task: Task) -> str:
 def use_plain(task: Task) -> str:
     plug = task.run.config.model
     source, _, name = plug.load.rpartition(":")
-    module = Path(source).stem if source.endswith(".py") else source
+    module = source if plug.file is None else plug.file.stem
     options = ", ".join(f"{key}={value!r}" for key, value in plug.options.items())
     code = [
         "from safetensors.torch import load_model",
@@ -146,9 +145,3 @@ def evaluation_of(task: Task) -> str:
         rows.append(f"| {sampler} | {' | '.join(f'{mean:.4g}' for mean in means)} |")
     about = f"Means over {len(report['seeds'])} seeds, at step {report['step']}."
     return "\n".join(["## Evaluation", "", about, "", *rows])
-
-
-def plug_file(plug: Plug) -> Path | None:
-    """The .py file that a function of the settings is in, if it is not a module."""
-    source = plug.load.rpartition(":")[0]
-    return Path(source).expanduser() if source.endswith(".py") else None

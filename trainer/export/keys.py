@@ -122,8 +122,34 @@ def wan(config: Mapping[str, Any]) -> tuple[Rule, ...]:
     )
 
 
+def double_blocks(
+    mod: str, qkv: str, q_norm: str, k_norm: str, proj: str, up: str, down: str, norm: str = "*"
+) -> list[Rule]:
+    """The blocks of two streams that Flux and HunyuanVideo share, by what follows img and txt in the original names.
+
+    Args:
+        norm: the last part of the norms' names in diffusers.
+    """
+    block, rules = "transformer_blocks.#", []
+    for stream, x, normed, context, out in (
+        ("img", "to_{}", "norm_{}", "", "to_out.0"),
+        ("txt", "add_{}_proj", "norm_added_{}", "_context", "to_add_out"),
+    ):
+        original = f"double_blocks.#.{stream}"
+        rules += [
+            rule(f"{original}{mod}.*", f"{block}.norm1{context}.linear.*"),
+            rule(f"{original}{qkv}.*", *(f"{block}.attn.{x.format(part)}.*" for part in "qkv")),
+            rule(f"{original}{q_norm}", f"{block}.attn.{normed.format('q')}.{norm}"),
+            rule(f"{original}{k_norm}", f"{block}.attn.{normed.format('k')}.{norm}"),
+            rule(f"{original}{proj}.*", f"{block}.attn.{out}.*"),
+            rule(f"{original}{up}.*", f"{block}.ff{context}.net.0.proj.*"),
+            rule(f"{original}{down}.*", f"{block}.ff{context}.net.2.*"),
+        ]
+    return rules
+
+
 def flux(config: Mapping[str, Any]) -> tuple[Rule, ...]:
-    double, single, time = "transformer_blocks.#", "single_transformer_blocks.#", "time_text_embed"
+    single, time = "single_transformer_blocks.#", "time_text_embed"
     embedders = (
         rule(f"{original}.{a}.*", f"{time}.{embedder}.{b}.*")
         for original, embedder in (
@@ -133,27 +159,20 @@ def flux(config: Mapping[str, Any]) -> tuple[Rule, ...]:
         )
         for a, b in (("in_layer", "linear_1"), ("out_layer", "linear_2"))
     )
-    streams = (
-        r
-        for stream, q, qk, context, out in (
-            ("img", "to_{}", "norm_{}", "", "to_out.0"),
-            ("txt", "add_{}_proj", "norm_added_{}", "_context", "to_add_out"),
-        )
-        for r in (
-            rule(f"double_blocks.#.{stream}_mod.lin.*", f"{double}.norm1{context}.linear.*"),
-            rule(f"double_blocks.#.{stream}_attn.qkv.*", *(f"{double}.attn.{q.format(x)}.*" for x in "qkv")),
-            rule(f"double_blocks.#.{stream}_attn.norm.query_norm.scale", f"{double}.attn.{qk.format('q')}.weight"),
-            rule(f"double_blocks.#.{stream}_attn.norm.key_norm.scale", f"{double}.attn.{qk.format('k')}.weight"),
-            rule(f"double_blocks.#.{stream}_attn.proj.*", f"{double}.attn.{out}.*"),
-            rule(f"double_blocks.#.{stream}_mlp.0.*", f"{double}.ff{context}.net.0.proj.*"),
-            rule(f"double_blocks.#.{stream}_mlp.2.*", f"{double}.ff{context}.net.2.*"),
-        )
-    )
     return (
         rule("img_in.*", "x_embedder.*"),
         rule("txt_in.*", "context_embedder.*"),
         *embedders,
-        *streams,
+        *double_blocks(
+            "_mod.lin",
+            "_attn.qkv",
+            "_attn.norm.query_norm.scale",
+            "_attn.norm.key_norm.scale",
+            "_attn.proj",
+            "_mlp.0",
+            "_mlp.2",
+            norm="weight",
+        ),
         rule("single_blocks.#.modulation.lin.*", f"{single}.norm.linear.*"),
         rule("single_blocks.#.linear1.*", *(f"{single}.attn.to_{x}.*" for x in "qkv"), f"{single}.proj_mlp.*"),
         rule("single_blocks.#.norm.query_norm.scale", f"{single}.attn.norm_q.weight"),
@@ -178,7 +197,7 @@ def chroma(config: Mapping[str, Any]) -> tuple[Rule, ...]:
 
 
 def hunyuan_video(config: Mapping[str, Any]) -> tuple[Rule, ...]:
-    double, single, time = "transformer_blocks.#", "single_transformer_blocks.#", "time_text_embed"
+    single, time = "single_transformer_blocks.#", "time_text_embed"
     refiner, text = "context_embedder.token_refiner.refiner_blocks.#", "txt_in.individual_token_refiner.blocks.#"
     embedders = (
         rule(f"{original}.{a}.*", f"{embedder}.{b}.*")
@@ -191,27 +210,13 @@ def hunyuan_video(config: Mapping[str, Any]) -> tuple[Rule, ...]:
         )
         for a, b in zip(names, ("linear_1", "linear_2"))
     )
-    streams = (
-        r
-        for stream, q, qk, context, out in (
-            ("img", "to_{}", "norm_{}", "", "to_out.0"),
-            ("txt", "add_{}_proj", "norm_added_{}", "_context", "to_add_out"),
-        )
-        for r in (
-            rule(f"double_blocks.#.{stream}_mod.linear.*", f"{double}.norm1{context}.linear.*"),
-            rule(f"double_blocks.#.{stream}_attn_qkv.*", *(f"{double}.attn.{q.format(x)}.*" for x in "qkv")),
-            rule(f"double_blocks.#.{stream}_attn_q_norm.*", f"{double}.attn.{qk.format('q')}.*"),
-            rule(f"double_blocks.#.{stream}_attn_k_norm.*", f"{double}.attn.{qk.format('k')}.*"),
-            rule(f"double_blocks.#.{stream}_attn_proj.*", f"{double}.attn.{out}.*"),
-            rule(f"double_blocks.#.{stream}_mlp.fc1.*", f"{double}.ff{context}.net.0.proj.*"),
-            rule(f"double_blocks.#.{stream}_mlp.fc2.*", f"{double}.ff{context}.net.2.*"),
-        )
-    )
     return (
         rule("img_in.proj.*", "x_embedder.proj.*"),
         rule("txt_in.input_embedder.*", "context_embedder.proj_in.*"),
         *embedders,
-        *streams,
+        *double_blocks(
+            "_mod.linear", "_attn_qkv", "_attn_q_norm.*", "_attn_k_norm.*", "_attn_proj", "_mlp.fc1", "_mlp.fc2"
+        ),
         rule(f"{text}.norm#.*", f"{refiner}.norm#.*"),
         rule(f"{text}.self_attn_qkv.*", *(f"{refiner}.attn.to_{x}.*" for x in "qkv")),
         rule(f"{text}.self_attn_proj.*", f"{refiner}.attn.to_out.0.*"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_model
 
 from jvpgraph.trainer import settings
-from jvpgraph.trainer.export.card import plug_file, write_card
+from jvpgraph.trainer.export.card import write_card
 from jvpgraph.trainer.export.task import NETWORK, Task
 
 
@@ -50,5 +50,5 @@ def write_plain(task: Task, out: Path) -> None:
     """model.safetensors, the run's settings, and the user's file with the function that builds the network."""
     save_model(task.net, str(out / "model.safetensors"))
     settings.save(task.run.config, out / "config.yaml")
-    if (file := plug_file(task.run.config.model)) is not None:
+    if (file := task.run.config.model.file) is not None:
         shutil.copy(file, out / file.name)

@@ -10,6 +10,7 @@ import torch
 
 from jvpgraph.trainer.export.task import NETWORK, Task, pipeline_of
 from jvpgraph.trainer.model.adapters import computing_dtype
+from jvpgraph.trainer.pictures import save_frames
 from jvpgraph.trainer.run.finished import load_run
 
 FRAMES_PER_SECOND = 16  # of the animated pictures; Wan's
@@ -47,7 +48,8 @@ def sample_prompts(
             sample = call(pipe, prompt, seed + i, {**task.arguments(), **(more or {})})
         except TypeError as error:
             raise ValueError(f"{type(pipe).__name__} does not take these arguments: {error}") from error
-        files.append(save(sample, out / f"{i:04d}"))
+        frames = sample if isinstance(sample, list) else [sample]
+        files.append(save_frames(frames, out / f"{i:04d}", FRAMES_PER_SECOND))
     return files
 
 
@@ -67,15 +69,3 @@ def call(pipe: Any, prompt: str, seed: int, arguments: Mapping[str, Any]) -> Any
     torch.manual_seed(seed)
     generator = torch.Generator(pipe.device).manual_seed(seed)
     return pipe(prompt, generator=generator, output_type="pil", **arguments)[0][0]
-
-
-def save(sample: Any, path: Path) -> Path:
-    """A picture as PNG, frames as an animated WebP without loss."""
-    if not isinstance(sample, list):
-        sample.save(path.with_suffix(".png"))
-        return path.with_suffix(".png")
-    first, *rest = sample
-    duration = round(1000 / FRAMES_PER_SECOND)
-    file = path.with_suffix(".webp")
-    first.save(file, save_all=True, append_images=rest, duration=duration, loop=0, lossless=True)
-    return file

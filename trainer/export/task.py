@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jvpgraph.trainer.evaluation.samplers import few_step_times
+from jvpgraph.trainer.files import read_json
 from jvpgraph.trainer.model.adapters import diffusers
 from jvpgraph.trainer.model.schedulers import even_times, fits_pipelines, own_file, scheduler_for
 from jvpgraph.trainer.model.student import merged
@@ -20,7 +20,7 @@ from jvpgraph.trainer.run.finished import Run
 NETWORK = "transformer"  # the part of a pipeline that is distilled
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
     """A student on its way out of its run.
 
@@ -111,7 +111,7 @@ class Task:
     @cached_property
     def index(self) -> dict[str, Any]:
         assert self.pipeline is not None, "asked for after it was found"
-        return json.loads((self.pipeline / "model_index.json").read_text())
+        return read_json(self.pipeline / "model_index.json")
 
     def pipeline_class(self) -> Any:
         return getattr(diffusers(), self.index["_class_name"])

@@ -244,8 +244,13 @@ def averaged(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
 def with_weights(model: TrigFlow, weights: Mapping[str, Tensor]) -> TrigFlow:
     """A frozen copy of a student with other values for what is trained of it, such as an average; shares the rest."""
     model = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in weights.items():
-            parameters[name].copy_(value)
+    set_weights(model, weights)
     return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Values for some of the parameters, by name."""
+    parameters = dict(model.named_parameters())
+    for name, value in weights.items():
+        parameters[name].copy_(value)

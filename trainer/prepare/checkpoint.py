@@ -143,8 +143,8 @@ class Encoder:
 
     def default(self, name: str) -> int | None:
         """What the pipeline's `__call__` takes for `height`, `width` or `num_frames`; None: it does not say."""
-        parameter = inspect.signature(self.pipe.__call__).parameters.get(name)
-        return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
+        value = self._default_of(name)
+        return value if isinstance(value, int) else None
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -176,9 +176,12 @@ class Encoder:
         )
 
     def _default_number(self, name: str) -> float:
-        parameter = inspect.signature(self.pipe.__call__).parameters.get(name)
-        value = None if parameter is None else parameter.default
+        value = self._default_of(name)
         return float(value) if isinstance(value, (int, float)) else 1.0
+
+    def _default_of(self, name: str) -> Any:
+        parameter = inspect.signature(self.pipe.__call__).parameters.get(name)
+        return None if parameter is None else parameter.default
 
     def constants(self, guidance: float | None, fps: float) -> dict[str, float]:
         """Conditions that are the same for every sample, as the network takes them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jvpgraph.trainer.files import read_json
 from jvpgraph.trainer.model.adapters import diffusers
 
 
@@ -25,7 +25,7 @@ def load_vae(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Any:
             f"{checkpoint} holds no VAE: {file} does not exist. "
             "Give the folder of a whole pipeline, as its save_pretrained writes it."
         )
-    name = json.loads(file.read_text()).get("_class_name", "a VAE without _class_name")
+    name = read_json(file).get("_class_name", "a VAE without _class_name")
     cls = getattr(diffusers(), name, None)
     if cls is None:
         raise ValueError(f"{file}: diffusers has no {name}. Install the version that the checkpoint was saved with.")

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from jvpgraph.trainer.data.prepared import INDEX, prepared, read_card
+from jvpgraph.trainer.pictures import save_frames
 from jvpgraph.trainer.prepare.latents import decode, load_vae
 from jvpgraph.trainer.prepare.write import sha256_of
 
@@ -105,10 +106,4 @@ def save_pixels(pixels: Tensor, stem: Path, fps: float) -> Path:
     images = [
         Image.fromarray((frame * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()) for frame in frames.unbind(1)
     ]
-    if len(images) == 1:
-        path = stem.with_suffix(".png")
-        images[0].save(path)
-        return path
-    path = stem.with_suffix(".webp")
-    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0, lossless=True)
-    return path
+    return save_frames(images, stem, fps)

@@ -83,8 +83,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def newest_step(folder: Path) -> int | None:
     """Of the newest checkpoint in a run's folder, whole or not."""
-    names = (path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".partial")
-    return max((int(path.stem.split("-")[1]) for path in names), default=None)
+    paths = (path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".partial")
+    return max(map(checkpoint_step, paths), default=None)
 
 
 def unused(folder: Path) -> Path:
@@ -93,5 +93,5 @@ def unused(folder: Path) -> Path:
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step in a checkpoint's name, step-00000123."""
-    return int(path.name.split("-")[1])
+    """The step in a checkpoint's name, step-00000123, also of one that was moved aside."""
+    return int(path.stem.split("-")[1])

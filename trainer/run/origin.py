@@ -22,6 +22,7 @@ from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import BadShard, Dataset, Sample, shorten
 from jvpgraph.trainer.files import write_whole
+from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.run.changes import covered, record_changes
 from jvpgraph.trainer.run.ranks import Ranks
 
@@ -192,13 +193,10 @@ def is_other(then: str, now: str) -> bool:
 
 def code_of(config: RunConfig) -> dict[str, str]:
     """Digests of the user's files that training calls, by the key of the setting."""
-    names = [
-        ("model", config.model.load.rpartition(":")[0]),
-        ("data.source", config.data.source.load.rpartition(":")[0]),
-    ]
-    names += [(f"imports.{i}", name) for i, name in enumerate(config.imports)]
-    files = {key: Path(name).expanduser() for key, name in names if name.endswith(".py")}
-    return {key: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for key, file in files.items() if file.is_file()}
+    files = {"model": config.model.file, "data.source": config.data.source.file}
+    files |= {f"imports.{i}": Plug(f"{name}:").file for i, name in enumerate(config.imports)}
+    there = {key: file for key, file in files.items() if file is not None and file.is_file()}
+    return {key: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for key, file in there.items()}
 
 
 # ---------------------------------------------------------------- shards that come and go

@@ -14,7 +14,7 @@ from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import shorten
 from jvpgraph.trainer.model.ema import PowerEMA
-from jvpgraph.trainer.model.networks import moving, trainable
+from jvpgraph.trainer.model.networks import moving, set_weights, trainable
 from jvpgraph.trainer.run.checkpoint import Checkpoints
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -30,7 +30,7 @@ def start_from(student: TrigFlow, source: Path) -> None:
     if (source / "config.yaml").is_file():
         take_run(student, source)
     else:
-        take_values(student, values_in(source), source)
+        take_tensors(student, values_in(source), source)
 
 
 def take_run(student: TrigFlow, source: Path) -> None:
@@ -47,10 +47,7 @@ def take_run(student: TrigFlow, source: Path) -> None:
         ) from error
     if step is None:
         raise ValueError(f"--from {source}: {source / 'checkpoints'} holds no checkpoint. Start from another run.")
-    parameters = dict(student.named_parameters())
-    with torch.no_grad():
-        for name, value in average.parameters.items():
-            parameters[name].copy_(value)
+    set_weights(student, average.parameters)
 
 
 def values_in(source: Path) -> dict[str, Tensor]:
@@ -72,7 +69,7 @@ def values_in(source: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def take_values(student: TrigFlow, values: Mapping[str, Tensor], source: Path) -> None:
+def take_tensors(student: TrigFlow, values: Mapping[str, Tensor], source: Path) -> None:
     own = student.net.state_dict()
     wrong = [f"{name} is missing" for name in own if name not in values]
     wrong += [f"{name} is of no use" for name in values if name not in own]
