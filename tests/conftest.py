@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch.testing._internal.common_utils  # loads a hypothesis profile of its
 from hypothesis import HealthCheck, Phase, settings
 
 from jvpgraph import functions
+from tests.tiny_runs import TINY
 
 # A random model is drawn and compiled within one example: it may take long without anything being wrong.
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -131,6 +134,15 @@ def _forget_how_often_lines_were_compiled() -> None:
 def _forget_compiled_graphs() -> Iterator[None]:
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with tiny.yaml, whose modules can be imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    Path("tiny.yaml").write_text(json.dumps(TINY))
+    return tmp_path
 
 
 @pytest.fixture

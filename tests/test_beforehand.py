@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from safetensors.torch import save_file
 
 from jvpgraph.trainer import cli, settings
 from jvpgraph.trainer.config import RunConfig
-from tests.test_cli import SHARDS, TINY
+from tests.test_cli import SHARDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,12 +37,8 @@ TEXTS = [SHARDS[0], SHARDS[1].replace("{cls: labels}", "{text.npy: text}"), "mod
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [*sys.path])
-    Path("tiny.yaml").write_text(json.dumps(TINY))
-    Path("net.py").write_text(TEXT_MODEL)
-    return tmp_path
+def net(tiny_folder: Path) -> None:
+    (tiny_folder / "net.py").write_text(TEXT_MODEL)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from jvpgraph.trainer.run.changes import ASKED, FREE, NEVER, RULES, rule, table
 from jvpgraph.trainer.run.finished import load_run
 from jvpgraph.trainer.settings import load
 from jvpgraph.trainer.train import RandomState
-from tests.test_cli import SHARDS, TINY, checkpoints, write_shard
+from tests.test_cli import SHARDS, checkpoints, write_shard
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "tiny_folder")
 
 MODEL = """
 import torch
@@ -44,14 +43,6 @@ def teacher(path=None):
         net.load_state_dict(torch.load(path))
     return TrigFlow(net)
 """
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [*sys.path])
-    Path("tiny.yaml").write_text(json.dumps(TINY))
-    return tmp_path
 
 
 def trained(*more: str) -> int:

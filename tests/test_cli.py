@@ -30,30 +30,9 @@ from jvpgraph.trainer.run.log import RunLog
 from jvpgraph.trainer.run.parallel import check, context_parallel, sizes_of
 from jvpgraph.trainer.settings import load
 from jvpgraph.trainer.trigflow import TrigFlow
+from tests.tiny_runs import TINY
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-STEPS = 4
-TINY: dict[str, Any] = {
-    "out": "run",
-    "model": {"load": "jvpgraph.trainer.dit:dit", "options": {"width": 16, "depth": 1, "heads": 2}},
-    "student": {"backend": "eager"},
-    "device": "cpu",
-    "threads": 1,
-    "stages": [{"steps": STEPS, "batch": 4, "objective": {"name": "dcm"}, "student": {"lr": 1e-3}}],
-    "ema": {"sigma_rel": [0.1]},
-    "checkpoint": {"every": 1, "keep": 9},
-    "log": {"every": 1},
-}
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with tiny.yaml."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [*sys.path])
-    Path("tiny.yaml").write_text(json.dumps(TINY))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("one_thread", "tiny_folder")
 
 
 @pytest.fixture

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +17,9 @@ from safetensors.torch import load_file, save_file
 from jvpgraph.trainer import cli
 from jvpgraph.trainer.commands.failures import explain, explain_other
 from jvpgraph.trainer.model.adapters import diffusers_model
-from tests.test_cli import TINY
 from tests.test_wan_run import WAN
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [*sys.path])
-    Path("tiny.yaml").write_text(json.dumps(TINY))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("one_thread", "tiny_folder")
 
 
 @pytest.fixture

@@ -23,8 +23,9 @@ import torch
 from jvpgraph.trainer import cli
 from jvpgraph.trainer.evaluation.distances import FeatureSpace
 from jvpgraph.trainer.run import finished
-from tests.test_cli import SHARDS, TINY, assert_same_run, write_shard
+from tests.test_cli import SHARDS, assert_same_run, write_shard
 from tests.test_train import content, last_checkpoint
+from tests.tiny_runs import TINY
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
