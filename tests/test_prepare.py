@@ -24,7 +24,7 @@ from jvpgraph.trainer.prepare.captions import find
 from jvpgraph.trainer.prepare.media import BadFile, as_rgb, look_at, read
 from jvpgraph.trainer.train import train
 from tests.media_files import clip, picture
-from tests.tiny_checkpoints import save_tiny
+from tests.tiny_pipelines import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

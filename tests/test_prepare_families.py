@@ -17,7 +17,7 @@ from jvpgraph.trainer.model.adapters import unpack
 from jvpgraph.trainer.prepare.checkpoint import Encoder, read_checkpoint
 from jvpgraph.trainer.prepare.families import FAMILIES
 from jvpgraph.trainer.prepare.latents import decode, decoder, encode, load_vae, normalisation
-from tests.tiny_checkpoints import MAKERS, save_tiny, wan_vae
+from tests.tiny_pipelines import MAKERS, save_tiny, wan_vae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,245 +1,301 @@
-"""Whole pipelines of diffusers with tiny random weights: transformer, VAE, text encoders and a tokenizer."""
+"""Whole pipelines of diffusers with tiny random weights, made here and saved by save_pretrained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 
-WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789.,:"]
+from tests.zoo.cases import CASES
 
-
-def tokenizer() -> Any:
-    """A letter is a token."""
-    letters = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<eos>", "unk_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=letters, model_max_length=77, **special)
+WORDS = ("a", "the", "red", "green", "blue", "round", "square", "thing", "moves", "over", "left", "right", "field")
+MEAN, STD = [0.1, -0.2, 0.3, 0.05], [0.9, 1.1, 0.7, 1.3]
 
 
-def t5(cls: Any = transformers.T5EncoderModel, width: int = 32) -> Any:
-    config = cls.config_class(vocab_size=64, d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4, pad_token_id=0)
-    return cls(config).eval()
+def make(pipeline: str, **config: Any) -> Any:
+    """`pipeline` is a class of diffusers that has a function here, with weights that depend on nothing else.
 
-
-def clip(cls: Any) -> Any:
-    config = transformers.CLIPTextConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=37,
-        projection_dim=32,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
-    return cls(config).eval()
-
-
-def image_vae(channels: int) -> Any:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(4,),
-        latent_channels=channels,
-        norm_num_groups=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.0609,
-        scaling_factor=1.5035,
-    )
-
-
-def scheduler(**more: Any) -> Any:
-    return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, **more)
-
-
-def wan() -> Any:
-    transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
-    vae = diffusers.AutoencoderKLWan(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    return diffusers.WanPipeline(tokenizer(), t5(transformers.UMT5EncoderModel), vae, scheduler(), transformer)
-
-
-def flux(**more: Any) -> Any:
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-        **more,
-    )
-    text = clip(transformers.CLIPTextModel), tokenizer(), t5(), tokenizer()
-    return diffusers.FluxPipeline(scheduler(use_dynamic_shifting=True), image_vae(1), *text, transformer)
-
-
-def sd3() -> Any:
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=32,
-        patch_size=1,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        caption_projection_dim=32,
-        joint_attention_dim=32,
-        pooled_projection_dim=64,
-        out_channels=4,
-    )
-    cls = transformers.CLIPTextModelWithProjection
-    text = clip(cls), tokenizer(), clip(cls), tokenizer(), t5(), tokenizer()
-    return diffusers.StableDiffusion3Pipeline(transformer, scheduler(), image_vae(4), *text)
-
-
-def qwen_image() -> Any:
-    transformer = diffusers.QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=3,
-        joint_attention_dim=16,
-        axes_dims_rope=(8, 4, 4),
-    )
-    vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=24,
-        z_dim=4,
-        dim_mult=[1, 2, 4],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    size = {"hidden_size": 16, "intermediate_size": 16}
-    config = transformers.Qwen2_5_VLConfig(
-        text_config={
-            **size,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "vocab_size": 64,
-            "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
-            "pad_token_id": 0,
-        },
-        vision_config={**size, "depth": 2, "num_heads": 2, "out_hidden_size": 16},
-    )
-    text = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
-    return diffusers.QwenImagePipeline(scheduler(use_dynamic_shifting=True), vae, text, tokenizer(), transformer)
-
-
-def ltx() -> Any:
-    transformer = diffusers.LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=4,
-        attention_head_dim=8,
-        cross_attention_dim=32,
-        num_layers=1,
-        caption_channels=32,
-    )
-    vae = diffusers.AutoencoderKLLTXVideo(
-        latent_channels=8,
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        layers_per_block=(1,) * 5,
-        decoder_layers_per_block=(1,) * 5,
-        patch_size=4,
-    )
-    return diffusers.LTXPipeline(scheduler(use_dynamic_shifting=True), vae, t5(), tokenizer(), transformer)
-
-
-def sana() -> Any:
-    transformer = diffusers.SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=4,
-        cross_attention_dim=8,
-        caption_channels=8,
-    )
-    vae = diffusers.AutoencoderDC(
-        in_channels=3,
-        latent_channels=4,
-        attention_head_dim=2,
-        encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-        scaling_factor=0.41407,
-    )
-    config = transformers.Gemma2Config(
-        vocab_size=64,
-        hidden_size=8,
-        intermediate_size=16,
-        head_dim=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_hidden_layers=1,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
-    return diffusers.SanaPipeline(
-        tokenizer(), transformers.Gemma2Model(config).eval(), vae, transformer, diffusers.DPMSolverMultistepScheduler()
-    )
-
-
-PIPELINES: dict[str, Callable[[], Any]] = {
-    "wan": wan,
-    "flux": flux,
-    "sd3": sd3,
-    "qwen_image": qwen_image,
-    "ltx": ltx,
-    "sana": sana,
-}
-
-# what a call needs besides a prompt, so that it is quick; guidance is in the student
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "wan": {"height": 16, "width": 16, "num_frames": 5, "guidance_scale": 1.0, "max_sequence_length": 16},
-    "flux": {"height": 16, "width": 16, "max_sequence_length": 16},
-    "sd3": {"height": 16, "width": 16, "guidance_scale": 1.0, "max_sequence_length": 16},
-    "qwen_image": {"height": 16, "width": 16, "true_cfg_scale": 1.0},
-    "ltx": {"height": 32, "width": 32, "num_frames": 9, "guidance_scale": 1.0, "max_sequence_length": 16},
-    "sana": {
-        "height": 32,
-        "width": 32,
-        "guidance_scale": 1.0,
-        "complex_human_instruction": None,
-        "use_resolution_binning": False,
-        "max_sequence_length": 16,
-    },
-}
-
-
-def make(name: str) -> Any:
-    """A pipeline with weights that depend on nothing but its name."""
+    Args:
+        config: of the transformer, in place of what it has here.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipeline = PIPELINES[name]()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+        made = getattr(diffusers, pipeline)(**MAKERS[pipeline](**config))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def save_tiny(pipeline: str, folder: Path) -> Path:
+    make(pipeline).save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------- text
+
+
+def t5_tokenizer() -> Any:
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in WORDS), *"abcdefghijklmnopqrstuvwxyz"]
+    return transformers.T5Tokenizer(
+        vocab=[(piece, -float(i > 2)) for i, piece in enumerate(pieces)], extra_ids=0, model_max_length=32
+    )
+
+
+def letters(end: str = "") -> dict[str, int]:
+    """A vocabulary of printable characters, as byte-level BPE writes them, and those that end a word."""
+    characters = [chr(i) for i in (*range(33, 127), 0x120, 0x10A)]
+    return {token: i for i, token in enumerate([*characters, *(c + end for c in characters if end)])}
+
+
+def clip_tokenizer() -> Any:
+    vocab = letters("</w>")
+    vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
+    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16)
+
+
+def qwen_tokenizer() -> Any:
+    vocab = letters()
+    return transformers.Qwen2Tokenizer(vocab=vocab | {"<|endoftext|>": len(vocab)}, merges=[])
+
+
+def gemma_tokenizer() -> Any:
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    vocab = {token: i for i, token in enumerate([*special, "▁", "\n", *(chr(i) for i in range(33, 127))])}
+    return transformers.GemmaTokenizer(vocab=vocab, merges=[])
+
+
+def t5_encoder(width: int) -> Any:
+    config = transformers.T5Config(
+        vocab_size=64, d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    return transformers.T5EncoderModel(config).eval()
+
+
+def umt5_encoder(width: int) -> Any:
+    config = transformers.UMT5Config(vocab_size=64, d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    return transformers.UMT5EncoderModel(config).eval()
+
+
+def clip_encoder(width: int, *, projected: int = 0) -> Any:
+    size = len(clip_tokenizer())
+    config = transformers.CLIPTextConfig(
+        vocab_size=size,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        projection_dim=projected or 8,
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
+        pad_token_id=size - 1,
+    )
+    cls = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    return cls(config).eval()
+
+
+def gemma_encoder(width: int) -> Any:
+    config = transformers.Gemma2Config(
+        vocab_size=128,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        max_position_embeddings=1024,
+    )
+    return transformers.Gemma2Model(config).eval()
+
+
+def qwen_encoder(width: int) -> Any:
+    text = {
+        "vocab_size": 128,
+        "hidden_size": width,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1]},
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": width}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+# ---------------------------------------------------------------- latents
+
+
+def image_vae(channels: int = 4, **more: Any) -> Any:
+    """A factor of 4."""
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 8),
+        latent_channels=channels,
+        norm_num_groups=2,
+        sample_size=32,
+        **more,
+    ).eval()
+
+
+def wan_vae(cls: str = "AutoencoderKLWan", channels: int = 4) -> Any:
+    """A factor of 8, and of 4 in time."""
+    return getattr(diffusers, cls)(
+        base_dim=4,
+        z_dim=channels,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=(MEAN * channels)[:channels],
+        latents_std=(STD * channels)[:channels],
+    ).eval()
+
+
+def ltx_vae() -> Any:
+    """A factor of 8, and of 2 in time."""
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        down_block_types=("LTXVideoDownBlock3D",) * 2,
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        spatio_temporal_scaling=(True, False),
+        decoder_spatio_temporal_scaling=(True, False),
+        decoder_inject_noise=(False,) * 3,
+        upsample_residual=(False,) * 2,
+        upsample_factor=(1,) * 2,
+        scaling_factor=0.8,
+    ).eval()
+    vae.latents_mean.copy_(torch.tensor(MEAN))
+    vae.latents_std.copy_(torch.tensor(STD))
+    return vae
+
+
+def dc_vae() -> Any:
+    """A factor of 4."""
+    return diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock",) * 3,
+        decoder_block_types=("ResBlock",) * 3,
+        encoder_block_out_channels=(4, 8, 8),
+        decoder_block_out_channels=(4, 8, 8),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        upsample_block_type="interpolate",
+        downsample_block_type="stride_conv",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41,
+    ).eval()
+
+
+# ---------------------------------------------------------------- pipelines
+
+
+def network(name: str, **config: Any) -> Any:
+    net = getattr(diffusers, name)(**CASES[name].config | config).eval()
+    for parameter in net.parameters():  # no gate is closed
+        torch.nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+def flow_scheduler() -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler()
+
+
+def wan(**config: Any) -> dict[str, Any]:
+    plain = {"image_dim": None, "added_kv_proj_dim": None, "rope_max_seq_len": 32, **config}
+    return {
+        "tokenizer": t5_tokenizer(),
+        "text_encoder": umt5_encoder(10),
+        "vae": wan_vae(),
+        "scheduler": flow_scheduler(),
+        "transformer": network("WanTransformer3DModel", **plain),
+    }
+
+
+def flux(**config: Any) -> dict[str, Any]:
+    return {
+        "scheduler": flow_scheduler(),
+        "vae": image_vae(2, scaling_factor=0.36, shift_factor=0.12),
+        "text_encoder": clip_encoder(10),
+        "tokenizer": clip_tokenizer(),
+        "text_encoder_2": t5_encoder(12),
+        "tokenizer_2": t5_tokenizer(),
+        "transformer": network("FluxTransformer2DModel", **config),
+    }
+
+
+def sd3(**config: Any) -> dict[str, Any]:
+    return {
+        "scheduler": flow_scheduler(),
+        "vae": image_vae(4, scaling_factor=1.5, shift_factor=0.06),
+        "text_encoder": clip_encoder(4, projected=4),
+        "tokenizer": clip_tokenizer(),
+        "text_encoder_2": clip_encoder(6, projected=6),
+        "tokenizer_2": clip_tokenizer(),
+        "text_encoder_3": t5_encoder(12),
+        "tokenizer_3": t5_tokenizer(),
+        "transformer": network("SD3Transformer2DModel", **config),
+    }
+
+
+def qwen_image(**config: Any) -> dict[str, Any]:
+    return {
+        "scheduler": flow_scheduler(),
+        "vae": wan_vae("AutoencoderKLQwenImage", 2),
+        "text_encoder": qwen_encoder(12),
+        "tokenizer": qwen_tokenizer(),
+        "transformer": network("QwenImageTransformer2DModel", **config),
+    }
+
+
+def ltx(**config: Any) -> dict[str, Any]:
+    return {
+        "scheduler": flow_scheduler(),
+        "vae": ltx_vae(),
+        "text_encoder": t5_encoder(12),
+        "tokenizer": t5_tokenizer(),
+        "transformer": network("LTXVideoTransformer3DModel", **config),
+    }
+
+
+def sana(**config: Any) -> dict[str, Any]:
+    return {
+        "tokenizer": gemma_tokenizer(),
+        "text_encoder": gemma_encoder(12),
+        "vae": dc_vae(),
+        "transformer": network("SanaTransformer2DModel", **{"guidance_embeds": False, **config}),
+        "scheduler": flow_scheduler(),
+    }
+
+
+def pixart(**config: Any) -> dict[str, Any]:
+    return {
+        "tokenizer": t5_tokenizer(),
+        "text_encoder": t5_encoder(12),
+        "vae": image_vae(4, scaling_factor=0.18),
+        "transformer": network("PixArtTransformer2DModel", **{"use_additional_conditions": False, **config}),
+        "scheduler": diffusers.DPMSolverMultistepScheduler(),
+    }
+
+
+MAKERS = {
+    "WanPipeline": wan,
+    "FluxPipeline": flux,
+    "StableDiffusion3Pipeline": sd3,
+    "QwenImagePipeline": qwen_image,
+    "LTXPipeline": ltx,
+    "SanaPipeline": sana,
+    "PixArtAlphaPipeline": pixart,
+}

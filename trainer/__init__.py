@@ -3,11 +3,14 @@
 what runs        train (the loop), cli, commands/ (what each command takes), demo
 what is trained  objectives/, times (where), noise, trigflow (coordinates, noise schedules), batch
 networks         model/: networks (built from the settings), adapters (diffusers), dit (digits), student, ema, optimizer
-data             data/
-a run            run/: folder, checkpoint, log, preview, parallel (one process or many), not_finite, finished
+data             data/; prepare/ (shards from pictures, clips and prompts)
+before a run     plan/ (memory, FLOPs, time), run/beforehand (what would go wrong later)
+a run            run/: folder, checkpoint, log, preview, parallel (one process or many), not_finite, finished; stopping,
+                 and going on: changes (settings), origin (files), start (from earlier weights)
 how good it is   evaluation/: samplers, distances, features
-where it goes    export/: a file per format
-settings         config (what there is), settings/ (how it is read), plug (functions of yours), configs/ (ready ones)
+where it goes    export/: a file per format; files, pictures
+settings         config (what there is), settings/ (how it is read), ranges, plug (functions of yours), configs/
+                 (ready ones)
 
 adapters, dit and features are here too, under the names that settings have for them.
 """
