@@ -20,6 +20,7 @@ from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data import BadShard, Sample, loader
 from jvpgraph.trainer.data.sample import first_samples
 from jvpgraph.trainer.train import train
+from jvpgraph.trainer.trigflow import TrigFlow
 from tests.distributed.harness import run
 from tests.distributed.test_train import assert_same_content, assert_same_log, train_in_rank
 from tests.test_train import RCM, content, last_checkpoint, run_until, stage
@@ -197,3 +198,51 @@ def test_every_shape_is_tried_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a sample of another shape \(x0 \[1, 4, 12, 6\]"):
         train(replace(config, model=replace(config.model, options=small)))
     assert not (tmp_path / "run").exists()
+
+
+class Pictures:
+    """A picture or two of each of nine shapes, more than Dynamo compiles a function for by itself."""
+
+    def __init__(self) -> None:
+        self.sizes = [(h, w) for h in (4, 5, 6) for w in (7, 8, 9)]
+        self.buckets = [range(2 * i, 2 * i + 2) for i in range(len(self.sizes))]
+
+    def __len__(self) -> int:
+        return 2 * len(self.sizes)
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = torch.Generator().manual_seed(index)
+        return Sample(str(index), torch.randn(3, *self.sizes[index // 2], generator=rng), {})
+
+
+class Convolution(torch.nn.Conv2d):
+    def forward(self, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).tanh() * s[:, None, None, None]
+
+
+def pictures() -> Pictures:
+    return Pictures()
+
+
+def convolution(dtype: str) -> TrigFlow:
+    return TrigFlow(Convolution(3, 3, 3, padding=1).to(getattr(torch, dtype)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_graph_for_each_shape_on_the_default_backend(tmp_path: Path, dtype: str) -> None:
+    """Of more shapes than recompile_limit, whose losses are those of op by op."""
+    settings_of = {
+        "model": {"load": "tests.test_buckets:convolution", "options": {"dtype": dtype}},
+        "data": {"source": {"load": "tests.test_buckets:pictures"}},
+        "guidance": {},
+        "log": {"every": 1},
+    }
+    losses = []
+    limit = torch._dynamo.config.recompile_limit
+    for backend in ("op_by_op", "inductor"):
+        stages = [stage("scm", 9, batch=2, student={"lr": 1e-4})]
+        out = train(config_of(tmp_path / backend, stages, student={"backend": backend}, **settings_of))
+        losses.append([json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()])
+    assert torch._dynamo.config.recompile_limit == limit < 9 == len(losses[0])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4 if dtype == "float32" else 0.05)

@@ -10,7 +10,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -26,7 +26,7 @@ from jvpgraph.passes.context import Report
 from jvpgraph.trainer.batch import Batch, drop_condition
 from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
-from jvpgraph.trainer.data.sample import first_samples
+from jvpgraph.trainer.data.sample import Dataset, first_samples
 from jvpgraph.trainer.model.ema import PowerEMA, save_snapshot
 from jvpgraph.trainer.model.networks import (
     build_guided,
@@ -102,21 +102,22 @@ def train_here(
     torch.manual_seed(config.seed)
     rng = torch.Generator(layout.device).manual_seed(config.seed)
     dataset = data_of(config)
-    extremes = ranks.on_first(lambda: look(config, dataset))
-    networks = build_networks(config, layout, start if begun is None else None)
-    if begun is None:
-        origin = ranks.on_first(lambda: origin_of(config, networks.digest, dataset, start))
-    else:
-        dataset, origin, others = resumed(config, networks.digest, dataset, start, change, ranks)
-        changes += others
-    check_run(config, networks.student, networks.guided, dataset, layout.device)
-    for batch in extremes:
-        one = batch.to(layout.device)
-        try_network(f"the teacher cannot run with {shown(batch)}", networks.guided.model, one.x0, one.cond)
-    layout.check_gradients(networks.student, first_samples(dataset, 1).to(layout.device))
-
     ends = list(accumulate(stage.steps for stage in config.stages))
     with ExitStack() as stack:
+        stack.enter_context(room_for_shapes(dataset))
+        extremes = ranks.on_first(lambda: look(config, dataset))
+        networks = build_networks(config, layout, start if begun is None else None)
+        if begun is None:
+            origin = ranks.on_first(lambda: origin_of(config, networks.digest, dataset, start))
+        else:
+            dataset, origin, others = resumed(config, networks.digest, dataset, start, change, ranks)
+            changes += others
+        check_run(config, networks.student, networks.guided, dataset, layout.device)
+        for batch in extremes:
+            one = batch.to(layout.device)
+            try_network(f"the teacher cannot run with {shown(batch)}", networks.guided.model, one.x0, one.cond)
+        layout.check_gradients(networks.student, first_samples(dataset, 1).to(layout.device))
+
         folder = ranks.on_first(lambda: stack.enter_context(claimed(config, fresh=fresh)))
         checkpoints = Checkpoints(
             folder / "checkpoints",
@@ -177,6 +178,13 @@ def train_here(
         if log is not None:
             log.curves(folder / "curves.png")
     return folder
+
+
+def room_for_shapes(dataset: Dataset) -> AbstractContextManager[Any]:
+    """Each shape of the data is a graph of its own, so that a run has the same bits whichever comes first; and Dynamo
+    gives a function up that it has compiled recompile_limit times."""
+    config = torch._dynamo.config
+    return config.patch(recompile_limit=config.recompile_limit * len(getattr(dataset, "buckets", [dataset])))
 
 
 def due(step: int, every: int | None) -> bool:
