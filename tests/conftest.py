@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.testing._internal.common_utils  # loads a hypothesis profile of its own: before ours
 from hypothesis import HealthCheck, Phase, settings
 
@@ -39,6 +40,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # should have expanded is found on every machine.
 os.environ["CI"] = "1"
 
+# Inductor writes other code for one thread than for several, which users have.
+torch._inductor.config.cpp.threads = 2
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # `make test` runs one process a core
 
 # pytest listens to every logger that does not propagate. To torch's structured trace that costs the text of every graph
@@ -148,17 +151,7 @@ def tiny_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For small networks: a second thread would spend its time waiting."""
-    yield from _threads(1)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """As users have several: Inductor writes other code for them."""
-    yield from _threads(2)
-
-
-def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

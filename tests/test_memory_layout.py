@@ -308,7 +308,7 @@ class OneScale(nn.Module):
 @pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_into_one_place_by_several_threads(dtype, two_threads):
+def test_sums_into_one_place_by_several_threads(dtype):
     """Inductor's own code, for the plain model too, is not made."""
     net = OneScale().to(dtype)
     dual, exact = jvpgraph.transform(net), copy.deepcopy(net).double()
