@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import logging
 import os
@@ -19,7 +20,6 @@ import torch.testing._internal.common_utils  # loads a hypothesis profile of its
 from hypothesis import HealthCheck, Phase, settings
 
 from jvpgraph import functions
-from tests.tiny_runs import TINY
 
 # A random model is drawn and compiled within one example: it may take long without anything being wrong.
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -144,7 +144,8 @@ def tiny_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with tiny.yaml, whose modules can be imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
-    Path("tiny.yaml").write_text(json.dumps(TINY))
+    tiny = importlib.import_module("tests.tiny_runs").TINY  # a copy of this file is used without the other tests
+    Path("tiny.yaml").write_text(json.dumps(tiny))
     return tmp_path
 
 
