@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,10 @@ from jvpgraph.trainer import cli, settings
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.prepare import prepared
 from jvpgraph.trainer.prepare.buckets import check_lengths, resolutions
-from jvpgraph.trainer.prepare.captions import find
+from jvpgraph.trainer.prepare.captions import find, prompts_of
 from jvpgraph.trainer.prepare.media import BadFile, as_rgb, look_at, read
 from jvpgraph.trainer.train import train
-from tests.media_files import clip, picture
+from tests.media_files import clip, picture, turned
 from tests.tiny_pipelines import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -342,6 +343,15 @@ def test_captions_come_from_everywhere(tmp_path: Path) -> None:
         find(tmp_path, None)
 
 
+def test_captions_keep_what_is_no_end_of_line(tmp_path: Path) -> None:
+    picture(tmp_path / "a.jpg", 8, 8, 0, None)
+    row = {"file_name": "a.jpg", "text": "one\u2028still\x85one"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert find(tmp_path, None).captions == {"a.jpg": row["text"]}
+    (tmp_path / "prompts.txt").write_text(f"{row['text']}\r\n\ntwo\n", encoding="utf-8", newline="")
+    assert prompts_of(tmp_path / "prompts.txt") == [row["text"], "two"]
+
+
 def test_sizes_have_about_one_area_and_lengths_fit_the_vae() -> None:
     found = resolutions(832, 480, 16, ("1:1", "16:9", "9:16"))
     assert found == [(832, 480), (624, 624), (480, 848)]
@@ -386,3 +396,21 @@ def test_the_same_prompts_have_the_same_conditions_in_every_shape(sana: Path, tm
     a, b = prepared(data)[0], prepared(data)[1]
     assert a.x0.shape != b.x0.shape
     assert all(torch.equal(a.cond[name], b.cond[name]) for name in a.cond)
+
+
+@pytest.mark.parametrize(("quarters", "white"), [(1, (0, 1)), (2, (1, 1)), (3, (1, 0))])
+def test_clips_of_phones_stand_upright(tmp_path: Path, quarters: int, white: tuple[int, int]) -> None:
+    """They lie in the file, which says by how many quarters a player turns them, clockwise."""
+    path = turned(clip(tmp_path / "a.mp4", 64, 32, 3), quarters)
+    media = look_at(path)
+    assert (media.width, media.height) == ((64, 32) if quarters == 2 else (32, 64))
+    (frame,) = read(path, media.width, media.height, 1, 0, 16)
+    pixels = np.asarray(frame)[..., 0]
+    rows, columns = np.nonzero(pixels > 128)  # a square left of the middle, above it
+    assert (rows.mean() > media.height / 2, columns.mean() > media.width / 2) == white
+
+
+def test_pixels_that_are_no_squares_become_squares(tmp_path: Path) -> None:
+    path = clip(tmp_path / "a.mp4", 64, 32, 3, aspect=Fraction(3, 2))
+    assert (look_at(path).width, look_at(path).height) == (96, 32)
+    assert read(path, 96, 32, 1, 0, 16)[0].size == (96, 32)

@@ -101,7 +101,7 @@ def rows_of(path: Path) -> Iterator[Any]:
     """The rows of a metadata file. Raises ValueError for one that cannot be read."""
     try:
         if path.suffix == ".jsonl":
-            yield from (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+            yield from (json.loads(line) for line in lines_of(path))
         elif path.suffix == ".csv":
             with path.open(encoding="utf-8", newline="") as file:
                 yield from csv.DictReader(file)
@@ -130,7 +130,12 @@ def named(row: Any, keys: tuple[str, ...]) -> str | None:
 def prompts_of(path: Path) -> list[str]:
     """The lines of a file that are not empty. Raises ValueError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return lines_of(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8: {error}. Save it as one, a prompt a line.") from error
-    return [line.strip() for line in lines if line.strip()]
+
+
+def lines_of(path: Path) -> list[str]:
+    """Those that hold something. Text may hold what str.splitlines takes for an end of line, such as U+2028."""
+    with path.open(encoding="utf-8") as file:
+        return [line.strip() for line in file if line.strip()]

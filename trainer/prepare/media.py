@@ -15,6 +15,8 @@ from PIL import Image, ImageOps
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 VIDEOS = (".mp4", ".webm")
 ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height change places
+# Counterclockwise, as PyAV counts them.
+QUARTERS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 SLACK = 1.5e-3  # seconds: webm rounds time stamps to milliseconds
 
 
@@ -41,7 +43,7 @@ class Media:
 
 
 def look_at(path: Path) -> Media:
-    """The header of a picture, or all time stamps of a clip, without decoding it. Raises BadFile."""
+    """The header of a picture, or all time stamps of a clip and its first frame. Raises BadFile."""
     if path.suffix.lower() in IMAGES:
         with opened_image(path) as image:
             width, height = image.size
@@ -55,7 +57,11 @@ def look_at(path: Path) -> Media:
             raise BadFile("frames without time stamps")
         first = min(stamps)
         times = tuple(float((stamp - first) * stream.time_base) for stamp in sorted(stamps))
-        return Media(stream.codec_context.width, stream.codec_context.height, times)
+    with opened_video(path) as (container, stream):  # only a frame says how it is turned
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise BadFile("no frames")
+        return Media(*as_shown(frame, stream).size, times)
 
 
 def read(path: Path, width: int, height: int, frames: int, start: int, fps: float) -> list[Image.Image]:
@@ -84,7 +90,7 @@ def frames_shown_at(path: Path, moments: Sequence[float]) -> list[Image.Image]:
             first = frame.pts if first is None else first
             time = float((frame.pts - first) * stream.time_base)
             while last is not None and len(shown) < len(moments) and moments[len(shown)] < time - SLACK:
-                shown.append(last.to_image())
+                shown.append(as_shown(last, stream))
             if len(shown) == len(moments):
                 return shown
             last = frame
@@ -93,6 +99,17 @@ def frames_shown_at(path: Path, moments: Sequence[float]) -> list[Image.Image]:
     if len(shown) < len(moments):
         raise BadFile(f"ends after {time:.2f} seconds, before its header says")
     return shown
+
+
+def as_shown(frame: Any, stream: Any) -> Image.Image:
+    """A frame with square pixels, upright: phones write clips lying, and how to turn them. Raises BadFile."""
+    if frame.rotation % 90:
+        raise BadFile(f"its frames are to be turned by {frame.rotation} degrees")
+    image = frame.to_image()
+    if aspect := stream.sample_aspect_ratio:  # of a pixel; None or 0 where nothing is said
+        image = image.resize((round(image.width * aspect), image.height), Image.Resampling.LANCZOS)
+    turn = QUARTERS[frame.rotation // 90 % 4]
+    return image if turn is None else image.transpose(turn)
 
 
 @contextmanager
