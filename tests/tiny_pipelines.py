@@ -158,19 +158,19 @@ def wan_vae(cls: str = "AutoencoderKLWan", channels: int = 4) -> Any:
 
 
 def ltx_vae() -> Any:
-    """A factor of 8, and of 2 in time."""
+    """A factor of 32, and of 8 in time: the positions that the network is told depend on them."""
     vae = diffusers.AutoencoderKLLTXVideo(
         latent_channels=4,
-        block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        down_block_types=("LTXVideoDownBlock3D",) * 2,
-        layers_per_block=(1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1),
-        spatio_temporal_scaling=(True, False),
-        decoder_spatio_temporal_scaling=(True, False),
-        decoder_inject_noise=(False,) * 3,
-        upsample_residual=(False,) * 2,
-        upsample_factor=(1,) * 2,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        down_block_types=("LTXVideoDownBlock3D",) * 4,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, True, True, False),
+        decoder_spatio_temporal_scaling=(True, True, True, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
         scaling_factor=0.8,
     ).eval()
     vae.latents_mean.copy_(torch.tensor(MEAN))

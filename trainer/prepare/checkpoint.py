@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from jvpgraph.trainer.model.adapters import diffusers
+from jvpgraph.trainer.model.adapters import check_one_network, diffusers
 from jvpgraph.trainer.prepare.families import Family, encode_text, family_of, text_length
 from jvpgraph.trainer.prepare.latents import encode, load_vae, normalisation
 
@@ -74,10 +74,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not index.is_file():
         raise ValueError(f"{path} holds no pipeline of diffusers: {index} does not exist. {whole}.")
     try:
-        pipeline = json.loads(index.read_text()).get("_class_name", "a pipeline without _class_name")
+        parts = json.loads(index.read_text())
+        pipeline = parts.get("_class_name", "a pipeline without _class_name")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{index} is damaged: {error}. Download the checkpoint again.") from error
     family = family_of(str(pipeline))
+    check_one_network(path, parts)
     for part in ("vae", "transformer"):
         if not (path / part / "config.json").is_file():
             raise ValueError(f"{path} is not complete: {part}/config.json does not exist. {whole}.")
@@ -123,15 +125,26 @@ class Encoder:
         self.vae = vae.to(device)
         self.pipe.to(device)
         self.length = text_length(self.pipe) if length is None else length
+        factors = self._factor(SPATIAL, 8), self._factor(TEMPORAL, 1)
+        if self.family.compression not in (None, factors):
+            raise ValueError(
+                f"{checkpoint.path}: its VAE joins {factors[0]} x {factors[0]} pixels and {factors[1]} frames, and the "
+                f"positions that training gives a {self.family.network} are for {self.family.compression}.\n"
+                "Train with a call of your own: docs/trainer.md, A model of your own."
+            )
 
     @cached_property
     def multiple(self) -> int:
         """What height and width in pixels are multiples of: the VAE's factor times the network's patch."""
-        patch = self.family.patch
-        if patch is None:
-            size = self.checkpoint.network.get("patch_size", 1)
-            patch = int(size if isinstance(size, int) else size[-1])
-        return self._factor(SPATIAL, 8) * patch
+        return self._factor(SPATIAL, 8) * self.patch
+
+    @cached_property
+    def patch(self) -> int:
+        """Latent pixels per side of a token."""
+        if self.family.patch is not None:
+            return self.family.patch
+        size = self.checkpoint.network.get("patch_size", 1)
+        return int(size if isinstance(size, int) else size[-1])
 
     @cached_property
     def period(self) -> int:
