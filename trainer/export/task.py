@@ -130,7 +130,7 @@ class Task:
                 thousandfold = type(self.net).__name__ == "HunyuanVideoTransformer3DModel"
                 arguments["guidance_scale"] = scale / 1000 if thousandfold else scale
         elif "guidance_scale" in known and "true_cfg_scale" not in known:
-            arguments["guidance_scale"] = 1.0
+            arguments["guidance_scale"] = 0.0 if type(self.net).__name__ == "ZImageTransformer2DModel" else 1.0
         if "true_cfg_scale" in known:
             arguments["true_cfg_scale"] = 1.0
         return arguments | config.sampling.call

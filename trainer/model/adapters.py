@@ -155,10 +155,15 @@ def flux2(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
 
 
 def chroma(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
-    """`attention_mask` [B, L] is the text's; all of the image counts."""
+    """`attention_mask` [B, L] is the text's; all of the image counts.
+
+    Its floats are added to the scores, as in diffusers 0.42: the pipeline's own ones and zeros hide nothing. Whole
+    numbers and booleans hide what is 0.
+    """
     if "attention_mask" in cond:
-        tokens = x.shape[-2] * x.shape[-1] // 4
-        cond = {**cond, "attention_mask": pad(cond["attention_mask"].bool(), (0, tokens), value=True)}
+        mask, tokens = cond["attention_mask"], x.shape[-2] * x.shape[-1] // 4
+        mask = mask if mask.is_floating_point() else mask.bool()
+        cond = {**cond, "attention_mask": pad(mask, (0, tokens), value=True)}
     return flux(net, x, time, cond)
 
 

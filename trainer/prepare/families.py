@@ -124,7 +124,10 @@ def encode_text(family: Family, pipe: Any, prompt: str, negative: str | None, le
     arguments: dict[str, Any] = {"prompt": negative if negative is not None and not beside else prompt}
     if beside:
         arguments["negative_prompt"] = negative
-    result = pipe.encode_prompt(**usual_arguments(pipe, length) | arguments | guided(pipe, beside))
+    try:
+        result = pipe.encode_prompt(**usual_arguments(pipe, length) | arguments | guided(pipe, beside))
+    except NameError as error:  # of a package that the pipeline imports if it is there
+        raise ValueError(f"{type(pipe).__name__} needs {error.name}.\npip install {error.name}") from error
     parts = dict(zip(family.returns, result if isinstance(result, tuple) else (result,)))
     mark = "-" if beside else ""
     found = {name: parts[mark + name] for name in family.conditions if mark + name in parts}
