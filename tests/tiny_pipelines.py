@@ -71,6 +71,21 @@ def gemma_tokenizer() -> Any:
     return transformers.GemmaTokenizer(vocab=vocab, merges=[])
 
 
+def qwen3_encoder(width: int) -> Any:
+    """28 layers, as those of Flux 2 are looked into."""
+    config = transformers.Qwen3Config(
+        vocab_size=128,
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        max_position_embeddings=1024,
+    )
+    return transformers.Qwen3ForCausalLM(config).eval()
+
+
 def t5_encoder(width: int) -> Any:
     config = transformers.T5Config(
         vocab_size=64, d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
@@ -162,6 +177,21 @@ def image_vae(channels: int = 4, halvings: int = 2, **more: Any) -> Any:
         sample_size=32,
         **more,
     ).eval()
+
+
+def flux2_vae() -> Any:
+    """A factor of 4, and a batch norm over patches of 2 x 2."""
+    vae = diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 8),
+        latent_channels=2,
+        norm_num_groups=2,
+        sample_size=32,
+    ).eval()
+    vae.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, 8))
+    vae.bn.running_var.copy_(torch.linspace(0.5, 2, 8))
+    return vae
 
 
 def wan_vae(cls: str = "AutoencoderKLWan", channels: int = 4) -> Any:
@@ -279,6 +309,18 @@ def flux(**config: Any) -> dict[str, Any]:
         "text_encoder_2": t5_encoder(12),
         "tokenizer_2": t5_tokenizer(),
         "transformer": network("FluxTransformer2DModel", **config),
+    }
+
+
+def flux2_klein(**config: Any) -> dict[str, Any]:
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    return {
+        "scheduler": flow_scheduler(),
+        "vae": flux2_vae(),
+        "text_encoder": qwen3_encoder(4),
+        "tokenizer": tokenizer,
+        "transformer": network("Flux2Transformer2DModel", **{"guidance_embeds": False, **config}),
     }
 
 
@@ -417,6 +459,7 @@ def skyreels(**config: Any) -> dict[str, Any]:
 MAKERS = {
     "WanPipeline": wan,
     "FluxPipeline": flux,
+    "Flux2KleinPipeline": flux2_klein,
     "StableDiffusion3Pipeline": sd3,
     "QwenImagePipeline": qwen_image,
     "LTXPipeline": ltx,

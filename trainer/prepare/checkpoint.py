@@ -36,7 +36,8 @@ class Checkpoint:
 
     @property
     def told_guidance(self) -> bool:
-        return bool(self.network.get("guidance_embeds", False))
+        usual = inspect.signature(getattr(diffusers(), self.family.network).__init__).parameters.get("guidance_embeds")
+        return bool(self.network.get("guidance_embeds", usual is not None and usual.default))
 
     @property
     def told_sizes(self) -> bool:
@@ -179,14 +180,11 @@ class Encoder:
 
     @property
     def negative_scale(self) -> float:
-        """The pipeline's own scale of classifier-free guidance; 1 where the network is told the scale instead."""
-        if self.checkpoint.told_guidance:
+        """The pipeline's own scale of classifier-free guidance; 1 where the network knows it, or is told it."""
+        if self.checkpoint.told_guidance or self.pipe.config.get("is_distilled", False):
             return 1.0
-        return (
-            self._default_number("guidance_scale")
-            if self.family.negative_beside
-            else self._default_number("true_cfg_scale")
-        )
+        has = inspect.signature(self.pipe.__call__).parameters
+        return self._default_number("true_cfg_scale" if "true_cfg_scale" in has else "guidance_scale")
 
     def _default_number(self, name: str) -> float:
         value = self._default_of(name)

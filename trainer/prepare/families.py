@@ -77,6 +77,7 @@ FAMILIES = {
         Family("AuraFlowTransformer2DModel", ("AuraFlowPipeline",), (TEXT, None, f"-{TEXT}", None)),
         Family("ChromaTransformer2DModel", ("ChromaPipeline",),
                (TEXT, None, "attention_mask", f"-{TEXT}", None, "-attention_mask"), patch=2),
+        Family("Flux2Transformer2DModel", ("Flux2Pipeline", "Flux2KleinPipeline"), (TEXT, None), patch=2),
         Family("FluxTransformer2DModel", ("FluxPipeline",), (TEXT, "pooled_projections", None), patch=2),
         Family("Lumina2Transformer2DModel", ("Lumina2Pipeline",), BESIDE, keep_norm="row"),
         Family("PixArtTransformer2DModel", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), BESIDE,
