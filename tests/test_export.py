@@ -335,6 +335,21 @@ NETWORKS: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
         {},
     ),
     "qwen_image": ("QwenImageTransformer2DModel", dict, {}),
+    "mochi": (
+        "MochiTransformer3DModel",
+        single_file_utils.convert_mochi_transformer_checkpoint_to_diffusers,
+        {"num_layers": 48, "num_attention_heads": 2, "attention_head_dim": 8},  # the converter's own depth
+    ),
+    "flux2": (
+        "Flux2Transformer2DModel",
+        single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers,
+        {"num_single_layers": 2, "num_attention_heads": 2},
+    ),
+    "z_image": (
+        "ZImageTransformer2DModel",
+        single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+        {"num_layers": None, "n_layers": 2, "n_refiner_layers": 2},
+    ),
     "hunyuan_video": (
         "HunyuanVideoTransformer3DModel",
         single_file_utils.convert_hunyuan_video_transformer_to_diffusers,
@@ -355,14 +370,18 @@ PUBLISHED = {  # what diffusers knows a published file by
     "ltx": "ltx-video",
     "hunyuan_video": "hunyuan-video",
     "chroma": "chroma",
+    "mochi": "mochi-1-preview",
+    "flux2": "flux2",
+    "z_image": "z-image-turbo",
 }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_original_names_are_what_the_converters_of_diffusers_read(name: str) -> None:
     cls, convert, config = NETWORKS[name]
+    config = {name: value for name, value in {"num_layers": 2, **config}.items() if value is not None}
     with torch.device("meta"):
-        net = getattr(diffusers, cls)(**{"num_layers": 2, **config})
+        net = getattr(diffusers, cls)(**config)
     state = narrow(net.state_dict())
     original = keys.to_original(state, cls, net.config)
     again = convert(dict(original))
@@ -375,8 +394,8 @@ def test_original_names_are_what_the_converters_of_diffusers_read(name: str) -> 
 
 
 def test_unknown_networks_and_weights_are_named() -> None:
-    with pytest.raises(ValueError, match="not known for MochiTransformer3DModel, but for Wan"):
-        keys.to_original({}, "MochiTransformer3DModel", {})
+    with pytest.raises(ValueError, match="not known for SanaTransformer2DModel, but for Wan"):
+        keys.to_original({}, "SanaTransformer2DModel", {})
     with pytest.raises(ValueError, match=r"weights without an original name: a\.b"):
         keys.to_original({"a.b": torch.zeros(1)}, "WanTransformer3DModel", {})
     few = {f"single_transformer_blocks.0.attn.to_{x}.weight": torch.zeros(1) for x in "qkv"}

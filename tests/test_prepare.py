@@ -185,7 +185,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(sana: Path, tmp_path: Pa
     assert second.returncode == 0, said
     assert {p: p.stat().st_mtime_ns for p in written} == written  # nothing was encoded twice
     expected, found = content(tmp_path / "whole"), content(tmp_path / "killed")
-    here = {name for name in found if name.endswith(".draft")} | {"settings.yaml"}  # which has the folder's name
+    here = {name for name in found if name.endswith(".draft")} | {"settings.yaml", "run.yaml"}  # with the folder's name
     assert {n: b for n, b in found.items() if n not in here} == {n: b for n, b in expected.items() if n not in here}
 
 
@@ -289,6 +289,7 @@ def test_what_goes_on_and_what_is_refused(sana: Path, tmp_path: Path, capsys: py
     source, data = pictures(tmp_path / "in", 4), tmp_path / "data"
     command = ("prepare", sana, source, "--out", data, *SMALL)
     assert run(*command) == 0
+    (data / "run.yaml").write_text("out: changed")  # which is the user's
     before = content(data)
     assert run(*command) == 0
     assert content(data) == before

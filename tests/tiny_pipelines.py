@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -36,8 +39,10 @@ def save_tiny(pipeline: str, folder: Path) -> Path:
 # ---------------------------------------------------------------- text
 
 
-def t5_tokenizer() -> Any:
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in WORDS), *"abcdefghijklmnopqrstuvwxyz"]
+def t5_tokenizer(more: str = "") -> Any:
+    """WORDS and those of `more` are tokens, and all else is spelt."""
+    words = dict.fromkeys((*WORDS, *re.findall(r"\w+", more)))
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in words), *"abcdefghijklmnopqrstuvwxyz"]
     return transformers.T5Tokenizer(
         vocab=[(piece, -float(i > 2)) for i, piece in enumerate(pieces)], extra_ids=0, model_max_length=32
     )
@@ -64,6 +69,21 @@ def gemma_tokenizer() -> Any:
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     vocab = {token: i for i, token in enumerate([*special, "▁", "\n", *(chr(i) for i in range(33, 127))])}
     return transformers.GemmaTokenizer(vocab=vocab, merges=[])
+
+
+def qwen3_encoder(width: int) -> Any:
+    """28 layers, as those of Flux 2 are looked into."""
+    config = transformers.Qwen3Config(
+        vocab_size=128,
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        max_position_embeddings=1024,
+    )
+    return transformers.Qwen3ForCausalLM(config).eval()
 
 
 def t5_encoder(width: int) -> Any:
@@ -110,6 +130,20 @@ def gemma_encoder(width: int) -> Any:
     return transformers.Gemma2Model(config).eval()
 
 
+def llama_encoder(width: int, cls: str = "LlamaModel", layers: int = 3) -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        pad_token_id=0,
+    )
+    return getattr(transformers, cls)(config).eval()
+
+
 def qwen_encoder(width: int) -> Any:
     text = {
         "vocab_size": 128,
@@ -132,17 +166,32 @@ def qwen_encoder(width: int) -> Any:
 # ---------------------------------------------------------------- latents
 
 
-def image_vae(channels: int = 4, **more: Any) -> Any:
-    """A factor of 4."""
+def image_vae(channels: int = 4, halvings: int = 2, **more: Any) -> Any:
+    """A factor of 4, or of 2 ** halvings."""
     return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(4, 4, 8),
+        down_block_types=("DownEncoderBlock2D",) * (1 + halvings),
+        up_block_types=("UpDecoderBlock2D",) * (1 + halvings),
+        block_out_channels=(*[4] * halvings, 8),
         latent_channels=channels,
         norm_num_groups=2,
         sample_size=32,
         **more,
     ).eval()
+
+
+def flux2_vae() -> Any:
+    """A factor of 4, and a batch norm over patches of 2 x 2."""
+    vae = diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 8),
+        latent_channels=2,
+        norm_num_groups=2,
+        sample_size=32,
+    ).eval()
+    vae.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, 8))
+    vae.bn.running_var.copy_(torch.linspace(0.5, 2, 8))
+    return vae
 
 
 def wan_vae(cls: str = "AutoencoderKLWan", channels: int = 4) -> Any:
@@ -158,19 +207,19 @@ def wan_vae(cls: str = "AutoencoderKLWan", channels: int = 4) -> Any:
 
 
 def ltx_vae() -> Any:
-    """A factor of 8, and of 2 in time."""
+    """A factor of 32, and of 8 in time: the positions that the network is told depend on them."""
     vae = diffusers.AutoencoderKLLTXVideo(
         latent_channels=4,
-        block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        down_block_types=("LTXVideoDownBlock3D",) * 2,
-        layers_per_block=(1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1),
-        spatio_temporal_scaling=(True, False),
-        decoder_spatio_temporal_scaling=(True, False),
-        decoder_inject_noise=(False,) * 3,
-        upsample_residual=(False,) * 2,
-        upsample_factor=(1,) * 2,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        down_block_types=("LTXVideoDownBlock3D",) * 4,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, True, True, False),
+        decoder_spatio_temporal_scaling=(True, True, True, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
         scaling_factor=0.8,
     ).eval()
     vae.latents_mean.copy_(torch.tensor(MEAN))
@@ -196,6 +245,33 @@ def dc_vae() -> Any:
         decoder_norm_types="rms_norm",
         decoder_act_fns="silu",
         scaling_factor=0.41,
+    ).eval()
+
+
+def hunyuan_vae() -> Any:
+    """A factor of 8, and of 4 in time."""
+    return diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(4,) * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.48,
+        mid_block_add_attention=False,
+    ).eval()
+
+
+def mochi_vae() -> Any:
+    """A factor of 8, and of 6 in time."""
+    return diffusers.AutoencoderKLMochi(
+        encoder_block_out_channels=(32,) * 4,
+        decoder_block_out_channels=(32,) * 4,
+        latent_channels=12,  # which the pipeline knows by heart
+        layers_per_block=(1,) * 5,
+        add_attention_block=(False,) * 5,
+        latents_mean=MEAN * 3,
+        latents_std=STD * 3,
     ).eval()
 
 
@@ -233,6 +309,18 @@ def flux(**config: Any) -> dict[str, Any]:
         "text_encoder_2": t5_encoder(12),
         "tokenizer_2": t5_tokenizer(),
         "transformer": network("FluxTransformer2DModel", **config),
+    }
+
+
+def flux2_klein(**config: Any) -> dict[str, Any]:
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    return {
+        "scheduler": flow_scheduler(),
+        "vae": flux2_vae(),
+        "text_encoder": qwen3_encoder(4),
+        "tokenizer": tokenizer,
+        "transformer": network("Flux2Transformer2DModel", **{"guidance_embeds": False, **config}),
     }
 
 
@@ -290,12 +378,98 @@ def pixart(**config: Any) -> dict[str, Any]:
     }
 
 
+def chroma(**config: Any) -> dict[str, Any]:
+    return {
+        "scheduler": flow_scheduler(),
+        "vae": image_vae(2, scaling_factor=0.36, shift_factor=0.12),
+        "text_encoder": t5_encoder(12),
+        "tokenizer": t5_tokenizer(),
+        "transformer": network("ChromaTransformer2DModel", **config),
+    }
+
+
+def aura_flow(**config: Any) -> dict[str, Any]:
+    return {
+        "tokenizer": t5_tokenizer(),
+        "text_encoder": umt5_encoder(12),
+        "vae": image_vae(4, scaling_factor=0.13),
+        "transformer": network("AuraFlowTransformer2DModel", **{"pos_embed_max_size": 256, **config}),
+        "scheduler": flow_scheduler(),
+    }
+
+
+def lumina2(**config: Any) -> dict[str, Any]:
+    return {
+        "transformer": network("Lumina2Transformer2DModel", **{"axes_lens": (512, 16, 16), **config}),
+        "scheduler": flow_scheduler(),
+        "vae": image_vae(4, halvings=3, scaling_factor=0.36, shift_factor=0.12),
+        "text_encoder": gemma_encoder(12),
+        "tokenizer": gemma_tokenizer(),
+    }
+
+
+def hunyuan_video(**config: Any) -> dict[str, Any]:
+    template = importlib.import_module(
+        "diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video"
+    ).DEFAULT_PROMPT_TEMPLATE
+    return {
+        "text_encoder": llama_encoder(12),
+        "tokenizer": t5_tokenizer(template["template"]),
+        "transformer": network("HunyuanVideoTransformer3DModel", **config),
+        "vae": hunyuan_vae(),
+        "scheduler": flow_scheduler(),
+        "text_encoder_2": clip_encoder(10),
+        "tokenizer_2": clip_tokenizer(),
+    }
+
+
+def mochi(**config: Any) -> dict[str, Any]:
+    return {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        "vae": mochi_vae(),
+        "text_encoder": t5_encoder(16),
+        "tokenizer": t5_tokenizer(),
+        "transformer": network("MochiTransformer3DModel", **{"in_channels": 12, **config}),
+    }
+
+
+def sana_video(**config: Any) -> dict[str, Any]:
+    return {
+        "tokenizer": gemma_tokenizer(),
+        "text_encoder": gemma_encoder(12),
+        "vae": wan_vae(),
+        "transformer": network("SanaVideoTransformer3DModel", **{"guidance_embeds": False, **config}),
+        "scheduler": flow_scheduler(),
+    }
+
+
+def skyreels(**config: Any) -> dict[str, Any]:
+    plain = {"image_dim": None, "added_kv_proj_dim": None, "num_frame_per_block": 1, **config}
+    module = importlib.import_module("diffusers.pipelines.skyreels_v2.pipeline_skyreels_v2")
+    vars(module).setdefault("ftfy", SimpleNamespace(fix_text=str))  # which it calls, and imports if it is installed
+    return {
+        "tokenizer": t5_tokenizer(),
+        "text_encoder": umt5_encoder(10),
+        "transformer": network("SkyReelsV2Transformer3DModel", **plain),
+        "vae": wan_vae(),
+        "scheduler": flow_scheduler(),
+    }
+
+
 MAKERS = {
     "WanPipeline": wan,
     "FluxPipeline": flux,
+    "Flux2KleinPipeline": flux2_klein,
     "StableDiffusion3Pipeline": sd3,
     "QwenImagePipeline": qwen_image,
     "LTXPipeline": ltx,
     "SanaPipeline": sana,
     "PixArtAlphaPipeline": pixart,
+    "ChromaPipeline": chroma,
+    "AuraFlowPipeline": aura_flow,
+    "Lumina2Pipeline": lumina2,
+    "HunyuanVideoPipeline": hunyuan_video,
+    "MochiPipeline": mochi,
+    "SanaVideoPipeline": sana_video,
+    "SkyReelsV2Pipeline": skyreels,
 }

@@ -35,6 +35,7 @@ class GuidanceConfig:
     scale: float = 1.0  # 1: none; rCM uses 5 for Wan
     negative: dict[str, Any] = field(default_factory=dict)  # an empty or negative prompt: numbers or lists by condition
     negative_file: Path | None = None  # the same as a safetensors file of tensors without a batch dim
+    keep_norm: Literal["token", "row"] | None = None  # as Qwen-Image's or Lumina 2's pipeline: see docs/trainer.md
 
     def __post_init__(self) -> None:
         positive(self, "scale")  # 0 is the negative condition alone
@@ -155,6 +156,7 @@ class SamplingConfig:
     shift: float = 1.0  # of the Euler steps in rectified-flow time; 5 for Wan at 720p, 3 at 480p
     batch: int = 64  # samples at a time
     decode: Plug | None = None  # a function from latents [B, ...] to images in [0, 1]
+    call: dict[str, Any] = field(default_factory=dict)  # of the pipeline that samples prompts: height, width, ...
 
     def __post_init__(self) -> None:
         positive(self, "sigma_max", "teacher_steps", "shift", "batch")

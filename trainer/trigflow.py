@@ -316,17 +316,34 @@ class Guided(nn.Module):
 
     Args:
         negative: the condition of an empty or a negative prompt, each [1, ...].
+        keep_norm: scale the velocity eps - x0 back to its length without guidance, for each part that `lengths` names.
     """
 
-    def __init__(self, model: nn.Module, scale: float, negative: Condition) -> None:
+    def __init__(self, model: nn.Module, scale: float, negative: Condition, keep_norm: str | None = None) -> None:
         super().__init__()
         self.model = model
         self.scale = scale
         self.negative = dict(negative)
+        self.keep_norm = keep_norm
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         F = self.model(x, t, cond)
         if self.scale == 1:
             return F
         F_negative = self.model(x, t, expand_condition(self.negative, len(x)))
-        return F_negative + self.scale * (F - F_negative)
+        guided = F_negative + self.scale * (F - F_negative)
+        if self.keep_norm is None:
+            return guided
+        k, a = expand_like(t.sin() + t.cos(), x), expand_like(t.sin() - t.cos(), x)  # eps - x0 = a x + k F
+        u, u_guided = a * x + k * F, a * x + k * guided
+        return (u_guided * lengths(u, self.keep_norm) / lengths(u_guided, self.keep_norm) - a * x) / k
+
+
+def lengths(u: Tensor, parts: str) -> Tensor:
+    """L2 norms of the parts of u [B, C, ..., H, W], to multiply it with: of a "token" C x 2 x 2, or of a "row" W."""
+    squares = u.square()
+    if parts == "row":
+        return squares.sum(-1, keepdim=True).sqrt()
+    H, W = u.shape[-2:]
+    patches = squares.sum(1, keepdim=True).unflatten(-1, (W // 2, 2)).unflatten(-3, (H // 2, 2))
+    return patches.sum((-3, -1), keepdim=True).sqrt().expand_as(patches).flatten(-4, -3).flatten(-2)

@@ -11,7 +11,7 @@ from jvpgraph.trainer.commands.arguments import add_pipeline, add_run, positive
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder (default: RUN/export-FORMAT)")
     parser.add_argument(
         "--format",
         choices=export.FORMATS,
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     print(
         export.export_run(
             args.folder,
-            args.out,
+            args.out or args.folder / f"export-{args.format}",
             format=args.format,
             ema=args.ema,
             step=args.step,

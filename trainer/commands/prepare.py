@@ -9,7 +9,8 @@ from pathlib import Path
 from jvpgraph.trainer.commands.arguments import device_named, positive
 from jvpgraph.trainer.prepare.look import describe
 from jvpgraph.trainer.prepare.plan import Options
-from jvpgraph.trainer.prepare.write import SETTINGS, prepare
+from jvpgraph.trainer.prepare.start import RUN
+from jvpgraph.trainer.prepare.write import prepare
 
 EPILOG = """\
 files: .jpg, .png, .webp; .mp4, .webm (pip install av). Captions: NAME.txt or NAME.json ("text", "caption" or "prompt")
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     )
     card = prepare(args.checkpoint, args.source, args.out, options, device)
     if card:
-        print(f"{describe(card)}\nIn the settings of a run: base: {args.out / SETTINGS}")
+        print(f"{describe(card)}\nSettings to start from: {args.out / RUN}")
 
 
 def size(text: str) -> tuple[int, int]:

@@ -44,7 +44,7 @@ def use_pipeline(task: Task) -> str:
         "",
         f'pipe = DiffusionPipeline.from_pretrained("."{trust})',
         "torch.manual_seed(0)  # schedulers that add noise take it from here",
-        f'output = pipe("a prompt", {call_of(task.arguments())})[0]',
+        f'output = pipe(prompt="a prompt", {call_of(task.arguments())})[0]',
     ]
     return python(code) + ("\n\n" + OWN_CLASS if needs_trust else "")
 
@@ -87,7 +87,7 @@ def use_lora(task: Task) -> str:
     if task.fits:
         code.append('pipe.scheduler = FlowMatchLCMScheduler.from_pretrained(".", subfolder="scheduler")')
     arguments = call_of(task.arguments()) if task.pipeline else f"num_inference_steps={task.count}"
-    return python([*code, "torch.manual_seed(0)", f'output = pipe("a prompt", {arguments})[0]'])
+    return python([*code, "torch.manual_seed(0)", f'output = pipe(prompt="a prompt", {arguments})[0]'])
 
 
 def use_comfyui(task: Task) -> str:

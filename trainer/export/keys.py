@@ -295,6 +295,100 @@ def ltx(config: Mapping[str, Any]) -> tuple[Rule, ...]:
     )
 
 
+def mochi(config: Mapping[str, Any]) -> tuple[Rule, ...]:
+    block, time = "transformer_blocks.#", "time_embed"
+    streams = (
+        r
+        for x, q, normed, out, ff in (
+            ("x", "to_{}", "norm_{}", "to_out.0", "ff"),
+            ("y", "add_{}_proj", "norm_added_{}", "to_add_out", "ff_context"),
+        )
+        for r in (
+            rule(f"blocks.#.attn.qkv_{x}.*", *(f"{block}.attn1.{q.format(part)}.*" for part in "qkv")),
+            *(rule(f"blocks.#.attn.{part}_norm_{x}.*", f"{block}.attn1.{normed.format(part)}.*") for part in "qk"),
+            rule(f"blocks.#.attn.proj_{x}.*", f"{block}.attn1.{out}.*"),
+            rule(f"blocks.#.mlp_{x}.w1.*", f"{block}.{ff}.net.0.proj.*", swapped=True),  # gate and value
+            rule(f"blocks.#.mlp_{x}.w2.*", f"{block}.{ff}.net.2.*"),
+        )
+    )
+    return (
+        rule("x_embedder.proj.*", "patch_embed.proj.*"),
+        rule("t_embedder.mlp.0.*", f"{time}.timestep_embedder.linear_1.*"),
+        rule("t_embedder.mlp.2.*", f"{time}.timestep_embedder.linear_2.*"),
+        *(rule(f"t5_y_embedder.{part}.*", f"{time}.pooler.{part}.*") for part in ("to_q", "to_kv", "to_out")),
+        rule("t5_yproj.*", f"{time}.caption_proj.*"),
+        rule("pos_frequencies", "pos_frequencies"),
+        rule("blocks.#.mod_x.*", f"{block}.norm1.linear.*"),
+        rule("blocks.#.mod_y.*", f"{block}.norm1_context.linear.*"),
+        rule("blocks.#.mod_y.*", f"{block}.norm1_context.linear_1.*"),  # of the last block, which only scales
+        *streams,
+        rule("final_layer.mod.*", "norm_out.linear.*", swapped=True),
+        rule("final_layer.linear.*", "proj_out.*"),
+    )
+
+
+def flux2(config: Mapping[str, Any]) -> tuple[Rule, ...]:
+    block, single, time = "transformer_blocks.#", "single_transformer_blocks.#", "time_guidance_embed"
+    streams = (
+        r
+        for x, q, normed, out, ff in (
+            ("img", "to_{}", "norm_{}", "to_out.0", "ff"),
+            ("txt", "add_{}_proj", "norm_added_{}", "to_add_out", "ff_context"),
+        )
+        for r in (
+            rule(f"double_blocks.#.{x}_attn.qkv.*", *(f"{block}.attn.{q.format(part)}.*" for part in "qkv")),
+            rule(f"double_blocks.#.{x}_attn.norm.query_norm.scale", f"{block}.attn.{normed.format('q')}.weight"),
+            rule(f"double_blocks.#.{x}_attn.norm.key_norm.scale", f"{block}.attn.{normed.format('k')}.weight"),
+            rule(f"double_blocks.#.{x}_attn.proj.*", f"{block}.attn.{out}.*"),
+            rule(f"double_blocks.#.{x}_mlp.0.*", f"{block}.{ff}.linear_in.*"),
+            rule(f"double_blocks.#.{x}_mlp.2.*", f"{block}.{ff}.linear_out.*"),
+        )
+    )
+    modulations = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
+    return (
+        rule("img_in.*", "x_embedder.*"),
+        rule("txt_in.*", "context_embedder.*"),
+        rule("time_in.in_layer.*", f"{time}.timestep_embedder.linear_1.*"),
+        rule("time_in.out_layer.*", f"{time}.timestep_embedder.linear_2.*"),
+        rule("guidance_in.in_layer.*", f"{time}.guidance_embedder.linear_1.*"),
+        rule("guidance_in.out_layer.*", f"{time}.guidance_embedder.linear_2.*"),
+        *(rule(f"{name}.lin.*", f"{name}.linear.*") for name in modulations),
+        *streams,
+        rule("single_blocks.#.linear1.*", f"{single}.attn.to_qkv_mlp_proj.*"),
+        rule("single_blocks.#.linear2.*", f"{single}.attn.to_out.*"),
+        rule("single_blocks.#.norm.query_norm.scale", f"{single}.attn.norm_q.weight"),
+        rule("single_blocks.#.norm.key_norm.scale", f"{single}.attn.norm_k.weight"),
+        rule("final_layer.linear.*", "proj_out.*"),
+        rule("final_layer.adaLN_modulation.1.*", "norm_out.linear.*", swapped=True),
+    )
+
+
+def z_image(config: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """Of one patch size, 2 x 2 of one frame; what is not named here has its name in diffusers."""
+    blocks = (
+        r
+        for block in ("layers.#", "noise_refiner.#", "context_refiner.#")
+        for r in (
+            rule(f"{block}.attention.qkv.*", *(f"{block}.attention.to_{part}.*" for part in "qkv")),
+            *(rule(f"{block}.attention.{part}_norm.*", f"{block}.attention.norm_{part}.*") for part in "qk"),
+            rule(f"{block}.attention.out.*", f"{block}.attention.to_out.0.*"),
+            rule(f"{block}.feed_forward.*.weight", f"{block}.feed_forward.*.weight"),
+            rule(f"{block}.adaLN_modulation.0.*", f"{block}.adaLN_modulation.0.*"),
+            rule(f"{block}.*.weight", f"{block}.*.weight"),  # norms
+        )
+    )
+    return (
+        rule("x_embedder.*", "all_x_embedder.2-1.*"),
+        rule("final_layer.linear.*", "all_final_layer.2-1.linear.*"),
+        rule("final_layer.adaLN_modulation.1.*", "all_final_layer.2-1.adaLN_modulation.1.*"),
+        rule("t_embedder.mlp.#.*", "t_embedder.mlp.#.*"),
+        rule("cap_embedder.#.*", "cap_embedder.#.*"),
+        rule("x_pad_token", "x_pad_token"),
+        rule("cap_pad_token", "cap_pad_token"),
+        *blocks,
+    )
+
+
 MAPS: dict[str, Callable[[Mapping[str, Any]], tuple[Rule, ...]]] = {
     "WanTransformer3DModel": wan,
     "FluxTransformer2DModel": flux,
@@ -303,4 +397,7 @@ MAPS: dict[str, Callable[[Mapping[str, Any]], tuple[Rule, ...]]] = {
     "QwenImageTransformer2DModel": same_names,
     "LTXVideoTransformer3DModel": ltx,
     "HunyuanVideoTransformer3DModel": hunyuan_video,
+    "MochiTransformer3DModel": mochi,
+    "Flux2Transformer2DModel": flux2,
+    "ZImageTransformer2DModel": z_image,
 }

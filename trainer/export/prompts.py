@@ -68,4 +68,4 @@ def call(pipe: Any, prompt: str, seed: int, arguments: Mapping[str, Any]) -> Any
     """One picture, or a list of frames. Schedulers that get no generator from their pipeline draw from torch's own."""
     torch.manual_seed(seed)
     generator = torch.Generator(pipe.device).manual_seed(seed)
-    return pipe(prompt, generator=generator, output_type="pil", **arguments)[0][0]
+    return pipe(prompt=prompt, generator=generator, output_type="pil", **arguments)[0][0]

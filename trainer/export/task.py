@@ -12,7 +12,7 @@ from typing import Any
 
 from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.files import read_json
-from jvpgraph.trainer.model.adapters import diffusers
+from jvpgraph.trainer.model.adapters import check_one_network, diffusers
 from jvpgraph.trainer.model.schedulers import even_times, fits_pipelines, own_file, scheduler_for
 from jvpgraph.trainer.model.student import merged
 from jvpgraph.trainer.run.finished import Run
@@ -100,6 +100,7 @@ class Task:
                 f"{self.pipeline} has a {own or 'pipeline without a ' + NETWORK}, and the student is a "
                 f"{type(self.net).__name__}\nGive the pipeline that the teacher comes from."
             )
+        check_one_network(self.pipeline, self.index)
         if not self.goes_into_pipelines:
             raise ValueError(
                 f"no scheduler of diffusers lets a pipeline sample this student: it is of {self.run.sampler} in "
@@ -129,10 +130,10 @@ class Task:
                 thousandfold = type(self.net).__name__ == "HunyuanVideoTransformer3DModel"
                 arguments["guidance_scale"] = scale / 1000 if thousandfold else scale
         elif "guidance_scale" in known and "true_cfg_scale" not in known:
-            arguments["guidance_scale"] = 1.0
+            arguments["guidance_scale"] = 0.0 if type(self.net).__name__ == "ZImageTransformer2DModel" else 1.0
         if "true_cfg_scale" in known:
             arguments["true_cfg_scale"] = 1.0
-        return arguments
+        return arguments | config.sampling.call
 
     def save_scheduler(self, folder: Path) -> list[str]:
         """Writes it, and gives its library and class for a model_index.json."""

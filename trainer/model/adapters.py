@@ -15,7 +15,7 @@ frequencies of its embedding, which its weights know by heart: it is left alone 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -155,10 +155,15 @@ def flux2(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
 
 
 def chroma(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
-    """`attention_mask` [B, L] is the text's; all of the image counts."""
+    """`attention_mask` [B, L] is the text's; all of the image counts.
+
+    Its floats are added to the scores, as in diffusers 0.42: the pipeline's own ones and zeros hide nothing. Whole
+    numbers and booleans hide what is 0.
+    """
     if "attention_mask" in cond:
-        tokens = x.shape[-2] * x.shape[-1] // 4
-        cond = {**cond, "attention_mask": pad(cond["attention_mask"].bool(), (0, tokens), value=True)}
+        mask, tokens = cond["attention_mask"], x.shape[-2] * x.shape[-1] // 4
+        mask = mask if mask.is_floating_point() else mask.bool()
+        cond = {**cond, "attention_mask": pad(mask, (0, tokens), value=True)}
     return flux(net, x, time, cond)
 
 
@@ -376,6 +381,15 @@ def diffusers_model(
     return TrigFlow(net, adapter, noise, time_scale=adapter.time_scale if time_scale is None else time_scale)
 
 
+def check_one_network(path: Path, index: Mapping[str, Any]) -> None:
+    """Raises ValueError for a pipeline, by its model_index.json, that changes networks on its way."""
+    if (index.get("transformer_2") or [None])[0] is not None and index.get("boundary_ratio") is not None:
+        raise ValueError(
+            f"{path} has two networks, one above and one below {index['boundary_ratio']:g} of the noise, and a student "
+            "is one network for all of it.\nGive a checkpoint with one: Wan2.1, or Wan2.2's of 5B."
+        )
+
+
 def load(path: Path, config: str | None, dtype: torch.dtype) -> nn.Module:
     if path.suffix == ".safetensors":
         return load_single_file(path, path.parent if config is None else Path(config), dtype)
@@ -387,6 +401,8 @@ def load(path: Path, config: str | None, dtype: torch.dtype) -> nn.Module:
                 f"hf download {path} --local-dir FOLDER, and then path: FOLDER"
             )
         raise ValueError(f"{path} holds no config.json of a diffusers network, neither does {folder}")
+    if folder != path and (path / "model_index.json").is_file():
+        check_one_network(path, read_json(path / "model_index.json"))
     name = read_json(folder / "config.json").get("_class_name", "a network without _class_name")
     cls = network_class(name)
     if torch.get_default_device().type == "meta":  # jvpgraph plan asks for shapes: no weights are read

@@ -110,7 +110,7 @@ def build_guided(teacher: TrigFlow, config: GuidanceConfig, device: torch.device
             f"guidance.scale is {config.scale} and there is no negative condition: give guidance.negative or "
             "guidance.negative_file, or a scale of 1"
         )
-    return Guided(teacher, config.scale, negative)
+    return Guided(teacher, config.scale, negative, config.keep_norm)
 
 
 def load_condition(path: Path) -> dict[str, Tensor]:

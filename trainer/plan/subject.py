@@ -138,5 +138,5 @@ def subject_of(config: RunConfig, teacher: TrigFlow, cond: Condition, *, fake: b
         student,
         build_student(teacher, config.student) if fake else None,
         Plainly(dual),
-        Guided(Plainly(teacher), config.guidance.scale, negative),
+        Guided(Plainly(teacher), config.guidance.scale, negative, config.guidance.keep_norm),
     )

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from jvpgraph.trainer.model.adapters import diffusers
+from jvpgraph.trainer.model.adapters import check_one_network, diffusers
 from jvpgraph.trainer.prepare.families import Family, encode_text, family_of, text_length
 from jvpgraph.trainer.prepare.latents import encode, load_vae, normalisation
 
@@ -36,7 +36,8 @@ class Checkpoint:
 
     @property
     def told_guidance(self) -> bool:
-        return bool(self.network.get("guidance_embeds", False))
+        usual = inspect.signature(getattr(diffusers(), self.family.network).__init__).parameters.get("guidance_embeds")
+        return bool(self.network.get("guidance_embeds", usual is not None and usual.default))
 
     @property
     def told_sizes(self) -> bool:
@@ -74,10 +75,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not index.is_file():
         raise ValueError(f"{path} holds no pipeline of diffusers: {index} does not exist. {whole}.")
     try:
-        pipeline = json.loads(index.read_text()).get("_class_name", "a pipeline without _class_name")
+        parts = json.loads(index.read_text())
+        pipeline = parts.get("_class_name", "a pipeline without _class_name")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{index} is damaged: {error}. Download the checkpoint again.") from error
     family = family_of(str(pipeline))
+    check_one_network(path, parts)
     for part in ("vae", "transformer"):
         if not (path / part / "config.json").is_file():
             raise ValueError(f"{path} is not complete: {part}/config.json does not exist. {whole}.")
@@ -123,15 +126,26 @@ class Encoder:
         self.vae = vae.to(device)
         self.pipe.to(device)
         self.length = text_length(self.pipe) if length is None else length
+        factors = self._factor(SPATIAL, 8), self._factor(TEMPORAL, 1)
+        if self.family.compression not in (None, factors):
+            raise ValueError(
+                f"{checkpoint.path}: its VAE joins {factors[0]} x {factors[0]} pixels and {factors[1]} frames, and the "
+                f"positions that training gives a {self.family.network} are for {self.family.compression}.\n"
+                "Train with a call of your own: docs/trainer.md, A model of your own."
+            )
 
     @cached_property
     def multiple(self) -> int:
         """What height and width in pixels are multiples of: the VAE's factor times the network's patch."""
-        patch = self.family.patch
-        if patch is None:
-            size = self.checkpoint.network.get("patch_size", 1)
-            patch = int(size if isinstance(size, int) else size[-1])
-        return self._factor(SPATIAL, 8) * patch
+        return self._factor(SPATIAL, 8) * self.patch
+
+    @cached_property
+    def patch(self) -> int:
+        """Latent pixels per side of a token."""
+        if self.family.patch is not None:
+            return self.family.patch
+        size = self.checkpoint.network.get("patch_size", 1)
+        return int(size if isinstance(size, int) else size[-1])
 
     @cached_property
     def period(self) -> int:
@@ -166,14 +180,11 @@ class Encoder:
 
     @property
     def negative_scale(self) -> float:
-        """The pipeline's own scale of classifier-free guidance; 1 where the network is told the scale instead."""
-        if self.checkpoint.told_guidance:
+        """The pipeline's own scale of classifier-free guidance; 1 where the network knows it, or is told it."""
+        if self.checkpoint.told_guidance or self.pipe.config.get("is_distilled", False):
             return 1.0
-        return (
-            self._default_number("guidance_scale")
-            if self.family.negative_beside
-            else self._default_number("true_cfg_scale")
-        )
+        has = inspect.signature(self.pipe.__call__).parameters
+        return self._default_number("true_cfg_scale" if "true_cfg_scale" in has else "guidance_scale")
 
     def _default_number(self, name: str) -> float:
         value = self._default_of(name)

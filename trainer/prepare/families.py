@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+LENGTHS = ("max_sequence_length", "tokenizer_max_length")  # of a text, in tokens, by the pipelines' names
 TEXT = "encoder_hidden_states"
 MASK = "encoder_attention_mask"
 
@@ -34,6 +35,8 @@ class Family:
         guidance_scale: what the network's `guidance` argument multiplies the scale with, if it is told the scale.
         sizes: the network is told the picture's size, by arguments of these names.
         rate: the argument that takes the frame rate.
+        keep_norm: what the pipeline does to its guidance, as `guidance.keep_norm` has it.
+        compression: the factors of the VAE, in space and time, that the network's adapter goes by.
     """
 
     network: str
@@ -45,6 +48,8 @@ class Family:
     guidance_scale: float = 1.0
     sizes: tuple[str, ...] = ()
     rate: str | None = None
+    keep_norm: str | None = None
+    compression: tuple[int, int] | None = None
 
     @property
     def video(self) -> bool:
@@ -72,19 +77,21 @@ FAMILIES = {
         Family("AuraFlowTransformer2DModel", ("AuraFlowPipeline",), (TEXT, None, f"-{TEXT}", None)),
         Family("ChromaTransformer2DModel", ("ChromaPipeline",),
                (TEXT, None, "attention_mask", f"-{TEXT}", None, "-attention_mask"), patch=2),
+        Family("Flux2Transformer2DModel", ("Flux2Pipeline", "Flux2KleinPipeline"), (TEXT, None), patch=2),
         Family("FluxTransformer2DModel", ("FluxPipeline",), (TEXT, "pooled_projections", None), patch=2),
-        Family("Lumina2Transformer2DModel", ("Lumina2Pipeline",), BESIDE),
+        Family("Lumina2Transformer2DModel", ("Lumina2Pipeline",), BESIDE, keep_norm="row"),
         Family("PixArtTransformer2DModel", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), BESIDE,
                sizes=("resolution", "aspect_ratio")),
         Family("QwenImageTransformer2DModel", ("QwenImagePipeline",), (TEXT, None),
-               padded_mask="encoder_hidden_states_mask", patch=2),
+               padded_mask="encoder_hidden_states_mask", patch=2, keep_norm="token"),
         Family("SanaTransformer2DModel", ("SanaPipeline",), BESIDE),
         Family("SD3Transformer2DModel", ("StableDiffusion3Pipeline",),
                (TEXT, f"-{TEXT}", "pooled_projections", "-pooled_projections")),
         # video
         Family("HunyuanVideoTransformer3DModel", ("HunyuanVideoPipeline",), (TEXT, "pooled_projections", MASK),
                fps=24, guidance_scale=1000),
-        Family("LTXVideoTransformer3DModel", ("LTXPipeline",), BESIDE, fps=25, rate="frame_rate"),
+        Family("LTXVideoTransformer3DModel", ("LTXPipeline",), BESIDE, fps=25, rate="frame_rate",
+               compression=(32, 8)),
         Family("MochiTransformer3DModel", ("MochiPipeline",), BESIDE, fps=30),
         Family("SanaVideoTransformer3DModel", ("SanaVideoPipeline",), BESIDE, fps=16),
         Family("SkyReelsV2Transformer3DModel", ("SkyReelsV2Pipeline",), BETWEEN, fps=24),
@@ -118,7 +125,10 @@ def encode_text(family: Family, pipe: Any, prompt: str, negative: str | None, le
     arguments: dict[str, Any] = {"prompt": negative if negative is not None and not beside else prompt}
     if beside:
         arguments["negative_prompt"] = negative
-    result = pipe.encode_prompt(**usual_arguments(pipe, length) | arguments | guided(pipe, beside))
+    try:
+        result = pipe.encode_prompt(**usual_arguments(pipe, length) | arguments | guided(pipe, beside))
+    except NameError as error:  # of a package that the pipeline imports if it is there
+        raise ValueError(f"{type(pipe).__name__} needs {error.name}.\npip install {error.name}") from error
     parts = dict(zip(family.returns, result if isinstance(result, tuple) else (result,)))
     mark = "-" if beside else ""
     found = {name: parts[mark + name] for name in family.conditions if mark + name in parts}
@@ -135,7 +145,7 @@ def usual_arguments(pipe: Any, length: int) -> dict[str, Any]:
     usual = inspect.signature(pipe.__call__).parameters
     arguments: dict[str, Any] = {}
     for name, parameter in inspect.signature(pipe.encode_prompt).parameters.items():
-        if name == "max_sequence_length":
+        if name in LENGTHS:
             arguments[name] = length
         elif name == "device":
             arguments[name] = pipe._execution_device

@@ -45,6 +45,19 @@ def normalisation(vae: Any) -> tuple[float | list[float], float | list[float]]:
     return float(getattr(config, "shift_factor", None) or 0.0), float(factor)
 
 
+def place_norms(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and deviation [C, h, w] for latents [..., C, h, w], by a batch norm over patches of 2 x 2 that Flux 2's VAE has.
+
+    They repeat from patch to patch.
+    """
+    if not hasattr(vae, "bn"):
+        return None
+    tiles = 1, latents.shape[-2] // 2, latents.shape[-1] // 2
+    deviation = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+    mean, deviation = (x.reshape(-1, 2, 2).repeat(tiles) for x in (vae.bn.running_mean, deviation))
+    return mean, deviation
+
+
 def takes_frames(vae: Any) -> bool:
     """Whether the VAE's convolutions see frames: all but the image VAEs."""
     return any(isinstance(module, torch.nn.Conv3d) for module in vae.modules())
@@ -52,10 +65,15 @@ def takes_frames(vae: Any) -> bool:
 
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor) -> Tensor:
-    """Pixels [3, T, H, W] in [-1, 1] -> the most likely latents as the VAE gives them, [C, T', h, w], float32, CPU."""
+    """Pixels [3, T, H, W] in [-1, 1] -> the most likely latents as the VAE gives them, [C, T', h, w], float32, CPU.
+
+    Those of a VAE with a batch norm are normalised by it.
+    """
     pixels = pixels[None].to(vae.device, vae.dtype)
     output = vae.encode(pixels if takes_frames(vae) else pixels.squeeze(2))
     latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latent
+    if norms := place_norms(vae, latents):
+        latents = (latents - norms[0]) / norms[1]
     if not takes_frames(vae):
         latents = latents.unsqueeze(2)
     return latents[0].float().cpu()
@@ -70,6 +88,8 @@ def decode(vae: Any, x0: Tensor) -> Tensor:
     shift, scale = (torch.tensor(value, device=x0.device) for value in normalisation(vae))
     per_channel = (-1, *[1] * (x0.dim() - 2))
     latents = x0.float() / scale.reshape(per_channel) + shift.reshape(per_channel)
+    if norms := place_norms(vae, latents):
+        latents = latents * norms[1] + norms[0]
     as_video = takes_frames(vae) and x0.dim() == 4
     more = {}
     if getattr(vae.config, "timestep_conditioning", False):

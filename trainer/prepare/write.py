@@ -32,10 +32,11 @@ from jvpgraph.trainer.prepare.buckets import Bucket
 from jvpgraph.trainer.prepare.checkpoint import Encoder, read_checkpoint
 from jvpgraph.trainer.prepare.media import BadFile, read
 from jvpgraph.trainer.prepare.plan import Entry, Options, Plan, PlannedShard, make_plan, refuse_or_say, settings_of
+from jvpgraph.trainer.prepare.start import write_settings
 
 log = logging.getLogger("jvpgraph.trainer.prepare")
 
-PLAN, RECORDS, NEGATIVE, SETTINGS = "plan.json", "records", "negative.safetensors", "settings.yaml"
+PLAN, RECORDS, NEGATIVE = "plan.json", "records", "negative.safetensors"
 PATIENCE = 600.0  # seconds that other processes wait for the first one's plan
 
 
@@ -319,25 +320,10 @@ def write_card(
         "settings": plan.settings,
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
-    write_whole(out / SETTINGS, settings_text(out, encoder))
+    write_settings(out, encoder, card, out / NEGATIVE, options.dtype)
     write_whole(out / INDEX, json.dumps({"shards": index}, indent=1) + "\n")
     write_whole(out / CARD, json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     return card
-
-
-def settings_text(out: Path, encoder: Encoder) -> str:
-    """What a run's settings say of checkpoint and data, to be named as their `base`."""
-    checkpoint, here = encoder.checkpoint.path.resolve(), out.resolve()
-    tree = {
-        "model": {"load": "jvpgraph.trainer.adapters:diffusers_model", "options": {"path": str(checkpoint)}},
-        "guidance": {"scale": encoder.negative_scale, "negative_file": str(here / NEGATIVE)},
-        "data": {"source": {"load": "jvpgraph.trainer.prepare:prepared", "options": {"path": str(here)}}},
-        "sampling": {
-            "decode": {"load": "jvpgraph.trainer.prepare:decoder", "options": {"checkpoint": str(checkpoint)}}
-        },
-    }
-    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in tree.items()]  # JSON is YAML
-    return "\n".join(["# Written by jvpgraph prepare. In your settings: base: and the path of this file.", *lines, ""])
 
 
 def reasons(skipped: dict[str, str]) -> dict[str, int]:

@@ -1,0 +1,115 @@
+"""Settings for a run on prepared data: settings.yaml, which says what was prepared, and run.yaml, ready to train."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from jvpgraph.trainer.files import read_json, write_whole
+from jvpgraph.trainer.prepare.checkpoint import Encoder
+from jvpgraph.trainer.prepare.families import LENGTHS
+
+SETTINGS, RUN = "settings.yaml", "run.yaml"
+
+
+def write_settings(out: Path, encoder: Encoder, card: dict[str, Any], negative: Path, dtype: str) -> None:
+    """Both files. A run.yaml that is there stays, as somebody may have changed it.
+
+    Args:
+        card: of the data.
+        negative: file of the negative prompt.
+        dtype: that this preparation computes in.
+    """
+    write_whole(out / SETTINGS, settings_text(out.resolve(), encoder, card, negative))
+    if not (out / RUN).exists():
+        write_whole(out / RUN, run_text(out, encoder, card, dtype))
+
+
+def settings_text(here: Path, encoder: Encoder, card: dict[str, Any], negative: Path) -> str:
+    """What a run's settings say of checkpoint and data, to be named as their `base`."""
+    checkpoint = str(encoder.checkpoint.path.resolve())
+    scale = encoder.negative_scale
+    keeps = {"keep_norm": encoder.family.keep_norm} if encoder.family.keep_norm and scale != 1 else {}
+    tree = {
+        "model": {"load": "jvpgraph.trainer.adapters:diffusers_model", "options": {"path": checkpoint}},
+        "guidance": {"scale": scale, "negative_file": str(negative.resolve()), **keeps},
+        "data": {"source": {"load": "jvpgraph.trainer.prepare:prepared", "options": {"path": str(here)}}},
+        "sampling": {
+            "shift": round(shift_of(encoder, commonest(card)["latents"]), 4),
+            "decode": {"load": "jvpgraph.trainer.prepare:decoder", "options": {"checkpoint": checkpoint}},
+            "call": call_of(encoder, card),
+        },
+    }
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in tree.items()]  # JSON is YAML
+    return "\n".join(["# Written by jvpgraph prepare. In your settings: base: and the path of this file.", *lines, ""])
+
+
+def run_text(out: Path, encoder: Encoder, card: dict[str, Any], dtype: str) -> str:
+    """A run to start from: adapters by rCM, or by DMD where there are prompts only."""
+    prompts = card["latents"]["field"] is None
+    batch = min(1 if commonest(card)["frames"] > 1 else 4, card["samples"])
+    name = out.resolve().name
+    rounds = encoder.family.network == "QwenImageTransformer2DModel"
+    precision = "float32" if rounds or dtype == "float32" else "bfloat16"
+    why = "this network rounds its time to it" if rounds else "bfloat16: half the memory; float32: exact"
+    guess = "the adapters' rates are a guess; of whole weights, rCM's are 2.0e-6 and 4.0e-7"
+    return f"""\
+# A run to start from, written by jvpgraph prepare for a {encoder.checkpoint.pipeline}. Change it, or copy it.
+#   jvpgraph plan {out / RUN} --gpu h100        does it fit, how long does it take
+#   jvpgraph train {out / RUN}                  after a stop, the same command goes on
+#   jvpgraph export out/{name} --format diffusers    or lora, or comfyui
+# `jvpgraph train --help` has all settings.
+base: {json.dumps(str((out / SETTINGS).resolve()), ensure_ascii=False)} # checkpoint, data, guidance, decoder
+out: {json.dumps(f"out/{name}", ensure_ascii=False)} # checkpoints, previews, log
+model: {{options: {{dtype: {precision}}}}} # {why}
+student:
+  lora: {{rank: 64, alpha: 64}} # without this line all weights are trained, which takes far more memory
+  checkpoint_blocks: true # less memory, about a third more time
+stages:
+  - steps: 2000
+    batch: {batch} # samples per forward, over all processes
+    accumulate: 8 # forwards per update
+    objective: {{name: {"dmd" if prompts else "rcm"}}}
+    student: {{lr: 5.0e-5}} # {guess}
+    fake: {{lr: 1.0e-5}}
+checkpoint: {{every: 250}}
+log: {{preview_every: 250, preview_count: {min(4, card["samples"])}}}
+sampling: {{batch: {batch}}} # made at a time
+"""
+
+
+def commonest(card: dict[str, Any]) -> dict[str, Any]:
+    """The bucket with the most samples."""
+    found: dict[str, Any] = max(card["buckets"], key=lambda bucket: bucket["samples"])
+    return found
+
+
+def call_of(encoder: Encoder, card: dict[str, Any]) -> dict[str, Any]:
+    """What the pipeline has to be called with, to sample as on this data: shape, tokens of text, what it is told."""
+    bucket, constants = commonest(card), card["constants"]
+    told: dict[str, Any] = {"height": bucket["height"], "width": bucket["width"], "use_resolution_binning": False}
+    told |= dict.fromkeys(LENGTHS, encoder.length)
+    if encoder.family.video:
+        told |= dict.fromkeys(("num_frames", "frames"), bucket["frames"])
+    if encoder.family.rate is not None:
+        told[encoder.family.rate] = constants[encoder.family.rate]
+    if "guidance" in constants:
+        told["guidance_scale"] = constants["guidance"] / encoder.family.guidance_scale
+    known = inspect.signature(encoder.pipe.__call__).parameters
+    return {name: value for name, value in told.items() if name in known}
+
+
+def shift_of(encoder: Encoder, latents: list[int]) -> float:
+    """By which the pipeline's scheduler moves its steps towards noise, for latents [C, ..., h, w]."""
+    file = encoder.checkpoint.path / "scheduler" / "scheduler_config.json"
+    config = read_json(file) if file.is_file() else {}
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("flow_shift") or config.get("shift") or 1.0)
+    tokens = math.prod(latents[1:]) / encoder.patch**2
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = low + (high - low) * (tokens - few) / (many - few)
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
