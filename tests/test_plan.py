@@ -13,6 +13,7 @@ import torch
 
 import jvpgraph
 from jvpgraph.trainer import cli
+from jvpgraph.trainer.commands.plan import condition
 from jvpgraph.trainer.config import RunConfig, StudentConfig
 from jvpgraph.trainer.model.dit import dit
 from jvpgraph.trainer.model.networks import build_student
@@ -134,3 +135,56 @@ def test_durations():
         "2.3 days",
     ]
     assert all(gpu.half > gpu.single for gpu in GPUS.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "dtype"),
+    [
+        ("encoder_hidden_states=512x4096", (512, 4096), torch.float32),
+        ("labels=:0..999", (), torch.int64),
+        ("labels=:int", (), torch.int64),
+        ("guidance=", (), torch.float32),
+        ("ids=77:int32", (77,), torch.int32),
+        ("mask=300:bool", (300,), torch.bool),
+    ],
+)
+def test_a_condition_in_words(text, shape, dtype):
+    name, like = condition(text)
+    assert name == text.partition("=")[0]
+    assert (like.device.type, tuple(like.shape), like.dtype) == ("meta", shape, dtype)
+
+
+@pytest.mark.parametrize("text", ["labels", "=3", "labels=:foo", "labels=:9..3", "labels=0", "labels=axb", "labels=3:"])
+def test_a_condition_that_is_none_is_wrong_use(tmp_path, capsys, text):
+    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
+    with pytest.raises(SystemExit):
+        cli.main(["plan", str(tmp_path / "tiny.yaml"), "--latents", "1x8x8", "--condition", text])
+    assert "is not NAME=LxD[:KIND], such as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--condition", "labels="], "labels [1] float32"),
+        (["--condition", "text=3"], "text [1, 3] float32"),
+        ([], "the network cannot run with a sample"),
+    ],
+)
+def test_conditions_that_the_network_does_not_take(tmp_path, capsys, more, said):
+    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
+    assert cli.main(["plan", str(tmp_path / "tiny.yaml"), "--latents", "1x8x8", *more]) == 1
+    told = capsys.readouterr().err
+    assert said in told
+    assert "--condition NAME=LxD[:KIND]" in told
+
+
+@pytest.mark.slow
+def test_labels_before_the_data_is_there(tmp_path, capsys):
+    """A network of the user's with labels, sized in MiB; the labels' numbers do not matter."""
+    (tmp_path / "tiny.yaml").write_text(json.dumps({**TINY, "stages": [{"steps": 4, "batch": 4, "objective": "dcm"}]}))
+    told = []
+    for more in (["--latents", "1x8x8", "--condition", "labels=:0..9"], []):
+        assert cli.main(["plan", str(tmp_path / "tiny.yaml"), *more]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+    assert "memory of each process, MiB" in told[0]

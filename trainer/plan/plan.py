@@ -14,8 +14,8 @@ from jvpgraph.trainer.config import RunConfig, StageConfig
 from jvpgraph.trainer.model.networks import build_student
 from jvpgraph.trainer.plan.layout import Held, Spread, held, training
 from jvpgraph.trainer.plan.machines import GPU, USABLE
-from jvpgraph.trainer.plan.subject import sample_of, teacher_of
-from jvpgraph.trainer.plan.updates import Cost, costs_of
+from jvpgraph.trainer.plan.subject import check_sample, sample_of, teacher_of
+from jvpgraph.trainer.plan.updates import Cost, Costs, costs_of
 from jvpgraph.trainer.run.parallel import check, main_dtype, sizes_of
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -36,6 +36,7 @@ class Plan:
         dtype: of most of what is trained.
         steps, samples: updates of the stage, and samples per update of all processes.
         processes: how many there are.
+        costs: of a forward and backward in one process, of which the rest was made.
     """
 
     index: int
@@ -49,6 +50,7 @@ class Plan:
     steps: int
     samples: int
     processes: int
+    costs: Costs
 
     @property
     def peak(self) -> float:
@@ -72,14 +74,17 @@ def plan_run(
     processes: int,
     on_gpu: bool = True,
     latents: Sequence[int] | None = None,
-    conditions: Mapping[str, Sequence[int]] | None = None,
+    conditions: Mapping[str, Tensor] | None = None,
+    costs: Sequence[Costs | None] = (),
 ) -> list[Plan]:
     """A plan of each stage.
 
     Args:
         processes: how many there will be.
         on_gpu: optimisers as on a GPU.
-        latents, conditions: shapes of a sample, [C, ...] and by name; None for those of the run's data.
+        latents: shape of a sample [C, ...]; None for one of the run's data.
+        conditions: tensors on the meta device like those of a sample [...], by name.
+        costs: of each stage, from a plan of as many samples per process; None or absent: they are measured.
 
     Raises:
         ValueError: the settings do not fit the number of processes, the network, or there are no data to plan for.
@@ -88,11 +93,22 @@ def plan_run(
     check(config, spread.sizes)
     teacher = teacher_of(config)
     sample = sample_of(config, latents, conditions or {})
-    return [plan_stage(config, i, teacher, sample, spread, on_gpu=on_gpu) for i in range(len(config.stages))]
+    check_sample(teacher, sample)
+    known = dict(enumerate(costs))
+    return [
+        plan_stage(config, i, teacher, sample, spread, known.get(i), on_gpu=on_gpu) for i in range(len(config.stages))
+    ]
 
 
 def plan_stage(
-    config: RunConfig, index: int, teacher: TrigFlow, sample: Batch, spread: Spread, *, on_gpu: bool
+    config: RunConfig,
+    index: int,
+    teacher: TrigFlow,
+    sample: Batch,
+    spread: Spread,
+    costs: Costs | None,
+    *,
+    on_gpu: bool,
 ) -> Plan:
     stage = config.stages[index]
     student = build_student(teacher, config.student)
@@ -113,7 +129,7 @@ def plan_stage(
     conditions = sum(x.nbytes for x in sample.cond.values())
     resident["data"] = stage.batch // spread.parts * (sample.x0.nbytes + conditions)
 
-    costs = costs_of(config, stage, teacher, sample, stage.batch // spread.parts)
+    costs = costs or costs_of(config, stage, teacher, sample, stage.batch // spread.parts)
     base = sum(resident.values())
     moments = {}
     for name in copies:
@@ -136,6 +152,7 @@ def plan_stage(
         steps=stage.steps,
         samples=stage.batch * stage.accumulate,
         processes=prod(spread.sizes.values()),
+        costs=costs,
     )
 
 
