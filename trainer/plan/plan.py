@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +17,7 @@ from jvpgraph.trainer.plan.layout import Held, Spread, held, training
 from jvpgraph.trainer.plan.machines import GPU, USABLE
 from jvpgraph.trainer.plan.subject import check_sample, sample_of, teacher_of
 from jvpgraph.trainer.plan.updates import Cost, Costs, costs_of
-from jvpgraph.trainer.run.parallel import check, main_dtype, sizes_of
+from jvpgraph.trainer.run.parallel import check, sizes_of
 from jvpgraph.trainer.trigflow import TrigFlow
 
 
@@ -33,7 +34,7 @@ class Plan:
         at_work: bytes beyond these, gradients and what is resident, at the moment that needs the most: tangents and
             other results on the way, and parameters that are gathered.
         flops: of one update, in one process, recomputation included.
-        dtype: of most of what is trained.
+        dtype: of most of the parameters, in which most is computed.
         steps, samples: updates of the stage, and samples per update of all processes.
         processes: how many there are.
         costs: of a forward and backward in one process, of which the rest was made.
@@ -148,7 +149,7 @@ def plan_stage(
         kept=costs.student.kept / spread.tokens,
         gradients=max(own.gradients for own in trained.values()),
         flops=stage.accumulate * computed / split,
-        dtype=main_dtype(student.parameters())[0] or torch.float32,
+        dtype=computing_dtype(student),
         steps=stage.steps,
         samples=stage.batch * stage.accumulate,
         processes=prod(spread.sizes.values()),
@@ -184,6 +185,14 @@ def resident_bytes(network: TrigFlow, part: Held, seen: set[int]) -> float:
     own = [(name, p) for name, p in network.named_parameters() if id(p) not in seen]
     sizes = sum(prod(part.shapes.get(name, tuple(p.shape))) * p.element_size() for name, p in own)
     return sizes + sum(b.nbytes for b in network.buffers() if id(b) not in seen)
+
+
+def computing_dtype(student: TrigFlow) -> torch.dtype:
+    """Not that of adapters: the products with the weights below them take the time."""
+    sizes = Counter[torch.dtype]()
+    for p in student.parameters():
+        sizes[p.dtype] += p.numel()
+    return sizes.most_common(1)[0][0]
 
 
 def count(student: TrigFlow) -> tuple[int, int]:
