@@ -17,9 +17,9 @@ from jvpgraph.trainer.commands.plan import condition
 from jvpgraph.trainer.config import RunConfig, StudentConfig
 from jvpgraph.trainer.model.dit import dit
 from jvpgraph.trainer.model.networks import build_student
+from jvpgraph.trainer.model.student import LoRA
 from jvpgraph.trainer.plan.machines import GPUS
 from jvpgraph.trainer.plan.meter import Meter
-from jvpgraph.trainer.model.student import LoRA
 from jvpgraph.trainer.plan.plan import computing_dtype, plan_run
 from jvpgraph.trainer.plan.report import duration
 from jvpgraph.trainer.settings import from_dict, load
@@ -66,6 +66,46 @@ def test_the_peak_of_a_run_within_a_tenth(tmp_path, overrides, processes):
     held = 1797 * 64 * 4  # the digits themselves, which are read at once
     [plan] = plan_run(config, processes=processes, on_gpu=False)
     assert plan.peak + held == pytest.approx(measured(tmp_path, overrides, processes), rel=0.1)
+
+
+WAN: dict[str, Any] = {
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 64,
+    "freq_dim": 32,
+    "ffn_dim": 512,
+    "rope_max_seq_len": 64,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("depth", "backend"), [(6, "eager"), (10, "eager"), (6, "inductor")])
+def test_checkpointed_blocks_of_wan_at_two_depths(tmp_path, depth, backend):
+    """Where activations are most of it, and most blocks are extrapolated."""
+    text = {"encoder_hidden_states": [32, 64]}
+    config = {
+        **TINY,
+        "model": {
+            "load": "jvpgraph.trainer.adapters:diffusers_model",
+            "options": {"name": "WanTransformer3DModel", "config": {**WAN, "num_layers": depth}},
+        },
+        "student": {"checkpoint_blocks": True, "backend": backend},
+        "guidance": {"scale": 5.0, "negative": {"encoder_hidden_states": [[0.0] * 64] * 32}},
+        "data": {
+            "source": {"load": "tests.test_export:Noise", "options": {"latents": [16, 5, 32, 32], "conditions": text}}
+        },
+        "stages": [{"steps": 3, "batch": 1, "objective": "scm"}],
+    }
+    (tmp_path / "tiny.yaml").write_text(json.dumps(config))
+    [plan] = plan_run(load(RunConfig, tmp_path / "tiny.yaml", []), processes=1, on_gpu=False)
+    assert plan.peak == pytest.approx(measured(tmp_path, [], 1), rel=0.1)
+    hidden = 5 * 16 * 16 * 128 * 4
+    assert plan.kept / hidden == pytest.approx(3 * depth, rel=0.3)  # the input and two attentions' outputs of each
 
 
 @pytest.mark.slow

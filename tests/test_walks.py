@@ -89,7 +89,11 @@ def test_distil_your_diffusers_model(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_distil_a_model_of_your_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """On the default backend, with a teacher that is better than none."""
-    less = {"steps: 2000, condition": "steps: 60, condition", "steps: 500": "steps: 3", "steps: 2000, st": "steps: 3, st"}
+    less = {
+        "steps: 2000, condition": "steps: 60, condition",
+        "steps: 500": "steps: 3",
+        "steps: 2000, st": "steps: 3, st",
+    }
     named = walk("own", less, monkeypatch)
     assert "right" in capsys.readouterr().out
     before, *_, after = losses("out/teacher")

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=LxD[:KIND]",
-        help="and of its conditions. KIND: a dtype of torch (default: float32), int, bool, or a range of whole numbers. "
+        help="and of its conditions. KIND: a dtype of torch (default: float32), int, bool, or a range of integers. "
         "A label: labels=:0..999; a mask: encoder_attention_mask=300:bool",
     )
 

@@ -55,7 +55,7 @@ def prepared(path: str | Path, *, guidance: float | None = None, on_bad_shard: O
                 more = {"scale": latents["scale"], "shift": latents["shift"], "on_bad_shard": on_bad_shard}
                 parts.append(webdataset(shards, latents=latents["field"], conditions=fields, **more))
         except BadShard as error:
-            if on_bad_shard == "stop" or not parts and bucket is card["buckets"][-1]:
+            if on_bad_shard == "stop" or (not parts and bucket is card["buckets"][-1]):
                 raise
             log.warning("%s\n  left out: all samples of %s", error, bucket["name"])
             continue

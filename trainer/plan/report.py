@@ -32,7 +32,9 @@ def report(plan: Plan, config: RunConfig, name: str, share: float) -> str:
     if plan.fits(gpu):
         lines.append(f"  fits: {amount(usable - plan.peak)} GiB to spare of the {amount(usable)} that can be used")
     else:
-        lines.append(f"  does not fit: {amount(plan.peak - usable)} GiB more than the {amount(usable)} that can be used")
+        lines.append(
+            f"  does not fit: {amount(plan.peak - usable)} GiB more than the {amount(usable)} that can be used"
+        )
         lines += [f"    try {text}" for text in advice(plan, config)]
     return "\n".join(lines)
 
