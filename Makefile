@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo check test test-all test-dist test-kernels test-scaling test-gpu-script mutants lint format gate fuzz kinds zoo zoo-exact reach opinfo opinfo-table bench bench-quality scaling wheels gpu dump docs clean
+.PHONY: help demo check test test-all test-dist test-kernels test-scaling test-gpu-script mutants lint format gate fuzz kinds zoo zoo-exact reach opinfo opinfo-table bench bench-quality scaling plan-table wheels gpu dump docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -113,6 +113,9 @@ bench-quality: $(READY)  ## rCM, sCM, DMD, dCM and MeanFlow on the digits, three
 
 scaling: $(READY)  ## FLOPs, traffic and memory per rank of a Wan 14B block on up to 512 imagined ranks: docs/scaling.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling --table docs/scaling.md
+
+plan-table: $(READY)  ## what jvpgraph plan says of Wan, Flux and Qwen-Image on 1, 8 and 64 GPUs: docs/plan.md; half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.plan_table --table docs/plan.md
 
 wheels:  ## download what `make gpu` needs on a machine without a network, into benchmarks/.wheels
 	rm -rf benchmarks/.wheels

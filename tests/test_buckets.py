@@ -11,18 +11,23 @@ from typing import Any
 
 import pytest
 import torch
+import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data import BadShard, Sample, loader
+from jvpgraph.trainer.data.prepared import prepared
 from jvpgraph.trainer.data.sample import first_samples
+from jvpgraph.trainer.run.origin import aligned, origin_of
 from jvpgraph.trainer.train import train
 from jvpgraph.trainer.trigflow import TrigFlow
 from tests.distributed.harness import run
-from tests.distributed.test_train import assert_same_content, assert_same_log, train_in_rank
+from tests.distributed.test_train import assert_same_content, assert_same_log, lines, train_in_rank
+from tests.distributed.test_train import config_of as config_in_float64
 from tests.test_train import RCM, content, last_checkpoint, run_until, stage
 from tests.zoo.cases import CASES
 
@@ -246,3 +251,95 @@ def test_a_graph_for_each_shape_on_the_default_backend(tmp_path: Path, dtype: st
         losses.append([json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()])
     assert torch._dynamo.config.recompile_limit == limit < 9 == len(losses[0])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4 if dtype == "float32" else 0.05)
+
+
+# ---------------------------------------------------------------- shards that come and go
+
+
+def write_prepared(folder: Path, **shards: list[int]) -> Path:
+    """As `jvpgraph prepare` leaves it: for each bucket shards of so many samples, digits of random pixels."""
+    folder.mkdir()
+    index, number = [], 0
+    for bucket, counts in shards.items():
+        for count in counts:
+            name = f"{bucket}-{number:06d}.tar"
+            with webdataset.TarWriter(str(folder / name)) as tar:
+                for i in range(count):
+                    rng = torch.Generator().manual_seed(100 * number + i)
+                    fields = {
+                        "latents": torch.randn(1, 8, 8, generator=rng),
+                        "labels": torch.randint(10, (), generator=rng),
+                    }
+                    parts = {f"{key}.safetensors": save({"": value}) for key, value in fields.items()}
+                    tar.write({"__key__": f"{number}-{i}", **parts})
+            index.append({"name": name, "bucket": bucket, "samples": count})
+            number += 1
+    latents = {"field": "latents.safetensors", "scale": 1.0, "shift": 0.0}
+    buckets = [{"name": bucket, "latents": [1, 8, 8], "sizes": {}} for bucket in shards]
+    card = {"constants": {}, "conditions": ["labels"], "latents": latents, "buckets": buckets}
+    (folder / "card.json").write_text(json.dumps(card))
+    (folder / "index.json").write_text(json.dumps({"shards": index}))
+    return folder
+
+
+def prepared_run(out: Path, data: Path, steps: int, parallel: str | None = None) -> RunConfig:
+    source = {"load": "jvpgraph.trainer.data.prepared:prepared", "options": {"path": str(data), "on_bad_shard": "skip"}}
+    return config_in_float64(out, [stage("scm", steps, batch=4)], parallel, data={"source": source})
+
+
+def go_on(config: RunConfig) -> None:
+    if config.parallel.dp_shard == 1:
+        train(config)
+    else:
+        run(config.parallel.dp_shard, train_in_rank, config)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_prepared_shard_that_goes_bad_between_stop_and_going_on(tmp_path: Path, caplog: Any) -> None:
+    """On two processes the run goes on with what one process goes on with, and again when the shard is back."""
+    data = write_prepared(tmp_path / "data", wide=[6, 5], tall=[4, 3])
+    shard = data / "wide-000000.tar"
+    whole = shard.read_bytes()
+    for parallel in (None, "FSDP2"):
+        out = tmp_path / str(parallel)
+        go_on(prepared_run(out, data, 2, parallel))
+        shard.write_bytes(whole[:2000])
+        go_on(prepared_run(out, data, 6, parallel))
+        shard.write_bytes(whole)
+        go_on(prepared_run(out, data, 8, parallel))
+        assert len(lines(out)) == 8
+    assert "bad since the run began, and left out: wide-000000.tar" in caplog.text
+    assert_same_log(tmp_path / "FSDP2", tmp_path / "None")
+
+
+def test_numbers_stay_when_a_shard_is_gone(tmp_path: Path, caplog: Any) -> None:
+    data = write_prepared(tmp_path / "data", wide=[6, 5], tall=[4, 3], square=[2])
+    config = prepared_run(tmp_path / "out", data, 1)
+    before = prepared(data)
+    then, samples, turns = (
+        origin_of(config, "", before, None),
+        [*map(before.__getitem__, range(20))],
+        batches(before, 20, 2),
+    )
+    (data / "tall-000002.tar").write_bytes(b"")
+    now = aligned(prepared(data, on_bad_shard="skip"), then)
+    assert [len(bucket) for bucket in now.buckets] == [11, 7, 2]
+    for number in range(20):
+        if 11 <= number < 15:
+            with pytest.raises(BadShard, match=r"tall-000002\.tar: the shard went bad"):
+                now[number]
+        else:
+            assert now[number].key == samples[number].key
+            assert torch.equal(now[number].x0, samples[number].x0)
+    pairs = list(zip(keys(batches(now, 20, 2)), keys(turns)))
+    bad = [any(key.startswith("2-") for key in there) for _, there in pairs]
+    assert 0 < sum(bad) < 20
+    assert [here != there for here, there in pairs] == bad
+
+    (data / "square-000004.tar").write_bytes(b"")  # a whole shape
+    less = prepared(data, on_bad_shard="skip")
+    assert "left out: all samples of square" in caplog.text
+    assert [len(bucket) for bucket in less.buckets] == [11, 3]
+    with pytest.raises(ValueError, match=r"1 of 3 shapes are bad: square-000004.tar.*\n?.*--change data.source"):
+        aligned(less, then)

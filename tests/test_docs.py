@@ -69,7 +69,9 @@ def test_the_tutorial_prints_what_it_shows(capsys, monkeypatch):
         assert as_shown(shown, printed), printed
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
+)
 def test_the_files_that_are_named_exist(page):
     named = re.findall(
         r"`((?:jvpgraph|passes|kernels|trainer|tests|benchmarks|examples)/[\w/.]+)`", (ROOT / page).read_text()

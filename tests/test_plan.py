@@ -13,12 +13,14 @@ import torch
 
 import jvpgraph
 from jvpgraph.trainer import cli
+from jvpgraph.trainer.commands.plan import condition
 from jvpgraph.trainer.config import RunConfig, StudentConfig
 from jvpgraph.trainer.model.dit import dit
 from jvpgraph.trainer.model.networks import build_student
+from jvpgraph.trainer.model.student import LoRA
 from jvpgraph.trainer.plan.machines import GPUS
 from jvpgraph.trainer.plan.meter import Meter
-from jvpgraph.trainer.plan.plan import plan_run
+from jvpgraph.trainer.plan.plan import computing_dtype, plan_run
 from jvpgraph.trainer.plan.report import duration
 from jvpgraph.trainer.settings import from_dict, load
 
@@ -64,6 +66,46 @@ def test_the_peak_of_a_run_within_a_tenth(tmp_path, overrides, processes):
     held = 1797 * 64 * 4  # the digits themselves, which are read at once
     [plan] = plan_run(config, processes=processes, on_gpu=False)
     assert plan.peak + held == pytest.approx(measured(tmp_path, overrides, processes), rel=0.1)
+
+
+WAN: dict[str, Any] = {
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 64,
+    "freq_dim": 32,
+    "ffn_dim": 512,
+    "rope_max_seq_len": 64,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("depth", "backend"), [(6, "eager"), (10, "eager"), (6, "inductor")])
+def test_checkpointed_blocks_of_wan_at_two_depths(tmp_path, depth, backend):
+    """Where activations are most of it, and most blocks are extrapolated."""
+    text = {"encoder_hidden_states": [32, 64]}
+    config = {
+        **TINY,
+        "model": {
+            "load": "jvpgraph.trainer.adapters:diffusers_model",
+            "options": {"name": "WanTransformer3DModel", "config": {**WAN, "num_layers": depth}},
+        },
+        "student": {"checkpoint_blocks": True, "backend": backend},
+        "guidance": {"scale": 5.0, "negative": {"encoder_hidden_states": [[0.0] * 64] * 32}},
+        "data": {
+            "source": {"load": "tests.test_export:Noise", "options": {"latents": [16, 5, 32, 32], "conditions": text}}
+        },
+        "stages": [{"steps": 3, "batch": 1, "objective": "scm"}],
+    }
+    (tmp_path / "tiny.yaml").write_text(json.dumps(config))
+    [plan] = plan_run(load(RunConfig, tmp_path / "tiny.yaml", []), processes=1, on_gpu=False)
+    assert plan.peak == pytest.approx(measured(tmp_path, [], 1), rel=0.1)
+    hidden = 5 * 16 * 16 * 128 * 4
+    assert plan.kept / hidden == pytest.approx(3 * depth, rel=0.3)  # the input and two attentions' outputs of each
 
 
 @pytest.mark.slow
@@ -134,3 +176,63 @@ def test_durations():
         "2.3 days",
     ]
     assert all(gpu.half > gpu.single for gpu in GPUS.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "dtype"),
+    [
+        ("encoder_hidden_states=512x4096", (512, 4096), torch.float32),
+        ("labels=:0..999", (), torch.int64),
+        ("labels=:int", (), torch.int64),
+        ("guidance=", (), torch.float32),
+        ("ids=77:int32", (77,), torch.int32),
+        ("mask=300:bool", (300,), torch.bool),
+    ],
+)
+def test_a_condition_in_words(text, shape, dtype):
+    name, like = condition(text)
+    assert name == text.partition("=")[0]
+    assert (like.device.type, tuple(like.shape), like.dtype) == ("meta", shape, dtype)
+
+
+@pytest.mark.parametrize("text", ["labels", "=3", "labels=:foo", "labels=:9..3", "labels=0", "labels=axb", "labels=3:"])
+def test_a_condition_that_is_none_is_wrong_use(tmp_path, capsys, text):
+    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
+    with pytest.raises(SystemExit):
+        cli.main(["plan", str(tmp_path / "tiny.yaml"), "--latents", "1x8x8", "--condition", text])
+    assert "is not NAME=LxD[:KIND], such as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--condition", "labels="], "labels [1] float32"),
+        (["--condition", "text=3"], "text [1, 3] float32"),
+        ([], "the network cannot run with a sample"),
+    ],
+)
+def test_conditions_that_the_network_does_not_take(tmp_path, capsys, more, said):
+    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
+    assert cli.main(["plan", str(tmp_path / "tiny.yaml"), "--latents", "1x8x8", *more]) == 1
+    told = capsys.readouterr().err
+    assert said in told
+    assert "--condition NAME=LxD[:KIND]" in told
+
+
+@pytest.mark.slow
+def test_labels_before_the_data_is_there(tmp_path, capsys):
+    """A network of the user's with labels, sized in MiB; the labels' numbers do not matter."""
+    (tmp_path / "tiny.yaml").write_text(json.dumps({**TINY, "stages": [{"steps": 4, "batch": 4, "objective": "dcm"}]}))
+    told = []
+    for more in (["--latents", "1x8x8", "--condition", "labels=:0..9"], []):
+        assert cli.main(["plan", str(tmp_path / "tiny.yaml"), *more]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+    assert "memory of each process, MiB" in told[0]
+
+
+def test_adapters_are_computed_at_the_speed_of_the_weights_below_them():
+    """They are float32 themselves, which a GPU computes 15 times slower than bfloat16."""
+    for dtype, lora in ((torch.bfloat16, LoRA(rank=2, targets=("qkv",))), (torch.float32, None)):
+        student = build_student(dit(width=64, depth=1, heads=2).to(dtype), StudentConfig(lora=lora))
+        assert computing_dtype(student) == dtype

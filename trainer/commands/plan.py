@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
+
+import torch
+from torch import Tensor
 
 from jvpgraph.trainer.commands.arguments import positive
 from jvpgraph.trainer.commands.train import add_settings, settings_file
@@ -32,7 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--latents", type=shape, metavar="CxTxHxW", help="shape of a sample's latents, if the data is not there yet"
     )
     parser.add_argument(
-        "--condition", type=condition, action="append", default=[], metavar="NAME=LxD", help="and of its conditions"
+        "--condition",
+        type=condition,
+        action="append",
+        default=[],
+        metavar="NAME=LxD[:KIND]",
+        help="and of its conditions. KIND: a dtype of torch (default: float32), int, bool, or a range of integers. "
+        "A label: labels=:0..999; a mask: encoder_attention_mask=300:bool",
     )
 
 
@@ -55,8 +65,30 @@ def shape(text: str) -> tuple[int, ...]:
     return tuple(positive(size) for size in text.split("x") if size)
 
 
-def condition(text: str) -> tuple[str, tuple[int, ...]]:
-    name, equals, sizes = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=LxD, such as encoder_hidden_states=512x4096")
-    return name, shape(sizes)
+def condition(text: str) -> tuple[str, Tensor]:
+    """encoder_hidden_states=512x4096, labels=:0..999, mask=300:bool -> the name, and one like it on the meta device."""
+    name, equals, rest = text.partition("=")
+    sizes, colon, kind = rest.partition(":")
+    try:
+        if not name or not equals:
+            raise ValueError("no name")
+        like = torch.empty(shape(sizes), dtype=dtype_of(kind) if colon else torch.float32, device="meta")
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} ({error}) is not NAME=LxD[:KIND], such as encoder_hidden_states=512x4096, labels=:0..999 or "
+            "encoder_attention_mask=300:bool"
+        ) from error
+    return name, like
+
+
+def dtype_of(kind: str) -> torch.dtype:
+    """Of a range of whole numbers too. Raises ValueError."""
+    if re.fullmatch(r"\d+\.\.\d+", kind):
+        low, high = map(int, kind.split(".."))
+        if low > high:
+            raise ValueError(f"{kind} falls")
+        return torch.int64
+    dtype = {"int": torch.int64}.get(kind, getattr(torch, kind, None))
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{kind!r} is no dtype and no range")
+    return dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from bisect import bisect_right
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jvpgraph.trainer.data.sample import Dataset, Sample
+from jvpgraph.trainer.data.sample import BadShard, Dataset, Sample
 from jvpgraph.trainer.data.shards import OnBadShard, webdataset
+
+log = logging.getLogger("jvpgraph.trainer.data")
 
 CARD, INDEX = "card.json", "index.json"
 LATENTS = "latents.safetensors"
@@ -42,14 +45,22 @@ def prepared(path: str | Path, *, guidance: float | None = None, on_bad_shard: O
     fields = {f"{name}.safetensors": name for name in card["conditions"]}
     latents = card["latents"]
     parts: list[Dataset] = []
+    sizes: list[dict[str, Any]] = []
     for bucket in card["buckets"]:
         shards = [str(folder / shard["name"]) for shard in index["shards"] if shard["bucket"] == bucket["name"]]
-        if latents["field"] is None:
-            parts.append(_Prompts(shards, fields, bucket["latents"], on_bad_shard))
+        try:
+            if latents["field"] is None:
+                parts.append(_Prompts(shards, fields, bucket["latents"], on_bad_shard))
+            else:
+                more = {"scale": latents["scale"], "shift": latents["shift"], "on_bad_shard": on_bad_shard}
+                parts.append(webdataset(shards, latents=latents["field"], conditions=fields, **more))
+        except BadShard as error:
+            if on_bad_shard == "stop" or (not parts and bucket is card["buckets"][-1]):
+                raise
+            log.warning("%s\n  left out: all samples of %s", error, bucket["name"])
             continue
-        more = {"scale": latents["scale"], "shift": latents["shift"], "on_bad_shard": on_bad_shard}
-        parts.append(webdataset(shards, latents=latents["field"], conditions=fields, **more))
-    return Prepared(parts, constants, card, on_bad_shard)
+        sizes.append(_tensors(bucket["sizes"]))
+    return Prepared(parts, sizes, constants, card, on_bad_shard)
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -66,12 +77,17 @@ class Prepared:
     """The buckets one after the other; the fingerprint covers shards, names and normalisation."""
 
     def __init__(
-        self, parts: list[Dataset], constants: dict[str, Any], card: dict[str, Any], on_bad_shard: OnBadShard
+        self,
+        parts: list[Dataset],
+        sizes: list[dict[str, Tensor]],
+        constants: dict[str, Any],
+        card: dict[str, Any],
+        on_bad_shard: OnBadShard,
     ) -> None:
         self.parts, self.card, self.on_bad_shard = parts, card, on_bad_shard
         self.has_latents = card["latents"]["field"] is not None
         self.constants = _tensors(constants)
-        self.sizes = [_tensors(bucket["sizes"]) for bucket in card["buckets"]]
+        self.sizes = sizes  # conditions that tell them, of each part
         self._ends = list(accumulate(len(part) for part in parts))
         self.buckets = [range(start, end) for start, end in pairwise([0, *self._ends])]
         named = [[getattr(part, "fingerprint", "") for part in parts], card["latents"], constants]

@@ -56,18 +56,21 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(_stack("x0", keys, [sample.x0 for sample in samples]), cond, keys)
 
 
-def first_samples(dataset: Dataset, count: int) -> Batch:
+def first_samples(dataset: Dataset, count: int, among: Sequence[int] | None = None) -> Batch:
     """The first `count` samples of a data set; those that cannot be read are stepped over where it skips them.
 
-    Where it has several shapes: those of the commonest one, and at most as many as it has.
+    Where it has several shapes: those of the commonest one, and at most as many as it has. Or those with the numbers
+    `among`, which have one shape.
 
     Raises:
         ValueError: it has not that many.
         BadShard: a sample cannot be read, and the data set says to stop then.
     """
     samples: list[Sample] = []
-    members = range(len(dataset))
-    if len(buckets := getattr(dataset, "buckets", [members])) > 1:
+    members: Sequence[int] = range(len(dataset))
+    if among is not None:
+        members = among
+    elif len(buckets := getattr(dataset, "buckets", [members])) > 1:
         members = max(buckets, key=len)
         count = min(count, len(members))
     for index in members:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from jvpgraph.trainer.export.task import NETWORK, Task, pipeline_of
-from jvpgraph.trainer.model.adapters import computing_dtype
+from jvpgraph.trainer.model.adapters import computing_dtype, load_pipeline
 from jvpgraph.trainer.pictures import save_frames
 from jvpgraph.trainer.run.finished import load_run
 
@@ -59,7 +59,7 @@ def assemble(task: Task) -> Any:
     parts = {NETWORK: task.net}
     if task.run.sampler == "consistency":
         parts["scheduler"] = task.scheduler
-    pipe = task.pipeline_class().from_pretrained(folder, torch_dtype=computing_dtype(task.net), **parts)
+    pipe = load_pipeline(task.pipeline_class(), folder, computing_dtype(task.net), **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(next(task.net.parameters()).device)
 

@@ -15,6 +15,7 @@ frequencies of its embedding, which its weights know by heart: it is left alone 
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +76,13 @@ class Adapter:
             raise ValueError(f"{self.name} takes {', '.join(known)}, not {', '.join(unknown)}; the batch has {has}")
         dtype = computing_dtype(net)
         return self.function(net, x.to(dtype), time, {name: to_network(c, dtype) for name, c in cond.items()})
+
+
+def load_pipeline(cls: Any, folder: Path, dtype: torch.dtype, **parts: Any) -> Any:
+    """A pipeline from its folder, with some parts given. Raises what diffusers does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # 0.36 knows no other
+        return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **parts)
 
 
 def computing_dtype(net: nn.Module) -> torch.dtype:

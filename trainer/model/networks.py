@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from jvpgraph.trainer.batch import Batch, Condition, expand_condition
 from jvpgraph.trainer.config import GuidanceConfig, RunConfig, StageConfig, StudentConfig
-from jvpgraph.trainer.data.sample import Dataset, collate, first_samples, shorten
+from jvpgraph.trainer.data.sample import Dataset, first_samples, shorten
 from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.model.optimizer import local
 from jvpgraph.trainer.model.student import make_student
@@ -143,7 +143,7 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
     if guided.negative:
         try_network("the teacher cannot run with the negative condition", guided.model, sample.x0, guided.negative)
     for shape in getattr(dataset, "buckets", [])[1:]:
-        other = collate([dataset[shape[0]]]).to(device)
+        other = first_samples(dataset, 1, shape).to(device)
         try_network("the student cannot run with a sample of another shape", student, other.x0, other.cond)
     for stage in config.stages:
         if stage.objective.needs_data and not getattr(dataset, "has_latents", True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -14,9 +15,9 @@ from jvpgraph.trainer.config import RunConfig, StageConfig
 from jvpgraph.trainer.model.networks import build_student
 from jvpgraph.trainer.plan.layout import Held, Spread, held, training
 from jvpgraph.trainer.plan.machines import GPU, USABLE
-from jvpgraph.trainer.plan.subject import sample_of, teacher_of
-from jvpgraph.trainer.plan.updates import Cost, costs_of
-from jvpgraph.trainer.run.parallel import check, main_dtype, sizes_of
+from jvpgraph.trainer.plan.subject import check_sample, sample_of, teacher_of
+from jvpgraph.trainer.plan.updates import Cost, Costs, costs_of
+from jvpgraph.trainer.run.parallel import check, sizes_of
 from jvpgraph.trainer.trigflow import TrigFlow
 
 
@@ -33,9 +34,10 @@ class Plan:
         at_work: bytes beyond these, gradients and what is resident, at the moment that needs the most: tangents and
             other results on the way, and parameters that are gathered.
         flops: of one update, in one process, recomputation included.
-        dtype: of most of what is trained.
+        dtype: of most of the parameters, in which most is computed.
         steps, samples: updates of the stage, and samples per update of all processes.
         processes: how many there are.
+        costs: of a forward and backward in one process, of which the rest was made.
     """
 
     index: int
@@ -49,6 +51,7 @@ class Plan:
     steps: int
     samples: int
     processes: int
+    costs: Costs
 
     @property
     def peak(self) -> float:
@@ -72,14 +75,17 @@ def plan_run(
     processes: int,
     on_gpu: bool = True,
     latents: Sequence[int] | None = None,
-    conditions: Mapping[str, Sequence[int]] | None = None,
+    conditions: Mapping[str, Tensor] | None = None,
+    costs: Sequence[Costs | None] = (),
 ) -> list[Plan]:
     """A plan of each stage.
 
     Args:
         processes: how many there will be.
         on_gpu: optimisers as on a GPU.
-        latents, conditions: shapes of a sample, [C, ...] and by name; None for those of the run's data.
+        latents: shape of a sample [C, ...]; None for one of the run's data.
+        conditions: tensors on the meta device like those of a sample [...], by name.
+        costs: of each stage, from a plan of as many samples per process; None or absent: they are measured.
 
     Raises:
         ValueError: the settings do not fit the number of processes, the network, or there are no data to plan for.
@@ -88,11 +94,22 @@ def plan_run(
     check(config, spread.sizes)
     teacher = teacher_of(config)
     sample = sample_of(config, latents, conditions or {})
-    return [plan_stage(config, i, teacher, sample, spread, on_gpu=on_gpu) for i in range(len(config.stages))]
+    check_sample(teacher, sample)
+    known = dict(enumerate(costs))
+    return [
+        plan_stage(config, i, teacher, sample, spread, known.get(i), on_gpu=on_gpu) for i in range(len(config.stages))
+    ]
 
 
 def plan_stage(
-    config: RunConfig, index: int, teacher: TrigFlow, sample: Batch, spread: Spread, *, on_gpu: bool
+    config: RunConfig,
+    index: int,
+    teacher: TrigFlow,
+    sample: Batch,
+    spread: Spread,
+    costs: Costs | None,
+    *,
+    on_gpu: bool,
 ) -> Plan:
     stage = config.stages[index]
     student = build_student(teacher, config.student)
@@ -113,7 +130,7 @@ def plan_stage(
     conditions = sum(x.nbytes for x in sample.cond.values())
     resident["data"] = stage.batch // spread.parts * (sample.x0.nbytes + conditions)
 
-    costs = costs_of(config, stage, teacher, sample, stage.batch // spread.parts)
+    costs = costs or costs_of(config, stage, teacher, sample, stage.batch // spread.parts)
     base = sum(resident.values())
     moments = {}
     for name in copies:
@@ -132,10 +149,11 @@ def plan_stage(
         kept=costs.student.kept / spread.tokens,
         gradients=max(own.gradients for own in trained.values()),
         flops=stage.accumulate * computed / split,
-        dtype=main_dtype(student.parameters())[0] or torch.float32,
+        dtype=computing_dtype(student),
         steps=stage.steps,
         samples=stage.batch * stage.accumulate,
         processes=prod(spread.sizes.values()),
+        costs=costs,
     )
 
 
@@ -167,6 +185,14 @@ def resident_bytes(network: TrigFlow, part: Held, seen: set[int]) -> float:
     own = [(name, p) for name, p in network.named_parameters() if id(p) not in seen]
     sizes = sum(prod(part.shapes.get(name, tuple(p.shape))) * p.element_size() for name, p in own)
     return sizes + sum(b.nbytes for b in network.buffers() if id(b) not in seen)
+
+
+def computing_dtype(student: TrigFlow) -> torch.dtype:
+    """Not that of adapters: the products with the weights below them take the time."""
+    sizes = Counter[torch.dtype]()
+    for p in student.parameters():
+        sizes[p.dtype] += p.numel()
+    return sizes.most_common(1)[0][0]
 
 
 def count(student: TrigFlow) -> tuple[int, int]:

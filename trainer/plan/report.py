@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.plan.machines import GPUS, USABLE
@@ -14,22 +15,26 @@ def report(plan: Plan, config: RunConfig, name: str, share: float) -> str:
     gpu, stage = GPUS[name], config.stages[plan.index]
     whole, trained = plan.parameters
     seconds = plan.seconds(gpu, share)
+    unit = "GiB" if plan.peak >= 2**29 else "MiB"
+    sized = partial(amount, unit=unit)
     lines = [
         f"stage {plan.index}: {stage.objective.name}, {plan.samples} samples per update, "
         f"{plan.processes} x {name} ({gpu.memory / 2**30:.0f} GiB)",
         f"  parameters        {billions(whole)}, of which {billions(trained)} are trained",
-        "  memory of each process, GiB",
-        *(f"    {what:<30}{gib(size):>8}" for what, size in rows(plan)),
-        f"    {'most at once':<30}{gib(plan.peak):>8}  ({max(plan.moments, key=plan.moments.__getitem__)})",
+        f"  memory of each process, {unit}",
+        *(f"    {what:<30}{sized(size):>8}" for what, size in rows(plan)),
+        f"    {'most at once':<30}{sized(plan.peak):>8}  ({max(plan.moments, key=plan.moments.__getitem__)})",
         f"  FLOPs per update  {plan.flops:.3g} in each process, recomputation included",
         f"  time              {duration(seconds)} per update, {duration(seconds * plan.steps)} for {plan.steps} "
         f"updates, at {share:.0%} of {gpu.peak(plan.dtype) / 1e12:.0f} TFLOPs/s",
     ]
     usable = USABLE * gpu.memory
     if plan.fits(gpu):
-        lines.append(f"  fits: {gib(usable - plan.peak)} GiB to spare of the {gib(usable)} that can be used")
+        lines.append(f"  fits: {amount(usable - plan.peak)} GiB to spare of the {amount(usable)} that can be used")
     else:
-        lines.append(f"  does not fit: {gib(plan.peak - usable)} GiB more than the {gib(usable)} that can be used")
+        lines.append(
+            f"  does not fit: {amount(plan.peak - usable)} GiB more than the {amount(usable)} that can be used"
+        )
         lines += [f"    try {text}" for text in advice(plan, config)]
     return "\n".join(lines)
 
@@ -59,8 +64,10 @@ def advice(plan: Plan, config: RunConfig) -> Iterator[str]:
         yield f"parallel.cp_ulysses=2 and --gpus {2 * plan.processes}: the tokens of a sample are split"
 
 
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f}" if size < 100 * 2**30 else f"{size / 2**30:.0f}"
+def amount(size: float, unit: str = "GiB") -> str:
+    """In GiB or MiB."""
+    value = size / (2**30 if unit == "GiB" else 2**20)
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def billions(count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,13 @@ import jvpgraph
 from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import first_samples
-from jvpgraph.trainer.model.networks import build_student, new_teacher
+from jvpgraph.trainer.model.networks import build_student, new_teacher, try_network
 from jvpgraph.trainer.model.student import repeated_lists
 from jvpgraph.trainer.noise import RankNoise
 from jvpgraph.trainer.plan.meter import fused_attention
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
 
 META = torch.device("meta")
-Shapes = Mapping[str, Sequence[int]]
 
 
 def teacher_of(config: RunConfig) -> TrigFlow:
@@ -41,21 +40,33 @@ def teacher_of(config: RunConfig) -> TrigFlow:
     return teacher.to(META).requires_grad_(False).eval()
 
 
-def sample_of(config: RunConfig, latents: Sequence[int] | None, conditions: Shapes) -> Batch:
-    """One sample of the run's data on the meta device, or one of these shapes.
+def sample_of(config: RunConfig, latents: Sequence[int] | None, conditions: Condition) -> Batch:
+    """One sample of the run's data on the meta device, or one of this shape with these conditions.
 
     Raises:
         ValueError, OSError: no shapes are given, and there is no data.
     """
     if latents is not None:
-        given = {name: torch.empty(1, *shape, device=META) for name, shape in conditions.items()}
-        return Batch(torch.empty(1, *latents, device=META), given)
+        return Batch(torch.empty(1, *latents, device=META), {name: x[None] for name, x in conditions.items()})
+    if conditions:
+        raise ValueError("--condition without --latents: the conditions of the data would be others. Give both.")
     try:
         return first_samples(config.data.source.build(), 1).to(META)
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{error}\nTo plan before the data is there, give the shapes of a sample: --latents 16x21x60x104 "
             "--condition encoder_hidden_states=512x4096"
+        ) from error
+
+
+def check_sample(teacher: TrigFlow, sample: Batch) -> None:
+    """Raises ValueError if the network cannot run with it, which on the meta device says nothing about its numbers."""
+    try:
+        try_network("model: the network cannot run with a sample", teacher, sample.x0, sample.cond)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}\nOf another shape or dtype: --latents CxTxHxW and --condition NAME=LxD[:KIND] for each argument "
+            "of the network, such as labels=:0..999"
         ) from error
 
 

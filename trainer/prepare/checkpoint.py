@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from jvpgraph.trainer.model.adapters import check_one_network, diffusers
+from jvpgraph.trainer.model.adapters import check_one_network, diffusers, load_pipeline
 from jvpgraph.trainer.prepare.families import Family, encode_text, family_of, text_length
 from jvpgraph.trainer.prepare.latents import encode, load_vae, normalisation
 
@@ -113,11 +112,7 @@ class Encoder:
         left_out = {name: None for name in ("transformer", "transformer_2") if name in parts}
         vae = load_vae(checkpoint.path)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # 0.36 knows no other
-                self.pipe = cls.from_pretrained(
-                    checkpoint.path, vae=vae, torch_dtype=dtype, local_files_only=True, **left_out
-                )
+            self.pipe = load_pipeline(cls, checkpoint.path, dtype, vae=vae, **left_out)
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(

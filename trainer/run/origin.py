@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Origin:
     fingerprint: str  # the data set's own
     shards: list[tuple[str, int, str]]  # name, samples, digests of some of its blocks
     start: str | None = None  # --from
+    buckets: list[int] | None = None  # samples of each, where the data set has several shapes; None: one, or unknown
 
 
 def origin_of(config: RunConfig, teacher: str, dataset: Dataset, start: Path | None) -> Origin:
@@ -58,6 +59,7 @@ def origin_of(config: RunConfig, teacher: str, dataset: Dataset, start: Path | N
         getattr(dataset, "fingerprint", ""),
         [(shard.path.name, len(shard), digest) for shard, digest in zip(shards, digests, strict=True)],
         None if start is None else str(start),
+        sizes_of(dataset),
     )
 
 
@@ -90,7 +92,7 @@ def resumed(
             )
         changes = compare(then, now, change)
         if not any(line.startswith("data.source") for line in changes):
-            now = replace(now, shards=then.shards, fingerprint=then.fingerprint)
+            now = replace(now, shards=then.shards, fingerprint=then.fingerprint, buckets=then.buckets or now.buckets)
         return replace(now, start=then.start), changes
 
     origin, changes = ranks.on_first(look)
@@ -208,18 +210,27 @@ def shards_of(dataset: Any) -> list[Any]:
     return list(getattr(dataset, "shards", ())) if parts is None else [s for part in parts for s in shards_of(part)]
 
 
+def sizes_of(dataset: Any) -> list[int] | None:
+    """How many samples each shape has, one after the other; None for data of one shape."""
+    buckets = getattr(dataset, "buckets", None)
+    return None if buckets is None else [len(bucket) for bucket in buckets]
+
+
 def aligned(dataset: Dataset, then: Origin) -> Dataset:
     """The data set with the numbers that its samples had when the run began.
 
     Where bad shards are skipped, one may have gone bad since, or be whole again. Its samples then count as bad ones,
     or stay out.
+
+    Raises:
+        ValueError: a shape has no sample left.
     """
     shards = shards_of(dataset)
     names = {shard.path.name: len(shard) for shard in shards}
     before = {name: count for name, count, _ in then.shards}
     same = list(names.items()) == list(before.items())
     skips = getattr(dataset, "on_bad_shard", "stop") == "skip"
-    if same or not skips or not names or not before or hasattr(dataset, "buckets"):
+    if same or not skips or not names or not before or (sizes_of(dataset) is None) != (then.buckets is None):
         return dataset
     if not any(names.get(name) == count for name, count in before.items()):
         return dataset
@@ -227,24 +238,37 @@ def aligned(dataset: Dataset, then: Origin) -> Dataset:
         log.warning("bad since the run began, and left out: %s", shorten(lost))
     if new := [name for name in names if name not in before]:
         log.warning("not there when the run began, and left out: %s; --change data.source takes them", shorten(new))
-    return Aligned(dataset, then)
+    found = Aligned(dataset, then)
+    if gone := [i for i, bucket in enumerate(found.buckets) if all(found.places[n][1] is None for n in bucket)]:
+        shards = sorted({found.places[n][0] for i in gone for n in found.buckets[i]})
+        raise ValueError(
+            f"data.source: all shards of {len(gone)} of {len(found.buckets)} shapes are bad: {shorten(shards)}. "
+            "Put them back; or add --change data.source to read the others from their beginning."
+        )
+    return found
 
 
 class Aligned:
-    """Samples of a data set by the numbers they had before; those of shards that are gone are BadShard."""
+    """Samples of a data set by the numbers they had before; those of shards that are gone are BadShard.
+
+    The shards are those of all shapes, which lie one after the other.
+    """
 
     on_bad_shard = "skip"
 
     def __init__(self, dataset: Any, then: Origin) -> None:
         self.dataset, self.fingerprint = dataset, then.fingerprint
-        self.shards = dataset.shards
-        ends = list(accumulate(len(shard) for shard in dataset.shards))
-        starts = {s.path.name: end - len(s) for s, end in zip(dataset.shards, ends, strict=True)}
-        counts = {s.path.name: len(s) for s in dataset.shards}
+        self.has_latents = getattr(dataset, "has_latents", True)
+        self.shards = shards_of(dataset)
+        ends = list(accumulate(len(shard) for shard in self.shards))
+        starts = {s.path.name: end - len(s) for s, end in zip(self.shards, ends, strict=True)}
+        counts = {s.path.name: len(s) for s in self.shards}
         self.places: list[tuple[str, int | None]] = []
         for name, count, _ in then.shards:
             here = counts.get(name) == count
             self.places += [(name, starts[name] + i if here else None) for i in range(count)]
+        ends = list(accumulate(then.buckets or [len(self.places)]))
+        self.buckets = [range(start, end) for start, end in pairwise([0, *ends])]
 
     def __len__(self) -> int:
         return len(self.places)
