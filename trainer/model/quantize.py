@@ -24,6 +24,7 @@ def quantize(model: TrigFlow, kind: str) -> TrigFlow:
     Raises:
         ValueError: torchao is not installed, or there are no linear layers.
     """
+
     def chosen(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and not kept_in_float32(model.net, name)
 
