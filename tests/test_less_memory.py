@@ -13,13 +13,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import jvpgraph
+from jvpgraph.trainer import settings
+from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.model.ema import PowerEMA, update_all
 from jvpgraph.trainer.model.networks import trainable
 from jvpgraph.trainer.model.offload import Traffic, nbytes, rest, units
 from jvpgraph.trainer.model.optimizer import MasterAdamW
 from jvpgraph.trainer.model.quantize import quantize
 from jvpgraph.trainer.model.student import checkpointed
+from jvpgraph.trainer.plan.plan import plan_run
+from jvpgraph.trainer.plan.report import report, smaller
 from jvpgraph.trainer.run.finished import load_run
+from jvpgraph.trainer.run.log import RunLog
 from jvpgraph.trainer.run.memory import clashes
 from jvpgraph.trainer.run.parallel import check, sizes_of
 from jvpgraph.trainer.train import train
@@ -174,7 +179,7 @@ def test_8_bit_moments(dtype: torch.dtype) -> None:
 
 
 def test_8_bit_moments_are_not_for_float64() -> None:
-    with pytest.raises(ValueError, match="steps in float32, and a is float64: set student.dtype"):
+    with pytest.raises(ValueError, match=r"steps in float32, and a is float64: set student.dtype"):
         MasterAdamW({"a": nn.Parameter(torch.zeros(4).double())}, lr=1e-3, kind="adamw_8bit")
 
 
@@ -244,10 +249,75 @@ def test_a_run_with_all_of_it_goes_on_with_the_same_bits(tmp_path: Path) -> None
     assert all(torch.equal(student[n], kept[f".ema.0.05.parameters.{n}"]) for n in ("net.patch_in.weight",))
 
 
-def test_the_log_has_the_price(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    away = {"teacher": {"offload": True}}
-    train(config_of(tmp_path / "run", [stage("dcm", 2)], **away))
-    assert "GiB moved/step" in capfd.readouterr().err
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "blocks", [False, pytest.param(True, marks=pytest.mark.matrix)], ids=["plain", "checkpointed blocks"]
+)
+def test_the_price_is_shown_and_planned(tmp_path: Path, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = {"name": "rcm", "dmd": {"fake_updates_per_step": 2, "simulation_steps": 1}}
+    away = {"teacher": {"offload": True}, "fake_score": {"offload": True}}
+    student = {"backend": "eager", "checkpoint_blocks": blocks}
+    model = {**WIDE, "load": "jvpgraph.trainer.dit:dit"}
+    config = config_of(tmp_path / "run", [stage(objective, 3, accumulate=2)], **away, student=student, model=model)
+    shown = []
+    monkeypatch.setattr(RunLog, "add", lambda self, step, values, moved=0: shown.append(moved))
+    train(config)
+    [plan] = plan_run(config, processes=1)
+    assert shown[1:] == [plan.moved, plan.moved]  # the first has the checks too
+    told = report(plan, config, "h100", 0.4)
+    assert "on the CPU, GiB for each process" in told
+    assert "GiB per update between CPU and GPU" in told
+
+
+def test_the_bar_has_the_price(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path, tensorboard=False, wandb=None, total=2) as log:
+        log.add(2, {"loss": 1.0}, moved=2**31)
+    assert "1 GiB moved/step" in capfd.readouterr().err
+    assert "moved" not in (tmp_path / "log.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "each", [False, pytest.param(True, marks=pytest.mark.matrix)], ids=["all of it", "each by itself"]
+)
+def test_what_the_plan_advises_helps(tmp_path: Path, each: bool) -> None:
+    objective = {"name": "rcm", "dmd": {"fake_updates_per_step": 1, "simulation_steps": 1}}
+    config = config_of(
+        tmp_path, [{**stage(objective, 3), "batch": 1}], model={**WIDE, "load": "jvpgraph.trainer.dit:dit"}
+    )
+    [plan] = plan_run(config, processes=1)
+    said = [line.partition(":")[0] for line in smaller(plan, config)]
+    assert said == [
+        "ema.device=cpu",
+        "stages.0.student.kind=adamw_8bit",
+        "stages.0.fake.kind=adamw_8bit",
+        "fake_score.offload=true",
+        "teacher.offload=true",
+        "teacher.quantization=int8",
+    ]
+    settings.save(config, tmp_path / "run.yaml")
+    for override in said if each else ():
+        other = settings.load(RunConfig, tmp_path / "run.yaml", [override])
+        [less] = plan_run(other, processes=1)
+        assert sum(less.resident.values()) < 0.97 * sum(plan.resident.values()), override
+    everything = settings.load(RunConfig, tmp_path / "run.yaml", said)
+    [least] = plan_run(everything, processes=1)
+    assert not list(smaller(least, everything))
+    assert least.peak < 0.7 * plan.peak
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("more", [{"lora": ADAPTERS}, {}], ids=["adapters", "everything"])
+def test_on_inductor_too(tmp_path: Path, dtype: str, more: dict[str, Any]) -> None:
+    common = {**({} if more else EVERYTHING), "model": {**WIDE, "options": {**WIDE["options"], "dtype": dtype}}}
+    runs = [
+        train(config_of(tmp_path / backend, [stage(RCM, 3)], **common, student={"backend": backend, **more}))
+        for backend in ("eager", "inductor")
+    ]
+    for a, b in zip(*map(lines, runs), strict=True):
+        for name in ("loss", "tangent_norm"):
+            assert a[name] == pytest.approx(b[name], rel=3e-2 if dtype == "bfloat16" else 1e-5), name
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def rest(model: TrigFlow, device: torch.device, traffic: Traffic) -> TrigFlow:
     """The model itself, its parameters on the CPU but for the time of their use; its buffers on `device`."""
     for unit in units(model):
         for parameter in unit.parameters if device.type == "cuda" else ():
-            parameter.data = parameter.data.pin_memory()
+            pin(parameter)
         plain = type(unit.module)
         if issubclass(plain, CheckpointedBlock):
             unit.module.__class__ = checkpointed(resting(plain.plain_class))  # type: ignore[arg-type]
@@ -69,6 +69,15 @@ def rest(model: TrigFlow, device: torch.device, traffic: Traffic) -> TrigFlow:
             unit.module.__class__ = resting(plain)  # type: ignore[arg-type]
         unit.module.rests = Rests(unit, device, traffic)  # type: ignore[assignment]
     return buffers_to(model, device)
+
+
+def pin(parameter: nn.Parameter) -> None:
+    """Moves a parameter to memory from which copies need not wait."""
+    if hasattr(parameter, "__tensor_flatten__"):  # a quantised one
+        for name in parameter.__tensor_flatten__()[0]:
+            setattr(parameter, name, getattr(parameter, name).pin_memory())
+    else:
+        parameter.data = parameter.data.pin_memory()
 
 
 def buffers_to(model: TrigFlow, device: torch.device) -> TrigFlow:

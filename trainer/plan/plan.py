@@ -185,8 +185,8 @@ def at_moments(
 def at_work_of_guests(config: RunConfig, networks: Mapping[str, TrigFlow], spread: Spread) -> dict[str, float]:
     """What networks that rest bring to the device in an update of each; FSDP2's gathers are in `at_moments`.
 
-    A block at a time; but what is trained keeps its blocks for the backward, if that does not compute them again. And of
-    a teacher in bytes, one weight is widened.
+    A block at a time; but what is trained keeps its blocks for the backward, if that does not compute them again. Of a
+    teacher in bytes, one weight is widened.
     """
     found = {"student": 0.0, "fake score": 0.0}
     if config.teacher.quantization is not None:
