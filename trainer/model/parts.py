@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -13,4 +15,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded, its parts on the CPU or on the device: a collective."""
-    return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    here: Any = tensor.to(tensor.device_mesh.device_type)
+    whole: Tensor = here.full_tensor()
+    return whole

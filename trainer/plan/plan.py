@@ -30,6 +30,7 @@ class Plan:
         parameters: of the student, and how many of them are trained.
         resident: bytes that are there all the time, by what they are for.
         host: bytes in the memory of the CPU of what rests there, likewise.
+        host_at_work: bytes there beyond these, of gradients and an optimiser's step.
         moved: bytes of an update between the two, both ways together.
         moments: the most bytes at each moment of an update, what is resident included.
         kept: bytes of activations that the student's forward keeps for its backward.
@@ -45,6 +46,7 @@ class Plan:
     parameters: tuple[int, int]
     resident: dict[str, float]
     host: dict[str, float]
+    host_at_work: float
     moved: float
     moments: dict[str, float]
     kept: float
@@ -130,7 +132,7 @@ def plan_stage(
     costs = costs_of(config, stage, teacher, sample, stage.batch // spread.parts)
     base = sum(held_here.values())
     guests = at_work_of_guests(config, copies | {"teacher": teacher}, spread)
-    moments = {}
+    moments, host_at_work = {}, 0.0
     for name in copies:
         cost = costs.student if name == "student" else costs.fake
         own, part = trained[name], parts[name]
@@ -138,7 +140,7 @@ def plan_stage(
         for moment, most in at_moments(cost, stage, own.gradients, part, spread, elsewhere).items():
             moments[f"{name}: {moment}"] = base + most + guests[name]
         if elsewhere:
-            host[f"gradients of the {name}"] = own.gradients + own.step
+            host_at_work = own.gradients + own.step
         else:
             moments[f"{name}: optimiser's step"] = base + own.gradients + own.step
     split = spread.tokens * spread.sizes["tp"]
@@ -148,6 +150,7 @@ def plan_stage(
         parameters=count(student),
         resident=held_here,
         host=host,
+        host_at_work=host_at_work,
         moved=moved(config, stage, copies | {"teacher": teacher}, costs, parts, trained, spread) if on_gpu else 0.0,
         moments=moments,
         kept=costs.student.kept / spread.tokens,

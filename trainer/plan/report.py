@@ -38,7 +38,8 @@ def report(plan: Plan, config: RunConfig, name: str, share: float) -> str:
 def on_the_cpu(plan: Plan) -> Iterator[str]:
     if plan.host:
         yield "  on the CPU, GiB for each process"
-        yield from (f"    {what:<30}{gib(size):>8}" for what, size in plan.host.items())
+        rows = {**plan.host, "gradients and a step there": plan.host_at_work}
+        yield from (f"    {what:<30}{gib(size):>8}" for what, size in rows.items() if size)
     if plan.moved:
         price = f"{duration(plan.moved / LINK)} at {LINK / 1e9:.0f} GB/s"
         yield f"  moved             {gib(plan.moved)} GiB per update between CPU and GPU: {price}"
