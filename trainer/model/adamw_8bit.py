@@ -7,7 +7,7 @@ divides and of fewer than SMALLEST numbers stay in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,10 @@ class AdamW8bit:
 
     @torch.no_grad()
     def step(self) -> None:
-        lr = self.param_groups[0]["lr"]
+        with torch._dynamo.utils.disable_cache_limit():  # each shape of a parameter is compiled once
+            self._step(self.param_groups[0]["lr"])
+
+    def _step(self, lr: float) -> None:
         for parameter, state in self.state.items():
             if parameter.grad is None:
                 continue
@@ -83,6 +86,15 @@ class AdamW8bit:
             self.maps[key] = block.qmap
         found: Tensor = self.subclass(codes, scale.view(-1), self.maps[key], MOMENTS[name], dtype=torch.float32)
         return found
+
+
+def check_float32(parameters: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where 8-bit moments would be less exact than the parameters ask for."""
+    if wide := [name for name, parameter in parameters.items() if parameter.dtype == torch.float64]:
+        raise ValueError(
+            f"adamw_8bit steps in float32, and {wide[0]} is float64: set student.dtype to float32 or bfloat16, or the "
+            "optimiser's kind to adamw"
+        )
 
 
 def moments_of(parameter: Tensor) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from jvpgraph.trainer.batch import Batch, Condition, expand_condition
 from jvpgraph.trainer.config import GuidanceConfig, RunConfig, StageConfig, StudentConfig
 from jvpgraph.trainer.data.sample import Dataset, collate, first_samples, shorten
 from jvpgraph.trainer.evaluation.samplers import few_step_times
+from jvpgraph.trainer.model.adamw_8bit import check_float32
 from jvpgraph.trainer.model.parts import gathered, local
 from jvpgraph.trainer.model.student import make_student
 from jvpgraph.trainer.trigflow import Call, Guided, TrigFlow
@@ -179,6 +180,8 @@ def check_stage(stage: StageConfig, student: TrigFlow, negative: Condition, samp
             f"objective {objective.name} needs a network with a second time, and the call of "
             f"{type(student.net).__name__} takes none: TrigFlow(net, call=...) with call(net, x, time, cond, time_r)"
         )
+    if "adamw_8bit" in (stage.student.kind, objective.fake_score and stage.fake.kind):
+        check_float32(trainable(student))
     if stage.condition_dropout:
         if not negative:
             raise ValueError("condition_dropout needs a negative condition to drop to: give guidance.negative")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from jvpgraph.trainer.model.adamw_8bit import AdamW8bit
+from jvpgraph.trainer.model.adamw_8bit import AdamW8bit, check_float32
 from jvpgraph.trainer.model.parts import local
 
 Shape = Literal["constant", "cosine"]
@@ -101,11 +101,7 @@ class MasterAdamW:
         common: Any = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.adamw: torch.optim.AdamW | AdamW8bit
         if kind == "adamw_8bit":
-            if wide := [name for name, master in self.masters.items() if master.dtype != torch.float32]:
-                raise ValueError(
-                    f"adamw_8bit steps in float32, and {wide[0]} is float64: set student.dtype to float32 or bfloat16, "
-                    "or the optimiser's kind to adamw"
-                )
+            check_float32(self.masters)
             self.adamw = AdamW8bit(self.masters.values(), **common)
             return
         self.adamw = torch.optim.AdamW(self.masters.values(), **common, foreach=foreach, fused=fused)
