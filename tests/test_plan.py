@@ -54,18 +54,37 @@ def measured(folder: Path, overrides: list[str], processes: int) -> int:
     return max(peaks)
 
 
+SMALL = [
+    "teacher={offload: true, quantization: int8}",
+    "fake_score.offload=true",
+    "ema.device=cpu",
+    "stages.0.student={kind: adamw_8bit}",
+    "stages.0.fake={kind: adamw_8bit}",
+]
+SHARDED = ["parallel.dp_shard=2"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "processes"),
-    [([], 1), (ADAPTERS, 1), pytest.param(["parallel.dp_shard=2"], 2, marks=pytest.mark.ranks)],
-    ids=["whole", "adapters and checkpointed blocks", "sharded"],
+    [
+        ([], 1),
+        (ADAPTERS, 1),
+        pytest.param(SHARDED, 2, marks=pytest.mark.ranks),
+        (SMALL, 1),
+        pytest.param([*SHARDED, *ADAPTERS], 2, marks=[pytest.mark.ranks, pytest.mark.matrix]),
+        pytest.param([*SHARDED, *SMALL[1:], "teacher.offload=true"], 2, marks=[pytest.mark.ranks, pytest.mark.matrix]),
+    ],
+    ids=["whole", "adapters and checkpointed blocks", "sharded", "small", "sharded adapters", "small and sharded"],
 )
 def test_the_peak_of_a_run_within_a_tenth(tmp_path, overrides, processes):
     (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
     config = load(RunConfig, tmp_path / "tiny.yaml", overrides)
     held = 1797 * 64 * 4  # the digits themselves, which are read at once
     [plan] = plan_run(config, processes=processes, on_gpu=False)
-    assert plan.peak + held == pytest.approx(measured(tmp_path, overrides, processes), rel=0.1)
+    assert plan.peak + sum(plan.host.values()) + held == pytest.approx(
+        measured(tmp_path, overrides, processes), rel=0.1
+    )
 
 
 WAN: dict[str, Any] = {

@@ -29,6 +29,21 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """How the teacher is kept, which is only asked and never trained."""
+
+    offload: bool = False  # rest on the CPU; each block is on the device while it computes
+    quantization: Literal["int8", "float8"] | None = None  # of its linear layers' weights, a scale a row (torchao)
+
+
+@dataclass(frozen=True)
+class FakeScoreConfig:
+    """How the fake score of rcm and dmd is kept, which is built like the student."""
+
+    offload: bool = False  # rest on the CPU, with its gradients and its optimiser, which steps there
+
+
+@dataclass(frozen=True)
 class GuidanceConfig:
     """The teacher's classifier-free guidance: F_negative + scale (F - F_negative)."""
 
@@ -45,6 +60,7 @@ class GuidanceConfig:
 class OptimizerConfig:
     """AdamW."""
 
+    kind: Literal["adamw", "adamw_8bit"] = "adamw"  # 8bit: moments in a byte each instead of four (torchao)
     lr: float = 2e-6  # per update; rCM at 1.3B: 2e-6 student, 4e-7 fake score
     betas: tuple[float, float] = (0.0, 0.999)  # rCM
     eps: float = 1e-8  # torch's default
@@ -112,6 +128,7 @@ class EMAConfig:
 
     sigma_rel: tuple[float, ...] = (0.05, 0.1)  # widths as shares of the stage; the first is sampled. rCM: 0.05
     snapshot_every: int | None = None  # steps between snapshots, from which other widths are made afterwards
+    device: Literal["run", "cpu"] = "run"  # where they are kept; cpu frees a GPU of 4 bytes a parameter and width
 
     def __post_init__(self) -> None:
         positive(self, "snapshot_every")
@@ -198,6 +215,8 @@ class RunConfig:
     threads: int | None = None  # CPU threads; null: torch's choice
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    fake_score: FakeScoreConfig = field(default_factory=FakeScoreConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     conditions: dict[str, Any] = field(default_factory=dict)  # the same for all samples: {guidance: 3.5} for FLUX.1-dev
     data: DataConfig = field(default_factory=DataConfig)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -27,32 +27,23 @@ from jvpgraph.trainer.batch import Batch, drop_condition
 from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
 from jvpgraph.trainer.data.sample import Dataset, first_samples
-from jvpgraph.trainer.model.ema import PowerEMA, save_snapshot
-from jvpgraph.trainer.model.networks import (
-    build_guided,
-    build_student,
-    build_teacher,
-    check_run,
-    moving,
-    take_values,
-    trainable,
-    try_network,
-)
+from jvpgraph.trainer.model.ema import PowerEMA, save_snapshot, update_all
+from jvpgraph.trainer.model.networks import check_run, moving, trainable, try_network
 from jvpgraph.trainer.model.optimizer import MasterAdamW, learning_rate
 from jvpgraph.trainer.objectives import Terms, loss_of
 from jvpgraph.trainer.objectives.dmd import fake_score_loss
 from jvpgraph.trainer.run.beforehand import data_of, look, shown
+from jvpgraph.trainer.run.build import Networks, build_networks
 from jvpgraph.trainer.run.changes import covered
 from jvpgraph.trainer.run.checkpoint import CheckpointError, Checkpoints, OnePiece
 from jvpgraph.trainer.run.folder import check_folder, check_free, checkpoint_step, claimed, newest_step
 from jvpgraph.trainer.run.log import RunLog
 from jvpgraph.trainer.run.not_finite import Compute, not_finite
-from jvpgraph.trainer.run.origin import Position, digest_of, origin_of, resumed, write_origin
+from jvpgraph.trainer.run.origin import Position, origin_of, resumed, write_origin
 from jvpgraph.trainer.run.parallel import Layout, joined
 from jvpgraph.trainer.run.preview import preview
-from jvpgraph.trainer.run.start import start_from
 from jvpgraph.trainer.run.stopping import Stop
-from jvpgraph.trainer.trigflow import Guided, TrigFlow
+from jvpgraph.trainer.trigflow import TrigFlow
 
 logger = logging.getLogger(__name__)
 
@@ -157,9 +148,9 @@ def train_here(
                 said = say_kernels(networks.dual.reports, said) if layout.first else said
                 last_step = step == end
                 if last_step or due(step, config.log.every):
-                    means = stage.means.take()
+                    means, moved = stage.means.take(), networks.traffic.take()
                     if log is not None:
-                        log.add(step, means)
+                        log.add(step, means, moved)
                 if config.ema.snapshot_every and (last_step or due(step, config.ema.snapshot_every)):
                     for ema in stage.emas:
                         save_snapshot(folder / "ema" / f"stage-{index}", step, ema)
@@ -210,53 +201,6 @@ def finish(checkpoints: Checkpoints, kind: type[BaseException] | None, *_: Any) 
         logger.error("%s", error)  # what ended the run matters more
 
 
-@dataclass(frozen=True)
-class Networks:
-    """What is there through all stages."""
-
-    teacher: TrigFlow  # frozen
-    guided: Guided  # the teacher with classifier-free guidance
-    student: TrigFlow
-    dual: jvpgraph.DualModule  # the student with tangents; the same parameters
-    new_student: Callable[[], TrigFlow]  # a copy of the teacher like the student: a fake score
-    digest: str  # of the teacher's values, on the first process
-
-
-def build_networks(config: RunConfig, layout: Layout, start: Path | None = None) -> Networks:
-    """Teacher and student from the settings, spread over the processes; the student from the weights in `start`."""
-
-    def student_of(teacher: TrigFlow, start: Path | None = None) -> TrigFlow:
-        student = build_student(teacher, config.student)
-        if start is not None:
-            start_from(student, start)
-        student = layout.spread(student)
-        if config.student.compile:
-            student.compile(backend=jvpgraph.backend(), dynamic=False)
-        return student
-
-    teacher = build_teacher(config, layout.workshop)
-    digest = digest_of(teacher) if layout.first else ""
-    student = student_of(teacher, start)  # a copy of the teacher before that is taken apart
-    teacher = layout.spread(teacher)
-    guided = build_guided(teacher, config.guidance, layout.device)
-    if config.student.compile:
-        teacher.compile(backend=jvpgraph.backend(), dynamic=False)
-    # One graph where that can be had. FSDP2 gathers a block's parameters when the block is called, which has to stay a
-    # module of its own then; and a network may branch on its data.
-    regions = None if config.student.backend == "op_by_op" else "auto"
-    dual = jvpgraph.transform(student, backend=config.student.backend, dynamic=False, regions=regions)
-
-    def new_student() -> TrigFlow:
-        if not layout.many:
-            return student_of(teacher)
-        with torch.random.fork_rng(devices=[]):  # as if nothing were built anew
-            new = student_of(build_teacher(config, layout.workshop))
-        take_values(new, teacher)  # a network that starts at random has another start now
-        return new
-
-    return Networks(teacher, guided, student, dual, new_student, digest)
-
-
 class Stage:
     """The moving parts of a stage: loader, optimisers, averages and the fake score."""
 
@@ -291,7 +235,8 @@ class Stage:
         self.means = Means()
 
         self.optimizer = adamw(networks.student, settings.student)
-        self.emas = [PowerEMA(self.optimizer.masters, sigma_rel) for sigma_rel in config.ema.sigma_rel]
+        away = "cpu" if config.ema.device == "cpu" else None
+        self.emas = [PowerEMA(self.optimizer.masters, sigma_rel, away) for sigma_rel in config.ema.sigma_rel]
         self.fake: TrigFlow | None = None
         if self.objective.fake_score is not None:
             self.fake = networks.new_student()
@@ -325,8 +270,7 @@ class Stage:
             return fake_score_loss(fake, networks.dual, batch, noise, self.objective.fake_score, count=count)
 
         values = self.update(step, "student", networks.dual, student_loss, self.optimizer, self.settings.student)
-        for ema in self.emas:
-            ema.update(self.optimizer.masters)
+        networks.traffic.bytes += update_all(self.emas, self.optimizer.masters)
         if iteration == 1 and self.layout.first:
             warn_of_regions(networks.dual, self.layout)
 
@@ -426,6 +370,7 @@ def adamw(model: nn.Module, settings: OptimizerConfig) -> MasterAdamW:
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         clip_norm=settings.clip_norm,
+        kind=settings.kind,
     )
 
 

@@ -54,7 +54,8 @@ def explain(error: Exception, command: str, out: Path | None = None) -> str:
         return f"{where or 'a file'}: {reason}\nMake it readable and writable, or choose another place by {option}."
     if isinstance(error, torch.OutOfMemoryError) and command == "train":
         advice = (
-            "a smaller stages.N.batch with more stages.N.accumulate, student.checkpoint_blocks=true or student.lora"
+            "a smaller stages.N.batch with more stages.N.accumulate, student.checkpoint_blocks=true or student.lora; "
+            "`jvpgraph plan` says what helps most"
         )
         return f"{error}\nTry {advice}."
     if number is not None and where:

@@ -13,7 +13,7 @@ sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)). Two profiles with ends 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from jvpgraph.trainer.files import draft_of
-from jvpgraph.trainer.model.optimizer import local
+from jvpgraph.trainer.model.parts import gathered, local
 
 Numbers = float | np.ndarray
 
@@ -55,17 +54,22 @@ class PowerEMA:
     Args:
         parameters: by name; give the float32 masters where there are any, not their roundings. Not changed.
         sigma_rel: width of the profile as a share of the run, in (0, 0.2887].
+        device: where the averages are kept; None: where the parameters are.
 
     Attributes:
         parameters: the averages by name, float32.
         updates: how many there were.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], sigma_rel: float) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], sigma_rel: float, device: torch.device | str | None = None
+    ) -> None:
         self.sigma_rel = sigma_rel
         self.gamma = power_ema_gamma(sigma_rel)
         self.updates = 0
-        self.parameters = {name: p.detach().to(torch.float32, copy=True) for name, p in parameters.items()}
+        self.parameters = {
+            name: p.detach().to(device or p.device, torch.float32, copy=True) for name, p in parameters.items()
+        }
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor]) -> None:
@@ -77,7 +81,7 @@ class PowerEMA:
         _same_names(self.parameters, parameters)
         self.updates += 1
         beta = (1 - 1 / self.updates) ** (self.gamma + 1)
-        new = [local(parameters[name].detach()).to(torch.float32) for name in self.parameters]
+        new = [local(parameters[name].detach()).to(p.device, torch.float32) for name, p in self.parameters.items()]
         if new:
             torch._foreach_lerp_([local(average) for average in self.parameters.values()], new, 1 - beta)
 
@@ -105,6 +109,22 @@ class PowerEMA:
         self.updates = int(state["updates"])
 
 
+def update_all(emas: Sequence[PowerEMA], parameters: Mapping[str, Tensor]) -> int:
+    """One more step for averages of the same parameters, which are copied once to where those are kept.
+
+    Returns:
+        Bytes that went from one device to another.
+    """
+    near, copied = dict(parameters), 0
+    for name, average in emas[0].parameters.items() if emas else ():
+        if name in near and near[name].device != average.device:
+            near[name] = local(near[name].detach()).to(average.device)
+            copied += near[name].nbytes
+    for ema in emas:
+        ema.update(near)
+    return copied
+
+
 def save_snapshot(folder: Path, step: int, ema: PowerEMA) -> Path:
     """Writes the average as `ema-<sigma_rel>-<step>.safetensors`, whole or not at all.
 
@@ -121,7 +141,7 @@ def save_snapshot(folder: Path, step: int, ema: PowerEMA) -> Path:
     first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     tensors = {}
     for name, average in ema.parameters.items():
-        whole = average.full_tensor() if isinstance(average, DTensor) else average
+        whole = gathered(average)
         if first:
             tensors[name] = whole.cpu().contiguous()
     if first:

@@ -19,7 +19,8 @@ from jvpgraph.trainer.batch import Batch, Condition, expand_condition
 from jvpgraph.trainer.config import GuidanceConfig, RunConfig, StageConfig, StudentConfig
 from jvpgraph.trainer.data.sample import Dataset, first_samples, shorten
 from jvpgraph.trainer.evaluation.samplers import few_step_times
-from jvpgraph.trainer.model.optimizer import local
+from jvpgraph.trainer.model.adamw_8bit import check_float32
+from jvpgraph.trainer.model.parts import gathered, local
 from jvpgraph.trainer.model.student import make_student
 from jvpgraph.trainer.trigflow import Call, Guided, TrigFlow
 
@@ -179,6 +180,8 @@ def check_stage(stage: StageConfig, student: TrigFlow, negative: Condition, samp
             f"objective {objective.name} needs a network with a second time, and the call of "
             f"{type(student.net).__name__} takes none: TrigFlow(net, call=...) with call(net, x, time, cond, time_r)"
         )
+    if "adamw_8bit" in (stage.student.kind, objective.fake_score and stage.fake.kind):
+        check_float32(trainable(student))
     if stage.condition_dropout:
         if not negative:
             raise ValueError("condition_dropout needs a negative condition to drop to: give guidance.negative")
@@ -202,10 +205,27 @@ def take_values(student: TrigFlow, teacher: TrigFlow) -> None:
         if source is None:
             continue
         if spread_over(source) != spread_over(target):
-            source = source.full_tensor() if isinstance(source, DTensor) else source
+            source = gathered(source)
             if isinstance(target, DTensor):
                 source = distribute_tensor(source, target.device_mesh, target.placements)
         local(target).copy_(local(source))
+
+
+@torch.no_grad()
+def share_frozen(student: TrigFlow, teacher: TrigFlow) -> None:
+    """Puts the teacher's parameters in the place of those that a LoRA student does not train, and frees its own.
+
+    In one process they are the teacher's anyway. FSDP2 splits each network by itself, and here the parts become one.
+    """
+    theirs = dict(teacher.named_parameters(remove_duplicate=False))
+    for path, module in student.named_modules():
+        for name, own in module._parameters.items():
+            source = theirs.get(f"{path}.{name}".replace(".base_layer.", "."))
+            if own is None or own.requires_grad or source is None:
+                continue
+            assert spread_over(source) == spread_over(own), f"{path}.{name} is spread in another way"
+            module._parameters[name] = source
+    student._apply(lambda tensor: tensor)  # after which FSDP2 gathers from these
 
 
 def spread_over(tensor: Tensor) -> tuple[object, ...]:

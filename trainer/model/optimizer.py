@@ -15,7 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from jvpgraph.trainer.model.adamw_8bit import AdamW8bit, check_float32
+from jvpgraph.trainer.model.parts import local
+
 Shape = Literal["constant", "cosine"]
+Kind = Literal["adamw", "adamw_8bit"]
 
 
 def learning_rate(step: int, base: float, warmup: int, total: int, shape: Shape = "constant") -> float:
@@ -57,13 +61,15 @@ class MasterAdamW:
         lr: learning rate where `step` is not told another.
         betas, eps, weight_decay: of AdamW; the defaults of betas and weight decay are those of rCM.
         clip_norm: the L2 norm of all gradients that `clip` scales down to; None leaves them alone.
+        kind: adamw_8bit has moments of a byte each, by torchao.
         foreach, fused: as in torch.optim.AdamW; None chooses as torch does.
 
     Attributes:
         masters: by name, in the order given.
 
     Raises:
-        ValueError: there is nothing to train, or a name occurs twice.
+        ValueError: there is nothing to train, a name occurs twice, or 8-bit moments are asked for in float64.
+        ModuleNotFoundError: 8-bit moments without torchao.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class MasterAdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         clip_norm: float | None = None,
+        kind: Kind = "adamw",
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
@@ -91,15 +98,13 @@ class MasterAdamW:
         self.clip_norm = clip_norm
         self.masters: dict[str, Tensor] = {name: _master(p) for name, p in self.parameters.items()}
         self.copied = [name for name, p in self.parameters.items() if self.masters[name] is not p]
-        self.adamw = torch.optim.AdamW(
-            self.masters.values(),
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            foreach=foreach,
-            fused=fused,
-        )
+        common: Any = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self.adamw: torch.optim.AdamW | AdamW8bit
+        if kind == "adamw_8bit":
+            check_float32(self.masters)
+            self.adamw = AdamW8bit(self.masters.values(), **common)
+            return
+        self.adamw = torch.optim.AdamW(self.masters.values(), **common, foreach=foreach, fused=fused)
         for master in self.masters.values():  # what AdamW makes at a first step, so that a checkpoint always has it
             self.adamw.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device if fused else "cpu"),
@@ -146,7 +151,7 @@ class MasterAdamW:
                 summed = tuple(Replicate() if p.is_replicate() else Partial() for p in placements)
                 sharded.setdefault((gradient.device_mesh, summed), []).append(gradient)
         for (mesh, placements), group in sharded.items():
-            mine = _sum_of_squares([g.to_local() for g in group])
+            mine = _sum_of_squares([g.to_local() for g in group]).to(mesh.device_type)  # from the CPU, if they rest
             for dim, placement in enumerate(placements):
                 if placement.is_partial():
                     dist.all_reduce(mine, group=mesh.get_group(dim))
@@ -173,11 +178,10 @@ class MasterAdamW:
 
         A parameter that is its own master is not repeated here; it is saved with the model.
         """
-        state = self.adamw.state
-        moments = {
-            key: {name: state[master][key] for name, master in self.masters.items()}
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, master in self.masters.items():
+            for key, value in self.adamw.state[master].items():
+                moments.setdefault(key, {})[name] = value
         return {"masters": {name: self.masters[name] for name in self.copied}, **moments}
 
     @torch.no_grad()
@@ -220,11 +224,6 @@ def _master(parameter: nn.Parameter) -> Tensor:
     if parameter.dtype in (torch.float32, torch.float64):
         return parameter
     return parameter.detach().to(torch.float32)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _sum_of_squares(tensors: list[Tensor]) -> Tensor:

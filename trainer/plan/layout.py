@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from jvpgraph.trainer.config import OptimizerConfig
 from jvpgraph.trainer.model.ema import PowerEMA
 from jvpgraph.trainer.model.networks import trainable
+from jvpgraph.trainer.model.offload import units
 from jvpgraph.trainer.model.optimizer import MasterAdamW
 from jvpgraph.trainer.model.student import repeated_blocks
 from jvpgraph.trainer.plan.meter import Meter
@@ -91,6 +92,28 @@ def held(network: TrigFlow, spread: Spread) -> Held:
     return Held(shapes, nbytes(root), max(sizes, default=0), max(reduced, default=0))
 
 
+class Whole(NamedTuple):
+    """Bytes of what a network that rests brings to the device.
+
+    Attributes:
+        largest: of what is outside of blocks, and of the largest block.
+        blocks: of all blocks.
+        everything: of all parameters.
+        trained: of those that have gradients.
+    """
+
+    largest: int
+    blocks: int
+    everything: int
+    trained: int
+
+
+def brought(network: TrigFlow) -> Whole:
+    *blocks, root = (nbytes(unit.parameters) for unit in units(network))
+    trained = nbytes(p for p in network.parameters() if p.requires_grad)
+    return Whole(root + max(blocks, default=0), sum(blocks), root + sum(blocks), trained)
+
+
 def split_by_plan(net: nn.Module, size: int) -> dict[str, tuple[int, ...]]:
     """What tensor parallel leaves of the parameters that the network's plan names."""
     plan = getattr(net, "tp_plan", None) or getattr(net, "_tp_plan", None) or {}
@@ -139,7 +162,12 @@ def training(
         parameters[name] = nn.Parameter(torch.empty(*shapes[name], dtype=p.dtype, device="meta"))
         parameters[name].grad = torch.empty_like(parameters[name])
     optimizer = MasterAdamW(
-        parameters, lr=settings.lr, betas=settings.betas, clip_norm=settings.clip_norm, foreach=on_gpu
+        parameters,
+        lr=settings.lr,
+        betas=settings.betas,
+        clip_norm=settings.clip_norm,
+        kind=settings.kind,
+        foreach=on_gpu,
     )
     emas = [PowerEMA(optimizer.masters, width) for width in widths]
     state = optimizer.state_dict()

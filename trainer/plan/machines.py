@@ -44,3 +44,4 @@ GPUS = {
     "mi300x": gpu(192, 1307, 163),
 }
 USABLE = 0.93  # of the memory: the rest goes to the context, libraries and gaps between allocations
+LINK = 20e9  # bytes per second between CPU and GPU: PCIe 4.0 x16 has 32e9, of which copies see two thirds

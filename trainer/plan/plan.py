@@ -13,7 +13,8 @@ from torch import Tensor
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig, StageConfig
 from jvpgraph.trainer.model.networks import build_student
-from jvpgraph.trainer.plan.layout import Held, Spread, held, training
+from jvpgraph.trainer.model.quantize import chosen, saved_bytes
+from jvpgraph.trainer.plan.layout import Held, Spread, Training, brought, held, nbytes, training
 from jvpgraph.trainer.plan.machines import GPU, USABLE
 from jvpgraph.trainer.plan.subject import check_sample, sample_of, teacher_of
 from jvpgraph.trainer.plan.updates import Cost, Costs, costs_of
@@ -29,6 +30,9 @@ class Plan:
         index: of the stage.
         parameters: of the student, and how many of them are trained.
         resident: bytes that are there all the time, by what they are for.
+        host: bytes in the memory of the CPU of what rests there, likewise.
+        host_at_work: bytes there beyond these, of gradients and an optimiser's step.
+        moved: bytes of an update between the two, both ways together.
         moments: the most bytes at each moment of an update, what is resident included.
         kept: bytes of activations that the student's forward keeps for its backward.
         at_work: bytes beyond these, gradients and what is resident, at the moment that needs the most: tangents and
@@ -43,6 +47,9 @@ class Plan:
     index: int
     parameters: tuple[int, int]
     resident: dict[str, float]
+    host: dict[str, float]
+    host_at_work: float
+    moved: float
     moments: dict[str, float]
     kept: float
     gradients: float
@@ -118,36 +125,53 @@ def plan_stage(
     settings = {"student": stage.student, "fake score": stage.fake}
     parts = {"teacher": held(teacher, spread), **{name: held(network, spread) for name, network in copies.items()}}
 
-    resident: dict[str, float] = {"teacher": resident_bytes(teacher, parts["teacher"], set())}
-    seen = {id(tensor) for tensor in tensors_of(teacher)} if not spread.many else set()
+    away = {"teacher": config.teacher.offload, "fake score": config.fake_score.offload and scored}
+    away |= {"averages": config.ema.device == "cpu" and on_gpu}
+    held_here: dict[str, float] = {}
+    host: dict[str, float] = {}
+
+    def keep(what: str, size: float, whose: str) -> None:
+        (host if away.get(whose) else held_here)[what] = size
+
+    keep("teacher", teacher_bytes(config, teacher, parts["teacher"]), "teacher")
+    # Without adapters nothing is shared: a student is a copy.
+    seen = {id(tensor) for tensor in tensors_of(teacher)}
     trained = {}
     for name, network in copies.items():
-        resident[name] = resident_bytes(network, parts[name], seen)
+        keep(name, resident_bytes(network, parts[name], seen), name)
         widths = config.ema.sigma_rel if name == "student" else ()
         trained[name] = training(network, parts[name].shapes, settings[name], widths, on_gpu)
-        resident[f"optimiser of the {name}"] = trained[name].states
-    resident["averages"] = trained["student"].averages
+        keep(f"optimiser of the {name}", trained[name].states, name)
+    keep("averages", trained["student"].averages, "averages")
     conditions = sum(x.nbytes for x in sample.cond.values())
-    resident["data"] = stage.batch // spread.parts * (sample.x0.nbytes + conditions)
+    held_here["data"] = stage.batch // spread.parts * (sample.x0.nbytes + conditions)
 
     costs = costs or costs_of(config, stage, teacher, sample, stage.batch // spread.parts)
-    base = sum(resident.values())
-    moments = {}
+    base = sum(held_here.values())
+    guests = at_work_of_guests(config, copies | {"teacher": teacher}, spread)
+    moments, host_at_work = {}, 0.0
     for name in copies:
         cost = costs.student if name == "student" else costs.fake
         own, part = trained[name], parts[name]
-        for moment, most in at_moments(cost, stage, own.gradients, part, spread).items():
-            moments[f"{name}: {moment}"] = base + most
-        moments[f"{name}: optimiser's step"] = base + own.gradients + own.step
+        elsewhere = away.get(name, False)
+        for moment, most in at_moments(cost, stage, own.gradients, part, spread, elsewhere).items():
+            moments[f"{name}: {moment}"] = base + most + guests[name]
+        if elsewhere:
+            host_at_work = own.gradients + own.step
+        else:
+            moments[f"{name}: optimiser's step"] = base + own.gradients + own.step
     split = spread.tokens * spread.sizes["tp"]
     computed = costs.student.flops + costs.fake_updates * costs.fake.flops
     return Plan(
         index=index,
         parameters=count(student),
-        resident=resident,
+        resident=held_here,
+        host=host,
+        host_at_work=host_at_work,
+        moved=moved(config, stage, copies | {"teacher": teacher}, costs, parts, trained, spread) if on_gpu else 0.0,
         moments=moments,
         kept=costs.student.kept / spread.tokens,
-        gradients=max(own.gradients for own in trained.values()),
+        gradients=max(own.gradients for name, own in trained.items() if not away.get(name)),
         flops=stage.accumulate * computed / split,
         dtype=computing_dtype(student),
         steps=stage.steps,
@@ -157,23 +181,84 @@ def plan_stage(
     )
 
 
-def at_moments(cost: Cost, stage: StageConfig, gradients: float, part: Held, spread: Spread) -> dict[str, float]:
+def at_moments(
+    cost: Cost, stage: StageConfig, gradients: float, part: Held, spread: Spread, elsewhere: bool
+) -> dict[str, float]:
     """Bytes beyond what is resident.
 
     FSDP2 gathers a block into a buffer and copies its parameters from there, while those outside of blocks are there;
     in the backward it also reduces the block's gradients, from a float32 copy. At the end of that, activations are gone
-    and each process has its part of the gradients.
+    and each process has its part of the gradients, on the CPU if the network rests there (`elsewhere`).
     """
-    before = gradients if stage.accumulate > 1 else 0.0
+    own = 0.0 if elsewhere else gradients
+    before = own if stage.accumulate > 1 else 0.0
     gathered = part.root + 2 * part.block
-    end = cost.end + before
+    end = max(0.0, cost.end - (gradients - own)) + before
     if spread.many:
-        end = gradients + gathered + part.reduced
+        end = own + gathered + part.reduced
     return {
         "forward": cost.forward / spread.tokens + before + gathered,
         "backward begins": cost.start / spread.tokens + before + gathered + part.reduced,
         "backward ends": end,
     }
+
+
+def at_work_of_guests(config: RunConfig, networks: Mapping[str, TrigFlow], spread: Spread) -> dict[str, float]:
+    """What networks that rest bring to the device in an update of each; FSDP2's gathers are in `at_moments`.
+
+    A block at a time; but what is trained keeps its blocks for the backward, if that does not compute them again. Of a
+    teacher in bytes, one weight is widened.
+    """
+    found = {"student": 0.0, "fake score": 0.0}
+    if config.teacher.quantization is not None:
+        found["student"] += max(layer.weight.nbytes for layer in chosen(networks["teacher"]).values())
+    if spread.sharded:
+        return found
+    if config.teacher.offload:
+        found["student"] += brought(networks["teacher"]).largest
+    if config.fake_score.offload and "fake score" in networks:
+        sizes = brought(networks["fake score"])
+        found["student"] += sizes.largest
+        found["fake score"] += sizes.largest if config.student.checkpoint_blocks else sizes.everything
+    return found
+
+
+def moved(
+    config: RunConfig,
+    stage: StageConfig,
+    networks: Mapping[str, TrigFlow],
+    costs: Costs,
+    parts: Mapping[str, Held],
+    trained: Mapping[str, Training],
+    spread: Spread,
+) -> float:
+    """Bytes between CPU and device in an update of the student and those of the fake score, as `Traffic` counts."""
+    total = 0.0
+    shares = {
+        name: resident_bytes(n, parts[name], set()) / max(1, nbytes(tensors_of(n))) for name, n in networks.items()
+    }
+    if config.teacher.offload:
+        size = brought(networks["teacher"]).everything * shares["teacher"]
+        if config.teacher.quantization is not None:
+            size -= saved_bytes(networks["teacher"], config.teacher.quantization)
+        total += costs.teacher_calls * size
+    if config.fake_score.offload and "fake score" in networks:
+        sizes, share = brought(networks["fake score"]), shares["fake score"]
+        again = sizes.everything if spread.sharded else sizes.blocks * config.student.checkpoint_blocks
+        gradients = sizes.trained + (0 if spread.sharded else sizes.trained / sizes.everything * again)
+        each = sizes.everything + again + gradients
+        total += share * (costs.fake_calls * sizes.everything + costs.fake_updates * each)
+    total *= stage.accumulate
+    if config.ema.device == "cpu":
+        total += trained["student"].averages / len(config.ema.sigma_rel)
+    return total
+
+
+def teacher_bytes(config: RunConfig, teacher: TrigFlow, part: Held) -> float:
+    kind = config.teacher.quantization
+    if kind is None:
+        return resident_bytes(teacher, part, set())
+    return nbytes(tensors_of(teacher)) - saved_bytes(teacher, kind)  # in each process
 
 
 def tensors_of(network: TrigFlow) -> list[Tensor]:

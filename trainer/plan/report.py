@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.plan.machines import GPUS, USABLE
+from jvpgraph.trainer.plan.machines import GPUS, LINK, USABLE
 from jvpgraph.trainer.plan.plan import Plan
 
 
@@ -24,6 +24,7 @@ def report(plan: Plan, config: RunConfig, name: str, share: float) -> str:
         f"  memory of each process, {unit}",
         *(f"    {what:<30}{sized(size):>8}" for what, size in rows(plan)),
         f"    {'most at once':<30}{sized(plan.peak):>8}  ({max(plan.moments, key=plan.moments.__getitem__)})",
+        *on_the_cpu(plan),
         f"  FLOPs per update  {plan.flops:.3g} in each process, recomputation included",
         f"  time              {duration(seconds)} per update, {duration(seconds * plan.steps)} for {plan.steps} "
         f"updates, at {share:.0%} of {gpu.peak(plan.dtype) / 1e12:.0f} TFLOPs/s",
@@ -37,6 +38,16 @@ def report(plan: Plan, config: RunConfig, name: str, share: float) -> str:
         )
         lines += [f"    try {text}" for text in advice(plan, config)]
     return "\n".join(lines)
+
+
+def on_the_cpu(plan: Plan) -> Iterator[str]:
+    if plan.host:
+        yield "  on the CPU, GiB for each process"
+        rows = {**plan.host, "gradients and a step there": plan.host_at_work}
+        yield from (f"    {what:<30}{amount(size):>8}" for what, size in rows.items() if size)
+    if plan.moved:
+        price = f"{duration(plan.moved / LINK)} at {LINK / 1e9:.0f} GB/s"
+        yield f"  moved             {amount(plan.moved)} GiB per update between CPU and GPU: {price}"
 
 
 def rows(plan: Plan) -> Iterator[tuple[str, float]]:
@@ -56,12 +67,33 @@ def advice(plan: Plan, config: RunConfig) -> Iterator[str]:
         yield f"{less}: the same samples per update in twice as many passes"
     if held > 0.3 * plan.peak and len(config.ema.sigma_rel) > 1:
         yield f"ema.sigma_rel='[{config.ema.sigma_rel[0]:g}]': one average instead of {len(config.ema.sigma_rel)}"
+    yield from smaller(plan, config)
     if held + plan.gradients > 0.3 * plan.peak:
         if config.student.lora is None:
             yield "student.lora='{rank: 64}': adapters are trained, on the teacher's own weights"
         yield f"more GPUs: parallel.dp_shard=-1 and --gpus {2 * plan.processes}, which split all that is held"
     if plan.kept + plan.at_work > 0.5 * plan.peak and stage.batch <= plan.processes:
         yield f"parallel.cp_ulysses=2 and --gpus {2 * plan.processes}: the tokens of a sample are split"
+
+
+def smaller(plan: Plan, config: RunConfig) -> Iterator[str]:
+    """Other places and smaller numbers for what is held, where that is a good part of it."""
+    parallel, stage, much = config.parallel, config.stages[plan.index], 0.05 * plan.peak
+    split = plan.processes > parallel.dp_replicate
+    if plan.resident.get("averages", 0) > much:
+        yield f"ema.device=cpu: {amount(plan.resident['averages'])} GiB of averages off the GPU, copied once per update"
+    for name, key in (("student", "student"), ("fake score", "fake")):
+        kind = getattr(stage, key).kind
+        if plan.resident.get(f"optimiser of the {name}", 0) > much and kind == "adamw" and parallel.tp == 1:
+            yield f"stages.{plan.index}.{key}.kind=adamw_8bit: moments of a byte instead of four (torchao)"
+    if config.student.lora is not None or config.student.compile or parallel.tp > 1:
+        return
+    for name, key in (("fake score", "fake_score"), ("teacher", "teacher")):
+        held = sum(size for what, size in plan.resident.items() if name in what)
+        if held > much:
+            yield f"{key}.offload=true: {amount(held)} GiB rest on the CPU, and are copied when they are used"
+    if plan.resident.get("teacher", 0) > much and config.teacher.quantization is None and not split:
+        yield "teacher.quantization=int8: a byte for each weight of its linear layers (torchao), rounded to that"
 
 
 def amount(size: float, unit: str = "GiB") -> str:

@@ -7,11 +7,12 @@ moments that stay what they are: the forward, the first half of the backward, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig, StageConfig
@@ -46,6 +47,8 @@ class Costs(NamedTuple):
     fake: Cost  # of one update of the fake score
     fake_updates: float  # per update of the student
     plain: float  # FLOPs of one pass of the student without tangents, forward only
+    teacher_calls: float  # in the loss of the student
+    fake_calls: float  # likewise
 
 
 def costs_of(config: RunConfig, stage: StageConfig, teacher: TrigFlow, sample: Batch, size: int) -> Costs:
@@ -68,6 +71,8 @@ def costs_of(config: RunConfig, stage: StageConfig, teacher: TrigFlow, sample: B
                 total.fake.plus(more.fake.plus(base.fake, -1), count - FEW),
                 base.fake_updates,
                 total.plain + (count - FEW) * (more.plain - base.plain),
+                base.teacher_calls,
+                base.fake_calls,
             )
     return total
 
@@ -85,7 +90,9 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch) -> Costs:
     def student_loss(iteration: int) -> Terms:
         return loss(subject.dual, subject.guided, batch, noise, objective, iteration=iteration, fake=fake)
 
-    of_student = run(subject.student, [partial(student_loss, i) for i in iterations])
+    with calls_of(subject.teacher) as teacher_calls, calls_of(subject.fake) as fake_calls:
+        of_student = run(subject.student, [partial(student_loss, i) for i in iterations])
+    runs = 2 * len(iterations)  # each once to make its graphs
     of_fake = Cost()
     updates = [objective.fake_updates(i) for i in iterations]
     if fake is not None and subject.fake is not None:
@@ -96,7 +103,18 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch) -> Costs:
         of_fake = run(subject.fake, [partial(fake_loss, count) for count in range(cycle)])
     with Meter(known) as meter:
         subject.dual(batch.x0.double(), batch.x0.new_empty(len(batch)).double(), batch.cond)
-    return Costs(of_student, of_fake, sum(updates) / len(updates), meter.flops)
+    rate = sum(updates) / len(updates)
+    return Costs(of_student, of_fake, rate, meter.flops, len(teacher_calls) / runs, len(fake_calls) / runs)
+
+
+@contextmanager
+def calls_of(network: nn.Module | None) -> Iterator[list[None]]:
+    """An entry for each call of a network from here on."""
+    calls: list[None] = []
+    hook = None if network is None else network.register_forward_pre_hook(lambda *_: calls.append(None))
+    yield calls
+    if hook is not None:
+        hook.remove()
 
 
 def costs(model: TrigFlow, losses: Iterable[Callable[[], Terms]], *, known: list[Tensor], again: bool) -> Cost:

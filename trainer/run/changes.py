@@ -31,15 +31,21 @@ RULES = {
     "student.compile": FREE,
     "student.checkpoint_blocks": FREE,
     "ema.snapshot_every": FREE,
+    "ema.device": FREE,
+    "teacher.offload": FREE,
+    "fake_score": FREE,
     "data.workers": FREE,
     "data.source.options.on_bad_shard": FREE,
     "data": ASKED,  # moved, or other data, which is then read from its beginning
     "model": ASKED,  # moved, or another teacher of the same shape
     "imports": ASKED,
+    "teacher": ASKED,
     "guidance": ASKED,
     "conditions": ASKED,
     "stages": ASKED,
     "stages.*.objective.name": NEVER,  # another objective keeps other things in a checkpoint
+    "stages.*.student.kind": NEVER,  # other moments
+    "stages.*.fake.kind": NEVER,
     "seed": NEVER,  # the order of the data follows from it
     "student": NEVER,  # other parameters
     "ema": NEVER,  # averages cannot begin in the middle

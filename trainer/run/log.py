@@ -6,7 +6,6 @@ Seconds per step and memory go to the bar, TensorBoard and wandb.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import resource
@@ -15,7 +14,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jvpgraph.trainer.files import naming, write_whole
+from jvpgraph.trainer.optional import optional
 
 
 class RunLog:
@@ -69,8 +69,15 @@ class RunLog:
     ) -> None:
         self.close()
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of the log: numbers by name, the loss under `loss`. Raises ValueError if steps go back."""
+    def add(self, step: int, values: Mapping[str, float], moved: int = 0) -> None:
+        """One line of the log: numbers by name, the loss under `loss`.
+
+        Args:
+            moved: bytes that went between CPU and device since the last line.
+
+        Raises:
+            ValueError: steps go back.
+        """
         if step <= self.step:
             raise ValueError(f"step {step} was logged after step {self.step}")
         now = time.perf_counter()
@@ -80,6 +87,8 @@ class RunLog:
             self.file.write(f"{json.dumps({'step': step, **numbers})}\n")
             self.file.flush()
         machine = {"seconds_per_step": seconds, "memory_gib": memory_gib()}
+        if moved:
+            machine["moved_gib_per_step"] = moved / (step - self.step) / 2**30
         if self.writer is not None:
             for name, value in {**numbers, **machine}.items():
                 self.writer.add_scalar(name, value, step)
@@ -87,9 +96,10 @@ class RunLog:
             self.wandb.log({**numbers, **machine}, step=step)
         shown = {name: value for name, value in numbers.items() if name == "loss" or "tangent" in name}
         texts = [f"{name} {value:.4g}" for name, value in shown.items()]
-        self.bar.set_postfix_str(
-            ", ".join([*texts, f"{seconds:.3g} s/step", f"{machine['memory_gib']:.1f} GiB"]), refresh=False
-        )
+        texts += [f"{seconds:.3g} s/step", f"{machine['memory_gib']:.1f} GiB"]
+        if moved:
+            texts.append(f"{machine['moved_gib_per_step']:.3g} GiB moved/step")
+        self.bar.set_postfix_str(", ".join(texts), refresh=False)
         self.bar.update(step - self.step)
         self.step, self.time = step, now
 
@@ -107,16 +117,6 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.finish()
         self.writer = self.wandb = None
-
-
-def optional(module: str, package: str, without: str) -> ModuleType:
-    """A module that need not be installed. Raises ValueError that says how to install it or do without."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(
-            f"the settings ask for {package}: pip install {package}, or set {without} ({error})"
-        ) from error
 
 
 def wandb_id(folder: Path) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import jvpgraph
 from jvpgraph.trainer.batch import Batch
-from jvpgraph.trainer.model.optimizer import local
+from jvpgraph.trainer.model.parts import local
 from jvpgraph.trainer.objectives import Terms
 from jvpgraph.trainer.run.ranks import Ranks
 

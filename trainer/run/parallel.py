@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
@@ -34,9 +34,11 @@ from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import ParallelConfig, RunConfig
 from jvpgraph.trainer.data.sample import shorten
 from jvpgraph.trainer.model.networks import device_of
-from jvpgraph.trainer.model.optimizer import local
+from jvpgraph.trainer.model.offload import Traffic, buffers_to, count_gathers, rest
+from jvpgraph.trainer.model.parts import local
 from jvpgraph.trainer.model.student import repeated_blocks
 from jvpgraph.trainer.noise import Random, RankNoise
+from jvpgraph.trainer.run.memory import clashes
 from jvpgraph.trainer.run.ranks import Ranks
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -85,26 +87,35 @@ def sizes_of(config: ParallelConfig, world: int) -> dict[str, int]:
 
 
 def check(config: RunConfig, sizes: Mapping[str, int]) -> None:
-    """Raises ValueError for settings that cannot be spread like this."""
+    """Raises ValueError for settings that cannot be spread like this or do not go together, of all at once."""
+    problems = [*misfits(config, sizes), *clashes(config, sizes)]
+    if len(problems) > 1:
+        lines = "\n  ".join(problems)
+        raise ValueError(f"{len(problems)} settings do not go together:\n  {lines}\nChange them and start again.")
+    if problems:
+        raise ValueError(problems[0])
+
+
+def misfits(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[str]:
     parts = sizes["dp_replicate"] * sizes["dp_shard"]
     for index, stage in enumerate(config.stages):
         if stage.batch % parts:
-            raise ValueError(
+            yield (
                 f"stages.{index}.batch is {stage.batch}, and parallel splits it into {parts} equal parts: "
                 f"take a multiple of {parts}"
             )
     if prod(sizes.values()) > 1 and config.student.compile:
-        raise ValueError("student.compile needs one process: fully_shard's hooks are not compiled. Set it to false")
+        yield "student.compile needs one process: fully_shard's hooks are not compiled. Set it to false"
     if sizes["tp"] > 1 and parts > 1 and config.student.backend == "inductor":
         # torch 2.13 puts device_mesh._get_submesh into the graph as no overload, which Inductor's lowering asserts.
-        raise ValueError(
+        yield (
             "parallel.tp with dp_shard or dp_replicate uses part of a mesh, for which Inductor has no lowering: set "
             "student.backend to eager, or tp to 1, or tp to the number of processes"
         )
     if sizes["tp"] > 1 and context_parallel(sizes):
-        raise ValueError("parallel.tp and parallel.cp_* do not go together in the trainer yet: set one of them to 1")
+        yield "parallel.tp and parallel.cp_* do not go together in the trainer yet: set one of them to 1"
     if sizes["tp"] > 1 and config.student.lora is not None:
-        raise ValueError("parallel.tp splits linear layers, and not LoRA adapters on them: use dp_shard, or no lora")
+        yield "parallel.tp splits linear layers, and not LoRA adapters on them: use dp_shard, or no lora"
 
 
 def context_parallel(sizes: Mapping[str, int]) -> bool:
@@ -175,14 +186,21 @@ class Layout:
         """Draws for this process's part of a batch from a generator that all processes have in the same state."""
         return rng if self.parts == 1 else RankNoise(rng, self.part, self.parts)
 
-    def spread(self, model: TrigFlow) -> TrigFlow:
+    def keep(self, model: TrigFlow, rests: Traffic | None = None) -> TrigFlow:
+        """The model itself, all of it in this process; `rests` as in `spread`."""
+        return model.to(self.device) if rests is None else rest(model, self.device, rests)
+
+    def spread(self, model: TrigFlow, rests: Traffic | None = None) -> TrigFlow:
         """The model itself, its parameters split over the processes and on their devices; names stay.
+
+        Args:
+            rests: keep them on the CPU while they are not used, and count here what is copied.
 
         Raises:
             ValueError: the network has no plan for tensor parallel, or it does not divide.
         """
         if self.meshes is None:
-            return model
+            return self.keep(model, rests)
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         if self.sizes["tp"] > 1:
             parallelize(model.net, self.meshes.weights["tp"])
@@ -192,17 +210,30 @@ class Layout:
             split_tokens(model.net, self.meshes.data)
         if self.sharded:
             mesh, whole = self.meshes.weights[self.shard_dims], set[nn.Parameter]()
+            stays = OffloadPolicy() if rests is None else CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
             # The root too gives up what it gathered: its parameters may be written to between two forwards.
             for module in (*repeated_blocks(model.net), model):
                 dtype, others = main_dtype(p for p in module.parameters() if "shard" not in mesh_dims(p))
                 whole |= others
                 wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
                 policy = MixedPrecisionPolicy(reduce_dtype=wide)
-                fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=whole)
+                fully_shard(
+                    module,
+                    mesh=mesh,
+                    reshard_after_forward=True,
+                    mp_policy=policy,
+                    offload_policy=stays,
+                    ignored_params=whole,
+                )
                 if context_parallel(self.sizes):  # sums over the tokens, means over the samples
                     module.set_gradient_divide_factor(self.parts)  # type: ignore[operator]
                     # Else a factor of one's own becomes PREMUL_SUM, which is NCCL's only.
                     module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+            if rests is not None:
+                count_gathers(model, rests)
+                for parameter in whole:
+                    parameter.data = parameter.data.to(self.device)
+                return buffers_to(model, self.device)
         return model.to(self.device)
 
     @property

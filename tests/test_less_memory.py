@@ -1,0 +1,414 @@
+"""Less memory: adapters on one base, networks and averages on the CPU, moments and weights of a byte."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import jvpgraph
+from jvpgraph.trainer import settings
+from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.model.ema import PowerEMA, update_all
+from jvpgraph.trainer.model.networks import trainable
+from jvpgraph.trainer.model.offload import Traffic, nbytes, rest, units
+from jvpgraph.trainer.model.optimizer import MasterAdamW
+from jvpgraph.trainer.model.quantize import quantize
+from jvpgraph.trainer.model.student import checkpointed
+from jvpgraph.trainer.plan.plan import plan_run
+from jvpgraph.trainer.plan.report import report, smaller
+from jvpgraph.trainer.run.finished import load_run
+from jvpgraph.trainer.run.log import RunLog
+from jvpgraph.trainer.run.memory import clashes
+from jvpgraph.trainer.run.parallel import check, sizes_of
+from jvpgraph.trainer.train import train
+from jvpgraph.trainer.trigflow import TrigFlow
+from tests.test_train import RCM, awake, config_of, content, last_checkpoint, stage
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ADAPTERS = {"rank": 2, "alpha": 2.0, "targets": ["qkv", "out"]}
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(found: Path, expected: Path, scratch: Path) -> None:
+    """Logs and last checkpoints, to the bit: the ops are the same."""
+    assert lines(found) == lines(expected)
+    got, want = (content(last_checkpoint(folder), scratch / "content.pt") for folder in (found, expected))
+    assert not got.keys() ^ want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+# ---------------------------------------------------------------- on the CPU
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "blocks", [pytest.param(False, marks=pytest.mark.matrix), True], ids=["plain", "checkpointed blocks"]
+)
+def test_a_run_whose_networks_rest_is_the_same(tmp_path: Path, blocks: bool) -> None:
+    stages = [stage(RCM, 3)]
+    student = {"backend": "eager", "checkpoint_blocks": blocks}
+    plain = train(config_of(tmp_path / "plain", stages, student=student))
+    away = {"teacher": {"offload": True}, "fake_score": {"offload": True}, "ema": {"device": "cpu"}}
+    at_rest = train(config_of(tmp_path / "at rest", stages, student=student, **away))
+    assert_same_run(at_rest, plain, tmp_path)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"a": nn.Linear(16, 32), "b": nn.Linear(32, 16)})
+        self.register_buffer("ones", torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.ones * self.layers["b"](self.layers["a"](x).relu())
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = self.first(x) * t[:, None]
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["plain", "checkpointed blocks"])
+def test_parameters_are_on_the_device_while_their_block_computes(blocks: bool) -> None:
+    """Fake tensors refuse ops on two devices, and so stand for a GPU: theirs is called meta here."""
+    with FakeTensorMode():
+        model = TrigFlow(Net())
+        for block in model.net.blocks if blocks else ():
+            block.__class__ = checkpointed(Block)
+        traffic, device = Traffic(), torch.device("meta")
+        rest(model, device, traffic)
+        x, t = torch.randn(4, 8, device=device), torch.rand(4, device=device)
+        whole = sum(p.nbytes for p in model.parameters())
+        in_blocks = sum(p.nbytes for p in model.net.blocks.parameters())
+        with torch.no_grad():
+            assert model(x, t, {}).device == device
+        assert traffic.take() == whole
+        model(x, t, {}).sum().backward()
+        assert traffic.take() == 2 * whole + 2 * in_blocks * blocks  # gradients; and what is computed again
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+        optimizer = MasterAdamW(trainable(model), lr=1e-3)
+        assert all(p.grad is not None and p.grad.device.type == "cpu" for p in optimizer.parameters.values())
+        assert optimizer.gradient_norm().device.type == "cpu"
+        assert {b.device for b in model.buffers()} == {device}
+
+
+def test_averages_away_from_their_parameters() -> None:
+    with FakeTensorMode():
+        parameters = {name: torch.zeros(64, 2, device="meta", dtype=torch.bfloat16) for name in "ab"}
+        emas = [PowerEMA(parameters, sigma, "cpu") for sigma in (0.05, 0.1)]
+        assert update_all(emas, parameters) == 2 * 64 * 2 * 2  # once, for both
+        assert {p.device.type for ema in emas for p in ema.parameters.values()} == {"cpu"}
+    parameters = {"a": torch.zeros(4)}
+    assert update_all([PowerEMA(parameters, 0.1, "cpu")], parameters) == 0
+
+
+def test_a_block_that_fails_has_its_parameters_back() -> None:
+    model = rest(TrigFlow(Net()), torch.device("cpu"), Traffic())
+    own = list(model.parameters())
+    with pytest.raises(RuntimeError, match="shapes"):
+        model(torch.randn(4, 9), torch.rand(4), {})
+    assert all(a is b for a, b in zip(own, model.parameters(), strict=True))
+    assert sum(len(unit.parameters) for unit in units(model)) == len(own)
+
+
+# ---------------------------------------------------------------- moments of a byte
+
+
+def random_steps(optimizer: MasterAdamW, count: int, seed: int = 0) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        for parameter in optimizer.parameters.values():
+            parameter.grad = torch.randn(parameter.shape, generator=rng).add_(0.5).to(parameter.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_8_bit_moments(dtype: torch.dtype) -> None:
+    """Near those of float32, a quarter of their size, and the same after a stop."""
+    pytest.importorskip("torchao")
+    shapes = {"matrix": (64, 256), "kernel": (16, 8, 4, 16), "adapter": (128, 64), "odd": (100, 50), "bias": (4096,)}
+    rng = torch.Generator().manual_seed(0)
+    start = {name: torch.randn(shape, generator=rng).to(dtype) for name, shape in shapes.items()}
+
+    def optimizer(kind: Any) -> MasterAdamW:
+        parameters = {name: nn.Parameter(value.clone()) for name, value in start.items()}
+        return MasterAdamW(parameters, lr=1e-2, betas=(0.9, 0.99), kind=kind)
+
+    plain, small = optimizer("adamw"), optimizer("adamw_8bit")
+    state = small.state_dict()
+    assert set(state["exp_avg_codes"]) == {"matrix", "kernel", "adapter"}
+    assert set(state["exp_avg_sq"]) == {"odd", "bias"}
+    assert state["exp_avg_scale"]["matrix"].shape == (64, 1)
+    for each in (plain, small):
+        random_steps(each, 10)
+    for name, value in start.items():
+        moved = (plain.masters[name] - value.float()).norm()
+        error = (plain.masters[name] - small.masters[name]).norm() / moved
+        assert error < (0.02 if name in state["exp_avg_codes"] else 1e-5), name
+        assert small.parameters[name].dtype == dtype
+    saved = {part: {n: t.clone() for n, t in tensors.items()} for part, tensors in small.state_dict().items()}
+    again = optimizer("adamw_8bit")
+    with torch.no_grad():
+        for name, parameter in again.parameters.items():
+            parameter.copy_(small.parameters[name])
+    again.load_state_dict(saved)
+    for each in (small, again):
+        random_steps(each, 3, seed=1)
+    assert all(torch.equal(small.masters[name], again.masters[name]) for name in start)
+    with pytest.raises(ValueError, match="another optimizer"):
+        optimizer("adamw").load_state_dict(saved)
+
+
+@pytest.mark.matrix
+def test_the_compiled_update_that_gpus_have() -> None:
+    pytest.importorskip("torchao")
+    start = {f"{n}": torch.randn(n, 256) for n in range(16, 27)}  # more shapes than Dynamo takes by itself
+    found = []
+    for compiled in (False, True):
+        optimizer = MasterAdamW(
+            {name: nn.Parameter(value.clone()) for name, value in start.items()}, lr=1e-2, kind="adamw_8bit"
+        )
+        if compiled:
+            optimizer.adamw.update = optimizer.adamw.compiled
+        random_steps(optimizer, 3)
+        found.append(optimizer.masters)
+    for name, value in start.items():  # some bytes are rounded the other way
+        assert (found[0][name] - found[1][name]).norm() < 1e-3 * (found[0][name] - value).norm(), name
+
+
+def test_float64_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    model = {**WIDE, "options": {**WIDE["options"], "dtype": "float64"}}
+    with pytest.raises(ValueError, match=r"adamw_8bit steps in float32, and net\.positions is float64"):
+        train(config_of(tmp_path / "run", EIGHT, model=model))
+    assert not (tmp_path / "run").exists()
+
+
+def test_8_bit_moments_are_not_for_float64() -> None:
+    with pytest.raises(ValueError, match=r"steps in float32, and a is float64: set student.dtype"):
+        MasterAdamW({"a": nn.Parameter(torch.zeros(4).double())}, lr=1e-3, kind="adamw_8bit")
+
+
+# ---------------------------------------------------------------- weights of a byte
+
+
+def dequantised(model: TrigFlow) -> TrigFlow:
+    """A copy with whole weights of the same values."""
+    whole = awake(width=64, depth=1, heads=2, dtype=str(next(model.net.parameters()).dtype)[6:])
+    for own, other in zip(whole.net.parameters(), model.net.parameters(), strict=True):
+        own.data = (other.dequantize() if hasattr(other, "qdata") else other).detach().to(own.dtype)
+    return whole.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("backend", ["op_by_op", pytest.param("inductor", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_a_teacher_of_bytes_and_its_tangent(kind: str, dtype: str, backend: str) -> None:
+    pytest.importorskip("torchao")
+    model = awake(width=64, depth=1, heads=2, dtype=dtype).eval()
+    before = sum(p.nbytes for p in model.net.parameters())
+    small = quantize(model, kind)
+    assert sum(map(nbytes, small.net.parameters())) < before * (0.6 if dtype == "bfloat16" else 0.35)
+    whole = dequantised(small)
+    for size in (4, 3):
+        x, t, cond = torch.randn(size, 1, 8, 8).double(), torch.rand(size).double(), {"labels": torch.arange(size)}
+        tangents = {"x": torch.randn_like(x), "t": t}
+        found = jvpgraph.transform(small, backend=backend, dynamic=False)(x, t, cond, tangents=tangents)
+        wanted = jvpgraph.transform(whole, backend="op_by_op")(x, t, cond, tangents=tangents)
+        for a, b in zip(found, wanted, strict=True):
+            assert (a - b).norm() < (2e-2 if dtype == "bfloat16" else 1e-5) * b.norm()
+
+
+def test_networks_without_linear_layers_are_not_quantised() -> None:
+    with pytest.raises(ValueError, match=r"Conv2d has no linear layers.*set it to null"):
+        quantize(TrigFlow(nn.Conv2d(1, 1, 1)), "int8")
+
+
+# ---------------------------------------------------------------- runs
+
+WIDE = {"load": "tests.test_train:awake", "options": {"width": 64, "depth": 1, "heads": 2}}
+EVERYTHING = {
+    "model": WIDE,
+    "teacher": {"offload": True, "quantization": "int8"},
+    "fake_score": {"offload": True},
+    "ema": {"sigma_rel": [0.05, 0.1], "device": "cpu", "snapshot_every": 2},
+}
+
+
+@pytest.mark.slow
+def test_a_run_with_all_of_it_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    small = {"student": {"lr": 1e-3, "kind": "adamw_8bit"}, "fake": {"lr": 1e-3, "kind": "adamw_8bit"}}
+    one = train(config_of(tmp_path / "one", [stage(RCM, 4, **small)], **EVERYTHING))
+    two = train(config_of(tmp_path / "two", [stage(RCM, 2, **small)], **EVERYTHING))
+    train(config_of(tmp_path / "two", [stage(RCM, 4, **small)], **EVERYTHING))
+    assert_same_run(two, one, tmp_path)
+    state = content(last_checkpoint(one), tmp_path / "content.pt")
+    assert state[".optimizer.exp_avg_codes.net.blocks.0.attention.qkv.weight"].dtype == torch.uint8
+    assert state[".fake_optimizer.exp_avg_sq_codes.net.blocks.0.attention.qkv.weight"].any()
+    plain = train(config_of(tmp_path / "plain", [stage(RCM, 4)], model=WIDE))
+    for a, b in zip(lines(one), lines(plain), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+        assert a["loss"] != b["loss"]
+    student = load_run(one).student.state_dict()  # averaged
+    kept = content(last_checkpoint(one), tmp_path / "content.pt")
+    assert all(torch.equal(student[n], kept[f".ema.0.05.parameters.{n}"]) for n in ("net.patch_in.weight",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "blocks", [False, pytest.param(True, marks=pytest.mark.matrix)], ids=["plain", "checkpointed blocks"]
+)
+def test_the_price_is_shown_and_planned(tmp_path: Path, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = {"name": "rcm", "dmd": {"fake_updates_per_step": 2, "simulation_steps": 1}}
+    away = {"teacher": {"offload": True}, "fake_score": {"offload": True}}
+    student = {"backend": "eager", "checkpoint_blocks": blocks}
+    model = {**WIDE, "load": "jvpgraph.trainer.dit:dit"}
+    config = config_of(tmp_path / "run", [stage(objective, 3, accumulate=2)], **away, student=student, model=model)
+    shown = []
+    monkeypatch.setattr(RunLog, "add", lambda self, step, values, moved=0: shown.append(moved))
+    train(config)
+    [plan] = plan_run(config, processes=1)
+    assert shown[1:] == [plan.moved, plan.moved]  # the first has the checks too
+    told = report(plan, config, "h100", 0.4)
+    assert "on the CPU, GiB for each process" in told
+    assert "GiB per update between CPU and GPU" in told
+
+
+def test_the_bar_has_the_price(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path, tensorboard=False, wandb=None, total=2) as log:
+        log.add(2, {"loss": 1.0}, moved=2**31)
+    assert "1 GiB moved/step" in capfd.readouterr().err
+    assert "moved" not in (tmp_path / "log.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "each", [False, pytest.param(True, marks=pytest.mark.matrix)], ids=["all of it", "each by itself"]
+)
+def test_what_the_plan_advises_helps(tmp_path: Path, each: bool) -> None:
+    objective = {"name": "rcm", "dmd": {"fake_updates_per_step": 1, "simulation_steps": 1}}
+    config = config_of(
+        tmp_path, [{**stage(objective, 3), "batch": 1}], model={**WIDE, "load": "jvpgraph.trainer.dit:dit"}
+    )
+    [plan] = plan_run(config, processes=1)
+    said = [line.partition(":")[0] for line in smaller(plan, config)]
+    assert said == [
+        "ema.device=cpu",
+        "stages.0.student.kind=adamw_8bit",
+        "stages.0.fake.kind=adamw_8bit",
+        "fake_score.offload=true",
+        "teacher.offload=true",
+        "teacher.quantization=int8",
+    ]
+    settings.save(config, tmp_path / "run.yaml")
+    for override in said if each else ():
+        other = settings.load(RunConfig, tmp_path / "run.yaml", [override])
+        [less] = plan_run(other, processes=1)
+        assert sum(less.resident.values()) < 0.97 * sum(plan.resident.values()), override
+    everything = settings.load(RunConfig, tmp_path / "run.yaml", said)
+    [least] = plan_run(everything, processes=1)
+    assert not list(smaller(least, everything))
+    assert least.peak < 0.7 * plan.peak
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("more", [{"lora": ADAPTERS}, {}], ids=["adapters", "everything"])
+def test_on_inductor_too(tmp_path: Path, dtype: str, more: dict[str, Any]) -> None:
+    common = {**({} if more else EVERYTHING), "model": {**WIDE, "options": {**WIDE["options"], "dtype": dtype}}}
+    runs = [
+        train(config_of(tmp_path / backend, [stage(RCM, 3)], **common, student={"backend": backend, **more}))
+        for backend in ("eager", "inductor")
+    ]
+    for a, b in zip(*map(lines, runs), strict=True):
+        for name in ("loss", "tangent_norm"):
+            assert a[name] == pytest.approx(b[name], rel=3e-2 if dtype == "bfloat16" else 1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.matrix), "bfloat16"])
+def test_adapters_share_their_base(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is that of separate networks, to the bit; and checkpoints hold adapters alone."""
+    more: dict[str, Any] = {
+        "student": {"backend": "eager", "lora": ADAPTERS},
+        "model": {**WIDE, "options": {**WIDE["options"], "dtype": dtype}},
+    }
+    shared = train(config_of(tmp_path / "shared", [stage(RCM, 3)], **more))
+    with monkeypatch.context() as patch:
+        patch.setattr("jvpgraph.trainer.model.student._shared", lambda module: {})
+        patch.setattr("jvpgraph.trainer.run.build.share_frozen", lambda student, teacher: None)
+        separate = train(config_of(tmp_path / "separate", [stage(RCM, 3)], **more))
+    assert_same_run(shared, separate, tmp_path)
+    state = content(last_checkpoint(shared), tmp_path / "content.pt")
+    of_networks = [key for key in state if key.startswith((".student.", ".fake.", ".ema."))]
+    assert of_networks
+    assert all("lora_" in key for key in of_networks)
+
+
+# ---------------------------------------------------------------- what does not go together
+
+LORA = {"student": {"lora": ADAPTERS}}
+EIGHT = [{**stage(RCM, 1), "student": {"kind": "adamw_8bit"}}]
+
+
+@pytest.mark.parametrize(
+    ("more", "sizes", "words"),
+    [
+        (
+            {"teacher": {"offload": True}, **LORA},
+            {},
+            "teacher.offload: with student.lora.*to false",
+        ),
+        ({"fake_score": {"offload": True}, **LORA}, {}, "fake_score.offload: with student.lora"),
+        ({"teacher": {"offload": True}, "student": {"compile": True}}, {}, "Set student.compile to false"),
+        ({"teacher": {"offload": True}}, {"tp": 2}, "not with parallel.tp.*Use dp_shard"),
+        (
+            {"teacher": {"quantization": "int8"}},
+            {"dp_shard": 2},
+            "split, and parallel.dp_shard.*dp_replicate",
+        ),
+        ({"teacher": {"quantization": "int8"}}, {"cp_ulysses": 2}, "and parallel.cp_ulysses splits them"),
+        ({"teacher": {"quantization": "float8"}, **LORA}, {}, "Set teacher.quantization or student.lora to null"),
+        ({"stages": EIGHT}, {"tp": 2}, "stages.0.student.kind: adamw_8bit has scales for whole rows"),
+        ({"stages": EIGHT, "student": {"dtype": "float64"}}, {}, "Set it to adamw, or student.dtype"),
+    ],
+)
+def test_what_does_not_go_together(more: dict[str, Any], sizes: dict[str, int], words: str, tmp_path: Path) -> None:
+    config = config_of(tmp_path, **{"stages": [stage(RCM, 1)], "parallel": sizes, **more})
+    with pytest.raises(ValueError, match=words):
+        check(config, sizes_of(config.parallel, 2 if sizes else 1))
+
+
+def test_all_of_it_at_once_and_before_a_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("torchao.optim", "torchao.quantization"):
+        monkeypatch.setitem(sys.modules, module, None)
+    more = {"teacher": {"offload": True, "quantization": "int8"}, **LORA}
+    config = config_of(tmp_path / "run", EIGHT, **more)
+    with pytest.raises(ValueError) as refused:
+        train(config)
+    told = str(refused.value)
+    assert told.startswith("4 settings do not go together:\n")
+    assert "pip install 'jvpgraph[memory]', or set stages.0.student.kind to adamw" in told
+    assert "or set teacher.quantization to null" in told
+    assert not (tmp_path / "run").exists()
+    assert len(list(clashes(config, sizes_of(config.parallel, 1)))) == 4
