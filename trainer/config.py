@@ -139,9 +139,11 @@ class LogConfig:
     wandb: str | None = None  # project name
     preview_every: int | None = None  # steps between sample grids in OUT/samples
     preview_count: int = 16  # samples per grid
+    flops: bool = True  # count FLOPs per update, in a process beside the run, for those per second
+    peak_tflops: float | None = None  # TFLOPs per second of one device, for utilisation; null: by its name, if known
 
     def __post_init__(self) -> None:
-        positive(self, "every", "preview_every", "preview_count")
+        positive(self, "every", "preview_every", "preview_count", "peak_tflops")
 
 
 @dataclass(frozen=True)
