@@ -67,7 +67,8 @@ class Counts:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.known: dict[Query, Counted | None] = {}  # None: cannot be counted
+        self.known: dict[Query, Counted] = {}
+        self.failed = False
         self.asked: Query | None = None
         self.process: subprocess.Popen[str] | None = None
         self.thread: threading.Thread | None = None
@@ -83,10 +84,10 @@ class Counts:
             self.thread.join()
 
     def of(self, query: Query) -> Counted | None:
-        """The answer, if it is there; else asks, unless another one is being counted."""
+        """The answer, if it is there; else asks, unless another one is being counted or none can be."""
         if self.thread is not None and not self.thread.is_alive():
             self._take()
-        if query not in self.known and self.thread is None:
+        if query not in self.known and self.thread is None and not self.failed:
             self._ask(query)
         return self.known.get(query)
 
@@ -111,17 +112,16 @@ class Counts:
     def _take(self) -> None:
         assert self.asked is not None
         assert self.process is not None
-        answer: Counted | None = None
+        answer, errors = self.told
         if self.process.returncode == 0:
-            answer = Counted(*json.loads(self.told[0].splitlines()[-1]))
-        elif None not in self.known.values():
-            reason = (self.told[1].strip().splitlines() or [f"status {self.process.returncode}"])[-1]
+            self.known[self.asked] = Counted(*json.loads(answer.splitlines()[-1]))
+        else:
+            self.failed = True
             log.warning(
                 "FLOPs cannot be counted, and are left out of the log: %s\n"
                 "`jvpgraph plan` with the same settings says more; log.flops=false asks for none.",
-                reason,
+                errors.strip() or f"the process ended with status {self.process.returncode}",
             )
-        self.known[self.asked] = answer
         self.asked = self.process = self.thread = None
 
 
@@ -162,7 +162,10 @@ def main() -> None:
     query = given["query"]
     conditions = tuple((name, tuple(shape), dtype) for name, shape, dtype in query["conditions"])
     asked = Query(query["stage"], query["size"], tuple(query["latents"]), conditions)
-    print(json.dumps(count(settings.from_dict(RunConfig, given["settings"]), asked)))
+    try:
+        print(json.dumps(count(settings.from_dict(RunConfig, given["settings"]), asked)))
+    except Exception as error:  # told by whoever asked
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
