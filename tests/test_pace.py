@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def batch(size: int, side: int = 8) -> Batch:
     return Batch(torch.zeros(size, 1, side, side), {"labels": torch.zeros(size, dtype=torch.int64)})
 
 
-def take(pace: Pace, clock: Clock, seconds: float, of_student: list[Batch], of_fake: list[Batch] = [], index: int = 0):
+def take(
+    pace: Pace, clock: Clock, seconds: float, of_student: list[Batch], of_fake: Sequence[Batch] = (), index: int = 0
+) -> None:
     with pace.step(index):
         for name, batches in (("student", of_student), ("fake", of_fake)):
             for one in batches:
