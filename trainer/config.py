@@ -137,13 +137,16 @@ class LogConfig:
     every: int = 10  # steps between log lines
     tensorboard: bool = False  # event files in OUT/tensorboard
     wandb: str | None = None  # project name
-    preview_every: int | None = None  # steps between sample grids in OUT/samples
+    preview_every: int | None = None  # steps between previews in OUT/samples, TensorBoard and wandb
     preview_count: int = 16  # samples per grid
+    prompts: tuple[str, ...] = ()  # texts of yours for previews beside the data's
+    prompts_pipeline: Path | None = None  # folder whose text encoders encode them; null: that of the teacher
+    fps: float = 16.0  # frames per second of previews that are videos
     flops: bool = True  # count FLOPs per update, in a process beside the run, for those per second
     peak_tflops: float | None = None  # TFLOPs per second of one device, for utilisation; null: by its name, if known
 
     def __post_init__(self) -> None:
-        positive(self, "every", "preview_every", "preview_count", "peak_tflops")
+        positive(self, "every", "preview_every", "preview_count", "peak_tflops", "fps")
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ from jvpgraph.trainer.run.not_finite import Compute, not_finite
 from jvpgraph.trainer.run.origin import Position, digest_of, origin_of, resumed, write_origin
 from jvpgraph.trainer.run.pace import Pace, memory_gib
 from jvpgraph.trainer.run.parallel import Layout, joined
-from jvpgraph.trainer.run.preview import preview
+from jvpgraph.trainer.run.preview import Previews
+from jvpgraph.trainer.run.prompted import prompted_of
 from jvpgraph.trainer.run.start import start_from
 from jvpgraph.trainer.run.stopping import Stop
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
@@ -106,6 +107,7 @@ def train_here(
     with ExitStack() as stack:
         stack.enter_context(room_for_shapes(dataset))
         extremes = ranks.on_first(lambda: look(config, dataset))
+        prompted = ranks.on_first(lambda: prompted_of(config, dataset, layout.device))
         networks = build_networks(config, layout, start if begun is None else None)
         if begun is None:
             origin = ranks.on_first(lambda: origin_of(config, networks.digest, dataset, start))
@@ -116,6 +118,9 @@ def train_here(
         for batch in extremes:
             one = batch.to(layout.device)
             try_network(f"the teacher cannot run with {shown(batch)}", networks.guided.model, one.x0, one.cond)
+        if prompted is not None:
+            one = next(prompted.batch.split(1)).to(layout.device)
+            try_network("the student cannot run with a prompt of log.prompts", networks.student, one.x0, one.cond)
         layout.check_gradients(networks.student, first_samples(dataset, 1).to(layout.device))
 
         folder = ranks.on_first(lambda: stack.enter_context(claimed(config, fresh=fresh)))
@@ -143,6 +148,9 @@ def train_here(
 
         ranks.on_first(open_log)
         show, seconds = (None, 0.0) if log is None else (log.show, log.seconds)
+        if prompted is not None:
+            ranks.on_first(lambda: prompted.save(folder))
+        previews = Previews(config, networks.student, dataset, prompted, log)
         pace = stack.enter_context(Pace.of(config, layout, networks.student, show, seconds))
         stack.enter_context(stop)
         for index, end in enumerate(ends):
@@ -173,9 +181,7 @@ def train_here(
                     checkpoints.wait()
                     raise stop.stopped(step)
                 if due(step, config.log.preview_every):
-                    average = stage.emas[0].parameters
-                    pictures = folder / "samples"
-                    preview(config, index, networks.student, average, dataset, pictures, step, write=layout.first)
+                    previews.draw(index, stage.emas[0].parameters, step)
             done = max(done, end)
             del stage  # before the next one takes its memory
         if log is not None:

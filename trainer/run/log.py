@@ -10,7 +10,8 @@ import json
 import math
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TextIO
@@ -19,10 +20,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from jvpgraph.trainer.files import naming, write_whole
+from jvpgraph.trainer.pictures import gif
 from jvpgraph.trainer.run.pace import TIMED, in_words
 
 NOT_DRAWN = {"samples", "seconds", "seconds_left"}  # straight lines
@@ -103,6 +106,30 @@ class RunLog:
         self.bar.set_postfix_str(in_words(numbers, shown), refresh=False)
         self.bar.update(step - self.step)
         self.step = step
+
+    def pictures(self, step: int, shown: Mapping[str, Sequence[Image.Image]], fps: float) -> None:
+        """Pictures, and videos of several frames, by name: to TensorBoard and wandb."""
+        if self.writer is not None:
+            for name, frames in shown.items():
+                if len(frames) == 1:
+                    self.writer.add_image(name, np.asarray(frames[0].convert("RGB")), step, dataformats="HWC")
+                else:  # add_video would do the same, by moviepy
+                    width, height = frames[0].size
+                    Summary = importlib.import_module("tensorboard.compat.proto.summary_pb2").Summary
+                    image = Summary.Image(encoded_image_string=gif(frames, fps), height=height, width=width)
+                    summary = Summary(value=[Summary.Value(tag=name, image=image)])
+                    self.writer._get_file_writer().add_summary(summary, step)
+        if self.wandb is not None:
+            kinds = optional("wandb", "wandb", "log.wandb=null")
+            self.wandb.log(
+                {
+                    name: kinds.Image(frames[0])
+                    if len(frames) == 1
+                    else kinds.Video(BytesIO(gif(frames, fps)), format="gif")
+                    for name, frames in shown.items()
+                },
+                step=step,
+            )
 
     def show(self, words: str) -> None:
         """In front of the progress line, until the next step of the log."""
