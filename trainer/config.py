@@ -188,6 +188,23 @@ class EvaluationConfig:
             raise ValueError("seeds is empty: give at least one")
 
 
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Figures of the averaged student while a run goes on, beside its teacher's for the same noise."""
+
+    every: int | None = None  # steps; null: off
+    count: int = 64  # samples, for the data's first conditions; at most as many as it has
+    steps: int | None = None  # network passes of the student; null: the most of sampling.steps
+    seed: int = 0  # of the noise
+    measures: dict[str, Plug] = field(default_factory=dict)  # by name; jvpgraph.trainer.measures has some, or yours
+
+    def __post_init__(self) -> None:
+        positive(self, "every", "count", "steps")
+        not_negative(self, "seed")
+        if self.every is not None and not self.measures:
+            raise ValueError("measures is empty: name at least one, such as jvpgraph.trainer.measures:fid")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run: `jvpgraph train CONFIG`."""
@@ -209,6 +226,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         positive(self, "threads")

@@ -53,6 +53,7 @@ from jvpgraph.trainer.run.preview import Previews
 from jvpgraph.trainer.run.prompted import prompted_of
 from jvpgraph.trainer.run.start import start_from
 from jvpgraph.trainer.run.stopping import Stop
+from jvpgraph.trainer.run.validation import Validation
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ def train_here(
         else:
             dataset, origin, others = resumed(config, networks.digest, dataset, start, change, ranks)
             changes += others
+        validation = Validation.of(config, dataset, ranks, layout.device, networks.digest)
         check_run(config, networks.student, networks.guided, dataset, layout.device)
         for batch in extremes:
             one = batch.to(layout.device)
@@ -167,10 +169,14 @@ def train_here(
                     stage.means.add(stage.step(step))
                 said = say_kernels(networks.dual.reports, said) if layout.first else said
                 last_step = step == end
-                if last_step or due(step, config.log.every):
-                    means, memory = stage.means.take(), max(ranks.gather(memory_gib))
+                validated = validation is not None and due(step, config.validation.every)
+                if last_step or validated or due(step, config.log.every):
+                    means, memory = {**stage.means.take(), **stage.rates}, max(ranks.gather(memory_gib))
+                    if validation is not None and validated:
+                        average = stage.emas[0].parameters
+                        means |= validation.of_student(index, networks.student, networks.guided, average, folder)
                     if log is not None:
-                        log.add(step, {**means, **stage.rates}, pace.line(step, memory))
+                        log.add(step, means, pace.line(step, memory))
                 if config.ema.snapshot_every and (last_step or due(step, config.ema.snapshot_every)):
                     for ema in stage.emas:
                         save_snapshot(folder / "ema" / f"stage-{index}", step, ema)

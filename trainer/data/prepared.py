@@ -49,7 +49,7 @@ def prepared(path: str | Path, *, guidance: float | None = None, on_bad_shard: O
             continue
         more = {"scale": latents["scale"], "shift": latents["shift"], "on_bad_shard": on_bad_shard}
         parts.append(webdataset(shards, latents=latents["field"], conditions=fields, **more))
-    return Prepared(parts, constants, card, on_bad_shard)
+    return Prepared(folder, parts, constants, card, on_bad_shard)
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -66,8 +66,14 @@ class Prepared:
     """The buckets one after the other; the fingerprint covers shards, names and normalisation."""
 
     def __init__(
-        self, parts: list[Dataset], constants: dict[str, Any], card: dict[str, Any], on_bad_shard: OnBadShard
+        self,
+        folder: Path,
+        parts: list[Dataset],
+        constants: dict[str, Any],
+        card: dict[str, Any],
+        on_bad_shard: OnBadShard,
     ) -> None:
+        self.folder = folder
         self.parts, self.card, self.on_bad_shard = parts, card, on_bad_shard
         self.has_latents = card["latents"]["field"] is not None
         self.constants = _tensors(constants)
@@ -87,6 +93,11 @@ class Prepared:
         number = bisect_right(self._ends, index)
         sample = self.parts[number][index - self.buckets[number].start]
         return Sample(sample.key, sample.x0, {**sample.cond, **self.sizes[number], **self.constants})
+
+    def captions(self) -> dict[str, str]:
+        """Of every sample, by key."""
+        plan = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
+        return {entry["key"]: entry["caption"] for shard in plan["shards"] for entry in shard["entries"]}
 
 
 def _tensors(numbers: dict[str, Any]) -> dict[str, Tensor]:

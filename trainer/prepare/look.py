@@ -71,7 +71,7 @@ def decode_some(
     """
     card = read_card(folder)
     data = prepared(folder)
-    captions = captions_of(folder)
+    captions = data.captions()
     turns = [index for turn in zip_longest_ranges(data.buckets) for index in turn][:count]
     if not data.has_latents:
         for index in turns:
@@ -89,14 +89,6 @@ def zip_longest_ranges(ranges: list[range]) -> Iterator[list[int]]:
     """The first of each, the second of each, ..."""
     for turn in range(max(len(r) for r in ranges)):
         yield [r[turn] for r in ranges if turn < len(r)]
-
-
-def captions_of(folder: Path) -> dict[str, str]:
-    """Of every sample, by key."""
-    found: dict[str, str] = {}
-    for shard in json.loads((folder / "plan.json").read_text(encoding="utf-8"))["shards"]:
-        found |= {entry["key"]: entry["caption"] for entry in shard["entries"]}
-    return found
 
 
 def save_pixels(pixels: Tensor, stem: Path, fps: float) -> Path:
