@@ -208,7 +208,11 @@ def test_a_student_that_is_its_teacher_has_its_figures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("load", "options", "words"),
     [
-        ("jvpgraph.trainer.measures:fid", {}, r"torch_fidelity\S* cannot be imported: .*\npip install \"jvpgraph\[valida"),
+        (
+            "jvpgraph.trainer.measures:fid",
+            {},
+            r"torch_fidelity\S* cannot be imported: .*\npip install \"jvpgraph\[valida",
+        ),
         ("jvpgraph.trainer.measures:image_reward", {}, r"ImageReward cannot be imported: .*\npip install image-reward"),
         ("jvpgraph.trainer.measures:clip_score", {"model": "/"}, r"no CLIP model in /: "),
         (f"{__name__}:number", {}, "validation.measures.it: .*number gave no function"),
