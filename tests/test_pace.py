@@ -98,6 +98,12 @@ def test_accumulated_batches_of_a_part_beside_a_fake_score(tmp_path: Path, clock
     assert pace.line(5, 2.5)["samples_per_second"] == 8.0  # of the last line alone
 
 
+def test_the_documentation_has_every_figure_with_its_unit() -> None:
+    told = (Path(__file__).parents[1] / "docs" / "trainer.md").read_text(encoding="utf-8")
+    for name, unit in UNITS.items():
+        assert f"| `{name}` | {unit} |" in told
+
+
 def test_buckets_whose_first_batches_do_not_count(tmp_path: Path, clock: Clock) -> None:
     config = config_of(tmp_path, [stage("dcm", 100, batch=4)])
     pace = Pace(config, Known(), Compiling(None))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +213,7 @@ def test_a_student_that_is_its_teacher_has_its_figures(tmp_path: Path) -> None:
         (
             "jvpgraph.trainer.measures:fid",
             {},
-            r"torch_fidelity\S* cannot be imported: .*\npip install \"jvpgraph\[valida",
+            r"torch_fidelity.* cannot be imported: .*\npip install .jvpgraph.val",
         ),
         ("jvpgraph.trainer.measures:image_reward", {}, r"ImageReward cannot be imported: .*\npip install image-reward"),
         ("jvpgraph.trainer.measures:clip_score", {"model": "/"}, r"no CLIP model in /: "),
@@ -227,6 +229,22 @@ def test_what_is_missing_is_named_before_there_is_a_folder(
     with pytest.raises(ValueError, match=f"(?s){words}"):
         train(validated(tmp_path / "run", 2, measures={"it": {"load": load, "options": options}}))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_documentation_adds_a_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "trainer.md").read_text(encoding="utf-8")
+    (own,) = re.findall(r"```python\n# my_measures\.py\n(.*?)```", text, re.DOTALL)
+    Path("my_measures.py").write_text(own)
+    (yaml,) = re.findall(r"```yaml\n(validation:.*?)```", text, re.DOTALL)
+    base = settings.to_dict(config_of(tmp_path / "run", [stage("dcm", 2)]))
+    del base["validation"]
+    Path("run.yaml").write_text(settings.yaml_tree.dump(base) + yaml)
+    config = settings.load(RunConfig, Path("run.yaml"), ["validation.every=2", "sampling.teacher_steps=2"])
+    measures = {name: config.validation.measures[name] for name in ("digits", "mine")}  # the others need downloads
+    config = replace(config, validation=replace(config.validation, measures=measures))
+    (line,) = computed(train(config) / "log.jsonl")[-1:]
+    assert {"validation/mine", "validation/mine_teacher", "validation/digits/recall"} < {*line}
 
 
 def test_a_measure_that_raises_is_named(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ COMMANDS = {
     "evaluate": Command(
         "Measure a student against its teacher and real data.",
         "out/mine --steps 1 4 --seeds 0 1 2",
-        "docs/trainer.md, and evaluation in `jvpgraph train --help`",
+        "docs/trainer.md; what is measured is set under evaluation, see `jvpgraph train --help`",
     ),
     "export": Command(
         "Save a student for use elsewhere: as a pipeline, a LoRA or a single file.",

@@ -91,7 +91,7 @@ def encoded(
     """The conditions of prompts, [B, ...] on the CPU; the encoders are gone afterwards, and no random number drawn."""
     log.info("encoding %d prompts for previews with %s", len(texts), pipeline)
     known = read_checkpoint(pipeline)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         encoder: Any = Encoder(known, device, dtype, length)
         each = [encoder.prompt(text) for text in texts]
