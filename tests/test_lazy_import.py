@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import jvpgraph
 from jvpgraph.trainer import cli
+from jvpgraph.trainer.commands import export, prepare, train
+from jvpgraph.trainer.export import FORMATS
+from jvpgraph.trainer.prepare.plan import Options
+
+ROOT = Path(__file__).parents[1]
 
 RULES = "from jvpgraph.rules import TABLE; import json; print(json.dumps(sorted(map(str, TABLE))))"
 
@@ -20,16 +27,39 @@ def python(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"]])
-def test_the_command_says_what_it_is_without_torch(argv):
+def test_the_command_says_what_it_is_without_torch():
+    """And what each of them takes: with a sentence, the arguments, an example, and where to read on."""
     told = python(
         "import sys\nfrom jvpgraph.trainer import cli\n"
-        f"try: cli.main({argv})\n"
-        "except SystemExit as stop: assert stop.code == 0\n"
+        "for argv in (['--help'], ['--version'], *([name, '--help'] for name in cli.COMMANDS)):\n"
+        "    try: cli.main(argv)\n"
+        "    except SystemExit as stop: assert stop.code == 0\n"
+        "    print('----')\n"
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'numpy', 'triton', 'diffusers'}))"
     )
-    assert told.endswith("\n[]\n")
-    assert jvpgraph.__version__ in told or all(name in told for name in cli.COMMANDS)
+    every, version, *each, modules = told.split("----\n")
+    assert modules == "[]\n"
+    assert all(name in every for name in cli.COMMANDS)
+    assert jvpgraph.__version__ in version
+    for said, (name, command) in zip(each, cli.COMMANDS.items(), strict=True):
+        assert command.text in said
+        assert f"example:\n  jvpgraph {name} {command.example}" in said
+        assert (ROOT / re.search(r"more: (docs/\w+\.md)", said)[1]).is_file()
+
+
+def test_examples_of_the_help_can_be_typed():
+    for name, command in cli.COMMANDS.items():
+        assert cli.parse([name, *command.example.split()]).command == name
+
+
+def test_the_help_says_what_the_code_says():
+    """What it cannot ask, as that imports torch."""
+    assert train.TABLE.read_text(encoding="utf-8") == train.table(), (
+        "the settings have changed: python -m jvpgraph.trainer.commands.train writes the table anew"
+    )
+    assert tuple(FORMATS) == export.FORMATS
+    usual = Options()
+    assert (usual.max_enlarge, usual.shard_size) == (prepare.MAX_ENLARGE, prepare.SHARD_SIZE)
 
 
 @pytest.fixture(scope="module")

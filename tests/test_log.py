@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from jvpgraph.trainer.run.log import RunLog, draw_curves, grid, read_lines, series
+from jvpgraph.trainer.run.log import RunLog, computed, draw_curves, grid, read_lines, series
+from jvpgraph.trainer.run.pace import UNITS
 
 
 def log_of(folder: Path, **options: Any) -> RunLog:
@@ -23,7 +25,8 @@ def log_of(folder: Path, **options: Any) -> RunLog:
 
 def fill(log: RunLog, steps: range) -> None:
     for step in steps:
-        log.add(step, {"loss": 1 / step, "tangent_norm": 2.0 * step})
+        timed = {"samples": 4.0 * step, "seconds": time.perf_counter(), "seconds_per_step": 0.5, "memory_gib": 1.0}
+        log.add(step, {"loss": 1 / step, "tangent_norm": 2.0 * step}, timed)
 
 
 @pytest.mark.parametrize("stop", [0, 4, 10])
@@ -36,7 +39,9 @@ def test_the_file_after_a_stop_is_that_of_an_uninterrupted_run(tmp_path, stop):
         file.write('{"step": 8, "lo')  # killed in the middle of a line
     with log_of(tmp_path / "stopped", start=min(stop, 7)) as log:
         fill(log, range(min(stop, 7) + 1, 11))
-    assert (tmp_path / "stopped/log.jsonl").read_bytes() == (tmp_path / "whole/log.jsonl").read_bytes()
+    found, expected = (computed(tmp_path / name / "log.jsonl") for name in ("stopped", "whole"))
+    assert found == expected
+    assert expected[-1].keys() == {"step", "loss", "tangent_norm", "samples"}
 
 
 def test_a_line_holds_the_step_and_exact_values(tmp_path):
@@ -71,17 +76,25 @@ def test_a_full_disk_leaves_the_old_log(tmp_path, monkeypatch):
     assert (tmp_path / "log.jsonl").read_text() == before
 
 
-def test_the_bar_shows_loss_tangent_time_and_memory(tmp_path, capsys):
+def test_the_progress_line_shows_what_a_run_computes_and_how_fast(tmp_path, capsys):
+    figures = dict.fromkeys(UNITS, 7.0) | {"utilisation": 0.345, "seconds_left": 93784.0}
     with log_of(tmp_path, start=4) as log:
         log.bar.mininterval = 0
-        log.add(5, {"loss": 0.25, "tangent_norm": 3.0, "other": 1.0})
+        log.add(5, {"loss": 0.25, "tangent_norm": 3.0, "other": 1.0}, figures)
         log.bar.refresh()
     shown = capsys.readouterr().err
-    assert "5/10" in shown
-    assert "loss 0.25, tangent_norm 3, " in shown
-    assert "s/step" in shown
-    assert "GiB" in shown
+    assert "step 5/10, loss 0.25, tangent_norm 3, lr 7, 7 samples, 7 s/step, 7 samples/s, 7 tokens/s, " in shown
+    assert "34.5% of peak, 7.0 GiB, 1 d 2:03:04 left\n" in shown
     assert "other" not in shown
+    assert "\r" not in shown  # which is no terminal: a line each
+
+
+def test_seconds_go_on_where_the_last_kept_line_stopped(tmp_path):
+    with log_of(tmp_path) as log:
+        for step in range(1, 5):
+            log.add(step, {"loss": 1.0}, {"seconds": 10.0 * step})
+    with log_of(tmp_path, start=3) as log:
+        assert log.seconds == 30
 
 
 def test_tensorboard_has_every_value_once(tmp_path):

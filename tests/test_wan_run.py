@@ -85,10 +85,10 @@ def test_wan_from_shards_to_a_diffusers_scheduler(tmp_path: Path, monkeypatch: p
 
     add = RunLog.add
 
-    def interrupted(log: RunLog, step: int, values: dict[str, float]) -> None:
+    def interrupted(log: RunLog, step: int, *values: dict[str, float]) -> None:
         if step == 13:
             raise KeyboardInterrupt
-        add(log, step, values)
+        add(log, step, *values)
 
     config = configuration(tmp_path / "stopped", tmp_path)
     monkeypatch.setattr(RunLog, "add", interrupted)

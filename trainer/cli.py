@@ -13,17 +13,55 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import jvpgraph
 
+
+class Command(NamedTuple):
+    """What it does, in a sentence; one that can be typed; and where more is said about it."""
+
+    text: str
+    example: str
+    more: str
+
+
 COMMANDS = {
-    "prepare": "Encode pictures, clips or prompts with a checkpoint's own VAE and text encoders.",
-    "inspect": "Show what was prepared: figures, and samples decoded again.",
-    "plan": "Say what a run will need: memory of each GPU, FLOPs, time.",
-    "train": "Distil a teacher; goes on by itself with a run that was stopped.",
-    "sample": "Draw samples of a trained student.",
-    "evaluate": "Measure a student against its teacher and real data.",
-    "export": "Save a student for use elsewhere: as a pipeline, a LoRA or a single file.",
+    "prepare": Command(
+        "Encode pictures, clips or prompts with a checkpoint's own VAE and text encoders.",
+        "models/Wan2.1-T2V-1.3B-Diffusers clips --out data/clips --size 832x480 --frames 81 49",
+        'docs/trainer.md, "Data from a folder"',
+    ),
+    "inspect": Command(
+        "Show what was prepared: figures, and samples decoded again.",
+        "data/clips --count 4 --check",
+        'docs/trainer.md, "Data from a folder"',
+    ),
+    "plan": Command(
+        "Say what a run will need: memory of each GPU, FLOPs, time.",
+        "my_run.yaml --gpu h100 --gpus 8 parallel.dp_shard=-1",
+        "docs/plan.md",
+    ),
+    "train": Command(
+        "Distil a teacher; goes on by itself with a run that was stopped.",
+        "digits_teacher out=out/teacher stages.0.steps=1000",
+        "docs/trainer.md",
+    ),
+    "sample": Command(
+        "Draw samples of a trained student.",
+        "out/mine --steps 4 --count 16",
+        'docs/trainer.md, "Out of the run"',
+    ),
+    "evaluate": Command(
+        "Measure a student against its teacher and real data.",
+        "out/mine --steps 1 4 --seeds 0 1 2",
+        "docs/trainer.md; what is measured is set under evaluation, see `jvpgraph train --help`",
+    ),
+    "export": Command(
+        "Save a student for use elsewhere: as a pipeline, a LoRA or a single file.",
+        "out/mine --out mine-4-steps --format diffusers",
+        'docs/trainer.md, "Out of the run"',
+    ),
 }
 
 
@@ -82,13 +120,19 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jvpgraph", description="Distil diffusion models with exact tangents.")
     parser.add_argument("--version", action="version", version=f"jvpgraph {jvpgraph.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in COMMANDS.items():
+    for name, command in COMMANDS.items():
         sub = commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+            name,
+            help=command.text,
+            description=command.text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         if name in argv[:1]:
             sub.add_argument("--traceback", action="store_true", help="show where in the code a failure comes from")
             module_of(name).add_arguments(sub)
+            parts = [f"example:\n  jvpgraph {name} {command.example}", sub.epilog, f"more: {command.more}"]
+            sub.epilog = "\n\n".join(part.strip("\n") for part in parts if part)
     return parser
 
 

@@ -155,11 +155,16 @@ class LogConfig:
     every: int = 10  # steps between log lines
     tensorboard: bool = False  # event files in OUT/tensorboard
     wandb: str | None = None  # project name
-    preview_every: int | None = None  # steps between sample grids in OUT/samples
+    preview_every: int | None = None  # steps between previews in OUT/samples, TensorBoard and wandb
     preview_count: int = 16  # samples per grid
+    prompts: tuple[str, ...] = ()  # texts of yours for previews beside the data's
+    prompts_pipeline: Path | None = None  # folder whose text encoders encode them; null: that of the teacher
+    fps: float = 16.0  # frames per second of previews that are videos
+    flops: bool = True  # count FLOPs per update, in a process beside the run, for those per second
+    peak_tflops: float | None = None  # TFLOPs per second of one device, for utilisation; null: by its name, if known
 
     def __post_init__(self) -> None:
-        positive(self, "every", "preview_every", "preview_count")
+        positive(self, "every", "preview_every", "preview_count", "peak_tflops", "fps")
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,23 @@ class EvaluationConfig:
             raise ValueError("seeds is empty: give at least one")
 
 
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Figures of the averaged student while a run goes on, beside its teacher's for the same noise."""
+
+    every: int | None = None  # steps; null: off
+    count: int = 64  # samples, for the data's first conditions; at most as many as it has
+    steps: int | None = None  # network passes of the student; null: the most of sampling.steps
+    seed: int = 0  # of the noise
+    measures: dict[str, Plug] = field(default_factory=dict)  # by name; jvpgraph.trainer.measures has some, or yours
+
+    def __post_init__(self) -> None:
+        positive(self, "every", "count", "steps")
+        not_negative(self, "seed")
+        if self.every is not None and not self.measures:
+            raise ValueError("measures is empty: name at least one, such as jvpgraph.trainer.measures:fid")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run: `jvpgraph train CONFIG`."""
@@ -225,6 +247,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         positive(self, "threads")

@@ -7,7 +7,6 @@ the fake score if the objective has one. What it needs to resume after a stop is
 from __future__ import annotations
 
 import logging
-import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -17,7 +16,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,12 +35,16 @@ from jvpgraph.trainer.run.build import Networks, build_networks
 from jvpgraph.trainer.run.changes import covered
 from jvpgraph.trainer.run.checkpoint import CheckpointError, Checkpoints, OnePiece
 from jvpgraph.trainer.run.folder import check_folder, check_free, checkpoint_step, claimed, newest_step
+from jvpgraph.trainer.run.kept import Means, RandomState
 from jvpgraph.trainer.run.log import RunLog
 from jvpgraph.trainer.run.not_finite import Compute, not_finite
 from jvpgraph.trainer.run.origin import Position, origin_of, resumed, write_origin
+from jvpgraph.trainer.run.pace import Pace, memory_gib
 from jvpgraph.trainer.run.parallel import Layout, joined
-from jvpgraph.trainer.run.preview import preview
+from jvpgraph.trainer.run.preview import Previews
+from jvpgraph.trainer.run.prompted import prompted_of
 from jvpgraph.trainer.run.stopping import Stop
+from jvpgraph.trainer.run.validation import Validation
 from jvpgraph.trainer.trigflow import TrigFlow
 
 logger = logging.getLogger(__name__)
@@ -97,16 +99,21 @@ def train_here(
     with ExitStack() as stack:
         stack.enter_context(room_for_shapes(dataset))
         extremes = ranks.on_first(lambda: look(config, dataset))
+        prompted = ranks.on_first(lambda: prompted_of(config, dataset, layout.device))
         networks = build_networks(config, layout, start if begun is None else None)
         if begun is None:
             origin = ranks.on_first(lambda: origin_of(config, networks.digest, dataset, start))
         else:
             dataset, origin, others = resumed(config, networks.digest, dataset, start, change, ranks)
             changes += others
+        validation = Validation.of(config, dataset, ranks, layout.device, networks.digest)
         check_run(config, networks.student, networks.guided, dataset, layout.device)
         for batch in extremes:
             one = batch.to(layout.device)
             try_network(f"the teacher cannot run with {shown(batch)}", networks.guided.model, one.x0, one.cond)
+        if prompted is not None:
+            one = next(prompted.batch.split(1)).to(layout.device)
+            try_network("the student cannot run with a prompt of log.prompts", networks.student, one.x0, one.cond)
         layout.check_gradients(networks.student, first_samples(dataset, 1).to(layout.device))
 
         folder = ranks.on_first(lambda: stack.enter_context(claimed(config, fresh=fresh)))
@@ -133,24 +140,35 @@ def train_here(
             )
 
         ranks.on_first(open_log)
+        show, seconds = (None, 0.0) if log is None else (log.show, log.seconds)
+        if prompted is not None:
+            ranks.on_first(lambda: prompted.save(folder))
+        previews = Previews(config, networks.student, dataset, prompted, log)
+        pace = stack.enter_context(Pace.of(config, layout, networks.student, show, seconds))
         stack.enter_context(stop)
         for index, end in enumerate(ends):
             if done > end:
                 continue
-            stage = Stage(index, config, layout, networks, dataset, rng, change)
+            stage = Stage(index, config, layout, networks, dataset, rng, pace, change)
             if last is not None:
                 checkpoints.load(stage.state(), last)
                 last = None
             elif index == 0:
                 checkpoints.save(0, stage.state())  # so that there is one from before anything goes wrong
             for step in range(done + 1, end + 1):
-                stage.means.add(stage.step(step))
+                with pace.step(index):
+                    stage.means.add(stage.step(step))
                 said = say_kernels(networks.dual.reports, said) if layout.first else said
                 last_step = step == end
-                if last_step or due(step, config.log.every):
-                    means, moved = stage.means.take(), networks.traffic.take()
+                validated = validation is not None and due(step, config.validation.every)
+                if last_step or validated or due(step, config.log.every):
+                    means, memory = {**stage.means.take(), **stage.rates}, max(ranks.gather(memory_gib))
+                    moved = networks.traffic.take()
+                    if validation is not None and validated:
+                        average = stage.emas[0].parameters
+                        means |= validation.of_student(index, networks.student, networks.guided, average, folder)
                     if log is not None:
-                        log.add(step, means, moved)
+                        log.add(step, means, pace.line(step, memory, moved))
                 if config.ema.snapshot_every and (last_step or due(step, config.ema.snapshot_every)):
                     for ema in stage.emas:
                         save_snapshot(folder / "ema" / f"stage-{index}", step, ema)
@@ -161,9 +179,7 @@ def train_here(
                     checkpoints.wait()
                     raise stop.stopped(step)
                 if due(step, config.log.preview_every):
-                    average = stage.emas[0].parameters
-                    pictures = folder / "samples"
-                    preview(config, index, networks.student, average, dataset, pictures, step, write=layout.first)
+                    previews.draw(index, stage.emas[0].parameters, step)
             done = max(done, end)
             del stage  # before the next one takes its memory
         if log is not None:
@@ -212,11 +228,12 @@ class Stage:
         networks: Networks,
         dataset: Any,
         rng: torch.Generator,
+        pace: Pace,
         change: Sequence[str] = (),
     ) -> None:
         settings = config.stages[index]
         self.index, self.settings, self.layout, self.networks = index, settings, layout, networks
-        self.rng, self.noise = rng, layout.noise(rng)
+        self.rng, self.noise, self.pace = rng, layout.noise(rng), pace
         self.objective, self.loss = settings.objective, loss_of(settings.objective)
         self.begin = sum(stage.steps for stage in config.stages[:index])
         self.loader = loader(
@@ -233,6 +250,7 @@ class Stage:
         }
         self.batches: Iterator[Batch] | None = None
         self.means = Means()
+        self.rates: dict[str, float] = {}  # learning rates of the last step
 
         self.optimizer = adamw(networks.student, settings.student)
         away = "cpu" if config.ema.device == "cpu" else None
@@ -260,7 +278,7 @@ class Stage:
     def step(self, step: int) -> dict[str, Tensor]:
         """Step number `step` of the run, counted from 1. Returns means over the batch, still on the device."""
         iteration = step - self.begin
-        networks, noise = self.networks, self.noise
+        networks, noise, self.rates = self.networks, self.noise, {}
 
         def student_loss(student: nn.Module, batch: Batch) -> Terms:
             more = {"iteration": iteration, "fake": self.fake}
@@ -310,6 +328,7 @@ class Stage:
         before = self.rng.get_state()
         parts = []
         for batch in batches:
+            self.pace.saw(name, batch)
             try:
                 terms = loss(model, batch)
             except IndexError as error:
@@ -331,11 +350,13 @@ class Stage:
         if not torch.isfinite(means["loss"] + means["gradient_norm"]):
             self.rng.set_state(before)
             what = f"{name}, step {step}"
-            lr = f"stages.{self.index}.{name}.lr={settings.lr:g}"
-            raise not_finite(what, terms, batches, self.trained(), name, loss, self.layout.ranks, lr)
+            key = f"stages.{self.index}.{name}.lr={settings.lr:g}"
+            raise not_finite(what, terms, batches, self.trained(), name, loss, self.layout.ranks, key)
         optimizer.clip(means["gradient_norm"])
         iteration, steps = step - self.begin - since, self.settings.steps - since
-        optimizer.step(learning_rate(iteration, settings.lr, settings.warmup, steps, settings.decay))
+        lr = learning_rate(iteration, settings.lr, settings.warmup, steps, settings.decay)
+        self.rates["lr" if name == "student" else f"{name}_lr"] = lr
+        optimizer.step(lr)
         optimizer.zero_grad()  # frees the gradients until the next update
         return means
 
@@ -372,60 +393,3 @@ def adamw(model: nn.Module, settings: OptimizerConfig) -> MasterAdamW:
         clip_norm=settings.clip_norm,
         kind=settings.kind,
     )
-
-
-class RandomState:
-    """Every random stream of the process, for a checkpoint: the run's, torch's, NumPy's, Python's."""
-
-    def __init__(self, rng: torch.Generator, elsewhere: int | None = None) -> None:
-        self.rng = rng
-        self.elsewhere = elsewhere  # the seed to begin again with on another kind of device; None: refuse that
-
-    def state_dict(self) -> dict[str, Any]:
-        device = self.rng.device.type
-        state = {"device": device, "run": self.rng.get_state(), "torch": torch.get_rng_state()}
-        state |= {"numpy": np.random.get_state(), "python": random.getstate()}
-        if device == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.rng.device)
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["device"] != self.rng.device.type:
-            if self.elsewhere is None:
-                raise ValueError(
-                    f"this run's random numbers were drawn on {state['device']}, and those of {self.rng.device.type} "
-                    f"are others: set device to {state['device']}; or add --change device to go on with others"
-                )
-            # Not the seed alone: the numbers of the first steps would come again.
-            self.rng.manual_seed(self.elsewhere + int(state["run"].long().sum()))
-            return
-        self.rng.set_state(state["run"])
-        torch.set_rng_state(state["torch"])
-        np.random.set_state(state["numpy"])
-        random.setstate(state["python"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self.rng.device)
-
-
-class Means:
-    """Running means of what steps report, on the device until they are taken."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "counts": self.counts}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
-
-    def take(self) -> dict[str, float]:
-        means = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
-        self.sums, self.counts = {}, {}
-        return means

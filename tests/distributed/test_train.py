@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import signal
@@ -34,6 +33,7 @@ from jvpgraph.trainer.model.dit import DiT, DiTConfig, call_dit, modulate
 from jvpgraph.trainer.noise import RankNoise, integers, noise_like, normal, uniform
 from jvpgraph.trainer.run.checkpoint import CheckpointError
 from jvpgraph.trainer.run.finished import load_run, sample_run
+from jvpgraph.trainer.run.log import computed
 from jvpgraph.trainer.run.parallel import check, joined, parallelize, sizes_of, split_tokens
 from jvpgraph.trainer.run.ranks import Ranks
 from jvpgraph.trainer.settings import Problem, SettingsError
@@ -78,7 +78,7 @@ def config_of(out: Path, stages: list[dict[str, Any]], parallel: str | None = No
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return computed(folder / "log.jsonl")
 
 
 def assert_same_log(found: Path, expected: Path, tolerance: float = 1e-9) -> None:

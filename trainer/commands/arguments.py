@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from jvpgraph.trainer.later import later
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = later("torch")
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from jvpgraph.trainer.commands.arguments import add_run, positive
-from jvpgraph.trainer.run import finished
+from jvpgraph.trainer.later import later
+
+if TYPE_CHECKING:
+    from jvpgraph.trainer.run import finished
+else:
+    finished = later("jvpgraph.trainer.run.finished")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jvpgraph.trainer import export
 from jvpgraph.trainer.commands.arguments import add_pipeline, add_run, positive
+from jvpgraph.trainer.later import later
+
+if TYPE_CHECKING:
+    from jvpgraph.trainer import export
+else:
+    export = later("jvpgraph.trainer.export")
+
+FORMATS = ("diffusers", "lora", "comfyui")  # those of export.FORMATS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder (default: RUN/export-FORMAT)")
     parser.add_argument(
         "--format",
-        choices=export.FORMATS,
+        choices=FORMATS,
         default="diffusers",
         help="diffusers: the network or its whole pipeline (default); lora: what it adds to its teacher, for "
         "load_lora_weights; comfyui: one safetensors file",

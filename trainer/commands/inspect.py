@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jvpgraph.trainer.commands.arguments import device_named, positive
-from jvpgraph.trainer.data.prepared import read_card
-from jvpgraph.trainer.prepare.look import check, decode_some, describe
+from jvpgraph.trainer.later import later
+
+if TYPE_CHECKING:
+    from jvpgraph.trainer.data import prepared
+    from jvpgraph.trainer.prepare import look
+else:
+    prepared, look = later("jvpgraph.trainer.data.prepared"), later("jvpgraph.trainer.prepare.look")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,11 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    print(describe(read_card(args.folder)))
+    print(look.describe(prepared.read_card(args.folder)))
     if args.check:
-        check(args.folder)
+        look.check(args.folder)
         print("all shards are as the index says")
     out = args.out or args.folder / "inspect"
     device = device_named(args.device)
-    for path, caption in decode_some(args.folder, out, args.count, checkpoint=args.checkpoint, device=device):
+    for path, caption in look.decode_some(args.folder, out, args.count, checkpoint=args.checkpoint, device=device):
         print(f"{path}  {caption}")

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import argparse
 import re
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from jvpgraph.trainer.commands.arguments import positive
 from jvpgraph.trainer.commands.train import add_settings, settings_file
-from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.later import later
 from jvpgraph.trainer.plan.machines import GPUS
-from jvpgraph.trainer.plan.plan import plan_run
-from jvpgraph.trainer.plan.report import report
-from jvpgraph.trainer.settings import load
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from jvpgraph.trainer import config, settings
+    from jvpgraph.trainer.plan import plan, report
+else:
+    torch = later("torch")
+    config, settings = later("jvpgraph.trainer.config"), later("jvpgraph.trainer.settings")
+    plan, report = later("jvpgraph.trainer.plan.plan"), later("jvpgraph.trainer.plan.report")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Nothing is trained or downloaded, and no weights are read. A minute or two, for the graph of the network "
-        "is made.\n\n  jvpgraph plan my_run.yaml --gpu h100 --gpus 8 parallel.dp_shard=-1"
+        "is made."
     )
     add_settings(parser)
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="of which kind (default: h100)")
@@ -47,10 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    config = load(RunConfig, settings_file(args.config), args.overrides)
+    run_config = settings.load(config.RunConfig, settings_file(args.config), args.overrides)
     shapes = {"latents": args.latents, "conditions": dict(args.condition)}
-    for plan in plan_run(config, processes=args.gpus, **shapes):
-        print(report(plan, config, args.gpu, args.mfu), flush=True)
+    for of_stage in plan.plan_run(run_config, processes=args.gpus, **shapes):
+        print(report.report(of_stage, run_config, args.gpu, args.mfu), flush=True)
 
 
 def share(text: str) -> float:

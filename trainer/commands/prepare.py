@@ -5,19 +5,24 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jvpgraph.trainer.commands.arguments import device_named, positive
-from jvpgraph.trainer.prepare.look import describe
-from jvpgraph.trainer.prepare.plan import Options
-from jvpgraph.trainer.prepare.start import RUN
-from jvpgraph.trainer.prepare.write import prepare
+from jvpgraph.trainer.later import later
+
+if TYPE_CHECKING:
+    from jvpgraph.trainer.prepare import look, plan, start, write
+else:
+    look, plan = later("jvpgraph.trainer.prepare.look"), later("jvpgraph.trainer.prepare.plan")
+    start, write = later("jvpgraph.trainer.prepare.start"), later("jvpgraph.trainer.prepare.write")
+
+MAX_ENLARGE, SHARD_SIZE = 2.0, 128  # those of prepare.plan.Options
 
 EPILOG = """\
 files: .jpg, .png, .webp; .mp4, .webm (pip install av). Captions: NAME.txt or NAME.json ("text", "caption" or "prompt")
 beside NAME.jpg, or metadata.jsonl, .csv or .parquet with "file_name" and "text". Instead of a folder: a .txt file with
 a prompt a line, for objectives that need no data (dmd).
 
-  jvpgraph prepare models/Wan2.1-T2V-1.3B-Diffusers clips --out data/clips --size 832x480 --frames 81 49
   torchrun --nproc-per-node 8 -m jvpgraph.trainer.cli prepare models/FLUX.1-dev photos --out data/photos
 
 After a stop the same command goes on; it encodes nothing twice. What comes out is the same for any number of processes.
@@ -26,7 +31,6 @@ After a stop the same command goes on; it encodes nothing twice. What comes out 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    usual = Options()
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a diffusers pipeline")
     add(
@@ -58,16 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--max-enlarge",
         type=above_zero,
-        default=usual.max_enlarge,
+        default=MAX_ENLARGE,
         metavar="X",
-        help=f"leave out what is smaller than that times (default: {usual.max_enlarge:g})",
+        help=f"leave out what is smaller than that times (default: {MAX_ENLARGE:g})",
     )
     add(
         "--shard-size",
         type=positive,
-        default=usual.shard_size,
+        default=SHARD_SIZE,
         metavar="N",
-        help=f"default: {usual.shard_size} samples",
+        help=f"default: {SHARD_SIZE} samples",
     )
     add("--on-bad", choices=("skip", "fail"), default="skip", help="of files that cannot be used (default: skip)")
     add(
@@ -80,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     device = device_named(args.device)
-    options = Options(
+    options = plan.Options(
         size=args.size,
         aspects=None if args.aspects is None else tuple(args.aspects),
         frames=None if args.frames is None else tuple(args.frames),
@@ -95,9 +99,9 @@ def run(args: argparse.Namespace) -> None:
         on_bad=args.on_bad,
         dtype=args.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
     )
-    card = prepare(args.checkpoint, args.source, args.out, options, device)
+    card = write.prepare(args.checkpoint, args.source, args.out, options, device)
     if card:
-        print(f"{describe(card)}\nSettings to start from: {args.out / RUN}")
+        print(f"{look.describe(card)}\nSettings to start from: {args.out / start.RUN}")
 
 
 def size(text: str) -> tuple[int, int]:

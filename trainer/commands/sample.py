@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jvpgraph.trainer.commands.arguments import add_pipeline, add_run, positive
-from jvpgraph.trainer.export import prompts
-from jvpgraph.trainer.prepare.captions import prompts_of
-from jvpgraph.trainer.run import finished
+from jvpgraph.trainer.later import later
+
+if TYPE_CHECKING:
+    from jvpgraph.trainer.export import prompts
+    from jvpgraph.trainer.prepare import captions
+    from jvpgraph.trainer.run import finished
+else:
+    prompts, captions = later("jvpgraph.trainer.export.prompts"), later("jvpgraph.trainer.prepare.captions")
+    finished = later("jvpgraph.trainer.run.finished")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +67,7 @@ def lines(given: list[str]) -> list[str]:
     """The prompts themselves, or those of a file."""
     if len(given) > 1 or not is_file(given[0]):
         return given
-    found = prompts_of(Path(given[0]))
+    found = captions.prompts_of(Path(given[0]))
     if not found:
         raise ValueError(f"{given[0]} has no prompts\nWrite one in each line.")
     return found

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.configs import names, ready
-from jvpgraph.trainer.run.changes import table
-from jvpgraph.trainer.run.stopping import seconds_of
-from jvpgraph.trainer.settings import Problem, SettingsError, describe, load
-from jvpgraph.trainer.train import train
+from jvpgraph.trainer.later import later
 
+if TYPE_CHECKING:
+    from jvpgraph.trainer import config, settings
+    from jvpgraph.trainer import train as trainer
+    from jvpgraph.trainer.run import changes, stopping
+else:
+    config, settings = later("jvpgraph.trainer.config"), later("jvpgraph.trainer.settings")
+    changes, stopping = later("jvpgraph.trainer.run.changes"), later("jvpgraph.trainer.run.stopping")
+    trainer = later("jvpgraph.trainer.train")
+
+TABLE = Path(__file__).with_name("settings.txt")
 STATUS = """exit status: 0 done; 1 failed; 2 wrong usage or settings; 143, 130 or 75 stopped by SIGTERM, by SIGINT
 (Ctrl-C) or by --time-limit. Before it leaves with one of these three, a run ends its update and writes a
 checkpoint, and the same command goes on from there: a scheduler may start it again. A second signal ends it at
@@ -22,7 +29,7 @@ settings that may change between a stop and going on:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = f"{STATUS}{table()}\n\nsettings, as keys of CONFIG or as key=value:\n\n{describe(RunConfig)}"
+    parser.epilog = f"{STATUS}{TABLE.read_text(encoding='utf-8')}"
     add_settings(parser)
     parser.add_argument(
         "--change",
@@ -61,14 +68,14 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    config = load(RunConfig, settings_file(args.config), args.overrides)
-    train(config, fresh=args.fresh, change=args.change, start=args.start, time_limit=args.time_limit)
+    run_config = settings.load(config.RunConfig, settings_file(args.config), args.overrides)
+    trainer.train(run_config, fresh=args.fresh, change=args.change, start=args.start, time_limit=args.time_limit)
 
 
 def time(text: str) -> float:
     """Seconds."""
     try:
-        return seconds_of(text)
+        return stopping.seconds_of(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -79,5 +86,15 @@ def settings_file(config: Path) -> Path:
         return config
     if str(config) not in names():
         message = f"no such file, and no ready settings: those are {', '.join(names())}"
-        raise SettingsError([Problem(str(config), "", message)])
+        raise settings.SettingsError([settings.Problem(str(config), "", message)])
     return ready(str(config))
+
+
+def table() -> str:
+    """What `train --help` says of every setting; TABLE has it, as its sources import torch."""
+    every = settings.describe(config.RunConfig)
+    return f"{changes.table()}\n\nsettings, as keys of CONFIG or as key=value:\n\n{every}\n"
+
+
+if __name__ == "__main__":  # python -m jvpgraph.trainer.commands.train
+    TABLE.write_text(table(), encoding="utf-8", newline="\n")

@@ -60,7 +60,7 @@ def prepared(path: str | Path, *, guidance: float | None = None, on_bad_shard: O
             log.warning("%s\n  left out: all samples of %s", error, bucket["name"])
             continue
         sizes.append(_tensors(bucket["sizes"]))
-    return Prepared(parts, sizes, constants, card, on_bad_shard)
+    return Prepared(folder, parts, sizes, constants, card, on_bad_shard)
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -78,12 +78,14 @@ class Prepared:
 
     def __init__(
         self,
+        folder: Path,
         parts: list[Dataset],
         sizes: list[dict[str, Tensor]],
         constants: dict[str, Any],
         card: dict[str, Any],
         on_bad_shard: OnBadShard,
     ) -> None:
+        self.folder = folder
         self.parts, self.card, self.on_bad_shard = parts, card, on_bad_shard
         self.has_latents = card["latents"]["field"] is not None
         self.constants = _tensors(constants)
@@ -103,6 +105,11 @@ class Prepared:
         number = bisect_right(self._ends, index)
         sample = self.parts[number][index - self.buckets[number].start]
         return Sample(sample.key, sample.x0, {**sample.cond, **self.sizes[number], **self.constants})
+
+    def captions(self) -> dict[str, str]:
+        """Of every sample, by key."""
+        plan = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
+        return {entry["key"]: entry["caption"] for shard in plan["shards"] for entry in shard["entries"]}
 
 
 def _tensors(numbers: dict[str, Any]) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ class Dataset(Protocol):
       on_bad_shard: "stop" | "skip"        whether BadShard from `dataset[index]` ends the run ("stop" if absent)
       batch(index: Tensor [B]) -> Batch    instead of `len(index)` samples and `collate`, where that is slow
       buckets: Sequence[Sequence[int]]     the samples of each shape, every number once: a batch has one shape
+      captions() -> Mapping[str, str]      of samples by key, for measures of pictures and their texts
       has_latents: bool                    False: x0 is zeros that only lend their shape (prompts without pictures)
     """
 

@@ -10,8 +10,9 @@ from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.export.comfyui import export_comfyui
 from jvpgraph.trainer.export.lora import export_lora
 from jvpgraph.trainer.export.network import export_network
-from jvpgraph.trainer.export.task import Task, pipeline_of
+from jvpgraph.trainer.export.task import Task
 from jvpgraph.trainer.files import draft_folder_of
+from jvpgraph.trainer.prepare.checkpoint import pipeline_of
 from jvpgraph.trainer.run.finished import load_run
 
 __all__ = ["FORMATS", "export_run"]

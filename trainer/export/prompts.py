@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from jvpgraph.trainer.export.task import NETWORK, Task, pipeline_of
+from jvpgraph.trainer.export.task import NETWORK, Task
 from jvpgraph.trainer.model.adapters import computing_dtype, load_pipeline
 from jvpgraph.trainer.pictures import save_frames
+from jvpgraph.trainer.prepare.checkpoint import pipeline_of
 from jvpgraph.trainer.run.finished import load_run
 
 FRAMES_PER_SECOND = 16  # of the animated pictures; Wan's

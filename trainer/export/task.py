@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -143,11 +142,3 @@ class Task:
             shutil.copy(file, folder / file.name)
             return [file.stem, name]
         return ["diffusers", name]
-
-
-def pipeline_of(options: Mapping[str, Any]) -> Path | None:
-    """The folder of the pipeline that a run's teacher was loaded from, if that was one."""
-    if not isinstance(options.get("path"), str | Path):
-        return None
-    path = Path(options["path"])
-    return next((folder for folder in (path, path.parent) if (folder / "model_index.json").is_file()), None)

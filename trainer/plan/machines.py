@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # `plan --help` needs no torch
+    import torch
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class GPU:
 
     def peak(self, dtype: torch.dtype) -> float:
         """FLOPs per second."""
-        return self.half if dtype in (torch.bfloat16, torch.float16) else self.single
+        return self.half if dtype.itemsize == 2 else self.single
 
 
 def gpu(gib: float, half: float, single: float) -> GPU:
@@ -45,3 +48,23 @@ GPUS = {
 }
 USABLE = 0.93  # of the memory: the rest goes to the context, libraries and gaps between allocations
 LINK = 20e9  # bytes per second between CPU and GPU: PCIe 4.0 x16 has 32e9, of which copies see two thirds
+
+
+NAMED = {
+    r"NVIDIA A100-(SXM4|PCIE)-40GB": "a100-40gb",
+    r"NVIDIA A100-SXM4-80GB|NVIDIA A100 80GB PCIe": "a100",
+    r"NVIDIA H100 80GB HBM3": "h100",
+    r"NVIDIA H200": "h200",
+    r"NVIDIA B200": "b200",
+    r"NVIDIA L40S": "l40s",
+    r"NVIDIA GeForce RTX 3090": "rtx3090",
+    r"NVIDIA GeForce RTX 4090": "rtx4090",
+    r"NVIDIA GeForce RTX 5090": "rtx5090",
+    r"AMD Instinct MI300X( .*)?": "mi300x",
+}
+"""What drivers call them. Others of nearly the same name (PCIe, NVL, Laptop, a part of one by MIG) are slower."""
+
+
+def gpu_named(name: str) -> GPU | None:
+    """By the whole of the name that the driver gives; None: not known."""
+    return next((GPUS[key] for pattern, key in NAMED.items() if re.fullmatch(pattern, name)), None)

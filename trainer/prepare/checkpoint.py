@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -228,3 +228,11 @@ class Encoder:
         if self.family.video:
             shape[1] = 1 + (frames - 1) // self.period
         return shape
+
+
+def pipeline_of(options: Mapping[str, Any]) -> Path | None:
+    """The folder of the pipeline that a run's teacher was loaded from, if that was one."""
+    if not isinstance(options.get("path"), str | Path):
+        return None
+    path = Path(options["path"])
+    return next((folder for folder in (path, path.parent) if (folder / "model_index.json").is_file()), None)

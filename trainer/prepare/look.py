@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from jvpgraph.trainer.data.prepared import INDEX, prepared, read_card
-from jvpgraph.trainer.pictures import save_frames
+from jvpgraph.trainer.pictures import frames_of, save_frames
 from jvpgraph.trainer.prepare.latents import decode, load_vae
 from jvpgraph.trainer.prepare.write import sha256_of
 
@@ -72,7 +71,7 @@ def decode_some(
     """
     card = read_card(folder)
     data = prepared(folder)
-    captions = captions_of(folder)
+    captions = data.captions()
     turns = [index for turn in zip_longest_ranges(data.buckets) for index in turn][:count]
     if not data.has_latents:
         for index in turns:
@@ -92,18 +91,6 @@ def zip_longest_ranges(ranges: list[range]) -> Iterator[list[int]]:
         yield [r[turn] for r in ranges if turn < len(r)]
 
 
-def captions_of(folder: Path) -> dict[str, str]:
-    """Of every sample, by key."""
-    found: dict[str, str] = {}
-    for shard in json.loads((folder / "plan.json").read_text(encoding="utf-8"))["shards"]:
-        found |= {entry["key"]: entry["caption"] for entry in shard["entries"]}
-    return found
-
-
 def save_pixels(pixels: Tensor, stem: Path, fps: float) -> Path:
     """[3, H, W] as STEM.png, [3, T, H, W] of several frames as an animated STEM.webp."""
-    frames = pixels[:, None] if pixels.dim() == 3 else pixels
-    images = [
-        Image.fromarray((frame * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()) for frame in frames.unbind(1)
-    ]
-    return save_frames(images, stem, fps)
+    return save_frames(frames_of(pixels), stem, fps)

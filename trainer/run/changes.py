@@ -27,6 +27,7 @@ RULES = {
     "log": FREE,
     "sampling": FREE,
     "evaluation": FREE,
+    "validation": FREE,
     "student.backend": FREE,  # other processes may need others
     "student.compile": FREE,
     "student.checkpoint_blocks": FREE,

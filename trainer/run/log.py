@@ -1,30 +1,35 @@
-"""What a run shows: log.jsonl, TensorBoard, wandb, a progress bar, curves and grids of samples.
+"""What a run shows: log.jsonl, TensorBoard, wandb, a progress line, curves and grids of samples.
 
-log.jsonl holds only what the run computes, so that a run that was stopped writes the same file as one that was not.
-Seconds per step and memory go to the bar, TensorBoard and wandb.
+A run that was stopped writes the same log.jsonl as one that was not, but for the figures of TIMED: see `computed`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import resource
 import sys
-import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from jvpgraph.trainer.files import naming, write_whole
 from jvpgraph.trainer.optional import optional
+from jvpgraph.trainer.pictures import gif
+from jvpgraph.trainer.run.pace import TIMED, in_words
+
+NOT_DRAWN = {"samples", "seconds", "seconds_left"}  # straight lines
 
 
 class RunLog:
@@ -47,7 +52,6 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "log.jsonl"
         self.step = start
-        self.time = time.perf_counter()
         self.writer = self.wandb = None
         if tensorboard:
             module = optional("torch.utils.tensorboard", "tensorboard", "log.tensorboard=false")
@@ -56,10 +60,20 @@ class RunLog:
             module = optional("wandb", "wandb", "log.wandb=null")
             self.wandb = module.init(project=wandb, id=wandb_id(folder), resume="allow", dir=str(folder))
         keep = [line for line in read_lines(self.path) if line["step"] <= start]
+        self.seconds = keep[-1].get("seconds", 0.0) if keep else 0.0  # that the run took until `start`
         write_whole(self.path, "".join(f"{json.dumps(line)}\n" for line in keep))
         self.file = self.path.open("a", encoding="utf-8")
-        interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds between redraws: a log file needs fewer
-        self.bar = tqdm(total=total, initial=start, unit="step", mininterval=interval, maxinterval=2 * interval)
+        terminal = sys.stderr.isatty()
+        interval = 0.5 if terminal else 30.0  # seconds between redraws: a log file needs fewer
+        self.bar = tqdm(
+            total=total,
+            initial=start,
+            mininterval=interval,
+            maxinterval=2 * interval,
+            file=sys.stderr if terminal else Lines(sys.stderr),
+            bar_format="{desc}{percentage:3.0f}% |{bar:20}| step {n_fmt}/{total_fmt}{postfix}",
+            dynamic_ncols=terminal,
+        )
 
     def __enter__(self) -> RunLog:
         return self
@@ -69,43 +83,63 @@ class RunLog:
     ) -> None:
         self.close()
 
-    def add(self, step: int, values: Mapping[str, float], moved: int = 0) -> None:
-        """One line of the log: numbers by name, the loss under `loss`.
+    def add(self, step: int, values: Mapping[str, float], figures: Mapping[str, float] | None = None) -> None:
+        """One line of the log. Raises ValueError if steps go back.
 
         Args:
-            moved: bytes that went between CPU and device since the last line.
-
-        Raises:
-            ValueError: steps go back.
+            step: of the run.
+            values: what was computed, by name, the loss under `loss`.
+            figures: what `Pace.line` gives.
         """
         if step <= self.step:
             raise ValueError(f"step {step} was logged after step {self.step}")
-        now = time.perf_counter()
-        seconds = (now - self.time) / (step - self.step)
-        numbers = {name: float(value) for name, value in values.items()}
+        numbers = {name: float(value) for name, value in {**values, **(figures or {})}.items()}
         with naming(self.path):
             self.file.write(f"{json.dumps({'step': step, **numbers})}\n")
             self.file.flush()
-        machine = {"seconds_per_step": seconds, "memory_gib": memory_gib()}
-        if moved:
-            machine["moved_gib_per_step"] = moved / (step - self.step) / 2**30
         if self.writer is not None:
-            for name, value in {**numbers, **machine}.items():
+            for name, value in numbers.items():
                 self.writer.add_scalar(name, value, step)
         if self.wandb is not None:
-            self.wandb.log({**numbers, **machine}, step=step)
-        shown = {name: value for name, value in numbers.items() if name == "loss" or "tangent" in name}
-        texts = [f"{name} {value:.4g}" for name, value in shown.items()]
-        texts += [f"{seconds:.3g} s/step", f"{machine['memory_gib']:.1f} GiB"]
-        if moved:
-            texts.append(f"{machine['moved_gib_per_step']:.3g} GiB moved/step")
-        self.bar.set_postfix_str(", ".join(texts), refresh=False)
+            self.wandb.log(numbers, step=step)
+        shown = [f"{name} {float(x):.4g}" for name, x in values.items() if name == "loss" or "tangent" in name]
+        self.bar.set_description_str("", refresh=False)
+        self.bar.set_postfix_str(in_words(numbers, shown), refresh=False)
         self.bar.update(step - self.step)
-        self.step, self.time = step, now
+        self.step = step
+
+    def pictures(self, step: int, shown: Mapping[str, Sequence[Image.Image]], fps: float) -> None:
+        """Pictures, and videos of several frames, by name: to TensorBoard and wandb."""
+        if self.writer is not None:
+            for name, frames in shown.items():
+                if len(frames) == 1:
+                    self.writer.add_image(name, np.asarray(frames[0].convert("RGB")), step, dataformats="HWC")
+                else:  # add_video would do the same, by moviepy
+                    width, height = frames[0].size
+                    Summary = import_module("tensorboard.compat.proto.summary_pb2").Summary
+                    image = Summary.Image(encoded_image_string=gif(frames, fps), height=height, width=width)
+                    summary = Summary(value=[Summary.Value(tag=name, image=image)])
+                    self.writer._get_file_writer().add_summary(summary, step)
+        if self.wandb is not None:
+            kinds = optional("wandb", "wandb", "log.wandb=null")
+            self.wandb.log(
+                {
+                    name: kinds.Image(frames[0])
+                    if len(frames) == 1
+                    else kinds.Video(BytesIO(gif(frames, fps)), format="gif")
+                    for name, frames in shown.items()
+                },
+                step=step,
+            )
+
+    def show(self, words: str) -> None:
+        """In front of the progress line, until the next step of the log."""
+        self.bar.set_description_str(f"{words} ")
 
     def curves(self, path: Path) -> None:
         """A PNG of everything in log.jsonl against the step, earlier parts of the run included."""
-        draw_curves(series(self.path), path)
+        every = series(self.path)
+        draw_curves({name: every[name] for name in every if name not in NOT_DRAWN}, path)
 
     def close(self) -> None:
         """Harmless when repeated."""
@@ -117,6 +151,20 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.finish()
         self.writer = self.wandb = None
+
+
+class Lines:
+    """A file that is no terminal: each state of a progress line is a line of its own."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self.file.write(f"{text.strip()}\n")
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def wandb_id(folder: Path) -> str:
@@ -145,12 +193,9 @@ def read_lines(path: Path) -> list[dict[str, float]]:
     return found
 
 
-def memory_gib() -> float:
-    """The most memory used so far: of the GPU if CUDA is in use, else of this process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+def computed(path: Path) -> list[dict[str, float]]:
+    """The lines of a log without what differs from one machine to another."""
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in read_lines(path)]
 
 
 def series(path: Path) -> dict[str, tuple[list[float], list[float]]]:

@@ -1,48 +1,77 @@
-"""Grids of samples while a run goes on; they take nothing from its random streams."""
+"""Samples while a run goes on, as pictures and videos; they take nothing from its random streams."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from jvpgraph.trainer.config import RunConfig, SamplingConfig
-from jvpgraph.trainer.data.sample import first_samples
+from jvpgraph.trainer.data.sample import Dataset, first_samples
 from jvpgraph.trainer.evaluation.samplers import draw, sampler_of
+from jvpgraph.trainer.files import naming
 from jvpgraph.trainer.model.networks import averaged
-from jvpgraph.trainer.run.log import grid
+from jvpgraph.trainer.pictures import frames_of, save_frames
+from jvpgraph.trainer.run.log import RunLog, grid
+from jvpgraph.trainer.run.prompted import Prompted
 from jvpgraph.trainer.trigflow import TrigFlow
 
 
-def preview(
-    config: RunConfig,
-    stage: int,
-    student: TrigFlow,
-    average: Mapping[str, Tensor],
-    dataset: Any,
-    folder: Path,
-    step: int,
-    *,
-    write: bool = True,
-) -> Path:
-    """Samples of the averaged student for the data set's first conditions: `folder`/step-N.png.
+@dataclass(frozen=True)
+class Previews:
+    """What is drawn of a run, and where it goes."""
 
-    Where the student is spread over processes all of them call this, and one writes.
-    """
-    device = next(student.parameters()).device
-    count = min(config.log.preview_count, len(dataset))
-    batch = first_samples(dataset, count).to(device)
-    steps = max(config.sampling.steps)
-    sample = sampler_of(config.stages[stage].objective.sampler, student, steps, config.sampling)
-    with averaged(student, average):
-        latents = draw(sample, batch, config.sampling.batch, config.seed)
-    path = folder / f"step-{step:08d}.png"
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
-        grid(picture_of(latents, config.sampling), path, columns=max(1, round(count**0.5)))
-    return path
+    config: RunConfig
+    student: TrigFlow
+    dataset: Dataset
+    prompted: Prompted | None
+    log: RunLog | None  # the first process's
+
+    def draw(self, stage: int, average: Mapping[str, Tensor], step: int) -> None:
+        """Samples of the averaged student: OUT/samples/step-N.png for the data set's first conditions, and a file in
+        the folder step-N for each prompt and each video.
+
+        Where the student is spread over processes all of them call this, and the first one writes.
+        """
+        config = self.config
+        device = next(self.student.parameters()).device
+        count = min(config.log.preview_count, len(self.dataset))
+        steps = max(config.sampling.steps)
+        sample = sampler_of(config.stages[stage].objective.sampler, self.student, steps, config.sampling)
+        own = None if self.prompted is None else self.prompted.batch
+        with averaged(self.student, average):
+            latents = [
+                draw(sample, batch.to(device), config.sampling.batch, config.seed)
+                for batch in (first_samples(self.dataset, count), own)
+                if batch is not None
+            ]
+        if self.log is not None:
+            shown = self.save(self.log.path.parent / "samples" / f"step-{step:08d}", latents)
+            self.log.pictures(step, shown, config.log.fps)
+
+    def save(self, stem: Path, latents: Sequence[Tensor]) -> dict[str, list[Image.Image]]:
+        """Writes them, and gives the frames of each by its name in TensorBoard and wandb."""
+        pixels = picture_of(latents[0], self.config.sampling)
+        path = stem.with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid(pixels, path, columns=max(1, round(len(pixels) ** 0.5)))
+        with Image.open(path) as picture:
+            shown = {"samples/grid": [picture.copy()]}
+        if self.config.sampling.decode is not None and pixels.dim() == 5 and pixels.shape[2] > 1:
+            shown |= {f"samples/{i}": frames_of(video) for i, video in enumerate(pixels)}
+        if self.prompted is not None:
+            decoded = self.prompted.decode.build()(latents[1])
+            shown |= {f"prompts/{i}": frames_of(one) for i, one in enumerate(decoded)}
+        for name, frames in shown.items():
+            if name != "samples/grid":
+                kind, number = name.split("/")
+                stem.mkdir(exist_ok=True)
+                with naming(stem):
+                    save_frames(frames, stem / f"{kind.removesuffix('s')}-{number}", self.config.log.fps)
+        return shown
 
 
 def decoder_of(config: SamplingConfig) -> Callable[[Tensor], Tensor]:

@@ -39,7 +39,7 @@ def take_run(student: TrigFlow, source: Path) -> None:
     average = PowerEMA(trainable(student), sigma)
     state = {"student": moving(student), "ema": {f"{sigma:g}": average}}
     try:
-        step = Checkpoints(source / "checkpoints").load(state, partial=True)
+        step = Checkpoints(source / "checkpoints").load_newest(state, partial=True)  # the run may be going on
     except ValueError as error:
         raise ValueError(
             f"--from {source}: {error}\nIts student is another network, or has other adapters (student.lora): "
