@@ -158,7 +158,7 @@ def test_help_explains_every_setting(capsys):
         "train",
         "train tiny.yaml --frehs",
         "train tiny.yaml --fresh=1",
-        "export run",
+        "export run --format gguf",
         "sample run --steps 0",
         "sample run --steps x",
         "sample run extra",

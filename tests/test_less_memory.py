@@ -285,20 +285,13 @@ def test_the_price_is_shown_and_planned(tmp_path: Path, blocks: bool, monkeypatc
     model = {**WIDE, "load": "jvpgraph.trainer.dit:dit"}
     config = config_of(tmp_path / "run", [stage(objective, 3, accumulate=2)], **away, student=student, model=model)
     shown = []
-    monkeypatch.setattr(RunLog, "add", lambda self, step, values, moved=0: shown.append(moved))
+    monkeypatch.setattr(RunLog, "add", lambda self, step, values, figures: shown.append(figures["moved_gib_per_step"]))
     train(config)
     [plan] = plan_run(config, processes=1)
-    assert shown[1:] == [plan.moved, plan.moved]  # the first has the checks too
+    assert shown[1:] == [plan.moved / 2**30] * 2  # the first has the checks too
     told = report(plan, config, "h100", 0.4)
     assert "on the CPU, GiB for each process" in told
     assert "GiB per update between CPU and GPU" in told
-
-
-def test_the_bar_has_the_price(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with RunLog(tmp_path, tensorboard=False, wandb=None, total=2) as log:
-        log.add(2, {"loss": 1.0}, moved=2**31)
-    assert "1 GiB moved/step" in capfd.readouterr().err
-    assert "moved" not in (tmp_path / "log.jsonl").read_text()
 
 
 @pytest.mark.slow

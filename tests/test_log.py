@@ -84,7 +84,7 @@ def test_the_progress_line_shows_what_a_run_computes_and_how_fast(tmp_path, caps
         log.bar.refresh()
     shown = capsys.readouterr().err
     assert "step 5/10, loss 0.25, tangent_norm 3, lr 7, 7 samples, 7 s/step, 7 samples/s, 7 tokens/s, " in shown
-    assert "34.5% of peak, 7.0 GiB, 1 d 2:03:04 left\n" in shown
+    assert "34.5% of peak, 7.0 GiB, 7 GiB moved/step, 1 d 2:03:04 left\n" in shown
     assert "other" not in shown
     assert "\r" not in shown  # which is no terminal: a line each
 
