@@ -46,7 +46,7 @@ def normalisation(vae: Any) -> tuple[float | list[float], float | list[float]]:
 
 
 def place_norms(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and deviation [C, h, w] for latents [..., C, h, w], by Flux 2's batch norm over patches of 2 x 2.
+    """Mean and deviation [C, h, w] for latents [..., C, h, w], by the batch norm of Flux 2's VAE over patches of 2 x 2.
 
     They repeat from patch to patch.
     """
