@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import jvpgraph
+from benchmarks import plan_table
 from jvpgraph.trainer import cli
+from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.commands.plan import condition
 from jvpgraph.trainer.config import RunConfig, StudentConfig
 from jvpgraph.trainer.model.dit import dit
@@ -22,6 +24,7 @@ from jvpgraph.trainer.plan.machines import GPUS
 from jvpgraph.trainer.plan.meter import Meter
 from jvpgraph.trainer.plan.plan import computing_dtype, plan_run
 from jvpgraph.trainer.plan.report import duration
+from jvpgraph.trainer.plan.subject import check_sample, teacher_of
 from jvpgraph.trainer.settings import from_dict, load
 
 ROOT = Path(__file__).parents[1]
@@ -255,3 +258,18 @@ def test_adapters_are_computed_at_the_speed_of_the_weights_below_them():
     for dtype, lora in ((torch.bfloat16, LoRA(rank=2, targets=("qkv",))), (torch.float32, None)):
         student = build_student(dit(width=64, depth=1, heads=2).to(dtype), StudentConfig(lora=lora))
         assert computing_dtype(student) == dtype
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "billions"), [("Wan2.1 1.3B", 1.42), ("Wan2.1 14B", 14.29), ("FLUX.1-dev", 11.90), ("Qwen-Image", 20.43)]
+)
+def test_the_networks_of_the_table_have_their_published_size(name, billions):
+    """And run on the sample that the table is for."""
+    network = plan_table.NETWORKS[name]
+    teacher = teacher_of(plan_table.settings(network, 8))
+    assert sum(p.numel() for p in teacher.parameters()) / 1e9 == pytest.approx(billions, abs=0.006)
+    conditions = {
+        key: torch.empty(1, *shape, dtype=dtype, device="meta") for key, (shape, dtype) in network.conditions.items()
+    }
+    check_sample(teacher, Batch(torch.empty(1, *network.latents, device="meta"), conditions))
