@@ -52,9 +52,7 @@ def assert_same_run(found: Path, expected: Path, scratch: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "blocks", [pytest.param(False, marks=pytest.mark.matrix), True], ids=["plain", "checkpointed blocks"]
-)
+@pytest.mark.parametrize("blocks", [True, False], ids=["checkpointed blocks", "plain"])
 def test_a_run_whose_networks_rest_is_the_same(tmp_path: Path, blocks: bool) -> None:
     stages = [stage(RCM, 3)]
     student = {"backend": "eager", "checkpoint_blocks": blocks}
@@ -275,9 +273,7 @@ def test_a_run_with_all_of_it_goes_on_with_the_same_bits(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "blocks", [False, pytest.param(True, marks=pytest.mark.matrix)], ids=["plain", "checkpointed blocks"]
-)
+@pytest.mark.parametrize("blocks", [False, True], ids=["plain", "checkpointed blocks"])
 def test_the_price_is_shown_and_planned(tmp_path: Path, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = {"name": "rcm", "dmd": {"fake_updates_per_step": 2, "simulation_steps": 1}}
     away = {"teacher": {"offload": True}, "fake_score": {"offload": True}}
@@ -295,9 +291,7 @@ def test_the_price_is_shown_and_planned(tmp_path: Path, blocks: bool, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "each", [False, pytest.param(True, marks=pytest.mark.matrix)], ids=["all of it", "each by itself"]
-)
+@pytest.mark.parametrize("each", [False, True], ids=["all of it", "each by itself"])
 def test_what_the_plan_advises_helps(tmp_path: Path, each: bool) -> None:
     objective = {"name": "rcm", "dmd": {"fake_updates_per_step": 1, "simulation_steps": 1}}
     config = config_of(
@@ -339,7 +333,7 @@ def test_on_inductor_too(tmp_path: Path, dtype: str, more: dict[str, Any]) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.matrix), "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_adapters_share_their_base(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run is that of separate networks, to the bit; and checkpoints hold adapters alone."""
     more: dict[str, Any] = {
