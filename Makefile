@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo check test test-all test-dist test-kernels test-scaling test-gpu-script mutants lint format gate fuzz kinds zoo zoo-exact reach opinfo opinfo-table bench bench-quality scaling plan-table wheels gpu dump docs clean
+.PHONY: help demo check test test-long test-all test-dist test-kernels test-scaling test-gpu-script mutants lint format gate fuzz kinds zoo zoo-exact reach opinfo opinfo-table bench bench-quality scaling plan-table wheels gpu dump docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -45,12 +45,15 @@ KERNELS := $(addprefix tests/test_,attention_triton.py backward_triton.py block_
 check: lint  ## before each commit, in five minutes: lint, types, and the fast tests
 	$(PYTEST) $(PARALLEL) -m "not slow and not kernels and not ranks and not timing and not matrix and not fuzz" tests
 
-test: lint  ## all tests except the long sweeps: those of make check, kernels in the interpreter, processes, the rest
-	$(PYTEST) $(PARALLEL) --durations=15 -m "not kernels and not timing and not matrix" tests
+test: lint  ## in a quarter of an hour: those of make check, kernels in the interpreter, processes, the rest
+	$(PYTEST) $(PARALLEL) --durations=15 -m "not kernels and not timing and not matrix and not long" tests
 	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) --durations=5 -m "kernels and not matrix" $(KERNELS)
 	$(PYTEST) -m timing tests/test_regions.py tests/test_data.py tests/test_checkpoint.py
 
-test-all: test $(READY)  ## those of make test, then every case of which it runs one in several: before a release
+test-long: $(READY)  ## what takes more than seven seconds of a core each: whole runs, kills, whole networks; .ci/run has it too
+	$(PYTEST) $(PARALLEL) --durations=15 -m "long and not matrix" tests
+
+test-all: test test-long  ## those of both, then every case of which they run one in several: before a release
 	$(PYTEST) $(PARALLEL) --durations=15 -m "matrix and not kernels" tests
 	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) --durations=15 -m "matrix and kernels" $(KERNELS)
 

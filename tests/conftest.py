@@ -96,7 +96,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "distributed" in item.path.parts:
             item.add_marker(pytest.mark.ranks)
-        if _is_compiled(item):
+        if _is_compiled(item) or item.get_closest_marker("long"):
             item.add_marker(pytest.mark.slow)
     _take_samples(items)
     places = {name: i for i, name in enumerate(LONG)}

@@ -146,7 +146,7 @@ def test_own_jvp(backend, part):
                 _check(model, dual, part, size, requires_grad)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_own_jvp_compiled():
     model = Net()
     dual = jvpgraph.transform(model)

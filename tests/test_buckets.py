@@ -175,7 +175,7 @@ def config_of(out: Path, stages: list[dict[str, Any]], **more: Any) -> RunConfig
 STAGES = [stage("dcm", 2, batch=2), stage(RCM, 4, batch=2, accumulate=2)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     whole = train(config_of(tmp_path / "whole", STAGES))
     config = config_of(tmp_path / "killed", STAGES)
@@ -234,7 +234,7 @@ def convolution(dtype: str) -> TrigFlow:
     return TrigFlow(Convolution(3, 3, 3, padding=1).to(getattr(torch, dtype)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_graph_for_each_shape_on_the_default_backend(tmp_path: Path, dtype: str) -> None:
     """Of more shapes than recompile_limit, whose losses are those of op by op."""

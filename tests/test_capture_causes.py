@@ -554,7 +554,7 @@ def test_op_by_op(cause):
     check(ONE_GRAPH[cause](), backend="op_by_op")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "cause",
     [
@@ -586,7 +586,7 @@ def test_what_higher_order_ops_do_not_do_is_refused(cause, settings, message):
         dual(x.view(2, 5, WIDTH), t, tangents={"x": x})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("cause", ["while_loop", "cond", "scan"])
 def test_bfloat16_at_several_sizes_on_the_default_backend(cause):

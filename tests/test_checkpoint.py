@@ -537,7 +537,7 @@ def two_save_and_load(rank: int, folder: Path) -> None:
     assert store.load(sharded_state(0, rank)) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_and_then_one(folder, caplog):
     mp.spawn(run_rank, (str(folder), "two_save_and_load"), nprocs=WORLD)
     assert {"__0_0.distcp", "__1_0.distcp"} <= {p.name for p in (folder / "step-00000003").iterdir()}

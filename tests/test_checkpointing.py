@@ -400,6 +400,7 @@ class MaskedBlocks(nn.Module):
         return x
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("backend", "dtype", "eps"), [("eager", torch.float64, 1e-12), ("inductor", torch.float32, 1e-5)]
 )
@@ -431,6 +432,7 @@ class Blocks(nn.Module):
         return x
 
 
+@pytest.mark.long
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("backend", "dtype", "dynamic", "eps"),

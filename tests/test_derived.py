@@ -159,7 +159,7 @@ def layouts(n: int) -> list[Tensor]:
     return [R(n, n), R(n, n).mT, R(n, 2 * n)[:, ::2]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:jvpgraph.jvp compiled the function:RuntimeWarning")  # for each layout
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("backend", WAYS)
@@ -172,7 +172,7 @@ def test_formulas_at_other_sizes_and_layouts(backend: str, dynamic: bool | None)
             check(of_one_operand, x, R(n), constants=(R(n, n),), backend=backend, dynamic=dynamic)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # Inductor's lowering
 def test_formulas_on_the_default_backend():
     for n in (4, 6):
@@ -190,6 +190,7 @@ class Net(torch.nn.Module):
         return F.celu(torch.ldexp(x, torch.tensor(1))) + torch.logcumsumexp(x, 1) + torch.sinc(x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [("inductor", torch.float32), ("eager", torch.bfloat16), ("op_by_op", torch.float32)],

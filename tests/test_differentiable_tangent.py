@@ -71,7 +71,7 @@ def check_module(model, primals, dots, names, backend="eager") -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_diffusion_transformer(backend):
     x, t, x_dot, t_dot = inputs()
@@ -96,7 +96,7 @@ class Gated(nn.Module):
         return self.head(h).softmax(-1) * gate + x.detach().mean()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_norms_in_place_writes_and_stops(backend):
     """A value computed under no_grad is a constant to reverse mode, and moves with x in forward mode."""
@@ -142,7 +142,7 @@ def test_dynamic_shapes_compile_once():
     assert len(dual.reports) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(backend):
     """Casts are made once, by the model; half types lose what they lose in the primal."""
@@ -311,7 +311,7 @@ def test_formulas_at_symbolic_sizes():
     assert len(dual.reports) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # Inductor's own
 def test_formulas_that_derive_with_inductor():
     x, x_dot = torch.randn(4, 4).double(), torch.randn(4, 4).double()
@@ -399,7 +399,7 @@ def _rule(outs, x, *, x_dot):
     return (x_dot - y * size_dot) / size, size_dot
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["WanTransformer3DModel"])
 def test_diffusers(name):
     case = CASES[name]

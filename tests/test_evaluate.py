@@ -200,7 +200,7 @@ def test_pixels_are_flattened_and_pooled() -> None:
         pixels(0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_classifier_knows_the_digits_and_is_the_same_every_time() -> None:
     data = digits()
     state = torch.get_rng_state()

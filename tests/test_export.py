@@ -226,7 +226,7 @@ def test_the_exported_pipeline_makes_what_sample_makes(
     assert any(not torch.equal(before[key], value) for key, value in pipe.transformer.state_dict().items())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_code_of_the_card_runs_where_there_is_no_jvpgraph(runs: Callable[..., Path], tmp_path: Path) -> None:
     expected = {}
     for times in ("even", "run"):

@@ -62,6 +62,7 @@ def _cache(tmp_path_factory):
         yield
 
 
+@pytest.mark.long
 def test_the_command(monkeypatch, capsys):
     of_arch = {x: y for x, y in BACKWARD_TABLE.items() if x.arch == 90}
     without_rows = {x: y for x, y in of_arch.items() if backward_sweeps(*x[:3]) is y}
@@ -180,6 +181,7 @@ def test_a_gpu_takes_the_tiles_of_one_with_as_much_memory():
             assert is_there == (head_dim <= 64 or not active or arch in (90, 100))
 
 
+@pytest.mark.long
 def test_what_the_gate_must_catch():
     """A tile too large for the registers, and one too large for the shared memory."""
     spilling = gate_checks.check(Entry(90, 128, BF16, "jvp"), Blocks(128, 64, 4, 2))
@@ -192,6 +194,7 @@ def test_what_the_gate_must_catch():
     assert any("matrix instructions" in what for what in replicated.violations)
 
 
+@pytest.mark.long
 def test_what_the_gate_must_catch_in_gluon():
     """As above: a tile too large for the registers, which wgmma is serialised over, and one for the shared memory."""
     spilling = gate_checks.check_gluon(GluonEntry(128, 4), GluonBlocks(128, 1))

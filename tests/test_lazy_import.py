@@ -67,7 +67,7 @@ def rules() -> list[str]:
     return json.loads(python(f"import torch, jvpgraph.api; {RULES}"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "first", ["from jvpgraph import *", "import jvpgraph; jvpgraph.kernels", "import jvpgraph.rules"]
 )

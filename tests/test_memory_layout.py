@@ -67,7 +67,7 @@ def test_in_graphs(view):
         _check(RELATIVE[view], place, "eager")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled():
     def all_of_them(x):
         return tuple(part for fn in RELATIVE.values() for part in _several(fn(x)))
@@ -251,7 +251,7 @@ class Gated(nn.Module):
         return x + self.norm(x) * gate
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "eps", "sizes"), [(torch.float32, 1e-5, [(2, 16), (3, 32)]), (torch.bfloat16, 2e-2, [(2, 16)])]
 )
@@ -305,7 +305,7 @@ class OneScale(nn.Module):
         return (x * self.table[first + 1]).index_add(-1, first, x)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_into_one_place_by_several_threads(dtype):

@@ -215,7 +215,7 @@ class Block(nn.Module):
         return x + self.out(o.transpose(1, 2).flatten(2).transpose(1, 2)).transpose(1, 2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gradients_through_inductor():
     """Of parameters and inputs, at a second size, against the float64 model."""
     net = Block()

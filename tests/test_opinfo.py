@@ -35,7 +35,7 @@ SAMPLE = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sample():
     """Right, or refused as docs/opinfo.md says."""
     warm_up(["op_by_op", "eager"])

@@ -67,7 +67,7 @@ SMALL = [
 SHARDED = ["parallel.dp_shard=2"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("overrides", "processes"),
     [
@@ -130,7 +130,7 @@ def test_checkpointed_blocks_of_wan_at_two_depths(tmp_path, depth, backend):
     assert plan.kept / hidden == pytest.approx(3 * depth, rel=0.3)  # the input and two attentions' outputs of each
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_more_blocks_are_extrapolated():
     """What two and three blocks cost says what six do."""
     shallow, deep = (

@@ -154,7 +154,7 @@ def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_preparation_goes_on_to_the_same_bytes(sana: Path, tmp_path: Path) -> None:
     """Killed once a few shards are there; then it goes on in two processes."""
     source = pictures(tmp_path / "in", 40)

@@ -146,6 +146,7 @@ def test_a_tensor_of_a_list_of_tensors(make):
     assert_close(d, v * torch.tensor([4.0, 2.0, 1.0, 1.0]).double())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", GRAPHS)
 def test_a_row_that_data_chose(backend):
     """Where it starts in memory, nobody knows before it runs: each such op says so, those of the tangent too."""

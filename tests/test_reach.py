@@ -14,6 +14,7 @@ SOME = ("OwnCheckpoint", "Magnitudes", "Waves", "KeptFeatures")
 WITH_PACKAGES = ("FlashEither", "Blocks")
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("default")  # what the networks' own code warns about
 @pytest.mark.parametrize("name", [*SOME, *(pytest.param(name, marks=pytest.mark.slow) for name in WITH_PACKAGES)])
 def test_is_right_as_one_graph(name, monkeypatch):

@@ -64,7 +64,7 @@ class TestChoice:
         assert dual.regions.groups[0].calls == 6
         assert "3 x Block (blocks.0, ...): 1 graph, 6 calls" in str(dual.regions)
 
-    @pytest.mark.slow
+    @pytest.mark.long
     def test_inductor(self):
         assert graphs(assert_right(TinyDiT(depth=2).double(), backend="inductor")) == [("Block", 2, 1)]
 
@@ -421,6 +421,7 @@ def test_tangents_between_regions_do_not_pile_up(grad, monkeypatch):
 class TestCheckpoints:
     """A checkpoint around a region moves into its graph; what else it holds is recomputed as ever."""
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("kind", "backend"),
         [

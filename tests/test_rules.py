@@ -541,7 +541,7 @@ def check_collectives(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_collectives_on_two_processes(tmp_path: Path):
     torch.multiprocessing.spawn(check_collectives, (str(tmp_path),), nprocs=2)
 
@@ -573,6 +573,7 @@ FAR_FROM_ZERO = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FAR_FROM_ZERO)
 @pytest.mark.parametrize("backend", ["op_by_op", "eager", "inductor"])

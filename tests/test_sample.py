@@ -167,7 +167,7 @@ def test_parts_of_a_draw_have_noise_of_their_own() -> None:
     assert len(parts.flatten(1).unique(dim=0)) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_quick_demo_writes_its_picture_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     demo.run(tmp_path, seed=1, quick=True)
     metrics = json.loads((tmp_path / "metrics.json").read_text())

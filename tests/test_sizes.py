@@ -59,7 +59,7 @@ def image(batch: int, height: int, width: int) -> dict[str, Tensor]:
 SEQUENCES = [(2, 12), (3, 16), (5, 22)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("settings", "grad"),
     [({}, True), ({"dynamic": True}, False), ({"regions": "auto"}, True)],
@@ -74,7 +74,7 @@ def test_patches_in_bfloat16():
     check_sizes(Patches(), sequence, SEQUENCES, dtype=torch.bfloat16, dynamic=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sizes_of_an_image():
     check_sizes(Image(), image, [(2, 8, 12), (3, 12, 8), (4, 16, 20)], dynamic=True)
 
@@ -131,7 +131,7 @@ class Picks(nn.Module):
         return h[some].sum(0) + h[others].square().sum(0) + written.sum()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("backend", "view_first", "dtype", "eps"),
     [
@@ -192,7 +192,7 @@ class Cuts(nn.Module):
         return torch.cat(parts) * total + h[fifth]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "dynamic"), [(torch.float32, None), (torch.bfloat16, True)])
 def test_sizes_that_tensors_compute_with(dtype, dynamic):
     def inputs(n: int) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ def assert_same_end(found: Path, expected: Path, scratch: Path) -> None:
     assert computed(found / "log.jsonl") == computed(expected / "log.jsonl")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_signals_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     """To all of the run's processes, as a scheduler sends them: those that read the data get them too."""
     stages = [stage("dcm", 10), stage(RCM, 12, condition_dropout=0.2)]
@@ -206,6 +206,7 @@ def slurm(tasks: int, seconds: float) -> dict[str, str]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "tasks", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=[pytest.mark.slow, pytest.mark.matrix])]
 )
@@ -223,7 +224,7 @@ def test_the_slurm_script_queues_a_run_again_until_it_is_done(tmp_path: Path, ta
     assert (tmp_path / "scontrol.txt").read_text().split("\n")[:2] == ["show hostnames node[1]", "requeue 77"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ranks
 def test_torchrun_passes_a_signal_on_and_all_processes_agree(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", [stage("scm", 60)], parallel={"dp_shard": 2}, checkpoint={"every": 100_000})

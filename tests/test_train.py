@@ -115,7 +115,7 @@ def run_until(config: RunConfig, step: int, folder: Path, delay: float) -> None:
     process.stderr.close()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     """Killed twice, across stages, with a loader in two processes."""
     stages = [stage("dcm", 4), stage("scm", 4, accumulate=2), stage(RCM, 6, condition_dropout=0.2)]
@@ -284,7 +284,7 @@ def test_how_the_student_runs_may_change_between_a_stop_and_going_on(tmp_path: P
         torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_compiled_networks_give_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
     compiled: list[type] = []

@@ -339,7 +339,7 @@ def test_dataclass_with_a_computed_field():
 
 
 class TestPrecision:
-    @pytest.mark.slow
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, dtype):
         """The tangent is as far from the truth as rounding makes the value: a few units of the format."""
@@ -354,6 +354,7 @@ class TestPrecision:
         assert (y.double() - y0).norm() / y0.norm() < 4 * unit
         assert (d.double() - d0).norm() / d0.norm() < 4 * unit
 
+    @pytest.mark.long
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_autocast(self, backend):
         model = TinyDiT()
@@ -441,7 +442,7 @@ class TestDynamicShapes:
                 assert_close((y, d), oracle(model, (x, t), (x_dot, t_dot)), **EXACT)
             assert len(dual.reports) == graphs
 
-    @pytest.mark.slow
+    @pytest.mark.long
     def test_inductor(self):
         model = TinyDiT().double()
         dual = jvpgraph.transform(model, dynamic=True)

@@ -79,6 +79,7 @@ log: {{every: 1}}
     return settings.load(RunConfig, file)
 
 
+@pytest.mark.long
 def test_wan_from_shards_to_a_diffusers_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_data(tmp_path)
     whole = train(configuration(tmp_path / "whole", tmp_path))

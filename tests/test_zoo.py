@@ -40,6 +40,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", WHOLE)
 def test_one_graph(name):
@@ -50,6 +51,7 @@ def test_one_graph(name):
     assert result.table > 50
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("default")  # an error, raised inside the compiler, would look like a failure of its own
 def test_default(one_thread):
     """Inductor in float32, symbolic sizes, of which the second changes every dim, compiled once: value, tangent,

@@ -121,6 +121,7 @@ def finished(process: subprocess.Popen[str], timeout: float = 240) -> str:
 # ---------------------------------------------------------------- the same run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("parallel", "objective"),
     [

@@ -158,6 +158,7 @@ def test_causal_sequences_of_several_lengths_are_counted_from_their_ends(of_flas
     check(call, reference, sizes=((1, 12), (1, 20)), others=others, last=7, kv_heads=2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_in_bfloat16(of_flash_attn_interface, backend):
     flash = of_flash_attn_interface("flash_attn_interface")

@@ -160,5 +160,6 @@ def test_a_tensor_that_is_passed_twice(packages):
     assert compare(mix, packages("flash_attn").flash_attn_func) == (1, 1)
 
 
+@pytest.mark.long
 def test_with_inductor(packages):
     assert compare(alone, packages("flash_attn").flash_attn_func, backend="inductor")[0] == 1

@@ -71,7 +71,7 @@ def test_sage_attention_3(of_sage, dtype):
     check(lambda q, k, v: sage.sageattn3_blackwell(*heads_first(q, k, v)).transpose(1, 2), plain, dtype=dtype)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sage_attention_3_with_inductor(of_sage):
     sage = of_sage("sageattn3")
     check(lambda q, k, v: sage.sageattn3_blackwell(*heads_first(q, k, v)).transpose(1, 2), plain, backend="inductor")

@@ -247,6 +247,7 @@ def test_flash_attn_with_inductor(of_flash_attn, dtype):
     )
 
 
+@pytest.mark.long
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("form", "dtype"), [("window, fewer queries", torch.float32), ("causal, fewer queries", torch.bfloat16)], ids=str
@@ -391,7 +392,7 @@ def causal(q, k, v):
     return plain(q, k, v, band(q.shape[1], k.shape[1], right=0))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_xformers_with_inductor(of_xformers, dtype):
     ops, masks = of_xformers("xformers.ops"), of_xformers("xformers.ops.fmha.attn_bias")
