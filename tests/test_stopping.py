@@ -88,11 +88,14 @@ def test_signals_at_random_moments_lose_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_stops_itself_in_time(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    train(config_of(tmp_path / "short", [stage("scm", 2)]))
+    limit = 2 * (time.monotonic() - begun) + 1  # machines differ
     config = config_of(tmp_path / "run", [stage("scm", 100_000)], checkpoint={"every": 100_000})
     begun = time.monotonic()
     with pytest.raises(Stopped) as stop:
-        train(config, time_limit=3.0)
-    assert time.monotonic() - begun < 3.0
+        train(config, time_limit=limit)
+    assert time.monotonic() - begun < limit
     assert stop.value.code == TIME_LIMIT
     assert int(last_checkpoint(config.out).name[5:]) == stop.value.step > 1
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == [

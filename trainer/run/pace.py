@@ -220,7 +220,7 @@ def in_words(figures: dict[str, float], shown: Sequence[str] = ()) -> str:
         "seconds_per_step": lambda x: f"{x:.3g} s/step",
         "samples_per_second": lambda x: f"{x:.3g} samples/s",
         "tokens_per_second": lambda x: f"{x:.3g} tokens/s",
-        "flops_per_second": lambda x: f"{x / 1e12:.3g} TFLOP/s",
+        "flops_per_second": lambda x: f"{x / 1e12:.3g} TFLOP/s" if x > 1e11 else f"{x / 1e9:.3g} GFLOP/s",
         "utilisation": lambda x: f"{x:.1%} of peak",
         "memory_gib": lambda x: f"{x:.1f} GiB",
         "moved_gib_per_step": lambda x: f"{x:.3g} GiB moved/step",
