@@ -388,6 +388,7 @@ def fragile(how: str) -> TrigFlow:
     return TrigFlow(Fragile(how), call_dit)
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(
     ("how", "objective", "culprit"),
     [
@@ -397,9 +398,12 @@ def fragile(how: str) -> TrigFlow:
     ],
     ids=["value", "tangent", "gradient"],
 )
-def test_what_is_not_finite_ends_the_run_and_is_named(tmp_path: Path, how: str, objective: str, culprit: str) -> None:
+def test_what_is_not_finite_ends_the_run_and_is_named(
+    tmp_path: Path, how: str, objective: str, culprit: str, again: bool
+) -> None:
     model = {"load": "tests.test_train:fragile", "options": {"how": how}}
-    config = config_of(tmp_path / "run", [stage(objective, 3)], model=model)
+    student = {"backend": "eager", "checkpoint_blocks": again}
+    config = config_of(tmp_path / "run", [stage(objective, 3)], model=model, student=student)
     with pytest.raises(NotFinite, match=culprit) as raised:
         train(config)
     assert "student, step 1" in str(raised.value)

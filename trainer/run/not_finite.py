@@ -191,6 +191,7 @@ def bad_at_rest(batches: Sequence[Batch], networks: Mapping[str, nn.Module]) -> 
     return None
 
 
+@torch.no_grad()  # in a checkpointed block all that keeps tensors has to come again when it is recomputed
 def finite(x: Tensor) -> bool:
     """Of a sharded tensor: this rank's part."""
     return bool(torch.isfinite(local(x)).all())
