@@ -101,6 +101,8 @@ from jvpgraph.trainer.objectives import Objective, objective
 
 @dataclass(frozen=True)
 class Wrong(Objective):
+    '''It raises.'''
+
     name: ClassVar[str] = "wrong_NUMBER"
 
 @objective
@@ -115,7 +117,7 @@ def test_an_objective_of_the_users_that_raises(capfd: pytest.CaptureFixture[str]
     assert cli.main(argv) == 1
     said = capfd.readouterr().err
     assert "jvpgraph train: KeyError: 'no such' (" in said
-    assert "my_objective.py:12 in wrong_loss)\nMend it" in said
+    assert "my_objective.py:14 in wrong_loss)\nMend it" in said
     assert "Traceback" not in said
     with pytest.raises(KeyError):
         cli.main([*argv, "--traceback"])
