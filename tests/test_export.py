@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from torch import Tensor
 
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.cli import main
-from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.config import DataConfig, RunConfig, SamplingConfig
 from jvpgraph.trainer.data.sample import Sample
 from jvpgraph.trainer.export import export_run, keys, lora
 from jvpgraph.trainer.export.prompts import sample_prompts
+from jvpgraph.trainer.export.task import Task
 from jvpgraph.trainer.model.adapters import adapter_of, diffusers_model
 from jvpgraph.trainer.model.schedulers import even_times, scheduler_for
+from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.run.finished import load_run
 from jvpgraph.trainer.train import train
 from jvpgraph.trainer.trigflow import TrigFlow
@@ -496,6 +499,15 @@ def test_a_constant_condition_is_in_the_settings_and_in_the_card(tmp_path: Path)
     found = student(sample.x0[None], t, cond)
     assert torch.equal(found, student(sample.x0[None], t, cond | {"guidance": torch.tensor([3.5])}))
     assert not torch.equal(found, student(sample.x0[None], t, cond | {"guidance": torch.tensor([1.0])}))
+
+    of_data = replace(
+        load_run(run).config,
+        conditions={},
+        data=DataConfig(Plug("jvpgraph.trainer.prepare:prepared", {"path": "data", "guidance": 7.0})),
+        sampling=SamplingConfig(call={"height": 64, "guidance_scale": 3.5}),  # the card's
+    )
+    told = Task(replace(load_run(run), config=of_data), run, tmp_path / "checkpoint").arguments()
+    assert (told["guidance_scale"], told["height"]) == (7.0, 64)
 
 
 # ---------------------------------------------------------------- refusals

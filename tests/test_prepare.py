@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 from jvpgraph.trainer import cli, settings
 from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.model.adapters import diffusers_model
 from jvpgraph.trainer.prepare import prepared
 from jvpgraph.trainer.prepare.buckets import check_lengths, resolutions
 from jvpgraph.trainer.prepare.captions import find, prompts_of
@@ -283,6 +285,18 @@ def change(folder: Path, name: str) -> Path:
 def gone(file: Path) -> Path:
     file.unlink()
     return file.parents[1]
+
+
+def test_two_networks_in_one_pipeline_are_refused(wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Wan 2.2's 14B: a student would have been one of them, and its teacher the other for the rest of the noise."""
+    both = Path(shutil.copytree(wan, tmp_path / "both"))
+    index = json.loads((both / "model_index.json").read_text())
+    index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
+    (both / "model_index.json").write_text(json.dumps(index))
+    assert cli.main(["prepare", str(both), str(pictures(tmp_path / "files", 1)), "--out", str(tmp_path / "out")]) == 1
+    assert "has two networks, one above and one below 0.875 of the noise" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"two networks.*\nGive a checkpoint with one"):
+        diffusers_model(path=str(both))
 
 
 def test_what_goes_on_and_what_is_refused(sana: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

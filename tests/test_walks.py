@@ -71,7 +71,6 @@ def test_distil_your_diffusers_model(monkeypatch: pytest.MonkeyPatch, capsys: py
     less = {
         "832x480": "64x32",
         "--frames 81": "--frames 9",
-        "height=480 width=832 num_frames=81": "height=32 width=64 num_frames=9",
         "height=480, width=832, num_frames=81": "height=32, width=64, num_frames=9",
         "steps: 10000": "steps: 2",
         "batch: 8": "batch: 2",

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.files import read_json
 from jvpgraph.trainer.model.adapters import check_one_network, diffusers
@@ -132,7 +133,10 @@ class Task:
             arguments["guidance_scale"] = 0.0 if type(self.net).__name__ == "ZImageTransformer2DModel" else 1.0
         if "true_cfg_scale" in known:
             arguments["true_cfg_scale"] = 1.0
-        return arguments | config.sampling.call
+        arguments |= config.sampling.call  # as `prepare` wrote it down, for the guidance in the data's card
+        if (told := told_instead(config)) is not None and "guidance_scale" in known:
+            arguments["guidance_scale"] = told
+        return arguments
 
     def save_scheduler(self, folder: Path) -> list[str]:
         """Writes it, and gives its library and class for a model_index.json."""
@@ -142,3 +146,9 @@ class Task:
             shutil.copy(file, folder / file.name)
             return [file.stem, name]
         return ["diffusers", name]
+
+
+def told_instead(config: RunConfig) -> float | None:
+    """The guidance scale that the network was told in training, where that is not the one in the card of its data."""
+    source = config.data.source
+    return source.options.get("guidance") if source.load == "jvpgraph.trainer.prepare:prepared" else None
