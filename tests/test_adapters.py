@@ -290,7 +290,7 @@ IN_ONE_GRAPH = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", IN_ONE_GRAPH)
 def test_a_graph_carries_the_tangent_through_the_adapter(name: str) -> None:
     model, x, t, cond = build(name), latents(name), times(), TABLE[name].cond

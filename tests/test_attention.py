@@ -732,7 +732,7 @@ def test_compile_and_export_with_fake_cuda_tensors():
     assert isinstance(o.shape[2], torch.SymInt)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_with_dynamic_shapes(backend):
     def model(q, k, v, q_dot, bias):

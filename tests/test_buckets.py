@@ -189,7 +189,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
     many = config_of(tmp_path / "many", STAGES, parallel={"dp_shard": 2})
     one = train(config_of(tmp_path / "one", STAGES))
@@ -295,7 +295,7 @@ def go_on(config: RunConfig) -> None:
         run(config.parallel.dp_shard, train_in_rank, config)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ranks
 def test_a_prepared_shard_that_goes_bad_between_stop_and_going_on(tmp_path: Path, caplog: Any) -> None:
     """On two processes the run goes on with what one process goes on with, and again when the shard is back."""

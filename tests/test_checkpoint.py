@@ -560,7 +560,7 @@ def two_load_what_one_saved(rank: int, folder: Path) -> None:
     assert state["loader"].value.count == (6 if rank == 0 else 10), "the second rank keeps its own"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_process_and_then_two(folder):
     weight = torch.arange(15.0).reshape(5, 3) + 6
     rng = PerRank(torch.get_rng_state())

@@ -366,7 +366,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         cli.main(["train", "tiny.yaml"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_process_ends_with_the_status():
     command = [sys.executable, "-m", "jvpgraph.trainer.cli", "train", "missing.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

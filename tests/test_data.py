@@ -772,7 +772,7 @@ def test_a_worker_that_is_killed_within_a_batch_is_told(monkeypatch):
         take(loader(Numbers(9), 2, 0), 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_spawned_workers_read_the_same_stream(tmp_path):
     data = webdataset(write_shards(tmp_path), **FIELDS)
     expected = take(loader(data, 4, 2), 6)

@@ -446,7 +446,7 @@ def test_ops_whose_own_backward_has_no_derivative(fn):
     assert_close((g * v).sum(), (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float32, 1e-5)])
 def test_ops_whose_own_backward_has_no_derivative_on_the_default_backend(dtype, tolerance):
     """Gradients of value and tangent in the input and in its tangent, at two sizes, compared with float64."""

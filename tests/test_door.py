@@ -340,7 +340,7 @@ def test_what_changes_after_the_first_call_is_noticed(change, regions, monkeypat
         disagreement(dual, x, x_dot)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_by_default_a_hook_is_noticed():
     dual = jvpgraph.transform(Whole())
     x, x_dot = torch.randn(2, 3, 4)

@@ -226,7 +226,7 @@ def test_the_classifier_knows_the_digits_and_is_the_same_every_time() -> None:
     assert not torch.equal(digits_classifier(seed=2, steps=20)(data.x0[:9]), features)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_blurred_digits_are_worse_and_three_images_of_each_class_less_diverse() -> None:
     data, space = digits(), digits_classifier(seed=1)
     odd, even = slice(1, None, 2), slice(0, None, 2)

@@ -485,7 +485,7 @@ def test_a_network_of_ones_own_comes_back_by_the_code_of_its_card(tmp_path: Path
         export_run(run, tmp_path / "comfyui", format="comfyui")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_constant_condition_is_in_the_settings_and_in_the_card(tmp_path: Path) -> None:
     make("FluxPipeline", guidance_embeds=True).save_pretrained(tmp_path / "checkpoint")
     with pytest.raises(ValueError, match="needs the conditions guidance"):

@@ -242,6 +242,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.sampled(5)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -267,6 +268,7 @@ def check_memory(launch):
     assert tensor_memory <= gate_launches.TENSOR_MEMORY
 
 
+@pytest.mark.long
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_other_variants_fit(variant):

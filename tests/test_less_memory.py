@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from jvpgraph.trainer.model.student import checkpointed
 from jvpgraph.trainer.plan.plan import plan_run
 from jvpgraph.trainer.plan.report import report, smaller
 from jvpgraph.trainer.run.finished import load_run
-from jvpgraph.trainer.run.log import RunLog
+from jvpgraph.trainer.run.log import RunLog, computed
 from jvpgraph.trainer.run.memory import clashes
 from jvpgraph.trainer.run.parallel import check, sizes_of
 from jvpgraph.trainer.train import train
@@ -37,7 +36,7 @@ ADAPTERS = {"rank": 2, "alpha": 2.0, "targets": ["qkv", "out"]}
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return computed(folder / "log.jsonl")
 
 
 def assert_same_run(found: Path, expected: Path, scratch: Path) -> None:

@@ -269,6 +269,7 @@ def test_transformer_op_by_op(case: DiTCase):
     check_module(case, "op_by_op")
 
 
+@pytest.mark.long
 @examples(in_ci=1, in_fuzz=40)
 @given(case=dit_like_modules())
 def test_transformer_compiled(case: DiTCase):

@@ -105,7 +105,7 @@ def test_a_detached_number_is_a_constant(backend, uses):
         _check_constant(fn, backend, use)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_detached_numbers_with_inductor():
     """But for a size and lerp, of which PyTorch's compiler asks for the value of the number."""
     uses = [fn for use, fn in USES.items() if use != "a size"]

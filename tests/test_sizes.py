@@ -69,7 +69,7 @@ def test_patches(settings, grad):
     check_sizes(Patches(), sequence, SEQUENCES, grad=grad, **settings)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_patches_in_bfloat16():
     check_sizes(Patches(), sequence, SEQUENCES, dtype=torch.bfloat16, dynamic=True)
 

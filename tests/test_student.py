@@ -249,7 +249,7 @@ def measured(model: str, lora: bool, checkpoint_blocks: bool, backend: str = "ea
     return list(student.state_dict()), *run(stir(student) if lora else student, case, backend)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("model", "lora"), [("dit", False), ("wan", False), ("dit", True)])
 def test_checkpointing_keeps_less_and_recomputes_no_tangent(model, lora):
     names, F, _, grads, kept, plain = measured(model, lora, False)
@@ -274,7 +274,7 @@ def test_checkpointing_leaves_the_tangent_alone(model):
     torch.testing.assert_close(measured(model, False, False)[2], measured(model, False, True)[2])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_checkpointing_with_inductor():
     _, F, F_dot, grads, kept, _ = measured("dit", False, False)
     _, F_ck, F_dot_ck, grads_ck, kept_ck, _ = measured("dit", False, True, "inductor")

@@ -172,7 +172,7 @@ def test_a_score_mod(kind, mask_mod):
     assert "score" in told[0][2] or "bias" in told[0][2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "dtype", "dynamic"), [("softcap", torch.bfloat16, True), ("relative", torch.float32, None)]
 )
@@ -284,6 +284,7 @@ def check_layers(model: Layers, mask_mod, sizes, own=(None, None), dtype=torch.f
             assert_close(a.double(), b, rtol=0, atol=tolerance * size)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("gradients_on_a_cpu")
 @pytest.mark.sampled(2)  # in bfloat16 on the default backend below
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
@@ -320,7 +321,7 @@ def test_a_block_mask_made_inside():
     check_layers(Layers(frames), frames, (150, 100), backend="eager")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("gradients_on_a_cpu")
 def test_a_checkpoint_with_inductor():
     check_layers(Checkpointed(), frames, (150,), dynamic=True)

@@ -67,7 +67,7 @@ def check(model: nn.Module, dual: jvpgraph.DualModule, length: int, count: int, 
             close(a[t], b)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "dynamic"), [(torch.bfloat16, True), (torch.float32, None)])
 def test_a_network_on_the_default_backend(dtype, dynamic):
     """With gradients of the value, and at a second size."""

@@ -244,7 +244,7 @@ def branching(**config: int) -> TrigFlow:
     return TrigFlow(net, call_dit)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's
 def test_a_network_that_branches_on_data_is_captured_in_regions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

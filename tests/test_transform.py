@@ -283,6 +283,7 @@ def _no_grad_part(x):
 class TestLayouts:
     """Primal and tangent laid out in memory however they like."""
 
+    @pytest.mark.long
     def test_strided(self, backend):
         x = torch.randn(8, 6).double()[::2, 1::2].t()
         check(lambda x: x.sin() @ x.t(), x, torch.randn(4, 3).double().t(), backend)
@@ -430,7 +431,7 @@ class TestActivationCheckpointing:
 
 
 class TestDynamicShapes:
-    @pytest.mark.slow
+    @pytest.mark.long
     def test_no_recompilation_per_size(self):
         """Batch and length vary: dynamic=True compiles once, the default once more when the first size changes."""
         for dynamic, graphs in ((True, 1), (None, 2)):

@@ -64,6 +64,7 @@ def losses(run: str) -> list[float]:
     return [json.loads(line)["loss"] for line in (Path(run) / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_distil_your_diffusers_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny("WanPipeline", Path("models/wan"))
     for i in range(3):

@@ -65,6 +65,7 @@ def test_default(one_thread):
 class TestSweep:
     """The tool behind ``make zoo``."""
 
+    @pytest.mark.long
     def test_wrong_is_told(self, monkeypatch):
         right = sweep.dual_answer
 

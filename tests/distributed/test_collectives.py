@@ -128,6 +128,7 @@ def test_tangents_of_collectives(ranks: int):
         assert {name: error for name, error in found.items() if not error < 1e-8} == {}
 
 
+@pytest.mark.long
 def test_compiled_by_inductor():
     for found in run(2, errors_of_tangents, ["several", "all_to_all uneven"], "inductor"):
         assert {name: error for name, error in found.items() if not error < 1e-8} == {}
@@ -202,6 +203,7 @@ def all_paired_and_apart(names: list[str]) -> dict[str, tuple[int, int, int, flo
     return {name: paired_and_apart(name) for name in names}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", RANKS)
 def test_tangents_cost_no_launch(ranks: int):
     names = [name for name in COLLECTIVES if name not in (*SELECTING, *ONE_BY_ONE)]

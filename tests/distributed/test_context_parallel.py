@@ -151,6 +151,7 @@ def on_own_uneven(ring: int, ulysses: int, tokens: int, compiler: str) -> Errors
 # ------------------------------------------------------------------------------------------------------ tests
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "layout", "ring", "ulysses"),
     [

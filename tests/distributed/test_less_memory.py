@@ -69,6 +69,7 @@ def test_a_run_of_adapters_stops_and_goes_on_elsewhere(tmp_path: Path, parallel:
     assert all("lora_" in key for key in state if key.startswith((".student.", ".fake.", ".ema.")))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parallel", ["FSDP2", pytest.param("HSDP", marks=pytest.mark.matrix)])
 def test_networks_that_rest_are_sharded(tmp_path: Path, parallel: str) -> None:
     stages = [stage(RCM, 4, fake={"lr": 1e-3, "clip_norm": 0.05})]

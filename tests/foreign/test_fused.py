@@ -116,6 +116,7 @@ def rotated(x, interleaved, offset=0):
     return torch.cat([(y if interleaved else y.mT).flatten(-2), x[..., 6:]], -1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("interleaved", "inplace"), [(False, True), (True, False)])
 def test_rotary_embeddings(fused, interleaved, inplace):
     rotary = fused("flash_attn.layers.rotary")
@@ -172,6 +173,7 @@ def test_positions_of_several_sequences_are_refused(fused, name, options):
         dual(x, torch.rand(1), tangents={"x": x})
 
 
+@pytest.mark.long
 def test_norms(fused):
     norms, simple = fused("flash_attn.ops.triton.layer_norm"), fused("flash_attn.ops.rms_norm")
     w, b = torch.linspace(0.5, 2, D), torch.linspace(-1, 1, D)

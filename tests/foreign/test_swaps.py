@@ -235,7 +235,7 @@ def test_causal_sequences_of_several_lengths_are_counted_from_their_ends(of_flas
     check(call, of_sequences, sizes=((1, 12), (1, 20)), others=others, last=7)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_flash_attn_with_inductor(of_flash_attn, dtype):
     flash = of_flash_attn("flash_attn")
