@@ -98,12 +98,12 @@ class Backend:
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses) -> Compiled:
         """AOTAutograd, the passes on its joint graph, and code."""
-        if not self.explains:
-            shown = self.config.keep_graphs or self.config.dump is not None
-            with functorch_config.patch(enable_autograd_cache=False) if shown else nullcontext():  # as below
-                return _COMPILE[self.compiler](gm, example_inputs, passes)
         on_meta = any(isinstance(x, torch.Tensor) and x.is_meta for x in example_inputs)
-        with functorch_config.patch(enable_autograd_cache=False):  # what is cached does not go through the passes
+        shown = self.explains or self.config.keep_graphs or self.config.dump is not None
+        # What is cached does not go through the passes.
+        with functorch_config.patch(enable_autograd_cache=False) if shown else nullcontext():
+            if not self.explains:
+                return _COMPILE[self.compiler](gm, example_inputs, passes)
             if self.compiler == "eager" or on_meta:  # which Inductor takes for something that nobody computes
                 return _eager(gm, example_inputs, passes)
             return _inductor(gm, example_inputs, passes, _no_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from jvpgraph.trainer.adapters import diffusers_model
 from jvpgraph.trainer.model.adapters import unpack
-from jvpgraph.trainer.prepare.checkpoint import Encoder, read_checkpoint
+from jvpgraph.trainer.prepare.checkpoint import Encoder
 from jvpgraph.trainer.times import from_flow_time
 from jvpgraph.trainer.trigflow import RECTIFIED_FLOW, Guided
-from tests.tiny_pipelines import MAKERS, save_tiny
+from tests.tiny_pipelines import MAKERS, encoder_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -81,15 +82,7 @@ def record(pipe: Any, **more: Any) -> Recorded:
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Encoder]:
-    made: dict[str, Encoder] = {}
-
-    def make(name: str) -> Encoder:
-        if name not in made:
-            folder = save_tiny(name, tmp_path_factory.mktemp(name))
-            made[name] = Encoder(read_checkpoint(folder), torch.device("cpu"), torch.float32)
-        return made[name]
-
-    return make
+    return functools.cache(lambda name: encoder_of(name, tmp_path_factory.mktemp(name)))
 
 
 def as_latents(name: str, x: Tensor, shape: list[int]) -> Tensor:

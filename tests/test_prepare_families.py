@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -14,10 +15,9 @@ from torch import Tensor
 
 from jvpgraph.trainer.adapters import ADAPTERS
 from jvpgraph.trainer.model.adapters import unpack
-from jvpgraph.trainer.prepare.checkpoint import Encoder, read_checkpoint
 from jvpgraph.trainer.prepare.families import FAMILIES
 from jvpgraph.trainer.prepare.latents import decode, decoder, encode, load_vae, normalisation, place_norms
-from tests.tiny_pipelines import MAKERS, save_tiny, wan_vae
+from tests.tiny_pipelines import MAKERS, encoder_of, wan_vae
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -32,15 +32,7 @@ NUMPY = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't acce
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Encoder] = {}
-
-    def make(name: str) -> Encoder:
-        if name not in made:
-            folder = save_tiny(name, tmp_path_factory.mktemp(name))
-            made[name] = Encoder(read_checkpoint(folder), torch.device("cpu"), torch.float32)
-        return made[name]
-
-    return make
+    return functools.cache(lambda name: encoder_of(name, tmp_path_factory.mktemp(name)))
 
 
 def call_pipeline(pipe: Any, **more: Any) -> tuple[list[dict[str, Any]], Any]:

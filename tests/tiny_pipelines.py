@@ -12,6 +12,7 @@ import diffusers
 import torch
 import transformers
 
+from jvpgraph.trainer.prepare.checkpoint import Encoder, read_checkpoint
 from tests.zoo.cases import CASES
 
 WORDS = ("a", "the", "red", "green", "blue", "round", "square", "thing", "moves", "over", "left", "right", "field")
@@ -34,6 +35,11 @@ def make(pipeline: str, **config: Any) -> Any:
 def save_tiny(pipeline: str, folder: Path) -> Path:
     make(pipeline).save_pretrained(folder)
     return folder
+
+
+def encoder_of(pipeline: str, folder: Path) -> Encoder:
+    """What `prepare` encodes with, in float32."""
+    return Encoder(read_checkpoint(save_tiny(pipeline, folder)), torch.device("cpu"), torch.float32)
 
 
 # ---------------------------------------------------------------- text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -13,6 +12,7 @@ from torch import Tensor
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig, StageConfig
 from jvpgraph.trainer.model.networks import build_student
+from jvpgraph.trainer.model.parts import commonest_dtype
 from jvpgraph.trainer.model.quantize import chosen, saved_bytes
 from jvpgraph.trainer.plan.layout import Held, Spread, Training, brought, held, nbytes, training
 from jvpgraph.trainer.plan.machines import GPU, USABLE
@@ -274,10 +274,7 @@ def resident_bytes(network: TrigFlow, part: Held, seen: set[int]) -> float:
 
 def computing_dtype(student: TrigFlow) -> torch.dtype:
     """Not that of adapters: the products with the weights below them take the time."""
-    sizes = Counter[torch.dtype]()
-    for p in student.parameters():
-        sizes[p.dtype] += p.numel()
-    return sizes.most_common(1)[0][0]
+    return commonest_dtype(student.parameters()) or torch.float32
 
 
 def count(student: TrigFlow) -> tuple[int, int]:

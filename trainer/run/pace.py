@@ -19,6 +19,7 @@ from torch import nn
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.model.parts import commonest_dtype
 from jvpgraph.trainer.plan.flops import Counts, Query
 from jvpgraph.trainer.plan.machines import gpu_named
 from jvpgraph.trainer.run.compiling import Compiling, Show
@@ -188,10 +189,7 @@ def peak_of(config: RunConfig, device: torch.device, network: nn.Module) -> floa
     if config.log.peak_tflops is not None:
         return config.log.peak_tflops * 1e12
     gpu = gpu_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    sizes = Counter[torch.dtype]()
-    for parameter in network.parameters():
-        sizes[parameter.dtype] += parameter.numel()
-    dtype = max(sizes, key=sizes.__getitem__, default=torch.float64)
+    dtype = commonest_dtype(network.parameters()) or torch.float64
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return None if gpu is None or dtype == torch.float64 or tf32 else gpu.peak(dtype)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from jvpgraph.trainer.config import ParallelConfig, RunConfig
 from jvpgraph.trainer.data.sample import shorten
 from jvpgraph.trainer.model.networks import device_of
 from jvpgraph.trainer.model.offload import Traffic, buffers_to, count_gathers, rest
-from jvpgraph.trainer.model.parts import local
+from jvpgraph.trainer.model.parts import commonest_dtype, local
 from jvpgraph.trainer.model.student import repeated_blocks
 from jvpgraph.trainer.noise import Random, RankNoise
 from jvpgraph.trainer.run.memory import clashes
@@ -345,10 +344,7 @@ def main_dtype(parameters: Iterable[nn.Parameter]) -> tuple[torch.dtype | None, 
     float32, also single ones of a block: they stay whole in every process.
     """
     trained = [p for p in parameters if p.requires_grad]
-    sizes = Counter[torch.dtype]()
-    for parameter in trained:
-        sizes[parameter.dtype] += parameter.numel()
-    most = max(sizes, key=sizes.__getitem__, default=None)
+    most = commonest_dtype(trained)
     return most, {p for p in trained if p.dtype != most}
 
 
