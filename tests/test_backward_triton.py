@@ -201,6 +201,7 @@ def test_what_all_keys_share_costs_no_precision(dtype, name):
     check(case.to(dtype), BackwardBlocks(64, 64, 4, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="pretends a GPU to Triton's compiler")
 def test_a_new_length_compiles_nothing(monkeypatch, tmp_path):
     """What the host function launches is what the gate compiles, once for all lengths: on a GPU that is pretended."""

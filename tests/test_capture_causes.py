@@ -533,6 +533,8 @@ HIGHER_ORDER = ("cond", "scan", "map", "while_loop", "nested_compile_region")
 SIZED = (*HIGHER_ORDER, "a shape through tolist", "numbers of a tensor of sizes", "constants of numpy", *KEEP)
 
 
+@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("cause", ONE_GRAPH)
 def test_is_one_graph(cause):
     check(ONE_GRAPH[cause](), sizes=(5, 7) if cause in SIZED else (5,))
@@ -593,6 +595,7 @@ def test_bfloat16_at_several_sizes_on_the_default_backend(cause):
     check(ONE_GRAPH[cause](), sizes=(5, 7), dtype=torch.bfloat16, rtol=4e-2, backend="inductor", dynamic=True)
 
 
+@pytest.mark.slow
 def test_repeated_bodies_have_gradients_of_tangents_and_take_several():
     """As they are where they are written out."""
     model, twin = Repeated().double(), Repeated().double()
@@ -778,6 +781,8 @@ FLEX_WAYS = [{"backend": "op_by_op"}, {"regions": "auto"}, {"regions": nn.Sequen
 flex = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 
 
+@pytest.mark.slow
+@pytest.mark.sampled(1)
 @flex
 @pytest.mark.parametrize(
     "settings", [{"backend": "op_by_op"}, {"regions": "auto"}, {"regions": nn.Sequential}], ids=str

@@ -299,6 +299,7 @@ class Resized(nn.Module):
         return torch.cat([*parts, torch.fft.rfft(x, n=2 * n).abs()[:, :n]]).sin()
 
 
+@pytest.mark.slow
 def test_formulas_at_symbolic_sizes():
     dual = jvpgraph.transform(Resized(), backend="eager", dynamic=True, differentiable_tangent=True)
     for n in (4, 6):

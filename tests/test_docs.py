@@ -52,6 +52,7 @@ def as_shown(shown: str, printed: str) -> bool:
     return doctest.OutputChecker().check_output(shown, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
 
 
+@pytest.mark.slow
 def test_the_readme_runs(capsys, monkeypatch):
     printed = "".join(out for _, out in run(ROOT / "README.md", capsys, monkeypatch))
     assert "inductor, against forward AD in float64: right" in printed

@@ -72,6 +72,8 @@ STRATEGIES: dict[str, tuple[dict[str, Any], bool]] = {  # what is asked for, and
 MODES = {"no_grad": torch.no_grad, "gradients": nullcontext}
 
 
+@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "mode"),  # Inductor is no other with regions: once is a minute less
     [(name, mode) for name in STRATEGIES for mode in MODES if (name, mode) != ("auto, regions, Inductor", "gradients")],
@@ -93,6 +95,7 @@ def test_the_explanation_is_what_ran(name: str, mode: str):
     assert (found.backward_flops != 0) == (mode == "gradients" and name != "op by op")
 
 
+@pytest.mark.slow
 def test_attention_is_found_by_all_that_capture():
     x = torch.randn(2, 3, 8)
     for asked, branches in STRATEGIES.values():

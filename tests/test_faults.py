@@ -255,6 +255,8 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in FAULTS])
 def test_advice_is_followed_and_succeeds(whole: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
     fault = FAULTS[name]

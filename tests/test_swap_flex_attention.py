@@ -51,6 +51,8 @@ def check(model: Flex, mask: Tensor | None, scale: float = 16**-0.5, kv_heads: i
     assert_close((y, y_dot), want, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("settings", [{}, {"dynamic": True}, {"backend": "inductor"}], ids=str)
 def test_a_mask_of_the_models_own(settings):
     block_mask = create_block_mask(causal_documents, None, 2, N, N, device="cpu")
@@ -163,6 +165,8 @@ def up_to(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return (q >= k) & (h != q)
 
 
+@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("mask_mod", [None, up_to], ids=["all", "masked"])
 @pytest.mark.parametrize("kind", ["relative", "ALiBi", "hidden", "softcap", "warm"])
 def test_a_score_mod(kind, mask_mod):
@@ -183,6 +187,8 @@ def test_a_score_mod_on_the_default_backend(kind, dtype, dynamic):
     assert len(dual.reports) == (1 if dynamic else 2)
 
 
+@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["ALiBi", "softcap"])
 def test_a_score_mod_at_any_size(kind):
     dual = check_scores(Scores(kind, up_to), [(2, 150), (3, 70), (4, 90)], dynamic=True)
@@ -298,6 +304,8 @@ def test_gradients_in_bfloat16_on_the_default_backend():
     check_layers(Layers(), frames, (150, 100), dtype=torch.bfloat16, dynamic=True)
 
 
+@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.usefixtures("gradients_on_a_cpu")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's, of inputs of a region
 @pytest.mark.parametrize(
@@ -327,6 +335,7 @@ def test_a_checkpoint_with_inductor():
     check_layers(Checkpointed(), frames, (150,), dynamic=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gradients_on_a_cpu")
 def test_layers_share_the_bytes(monkeypatch):
     """Of the tiles that the lists name, and of no others."""

@@ -77,6 +77,8 @@ def test_a_network_on_the_default_backend(dtype, dynamic):
     check(model, dual, 12, T, dtype)
 
 
+@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_network_in_a_graph(dynamic):
     model = Block().double()
@@ -200,6 +202,7 @@ def test_the_op_is_one_of_each(masked, dtype):
                 close(a[finite], b[finite])
 
 
+@pytest.mark.slow
 def test_gradients_of_several_tangents():
     """d / dW of a sum over tangents, as reverse mode over torch.func.jvp gives it."""
     torch.manual_seed(0)
@@ -216,6 +219,8 @@ def test_gradients_of_several_tangents():
     close(found.grad, wanted.grad)
 
 
+@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("how", [{}, {"backend": "eager", "differentiable_tangent": True}])
 def test_vmap_over_tangents_is_one_call(how):
     """Along any dim, beside tangents that it does not run over, and outside of it the value has gradients."""

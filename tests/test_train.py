@@ -388,6 +388,8 @@ def fragile(how: str) -> TrigFlow:
     return TrigFlow(Fragile(how), call_dit)
 
 
+@pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(
     ("how", "objective", "culprit"),
