@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,9 @@ LONG = (
 # Of so many slow cases of a test, `make test` runs one.
 SLOW_CASES = 2
 
+# Seconds of a core from which a test should have a marker: three times those of docs/testing.md, as machines differ.
+SECONDS = {"slow": 3.0, "long": 15.0}
+
 
 def pytest_collection_finish() -> None:
     """An eighth of the time of the fast tests went into looking for garbage among modules and tests, which stay."""
@@ -118,6 +121,23 @@ def _take_samples(items: list[pytest.Item]) -> None:
         if number[test] % (sampled.args[0] if sampled else SLOW_CASES):
             item.add_marker(pytest.mark.matrix)
         number[test] += 1
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    before = os.times()
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("seconds of a core", sum(os.times()[:4]) - sum(before[:4])))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Names tests that lack a marker. They do not fail: their time is that of this machine."""
+    for report in terminalreporter.getreports("passed"):
+        seconds = dict(report.user_properties).get("seconds of a core", 0.0)
+        for marker in [name for name, limit in SECONDS.items() if seconds > limit and name not in report.keywords][-1:]:
+            terminalreporter.write_line(f"{report.nodeid} took {seconds:.0f} s of a core and is not marked {marker}")
 
 
 def _is_compiled(item: pytest.Item) -> bool:
