@@ -206,3 +206,44 @@ def test_a_scale_of_zero(refused: Any) -> None:
     write_texts([text()] * 8)
     said = refused(TEXTS[0], TEXTS[1].replace("latents: x.npy", "latents: x.npy, scale: 0"), TEXTS[2])
     assert "scale is 0 and shift 0.0" in said
+
+
+def test_a_condition_of_all_samples_that_the_samples_have(refused: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """Theirs would count, and nobody would be told."""
+    told = "conditions.labels: the data's samples have a labels of their own"
+    assert told in refused("conditions={labels: 3}")
+    assert cli.main(["plan", "tiny.yaml", "conditions={labels: 3}"]) == 1
+    assert told in capfd.readouterr().err
+
+
+DECODERS = """
+import torch
+
+def none():
+    return 3
+
+def channels():
+    return lambda latents: torch.zeros(len(latents), 2, 8, 8)
+
+def nan():
+    return lambda latents: latents / 0 * 0
+
+def fails():
+    return lambda latents: 1 / 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("none", "decoders.py:none gave no function\nIt has to return one"),
+        ("channels", "gave [1, 2, 8, 8] for latents [1, 1, 8, 8]\nIt has to give pictures [1, 1 or 3, (T,) H, W]"),
+        ("nan", "gave NaN for a sample of the data\nHave it decode in float32"),
+        ("fails", "decoders.py:14 in <lambda>)\nMend it; --traceback"),
+    ],
+)
+def test_a_decoder_that_previews_could_not_use(refused: Any, name: str, words: str) -> None:
+    Path("decoders.py").write_text(DECODERS)
+    told = refused("log.preview_every=4", f"sampling.decode={{load: decoders.py:{name}}}")
+    assert "sampling.decode: " in told
+    assert words in told
