@@ -247,3 +247,44 @@ def test_a_decoder_that_previews_could_not_use(refused: Any, name: str, words: s
     told = refused("log.preview_every=4", f"sampling.decode={{load: decoders.py:{name}}}")
     assert "sampling.decode: " in told
     assert words in told
+
+
+ODD_DATA = """
+import torch
+from jvpgraph.trainer.data.sample import Sample
+
+class Odd:
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        x0 = torch.randn(1, 8, 7, generator=torch.Generator().manual_seed(index))
+        return Sample(str(index), x0, {"labels": torch.tensor(index % 10)})
+
+def odd():
+    return Odd()
+"""
+ODD_NET = """
+from torch import nn
+from jvpgraph.trainer.trigflow import TrigFlow
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, s, labels):
+        return self.conv(x)
+
+def teacher():
+    return TrigFlow(Net())
+"""
+
+
+def test_a_length_of_tokens_that_the_latents_do_not_have(refused: Any) -> None:
+    """Of 2 x 2 numbers each, for latents of 8 x 7."""
+    Path("odd.py").write_text(ODD_DATA)
+    Path("net.py").write_text(ODD_NET)
+    guidance = "guidance={scale: 2.0, negative: {labels: 10}, keep_norm: token}"
+    settings = ["data.source={load: odd.py:odd}", "model={load: net.py:teacher}", guidance]
+    assert "guidance.keep_norm=token is not for such latents: set it to null (x0 [1, 1, 8, 7]" in refused(*settings)

@@ -152,9 +152,13 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
     try_network("the student cannot run with a sample of the data", student, sample.x0, sample.cond)
     if guided.negative:
         try_network("the teacher cannot run with the negative condition", guided.model, sample.x0, guided.negative)
-    for shape in getattr(dataset, "buckets", [])[1:]:
-        other = first_samples(dataset, 1, shape).to(device)
+    buckets = getattr(dataset, "buckets", [])
+    others = [first_samples(dataset, 1, shape).to(device) for shape in buckets] if len(buckets) > 1 else []
+    for other in others:
         try_network("the student cannot run with a sample of another shape", student, other.x0, other.cond)
+    for each in (sample, *others) if guided.keep_norm is not None else ():
+        what = f"guidance.keep_norm={guided.keep_norm} is not for such latents: set it to null"
+        try_network(what, guided, each.x0, each.cond)
     for stage in config.stages:
         if stage.objective.needs_data and not getattr(dataset, "has_latents", True):
             raise ValueError(
