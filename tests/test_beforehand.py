@@ -206,3 +206,85 @@ def test_a_scale_of_zero(refused: Any) -> None:
     write_texts([text()] * 8)
     said = refused(TEXTS[0], TEXTS[1].replace("latents: x.npy", "latents: x.npy, scale: 0"), TEXTS[2])
     assert "scale is 0 and shift 0.0" in said
+
+
+def test_a_condition_of_all_samples_that_the_samples_have(refused: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """Theirs would count, and nobody would be told."""
+    told = "conditions.labels: the data's samples have a labels of their own"
+    assert told in refused("conditions={labels: 3}")
+    assert cli.main(["plan", "tiny.yaml", "conditions={labels: 3}"]) == 1
+    assert told in capfd.readouterr().err
+
+
+DECODERS = """
+import torch
+
+def none():
+    return 3
+
+def channels():
+    return lambda latents: torch.zeros(len(latents), 2, 8, 8)
+
+def nan():
+    return lambda latents: latents / 0 * 0
+
+def fails():
+    return lambda latents: 1 / 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("none", "decoders.py:none gave no function\nIt has to return one"),
+        ("channels", "gave [1, 2, 8, 8] for latents [1, 1, 8, 8]\nIt has to give pictures [1, 1 or 3, (T,) H, W]"),
+        ("nan", "gave NaN for a sample of the data\nHave it decode in float32"),
+        ("fails", "decoders.py:14 in <lambda>)\nMend it; --traceback"),
+    ],
+)
+def test_a_decoder_that_previews_could_not_use(refused: Any, name: str, words: str) -> None:
+    Path("decoders.py").write_text(DECODERS)
+    told = refused("log.preview_every=4", f"sampling.decode={{load: decoders.py:{name}}}")
+    assert "sampling.decode: " in told
+    assert words in told
+
+
+ODD_DATA = """
+import torch
+from jvpgraph.trainer.data.sample import Sample
+
+class Odd:
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        x0 = torch.randn(1, 8, 7, generator=torch.Generator().manual_seed(index))
+        return Sample(str(index), x0, {"labels": torch.tensor(index % 10)})
+
+def odd():
+    return Odd()
+"""
+ODD_NET = """
+from torch import nn
+from jvpgraph.trainer.trigflow import TrigFlow
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, s, labels):
+        return self.conv(x)
+
+def teacher():
+    return TrigFlow(Net())
+"""
+
+
+def test_a_length_of_tokens_that_the_latents_do_not_have(refused: Any) -> None:
+    """Of 2 x 2 numbers each, for latents of 8 x 7."""
+    Path("odd.py").write_text(ODD_DATA)
+    Path("net.py").write_text(ODD_NET)
+    guidance = "guidance={scale: 2.0, negative: {labels: 10}, keep_norm: token}"
+    settings = ["data.source={load: odd.py:odd}", "model={load: net.py:teacher}", guidance]
+    assert "guidance.keep_norm=token is not for such latents: set it to null (x0 [1, 1, 8, 7]" in refused(*settings)

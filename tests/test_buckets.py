@@ -21,9 +21,9 @@ from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data import BadShard, Sample, loader
 from jvpgraph.trainer.data.prepared import prepared
-from jvpgraph.trainer.data.sample import first_samples
+from jvpgraph.trainer.data.sample import first_samples, some_samples
 from jvpgraph.trainer.run.log import computed
-from jvpgraph.trainer.run.origin import aligned, origin_of
+from jvpgraph.trainer.run.origin import aligned, compare, origin_of
 from jvpgraph.trainer.train import train
 from jvpgraph.trainer.trigflow import TrigFlow
 from tests.distributed.harness import run
@@ -147,6 +147,9 @@ def test_the_first_samples_have_the_commonest_shape() -> None:
     assert batch.keys == ("2", "4", "5", "6")
     assert batch.x0.shape == (4, *SHAPES[1])
     assert len(first_samples(Mixed(2, 5, 3), 9)) == 5
+    assert len(some_samples(Mixed(2, 5, 3, bad=(3,)), 9)) == 4  # for previews, of what can be read
+    with pytest.raises(BadShard, match="none of 2 samples can be read"):
+        some_samples(Mixed(2, bad=(0, 1)), 9)
 
 
 # ---------------------------------------------------------------- runs
@@ -283,6 +286,15 @@ def write_prepared(folder: Path, **shards: list[int]) -> Path:
     return folder
 
 
+def edit_card(folder: Path, edit: dict[str, Any]) -> None:
+    card = json.loads((folder / "card.json").read_text())
+    card["latents"] |= edit.get("latents", {})
+    card["constants"] = edit.get("constants", card["constants"])
+    for bucket, new in zip(card["buckets"], edit.get("buckets", [])):
+        bucket |= new
+    (folder / "card.json").write_text(json.dumps(card))
+
+
 def prepared_run(out: Path, data: Path, steps: int, parallel: str | None = None) -> RunConfig:
     source = {"load": "jvpgraph.trainer.data.prepared:prepared", "options": {"path": str(data), "on_bad_shard": "skip"}}
     return config_in_float64(out, [stage("scm", steps, batch=4)], parallel, data={"source": source})
@@ -337,6 +349,15 @@ def test_numbers_stay_when_a_shard_is_gone(tmp_path: Path, caplog: Any) -> None:
     bad = [any(key.startswith("2-") for key in there) for _, there in pairs]
     assert 0 < sum(bad) < 20
     assert [here != there for here, there in pairs] == bad
+
+    for edit in ({"latents": {"scale": 2.0}}, {"constants": {"guidance": 3.0}}, {"buckets": [{}, {"sizes": {"w": 1}}]}):
+        edit_card(data, edit)  # while the shard is gone
+        edited = origin_of(config, "", aligned(prepared(data, on_bad_shard="skip"), then), None)
+        with pytest.raises(ValueError, match=r"data\.source: its card\.json has another normalisation"):
+            compare(then, edited, [])
+        edit_card(data, {"latents": {"scale": 1.0}, "constants": {}, "buckets": [{}, {"sizes": {}}]})
+    assert not compare(then, origin_of(config, "", now, None), [])
+    assert not compare(replace(then, meaning=None), origin_of(config, "", now, None), [])  # of an older version
 
     (data / "square-000004.tar").write_bytes(b"")  # a whole shape
     less = prepared(data, on_bad_shard="skip")

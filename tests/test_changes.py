@@ -148,7 +148,7 @@ def test_a_teacher_that_moved_or_is_another_one(refused: Any) -> None:
 
     Path("my_model.py").write_text(MODEL.replace("64)\n\n", "64)\n        self.scale = 2\n\n"))
     said, options = refused(*moved, "stages.0.steps=4")
-    assert "model: the .py file that it names was edited" in said
+    assert "model: the file that it names was edited" in said
     assert trained(*moved, *options, "stages.0.steps=4") == 0
     assert len(changed()) == 3
 

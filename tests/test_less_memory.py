@@ -235,6 +235,20 @@ def test_a_teacher_of_bytes_and_its_tangent(kind: str, dtype: str, backend: str)
             assert (a - b).norm() < (2e-2 if dtype == "bfloat16" else 1e-5) * b.norm()
 
 
+@pytest.mark.parametrize(("kind", "of_row", "of_weight"), [("int8", 0.004, 0.0), ("float8", 1e-5, 0.0626)])
+def test_the_rounding_of_bytes_is_that_of_the_documentation(kind: str, of_row: float, of_weight: float) -> None:
+    """A share of a row's largest weight, or of each weight."""
+    pytest.importorskip("torchao")
+    model = awake(width=64, depth=1, heads=2)
+    before = {name: p.clone() for name, p in model.net.named_parameters()}
+    rounded = [(before[name], p) for name, p in quantize(model, kind).net.named_parameters() if hasattr(p, "qdata")]
+    assert len(rounded) > 3
+    for weight, p in rounded:
+        most = torch.maximum(of_row * weight.abs().amax(1, keepdim=True), of_weight * weight.abs())
+        assert ((p.dequantize() - weight).abs() <= most).all()
+        assert not torch.equal(p.dequantize(), weight)
+
+
 def test_networks_without_linear_layers_are_not_quantised() -> None:
     with pytest.raises(ValueError, match=r"Conv2d has no linear layers.*set it to null"):
         quantize(TrigFlow(nn.Conv2d(1, 1, 1)), "int8")
@@ -329,6 +343,37 @@ def test_on_inductor_too(tmp_path: Path, dtype: str, more: dict[str, Any]) -> No
     for a, b in zip(*map(lines, runs), strict=True):
         for name in ("loss", "tangent_norm"):
             assert a[name] == pytest.approx(b[name], rel=3e-2 if dtype == "bfloat16" else 1e-5), name
+
+
+AWAY = {"teacher": {"offload": True}, "fake_score": {"offload": True}, "ema": {"device": "cpu"}}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("more", "student"),
+    [
+        ({}, {}),
+        (AWAY, {}),
+        ({**AWAY, "teacher": {"offload": True, "quantization": "int8"}}, {}),
+        ({"ema": {"device": "cpu"}}, {"lora": ADAPTERS}),
+    ],
+    ids=["keep_norm", "away", "bytes", "adapters"],
+)
+def test_what_bfloat16_on_inductor_goes_on_with(tmp_path: Path, more: dict[str, Any], student: dict[str, Any]) -> None:
+    """The same bits after a stop; and where networks only rest, those of a run where they do not."""
+    small = {"student": {"lr": 1e-3, "kind": "adamw_8bit"}, "fake": {"lr": 1e-3, "kind": "adamw_8bit"}}
+    common = {
+        "model": {**WIDE, "options": {**WIDE["options"], "dtype": "bfloat16"}},
+        "student": {"backend": "inductor", "checkpoint_blocks": True, **student},
+        "guidance": {"scale": 2.0, "negative": {"labels": 10}, "keep_norm": "token"},
+    }
+    stages = [[stage(RCM, steps, **small)] for steps in (2, 4)]
+    one = train(config_of(tmp_path / "one", stages[1], **common, **more))
+    for each in stages:
+        two = train(config_of(tmp_path / "two", each, **common, **more))
+    assert_same_run(two, one, tmp_path)
+    if more == AWAY:
+        assert_same_run(train(config_of(tmp_path / "here", stages[1], **common)), one, tmp_path)
 
 
 @pytest.mark.slow

@@ -75,10 +75,19 @@ SHARDED = ["parallel.dp_shard=2"]
         (ADAPTERS, 1),
         pytest.param(SHARDED, 2, marks=pytest.mark.ranks),
         (SMALL, 1),
+        pytest.param(["student.dtype=bfloat16", "student.checkpoint_blocks=true"], 1, marks=pytest.mark.matrix),
         pytest.param([*SHARDED, *ADAPTERS], 2, marks=[pytest.mark.ranks, pytest.mark.matrix]),
         pytest.param([*SHARDED, *SMALL[1:], "teacher.offload=true"], 2, marks=[pytest.mark.ranks, pytest.mark.matrix]),
     ],
-    ids=["whole", "adapters and checkpointed blocks", "sharded", "small", "sharded adapters", "small and sharded"],
+    ids=[
+        "whole",
+        "adapters and checkpointed blocks",
+        "sharded",
+        "small",
+        "bfloat16",
+        "sharded adapters",
+        "small and sharded",
+    ],
 )
 def test_the_peak_of_a_run_within_a_tenth(tmp_path, overrides, processes):
     (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))

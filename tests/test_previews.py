@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from jvpgraph.trainer import cli, settings
@@ -144,6 +145,16 @@ def broken() -> Any:
     return measure
 
 
+def spreads(folder: Path) -> list[float]:
+    """Of the teacher, each time it was in the log."""
+    key = "validation/own/spread_teacher"
+    return [line[key] for line in computed(folder / "log.jsonl") if key in line]
+
+
+def same() -> Any:
+    return lambda pictures: torch.ones(len(pictures), 4)
+
+
 def number() -> int:
     return 3
 
@@ -250,6 +261,38 @@ def test_the_documentation_adds_a_measure(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_measure_that_raises_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"validation\.measures\.it raised RuntimeError: no such luck"):
         train(validated(tmp_path / "run", 2, measures={"it": {"load": f"{__name__}:broken"}}))
+    same = {"load": f"{__name__}:same"}
+    distances = {"load": "jvpgraph.trainer.measures:distances", "options": {"features": same}}
+    with pytest.raises(ValueError, match=r"validation\.measures\.it: the real data are all the same.*\nTake the meas"):
+        train(validated(tmp_path / "run", 2, measures={"it": distances}))
+    assert not (tmp_path / "run").exists()  # the teacher's samples are measured before the first step
+
+
+@pytest.mark.slow
+def test_figures_of_a_teacher_that_is_guided_otherwise_are_measured_again(tmp_path: Path) -> None:
+    """As it is by another file of the same name, or told by weights of a byte."""
+    file = tmp_path / "negative.safetensors"
+    save_file({"labels": torch.tensor(10)}, file)
+    guidance = {"scale": 2.0, "negative_file": str(file)}
+
+    def config(length: int, **more: Any) -> RunConfig:
+        plain = settings.to_dict(validated(tmp_path / "run", length, measures={"own": {"load": f"{__name__}:spread"}}))
+        return settings.from_dict(RunConfig, plain | {"guidance": guidance, **more})
+
+    train(config(2))
+    save_file({"labels": torch.tensor(3)}, file)
+    with pytest.raises(ValueError, match=r"guidance\.negative_file: the file that it names was edited"):
+        train(config(4))
+    train(config(4), change=["guidance.negative_file"])
+    pytest.importorskip("torchao")
+    wide = {"model": {"load": "tests.test_train:awake", "options": {"width": 64, "depth": 1, "heads": 2}}}
+    first, second = spreads(tmp_path / "run")
+    assert first != second
+    train(replace(config(2, **wide), out=tmp_path / "wide"))
+    bytes_ = config(4, **wide, teacher={"quantization": "int8"})
+    first, second = spreads(train(replace(bytes_, out=tmp_path / "wide"), change=["teacher"]))
+    assert first != second
+    assert first == pytest.approx(second, rel=0.02)
 
 
 def test_texts_that_the_data_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

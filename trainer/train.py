@@ -26,7 +26,7 @@ from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
 from jvpgraph.trainer.data.sample import Dataset, first_samples
 from jvpgraph.trainer.model.ema import PowerEMA, save_snapshot, update_all
-from jvpgraph.trainer.model.networks import check_run, moving, trainable, try_network
+from jvpgraph.trainer.model.networks import check_run, moving, tell_constants, trainable, try_network
 from jvpgraph.trainer.model.optimizer import MasterAdamW, learning_rate
 from jvpgraph.trainer.objectives import Terms, loss_of
 from jvpgraph.trainer.objectives.dmd import fake_score_loss
@@ -41,7 +41,7 @@ from jvpgraph.trainer.run.not_finite import Compute, not_finite
 from jvpgraph.trainer.run.origin import Position, origin_of, resumed, write_origin
 from jvpgraph.trainer.run.pace import Pace, memory_gib
 from jvpgraph.trainer.run.parallel import Layout, joined
-from jvpgraph.trainer.run.preview import Previews
+from jvpgraph.trainer.run.preview import Previews, try_decoders
 from jvpgraph.trainer.run.prompted import prompted_of
 from jvpgraph.trainer.run.stopping import Stop
 from jvpgraph.trainer.run.validation import Validation
@@ -101,6 +101,7 @@ def train_here(
         extremes = ranks.on_first(lambda: look(config, dataset))
         prompted = ranks.on_first(lambda: prompted_of(config, dataset, layout.device))
         networks = build_networks(config, layout, start if begun is None else None)
+        tell_constants(networks.guided, dataset)
         if begun is None:
             origin = ranks.on_first(lambda: origin_of(config, networks.digest, dataset, start))
         else:
@@ -115,6 +116,8 @@ def train_here(
             one = next(prompted.batch.split(1)).to(layout.device)
             try_network("the student cannot run with a prompt of log.prompts", networks.student, one.x0, one.cond)
         layout.check_gradients(networks.student, first_samples(dataset, 1).to(layout.device))
+        ranks.on_first(lambda: try_decoders(config, dataset, prompted, layout.device))
+        beside = None if validation is None else validation.of_teacher(networks.guided)
 
         folder = ranks.on_first(lambda: stack.enter_context(claimed(config, fresh=fresh)))
         checkpoints = Checkpoints(
@@ -143,6 +146,8 @@ def train_here(
         show, seconds = (None, 0.0) if log is None else (log.show, log.seconds)
         if prompted is not None:
             ranks.on_first(lambda: prompted.save(folder))
+        if beside is not None:
+            ranks.on_first(lambda: beside.save(folder))
         previews = Previews(config, networks.student, dataset, prompted, log)
         pace = stack.enter_context(Pace.of(config, layout, networks.student, show, seconds))
         stack.enter_context(stop)
@@ -160,13 +165,13 @@ def train_here(
                     stage.means.add(stage.step(step))
                 said = say_kernels(networks.dual.reports, said) if layout.first else said
                 last_step = step == end
-                validated = validation is not None and due(step, config.validation.every)
+                validated = due(step, config.validation.every)
                 if last_step or validated or due(step, config.log.every):
                     means, memory = {**stage.means.take(), **stage.rates}, max(ranks.gather(memory_gib))
                     moved = networks.traffic.take()
-                    if validation is not None and validated:
+                    if validation is not None and beside is not None and validated:
                         average = stage.emas[0].parameters
-                        means |= validation.of_student(index, networks.student, networks.guided, average, folder)
+                        means |= validation.of_student(index, networks.student, average, beside.figures)
                     if log is not None:
                         log.add(step, means, pace.line(step, memory, moved))
                 if config.ema.snapshot_every and (last_step or due(step, config.ema.snapshot_every)):

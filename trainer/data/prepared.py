@@ -74,7 +74,10 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 class Prepared:
-    """The buckets one after the other; the fingerprint covers shards, names and normalisation."""
+    """The buckets one after the other; the fingerprint covers shards, names and normalisation.
+
+    `meaning` is what the card says of all buckets, whichever of their shards can be read.
+    """
 
     def __init__(
         self,
@@ -93,7 +96,9 @@ class Prepared:
         self._ends = list(accumulate(len(part) for part in parts))
         self.buckets = [range(start, end) for start, end in pairwise([0, *self._ends])]
         named = [[getattr(part, "fingerprint", "") for part in parts], card["latents"], constants]
-        self.fingerprint = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
+        self.fingerprint = _digest(named)
+        told = [[bucket["name"], bucket["sizes"]] for bucket in card["buckets"]]
+        self.meaning = _digest([card["latents"], card["conditions"], constants, told])
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -110,6 +115,10 @@ class Prepared:
         """Of every sample, by key."""
         plan = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
         return {entry["key"]: entry["caption"] for shard in plan["shards"] for entry in shard["entries"]}
+
+
+def _digest(named: Any) -> str:
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
 
 
 def _tensors(numbers: dict[str, Any]) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ class Dataset(Protocol):
       on_bad_shard: "stop" | "skip"        whether BadShard from `dataset[index]` ends the run ("stop" if absent)
       batch(index: Tensor [B]) -> Batch    instead of `len(index)` samples and `collate`, where that is slow
       buckets: Sequence[Sequence[int]]     the samples of each shape, every number once: a batch has one shape
+      meaning: str                         equal as long as what is on disk gives the same numbers: its normalisation
       captions() -> Mapping[str, str]      of samples by key, for measures of pictures and their texts
       has_latents: bool                    False: x0 is zeros that only lend their shape (prompts without pictures)
     """
@@ -67,13 +68,37 @@ def first_samples(dataset: Dataset, count: int, among: Sequence[int] | None = No
         ValueError: it has not that many.
         BadShard: a sample cannot be read, and the data set says to stop then.
     """
+    members = among
+    if members is None:
+        members, buckets = commonest(dataset), getattr(dataset, "buckets", [])
+        count = min(count, len(members)) if len(buckets) > 1 else count
+    samples = _readable(dataset, members, count)
+    if len(samples) < count:
+        raise ValueError(f"{count} samples asked for, and the data set has {len(samples)} that can be read")
+    return collate(samples)
+
+
+def some_samples(dataset: Dataset, count: int) -> Batch:
+    """As `first_samples`, but as many as can be read, if those are fewer.
+
+    Raises:
+        BadShard: none can; or one cannot, and the data set says to stop then.
+    """
+    samples = _readable(dataset, commonest(dataset), count)
+    if not samples:
+        raise BadShard(f"none of {len(commonest(dataset))} samples can be read: put the shards back")
+    return collate(samples)
+
+
+def commonest(dataset: Dataset) -> Sequence[int]:
+    """The samples of the commonest shape."""
+    buckets: Sequence[Sequence[int]] = getattr(dataset, "buckets", [range(len(dataset))])
+    return max(buckets, key=len)
+
+
+def _readable(dataset: Dataset, members: Sequence[int], count: int) -> list[Sample]:
+    """The first ones; those that cannot be read are stepped over where the data set skips them."""
     samples: list[Sample] = []
-    members: Sequence[int] = range(len(dataset))
-    if among is not None:
-        members = among
-    elif len(buckets := getattr(dataset, "buckets", [members])) > 1:
-        members = max(buckets, key=len)
-        count = min(count, len(members))
     for index in members:
         if len(samples) == count:
             break
@@ -82,9 +107,7 @@ def first_samples(dataset: Dataset, count: int, among: Sequence[int] | None = No
         except BadShard:
             if getattr(dataset, "on_bad_shard", "stop") != "skip":
                 raise
-    if len(samples) < count:
-        raise ValueError(f"{count} samples asked for, and the data set has {len(samples)} that can be read")
-    return collate(samples)
+    return samples
 
 
 def _stack(name: str, keys: Sequence[str], values: list[Tensor]) -> Tensor:

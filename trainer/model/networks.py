@@ -114,6 +114,14 @@ def build_guided(teacher: TrigFlow, config: GuidanceConfig, device: torch.device
     return Guided(teacher, config.scale, negative, config.keep_norm)
 
 
+def tell_constants(guided: Guided, dataset: Dataset) -> None:
+    """Tells the negative condition what all samples of the data are told, such as another guidance than in the card
+    of the data, from which it was written."""
+    constants: Condition = getattr(dataset, "constants", {})
+    for name in constants.keys() & guided.negative.keys():
+        guided.negative[name] = constants[name][None].to(guided.negative[name])
+
+
 def load_condition(path: Path) -> dict[str, Tensor]:
     """Raises ValueError for what is no safetensors file."""
     try:
@@ -134,6 +142,7 @@ def build_student(teacher: TrigFlow, config: StudentConfig) -> TrigFlow:
 def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dataset, device: torch.device) -> None:
     """Raises ValueError for what would go wrong later: networks, data, negative condition and stages fit each other."""
     sample = first_samples(dataset, 1).to(device)
+    check_conditions(config, sample)
     if guided.negative and guided.negative.keys() != sample.cond.keys():
         raise ValueError(
             f"the negative condition has {', '.join(sorted(guided.negative))}, and the data's samples have "
@@ -143,9 +152,13 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
     try_network("the student cannot run with a sample of the data", student, sample.x0, sample.cond)
     if guided.negative:
         try_network("the teacher cannot run with the negative condition", guided.model, sample.x0, guided.negative)
-    for shape in getattr(dataset, "buckets", [])[1:]:
-        other = first_samples(dataset, 1, shape).to(device)
+    buckets = getattr(dataset, "buckets", [])
+    others = [first_samples(dataset, 1, shape).to(device) for shape in buckets] if len(buckets) > 1 else []
+    for other in others:
         try_network("the student cannot run with a sample of another shape", student, other.x0, other.cond)
+    for each in (sample, *others) if guided.keep_norm is not None else ():
+        what = f"guidance.keep_norm={guided.keep_norm} is not for such latents: set it to null"
+        try_network(what, guided, each.x0, each.cond)
     for stage in config.stages:
         if stage.objective.needs_data and not getattr(dataset, "has_latents", True):
             raise ValueError(
@@ -156,6 +169,16 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
         for steps in config.sampling.steps:
             if stage.objective.sampler == "consistency":
                 few_step_times(steps, config.sampling)
+
+
+def check_conditions(config: RunConfig, sample: Batch) -> None:
+    """Raises ValueError for a condition of all samples that the samples have themselves, which would hide it."""
+    if twice := sorted(config.conditions.keys() & sample.cond.keys()):
+        told = "guidance" in twice and "guidance" in inspect.signature(config.data.source.function()).parameters
+        raise ValueError(
+            f"conditions.{twice[0]}: the data's samples have a {twice[0]} of their own, which would count: "
+            f"take it out of conditions{', and set data.source.options.guidance' if told else ''}"
+        )
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig, StageConfig
-from jvpgraph.trainer.model.networks import build_student
+from jvpgraph.trainer.model.networks import build_student, check_conditions
 from jvpgraph.trainer.model.parts import commonest_dtype
 from jvpgraph.trainer.model.quantize import chosen, saved_bytes
 from jvpgraph.trainer.plan.layout import Held, Spread, Training, brought, held, nbytes, training
@@ -101,6 +101,7 @@ def plan_run(
     check(config, spread.sizes)
     teacher = teacher_of(config)
     sample = sample_of(config, latents, conditions or {})
+    check_conditions(config, sample)
     check_sample(teacher, sample)
     known = dict(enumerate(costs))
     return [

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.data.sample import first_samples
+from jvpgraph.trainer.data.sample import first_samples, some_samples
 from jvpgraph.trainer.evaluation import distances
 from jvpgraph.trainer.evaluation.distances import Quality, table
 from jvpgraph.trainer.evaluation.samplers import Sampler, draw, sampler_of
@@ -26,6 +26,7 @@ from jvpgraph.trainer.model.networks import (
     build_teacher,
     device_of,
     moving,
+    tell_constants,
     trainable,
     with_weights,
 )
@@ -147,6 +148,7 @@ def samplers_of(run: Run, steps: Sequence[int]) -> dict[str, Sampler]:
     """The teacher in its many steps, then the student in each of `steps`."""
     config = run.config
     guided = build_guided(run.teacher, config.guidance, device_of(config))
+    tell_constants(guided, config.data.source.build())
     many = config.sampling.teacher_steps
     students = {
         f"student, {n} step{'s' * (n > 1)}": sampler_of(run.sampler, run.student, n, config.sampling) for n in steps
@@ -162,7 +164,7 @@ def compare(run: Run, samplers: Mapping[str, Sampler], seeds: Sequence[int]) -> 
     space = config.evaluation.features.build()
     decode = decoder_of(config.sampling)
     data = config.data.source.build()
-    real = first_samples(data, min(config.evaluation.count, len(data)))
+    real = some_samples(data, config.evaluation.count)
     labels = real.cond.get("labels")
 
     def features(latents: Tensor) -> Tensor:

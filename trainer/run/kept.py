@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +42,19 @@ class RandomState:
         random.setstate(state["python"])
         if "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.rng.device)
+
+
+T = TypeVar("T")
+
+
+def unseen(work: Callable[[], T]) -> T:
+    """What it gives; random numbers that it draws are put back."""
+    state = RandomState(torch.Generator("cuda") if torch.cuda.is_available() else torch.Generator())
+    before = state.state_dict()
+    try:
+        return work()
+    finally:
+        state.load_state_dict(before)
 
 
 class Means:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, pairwise
@@ -39,12 +39,13 @@ class Origin:
 
     settings: dict[str, Any]
     teacher: str  # digest of its values
-    code: dict[str, str]  # digests of the .py files in the settings, by the key that names them
+    code: dict[str, str]  # digests of the .py files and the negative condition, by the key that names them
     samples: int
     fingerprint: str  # the data set's own
     shards: list[tuple[str, int, str]]  # name, samples, digests of some of its blocks
     start: str | None = None  # --from
     buckets: list[int] | None = None  # samples of each, where the data set has several shapes; None: one, or unknown
+    meaning: str | None = None  # the data set's own; None: unknown
 
 
 def origin_of(config: RunConfig, teacher: str, dataset: Dataset, start: Path | None) -> Origin:
@@ -60,6 +61,7 @@ def origin_of(config: RunConfig, teacher: str, dataset: Dataset, start: Path | N
         [(shard.path.name, len(shard), digest) for shard, digest in zip(shards, digests, strict=True)],
         None if start is None else str(start),
         sizes_of(dataset),
+        getattr(dataset, "meaning", ""),
     )
 
 
@@ -146,11 +148,13 @@ def differences(then: Origin, now: Origin) -> dict[str, str]:
         found["model"] = "the teacher's weights are others than when the run began"
     for key in then.code.keys() & now.code.keys():
         if then.code[key] != now.code[key]:
-            found.setdefault(key, "the .py file that it names was edited since the run began")
+            found.setdefault(key, "the file that it names was edited since the run began")
     before, after = ({name: (count, digest) for name, count, digest in origin.shards} for origin in (then, now))
     both = before.keys() & after.keys()
     if replaced := [n for n in both if before[n][0] != after[n][0] or is_other(before[n][1], after[n][1])]:
         found["data.source"] = f"another content than when the run began: {shorten(sorted(replaced))}"
+    elif then.meaning not in (None, now.meaning):
+        found["data.source"] = "its card.json has another normalisation, or other conditions, than when the run began"
     elif (then.samples, then.fingerprint) != (now.samples, now.fingerprint):
         found["data.source"] = (
             f"the data set had {then.samples} samples and has {now.samples}, or other names; with --change it is read "
@@ -162,11 +166,16 @@ def differences(then: Origin, now: Origin) -> dict[str, str]:
 # ---------------------------------------------------------------- digests
 
 
-@torch.no_grad()
 def digest_of(model: nn.Module) -> str:
-    """Of names, shapes, dtypes and VALUES values of each parameter and buffer; the same on every device."""
+    """Of parameters and buffers."""
+    return digest_of_values(model.state_dict())
+
+
+@torch.no_grad()
+def digest_of_values(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Of names, shapes, dtypes and VALUES values of each tensor; the same on every device."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().flatten()
         some = flat[:: max(1, len(flat) // VALUES)].cpu().contiguous()
@@ -194,9 +203,15 @@ def is_other(then: str, now: str) -> bool:
 
 
 def code_of(config: RunConfig) -> dict[str, str]:
-    """Digests of the user's files that training calls, by the key of the setting."""
+    """Digests of the user's files that training calls or reads whole, by the key of the setting."""
     files = {"model": config.model.file, "data.source": config.data.source.file}
+    files |= {"guidance.negative_file": config.guidance.negative_file}
     files |= {f"imports.{i}": Plug(f"{name}:").file for i, name in enumerate(config.imports)}
+    return digests_of(files)
+
+
+def digests_of(files: Mapping[str, Path | None]) -> dict[str, str]:
+    """Of the whole of those that there are."""
     there = {key: file for key, file in files.items() if file is not None and file.is_file()}
     return {key: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for key, file in there.items()}
 
@@ -258,7 +273,9 @@ class Aligned:
 
     def __init__(self, dataset: Any, then: Origin) -> None:
         self.dataset, self.fingerprint = dataset, then.fingerprint
-        self.has_latents = getattr(dataset, "has_latents", True)
+        self.has_latents, self.meaning = getattr(dataset, "has_latents", True), getattr(dataset, "meaning", "")
+        if hasattr(dataset, "captions"):
+            self.captions = dataset.captions
         self.shards = shards_of(dataset)
         ends = list(accumulate(len(shard) for shard in self.shards))
         starts = {s.path.name: end - len(s) for s, end in zip(self.shards, ends, strict=True)}

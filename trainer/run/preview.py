@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from jvpgraph.trainer.config import RunConfig, SamplingConfig
-from jvpgraph.trainer.data.sample import Dataset, first_samples
+from jvpgraph.trainer.data.sample import Dataset, first_samples, some_samples
 from jvpgraph.trainer.evaluation.samplers import draw, sampler_of
 from jvpgraph.trainer.files import naming
 from jvpgraph.trainer.model.networks import averaged
 from jvpgraph.trainer.pictures import frames_of, save_frames
+from jvpgraph.trainer.plug import Plug, PlugFailed, described, speaks_for_itself
+from jvpgraph.trainer.run.kept import unseen
 from jvpgraph.trainer.run.log import RunLog, grid
 from jvpgraph.trainer.run.prompted import Prompted
 from jvpgraph.trainer.trigflow import TrigFlow
@@ -38,14 +41,13 @@ class Previews:
         """
         config = self.config
         device = next(self.student.parameters()).device
-        count = min(config.log.preview_count, len(self.dataset))
         steps = max(config.sampling.steps)
         sample = sampler_of(config.stages[stage].objective.sampler, self.student, steps, config.sampling)
         own = None if self.prompted is None else self.prompted.batch
         with averaged(self.student, average):
             latents = [
                 draw(sample, batch.to(device), config.sampling.batch, config.seed)
-                for batch in (first_samples(self.dataset, count), own)
+                for batch in (some_samples(self.dataset, config.log.preview_count), own)
                 if batch is not None
             ]
         if self.log is not None:
@@ -72,6 +74,42 @@ class Previews:
                 with naming(stem):
                     save_frames(frames, stem / f"{kind.removesuffix('s')}-{number}", self.config.log.fps)
         return shown
+
+
+def try_decoders(config: RunConfig, dataset: Dataset, prompted: Prompted | None, device: torch.device) -> None:
+    """Raises ValueError, if there are to be previews, where one of a sample of the data cannot be made."""
+    if config.log.preview_every is None:
+        return
+    latents = first_samples(dataset, 1).x0.to(device)
+    decode, of_prompts = config.sampling.decode, None if prompted is None else prompted.decode
+    if decode is not None:
+        unseen(lambda: try_decoder("sampling.decode", decode, latents))
+    if of_prompts is not None and of_prompts != decode:
+        unseen(lambda: try_decoder("log.prompts_pipeline", of_prompts, latents))
+
+
+def try_decoder(key: str, decode: Plug, latents: Tensor) -> None:
+    function = decode.build()
+    if not callable(function):
+        raise ValueError(f"{key}: {decode.load} gave no function\nIt has to return one, from latents to pictures.")
+    try:
+        pictures = function(latents)
+    except Exception as error:
+        if speaks_for_itself(error):
+            raise
+        raise PlugFailed(
+            f"{key}: {decode.load}, for latents {list(latents.shape)}, raised {described(error)}"
+        ) from error
+    wanted = f"pictures [{len(latents)}, 1 or 3, (T,) H, W] in [0, 1]"
+    if not isinstance(pictures, Tensor) or pictures.dim() not in (4, 5) or pictures.shape[1] not in (1, 3):
+        found = list(pictures.shape) if isinstance(pictures, Tensor) else type(pictures).__name__
+        raise ValueError(
+            f"{key}: {decode.load} gave {found} for latents {list(latents.shape)}\nIt has to give {wanted}."
+        )
+    if not pictures.isfinite().all():
+        raise ValueError(
+            f"{key}: {decode.load} gave NaN for a sample of the data\nHave it decode in float32, or set it to null."
+        )
 
 
 def decoder_of(config: SamplingConfig) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,7 @@
 """Validation while a run goes on: the averaged student's samples measured, beside its teacher's for the same noise.
 
-The teacher's samples are drawn once, and kept in OUT/validation.safetensors with their figures. Nothing is taken from
-the run's random streams.
+The teacher's samples are drawn once, before the first step, and kept in OUT/validation.safetensors with their figures.
+Nothing is taken from the run's random streams.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,14 @@ from torch import Tensor
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.data.sample import Dataset, first_samples
+from jvpgraph.trainer.data.sample import Dataset, some_samples
 from jvpgraph.trainer.evaluation.measures import Measure, Shown
 from jvpgraph.trainer.evaluation.samplers import Sampler, draw, sampler_of
 from jvpgraph.trainer.files import draft_of
 from jvpgraph.trainer.model.networks import averaged
 from jvpgraph.trainer.plug import PlugFailed, described, speaks_for_itself
-from jvpgraph.trainer.run.kept import RandomState
+from jvpgraph.trainer.run.kept import unseen
+from jvpgraph.trainer.run.origin import digest_of_values, digests_of
 from jvpgraph.trainer.run.preview import decoder_of
 from jvpgraph.trainer.run.ranks import Ranks
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
@@ -37,6 +37,21 @@ from jvpgraph.trainer.trigflow import Guided, TrigFlow
 log = logging.getLogger(__name__)
 
 FILE = "validation.safetensors"
+
+
+@dataclass(frozen=True)
+class OfTeacher:
+    """Its figures by name; on the first process, the samples too, and what the file says of them."""
+
+    figures: dict[str, float]
+    latents: Tensor | None
+    said: dict[str, str]
+
+    def save(self, folder: Path) -> None:
+        """For when the run goes on."""
+        assert self.latents is not None, "called on the first process"
+        with draft_of(folder / FILE) as draft:
+            save_file({"latents": self.latents}, draft, {**self.said, "figures": json.dumps(self.figures)})
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,7 @@ class Validation:
         wanted = config.validation
         if wanted.every is None:
             return None
-        batch = first_samples(dataset, min(wanted.count, len(dataset)))
+        batch = some_samples(dataset, wanted.count)
         captions = getattr(dataset, "captions", None)
         by_key = {} if captions is None else captions()
         texts = tuple(by_key[key] for key in batch.keys) if {*batch.keys} <= by_key.keys() else None
@@ -90,14 +105,17 @@ class Validation:
         return cls(config, ranks, batch.to(device), made, texts, digest)
 
     def of_student(
-        self, stage: int, student: TrigFlow, guided: Guided, average: Mapping[str, Tensor], folder: Path
+        self, stage: int, student: TrigFlow, average: Mapping[str, Tensor], teacher: Mapping[str, float]
     ) -> dict[str, float]:
         """Figures of student and teacher by their names in the log. A collective; on the first process alone they are
-        more than nothing."""
+        more than nothing.
+
+        Args:
+            teacher: its figures.
+        """
         config = self.config
         steps = config.validation.steps or max(config.sampling.steps)
         kind = config.stages[stage].objective.sampler
-        teacher = self.of_teacher(guided, folder)
         with averaged(student, average):
             latents = self.drawn(sampler_of(kind, student, steps, config.sampling))
         found = self.ranks.on_first(lambda: self.measured(latents))
@@ -108,35 +126,44 @@ class Validation:
             f"validation/{name}_teacher": x for name, x in teacher.items()
         }
 
-    def of_teacher(self, guided: Guided, folder: Path) -> dict[str, float]:
-        """Its figures, from the file if that is of the same teacher, samples and measures."""
-        config, path = self.config, folder / FILE
+    def of_teacher(self, guided: Guided) -> OfTeacher:
+        """From the run's folder, if what is there is of the same teacher, samples and measures. A collective.
+
+        Raises:
+            ValueError: the decoder or a measure cannot do with the samples.
+        """
+        config, path = self.config, self.config.out / FILE
         plain = settings.to_dict(config)
-        means = [self.digest, plain["guidance"], plain["conditions"], plain["sampling"], plain["data"]["source"]]
-        means += [config.validation.count, config.validation.seed, self.batch.keys]
-        samples, figures = digest(means), digest([means, plain["validation"]["measures"]])
+        means = [self.digest, plain["teacher"]["quantization"], plain["guidance"], plain["conditions"]]
+        means += [plain["sampling"], plain["data"]["source"], config.validation.count, config.validation.seed]
+        means += [self.batch.keys, digest_of_values({"x0": self.batch.x0, **self.batch.cond})]
+        means += [digest_of_values(guided.negative)]
+        measures, decode = config.validation.measures, config.sampling.decode
+        code = digests_of({name: plug.file for name, plug in [*measures.items(), ("", decode)] if plug is not None})
+        samples, figures = digest(means), digest([means, plain["validation"]["measures"], code])
+        said = {"samples_of": samples, "figures_of": figures}
 
         def known() -> tuple[bool, dict[str, float] | None]:
             """Whether there are samples, and their figures."""
-            said = read(path)
-            same = said.get("figures_of") == figures
-            return said.get("samples_of") == samples, json.loads(said["figures"]) if same else None
+            there = read(path)
+            same = there.get("figures_of") == figures
+            return there.get("samples_of") == samples, json.loads(there["figures"]) if same else None
 
         there, found = self.ranks.on_first(known)  # who alone has the digest of the teacher
-        if found is not None:
-            return found
+        latents = None
         if not there:
-            latents = self.drawn(sampler_of("flow", guided, config.sampling.teacher_steps, config.sampling))
+            if self.ranks.first:
+                log.info("validation: the teacher's samples, in %d steps", config.sampling.teacher_steps)
+            sampler = sampler_of("flow", guided, config.sampling.teacher_steps, config.sampling)
+            latents = self.drawn(sampler).float().cpu().contiguous()
 
         def measure() -> dict[str, float]:
-            drawn = tensor_in(path) if there else latents.float().cpu().contiguous()
-            value = self.measured(drawn)
-            more = {"samples_of": samples, "figures_of": figures, "figures": json.dumps(value)}
-            with draft_of(path) as draft:
-                save_file({"latents": drawn}, draft, more)
-            return value
+            nonlocal latents
+            if latents is None:
+                latents = tensor_in(path)
+            return self.measured(latents) if found is None else found
 
-        return self.ranks.on_first(measure)
+        return OfTeacher(self.ranks.on_first(measure), latents, said)
 
     def drawn(self, sample: Sampler) -> Tensor:
         """Latents; the noise that a part begins with depends on its place alone, not on how it is sampled."""
@@ -160,7 +187,7 @@ class Validation:
                     value = function(shown)
                 except Exception as error:
                     if speaks_for_itself(error):
-                        raise
+                        raise named(name, error) from error
                     raise PlugFailed(f"validation.measures.{name} raised {described(error)}") from error
                 several = value if isinstance(value, Mapping) else {"": value}
                 found.update({f"{name}/{key}".rstrip("/"): float(x) for key, x in several.items()})
@@ -169,23 +196,15 @@ class Validation:
         return found
 
 
+def named(measure: str, error: Exception) -> Exception:
+    """The error with the measure's name, and what to do if it does not say so itself."""
+    if not isinstance(error, ValueError):
+        return error
+    what = f"validation.measures.{measure}: {error}"
+    return ValueError(what if "\n" in what else f"{what}\nTake the measure out, or give it more: validation.count.")
+
+
 TEXTS = "captions, and the data has none: those of `jvpgraph prepare` do, and others by a method captions()"
-
-
-def unseen(work: Callable[[], Any]) -> Any:
-    """What it gives; random numbers that it draws are put back."""
-    with drawing():
-        return work()
-
-
-@contextmanager
-def drawing() -> Iterator[None]:
-    state = RandomState(torch.Generator("cuda") if torch.cuda.is_available() else torch.Generator())
-    before = state.state_dict()
-    try:
-        yield
-    finally:
-        state.load_state_dict(before)
 
 
 def digest(named: Any) -> str:
