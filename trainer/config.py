@@ -50,6 +50,7 @@ class GuidanceConfig:
     scale: float = 1.0  # 1: none; rCM uses 5 for Wan
     negative: dict[str, Any] = field(default_factory=dict)  # an empty or negative prompt: numbers or lists by condition
     negative_file: Path | None = None  # the same as a safetensors file of tensors without a batch dim
+    shared: tuple[str, ...] = ()  # conditions that the negative prompt has from the sample: sizes, a first frame
     keep_norm: Literal["token", "row"] | None = None  # as Qwen-Image's or Lumina 2's pipeline: see docs/trainer.md
 
     def __post_init__(self) -> None:

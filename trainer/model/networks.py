@@ -111,7 +111,7 @@ def build_guided(teacher: TrigFlow, config: GuidanceConfig, device: torch.device
             f"guidance.scale is {config.scale} and there is no negative condition: give guidance.negative or "
             "guidance.negative_file, or a scale of 1"
         )
-    return Guided(teacher, config.scale, negative, config.keep_norm)
+    return Guided(teacher, config.scale, negative, config.keep_norm, config.shared)
 
 
 def load_condition(path: Path) -> dict[str, Tensor]:
@@ -134,15 +134,18 @@ def build_student(teacher: TrigFlow, config: StudentConfig) -> TrigFlow:
 def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dataset, device: torch.device) -> None:
     """Raises ValueError for what would go wrong later: networks, data, negative condition and stages fit each other."""
     sample = first_samples(dataset, 1).to(device)
-    if guided.negative and guided.negative.keys() != sample.cond.keys():
+    names = [*guided.negative, *guided.shared]
+    if guided.negative and sorted(names) != sorted(sample.cond):
         raise ValueError(
-            f"the negative condition has {', '.join(sorted(guided.negative))}, and the data's samples have "
-            f"{', '.join(sorted(sample.cond)) or 'no conditions'}: give the same names in guidance.negative"
+            f"the negative condition has {', '.join(sorted(names))}, and the data's samples have "
+            f"{', '.join(sorted(sample.cond)) or 'no conditions'}: give the same names, each once, in "
+            "guidance.negative, or in guidance.shared where it is to have the sample's own"
         )
     try_network("the teacher cannot run with a sample of the data", guided.model, sample.x0, sample.cond)
     try_network("the student cannot run with a sample of the data", student, sample.x0, sample.cond)
     if guided.negative:
-        try_network("the teacher cannot run with the negative condition", guided.model, sample.x0, guided.negative)
+        negative = guided.without_prompt(sample.cond, 1)
+        try_network("the teacher cannot run with the negative condition", guided.model, sample.x0, negative)
     for shape in getattr(dataset, "buckets", [])[1:]:
         other = first_samples(dataset, 1, shape).to(device)
         try_network("the student cannot run with a sample of another shape", student, other.x0, other.cond)
@@ -185,11 +188,11 @@ def check_stage(stage: StageConfig, student: TrigFlow, negative: Condition, samp
     if stage.condition_dropout:
         if not negative:
             raise ValueError("condition_dropout needs a negative condition to drop to: give guidance.negative")
-        for name, value in sample.cond.items():
-            if negative[name].shape != value.shape:
+        for name, value in negative.items():
+            if value.shape != sample.cond[name].shape:
                 raise ValueError(
                     f"condition_dropout needs a negative condition of the data's shape: {name} is "
-                    f"{list(negative[name].shape[1:])}, and {list(value.shape[1:])} in the data; pad one of them"
+                    f"{list(value.shape[1:])}, and {list(sample.cond[name].shape[1:])} in the data; pad one of them"
                 )
 
 
