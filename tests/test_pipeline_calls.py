@@ -56,7 +56,8 @@ def record(pipe: Any, **more: Any) -> Recorded:
     step = pipe.scheduler.step
 
     def recorded(prediction: Tensor, time: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.steps.append((prediction.clone(), torch.as_tensor(time), latents.clone()))
+        if not isinstance(pipe.scheduler, diffusers.EDMEulerScheduler) or "pred_original_sample" in kwargs:
+            found.steps.append((prediction.clone(), torch.as_tensor(time), latents.clone()))
         return step(prediction, time, latents, *args, **kwargs)
 
     pipe.scheduler.step = recorded
@@ -73,7 +74,9 @@ def as_latents(name: str, x: Tensor, shape: list[int]) -> Tensor:
     """What the trainer's latents are, from the pipeline's."""
     if name in PACKED:
         return unpack(x, *shape[-2:])
-    return x.transpose(1, 2).unflatten(2, shape[1:]) if name in TOKENS else x
+    if name in TOKENS:
+        return x.transpose(1, 2).unflatten(2, shape[1:])
+    return x.squeeze(2) if len(shape) == 3 and x.dim() == 5 else x
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
@@ -103,7 +106,8 @@ def test_the_network_is_asked_as_by_its_pipeline(name: str, encoders: Callable[[
         assert list(x.shape[1:]) == shape
         with torch.no_grad():
             u = velocity(guided, x, s, positive)
-        torch.testing.assert_close(u, as_latents(name, prediction, shape).double(), rtol=1e-4, atol=1e-4)
+        close = 5e-3 if name.startswith("Cosmos") else 1e-4  # noise of 0.002 and 80 in float32
+        torch.testing.assert_close(u, as_latents(name, prediction, shape).double(), rtol=close, atol=close)
 
     mine = mine[: 1 + (scale != 1)]
     theirs = rows(found.network, len(mine))
@@ -193,7 +197,9 @@ def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     found = []
     for key in mine.keys() | theirs.keys():
         a, b = (call[key][0][None] if key in ("x", "cap_feats") else call.get(key) for call in (mine, theirs))
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if key == "padding_mask" and isinstance(a, Tensor):  # in pixels, and of latents
+            same = not a.any() and not b.any()
+        elif isinstance(a, Tensor) and isinstance(b, Tensor):
             padded = ("encoder_hidden_states", "encoder_hidden_states_mask", "cap_feats")
             text = key in padded and a.shape[1] > b.shape[1]
             a = a[:, : b.shape[1]] if text else a

@@ -415,6 +415,17 @@ def without_guardrail(module: str) -> None:
     vars(pipeline)["CosmosSafetyChecker"] = lambda: None
 
 
+def resize_by_hand() -> None:
+    """For Cosmos' network, which calls torchvision."""
+
+    def resize(x: Any, size: list[int], interpolation: Any) -> Any:
+        return torch.nn.functional.interpolate(x, size, mode="nearest")
+
+    module = importlib.import_module("diffusers.models.transformers.transformer_cosmos")
+    functional, modes = SimpleNamespace(resize=resize), SimpleNamespace(NEAREST="nearest")
+    vars(module).setdefault("transforms", SimpleNamespace(functional=functional, InterpolationMode=modes))
+
+
 def ftfy_by_hand(module: str) -> None:
     """For pipelines that call the package, and import it if it is installed."""
     pipeline = importlib.import_module(f"diffusers.pipelines.{module}")
@@ -638,6 +649,7 @@ def cogview4(**config: Any) -> dict[str, Any]:
 
 
 def cosmos2(**config: Any) -> dict[str, Any]:
+    resize_by_hand()
     for module in ("pipeline_cosmos2_text2image", "pipeline_cosmos_text2world"):
         without_guardrail(f"cosmos.{module}")
     plain = {"extra_pos_embed_type": None, "concat_padding_mask": True, "max_size": (4, 32, 32), **config}

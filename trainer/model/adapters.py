@@ -15,6 +15,7 @@ frequencies of its embedding, which its weights know by heart: it is left alone 
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -306,6 +307,8 @@ def sana_times(adapter: Adapter, net: Any) -> Adapter:
 
 def cosmos_generation(adapter: Adapter, net: Any) -> Adapter:
     """Cosmos 1, known by its learnt positions, is EDM's; Cosmos 2 and 2.5 are rectified flows with s as time."""
+    if net.config.concat_padding_mask and not hasattr(sys.modules[type(net).__module__], "transforms"):
+        raise ModuleNotFoundError("CosmosTransformer3DModel needs it: pip install torchvision")
     if net.config.extra_pos_embed_type == "learnable":
         return replace(adapter, function=cosmos1, schedule=EDM_NETWORK)
     return adapter
