@@ -111,8 +111,8 @@ def test_the_network_is_asked_as_by_its_pipeline(name: str, encoders: Callable[[
 
     mine = mine[: 1 + (scale != 1)]
     theirs = rows(found.network, len(mine))
-    for call in mine:
-        assert any(not (difference := differences(call, other)) for other in theirs), difference
+    for asked in mine:
+        assert any(not (difference := differences(asked, other)) for other in theirs), difference
 
 
 Step = tuple[Tensor, Tensor, Tensor]

@@ -706,7 +706,6 @@ def dit(**config: Any) -> dict[str, Any]:
         "transformer": network("DiTTransformer2DModel", **{"num_embeds_ada_norm": 1000, "sample_size": 8, **config}),
         "vae": image_vae(4, scaling_factor=0.18),
         "scheduler": diffusers.DDIMScheduler(),
-        "id2label": {"0": "tench, Tinca tinca", "7": "cock", "999": "toilet tissue"},
     }
 
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from jvpgraph.trainer.export.task import NETWORK, Task
-from jvpgraph.trainer.model.adapters import computing_dtype, load_pipeline
+from jvpgraph.trainer.model.adapters import computing_dtype
+from jvpgraph.trainer.model.pipelines import load_pipeline
 from jvpgraph.trainer.pictures import save_frames
 from jvpgraph.trainer.prepare.checkpoint import pipeline_of
 from jvpgraph.trainer.run.finished import load_run
@@ -65,7 +66,9 @@ def first_frames(task: Task, count: int, images: Sequence[Path]) -> list[dict[st
     if not task.first_frame and not images:
         return [{}] * count
     if not task.first_frame or len(images) not in (1, count):
-        wants = f"begins with a picture: give one, or one for each of {count} prompts" if task.first_frame else "takes none"
+        wants = (
+            f"begins with a picture: give one, or one for each of {count} prompts" if task.first_frame else "takes none"
+        )
         raise ValueError(f"--images: {len(images)} pictures, and a {task.index['_class_name']} {wants}")
     opened = []
     for path in images:

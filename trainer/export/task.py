@@ -12,7 +12,8 @@ from typing import Any
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.files import read_json
-from jvpgraph.trainer.model.adapters import check_one_network, class_name, diffusers
+from jvpgraph.trainer.model.adapters import diffusers
+from jvpgraph.trainer.model.pipelines import check_one_network, class_name
 from jvpgraph.trainer.model.schedulers import even_times, fits_pipelines, own_file, scheduler_for
 from jvpgraph.trainer.model.student import merged
 from jvpgraph.trainer.prepare.families import FAMILIES

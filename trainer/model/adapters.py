@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +29,7 @@ from torch.nn.functional import pad
 from jvpgraph.trainer.batch import Condition
 from jvpgraph.trainer.files import read_json
 from jvpgraph.trainer.model.padded_text import HidesText, take_padded
+from jvpgraph.trainer.model.pipelines import check_one_network, class_name
 from jvpgraph.trainer.model.student import kept_in_float32
 from jvpgraph.trainer.trigflow import (
     EDM_NETWORK,
@@ -43,7 +43,6 @@ from jvpgraph.trainer.trigflow import (
 from jvpgraph.trainer.trigflow import schedule as schedule_named
 
 FRAMED = 512  # tokens of text of Wan and SkyReels from image to video
-FORMERLY_ONE = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 WRITE_ONE = "for another network write call(net, x, time, cond) and build TrigFlow(net, call=...) yourself"
 
 
@@ -80,13 +79,6 @@ class Adapter:
             raise ValueError(f"{self.name} takes {', '.join(known)}, not {', '.join(unknown)}; the batch has {has}")
         dtype = computing_dtype(net)
         return self.function(net, x.to(dtype), time, {name: to_network(c, dtype) for name, c in cond.items()})
-
-
-def load_pipeline(cls: Any, folder: Path, dtype: torch.dtype | dict[str, torch.dtype], **parts: Any) -> Any:
-    """A pipeline from its folder, with some parts given; `dtype` may be by part. Raises what diffusers does."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # 0.36 knows no other
-        return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **parts)
 
 
 def computing_dtype(net: nn.Module) -> torch.dtype:
@@ -133,7 +125,9 @@ def wan(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
     """
     words = cond["encoder_hidden_states"].shape[1]
     if "encoder_hidden_states_image" in cond and words != FRAMED:
-        raise ValueError(f"{type(net).__name__} takes {FRAMED} tokens of text beside a picture's, not {words}: pad them")
+        raise ValueError(
+            f"{type(net).__name__} takes {FRAMED} tokens of text beside a picture's, not {words}: pad them"
+        )
     rest = {name: c for name, c in cond.items() if name != "condition"}
     x = torch.cat([x, cond["condition"]], dim=1) if "condition" in cond else x
     return plainly(net, x, time, rest)
@@ -431,15 +425,6 @@ def diffusers_model(
     return TrigFlow(net, adapter, noise, time_scale=adapter.time_scale if time_scale is None else time_scale)
 
 
-def check_one_network(path: Path, index: Mapping[str, Any]) -> None:
-    """Raises ValueError for a pipeline, by its model_index.json, that changes networks on its way."""
-    if (index.get("transformer_2") or [None])[0] is not None and index.get("boundary_ratio") is not None:
-        raise ValueError(
-            f"{path} has two networks, one above and one below {index['boundary_ratio']:g} of the noise, and a student "
-            "is one network for all of it.\nGive a checkpoint with one: Wan2.1, or Wan2.2's of 5B."
-        )
-
-
 def load(path: Path, config: str | None, dtype: torch.dtype) -> nn.Module:
     if path.suffix == ".safetensors":
         return load_single_file(path, path.parent if config is None else Path(config), dtype)
@@ -494,12 +479,6 @@ def in_dtype(net: nn.Module, dtype: torch.dtype) -> nn.Module:
             if kept_in_float32(net, parameter):
                 p.data = p.data.float()
     return net
-
-
-def class_name(config: Mapping[str, Any]) -> str:
-    """The class of a network by its config.json; DiT and PixArt were one class once, of which checkpoints still speak."""
-    name = str(config.get("_class_name", "a network without _class_name"))
-    return FORMERLY_ONE.get(config.get("norm_type", ""), name) if name == "Transformer2DModel" else name
 
 
 def network_class(name: str) -> Any:

@@ -19,7 +19,7 @@ MULTIPLE = 32  # diffusers' SEQ_MULTI_OF
 
 
 class HidesText:
-    """CogView4's attention. The usual one adds a mask of ones and zeros to the scores; diffusers' for training hides."""
+    """CogView4's attention: the usual one adds a mask's ones and zeros to the scores, diffusers' for training hides."""
 
     def __init__(self) -> None:
         module = importlib.import_module("diffusers.models.transformers.transformer_cogview4")
@@ -49,7 +49,7 @@ def take_padded(net: Any) -> None:
 
 
 def with_mask(self: Any, captions: Tensor, mask: Tensor) -> Tensor:
-    """Captions [B, L, D], of which tokens [B, L] count, for the next call: they come back with a length that it needs."""
+    """Captions [B, L, D], of which tokens [B, L] count, for the next call: they come back at a length that it takes."""
     missing = -captions.shape[1] % MULTIPLE
     self.caption_mask = pad(mask.bool(), (0, missing))
     return pad(captions, (0, 0, 0, missing))

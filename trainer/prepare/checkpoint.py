@@ -17,11 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from jvpgraph.trainer.files import read_json
-from jvpgraph.trainer.model.adapters import FRAMED, check_one_network, class_name, diffusers, load_pipeline
+from jvpgraph.trainer.data.shards import PerChannel
+from jvpgraph.trainer.model.adapters import FRAMED, diffusers
+from jvpgraph.trainer.model.pipelines import check_one_network, class_name, load_pipeline
 from jvpgraph.trainer.prepare.families import Family, encode_text, family_of, text_length
 from jvpgraph.trainer.prepare.latents import encode, load_vae, normalisation
 from jvpgraph.trainer.prepare.media import BadFile
+from jvpgraph.trainer.prepare.positions import Positions, positions_of
 
 SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor", "vae_scale_factor")
 TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
@@ -140,7 +142,9 @@ class Encoder:
         usual = 0 if self.family.labels else text_length(self.pipe)
         self.length = usual if length is None else length
         if "encoder_hidden_states_image" in checkpoint.first_frame and self.length != FRAMED:
-            raise ValueError(f"--text-length {self.length}: this network takes {FRAMED}, beside a picture. Leave it out.")
+            raise ValueError(
+                f"--text-length {self.length}: this network takes {FRAMED}, beside a picture. Leave it out."
+            )
         factors = self.spatial, self._factor(TEMPORAL, 1)
         if self.family.compression not in (None, factors):
             raise ValueError(
@@ -189,6 +193,14 @@ class Encoder:
             pixels = self.pipe.get_default_resolution()
         return self.default("height") or pixels, self.default("width") or pixels
 
+    def tokens(self, width: int, height: int, frames: int) -> tuple[int, int, int]:
+        """Along each axis of latents, of a picture or clip in pixels: frames, rows, columns."""
+        return 1 + (frames - 1) // self.period, height // self.multiple, width // self.multiple
+
+    @property
+    def positions(self) -> Positions:
+        return positions_of(self.family.network, self.checkpoint.network)
+
     @property
     def one_size(self) -> bool:
         """Whether the pipeline makes pictures of its default size only."""
@@ -205,7 +217,7 @@ class Encoder:
 
     @property
     def negative_scale(self) -> float:
-        """The scale w of the pipeline's own F_negative + w (F - F_negative); 1 where the network knows, or is told it."""
+        """w of the pipeline's F_negative + w (F - F_negative); 1 where the network knows its scale, or is told it."""
         if self.checkpoint.told_guidance or self.pipe.config.get("is_distilled", False):
             return 1.0
         has = inspect.signature(self.pipe.__call__).parameters
@@ -231,7 +243,7 @@ class Encoder:
         return found
 
     @property
-    def normalisation(self) -> tuple[float | list[float], float | list[float]]:
+    def normalisation(self) -> tuple[PerChannel, PerChannel]:
         return normalisation(self.vae)
 
     def prompt(self, text: str) -> dict[str, Tensor]:
@@ -244,7 +256,9 @@ class Encoder:
         """Those of a negative prompt; there is one for all labels, the number behind the last."""
         if self.family.labels is not None:
             if text:
-                raise ValueError(f"--negative {text!r}: a {self.checkpoint.pipeline} has labels, no prompts. Leave it out.")
+                raise ValueError(
+                    f"--negative {text!r}: a {self.checkpoint.pipeline} has labels, no prompts. Leave it out."
+                )
             return {self.family.labels: torch.tensor(self._classes)}
         return encode_text(self.family, self.pipe, "", text, self.length)
 
@@ -287,7 +301,8 @@ class Encoder:
     def latents(self, frames: Sequence[Image.Image]) -> Tensor:
         """Frames of one size -> latents as the VAE gives them, [C, h, w], or [C, T', h, w] of a family of videos."""
         width, height = frames[0].size
-        processor = getattr(self.pipe, "video_processor", None) or getattr(self.pipe, "image_processor", None)
+        processors = (getattr(self.pipe, name, None) for name in ("video_processor", "image_processor"))
+        processor: Any = next(filter(None, processors), None)
         if self.family.video:
             pixels = processor.preprocess_video(list(frames), height=height, width=width)
         else:
