@@ -161,6 +161,7 @@ class LogConfig:
     prompts: tuple[str, ...] = ()  # texts of yours for previews beside the data's
     prompts_pipeline: Path | None = None  # folder whose text encoders encode them; null: that of the teacher
     fps: float = 16.0  # frames per second of previews that are videos
+    film: Literal["webp", "mp4"] = "webp"  # mp4 loses a little, plays anywhere, and needs PyAV: pip install av
     flops: bool = True  # count FLOPs per update, in a process beside the run, for those per second
     peak_tflops: float | None = None  # TFLOPs per second of one device, for utilisation; null: by its name, if known
 

@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="what videos begin with, for pipelines from image to video: one picture for each prompt, or one for all",
     )
+    group.add_argument(
+        "--film",
+        choices=("webp", "mp4"),
+        default="webp",
+        help="what videos are written as (default: webp, without loss; mp4: pip install av)",
+    )
     add_pipeline(group)
     group.add_argument(
         "--call",
@@ -67,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
         ema=args.ema,
         seed=args.seed,
         images=args.images,
+        film=args.film,
         more=dict(args.call),
     )
     print("\n".join(map(str, files)))

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from jvpgraph.trainer.export.task import NETWORK, Task
 from jvpgraph.trainer.model.adapters import computing_dtype
 from jvpgraph.trainer.model.pipelines import load_pipeline
-from jvpgraph.trainer.pictures import save_frames
+from jvpgraph.trainer.pictures import Film, mp4_writer, save_frames
 from jvpgraph.trainer.prepare.checkpoint import pipeline_of
 from jvpgraph.trainer.run.finished import load_run
 
@@ -30,9 +30,10 @@ def sample_prompts(
     ema: float | None = None,
     seed: int = 0,
     images: Sequence[Path] = (),
+    film: Film = "webp",
     more: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """OUT/0000.png and so on, animated WebP for videos; prompt i has the seed `seed` + i.
+    """OUT/0000.png and so on, animated WebP or MP4 for videos; prompt i has the seed `seed` + i.
 
     Args:
         images: pictures that videos begin with, one for each prompt, or one for all.
@@ -43,6 +44,8 @@ def sample_prompts(
         ValueError: no pipeline, or none that can sample the student; or the pipeline refuses its arguments, or wants
             pictures.
     """
+    if film == "mp4":
+        mp4_writer()
     run = load_run(folder, ema=ema)
     found = pipeline_of(run.config.model.options) if pipeline is None else pipeline
     task = Task(run, folder, found, steps, own_times)
@@ -56,7 +59,7 @@ def sample_prompts(
         except TypeError as error:
             raise ValueError(f"{type(pipe).__name__} does not take these arguments: {error}") from error
         frames = sample if isinstance(sample, list) else [sample]
-        files.append(save_frames(frames, out / f"{i:04d}", FRAMES_PER_SECOND))
+        files.append(save_frames(frames, out / f"{i:04d}", FRAMES_PER_SECOND, film))
     return files
 
 

@@ -177,8 +177,8 @@ def with_positions(
         lacks = next(filter(None, (most.lacks(*encoder.tokens(width, height, n)) for n in lengths)), "")
         if lacks and ((width, height) == sizes[0] or options.aspects is not None):
             raise ValueError(
-                f"{width}x{height} pixels, {max(lengths)} frames: this {network} has too few positions: {lacks}. Choose "
-                "a smaller --size or --frames, or other --aspects."
+                f"{width}x{height} pixels, {max(lengths)} frames: this {network} has too few positions: {lacks}. "
+                "Choose a smaller --size or --frames, or other --aspects."
             )
         if lacks:
             log.warning("no %dx%d: this %s has too few positions: %s", width, height, network, lacks)
