@@ -138,8 +138,8 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
     if guided.negative and sorted(names) != sorted(sample.cond):
         raise ValueError(
             f"the negative condition has {', '.join(sorted(names))}, and the data's samples have "
-            f"{', '.join(sorted(sample.cond)) or 'no conditions'}: give the same names, each once, in "
-            "guidance.negative, or in guidance.shared where it is to have the sample's own"
+            f"{', '.join(sorted(sample.cond)) or 'no conditions'}: give the same names in guidance.negative, "
+            "or in guidance.shared where it is to have the sample's own"
         )
     try_network("the teacher cannot run with a sample of the data", guided.model, sample.x0, sample.cond)
     try_network("the student cannot run with a sample of the data", student, sample.x0, sample.cond)
