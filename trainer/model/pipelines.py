@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from jvpgraph.trainer.files import read_json
 
 FORMERLY_ONE = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
@@ -29,6 +32,19 @@ def check_one_network(path: Path, index: Mapping[str, Any]) -> None:
 
 def load_pipeline(cls: Any, folder: Path, dtype: torch.dtype | dict[str, torch.dtype], **parts: Any) -> Any:
     """A pipeline from its folder, with some parts given; `dtype` may be by part. Raises what diffusers does."""
+    lend_classes(cls, folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # 0.36 knows no other
         return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **parts)
+
+
+def lend_classes(cls: Any, folder: Path) -> None:
+    """Puts classes of diffusers' own that a pipeline looks for in transformers there, as PRX' text encoder.
+
+    diffusers does so itself, and transformers loses it where its module has been made anew since.
+    """
+    package, library = (importlib.import_module(name) for name in (cls.__module__.rpartition(".")[0], "transformers"))
+    parts = [value for value in read_json(folder / "model_index.json").values() if isinstance(value, list)]
+    for name in (value[1] for value in parts if value[0] == "transformers"):
+        if not hasattr(library, name) and hasattr(package, name):
+            setattr(library, name, getattr(package, name))

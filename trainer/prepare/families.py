@@ -42,6 +42,7 @@ class Family:
         sizes: the network is told the picture's size, by arguments of these names.
         rate: the argument that takes the frame rate.
         keep_norm: what the pipeline does to its guidance, as `guidance.keep_norm` has it.
+        attention: layers for adapters, where the network has no to_q, to_k and to_v.
         unguided: the guidance scale of the pipeline that means none: 0 where it is F + scale (F - F_negative).
         compression: the factors of the VAE, in space and time, that the network's adapter goes by.
     """
@@ -59,6 +60,7 @@ class Family:
     sizes: tuple[str, ...] = ()
     rate: str | None = None
     keep_norm: str | None = None
+    attention: tuple[str, ...] = ()
     unguided: float = 1.0
     compression: tuple[int, int] | None = None
 
@@ -101,7 +103,8 @@ FAMILIES = (
     Family("Lumina2Transformer2DModel", ("Lumina2Pipeline",), BESIDE, keep_norm="row"),
     Family("PixArtTransformer2DModel", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), BESIDE,
            sizes=("resolution", "aspect_ratio")),
-    Family("PRXTransformer2DModel", ("PRXPipeline",), (TEXT, "attention_mask", f"-{TEXT}", "-attention_mask")),
+    Family("PRXTransformer2DModel", ("PRXPipeline",), (TEXT, "attention_mask", f"-{TEXT}", "-attention_mask"),
+           attention=("img_qkv_proj", "txt_kv_proj", "to_out.0")),
     Family("QwenImageTransformer2DModel", ("QwenImagePipeline",), (TEXT, None),
            padded_mask="encoder_hidden_states_mask", patch=2, keep_norm="token"),
     Family("SanaTransformer2DModel", ("SanaPipeline",), BESIDE),

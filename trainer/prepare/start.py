@@ -57,6 +57,8 @@ def run_text(out: Path, encoder: Encoder, card: dict[str, Any], dtype: str) -> s
     prompts = card["latents"]["field"] is None
     batch = min(1 if commonest(card)["frames"] > 1 else 4, card["samples"])
     name = out.resolve().name
+    attention = encoder.family.attention
+    targets = f", targets: {json.dumps(attention)}" if attention else ""
     rounds = encoder.family.network == "QwenImageTransformer2DModel"
     precision = "float32" if rounds or dtype == "float32" else "bfloat16"
     why = "this network rounds its time to it" if rounds else "bfloat16: half the memory; float32: exact"
@@ -71,7 +73,7 @@ base: {json.dumps(str((out / SETTINGS).resolve()), ensure_ascii=False)} # checkp
 out: {json.dumps(f"out/{name}", ensure_ascii=False)} # checkpoints, previews, log
 model: {{options: {{dtype: {precision}}}}} # {why}
 student:
-  lora: {{rank: 64, alpha: 64}} # without this line all weights are trained, which takes far more memory
+  lora: {{rank: 64, alpha: 64{targets}}} # without this line all weights are trained, which takes far more memory
   checkpoint_blocks: true # less memory, about a third more time
 stages:
   - steps: 2000
