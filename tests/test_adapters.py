@@ -131,6 +131,7 @@ def z_image_by_hand(net: Any, x: Tensor, s: Tensor, cond: dict[str, Any]) -> Ten
 
 TEXT_12 = {"encoder_hidden_states": normal(B, L, 12)}
 TEXT_10 = {"encoder_hidden_states": normal(B, L, 10)}
+FRAMED = {"encoder_hidden_states": normal(B, 512, 10), "encoder_hidden_states_image": normal(B, 3, 14)}
 GUIDANCE = {"guidance": torch.tensor([3.5, 2.0])}
 SIZES = {name: 100 * normal(B, 2).abs() for name in ("original_size", "target_size", "crop_coords")}
 IMAGE, VIDEO = (4, 8, 6), (4, 2, 4, 6)
@@ -179,10 +180,8 @@ TABLE = {
     "SanaVideoTransformer3DModel": Case(
         VIDEO, TEXT_12 | GUIDANCE | {"encoder_attention_mask": MASK.double()}, simply(1000)
     ),
-    "SkyReelsV2Transformer3DModel": Case(
-        VIDEO, TEXT_10 | {"encoder_hidden_states_image": normal(B, 257, 14)}, simply(1000)
-    ),
-    "WanTransformer3DModel": Case(VIDEO, TEXT_10 | {"encoder_hidden_states_image": normal(B, 257, 14)}, simply(1000)),
+    "SkyReelsV2Transformer3DModel": Case(VIDEO, FRAMED, simply(1000)),
+    "WanTransformer3DModel": Case(VIDEO, FRAMED, simply(1000)),
     "ZImageTransformer2DModel": Case(IMAGE, {"cap_feats": normal(B, L, 12)}, z_image_by_hand),
 }
 EVERY = pytest.mark.parametrize("name", sorted(TABLE))

@@ -54,10 +54,21 @@ class Walk:
         side = "64x64" if self.pipeline == "LTXPipeline" else "32x32"
         frames = ["--frames", "9" if self.folder == "clips" else "1"] if self.pipeline in VIDEO else []
         aspects = ["2:1"] if self.as_user else []  # each shape costs Inductor a graph
-        return ["--size", side, "--aspects", *aspects, "--text-length", "16", "--dtype", self.dtype, *frames]
+        text = [] if self.begins else ["--text-length", "16"]  # with a picture, 512
+        return ["--size", side, "--aspects", *aspects, *text, "--dtype", self.dtype, *frames]
+
+    @property
+    def begins(self) -> bool:
+        """Whether the pipeline is given a picture to begin with."""
+        return "ImageToVideo" in self.pipeline
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Formats to export: diffusers has no LoRA for PRX."""
+        return ("diffusers",) if self.pipeline == "PRXPipeline" else ("diffusers", "lora")
 
 
-VIDEO = ("WanPipeline", "LTXPipeline")
+VIDEO = ("WanPipeline", "LTXPipeline", "WanImageToVideoPipeline", "SkyReelsV2ImageToVideoPipeline")
 FAMILIES = (
     "WanPipeline",
     "FluxPipeline",
@@ -65,18 +76,27 @@ FAMILIES = (
     "QwenImagePipeline",
     "LTXPipeline",
     "SanaPipeline",
+    "ZImagePipeline",
+    "CogView4Pipeline",
+    "PRXPipeline",
+    "WanImageToVideoPipeline",
+    "SkyReelsV2ImageToVideoPipeline",
 )
 WALKS = [
     Walk("SanaPipeline", "pictures", backend="op_by_op"),
     Walk("WanPipeline", "clips", backend="op_by_op"),
     Walk("FluxPipeline", "prompts", backend="op_by_op"),
+    Walk("WanImageToVideoPipeline", "clips", backend="op_by_op"),
 ]
 SWEEP = [
+    Walk("ZImagePipeline", "pictures", backend="op_by_op"),
+    Walk("CogView4Pipeline", "pictures", backend="op_by_op"),
+    Walk("PRXPipeline", "prompts", backend="op_by_op"),
     Walk("SanaPipeline", "pictures", backend="op_by_op", as_user=True),
     *(
         Walk(name, folder, dtype)
         for name in FAMILIES
-        for folder in ("clips" if name in VIDEO else "pictures", "prompts")
+        for folder in ("clips" if name in VIDEO else "pictures", *([] if "ImageToVideo" in name else ["prompts"]))
         for dtype in ("float32", "bfloat16")
     ),
 ]
@@ -123,9 +143,11 @@ def test_four_commands_give_a_pipeline_and_a_lora_file(
     if walk.as_user:  # with a tangent, its graph takes as long as the rest
         command(walk, tmp_path, "plan", "data/mine/run.yaml", *changes)
     command(walk, tmp_path, "train", "data/mine/run.yaml", *changes)
-    for form in ("diffusers", "lora"):
+    for form in walk.forms:
         command(walk, tmp_path, "export", "out/mine", "--format", form)
-    command(walk, tmp_path, "sample", "out/mine", "--prompts", PROMPT, "--out", "shown")
+    first = ["--images", "first.png"] if walk.begins else []
+    picture(tmp_path / "first.png", 32, 32, 0)
+    command(walk, tmp_path, "sample", "out/mine", "--prompts", PROMPT, "--out", "shown", *first)
 
     run = tmp_path / "out" / "mine"
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -134,10 +156,13 @@ def test_four_commands_give_a_pipeline_and_a_lora_file(
     assert config.stages[0].objective.name == ("dmd" if walk.folder == "prompts" else "rcm")
 
     pipe = loaded(run / "export-diffusers", dtype)
-    call = {"num_inference_steps": 4, "guidance_scale": 1.0, "true_cfg_scale": 1.0, **config.sampling.call}
+    unguided = 0.0 if walk.pipeline == "ZImagePipeline" else 1.0
+    call = {"num_inference_steps": 4, "guidance_scale": unguided, "true_cfg_scale": 1.0, **config.sampling.call}
     if "guidance_scale" in config.sampling.call:  # the network is told it
         call.pop("true_cfg_scale")
     call = {name: value for name, value in call.items() if name in inspect.signature(pipe.__call__).parameters}
+    if walk.begins:
+        call["image"] = Image.open(tmp_path / "first.png")
     (shown,) = (tmp_path / "shown").iterdir()
     frames = sampled(pipe, call, "pil")[0]
     with Image.open(shown) as film:
@@ -146,6 +171,8 @@ def test_four_commands_give_a_pipeline_and_a_lora_file(
             off = np.asarray(film.convert("RGB"), float) - np.asarray(frame.convert("RGB"), float)
             assert np.abs(off).max() <= 1
     student = sampled(pipe, call, "latent")
+    if "lora" not in walk.forms:
+        return
 
     pipe = loaded(tmp_path / "checkpoint", dtype)
     lora = run / "export-lora"
@@ -166,4 +193,4 @@ def loaded(folder: Path, dtype: torch.dtype) -> Any:
 
 def sampled(pipe: Any, call: dict[str, Any], kind: str) -> Any:
     torch.manual_seed(0)
-    return pipe(PROMPT, generator=torch.Generator().manual_seed(0), output_type=kind, **call)[0]
+    return pipe(prompt=PROMPT, generator=torch.Generator().manual_seed(0), output_type=kind, **call)[0]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
 import transformers
@@ -20,7 +21,7 @@ from jvpgraph.trainer import cli, settings
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.measures import Shown, clip_score, fid
-from jvpgraph.trainer.pictures import frames_of
+from jvpgraph.trainer.pictures import frames_of, save_frames
 from jvpgraph.trainer.run import prompted
 from jvpgraph.trainer.run.log import computed
 from jvpgraph.trainer.train import train
@@ -53,6 +54,29 @@ def run_of(clips: Path, out: Path, steps: int, **log: Any) -> RunConfig:
         f"sampling: {{steps: [1, 2]}}\nstages: [{{objective: dcm, steps: {steps}, batch: 2, student: {{lr: 1e-4}}}}]\n"
     )
     return settings.load(RunConfig, file, [f"log.{name}={value}" for name, value in log.items()])
+
+
+def test_videos_are_written_as_mp4_too(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.linspace(0, 1, 21)[:, None].expand(21, 33)  # odd sides
+    pixels = torch.stack([rows.roll(i, 0) for i in range(5)]).expand(3, -1, -1, -1)
+    path = save_frames(frames_of(pixels), tmp_path / "a", 12.5, "mp4")
+    with av.open(str(path)) as file:
+        (stream,) = file.streams.video
+        assert stream.average_rate == 12.5
+        found = [frame.to_ndarray(format="rgb24") for frame in file.decode(stream)]
+    assert [frame.shape for frame in found] == [(22, 34, 3)] * 5
+    for i, frame in enumerate(found):
+        assert abs(torch.from_numpy(frame[:21, :33]).permute(2, 0, 1) / 255 - pixels[:, i]).mean() < 0.02
+    assert save_frames(frames_of(pixels[:, :1]), tmp_path / "one", 16, "mp4").name == "one.png"
+
+    config = run_of(clips, tmp_path / "run", 1, film="mp4", preview_every=1)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "av", None)
+        with pytest.raises(ValueError, match="the settings ask for av: pip install av, or set webp instead of mp4"):
+            train(config)
+    assert not (tmp_path / "run").exists()
+    shown = train(config) / "samples" / "step-00000001"
+    assert {file.suffix for file in shown.iterdir()} == {".mp4"}
 
 
 @pytest.mark.slow

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 
 from jvpgraph.trainer.prepare.checkpoint import Encoder, read_checkpoint
 from tests.zoo.cases import CASES
@@ -35,6 +38,61 @@ def make(pipeline: str, **config: Any) -> Any:
 def save_tiny(pipeline: str, folder: Path) -> Path:
     make(pipeline).save_pretrained(folder)
     return folder
+
+
+SIZE, FRAMES = (32, 64), 9  # height, width
+PROMPT, NEGATIVE = "a red thing moves over", "blue"
+NO_NEGATIVE = ("Flux2KleinPipeline", "DiTPipeline")  # none but an empty one
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*SIZE, 3), dtype=np.uint8))
+
+
+def call(pipe: Any, **more: Any) -> Any:
+    """What the pipeline returns for PROMPT or label 7, in 2 steps; first, where it begins with one, PICTURE."""
+    pipe.set_progress_bar_config(disable=True)
+    if isinstance(pipe, diffusers.HiDreamImagePipeline):  # which makes pictures of one area only
+        pipe.default_sample_size = 11.32
+    if hasattr(pipe, "safety_checker"):
+        pipe.safety_checker = Lenient()
+    takes = inspect.signature(pipe.__call__).parameters
+    usual = {
+        "prompt": PROMPT,
+        "class_labels": [7],
+        "height": SIZE[0],
+        "width": SIZE[1],
+        "num_frames": FRAMES,
+        "frames": FRAMES,
+        "num_inference_steps": 2,
+        "negative_prompt": NEGATIVE,
+        "use_resolution_binning": False,
+        "generator": torch.Generator().manual_seed(0),
+    }
+    if "image" in takes and takes["image"].default is inspect.Parameter.empty:
+        usual["image"] = PICTURE
+    usual = {name: value for name, value in (usual | more).items() if name in takes}
+    return pipe(**usual, return_dict=False)[0]
+
+
+class Lenient:
+    """In the place of Cosmos' guardrail, which is a package of its own."""
+
+    def to(self, device: Any) -> None: ...
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, frames: Any) -> Any:
+        return frames
+
+
+def size_of(encoder: Encoder) -> tuple[int, int]:
+    """Height and width that `call` asks for."""
+    return encoder.default_size if encoder.one_size else SIZE
+
+
+def conditions(name: str, encoder: Encoder) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `prepare` makes of the same: of the prompt and of the negative one, each without a batch dim."""
+    positive = encoder.prompt("7" if encoder.family.labels else PROMPT) | encoder.first_frame([PICTURE] * FRAMES)
+    return positive, encoder.negative("" if name in NO_NEGATIVE else NEGATIVE)
 
 
 def encoder_of(pipeline: str, folder: Path) -> Encoder:
@@ -71,19 +129,19 @@ def qwen_tokenizer() -> Any:
     return transformers.Qwen2Tokenizer(vocab=vocab | {"<|endoftext|>": len(vocab)}, merges=[])
 
 
-def gemma_tokenizer() -> Any:
+def gemma_tokenizer(length: int | None = None) -> Any:
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     vocab = {token: i for i, token in enumerate([*special, "▁", "\n", *(chr(i) for i in range(33, 127))])}
-    return transformers.GemmaTokenizer(vocab=vocab, merges=[])
+    return transformers.GemmaTokenizer(vocab=vocab, merges=[], model_max_length=length)
 
 
-def qwen3_encoder(width: int) -> Any:
-    """28 layers, as those of Flux 2 are looked into."""
+def qwen3_encoder(width: int, layers: int = 28) -> Any:
+    """28 layers where single ones are looked into, as by Flux 2."""
     config = transformers.Qwen3Config(
         vocab_size=128,
         hidden_size=width,
         intermediate_size=8,
-        num_hidden_layers=28,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=4,
@@ -104,7 +162,7 @@ def umt5_encoder(width: int) -> Any:
     return transformers.UMT5EncoderModel(config).eval()
 
 
-def clip_encoder(width: int, *, projected: int = 0) -> Any:
+def clip_encoder(width: int, *, projected: int = 0, length: int = 77) -> Any:
     size = len(clip_tokenizer())
     config = transformers.CLIPTextConfig(
         vocab_size=size,
@@ -112,7 +170,7 @@ def clip_encoder(width: int, *, projected: int = 0) -> Any:
         intermediate_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=77,
+        max_position_embeddings=length,
         projection_dim=projected or 8,
         bos_token_id=size - 2,
         eos_token_id=size - 1,
@@ -136,7 +194,7 @@ def gemma_encoder(width: int) -> Any:
     return transformers.Gemma2Model(config).eval()
 
 
-def llama_encoder(width: int, cls: str = "LlamaModel", layers: int = 3) -> Any:
+def llama_encoder(width: int, cls: str = "LlamaModel", layers: int = 3, **more: Any) -> Any:
     config = transformers.LlamaConfig(
         vocab_size=256,
         hidden_size=width,
@@ -146,8 +204,61 @@ def llama_encoder(width: int, cls: str = "LlamaModel", layers: int = 3) -> Any:
         num_key_value_heads=1,
         max_position_embeddings=2048,
         pad_token_id=0,
+        **more,
     )
     return getattr(transformers, cls)(config).eval()
+
+
+def glm_encoder(width: int) -> Any:
+    config = transformers.GlmConfig(
+        vocab_size=128,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+    )
+    return transformers.GlmModel(config).eval()
+
+
+def t5gemma_encoder(width: int) -> Any:
+    """Saved with the configuration of the whole model, as PRX's is."""
+    part = {
+        "vocab_size": 128,
+        "hidden_size": width,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+        "max_position_embeddings": 1024,
+    }
+    config = transformers.T5GemmaConfig(encoder=part, decoder=part, is_encoder_decoder=False)
+    encoder = transformers.T5GemmaEncoderModel(config).encoder.eval()
+
+    def save_pretrained(folder: Path, **more: Any) -> None:
+        type(encoder).save_pretrained(encoder, folder, **more)
+        config.save_pretrained(folder)
+
+    encoder.save_pretrained = save_pretrained
+    return encoder
+
+
+def clip_vision(width: int) -> Any:
+    """Pictures of 32 x 32 pixels as 17 tokens."""
+    config = transformers.CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        projection_dim=8,
+    )
+    return transformers.CLIPVisionModel(config).eval()
 
 
 def qwen_encoder(width: int) -> Any:
@@ -281,7 +392,44 @@ def mochi_vae() -> Any:
     ).eval()
 
 
+def cosmos_vae() -> Any:
+    """A factor of 8, and of 8 in time; a mean and a deviation for each of 3 frames of latents."""
+    return diffusers.AutoencoderKLCosmos(
+        latent_channels=4,
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decode_block_out_channels=(8, 8, 8, 8),
+        attention_resolutions=(4,),
+        resolution=32,
+        num_layers=1,
+        latents_mean=[m + 0.01 * i for m in MEAN for i in range(3)],
+        latents_std=[d + 0.1 * i for d in STD for i in range(3)],
+    ).eval()
+
+
 # ---------------------------------------------------------------- pipelines
+
+
+def without_guardrail(module: str) -> None:
+    """For Cosmos' pipelines, which want a package for it."""
+    pipeline = importlib.import_module(f"diffusers.pipelines.{module}")
+    vars(pipeline)["CosmosSafetyChecker"] = lambda: None
+
+
+def resize_by_hand() -> None:
+    """For Cosmos' network, which calls torchvision."""
+
+    def resize(x: Any, size: list[int], interpolation: Any) -> Any:
+        return torch.nn.functional.interpolate(x, size, mode="nearest")
+
+    module = importlib.import_module("diffusers.models.transformers.transformer_cosmos")
+    functional, modes = SimpleNamespace(resize=resize), SimpleNamespace(NEAREST="nearest")
+    vars(module).setdefault("transforms", SimpleNamespace(functional=functional, InterpolationMode=modes))
+
+
+def ftfy_by_hand(module: str) -> None:
+    """For pipelines that call the package, and import it if it is installed."""
+    pipeline = importlib.import_module(f"diffusers.pipelines.{module}")
+    vars(pipeline).setdefault("ftfy", SimpleNamespace(fix_text=str))
 
 
 def network(name: str, **config: Any) -> Any:
@@ -304,6 +452,22 @@ def wan(**config: Any) -> dict[str, Any]:
         "scheduler": flow_scheduler(),
         "transformer": network("WanTransformer3DModel", **plain),
     }
+
+
+def image_to_video(name: str = "WanTransformer3DModel", **config: Any) -> dict[str, Any]:
+    """4 channels of noise, 4 of the mask and 4 of the first frame."""
+    ftfy_by_hand("wan.pipeline_wan_i2v")
+    made = wan() if name.startswith("Wan") else skyreels()
+    return made | {
+        "transformer": network(name, **{"in_channels": 12, "image_dim": 14, "rope_max_seq_len": 32, **config}),
+        "image_encoder": clip_vision(14),
+        "image_processor": transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32),
+    }
+
+
+def skyreels_to_video(**config: Any) -> dict[str, Any]:
+    ftfy_by_hand("skyreels_v2.pipeline_skyreels_v2_i2v")
+    return image_to_video("SkyReelsV2Transformer3DModel", **{"num_frame_per_block": 1, **config})
 
 
 def flux(**config: Any) -> dict[str, Any]:
@@ -451,14 +615,97 @@ def sana_video(**config: Any) -> dict[str, Any]:
 
 def skyreels(**config: Any) -> dict[str, Any]:
     plain = {"image_dim": None, "added_kv_proj_dim": None, "num_frame_per_block": 1, **config}
-    module = importlib.import_module("diffusers.pipelines.skyreels_v2.pipeline_skyreels_v2")
-    vars(module).setdefault("ftfy", SimpleNamespace(fix_text=str))  # which it calls, and imports if it is installed
+    ftfy_by_hand("skyreels_v2.pipeline_skyreels_v2")
     return {
         "tokenizer": t5_tokenizer(),
         "text_encoder": umt5_encoder(10),
         "transformer": network("SkyReelsV2Transformer3DModel", **plain),
         "vae": wan_vae(),
         "scheduler": flow_scheduler(),
+    }
+
+
+def z_image(**config: Any) -> dict[str, Any]:
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
+    return {
+        "scheduler": flow_scheduler(),
+        "vae": image_vae(4, scaling_factor=0.36, shift_factor=0.12),
+        "text_encoder": qwen3_encoder(12, layers=2),
+        "tokenizer": tokenizer,
+        "transformer": network("ZImageTransformer2DModel", **{"axes_lens": [600, 16, 16], **config}),
+    }
+
+
+def cogview4(**config: Any) -> dict[str, Any]:
+    dynamic = {"base_shift": 0.25, "max_shift": 0.75, "time_shift_type": "linear"}
+    return {
+        "tokenizer": t5_tokenizer(),
+        "text_encoder": glm_encoder(12),
+        "vae": image_vae(4, scaling_factor=0.8),
+        "transformer": network("CogView4Transformer2DModel", **config),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **dynamic),
+    }
+
+
+def cosmos2(**config: Any) -> dict[str, Any]:
+    resize_by_hand()
+    for module in ("pipeline_cosmos2_text2image", "pipeline_cosmos_text2world"):
+        without_guardrail(f"cosmos.{module}")
+    plain = {"extra_pos_embed_type": None, "concat_padding_mask": True, "max_size": (4, 32, 32), **config}
+    return {
+        "text_encoder": t5_encoder(10),
+        "tokenizer": t5_tokenizer(),
+        "transformer": network("CosmosTransformer3DModel", **plain),
+        "vae": wan_vae(),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+    }
+
+
+def cosmos1(**config: Any) -> dict[str, Any]:
+    return cosmos2(**{"extra_pos_embed_type": "learnable", **config}) | {
+        "vae": cosmos_vae(),
+        "scheduler": diffusers.EDMEulerScheduler(
+            sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, sigma_schedule="karras", final_sigmas_type="sigma_min"
+        ),
+    }
+
+
+def hidream(**config: Any) -> dict[str, Any]:
+    tokenizer = gemma_tokenizer()
+    return {
+        "scheduler": flow_scheduler(),
+        "vae": image_vae(4, scaling_factor=0.36, shift_factor=0.12),
+        "text_encoder": clip_encoder(6, projected=6, length=128),
+        "tokenizer": clip_tokenizer(),
+        "text_encoder_2": clip_encoder(8, projected=8, length=128),
+        "tokenizer_2": clip_tokenizer(),
+        "text_encoder_3": t5_encoder(12),
+        "tokenizer_3": t5_tokenizer(),
+        "text_encoder_4": llama_encoder(10, "LlamaForCausalLM", layers=2, head_dim=4),
+        "tokenizer_4": tokenizer,
+        "transformer": network("HiDreamImageTransformer2DModel", **{"max_resolution": (16, 16), **config}),
+    }
+
+
+def prx(**config: Any) -> dict[str, Any]:
+    ftfy_by_hand("prx.pipeline_prx")
+    return {
+        "transformer": network("PRXTransformer2DModel", **config),
+        "scheduler": flow_scheduler(),
+        "text_encoder": t5gemma_encoder(12),
+        "tokenizer": gemma_tokenizer(length=32),
+        "vae": image_vae(4, scaling_factor=0.36, shift_factor=0.12),
+        "default_sample_size": 32,
+    }
+
+
+def dit(**config: Any) -> dict[str, Any]:
+    """Its pictures have 32 x 32 pixels."""
+    return {
+        "transformer": network("DiTTransformer2DModel", **{"num_embeds_ada_norm": 1000, "sample_size": 8, **config}),
+        "vae": image_vae(4, scaling_factor=0.18),
+        "scheduler": diffusers.DDIMScheduler(),
     }
 
 
@@ -478,4 +725,13 @@ MAKERS = {
     "MochiPipeline": mochi,
     "SanaVideoPipeline": sana_video,
     "SkyReelsV2Pipeline": skyreels,
+    "WanImageToVideoPipeline": image_to_video,
+    "SkyReelsV2ImageToVideoPipeline": skyreels_to_video,
+    "ZImagePipeline": z_image,
+    "CogView4Pipeline": cogview4,
+    "Cosmos2TextToImagePipeline": cosmos2,
+    "CosmosTextToWorldPipeline": cosmos1,
+    "HiDreamImagePipeline": hidream,
+    "PRXPipeline": prx,
+    "DiTPipeline": dit,
 }

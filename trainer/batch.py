@@ -42,10 +42,11 @@ def expand_condition(cond: Condition, size: int) -> dict[str, Tensor]:
 
 
 def drop_condition(cond: Condition, negative: Condition, share: float, rng: Random) -> dict[str, Tensor]:
-    """The condition, replaced by the negative one [1, ...] for a random `share` of the samples."""
+    """The condition, replaced by the negative one [1, ...], as far as that has it, for a random share of samples."""
     size = len(next(iter(cond.values())))
     drop = uniform(size, rng, torch.float32) < share
-    return {
-        name: torch.where(drop.reshape(-1, *[1] * (value.dim() - 1)), negative[name].to(value), value)
-        for name, value in cond.items()
+    dropped = {
+        name: torch.where(drop.reshape(-1, *[1] * (cond[name].dim() - 1)), value.to(cond[name]), cond[name])
+        for name, value in negative.items()
     }
+    return {**cond, **dropped}

@@ -50,6 +50,7 @@ class GuidanceConfig:
     scale: float = 1.0  # 1: none; rCM uses 5 for Wan
     negative: dict[str, Any] = field(default_factory=dict)  # an empty or negative prompt: numbers or lists by condition
     negative_file: Path | None = None  # the same as a safetensors file of tensors without a batch dim
+    shared: tuple[str, ...] = ()  # conditions that the negative prompt has from the sample: sizes, a first frame
     keep_norm: Literal["token", "row"] | None = None  # as Qwen-Image's or Lumina 2's pipeline: see docs/trainer.md
 
     def __post_init__(self) -> None:
@@ -160,6 +161,7 @@ class LogConfig:
     prompts: tuple[str, ...] = ()  # texts of yours for previews beside the data's
     prompts_pipeline: Path | None = None  # folder whose text encoders encode them; null: that of the teacher
     fps: float = 16.0  # frames per second of previews that are videos
+    film: Literal["webp", "mp4"] = "webp"  # mp4 loses a little, plays anywhere, and needs PyAV: pip install av
     flops: bool = True  # count FLOPs per update, in a process beside the run, for those per second
     peak_tflops: float | None = None  # TFLOPs per second of one device, for utilisation; null: by its name, if known
 

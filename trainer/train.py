@@ -26,7 +26,7 @@ from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
 from jvpgraph.trainer.data.sample import Dataset, first_samples
 from jvpgraph.trainer.model.ema import PowerEMA, save_snapshot, update_all
-from jvpgraph.trainer.model.networks import check_run, moving, tell_constants, trainable, try_network
+from jvpgraph.trainer.model.networks import check_run, moving, trainable, try_network
 from jvpgraph.trainer.model.optimizer import MasterAdamW, learning_rate
 from jvpgraph.trainer.objectives import Terms, loss_of
 from jvpgraph.trainer.objectives.dmd import fake_score_loss
@@ -101,7 +101,6 @@ def train_here(
         extremes = ranks.on_first(lambda: look(config, dataset))
         prompted = ranks.on_first(lambda: prompted_of(config, dataset, layout.device))
         networks = build_networks(config, layout, start if begun is None else None)
-        tell_constants(networks.guided, dataset)
         if begun is None:
             origin = ranks.on_first(lambda: origin_of(config, networks.digest, dataset, start))
         else:

@@ -12,7 +12,7 @@ the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -317,26 +317,39 @@ class Guided(nn.Module):
     Args:
         negative: the condition of an empty or a negative prompt, each [1, ...].
         keep_norm: scale the velocity eps - x0 back to its length without guidance, for each part that `lengths` names.
+        shared: conditions, such as a first frame, that the negative prompt has from the sample.
     """
 
-    def __init__(self, model: nn.Module, scale: float, negative: Condition, keep_norm: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        scale: float,
+        negative: Condition,
+        keep_norm: str | None = None,
+        shared: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.model = model
         self.scale = scale
         self.negative = dict(negative)
         self.keep_norm = keep_norm
+        self.shared = tuple(shared)
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         F = self.model(x, t, cond)
         if self.scale == 1:
             return F
-        F_negative = self.model(x, t, expand_condition(self.negative, len(x)))
+        F_negative = self.model(x, t, self.without_prompt(cond, len(x)))
         guided = F_negative + self.scale * (F - F_negative)
         if self.keep_norm is None:
             return guided
         k, a = expand_like(t.sin() + t.cos(), x), expand_like(t.sin() - t.cos(), x)  # eps - x0 = a x + k F
         u, u_guided = a * x + k * F, a * x + k * guided
         return (u_guided * lengths(u, self.keep_norm) / lengths(u_guided, self.keep_norm) - a * x) / k
+
+    def without_prompt(self, cond: Condition, size: int) -> dict[str, Tensor]:
+        """The negative condition for `size` samples with these conditions, each [size, ...]."""
+        return {**expand_condition(self.negative, size), **{name: cond[name] for name in self.shared}}
 
 
 def lengths(u: Tensor, parts: str) -> Tensor:

@@ -32,6 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("prompts", "pictures and videos by the whole pipeline, instead of the data's")
     group.add_argument("--prompts", nargs="+", metavar="TEXT", help="one or more, or a file with one in each line")
+    group.add_argument(
+        "--images",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="what videos begin with, for pipelines from image to video: one picture for each prompt, or one for all",
+    )
+    group.add_argument(
+        "--film",
+        choices=("webp", "mp4"),
+        default="webp",
+        help="what videos are written as (default: webp, without loss; mp4: pip install av)",
+    )
     add_pipeline(group)
     group.add_argument(
         "--call",
@@ -58,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
         own_times=args.times == "run",
         ema=args.ema,
         seed=args.seed,
+        images=args.images,
+        film=args.film,
         more=dict(args.call),
     )
     print("\n".join(map(str, files)))

@@ -34,6 +34,7 @@ from jvpgraph.trainer.data.sample import BadShard, Sample, shorten
 log = logging.getLogger("jvpgraph.trainer.data")
 
 OnBadShard = Literal["stop", "skip"]
+PerChannel = float | list[float] | list[list[float]]
 INDEX_THREADS = 16  # indexing waits for the disk, not for the processor
 TAR_BLOCK = 512  # bytes: members start at multiples, two blocks of zeros end the file (POSIX ustar)
 ADVICE = "Write the shard again, or set data.source.options.on_bad_shard=skip to leave out what is bad."
@@ -44,8 +45,8 @@ def webdataset(
     *,
     latents: str,
     conditions: dict[str, str],
-    scale: float | list[float] = 1.0,
-    shift: float | list[float] = 0.0,
+    scale: PerChannel = 1.0,
+    shift: PerChannel = 0.0,
     on_bad_shard: OnBadShard = "stop",
 ) -> Shards:
     """Uncompressed tar files, by path, glob or braces (`data-{000..015}.tar`), in this order.
@@ -56,7 +57,8 @@ def webdataset(
 
     `latents` is the field of the clean latents, `conditions` maps fields to arguments of the network:
     `webdataset("data-{000..015}.tar", latents="latents.npy", conditions={"t5.npy": "text", "cls": "labels"})`.
-    x0 = (latents - shift) * scale in float32; lists hold one number per channel (dim 0 of a sample).
+    x0 = (latents - shift) * scale in float32; lists hold one number per channel (dim 0 of a sample), or
+    lists of one per frame (dim 1).
 
     A shard is bad if it is missing, truncated, without end, or if a sample lacks a field; a sample, if a field cannot
     be decoded, differs in shape or dtype from the first sample (dim 0 of conditions is free), or if its values are
@@ -77,8 +79,8 @@ def safetensors_folder(
     *,
     latents: str,
     conditions: dict[str, str],
-    scale: float | list[float] = 1.0,
-    shift: float | list[float] = 0.0,
+    scale: PerChannel = 1.0,
+    shift: PerChannel = 0.0,
     on_bad_shard: OnBadShard = "stop",
 ) -> Shards:
     """All `*.safetensors` of a folder in the order of their names, each with tensors [N, ...] of its N samples.
@@ -120,8 +122,8 @@ class Shards:
         shards: Sequence[Shard],
         latents: str,
         conditions: Mapping[str, str],
-        scale: float | list[float],
-        shift: float | list[float],
+        scale: PerChannel,
+        shift: PerChannel,
         on_bad_shard: OnBadShard,
     ) -> None:
         if len({*conditions.values()}) < len(conditions):
@@ -133,8 +135,8 @@ class Shards:
         self.fingerprint = hashlib.sha256(names.encode()).hexdigest()[:16]
         self._first, first = self._find_first()
         self._shapes = {field: (value.dtype, tuple(value.shape)) for field, value in first.items()}
-        self._scale = _per_channel("scale", scale, first[latents])
-        self._shift = _per_channel("shift", shift, first[latents])
+        self._scale = per_channel("scale", scale, first[latents].shape)
+        self._shift = per_channel("shift", shift, first[latents].shape)
         if not (self._scale != 0).all() or not (self._scale.isfinite().all() and self._shift.isfinite().all()):
             raise ValueError(f"scale is {scale} and shift {shift}: x0 = (latents - shift) * scale needs other numbers")
 
@@ -191,16 +193,25 @@ class Shards:
                 )
 
 
-def _per_channel(name: str, value: float | list[float], latents: Tensor) -> Tensor:
-    """A number [] or one per channel [C, 1, ...], float32."""
+def per_channel(name: str, value: PerChannel, shape: Sequence[int]) -> Tensor:
+    """A number [], one per channel [C, 1, ...], or per channel and frame [C, T, 1, ...]; float32.
+
+    Args:
+        name: for the error.
+        value: a number, a list, or lists that may be for more frames than there are.
+        shape: of the latents [C, ...] that it is for. ValueError if it does not fit them.
+    """
     tensor = torch.tensor(value, dtype=torch.float32)
     if tensor.dim() == 0:
         return tensor
-    if tensor.dim() > 1 or latents.dim() == 0 or len(tensor) != len(latents):
+    depth = tensor.dim()
+    fits = depth <= min(2, len(shape)) and len(tensor) == shape[0] and (depth == 1 or tensor.shape[1] >= shape[1])
+    if not fits:
         raise ValueError(
-            f"{name} has shape {list(tensor.shape)}, latents {list(latents.shape)}: give one number, or one per channel"
+            f"{name} has shape {list(tensor.shape)}, latents {list(shape)}: give one number, or one per channel"
         )
-    return tensor.reshape(-1, *[1] * (latents.dim() - 1))
+    tensor = tensor if depth == 1 else tensor[:, : shape[1]]
+    return tensor.reshape(*tensor.shape, *[1] * (len(shape) - depth))
 
 
 def _with_advice(error: BadShard, on_bad_shard: OnBadShard) -> BadShard:

@@ -41,10 +41,11 @@ def use_pipeline(task: Task) -> str:
     code = [
         "import torch",
         "from diffusers import DiffusionPipeline",
+        *(["from PIL import Image"] if task.first_frame else []),
         "",
         f'pipe = DiffusionPipeline.from_pretrained("."{trust})',
         "torch.manual_seed(0)  # schedulers that add noise take it from here",
-        f'output = pipe(prompt="a prompt", {call_of(task.arguments())})[0]',
+        f'output = pipe(prompt="a prompt", {first_frame(task)}{call_of(task.arguments())})[0]',
     ]
     return python(code) + ("\n\n" + OWN_CLASS if needs_trust else "")
 
@@ -80,13 +81,16 @@ def use_lora(task: Task) -> str:
     code = [
         "import torch",
         "from diffusers import DiffusionPipeline, FlowMatchLCMScheduler",
+        *(["from PIL import Image"] if task.pipeline and task.first_frame else []),
         "",
         f'pipe = DiffusionPipeline.from_pretrained("{task.pipeline or "the teacher"}")',
         'pipe.load_lora_weights(".")',
     ]
     if task.fits:
         code.append('pipe.scheduler = FlowMatchLCMScheduler.from_pretrained(".", subfolder="scheduler")')
-    arguments = call_of(task.arguments()) if task.pipeline else f"num_inference_steps={task.count}"
+    arguments = f"num_inference_steps={task.count}"
+    if task.pipeline:
+        arguments = first_frame(task) + call_of(task.arguments())
     return python([*code, "torch.manual_seed(0)", f'output = pipe(prompt="a prompt", {arguments})[0]'])
 
 
@@ -113,6 +117,11 @@ OWN_CLASS = (
 
 def python(code: list[str]) -> str:
     return "\n".join(["```python", *code, "```"])
+
+
+def first_frame(task: Task) -> str:
+    """The argument with the picture that a video begins with."""
+    return 'image=Image.open("first.png"), ' if task.first_frame else ""
 
 
 def call_of(arguments: dict[str, Any]) -> str:

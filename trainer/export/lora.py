@@ -29,6 +29,11 @@ def export_lora(task: Task, out: Path) -> None:
             f"{type(task.net).__name__} is no network of diffusers, whose pipelines load LoRA files\n"
             "Use --format diffusers, which writes its weights as safetensors."
         )
+    if not hasattr(task.net, "load_lora_adapter"):
+        raise ValueError(
+            f"diffusers' {type(task.net).__name__} takes no LoRA, nor do its pipelines\n"
+            "Use --format diffusers, which adds the adapters to the weights."
+        )
     adapters = adapters_of(task.run.student.net)
     notes = f"LoRA adapters on {len(adapters)} layers, as they were trained."
     if task.rank is not None:

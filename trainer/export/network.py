@@ -39,6 +39,7 @@ def write_pipeline(task: Task, out: Path) -> None:
         if name not in (NETWORK, "scheduler") and (folder / name).is_dir():
             shutil.copytree(folder / name, out / name)
     task.net.save_pretrained(out / NETWORK)
+    index[NETWORK] = ["diffusers", type(task.net).__name__]  # which an old checkpoint calls otherwise
     if task.run.sampler == "consistency":
         index["scheduler"] = task.save_scheduler(out / "scheduler")
     else:

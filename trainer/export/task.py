@@ -12,9 +12,11 @@ from typing import Any
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.files import read_json
-from jvpgraph.trainer.model.adapters import check_one_network, diffusers
+from jvpgraph.trainer.model.adapters import diffusers
+from jvpgraph.trainer.model.pipelines import check_one_network, class_name
 from jvpgraph.trainer.model.schedulers import even_times, fits_pipelines, own_file, scheduler_for
 from jvpgraph.trainer.model.student import merged
+from jvpgraph.trainer.prepare.families import FAMILIES
 from jvpgraph.trainer.run.finished import Run
 
 NETWORK = "transformer"  # the part of a pipeline that is distilled
@@ -95,6 +97,8 @@ class Task:
                 "Give the folder that DiffusionPipeline.save_pretrained wrote."
             )
         own = (self.index.get(NETWORK) or ["", ""])[1]
+        if (file := self.pipeline / NETWORK / "config.json").is_file():
+            own = class_name({"_class_name": own, "norm_type": read_json(file).get("norm_type")})
         if own != type(self.net).__name__:
             raise ValueError(
                 f"{self.pipeline} has a {own or 'pipeline without a ' + NETWORK}, and the student is a "
@@ -130,13 +134,25 @@ class Task:
                 thousandfold = type(self.net).__name__ == "HunyuanVideoTransformer3DModel"
                 arguments["guidance_scale"] = scale / 1000 if thousandfold else scale
         elif "guidance_scale" in known and "true_cfg_scale" not in known:
-            arguments["guidance_scale"] = 0.0 if type(self.net).__name__ == "ZImageTransformer2DModel" else 1.0
+            arguments["guidance_scale"] = self.unguided
         if "true_cfg_scale" in known:
             arguments["true_cfg_scale"] = 1.0
         arguments |= config.sampling.call  # as `prepare` wrote it down, for the guidance in the data's card
         if (told := told_instead(config)) is not None and "guidance_scale" in known:
             arguments["guidance_scale"] = told
         return arguments
+
+    @property
+    def unguided(self) -> float:
+        """The pipeline's guidance scale that means none."""
+        own = self.index["_class_name"]
+        return next((family.unguided for family in FAMILIES if own in family.pipelines), 1.0)
+
+    @property
+    def first_frame(self) -> bool:
+        """Whether the pipeline has to be given a picture to begin with."""
+        image = inspect.signature(self.pipeline_class().__call__).parameters.get("image")
+        return image is not None and image.default is inspect.Parameter.empty
 
     def save_scheduler(self, folder: Path) -> list[str]:
         """Writes it, and gives its library and class for a model_index.json."""

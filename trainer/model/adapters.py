@@ -15,8 +15,8 @@ frequencies of its embedding, which its weights know by heart: it is left alone 
 from __future__ import annotations
 
 import importlib
-import warnings
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +28,8 @@ from torch.nn.functional import pad
 
 from jvpgraph.trainer.batch import Condition
 from jvpgraph.trainer.files import read_json
+from jvpgraph.trainer.model.padded_text import HidesText, take_padded
+from jvpgraph.trainer.model.pipelines import check_one_network, class_name
 from jvpgraph.trainer.model.student import kept_in_float32
 from jvpgraph.trainer.trigflow import (
     EDM_NETWORK,
@@ -40,6 +42,7 @@ from jvpgraph.trainer.trigflow import (
 )
 from jvpgraph.trainer.trigflow import schedule as schedule_named
 
+FRAMED = 512  # tokens of text of Wan and SkyReels from image to video
 WRITE_ONE = "for another network write call(net, x, time, cond) and build TrigFlow(net, call=...) yourself"
 
 
@@ -76,13 +79,6 @@ class Adapter:
             raise ValueError(f"{self.name} takes {', '.join(known)}, not {', '.join(unknown)}; the batch has {has}")
         dtype = computing_dtype(net)
         return self.function(net, x.to(dtype), time, {name: to_network(c, dtype) for name, c in cond.items()})
-
-
-def load_pipeline(cls: Any, folder: Path, dtype: torch.dtype, **parts: Any) -> Any:
-    """A pipeline from its folder, with some parts given. Raises what diffusers does."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # 0.36 knows no other
-        return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **parts)
 
 
 def computing_dtype(net: nn.Module) -> torch.dtype:
@@ -123,7 +119,15 @@ def mochi(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
 
 
 def wan(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
-    """`condition` [B, C', T, H, W], for image to video: known frames and their mask, behind the latents."""
+    """`condition` [B, C', T, H, W], for image to video: known frames and their mask, behind the latents.
+
+    With the embedding of a picture there are FRAMED words, as the network tells the two apart by that number.
+    """
+    words = cond["encoder_hidden_states"].shape[1]
+    if "encoder_hidden_states_image" in cond and words != FRAMED:
+        raise ValueError(
+            f"{type(net).__name__} takes {FRAMED} tokens of text beside a picture's, not {words}: pad them"
+        )
     rest = {name: c for name, c in cond.items() if name != "condition"}
     x = torch.cat([x, cond["condition"]], dim=1) if "condition" in cond else x
     return plainly(net, x, time, rest)
@@ -135,10 +139,24 @@ def hidream(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
     return -net(hidden_states=x, timesteps=time, **states, return_dict=False)[0]
 
 
-def z_image(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
-    """Lists of images of one frame and of captions; a batch has captions of one length [B, L, D]."""
-    images, captions = list(x.unsqueeze(2).unbind(0)), list(cond["cap_feats"].unbind(0))
-    return -torch.stack(net(images, 1 - time, captions, return_dict=False)[0]).squeeze(2)
+def z_image(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    """Lists of images of one frame and of captions; a batch has captions of one length [B, L, D].
+
+    `cap_mask` [B, L] says which tokens of padded captions count: see trainer/model/padded_text.py.
+    """
+    captions = cond["cap_feats"]
+    if "cap_mask" in cond:
+        captions = net.with_mask(captions, cond["cap_mask"])
+    images = list(x.unsqueeze(2).unbind(0))
+    return -torch.stack(net(images, 1 - time, list(captions.unbind(0)), return_dict=False)[0]).squeeze(2)
+
+
+def cogview4(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+    """`attention_mask` [B, L] hides text that is 0: see HidesText."""
+    rest = {name: c for name, c in cond.items() if name != "attention_mask"}
+    if "attention_mask" in cond:
+        rest["attention_kwargs"] = {"text_attn_mask": cond["attention_mask"].int()}  # type: ignore[assignment]
+    return plainly(net, x, time, rest)
 
 
 def flux(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
@@ -195,13 +213,17 @@ def ltx_video(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tenso
 
 
 def cosmos(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
-    """`fps` [B], the same for the whole batch; `padding_mask` [B, 1, h, w], zeros unless given."""
+    """Latents [B, C, T, H, W], or [B, C, H, W] of pictures.
+
+    `fps` [B], the same for the whole batch; `padding_mask` [B, 1, h, w], zeros unless given.
+    """
     more: dict[str, Any] = dict(cond)
     if "fps" in cond:
         more["fps"] = cond["fps"][0]
     if net.config.concat_padding_mask:
         more["padding_mask"] = cond["padding_mask"][:1] if "padding_mask" in cond else x.new_zeros(1, 1, *x.shape[-2:])
-    return plainly(net, x, time, more)
+    u = plainly(net, x.unsqueeze(2) if x.dim() == 4 else x, time, more)
+    return u.reshape(x.shape)
 
 
 def cosmos1(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
@@ -262,12 +284,25 @@ def with_sizes(adapter: Adapter, net: Any) -> Adapter:
     return replace(adapter, needs=(*adapter.needs, *sizes))
 
 
+def with_hidden_text(adapter: Adapter, net: Any) -> Adapter:
+    for block in net.transformer_blocks:
+        block.attn1.set_processor(HidesText())
+    return adapter
+
+
+def with_padded_captions(adapter: Adapter, net: Any) -> Adapter:
+    take_padded(net)
+    return adapter
+
+
 def sana_times(adapter: Adapter, net: Any) -> Adapter:
     return replace(with_guidance(adapter, net), time_scale=1000 * net.config.timestep_scale)
 
 
 def cosmos_generation(adapter: Adapter, net: Any) -> Adapter:
     """Cosmos 1, known by its learnt positions, is EDM's; Cosmos 2 and 2.5 are rectified flows with s as time."""
+    if net.config.concat_padding_mask and not hasattr(sys.modules[type(net).__module__], "transforms"):
+        raise ModuleNotFoundError("CosmosTransformer3DModel needs it: pip install torchvision")
     if net.config.extra_pos_embed_type == "learnable":
         return replace(adapter, function=cosmos1, schedule=EDM_NETWORK)
     return adapter
@@ -285,7 +320,7 @@ ADAPTERS = {
         Adapter("AuraFlowTransformer2DModel", plainly, TEXT, time_scale=1.0),
         Adapter("ChromaTransformer2DModel", chroma, TEXT, ("attention_mask",),
                 time_scale=1.0, adjust=with_exact_time),
-        Adapter("CogView4Transformer2DModel", plainly, (*TEXT, *SIZES), ("attention_mask",)),
+        Adapter("CogView4Transformer2DModel", cogview4, (*TEXT, *SIZES), ("attention_mask",), adjust=with_hidden_text),
         Adapter("DiTTransformer2DModel", without_variance, ("class_labels",), schedule=VP_LINEAR),
         Adapter("Flux2Transformer2DModel", flux2, TEXT, time_scale=1.0, adjust=with_exact_time),
         Adapter("FluxTransformer2DModel", flux, (*TEXT, "pooled_projections"),
@@ -299,7 +334,8 @@ ADAPTERS = {
                 time_scale=1.0, adjust=with_guidance),
         Adapter("SanaTransformer2DModel", without_variance, TEXT, MASK, adjust=sana_times),
         Adapter("SD3Transformer2DModel", plainly, (*TEXT, "pooled_projections")),
-        Adapter("ZImageTransformer2DModel", z_image, ("cap_feats",), time_scale=1.0),
+        Adapter("ZImageTransformer2DModel", z_image, ("cap_feats",), ("cap_mask",),
+                time_scale=1.0, adjust=with_padded_captions),
         # video
         Adapter("CosmosTransformer3DModel", cosmos, TEXT, ("attention_mask", "fps", "condition_mask", "padding_mask"),
                 time_scale=1.0, adjust=cosmos_generation),
@@ -308,7 +344,7 @@ ADAPTERS = {
         Adapter("LTXVideoTransformer3DModel", ltx_video, (*TEXT, *MASK), ("frame_rate",)),
         Adapter("MochiTransformer3DModel", mochi, (*TEXT, *MASK)),
         Adapter("SanaVideoTransformer3DModel", without_variance, TEXT, MASK, adjust=with_guidance),
-        Adapter("SkyReelsV2Transformer3DModel", plainly, TEXT, ("encoder_hidden_states_image",)),
+        Adapter("SkyReelsV2Transformer3DModel", wan, TEXT, ("encoder_hidden_states_image", "condition")),
         Adapter("WanTransformer3DModel", wan, TEXT, ("encoder_hidden_states_image", "condition")),
     )
 }
@@ -389,15 +425,6 @@ def diffusers_model(
     return TrigFlow(net, adapter, noise, time_scale=adapter.time_scale if time_scale is None else time_scale)
 
 
-def check_one_network(path: Path, index: Mapping[str, Any]) -> None:
-    """Raises ValueError for a pipeline, by its model_index.json, that changes networks on its way."""
-    if (index.get("transformer_2") or [None])[0] is not None and index.get("boundary_ratio") is not None:
-        raise ValueError(
-            f"{path} has two networks, one above and one below {index['boundary_ratio']:g} of the noise, and a student "
-            "is one network for all of it.\nGive a checkpoint with one: Wan2.1, or Wan2.2's of 5B."
-        )
-
-
 def load(path: Path, config: str | None, dtype: torch.dtype) -> nn.Module:
     if path.suffix == ".safetensors":
         return load_single_file(path, path.parent if config is None else Path(config), dtype)
@@ -411,7 +438,7 @@ def load(path: Path, config: str | None, dtype: torch.dtype) -> nn.Module:
         raise ValueError(f"{path} holds no config.json of a diffusers network, neither does {folder}")
     if folder != path and (path / "model_index.json").is_file():
         check_one_network(path, read_json(path / "model_index.json"))
-    name = read_json(folder / "config.json").get("_class_name", "a network without _class_name")
+    name = class_name(read_json(folder / "config.json"))
     cls = network_class(name)
     if torch.get_default_device().type == "meta":  # jvpgraph plan asks for shapes: no weights are read
         return in_dtype(cls.from_config(cls.load_config(folder)), dtype)
@@ -429,7 +456,7 @@ def load_single_file(path: Path, folder: Path, dtype: torch.dtype) -> nn.Module:
             f"{path} is a single file, and there is no config.json of a diffusers network for it in {folder.parent}\n"
             "Name a folder that has one by the option config: that of the same model in diffusers' format."
         )
-    name = read_json(folder / "config.json").get("_class_name", "a network without _class_name")
+    name = class_name(read_json(folder / "config.json"))
     cls = network_class(name)
     if not hasattr(cls, "from_single_file"):
         raise ValueError(f"diffusers reads no single files of {name}\nGive a folder in diffusers' format.")

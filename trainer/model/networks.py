@@ -111,15 +111,7 @@ def build_guided(teacher: TrigFlow, config: GuidanceConfig, device: torch.device
             f"guidance.scale is {config.scale} and there is no negative condition: give guidance.negative or "
             "guidance.negative_file, or a scale of 1"
         )
-    return Guided(teacher, config.scale, negative, config.keep_norm)
-
-
-def tell_constants(guided: Guided, dataset: Dataset) -> None:
-    """Tells the negative condition what all samples of the data are told, such as another guidance than in the card
-    of the data, from which it was written."""
-    constants: Condition = getattr(dataset, "constants", {})
-    for name in constants.keys() & guided.negative.keys():
-        guided.negative[name] = constants[name][None].to(guided.negative[name])
+    return Guided(teacher, config.scale, negative, config.keep_norm, config.shared)
 
 
 def load_condition(path: Path) -> dict[str, Tensor]:
@@ -143,15 +135,18 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
     """Raises ValueError for what would go wrong later: networks, data, negative condition and stages fit each other."""
     sample = first_samples(dataset, 1).to(device)
     check_conditions(config, sample)
-    if guided.negative and guided.negative.keys() != sample.cond.keys():
+    names = [*guided.negative, *guided.shared]
+    if guided.negative and sorted(names) != sorted(sample.cond):
         raise ValueError(
-            f"the negative condition has {', '.join(sorted(guided.negative))}, and the data's samples have "
-            f"{', '.join(sorted(sample.cond)) or 'no conditions'}: give the same names in guidance.negative"
+            f"the negative condition has {', '.join(sorted(names))}, and the data's samples have "
+            f"{', '.join(sorted(sample.cond)) or 'no conditions'}: give the same names in guidance.negative, "
+            "or in guidance.shared where it is to have the sample's own"
         )
     try_network("the teacher cannot run with a sample of the data", guided.model, sample.x0, sample.cond)
     try_network("the student cannot run with a sample of the data", student, sample.x0, sample.cond)
     if guided.negative:
-        try_network("the teacher cannot run with the negative condition", guided.model, sample.x0, guided.negative)
+        negative = guided.without_prompt(sample.cond, 1)
+        try_network("the teacher cannot run with the negative condition", guided.model, sample.x0, negative)
     buckets = getattr(dataset, "buckets", [])
     others = [first_samples(dataset, 1, shape).to(device) for shape in buckets] if len(buckets) > 1 else []
     for other in others:
@@ -208,11 +203,11 @@ def check_stage(stage: StageConfig, student: TrigFlow, negative: Condition, samp
     if stage.condition_dropout:
         if not negative:
             raise ValueError("condition_dropout needs a negative condition to drop to: give guidance.negative")
-        for name, value in sample.cond.items():
-            if negative[name].shape != value.shape:
+        for name, value in negative.items():
+            if value.shape != sample.cond[name].shape:
                 raise ValueError(
                     f"condition_dropout needs a negative condition of the data's shape: {name} is "
-                    f"{list(negative[name].shape[1:])}, and {list(value.shape[1:])} in the data; pad one of them"
+                    f"{list(value.shape[1:])}, and {list(sample.cond[name].shape[1:])} in the data; pad one of them"
                 )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from jvpgraph.trainer.model.adapters import check_one_network, diffusers, load_pipeline
+from jvpgraph.trainer.data.shards import PerChannel
+from jvpgraph.trainer.model.adapters import FRAMED, diffusers
+from jvpgraph.trainer.model.pipelines import check_one_network, class_name, load_pipeline
 from jvpgraph.trainer.prepare.families import Family, encode_text, family_of, text_length
 from jvpgraph.trainer.prepare.latents import encode, load_vae, normalisation
+from jvpgraph.trainer.prepare.media import BadFile
+from jvpgraph.trainer.prepare.positions import Positions, positions_of
 
 SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor", "vae_scale_factor")
 TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
@@ -39,16 +45,23 @@ class Checkpoint:
         return bool(self.network.get("guidance_embeds", usual is not None and usual.default))
 
     @property
-    def told_sizes(self) -> bool:
-        """Whether the network takes the picture's size: of the PixArt-alphas, the largest alone."""
+    def told_sizes(self) -> tuple[str, ...]:
+        """The arguments that take the picture's size: of the PixArt-alphas, the largest alone has them."""
         use = self.network.get("use_additional_conditions")
-        return bool(self.family.sizes) and bool(self.network.get("sample_size") == 128 if use is None else use)
+        use = self.network.get("sample_size") == 128 if use is None else use
+        return () if self.family.network == "PixArtTransformer2DModel" and not use else self.family.sizes
 
     def sizes(self, height: int, width: int) -> dict[str, list[float]]:
-        """The conditions that say a picture's size, by name."""
-        if not self.told_sizes:
-            return {}
-        return {"resolution": [float(height), float(width)], "aspect_ratio": [height / width]}
+        """The conditions that say a picture's size, by name; nothing is cut away before its corner."""
+        size = [float(height), float(width)]
+        known = {"aspect_ratio": [height / width], "crop_coords": [0.0, 0.0]}
+        return {name: known.get(name, size) for name in self.told_sizes}
+
+    @property
+    def first_frame(self) -> tuple[str, ...]:
+        """The conditions that come from a clip's first frame: Wan 2.2's networks see no embedding of it."""
+        unseen = () if self.network.get("image_dim") is not None else ("encoder_hidden_states_image",)
+        return tuple(name for name in self.family.first_frame if name not in unseen)
 
     def hashes(self) -> dict[str, str]:
         """sha256 of every configuration, and sizes of the weights, by file; the transformer's weights aside."""
@@ -84,10 +97,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if not (path / part / "config.json").is_file():
             raise ValueError(f"{path} is not complete: {part}/config.json does not exist. {whole}.")
     network = json.loads((path / "transformer" / "config.json").read_text())
-    if network.get("_class_name") != family.network:
+    if class_name(network) != family.network:
         raise ValueError(
-            f"{path}: the transformer is a {network.get('_class_name')}, and a {pipeline} has a {family.network}. "
-            f"{whole}."
+            f"{path}: the transformer is a {class_name(network)}, and a {pipeline} has a {family.network}. {whole}."
+        )
+    if family.first_frame and parts.get("expand_timesteps"):
+        raise ValueError(
+            f"{path} is image to video with a clean first frame among the noisy ones, each with a time of its own, and "
+            "a student has one time.\nPrepare it as the WanPipeline that it also is (_class_name in model_index.json)."
         )
     return Checkpoint(path, str(pipeline), family, network)
 
@@ -98,7 +115,7 @@ class Encoder:
     Args:
         checkpoint: whose they are.
         device: where they run.
-        dtype: of the text encoders; the VAE runs in float32.
+        dtype: of the text encoders; the VAE, and what embeds a first frame, run in float32.
         length: tokens of text; None: the pipeline's default.
     """
 
@@ -109,10 +126,12 @@ class Encoder:
         library = diffusers()
         cls = getattr(library, checkpoint.pipeline)
         parts = inspect.signature(cls.__init__).parameters
-        left_out = {name: None for name in ("transformer", "transformer_2") if name in parts}
+        left_out = {name: None for name in ("transformer", "transformer_2", "safety_checker") if name in parts}
         vae = load_vae(checkpoint.path)
         try:
-            self.pipe = load_pipeline(cls, checkpoint.path, dtype, vae=vae, **left_out)
+            dtypes = {"image_encoder": torch.float32, "default": dtype}
+            with without_guardrail(cls):
+                self.pipe = load_pipeline(cls, checkpoint.path, dtypes, vae=vae, **left_out)
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(
@@ -120,8 +139,13 @@ class Encoder:
             ) from error
         self.vae = vae.to(device)
         self.pipe.to(device)
-        self.length = text_length(self.pipe) if length is None else length
-        factors = self._factor(SPATIAL, 8), self._factor(TEMPORAL, 1)
+        usual = 0 if self.family.labels else text_length(self.pipe)
+        self.length = usual if length is None else length
+        if "encoder_hidden_states_image" in checkpoint.first_frame and self.length != FRAMED:
+            raise ValueError(
+                f"--text-length {self.length}: this network takes {FRAMED}, beside a picture. Leave it out."
+            )
+        factors = self.spatial, self._factor(TEMPORAL, 1)
         if self.family.compression not in (None, factors):
             raise ValueError(
                 f"{checkpoint.path}: its VAE joins {factors[0]} x {factors[0]} pixels and {factors[1]} frames, and the "
@@ -132,7 +156,7 @@ class Encoder:
     @cached_property
     def multiple(self) -> int:
         """What height and width in pixels are multiples of: the VAE's factor times the network's patch."""
-        return self._factor(SPATIAL, 8) * self.patch
+        return self.spatial * self.patch
 
     @cached_property
     def patch(self) -> int:
@@ -147,6 +171,11 @@ class Encoder:
         """Frames per frame of latents; a clip has 1 + a multiple of it."""
         return self._factor(TEMPORAL, 1) if self.family.video else 1
 
+    @cached_property
+    def spatial(self) -> int:
+        """Pixels per side of a latent pixel."""
+        return self._factor(SPATIAL, 2 ** (len(self.vae.config.get("block_out_channels", [0] * 4)) - 1))
+
     def _factor(self, names: Sequence[str], default: int) -> int:
         return next((int(getattr(self.pipe, name)) for name in names if hasattr(self.pipe, name)), default)
 
@@ -158,11 +187,24 @@ class Encoder:
     @property
     def default_size(self) -> tuple[int, int]:
         """Height and width."""
-        side = getattr(self.pipe, "default_sample_size", None)
-        size = self.checkpoint.network.get("sample_size")
-        side = side if isinstance(side, int) else size if isinstance(size, int) else None
-        pixels = DEFAULT_SIDE if side is None else side * self._factor(SPATIAL, 8)
+        sides = (getattr(self.pipe, "default_sample_size", None), self.checkpoint.network.get("sample_size"))
+        pixels = next((side * self.spatial for side in sides if isinstance(side, int)), DEFAULT_SIDE)
+        if hasattr(self.pipe, "get_default_resolution"):  # PRX's default_sample_size is in pixels
+            pixels = self.pipe.get_default_resolution()
         return self.default("height") or pixels, self.default("width") or pixels
+
+    def tokens(self, width: int, height: int, frames: int) -> tuple[int, int, int]:
+        """Along each axis of latents, of a picture or clip in pixels: frames, rows, columns."""
+        return 1 + (frames - 1) // self.period, height // self.multiple, width // self.multiple
+
+    @property
+    def positions(self) -> Positions:
+        return positions_of(self.family.network, self.checkpoint.network)
+
+    @property
+    def one_size(self) -> bool:
+        """Whether the pipeline makes pictures of its default size only."""
+        return "height" not in inspect.signature(self.pipe.__call__).parameters
 
     @property
     def default_frames(self) -> int:
@@ -175,11 +217,12 @@ class Encoder:
 
     @property
     def negative_scale(self) -> float:
-        """The pipeline's own scale of classifier-free guidance; 1 where the network knows it, or is told it."""
+        """w of the pipeline's F_negative + w (F - F_negative); 1 where the network knows its scale, or is told it."""
         if self.checkpoint.told_guidance or self.pipe.config.get("is_distilled", False):
             return 1.0
         has = inspect.signature(self.pipe.__call__).parameters
-        return self._default_number("true_cfg_scale" if "true_cfg_scale" in has else "guidance_scale")
+        scale = self._default_number("true_cfg_scale" if "true_cfg_scale" in has else "guidance_scale")
+        return scale + 1 - self.family.unguided
 
     def _default_number(self, name: str) -> float:
         value = self._default_of(name)
@@ -200,24 +243,71 @@ class Encoder:
         return found
 
     @property
-    def normalisation(self) -> tuple[float | list[float], float | list[float]]:
+    def normalisation(self) -> tuple[PerChannel, PerChannel]:
         return normalisation(self.vae)
 
     def prompt(self, text: str) -> dict[str, Tensor]:
-        """A prompt's conditions, each [...]."""
+        """A prompt's conditions, each [...]; a label's, where there are labels. BadFile if there is no such label."""
+        if self.family.labels is not None:
+            return {self.family.labels: torch.tensor(self._label(text))}
         return encode_text(self.family, self.pipe, text, None, self.length)
 
     def negative(self, text: str) -> dict[str, Tensor]:
-        """Those of a negative prompt."""
+        """Those of a negative prompt; there is one for all labels, the number behind the last."""
+        if self.family.labels is not None:
+            if text:
+                raise ValueError(
+                    f"--negative {text!r}: a {self.checkpoint.pipeline} has labels, no prompts. Leave it out."
+                )
+            return {self.family.labels: torch.tensor(self._classes)}
         return encode_text(self.family, self.pipe, "", text, self.length)
+
+    @property
+    def _classes(self) -> int:
+        return int(self.checkpoint.network.get("num_embeds_ada_norm") or 1000)
+
+    def _label(self, text: str) -> int:
+        """A class by its number or name."""
+        text = text.strip()
+        label = int(text) if text.isdecimal() else self.pipe.labels.get(text)
+        if label is None or label >= self._classes:
+            raise BadFile(f"{text!r} is neither a number below {self._classes} nor a label that the pipeline knows")
+        return int(label)
+
+    def first_frame(self, frames: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """The conditions that come from a clip's first frame, each [...]; none for most families."""
+        if not self.checkpoint.first_frame:
+            return {}
+        width, height = frames[0].size
+        pixels = self.pipe.video_processor.preprocess(frames[0], height=height, width=width).to(self.device)
+        latents = torch.zeros((), device=self.device)  # of the clip, which it would draw
+        with torch.no_grad():
+            _, known = self.pipe.prepare_latents(
+                pixels,
+                1,
+                self.vae.config.z_dim,
+                height,
+                width,
+                len(frames),
+                torch.float32,
+                self.device,
+                latents=latents,
+            )
+            found = {"condition": known}
+            if "encoder_hidden_states_image" in self.checkpoint.first_frame:
+                found["encoder_hidden_states_image"] = self.pipe.encode_image(frames[0], self.device)
+        return {name: value[0].float().cpu().contiguous() for name, value in found.items()}
 
     def latents(self, frames: Sequence[Image.Image]) -> Tensor:
         """Frames of one size -> latents as the VAE gives them, [C, h, w], or [C, T', h, w] of a family of videos."""
         width, height = frames[0].size
+        processors = (getattr(self.pipe, name, None) for name in ("video_processor", "image_processor"))
+        processor: Any = next(filter(None, processors), None)
         if self.family.video:
-            pixels = self.pipe.video_processor.preprocess_video(list(frames), height=height, width=width)
+            pixels = processor.preprocess_video(list(frames), height=height, width=width)
         else:
-            pixels = self.pipe.image_processor.preprocess(frames[0], height=height, width=width).unsqueeze(2)
+            processor = processor or diffusers().image_processor.VaeImageProcessor(self.spatial)
+            pixels = processor.preprocess(frames[0], height=height, width=width).unsqueeze(2)
         latents = encode(self.vae, pixels[0])
         return latents if self.family.video else latents.squeeze(1)
 
@@ -228,6 +318,22 @@ class Encoder:
         if self.family.video:
             shape[1] = 1 + (frames - 1) // self.period
         return shape
+
+
+@contextmanager
+def without_guardrail(cls: Any) -> Iterator[None]:
+    """Cosmos' pipelines cannot be made without the package that looks at prompts and pictures, none of which are asked
+    for or shown here."""
+    known = vars(sys.modules[cls.__module__])
+    before = known.get("CosmosSafetyChecker")
+    if before is None:
+        yield
+        return
+    known["CosmosSafetyChecker"] = lambda: None
+    try:
+        yield
+    finally:
+        known["CosmosSafetyChecker"] = before
 
 
 def pipeline_of(options: Mapping[str, Any]) -> Path | None:

@@ -4,6 +4,9 @@ A line says what `encode_prompt` returns, in its order, by the names that the ne
 (trainer/model/adapters.py). A name behind a minus is the negative prompt's; where there is none, a negative prompt is
 encoded as any other. Everything else is asked of the pipeline itself: its defaults of `__call__`, its factors, its VAE.
 Sources: diffusers.pipelines, version 0.42.
+
+Not here, as they ask their network what no adapter asks: image to video of LTX, HunyuanVideo, Cosmos 2 and Wan 2.2's
+5B (clean frames among the noisy ones, with times of their own), and Wan 2.2's pairs of networks.
 """
 
 from __future__ import annotations
@@ -23,19 +26,24 @@ MASK = "encoder_attention_mask"
 
 @dataclass(frozen=True)
 class Family:
-    """Pipelines from text to pictures or videos that share a network.
+    """Pipelines to pictures or videos that ask the same network the same.
 
     Attributes:
         network: the class of the transformer.
         pipelines: names of classes of diffusers.
         returns: of encode_prompt, by names of the network's arguments; None for what it does not need.
         padded_mask: the argument that says which tokens count, where the text's length is the longest prompt's own.
+        layered: what encode_prompt returns as [layers, B, ...].
+        first_frame: the arguments that come from a clip's first frame, which the pipeline is given.
+        labels: the argument that takes a class, where there are labels instead of prompts.
         patch: latent pixels per side of a token where the network's configuration does not say (packed outside it).
         fps: frames per second that the network was trained on; 0: it makes pictures.
         guidance_scale: what the network's `guidance` argument multiplies the scale with, if it is told the scale.
         sizes: the network is told the picture's size, by arguments of these names.
         rate: the argument that takes the frame rate.
         keep_norm: what the pipeline does to its guidance, as `guidance.keep_norm` has it.
+        attention: layers for adapters, where the network has no to_q, to_k and to_v.
+        unguided: the guidance scale of the pipeline that means none: 0 where it is F + scale (F - F_negative).
         compression: the factors of the VAE, in space and time, that the network's adapter goes by.
     """
 
@@ -43,12 +51,17 @@ class Family:
     pipelines: tuple[str, ...]
     returns: tuple[str | None, ...]
     padded_mask: str | None = None
+    layered: tuple[str, ...] = ()
+    first_frame: tuple[str, ...] = ()
+    labels: str | None = None
     patch: int | None = None
     fps: float = 0.0
     guidance_scale: float = 1.0
     sizes: tuple[str, ...] = ()
     rate: str | None = None
     keep_norm: str | None = None
+    attention: tuple[str, ...] = ()
+    unguided: float = 1.0
     compression: tuple[int, int] | None = None
 
     @property
@@ -58,7 +71,8 @@ class Family:
     @property
     def conditions(self) -> tuple[str, ...]:
         """The arguments that come from the prompt."""
-        return tuple(name for name in (*self.returns, self.padded_mask) if name and not name.startswith("-"))
+        names = (self.labels, *self.returns, self.padded_mask)
+        return tuple(name for name in names if name and not name.startswith("-"))
 
     @property
     def negative_beside(self) -> bool:
@@ -68,45 +82,57 @@ class Family:
 
 BESIDE = (TEXT, MASK, f"-{TEXT}", f"-{MASK}")
 BETWEEN = (TEXT, f"-{TEXT}")
+FRAME = ("condition", "encoder_hidden_states_image")
 
 # fmt: off
-FAMILIES = {
-    family.network: family
-    for family in (
-        # images
-        Family("AuraFlowTransformer2DModel", ("AuraFlowPipeline",), (TEXT, None, f"-{TEXT}", None)),
-        Family("ChromaTransformer2DModel", ("ChromaPipeline",),
-               (TEXT, None, "attention_mask", f"-{TEXT}", None, "-attention_mask"), patch=2),
-        Family("Flux2Transformer2DModel", ("Flux2Pipeline", "Flux2KleinPipeline"), (TEXT, None), patch=2),
-        Family("FluxTransformer2DModel", ("FluxPipeline",), (TEXT, "pooled_projections", None), patch=2),
-        Family("Lumina2Transformer2DModel", ("Lumina2Pipeline",), BESIDE, keep_norm="row"),
-        Family("PixArtTransformer2DModel", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), BESIDE,
-               sizes=("resolution", "aspect_ratio")),
-        Family("QwenImageTransformer2DModel", ("QwenImagePipeline",), (TEXT, None),
-               padded_mask="encoder_hidden_states_mask", patch=2, keep_norm="token"),
-        Family("SanaTransformer2DModel", ("SanaPipeline",), BESIDE),
-        Family("SD3Transformer2DModel", ("StableDiffusion3Pipeline",),
-               (TEXT, f"-{TEXT}", "pooled_projections", "-pooled_projections")),
-        # video
-        Family("HunyuanVideoTransformer3DModel", ("HunyuanVideoPipeline",), (TEXT, "pooled_projections", MASK),
-               fps=24, guidance_scale=1000),
-        Family("LTXVideoTransformer3DModel", ("LTXPipeline",), BESIDE, fps=25, rate="frame_rate",
-               compression=(32, 8)),
-        Family("MochiTransformer3DModel", ("MochiPipeline",), BESIDE, fps=30),
-        Family("SanaVideoTransformer3DModel", ("SanaVideoPipeline",), BESIDE, fps=16),
-        Family("SkyReelsV2Transformer3DModel", ("SkyReelsV2Pipeline",), BETWEEN, fps=24),
-        Family("WanTransformer3DModel", ("WanPipeline",), BETWEEN, fps=16),
-    )
-}
+FAMILIES = (
+    # images
+    Family("AuraFlowTransformer2DModel", ("AuraFlowPipeline",), (TEXT, None, f"-{TEXT}", None)),
+    Family("ChromaTransformer2DModel", ("ChromaPipeline",),
+           (TEXT, None, "attention_mask", f"-{TEXT}", None, "-attention_mask"), patch=2),
+    Family("CogView4Transformer2DModel", ("CogView4Pipeline",), BETWEEN, padded_mask="attention_mask",
+           sizes=("original_size", "target_size", "crop_coords")),
+    Family("CosmosTransformer3DModel", ("Cosmos2TextToImagePipeline",), BETWEEN, unguided=0.0),
+    Family("DiTTransformer2DModel", ("DiTPipeline",), (), labels="class_labels"),
+    Family("Flux2Transformer2DModel", ("Flux2Pipeline", "Flux2KleinPipeline"), (TEXT, None), patch=2),
+    Family("FluxTransformer2DModel", ("FluxPipeline",), (TEXT, "pooled_projections", None), patch=2),
+    Family("HiDreamImageTransformer2DModel", ("HiDreamImagePipeline",),
+           ("encoder_hidden_states_t5", "-encoder_hidden_states_t5", "encoder_hidden_states_llama3",
+            "-encoder_hidden_states_llama3", "pooled_embeds", "-pooled_embeds"),
+           layered=("encoder_hidden_states_llama3",)),
+    Family("Lumina2Transformer2DModel", ("Lumina2Pipeline",), BESIDE, keep_norm="row"),
+    Family("PixArtTransformer2DModel", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), BESIDE,
+           sizes=("resolution", "aspect_ratio")),
+    Family("PRXTransformer2DModel", ("PRXPipeline",), (TEXT, "attention_mask", f"-{TEXT}", "-attention_mask"),
+           attention=("img_qkv_proj", "txt_kv_proj", "to_out.0")),
+    Family("QwenImageTransformer2DModel", ("QwenImagePipeline",), (TEXT, None),
+           padded_mask="encoder_hidden_states_mask", patch=2, keep_norm="token"),
+    Family("SanaTransformer2DModel", ("SanaPipeline",), BESIDE),
+    Family("SD3Transformer2DModel", ("StableDiffusion3Pipeline",),
+           (TEXT, f"-{TEXT}", "pooled_projections", "-pooled_projections")),
+    Family("ZImageTransformer2DModel", ("ZImagePipeline",), ("cap_feats", "-cap_feats"), padded_mask="cap_mask",
+           patch=2, unguided=0.0),
+    # video
+    Family("CosmosTransformer3DModel", ("CosmosTextToWorldPipeline",), BETWEEN, fps=30, rate="fps", unguided=0.0),
+    Family("HunyuanVideoTransformer3DModel", ("HunyuanVideoPipeline",), (TEXT, "pooled_projections", MASK),
+           fps=24, guidance_scale=1000),
+    Family("LTXVideoTransformer3DModel", ("LTXPipeline",), BESIDE, fps=25, rate="frame_rate", compression=(32, 8)),
+    Family("MochiTransformer3DModel", ("MochiPipeline",), BESIDE, fps=30),
+    Family("SanaVideoTransformer3DModel", ("SanaVideoPipeline",), BESIDE, fps=16),
+    Family("SkyReelsV2Transformer3DModel", ("SkyReelsV2Pipeline",), BETWEEN, fps=24),
+    Family("SkyReelsV2Transformer3DModel", ("SkyReelsV2ImageToVideoPipeline",), BETWEEN, fps=24, first_frame=FRAME),
+    Family("WanTransformer3DModel", ("WanPipeline",), BETWEEN, fps=16),
+    Family("WanTransformer3DModel", ("WanImageToVideoPipeline",), BETWEEN, fps=16, first_frame=FRAME),
+)
 # fmt: on
 
 
 def family_of(pipeline: str) -> Family:
     """The family of a pipeline's class. Raises ValueError."""
-    for family in FAMILIES.values():
+    for family in FAMILIES:
         if pipeline in family.pipelines:
             return family
-    known = ", ".join(sorted(name for family in FAMILIES.values() for name in family.pipelines))
+    known = ", ".join(sorted(name for family in FAMILIES for name in family.pipelines))
     raise ValueError(f"{pipeline} is none of the pipelines that can be prepared for: {known}.")
 
 
@@ -131,13 +157,22 @@ def encode_text(family: Family, pipe: Any, prompt: str, negative: str | None, le
         raise ValueError(f"{type(pipe).__name__} needs {error.name}.\npip install {error.name}") from error
     parts = dict(zip(family.returns, result if isinstance(result, tuple) else (result,)))
     mark = "-" if beside else ""
-    found = {name: parts[mark + name] for name in family.conditions if mark + name in parts}
+    found = {
+        name: parts[mark + name][:, 0] if name in family.layered else parts[mark + name][0]
+        for name in family.conditions
+        if mark + name in parts
+    }
     if family.padded_mask is not None:
-        text = found[TEXT][:, :length]
-        missing = length - text.shape[1]
-        found[TEXT] = pad(text, (0, 0, 0, missing))
-        found[family.padded_mask] = pad(torch.ones(1, text.shape[1], dtype=torch.int64), (0, missing))
-    return {name: value[0].cpu().contiguous() for name, value in found.items()}
+        name = family.conditions[0]
+        text = found[name]
+        missing = length - len(text)
+        if missing < 0:
+            raise ValueError(
+                f"--text-length {length}: a {type(pipe).__name__} makes {len(text)} tokens of it. Take {len(text)}."
+            )
+        found[name] = pad(text, (0, 0, 0, missing))
+        found[family.padded_mask] = pad(torch.ones(len(text), dtype=torch.int64), (0, missing))
+    return {name: value.cpu().contiguous() for name, value in found.items()}
 
 
 def usual_arguments(pipe: Any, length: int) -> dict[str, Any]:

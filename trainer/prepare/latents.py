@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from jvpgraph.trainer.data.shards import PerChannel, per_channel
 from jvpgraph.trainer.files import read_json
 from jvpgraph.trainer.model.adapters import diffusers
 
@@ -32,8 +33,8 @@ def load_vae(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Any:
     return cls.from_pretrained(checkpoint / "vae", torch_dtype=dtype).requires_grad_(False).eval()
 
 
-def normalisation(vae: Any) -> tuple[float | list[float], float | list[float]]:
-    """shift and scale by the VAE's configuration: numbers, or lists of one per channel."""
+def normalisation(vae: Any) -> tuple[PerChannel, PerChannel]:
+    """shift and scale by the VAE's configuration: numbers, or lists of one per channel, or of one per frame in each."""
     config = vae.config
     factor = getattr(config, "scaling_factor", None) or 1.0
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
@@ -41,8 +42,15 @@ def normalisation(vae: Any) -> tuple[float | list[float], float | list[float]]:
     if "latents_mean" in buffers:  # LTX keeps them with its weights
         mean, std = buffers["latents_mean"].tolist(), buffers["latents_std"].tolist()
     if mean is not None and std is not None:
-        return list(mean), [factor / deviation for deviation in std]
+        frames = len(mean) // (getattr(config, "latent_channels", None) or len(mean))
+        scale = [factor / deviation for deviation in std]
+        return (list(mean), scale) if frames < 2 else (in_frames(mean, frames), in_frames(scale, frames))  # Cosmos 1
     return float(getattr(config, "shift_factor", None) or 0.0), float(factor)
+
+
+def in_frames(values: Sequence[float], frames: int) -> list[list[float]]:
+    """[C T] -> [C][T]."""
+    return [list(values[i : i + frames]) for i in range(0, len(values), frames)]
 
 
 def place_norms(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -85,9 +93,8 @@ def decode(vae: Any, x0: Tensor) -> Tensor:
 
     Float32, sample by sample, as one video's decoding fills a GPU.
     """
-    shift, scale = (torch.tensor(value, device=x0.device) for value in normalisation(vae))
-    per_channel = (-1, *[1] * (x0.dim() - 2))
-    latents = x0.float() / scale.reshape(per_channel) + shift.reshape(per_channel)
+    shift, scale = (per_channel("the VAE's", value, x0.shape[1:]).to(x0.device) for value in normalisation(vae))
+    latents = x0.float() / scale + shift
     if norms := place_norms(vae, latents):
         latents = latents * norms[1] + norms[0]
     as_video = takes_frames(vae) and x0.dim() == 4

@@ -101,6 +101,11 @@ def make_plan(source: Path, encoder: Encoder, options: Options) -> Plan:
             `options.on_bad` says to stop then.
     """
     sizes, lengths = shapes(encoder, options)
+    sizes = with_positions(sizes, lengths, encoder, options)
+    if source.is_file() and encoder.family.first_frame:
+        raise ValueError(
+            f"{source}: a {encoder.checkpoint.pipeline} begins with a picture. Give a folder of clips with captions."
+        )
     found = read_source(source, options)
     fps = options.fps or encoder.family.fps or 1.0
     if source.is_file():
@@ -144,18 +149,42 @@ def shapes(encoder: Encoder, options: Options) -> tuple[list[tuple[int, int]], l
     """Sizes (width, height), the first the one asked for, and lengths, falling. ValueError if they do not fit."""
     height, width = encoder.default_size
     width, height = options.size or (width, height)
-    aspects = options.aspects
-    if encoder.checkpoint.told_sizes and aspects is None:
-        aspects = ()
-    if encoder.checkpoint.told_sizes and aspects:
+    if encoder.one_size and ((height, width) != encoder.default_size or options.aspects):
+        height, width = encoder.default_size
         raise ValueError(
-            "--aspects: this network is told the picture's size, and its negative prompt is encoded for one size. "
-            "Leave it out, and choose the size by --size."
+            f"a {encoder.checkpoint.pipeline} makes {width}x{height} pixels, and nothing else. Leave out --size and "
+            "--aspects."
         )
-    sizes = resolutions(width, height, encoder.multiple, ASPECTS if aspects is None else aspects)
+    usual = () if encoder.one_size else ASPECTS
+    sizes = resolutions(width, height, encoder.multiple, usual if options.aspects is None else options.aspects)
     if not encoder.family.video and options.frames not in (None, (1,)):
         raise ValueError(f"--frames: a {encoder.checkpoint.pipeline} makes pictures. Leave it out.")
     return sizes, check_lengths(options.frames or (encoder.default_frames,), encoder.period)
+
+
+def with_positions(
+    sizes: list[tuple[int, int]], lengths: list[int], encoder: Encoder, options: Options
+) -> list[tuple[int, int]]:
+    """The sizes that the network has positions for. ValueError if it lacks those of one that was asked for."""
+    network, most = encoder.family.network, encoder.positions
+    if most.text is not None and encoder.length > most.text:
+        raise ValueError(
+            f"--text-length {encoder.length}: this {network} has positions for {most.text} tokens. Take {most.text} or "
+            "fewer."
+        )
+    fit = []
+    for width, height in sizes:
+        lacks = next(filter(None, (most.lacks(*encoder.tokens(width, height, n)) for n in lengths)), "")
+        if lacks and ((width, height) == sizes[0] or options.aspects is not None):
+            raise ValueError(
+                f"{width}x{height} pixels, {max(lengths)} frames: this {network} has too few positions: {lacks}. "
+                "Choose a smaller --size or --frames, or other --aspects."
+            )
+        if lacks:
+            log.warning("no %dx%d: this %s has too few positions: %s", width, height, network, lacks)
+        else:
+            fit.append((width, height))
+    return fit
 
 
 def sort_into(found: Found, folder: Path, place: Callable[[Media], tuple[Bucket, int]]) -> list[tuple[Bucket, Entry]]:

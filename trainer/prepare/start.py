@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
-from jvpgraph.trainer.files import read_json, write_whole
+from jvpgraph.trainer.files import write_whole
 from jvpgraph.trainer.prepare.checkpoint import Encoder
 from jvpgraph.trainer.prepare.families import LENGTHS
 
@@ -32,10 +33,14 @@ def settings_text(here: Path, encoder: Encoder, card: dict[str, Any], negative: 
     """What a run's settings say of checkpoint and data, to be named as their `base`."""
     checkpoint = str(encoder.checkpoint.path.resolve())
     scale = encoder.negative_scale
-    keeps = {"keep_norm": encoder.family.keep_norm} if encoder.family.keep_norm and scale != 1 else {}
+    guidance: dict[str, Any] = {"scale": scale, "negative_file": str(negative.resolve())}
+    if shared := [*encoder.checkpoint.first_frame, *card["constants"], *encoder.checkpoint.told_sizes]:
+        guidance["shared"] = shared
+    if encoder.family.keep_norm and scale != 1:
+        guidance["keep_norm"] = encoder.family.keep_norm
     tree = {
         "model": {"load": "jvpgraph.trainer.adapters:diffusers_model", "options": {"path": checkpoint}},
-        "guidance": {"scale": scale, "negative_file": str(negative.resolve()), **keeps},
+        "guidance": guidance,
         "data": {"source": {"load": "jvpgraph.trainer.prepare:prepared", "options": {"path": str(here)}}},
         "sampling": {
             "shift": round(shift_of(encoder, commonest(card)["latents"]), 4),
@@ -52,6 +57,8 @@ def run_text(out: Path, encoder: Encoder, card: dict[str, Any], dtype: str) -> s
     prompts = card["latents"]["field"] is None
     batch = min(1 if commonest(card)["frames"] > 1 else 4, card["samples"])
     name = out.resolve().name
+    attention = encoder.family.attention
+    targets = f", targets: {json.dumps(attention)}" if attention else ""
     rounds = encoder.family.network == "QwenImageTransformer2DModel"
     precision = "float32" if rounds or dtype == "float32" else "bfloat16"
     why = "this network rounds its time to it" if rounds else "bfloat16: half the memory; float32: exact"
@@ -66,7 +73,7 @@ base: {json.dumps(str((out / SETTINGS).resolve()), ensure_ascii=False)} # checkp
 out: {json.dumps(f"out/{name}", ensure_ascii=False)} # checkpoints, previews, log
 model: {{options: {{dtype: {precision}}}}} # {why}
 student:
-  lora: {{rank: 64, alpha: 64}} # without this line all weights are trained, which takes far more memory
+  lora: {{rank: 64, alpha: 64{targets}}} # without this line all weights are trained, which takes far more memory
   checkpoint_blocks: true # less memory, about a third more time
 stages:
   - steps: 2000
@@ -104,12 +111,23 @@ def call_of(encoder: Encoder, card: dict[str, Any]) -> dict[str, Any]:
 
 def shift_of(encoder: Encoder, latents: list[int]) -> float:
     """By which the pipeline's scheduler moves its steps towards noise, for latents [C, ..., h, w]."""
-    file = encoder.checkpoint.path / "scheduler" / "scheduler_config.json"
-    config = read_json(file) if file.is_file() else {}
+    config = encoder.pipe.scheduler.config
     if not config.get("use_dynamic_shifting"):
         return float(config.get("flow_shift") or config.get("shift") or 1.0)
+    rule = getattr(sys.modules[type(encoder.pipe).__module__], "calculate_shift", usual_shift)  # CogView4's is its own
+    names = inspect.signature(rule).parameters
+    asked = {name: config.get(name.replace("_seq_len", "_image_seq_len")) for name in names}
     tokens = math.prod(latents[1:]) / encoder.patch**2
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    mu = low + (high - low) * (tokens - few) / (many - few)
-    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+    mu = rule(tokens, **{name: value for name, value in asked.items() if value is not None})
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else float(mu)
+
+
+def usual_shift(
+    tokens: float,
+    base_seq_len: int = 256,
+    max_seq_len: int = 4096,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+) -> float:
+    """Flux' rule."""
+    return base_shift + (max_shift - base_shift) * (tokens - base_seq_len) / (max_seq_len - base_seq_len)

@@ -64,7 +64,7 @@ def prepare(checkpoint: Path, source: Path, out: Path, options: Options, device:
                 progress.update(len(shard.entries))
     if rank > 0:
         return {}
-    save_negative(out, encoder, options, plan.fps)
+    save_negative(out, encoder, options.negative)
     records = wait_for_records(out, plan)
     return write_card(out, plan, records, encoder, source, options)
 
@@ -213,6 +213,7 @@ def encode_entry(entry: Entry, bucket: Bucket, encoder: Encoder, source: Path, p
     if plan.with_latents:
         frames = read(source / entry.file, bucket.width, bucket.height, bucket.frames, entry.start, plan.fps)
         tensors["latents"] = encoder.latents(frames)
+        tensors |= encoder.first_frame(frames)
     tensors |= encoder.prompt(entry.caption)
     for name, value in tensors.items():
         if not value.float().isfinite().all():
@@ -235,14 +236,10 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def save_negative(out: Path, encoder: Encoder, options: Options, fps: float) -> None:
-    """For `guidance.negative_file`: without a batch dim, with the conditions that are the same for all samples."""
-    tensors = encoder.negative(options.negative)
-    width, height = options.size or encoder.default_size[::-1]
-    more = {**encoder.constants(options.guidance, fps), **encoder.checkpoint.sizes(height, width)}
-    tensors |= {name: torch.tensor(value, dtype=torch.float32) for name, value in more.items()}
+def save_negative(out: Path, encoder: Encoder, negative: str) -> None:
+    """For `guidance.negative_file`: what comes from the prompt, without a batch dim; all else is the sample's own."""
     with draft_of(out / NEGATIVE) as draft:
-        save_file(tensors, draft)
+        save_file(encoder.negative(negative), draft)
 
 
 # ---------------------------------------------------------------- the card
@@ -291,10 +288,12 @@ def write_card(
             }
         )
     conditions = {name: shape for name, shape in full[0][1]["shapes"].items() if name != "latents"}
+    differ = ("latents", *encoder.checkpoint.first_frame)  # from bucket to bucket
+    same = {name: shape for name, shape in conditions.items() if name not in differ}
     for shard, record in full:
-        other = {name: shape for name, shape in record["shapes"].items() if name != "latents"}
-        if other != conditions:
-            raise ValueError(f"{shard.name} has conditions {other}, and {full[0][0].name} {conditions}: no batch fits.")
+        other = {name: shape for name, shape in record["shapes"].items() if name not in differ}
+        if other != same:
+            raise ValueError(f"{shard.name} has conditions {other}, and {full[0][0].name} {same}: no batch fits.")
     shift, scale = encoder.normalisation
     card = {
         "format": 1,

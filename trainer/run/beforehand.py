@@ -15,6 +15,7 @@ from torch import Tensor
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import BadShard, Dataset, Sample, collate, shorten
+from jvpgraph.trainer.pictures import mp4_writer
 from jvpgraph.trainer.plug import Plug, PlugError
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ def data_of(config: RunConfig) -> Dataset:
             attempt(partial(_exists, f"{key}.options.{name}", path))
     if config.guidance.negative_file is not None:
         attempt(lambda: _exists("guidance.negative_file", config.guidance.negative_file))
+    if config.log.film == "mp4":
+        attempt(mp4_writer)
     dataset = attempt(config.data.source.build)
     unlike = {str(problem): problem for problem in problems}
     if len(unlike) > 1:

@@ -26,7 +26,6 @@ from jvpgraph.trainer.model.networks import (
     build_teacher,
     device_of,
     moving,
-    tell_constants,
     trainable,
     with_weights,
 )
@@ -148,7 +147,6 @@ def samplers_of(run: Run, steps: Sequence[int]) -> dict[str, Sampler]:
     """The teacher in its many steps, then the student in each of `steps`."""
     config = run.config
     guided = build_guided(run.teacher, config.guidance, device_of(config))
-    tell_constants(guided, config.data.source.build())
     many = config.sampling.teacher_steps
     students = {
         f"student, {n} step{'s' * (n > 1)}": sampler_of(run.sampler, run.student, n, config.sampling) for n in steps

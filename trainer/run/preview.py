@@ -72,7 +72,9 @@ class Previews:
                 kind, number = name.split("/")
                 stem.mkdir(exist_ok=True)
                 with naming(stem):
-                    save_frames(frames, stem / f"{kind.removesuffix('s')}-{number}", self.config.log.fps)
+                    save_frames(
+                        frames, stem / f"{kind.removesuffix('s')}-{number}", self.config.log.fps, self.config.log.film
+                    )
         return shown
 
 
