@@ -260,6 +260,16 @@ def test_adapters_are_computed_at_the_speed_of_the_weights_below_them():
         assert computing_dtype(student) == dtype
 
 
+def test_rows_that_were_not_made_again_stay():
+    page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text()
+    assert plan_table.merged(page, {}) == page
+    of = plan_table.subject("FLUX.1-dev", plan_table.NETWORKS["FLUX.1-dev"], 8, 1)
+    made = f"| {' | '.join(of)} | new |"
+    before, after = page.splitlines(), plan_table.merged(page, {of: made}).splitlines()
+    assert len(after) == len(before)
+    assert [line for line in after if line not in before] == [made]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "billions"), [("Wan2.1 1.3B", 1.42), ("Wan2.1 14B", 14.29), ("FLUX.1-dev", 11.90), ("Qwen-Image", 20.43)]
