@@ -3,15 +3,14 @@
     python -m benchmarks.plan_table [--table docs/plan.md] [--only flux]
 
 Networks are built on the meta device from the configurations below, copied from transformer/config.json of the named
-repositories. rCM, one sample per GPU, bfloat16 but for Qwen-Image (which rounds its time to the dtype of its weights),
-blocks checkpointed, one average; adapters of rank 64 on one GPU, whole weights split by FSDP2 on more. The table of the
-page stands between two comments, and what is between them is replaced.
+repositories. rCM, one sample per GPU, bfloat16, blocks checkpointed, one average; adapters of rank 64 on one GPU, whole
+weights split by FSDP2 on more. The table of the page stands between two comments; rows that were not made, because of
+--only or --gpus, stay.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +54,7 @@ class Network:
         scale: of classifier-free guidance; 1 where the network is told the scale.
         constants: conditions that are the same for all samples.
         adapted: linear layers that adapters go to.
-        tokens: into how many parts the tokens of a sample are split on 64 GPUs.
+        tokens: into how many parts the tokens of a sample are split on 64 GPUs, and in a row of its own on 8.
     """
 
     source: str
@@ -66,7 +65,6 @@ class Network:
     conditions: dict[str, tuple[tuple[int, ...], torch.dtype]]
     scale: float = 5.0
     constants: dict[str, float] = field(default_factory=dict)
-    dtype: str = "bfloat16"
     adapted: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     tokens: int = 1
 
@@ -130,25 +128,29 @@ NETWORKS = {
         (16, 128, 128),
         {TEXT: ((512, 3584), torch.float32), f"{TEXT}_mask": ((512,), torch.bool)},
         scale=4.0,
-        dtype="float32",
     ),
 }
 BEGIN, END = "<!-- table: python -m benchmarks.plan_table -->", "<!-- end of the table -->"
 HEAD = (
     "| network | GPUs | trained | layout | held | activations | most at once | H100 80 GB | H200 141 GB | an update |"
 )
+RULE = "|---" * (HEAD.count("|") - 1) + "|"
 
 
-def settings(network: Network, gpus: int) -> RunConfig:
+def layouts(network: Network, gpus: int) -> list[int]:
+    """Into how many parts the tokens of a sample are split, for each row of a network on so many GPUs."""
+    return sorted({1, network.tokens} if gpus == 8 else {network.tokens if gpus > 8 else 1})
+
+
+def settings(network: Network, gpus: int, tokens: int = 1) -> RunConfig:
     """One sample per GPU, or per group of GPUs that splits its tokens."""
-    tokens = network.tokens if gpus > 8 else 1
     return from_dict(
         RunConfig,
         {
             "out": "run",
             "model": {
                 "load": "jvpgraph.trainer.adapters:diffusers_model",
-                "options": {"name": network.name, "config": network.config, "dtype": network.dtype},
+                "options": {"name": network.name, "config": network.config, "dtype": "bfloat16"},
             },
             "student": {
                 "checkpoint_blocks": True,
@@ -163,26 +165,27 @@ def settings(network: Network, gpus: int) -> RunConfig:
     )
 
 
-def plan_of(network: Network, gpus: int, costs: Sequence[Costs]) -> Plan:
+def plan_of(network: Network, gpus: int, tokens: int, costs: Sequence[Costs]) -> Plan:
     conditions: dict[str, Tensor] = {
         name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in network.conditions.items()
     }
     sample: dict[str, Any] = {"latents": network.latents, "conditions": conditions}
-    [plan] = plan_run(settings(network, gpus), processes=gpus, costs=costs, **sample)
+    [plan] = plan_run(settings(network, gpus, tokens), processes=gpus, costs=costs, **sample)
     return plan
 
 
-def row(name: str, network: Network, gpus: int, plan: Plan) -> str:
-    config = settings(network, gpus)
+def subject(name: str, network: Network, gpus: int, tokens: int) -> tuple[str, ...]:
+    """The cells that say what a row is about."""
     layout = "one process" if gpus == 1 else "`dp_shard=-1`"
-    if config.parallel.cp_ulysses > 1:
-        layout += f", `cp_ulysses={config.parallel.cp_ulysses}`"
+    if tokens > 1:
+        layout += f", `cp_ulysses={tokens}`"
+    return f"{name}, {network.what}", str(gpus), "rank 64" if gpus == 1 else "all", layout
+
+
+def row(of: Sequence[str], plan: Plan) -> str:
     seconds = plan.seconds(GPUS["h100"], 0.4)
     cells = [
-        f"{name}, {network.what}",
-        str(gpus),
-        "rank 64" if gpus == 1 else "all",
-        layout,
+        *of,
         *map(amount, (sum(plan.resident.values()), plan.kept, plan.peak)),
         *("fits" if plan.fits(GPUS[gpu]) else "no" for gpu in ("h100", "h200")),
         duration(seconds),
@@ -190,27 +193,44 @@ def row(name: str, network: Network, gpus: int, plan: Plan) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def merged(page: str, made: dict[tuple[str, ...], str]) -> str:
+    """The page with the rows that were made; those that were not stay, as far as there are such networks."""
+    before, _, rest = page.partition(BEGIN)
+    table, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"there is no {BEGIN} with {END} after it")
+    rows = {tuple(cell.strip() for cell in line.split("|")[1:5]): line for line in table.strip().splitlines()} | made
+    places = [
+        subject(name, network, gpus, tokens)
+        for name, network in NETWORKS.items()
+        for gpus in sorted({int(of[1]) for of in rows if of[1].isdigit()})
+        for tokens in layouts(network, gpus)
+    ]
+    lines = [HEAD, RULE, *(rows[of] for of in places if of in rows)]
+    return "".join([before, BEGIN, "\n\n", "\n".join(lines), "\n\n", END, after])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, help="the page whose table is replaced (default: print it)")
+    parser.add_argument("--table", type=Path, help="the page whose table gets the rows; others stay")
     parser.add_argument("--only", default="", help="networks whose name has this")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64])
     arguments = parser.parse_args()
-    lines = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
-    print(*lines, sep="\n")
+    if arguments.table is not None:
+        merged(arguments.table.read_text(), {})  # whether it can be done, before the work
+    print(HEAD, RULE, sep="\n")
+    made = {}
     for name, network in NETWORKS.items():
         costs: dict[bool, Costs] = {}  # of adapters and of whole weights: a process has one sample in all layouts
         for gpus in arguments.gpus if arguments.only.lower() in name.lower() else ():
-            plan = plan_of(network, gpus, [costs[gpus == 1]] if (gpus == 1) in costs else [])
-            costs[gpus == 1] = plan.costs
-            lines.append(row(name, network, gpus, plan))
-            print(lines[-1], flush=True)
+            for tokens in layouts(network, gpus):
+                plan = plan_of(network, gpus, tokens, [costs[gpus == 1]] if (gpus == 1) in costs else [])
+                costs[gpus == 1] = plan.costs
+                of = subject(name, network, gpus, tokens)
+                made[of] = row(of, plan)
+                print(made[of], flush=True)
     if arguments.table is not None:
-        page, table = arguments.table.read_text(), "\n".join(lines)
-        pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-        if not pattern.search(page):
-            parser.error(f"{arguments.table} has no {BEGIN}")
-        arguments.table.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{table}\n\n{END}", page))
+        arguments.table.write_text(merged(arguments.table.read_text(), made))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ SIMPLE = frozenset(
     {type(None), bool, int, float, str, types.FunctionType, Tensor, nn.Parameter, torch.dtype, torch.device}
 )
 MOST = 64  # of what a container holds: a vocabulary is none of processors
+# What FSDP2 holds in the middle of an update, of several backwards, and lets go at its end.
+PLUMBING = "torch.distributed."
 DEPTH = 2  # of plain objects in plain objects: a module may hold its trainer, and that the whole program
 # Their hooks change nothing: FlopCounterMode and MemTracker bring them.
 OBSERVERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
@@ -67,10 +69,14 @@ def _classes(waiting: list[tuple[Any, int]]) -> set[type]:
             waiting += [(held, depth) for held in value.values()] if len(value) <= MOST else []
         elif isinstance(value, types.MethodType):
             waiting.append((value.__self__, depth))
-        elif depth <= DEPTH and not isinstance(value, (type, types.ModuleType, Tensor)):
+        elif depth <= DEPTH and not isinstance(value, (type, types.ModuleType, Tensor)) and not _is_plumbing(kind):
             classes.add(kind)
             waiting += [(held, depth + 1) for held in getattr(value, "__dict__", {}).values()]
     return classes
+
+
+def _is_plumbing(kind: type) -> bool:
+    return kind.__module__.startswith(PLUMBING)
 
 
 def _global_hooks() -> Iterator[int]:

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -375,6 +377,16 @@ def test_what_dynamo_takes_for_granted():
     assert before == unguarded([model])
     assert hash(before) == hash(unguarded([Whole()]))
     assert before != unguarded([nn.Sequential(model)])
+
+
+def test_what_fsdp_holds_during_an_update_is_no_change():
+    """It let everything be compiled again for each batch of a gradient that is accumulated."""
+    model = Whole()
+    before = unguarded([model])
+    model.state = FSDPParamGroup.__new__(FSDPParamGroup)
+    assert before == unguarded([model])
+    model.state = Fraction(1, 2)  # any other object with methods is one
+    assert before != unguarded([model])
 
 
 def test_a_method_of_what_a_function_is_bound_to_is_noticed(monkeypatch):

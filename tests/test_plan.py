@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import jvpgraph
 from benchmarks import plan_table
@@ -24,7 +25,7 @@ from jvpgraph.trainer.plan.machines import GPUS
 from jvpgraph.trainer.plan.meter import Meter
 from jvpgraph.trainer.plan.plan import computing_dtype, plan_run
 from jvpgraph.trainer.plan.report import duration
-from jvpgraph.trainer.plan.subject import check_sample, teacher_of
+from jvpgraph.trainer.plan.subject import Plainly, check_sample, teacher_of
 from jvpgraph.trainer.settings import from_dict, load
 
 ROOT = Path(__file__).parents[1]
@@ -267,6 +268,29 @@ def test_adapters_are_computed_at_the_speed_of_the_weights_below_them():
     for dtype, lora in ((torch.bfloat16, LoRA(rank=2, targets=("qkv",))), (torch.float32, None)):
         student = build_student(dit(width=64, depth=1, heads=2).to(dtype), StudentConfig(lora=lora))
         assert computing_dtype(student) == dtype
+
+
+def test_numbers_that_a_forward_makes_tensors_of():
+    """PyTorch makes those of the meta device in a way that Dynamo does not see, as in Qwen-Image's forward."""
+
+    class Net(nn.Module):
+        def forward(self, x):
+            numbers = torch.tensor([1.0, 2.0], device=x.device), torch.as_tensor(3, device="meta")
+            return x * numbers[0] + numbers[1] + torch.asarray(2.0, dtype=x.dtype, device=x.device)
+
+    x = torch.empty(3, 2, device="meta")
+    dual = Plainly(jvpgraph.transform(Net(), backend="eager"))  # which is one graph, or an error
+    assert [out.shape for out in dual(x, tangents={"x": x})] == [x.shape] * 2
+
+
+def test_rows_that_were_not_made_again_stay():
+    page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text()
+    assert plan_table.merged(page, {}) == page
+    of = plan_table.subject("FLUX.1-dev", plan_table.NETWORKS["FLUX.1-dev"], 8, 1)
+    made = f"| {' | '.join(of)} | new |"
+    before, after = page.splitlines(), plan_table.merged(page, {of: made}).splitlines()
+    assert len(after) == len(before)
+    assert [line for line in after if line not in before] == [made]
 
 
 @pytest.mark.slow

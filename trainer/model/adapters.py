@@ -7,9 +7,8 @@ variances are the adapter's business. Sources: the denoising loops of diffusers.
 All of them are captured as one graph but HiDream and Lumina 2, whose own Python asks for expert and caption
 lengths.
 
-The Flux family would round the float32 time that it is given to its own dtype: in bfloat16 to steps of 4 of
-1000, which leaves the tangent along t to chance. See keep_time_exact. Qwen does so too, and with the
-frequencies of its embedding, which its weights know by heart: it is left alone and wants float32 parameters.
+The Flux family and Qwen-Image would round the float32 time that they are given to their own dtype: in bfloat16 to steps
+of 4 of 1000, which leaves the tangent along t to chance. See keep_time_exact.
 """
 
 from __future__ import annotations
@@ -193,8 +192,9 @@ def chroma(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
     return flux(net, x, time, cond)
 
 
-def qwen_image(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
+def qwen_image(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
     """Latents [B, C, H, W], or [B, C, 1, H, W] as its VAE makes them."""
+    net.time_text_embed.time_proj.exact_time = time
     B, H, W = len(x), *x.shape[-2:]
     image = x.squeeze(2) if x.dim() == 5 else x
     u = plainly(net, pack(image), time, {**cond, "img_shapes": [[(1, H // 2, W // 2)]] * B})  # type: ignore[dict-item]
@@ -331,7 +331,7 @@ ADAPTERS = {
         Adapter("PixArtTransformer2DModel", pixart, TEXT, MASK, schedule=VP_LINEAR, adjust=with_sizes),
         Adapter("PRXTransformer2DModel", plainly, TEXT, ("attention_mask",), time_scale=1.0),
         Adapter("QwenImageTransformer2DModel", qwen_image, TEXT, ("encoder_hidden_states_mask",),
-                time_scale=1.0, adjust=with_guidance),
+                time_scale=1.0, adjust=with_exact_time),
         Adapter("SanaTransformer2DModel", without_variance, TEXT, MASK, adjust=sana_times),
         Adapter("SD3Transformer2DModel", plainly, (*TEXT, "pooled_projections")),
         Adapter("ZImageTransformer2DModel", z_image, ("cap_feats",), ("cap_mask",),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -92,6 +92,24 @@ def fused_attention() -> Iterator[None]:
     """
     with patch.object(functional, "scaled_dot_product_attention", fused):
         yield
+
+
+@contextmanager
+def numbers_on_meta() -> Iterator[None]:
+    """Tensors of numbers that a forward makes on the meta device are seen by Dynamo, as those on other devices are."""
+    with ExitStack() as stack:
+        for name in ("tensor", "as_tensor", "asarray"):
+            stack.enter_context(patch.object(torch, name, moved_there(getattr(torch, name))))
+        yield
+
+
+def moved_there(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        if getattr(device, "type", device) != "meta":
+            return make(data, *args, device=device, **kwargs)
+        return make(data, *args, **kwargs).to(device)
+
+    return made
 
 
 def fused(

@@ -18,7 +18,7 @@ from jvpgraph.trainer.data.sample import first_samples
 from jvpgraph.trainer.model.networks import build_student, new_teacher, try_network
 from jvpgraph.trainer.model.student import repeated_lists
 from jvpgraph.trainer.noise import RankNoise
-from jvpgraph.trainer.plan.meter import fused_attention
+from jvpgraph.trainer.plan.meter import fused_attention, numbers_on_meta
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
 
 META = torch.device("meta")
@@ -101,17 +101,18 @@ class NoNoise(RankNoise):
 
 
 class Plainly(nn.Module):
-    """A network, or a dual one, whose calls without tangents attend as kernels do."""
+    """A network, or a dual one, as it is on the meta device: calls without tangents attend as kernels do."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, *args: Any, tangents: Any = None, **kwargs: Any) -> Any:
-        if tangents is not None:
-            return self.network(*args, tangents=tangents, **kwargs)
-        with fused_attention():
-            return self.network(*args, **kwargs)
+        with numbers_on_meta():
+            if tangents is not None:
+                return self.network(*args, tangents=tangents, **kwargs)
+            with fused_attention():
+                return self.network(*args, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,7 @@ def run_text(out: Path, encoder: Encoder, card: dict[str, Any], dtype: str) -> s
     name = out.resolve().name
     attention = encoder.family.attention
     targets = f", targets: {json.dumps(attention)}" if attention else ""
-    rounds = encoder.family.network == "QwenImageTransformer2DModel"
-    precision = "float32" if rounds or dtype == "float32" else "bfloat16"
-    why = "this network rounds its time to it" if rounds else "bfloat16: half the memory; float32: exact"
+    precision = "float32" if dtype == "float32" else "bfloat16"
     guess = "the adapters' rates are a guess; of whole weights, rCM's are 2.0e-6 and 4.0e-7"
     return f"""\
 # A run to start from, written by jvpgraph prepare for a {encoder.checkpoint.pipeline}. Change it, or copy it.
@@ -71,7 +69,7 @@ def run_text(out: Path, encoder: Encoder, card: dict[str, Any], dtype: str) -> s
 # `jvpgraph train --help` has all settings.
 base: {json.dumps(str((out / SETTINGS).resolve()), ensure_ascii=False)} # checkpoint, data, guidance, decoder
 out: {json.dumps(f"out/{name}", ensure_ascii=False)} # checkpoints, previews, log
-model: {{options: {{dtype: {precision}}}}} # {why}
+model: {{options: {{dtype: {precision}}}}} # bfloat16: half the memory; float32: exact
 student:
   lora: {{rank: 64, alpha: 64{targets}}} # without this line all weights are trained, which takes far more memory
   checkpoint_blocks: true # less memory, about a third more time
