@@ -274,9 +274,8 @@ class OpByOp(Shadows, TorchDispatchMode):
             raise UnsupportedOp([unsupported(func, {"self": args[0]}, MOVED)])
         if func is TANGENT_OF:
             self._check_written(func, {"y": args[0]}, [])
-            y, dtype = args[0], (*args, None, None)[2] or args[0].dtype
-            dot = self.tangent(y)
-            return self._made(torch.zeros_like(y, dtype=dtype) if dot is None else dot.to(dtype, copy=True))
+            dot, dtype = self.tangent(args[0]), (*args, None, None)[2] or args[0].dtype
+            return self._made(torch.zeros_like(args[0], dtype=dtype) if dot is None else dot.to(dtype, copy=True))
         if func is aten.detach.default:
             return self._detach(*args)
         return self._made(self._run(func, args, kwargs))
