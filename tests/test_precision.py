@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import jvpgraph
 from jvpgraph import Config
-from jvpgraph.kernels.products import mm_float32
 from jvpgraph.precision import PRECISIONS
 
 WIDE = Config(tangent_precision="float32")

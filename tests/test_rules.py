@@ -349,7 +349,7 @@ def test_rule_in_bfloat16_is_off_by_a_few_roundings(case: Case, precision: str):
             continue
         wide = zipped(lambda x: x.float() if x.dtype == torch.bfloat16 else x, dots)
         found, _ = tangents_of(case.op, out, rounded, wide, precision)
-            found = [d if isinstance(d, Tensor) else None for d in trial.flat(found)]
+        found = [d if isinstance(d, Tensor) else None for d in trial.flat(found)]
         pairs = zip(found, trial.flat(double), strict=True)
         expected = [None if d is None else x.to(d.dtype) for d, x in pairs]
         trial.agree(f"with {precision} != in float64", found, expected, tolerance=2**-6)
