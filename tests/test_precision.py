@@ -8,9 +8,12 @@ import pytest
 import torch
 from models import Block, Checkpointed, TinyDiT
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+from torch.nn import functional as F
 
 import jvpgraph
 from jvpgraph import Config
+from jvpgraph.kernels.products import mm_float32
 from jvpgraph.precision import PRECISIONS
 
 WIDE = Config(tangent_precision="float32")
@@ -116,3 +119,107 @@ def test_tangents_of_inputs_may_be_float32(how):
     torch.testing.assert_close(dual(given, tangents={"input": fine})[1], fine, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"dtype torch.float32, the input has torch.bfloat16"):
         jvpgraph.transform(model, **how)(given, tangents={"input": fine})
+
+
+class Looped(nn.Module):
+    """The same layer again and again, by a loop that is one op; and a branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Parameter(torch.randn(6, 8, 8) / 3)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def step(carry: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            new = carry + F.silu(self.norm(carry) @ weight)
+            return new, new.clone()
+
+        last, _ = scan(step, x, self.layers)
+        return torch.cond(x.sum() > 0, lambda y: y * 3, lambda y: y.sin() + y, (last,))
+
+
+class Cast(nn.Module):
+    """Half precision under autocast, views of parts, a write in place, a Function with a tangent of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            for layer in self.layers:
+                y = layer(x)
+                y[:, 1:3] = y[:, 1:3] * 0.5
+                a, b = y.chunk(2, -1)
+                x = x + torch.cat([torch.complex(a.float(), b.float()).abs(), Doubled.apply(b)], -1).bfloat16()
+        return x.bfloat16()
+
+
+class Doubled(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def jvp(ctx, x_dot):
+        return 2 * x_dot
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "share"), [(Looped, torch.bfloat16, 0.9), (Cast, torch.float32, 1.1)], ids=["loops", "autocast"]
+)
+@pytest.mark.parametrize("backend", ["eager", "op_by_op", "inductor"])
+def test_what_models_are_made_of(model, dtype, share, backend):
+    """Tangents are handed on in float32 by loops and branches, in the dtype of the primal to others' functions."""
+    torch.manual_seed(0)
+    model = model().to(dtype)
+    given, dot = torch.randn(2, 3, 8).to(dtype)
+    exact = copy.deepcopy(model).double()
+    want = jvpgraph.transform(exact, backend="eager")(given.double(), tangents={"x": dot.double()})[1]
+    found = [
+        jvpgraph.transform(model, backend=backend, config=Config(tangent_precision=precision))(
+            given, tangents={"x": dot}
+        )
+        for precision in PRECISIONS
+    ]
+    errors = [error(y_dot, want) for _, y_dot in found]
+    assert [y_dot.dtype for _, y_dot in found] == [torch.bfloat16, torch.float32, torch.float32]
+    assert max(errors[1:]) < share * errors[0], errors
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_several_tangents_are_calls_of_their_own(precision):
+    model, given = deep(), drawn(torch.bfloat16)
+    config = Config(tangent_precision=precision)
+    one = jvpgraph.transform(model, backend="eager", config=config)
+    many = jvpgraph.transform(model, backend="eager", config=config, tangents_batched=True)
+    dots = torch.randn(3, *given["x"].shape).bfloat16()
+    _, y_dots = many(given["x"], given["t"], tangents={"x": dots})
+    alone = torch.stack([one(given["x"], given["t"], tangents={"x": dot})[1] for dot in dots])
+    assert y_dots.dtype == alone.dtype
+    assert error(y_dots, alone.double()) < 0.02
+
+
+@pytest.mark.parametrize("shapes", [((3, 4), (4, 5)), ((2, 3, 4), (2, 4, 5))], ids=["matrices", "stacks"])
+def test_products_in_float32(shapes):
+    a, b = (torch.randn(s, dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+    y = mm_float32(a, b)
+    torch.testing.assert_close(y, (a.double() @ b.double()).float())
+    want = torch.autograd.grad((a.double() @ b.double()).sum(), (a, b))
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), (a, b)), want, rtol=2**-7, atol=2**-7)
+    torch.library.opcheck(torch.ops.jvpgraph.mm_float32.default, (a, b))
+    for dims in ((0, None), (None, 0), (0, 0)):
+        given = [x if d is None else torch.stack([x, 2 * x]) for x, d in zip((a, b), dims)]
+        several = torch.func.vmap(mm_float32, dims)(*given)
+        alone = [mm_float32(*(x if d is None else x[i] for x, d in zip(given, dims))) for i in range(2)]
+        torch.testing.assert_close(several, torch.stack(alone))
