@@ -41,7 +41,8 @@ def dual_forward(
         out = call(*args, **kwargs)
         differentiated = out[0] if has_aux else out
         active = [leaf for _path, leaf in leaves(differentiated) if has_tangent(leaf)]
-        answers = [tangent_of(leaf, differentiable, widened(leaf.dtype, precision)) for leaf in active]
+        dtypes = [None if precision == "model" else widened(leaf.dtype) for leaf in active]
+        answers = [tangent_of(leaf, differentiable, dtype) for leaf, dtype in zip(active, dtypes)]
         if batched:
             count = next(iter(dots.values())).shape[0]
             answers = [ALL_OF(answer, count) for answer in answers]

@@ -65,6 +65,8 @@ def tangent_of(y: Tensor, differentiable: bool = False, dtype: torch.dtype | Non
         differentiable: the tangent has gradients in everything that it depends on; autograd then differentiates all
             tangents of the graph together with the primal. By default the tangent is detached.
     """
+    if dtype is None:
+        return TANGENT_OF(y, True) if differentiable else TANGENT_OF(y).detach()
     return TANGENT_OF(y, True, dtype) if differentiable else TANGENT_OF(y, False, dtype).detach()
 
 
