@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo check test test-long test-all test-dist test-kernels test-scaling test-gpu-script mutants lint format gate fuzz kinds zoo zoo-exact reach opinfo opinfo-table bench bench-quality scaling plan-table wheels gpu dump docs clean
+.PHONY: help demo check test test-long test-all test-dist test-kernels test-scaling test-gpu-script mutants lint format gate fuzz kinds zoo zoo-exact reach opinfo opinfo-table bench precision bench-quality scaling plan-table wheels gpu dump docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -110,6 +110,9 @@ bench: $(READY)  ## time compared with torch.func.jvp and finite differences; co
 	$(BIN)/python -m benchmarks.dit --out $(OUT)/bench
 	$(BIN)/python -m benchmarks.several_tangents --out $(OUT)/bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.compile_time --regions-only --out $(OUT)/bench
+
+precision: $(READY)  ## errors of tangents in bfloat16 by how they are computed, for docs/precision.md: ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.precision --times --out $(OUT)/precision
 
 bench-quality: $(READY)  ## rCM, sCM, DMD, dCM and MeanFlow on the digits, three seeds: an hour and a half on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality --out $(OUT)/quality

@@ -119,7 +119,7 @@ def jvp(
         has_aux=has_aux,
     )
     inputs = Inputs.positional(primals, first=1)
-    dots = match_tangents(given, inputs, settings.config.check_finite, settings.tangents_batched)
+    dots = match_tangents(given, inputs, settings.config.check_finite, settings.tangents_batched, settings.wide)
     out, out_dot = _of_function(fn, settings, primals, dots)
     return (out[0], out_dot, out[1]) if has_aux else (out, out_dot)
 
@@ -162,7 +162,7 @@ class DualModule(nn.Module):
             return self.model(*args, **kwargs)
         inputs = Inputs.of(self.model, args, kwargs)
         settings = self._dual.settings
-        dots = match_tangents(tangents, inputs, settings.config.check_finite, settings.tangents_batched)
+        dots = match_tangents(tangents, inputs, settings.config.check_finite, settings.tangents_batched, settings.wide)
         with explaining_heads(self.model):
             return self._dual(args, kwargs, dots)
 
@@ -178,8 +178,8 @@ class DualModule(nn.Module):
         Args:
             dynamic: count FLOPs for symbolic sizes where the model allows it.
         """
-        inputs = Inputs.of(self.model, args, kwargs)
-        dots = match_tangents(tangents, inputs, batched=self._dual.settings.tangents_batched)
+        inputs, settings = Inputs.of(self.model, args, kwargs), self._dual.settings
+        dots = match_tangents(tangents, inputs, False, settings.tangents_batched, settings.wide)
         return explain(self._dual, self.model, inputs.paths, (args, kwargs, dots), dynamic)
 
     @property

@@ -41,7 +41,11 @@ class Dual:
     def __init__(self, call: Callable[..., Any], settings: Settings):
         self.settings = settings
         self.forward = dual_forward(
-            call, settings.has_aux, settings.differentiable_tangent, bool(settings.tangents_batched)
+            call,
+            settings.has_aux,
+            settings.differentiable_tangent,
+            bool(settings.tangents_batched),
+            settings.config.tangent_precision,
         )
         self.strategy, self.reports, self.regions = choose(call, settings)
         self._call = call
@@ -57,7 +61,9 @@ class Dual:
         out, flat_dots = self._run((args, kwargs, dots))
         if self.settings.config.check_finite:
             alone = _alone() and not self.settings.tangents_batched
-            check_finite(self.forward if alone else None, (args, kwargs, dots), flat_dots)
+            check_finite(
+                self.forward if alone else None, (args, kwargs, dots), flat_dots, self.settings.config.tangent_precision
+            )
         remaining = iter(flat_dots)
         differentiated = out[0] if self.settings.has_aux else out
         refuse_hidden(differentiated)
@@ -108,7 +114,7 @@ class Dual:
         if not self._said_aside:
             log.warning("jvpgraph: torch.compile, %s compiles nothing: this call runs op by op", aside)
         self._said_aside = True
-        return OpByOp()(self.forward, inputs)
+        return OpByOp(self.settings.config)(self.forward, inputs)
 
 
 def _alone() -> bool:

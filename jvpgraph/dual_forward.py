@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from jvpgraph.markers import ALL_OF, ONE_OF, make_dual, tangent_of
+from jvpgraph.precision import widened
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.tree import leaves, map_leaves
 
@@ -17,7 +18,11 @@ __all__ = ["another", "dual_forward"]
 
 
 def dual_forward(
-    call: Callable[..., Any], has_aux: bool = False, differentiable: bool = False, batched: bool = False
+    call: Callable[..., Any],
+    has_aux: bool = False,
+    differentiable: bool = False,
+    batched: bool = False,
+    precision: str = "model",
 ) -> Callable[..., tuple[Any, list[Tensor]]]:
     """Mark the inputs, call ``call``, ask for the tangent of each output leaf.
 
@@ -36,7 +41,8 @@ def dual_forward(
         out = call(*args, **kwargs)
         differentiated = out[0] if has_aux else out
         active = [leaf for _path, leaf in leaves(differentiated) if has_tangent(leaf)]
-        answers = [tangent_of(leaf, differentiable) for leaf in active]
+        dtypes = [None if precision == "model" else widened(leaf.dtype) for leaf in active]
+        answers = [tangent_of(leaf, differentiable, dtype) for leaf, dtype in zip(active, dtypes)]
         if batched:
             count = next(iter(dots.values())).shape[0]
             answers = [ALL_OF(answer, count) for answer in answers]

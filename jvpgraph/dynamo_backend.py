@@ -26,6 +26,7 @@ from jvpgraph.foreign.capture import trace_ours
 from jvpgraph.graph.meta import source_line
 from jvpgraph.graph.torch_level import STOPS, active_graphs, active_nodes, graphs_in, wants_gradients_of_tangents
 from jvpgraph.inductor import bodies_wait, compile_inner
+from jvpgraph.kernels.products import DECOMPOSITIONS
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.passes.context import Context, Report
 from jvpgraph.passes.pipeline import (
@@ -251,7 +252,7 @@ def _inductor(
         # Where it wants another layout of what the backward keeps, Inductor compares symbolic strides, and fails.
         patches.setdefault("layout_optimization", False)
     with torch._inductor.config.patch(dict(context.config.inductor)):
-        context.decompositions = dict(select_decomp_table())
+        context.decompositions = {**select_decomp_table(), **DECOMPOSITIONS}
     # Rules are written for the ops that PyTorch differentiates: decomposing comes last in our own pipeline.
     inner = inner or compile_inner
     with bodies_wait(passes):

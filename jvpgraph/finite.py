@@ -16,11 +16,14 @@ from jvpgraph.op_by_op import OpByOp
 __all__ = ["check_finite"]
 
 
-def check_finite(forward: Callable[..., Any] | None, inputs: tuple[Any, ...], dots: list[Tensor]) -> None:
+def check_finite(
+    forward: Callable[..., Any] | None, inputs: tuple[Any, ...], dots: list[Tensor], precision: str = "model"
+) -> None:
     """Raise unless all tangents are finite; the call is run once more, op by op, to name the culprit.
 
     Args:
         forward: None where one rank of several cannot run it again, for it may wait for the others.
+        precision: of tangents, as in Config.
 
     Raises:
         NonFiniteTangent: names the first module and op whose tangent is not finite.
@@ -32,11 +35,13 @@ def check_finite(forward: Callable[..., Any] | None, inputs: tuple[Any, ...], do
             "a tangent is NaN or infinite on this rank; run the model in one process with these inputs to have the "
             "module named"
         )
-    culprit = _first_module(forward, inputs) or "an op that is finite when run alone (the compiled kernel differs)"
+    culprit = (
+        _first_module(forward, inputs, precision) or "an op that is finite when run alone (the compiled kernel differs)"
+    )
     raise NonFiniteTangent(f"a tangent is NaN or infinite, first in {culprit}")
 
 
-def _first_module(forward: Callable[..., Any], inputs: tuple[Any, ...]) -> str | None:
+def _first_module(forward: Callable[..., Any], inputs: tuple[Any, ...], precision: str) -> str | None:
     found: list[str] = []
 
     def observe(op: OpOverload, _out: Any, dot: Any) -> None:
@@ -44,7 +49,7 @@ def _first_module(forward: Callable[..., Any], inputs: tuple[Any, ...]) -> str |
             module = max(tracker.parents - {"Global"}, key=len, default="the function itself")
             found.append(f"{module}, op {op}")
 
-    with ModuleTracker() as tracker, torch.no_grad(), OpByOp(observe):
+    with ModuleTracker() as tracker, torch.no_grad(), OpByOp(observe, precision=precision):
         forward(*inputs)
     return found[0] if found else None
 

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from jvpgraph.errors import MarkerExecuted
+from jvpgraph.precision import widened
 from jvpgraph.rules.apply import has_tangent
 
 __all__ = ["ALL_OF", "ARRIVED", "MAKE_DUAL", "ONE_OF", "TANGENT_OF", "make_dual", "tangent_of"]
 
 _library = torch.library.Library("jvpgraph", "FRAGMENT")
 _library.define("make_dual(Tensor x, Tensor x_dot) -> Tensor")
-_library.define("tangent_of(Tensor y, bool differentiable=False) -> Tensor")
+_library.define("tangent_of(Tensor y, bool differentiable=False, ScalarType? dtype=None) -> Tensor")
 _library.define("arrived(Tensor y, Tensor[] others, Tensor[] given, str what) -> Tensor")
 _library.define("one_of(Tensor x_dots) -> Tensor")
 _library.define("all_of(Tensor y_dot, SymInt count) -> Tensor")
@@ -40,33 +41,41 @@ def make_dual(x: Tensor, x_dot: Tensor, differentiable: bool = False) -> Tensor:
 
     Args:
         x: any floating or complex tensor.
-        x_dot: its tangent, of the same shape, dtype and device.
+        x_dot: its tangent, of the same shape, dtype and device; in float32 where ``x`` has half precision, if you like.
         differentiable: let gradients of tangents flow into ``x_dot``. By default it is detached.
 
     Raises:
-        ValueError: shape, dtype or device differ, or ``x`` is neither floating nor complex.
+        ValueError: shape, dtype or device do not fit, or ``x`` is neither floating nor complex.
     """
     if not has_tangent(x):
         raise ValueError(f"only floating and complex tensors have tangents, this one is {x.dtype}")
     for what in ("shape", "dtype", "device"):
-        if getattr(x, what) != getattr(x_dot, what):
+        wide = what == "dtype" and x_dot.dtype == widened(x.dtype)
+        if getattr(x, what) != getattr(x_dot, what) and not wide:
             given, wanted = getattr(x_dot, what), getattr(x, what)
             raise ValueError(f"the tangent has {what} {given}, its primal has {what} {wanted}")
     return MAKE_DUAL(x, x_dot if differentiable else x_dot.detach())
 
 
-def tangent_of(y: Tensor, differentiable: bool = False) -> Tensor:
+def tangent_of(y: Tensor, differentiable: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """The tangent of ``y``: zeros where ``y`` does not depend on a marked tensor.
 
     Args:
+        dtype: of the result; that of ``y`` if not given.
         differentiable: the tangent has gradients in everything that it depends on; autograd then differentiates all
             tangents of the graph together with the primal. By default the tangent is detached.
     """
-    return TANGENT_OF(y, True) if differentiable else TANGENT_OF(y).detach()
+    if dtype is None:
+        return TANGENT_OF(y, True) if differentiable else TANGENT_OF(y).detach()
+    return TANGENT_OF(y, True, dtype) if differentiable else TANGENT_OF(y, False, dtype).detach()
 
 
 def _same_layout(x: Tensor, *_: object) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+def _tangent_of(y: Tensor, differentiable: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_strided(y.shape, y.stride(), dtype=dtype or y.dtype, device=y.device)
 
 
 def _one(x_dots: Tensor) -> Tensor:
@@ -88,6 +97,10 @@ def _no_backward(_ctx: object, _grad: Tensor) -> tuple[None, None]:
     return None, None
 
 
+def _tangent_of_backward(_ctx: object, _grad: Tensor) -> tuple[None, None, None]:
+    return None, None, None
+
+
 def _make_dual_backward(_ctx: object, grad: Tensor) -> tuple[Tensor, None]:
     return grad, None
 
@@ -101,9 +114,9 @@ def _arrived_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 torch.library.register_fake("jvpgraph::make_dual", _same_layout, lib=_library)
-torch.library.register_fake("jvpgraph::tangent_of", _same_layout, lib=_library)
+torch.library.register_fake("jvpgraph::tangent_of", _tangent_of, lib=_library)
 torch.library.register_autograd("jvpgraph::make_dual", _make_dual_backward, lib=_library)
-torch.library.register_autograd("jvpgraph::tangent_of", _no_backward, lib=_library)
+torch.library.register_autograd("jvpgraph::tangent_of", _tangent_of_backward, lib=_library)
 torch.library.register_fake("jvpgraph::arrived", _same_layout, lib=_library)
 torch.library.register_autograd("jvpgraph::arrived", _arrived_backward, setup_context=_arrived_setup, lib=_library)
 torch.library.register_fake("jvpgraph::one_of", _one, lib=_library)

@@ -60,6 +60,11 @@ class Settings:
         return f"tangents_batched={self.tangents_batched}" if self.tangents_batched else ""
 
     @property
+    def wide(self) -> bool:
+        """Whether tangents of half-precision values may be float32."""
+        return self.config.tangent_precision != "model"
+
+    @property
     def compiles(self) -> bool:
         return self.backend != "op_by_op"
 

@@ -41,8 +41,8 @@ def register_sharding_rules() -> None:
         return [([p], [p, p]) for p in (Replicate(), Partial(), *map(Shard, range(x.ndim)))]
 
     @register_sharding(TANGENT_OF)
-    def tangent_of(y: Any, differentiable: bool = False) -> list[Placements]:
-        return [([p], [p, None]) for p in (Replicate(), Partial(), *map(Shard, range(y.ndim)))]
+    def tangent_of(y: Any, differentiable: bool = False, dtype: Any = None) -> list[Placements]:
+        return [([p], [p, None, None]) for p in (Replicate(), Partial(), *map(Shard, range(y.ndim)))]
 
     def register(op: OpOverload) -> None:
         register_sharding(op)(lambda *args, **kwargs: attention_placements(op, args, kwargs))

@@ -112,8 +112,8 @@ def all_bytes(x: Tensor) -> Tensor:
     return torch.empty(x.untyped_storage().nbytes(), dtype=torch.uint8, device=x.device)
 
 
-def view_of(shadow: torch.UntypedStorage, x: Tensor) -> Tensor:
-    view = torch.empty(0, dtype=x.dtype, device=x.device)
+def view_of(shadow: torch.UntypedStorage, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    view = torch.empty(0, dtype=dtype or x.dtype, device=x.device)
     view.set_(shadow, x.storage_offset(), x.size(), x.stride())
     view = view.conj() if x.is_conj() else view
     return torch._neg_view(view) if x.is_neg() else view

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from jvpgraph.config import Config
 from jvpgraph.dual_forward import another
 from jvpgraph.dynamo import backward_at_once, hit_recompile_limit, in_one_piece, own_errors
 from jvpgraph.dynamo_backend import Backend
@@ -56,12 +57,13 @@ class OneGraph:
 class OpByOp:
     """No graph: each op is followed by its tangent. Its report is of the last call."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config) -> None:
         self.reports: list[Report] = []
-        self._small = SmallGraphs(Backend("eager"))
+        self._precision = config.tangent_precision
+        self._small = SmallGraphs(Backend("eager", Config(tangent_precision=self._precision)))
 
     def __call__(self, forward: Callable[..., Any], inputs: Inputs) -> Result:
-        with Mode(graphs=self._small) as mode:
+        with Mode(graphs=self._small, precision=self._precision) as mode:
             result: Result = forward(*inputs)
         self.reports[:] = [Report(rules=mode.rules, active=sum(rules.total() for rules in mode.rules.values()))]
         return result
@@ -108,7 +110,7 @@ def choose(
             run without being compiled.
     """
     if not settings.compiles:
-        op_by_op = OpByOp()
+        op_by_op = OpByOp(settings.config)
         return op_by_op, op_by_op.reports, None
     backend = settings.backend if isinstance(settings.backend, Backend) else Backend(settings.compiler, settings.config)
     if explains:

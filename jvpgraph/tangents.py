@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from jvpgraph.errors import NonFiniteTangent
+from jvpgraph.precision import widened
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.tree import leaves
 
@@ -62,12 +63,13 @@ class Inputs:
 
 
 def match_tangents(
-    tangents: Mapping[Any, Any], inputs: Inputs, finite: bool = False, batched: bool | int = False
+    tangents: Mapping[Any, Any], inputs: Inputs, finite: bool = False, batched: bool | int = False, wide: bool = False
 ) -> dict[str, Tensor]:
     """Tangents by the path of their input.
 
     Args:
         finite: require that they are finite.
+        wide: those of inputs in half precision may be float32.
         batched: there are several of each input, along a first dim of their own: so many, or with True any number.
 
     Raises:
@@ -94,7 +96,7 @@ def match_tangents(
         for what in ("shape", "dtype", "device"):
             wanted, got = getattr(primal, what), getattr(dot, what)
             got = got[1:] if batched and what == "shape" else got
-            if wanted != got:
+            if wanted != got and not (wide and what == "dtype" and got == widened(wanted)):
                 pair = (tuple(got), tuple(wanted)) if what == "shape" else (got, wanted)
                 each = f"tangents of {name!r} have" if batched else f"tangent of {name!r} has"
                 raise ValueError(f"the {each} {what} {pair[0]}, the input has {pair[1]}")

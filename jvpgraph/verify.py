@@ -12,6 +12,7 @@ from jvpgraph.errors import VerifyError
 from jvpgraph.graph.meta import TANGENT_META
 from jvpgraph.graph.torch_level import graphs_in
 from jvpgraph.markers import ARRIVED, MAKE_DUAL, TANGENT_OF
+from jvpgraph.precision import widened
 
 __all__ = ["ATEN", "LOWERED", "TORCH_LEVEL", "Invariant", "verify"]
 
@@ -28,7 +29,7 @@ def every_op_has_an_example(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
 def marked_inputs_fit_their_tangents(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
     for node in graph.find_nodes(op="call_function", target=MAKE_DUAL):
         x, x_dot = (given.meta.get("example_value") for given in node.args[:2])
-        if isinstance(x, Tensor) and isinstance(x_dot, Tensor) and (x.dtype, x.dim()) != (x_dot.dtype, x_dot.dim()):
+        if isinstance(x, Tensor) and isinstance(x_dot, Tensor) and not _fits(x, x_dot):
             yield node, f"marks {x.dtype} of {x.dim()} dims with a tangent that is {x_dot.dtype} of {x_dot.dim()} dims"
 
 
@@ -45,11 +46,16 @@ def tangents_fit_their_primals(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]
         value = primal.meta.get("val") if primal is not None else None
         if isinstance(value, Tensor):
             dot: Any = node.meta["val"]
-            if dot.dtype != value.dtype or dot.dim() != value.dim():
+            if not _fits(value, dot):
                 yield (
                     node,
                     f"is {dot.dtype} of {dot.dim()} dims, its primal {value.dtype} of {value.dim()} dims",
                 )
+
+
+def _fits(value: Tensor, dot: Tensor) -> bool:
+    """Of as many dims, and in the dtype of the primal; or in float32, where that has half precision."""
+    return dot.dim() == value.dim() and dot.dtype in (value.dtype, widened(value.dtype))
 
 
 def no_marker_is_left(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:

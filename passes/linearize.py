@@ -36,6 +36,7 @@ from jvpgraph.graph.strides import flat_memory, in_layout, overlaps, span_of
 from jvpgraph.graph.torch_level import graphs_in
 from jvpgraph.markers import ARRIVED, MAKE_DUAL, TANGENT_OF
 from jvpgraph.passes.context import Context, Report
+from jvpgraph.precision import widened
 from jvpgraph.rules import NoRule, tangents_of
 from jvpgraph.rules.apply import Unknown, any_has_tangent, argument_tangent, bind, has_tangent, remedy
 from jvpgraph.rules.shape import stops_tangent
@@ -63,7 +64,7 @@ def linearize(gm: fx.GraphModule, context: Context) -> None:
 
 def _insert_tangents(gm: fx.GraphModule, context: Context, seeds: dict[fx.Node, fx.Node]) -> None:
     """In gm and the bodies that it runs; ``seeds`` are the tangents of placeholders, where gm is a body itself."""
-    graph, report = gm.graph, context.report
+    graph, report, precision = gm.graph, context.report, context.config.tangent_precision
     starts = [*graph.find_nodes(op="call_function", target=MAKE_DUAL), *seeds]
     ends = graph.find_nodes(op="call_function", target=TANGENT_OF)
     if not starts and not ends:
@@ -100,12 +101,13 @@ def _insert_tangents(gm: fx.GraphModule, context: Context, seeds: dict[fx.Node, 
             try:
                 if differentiable_call(node) and _any_tangent(node.all_input_nodes, tangent):
                     wanted = {item.args[1] for item in node.users if item in path}
-                    dot_of = partial(_beside, node=node, tangent=tangent, recorder=recorder)
-                    new, dots = extend(gm, node, dot_of, wanted, partial(_in_body, context=context))  # type: ignore[arg-type]
+                    dot_of = partial(_beside, node=node, tangent=tangent, recorder=recorder, precision=precision)
+                    in_body = partial(_in_body, context=context)
+                    new, dots = extend(gm, node, dot_of, wanted, in_body, precision)  # type: ignore[arg-type]
                     tangent[new] = dots
                     recorder.inserted += [dot for dot in dots if dot is not None]
                     continue
-                tangent[node] = _tangent_of_node(node, tangent, recorder, report)
+                tangent[node] = _tangent_of_node(node, tangent, recorder, context)
             except UnsupportedOp as inside:
                 refused += inside.nodes
                 tangent[node] = _pretended(node)
@@ -130,13 +132,14 @@ def _insert_tangents(gm: fx.GraphModule, context: Context, seeds: dict[fx.Node, 
         node.meta[INSERTED_META] = True
 
 
-def _beside(x: Any, node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder) -> fx.Node | None:
-    """The tangent of an operand of ``node``, laid out as the operand is: bodies count on it."""
+def _beside(x: Any, node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, precision: str) -> fx.Node | None:
+    """The tangent of an operand of ``node``, laid out as the operand is and of one dtype: bodies count on it."""
     dot = tangent.get(x) if isinstance(x, fx.Node) else None
     if dot is None:
         return None
     with recorder.behind(node.prev):
-        return recorder.node_of(in_layout(recorder.stand_in(dot), value_of(x)))
+        x_dot = recorder.stand_in(dot).to(widened(value_of(x).dtype, precision))
+        return recorder.node_of(in_layout(x_dot, value_of(x)))
 
 
 def _in_body(body: fx.GraphModule, seeds: dict[fx.Node, fx.Node], context: Context) -> None:
@@ -159,7 +162,8 @@ def _number_read(node: fx.Node, tangent: dict[fx.Node, Any], read: dict[fx.Node,
     return next((read[n] for n in node.all_input_nodes if n in read), None)
 
 
-def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, report: Report) -> Any:
+def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, context: Context) -> Any:
+    report, precision = context.report, context.config.tangent_precision
     if node.target is operator.getitem:
         dots = tangent.get(node.all_input_nodes[0])
         dot = dots[node.args[1]] if dots is not None else None
@@ -181,7 +185,8 @@ def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recor
     with recorder.behind(node):
         out = recorder.stand_in(node)
         try:
-            out_dot, source = tangents_of(op, out, recorder.stand_ins(arguments), recorder.stand_ins(dots))
+            given = recorder.stand_ins(arguments), recorder.stand_ins(dots)
+            out_dot, source = tangents_of(op, out, *given, precision)
         except NotImplementedError as reason:
             raise NoRule(str(reason)) from reason
         report.rules[source][str(op)] += 1
@@ -263,7 +268,7 @@ def _answer(marker: fx.Node, dot: fx.Node | None, recorder: Recorder, taken: set
             answer = torch.zeros_like(like)
         else:
             answer = recorder.stand_in(dot)
-        answer = in_layout(answer, promised)
+        answer = in_layout(answer.to(promised.dtype), promised)
         memory = _memory_of(recorder.node_of(answer))
         if memory.op == "placeholder" or memory in taken:
             answer = answer.clone()

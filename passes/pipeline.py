@@ -238,7 +238,8 @@ class JointPasses(CustomGraphPass):
         if self.users is not None and users is None:
             return None
         config = self.pipeline.context.config
-        own = f"{_code_hash()}-{_rules()}-{self.stage.name}-{sorted(config.skip_passes)}-{torch.__version__}"
+        settings = f"{sorted(config.skip_passes)}-{config.tangent_precision}"
+        own = f"{_code_hash()}-{_rules()}-{self.stage.name}-{settings}-{torch.__version__}"
         return own if users is None else (own, users)
 
 

@@ -69,7 +69,7 @@ LAYERS = (
     ),
     ("jvpgraph.rules",),
     ("jvpgraph.kernels",),
-    ("jvpgraph.errors",),
+    ("jvpgraph.errors", "jvpgraph.precision"),
 )
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
 import jvpgraph
+from jvpgraph.precision import PRECISIONS
 from jvpgraph.rules import TABLE, NoRule, Rule, bilinear, jvp, linear, no_tangent, tangents_of
 from jvpgraph.rules.apply import apply_rule, bind, has_tangent
 from jvpgraph.rules.derived import NotDerivable, Unknown, derive
@@ -321,8 +322,9 @@ def test_rule_traces_with_symbolic_sizes(case: Case):
         check_symbolic(case, primals, like(active_of(TABLE[case.op], primals), rng))
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("case", ON_ONE_PROCESS)
-def test_rule_in_bfloat16_is_off_by_a_few_roundings(case: Case):
+def test_rule_in_bfloat16_is_off_by_a_few_roundings(case: Case, precision: str):
     for number, made in enumerate(case.calls):
         rng = seeded(case, number)
         primals = primals_of(case, made, rng)
@@ -342,7 +344,15 @@ def test_rule_in_bfloat16_is_off_by_a_few_roundings(case: Case):
         double = apply_rule(rule, run(case, exact), exact, zipped(lambda x: x.double(), dots))
         pairs = zip(flat(out), trial.flat(double), strict=True)
         expected = [x.to(o.dtype) if isinstance(x, Tensor) else None for o, x in pairs]
-        trial.agree("in bfloat16 != in float64", trial.jvp(dots), expected, tolerance=2**-6)
+        if precision == "model":
+            trial.agree("in bfloat16 != in float64", trial.jvp(dots), expected, tolerance=2**-6)
+            continue
+        wide = zipped(lambda x: x.float() if x.dtype == torch.bfloat16 else x, dots)
+        found, _ = tangents_of(case.op, out, rounded, wide, precision)
+        found = [d if isinstance(d, Tensor) else None for d in trial.flat(found)]
+        pairs = zip(found, trial.flat(double), strict=True)
+        expected = [None if d is None else x.to(d.dtype) for d, x in pairs]
+        trial.agree(f"with {precision} != in float64", found, expected, tolerance=2**-6)
 
 
 # --------------------------------------------------------------------------------------- wrong rules

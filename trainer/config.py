@@ -29,6 +29,13 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
+class PrecisionConfig:
+    """Of what is computed, beside the dtype of the weights."""
+
+    tangent: Literal["model", "float32", "float32_matmul"] = "float32"  # jvpgraph.Config.tangent_precision
+
+
+@dataclass(frozen=True)
 class TeacherConfig:
     """How the teacher is kept, which is only asked and never trained."""
 
@@ -241,6 +248,7 @@ class RunConfig:
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     fake_score: FakeScoreConfig = field(default_factory=FakeScoreConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     conditions: dict[str, Any] = field(default_factory=dict)  # the same for all samples: {guidance: 3.5} for FLUX.1-dev
     data: DataConfig = field(default_factory=DataConfig)

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 
 from jvpgraph.markers import TANGENT_OF
+from jvpgraph.precision import widened
 from jvpgraph.rules.apply import has_tangent
 
 __all__ = ["differentiable_call", "extend"]
@@ -73,13 +74,19 @@ def differentiable_call(node: fx.Node) -> bool:
 
 
 def extend(
-    gm: fx.GraphModule, node: Any, dot_of: Callable[[Any], fx.Node | None], wanted: set[int], linearize: Linearize
+    gm: fx.GraphModule,
+    node: Any,
+    dot_of: Callable[[Any], fx.Node | None],
+    wanted: set[int],
+    linearize: Linearize,
+    precision: str = "model",
 ) -> tuple[fx.Node, list[fx.Node | None]]:
     """Replace ``node`` in ``gm`` by a call that also returns tangents.
 
     Args:
         dot_of: the tangent of an operand, laid out as that is, before ``node``.
         wanted: the outputs whose tangents are asked for.
+        precision: of tangents, one of PRECISIONS.
         linearize: ``(body, tangents of its placeholders)`` replaces the ``tangent_of`` in the body.
 
     Returns:
@@ -92,7 +99,7 @@ def extend(
     carried = len(groups[0]) if form.carries else 0
     steps = bodies[1:] if form.decides else bodies
     if form.carries:
-        _carry(node, steps[0], groups, dots)
+        _carry(node, steps[0], groups, dots, precision)
     active = [[dot is not None for dot in group] for group in dots]
     reached = set().union(*(_active_outputs(body, active) for body in steps))
     asked = [i for i in range(carried) if active[0][i]]
@@ -103,7 +110,7 @@ def extend(
     for i, body in enumerate(bodies):
         if not hasattr(gm, names[i]):
             is_step = body in steps
-            new = _extended_body(body, active, asked if is_step else None, carried, linearize)
+            new = _extended_body(body, active, asked if is_step else None, carried, linearize, precision)
             setattr(gm, names[i], new)
     values = list(node.meta["val"])
     order = _order(len(values), asked, carried)
@@ -112,11 +119,11 @@ def extend(
         both = [[*group, *(dot for dot in more if dot is not None)] for group, more in zip(groups, dots)]
         call = gm.graph.call_function(node.target, form.arguments(node, attributes, both, name), node.kwargs)
     call.meta.update((key, found) for key, found in node.meta.items() if key not in OF_ARGUMENTS)
-    call.meta.update(val=tuple(_like(values[i]) if is_dot else values[i] for i, is_dot in order))
+    call.meta.update(val=tuple(_like(values[i], precision) if is_dot else values[i] for i, is_dot in order))
     return call, _redirect(node, call, order)
 
 
-def _carry(node: fx.Node, body: fx.GraphModule, groups: list[list[Any]], dots: list[list[Any]]) -> None:
+def _carry(node: fx.Node, body: fx.GraphModule, groups: list[list[Any]], dots: list[list[Any]], precision: str) -> None:
     """Carried values that get a tangent on the way begin with a tangent of zeros."""
     while True:
         active = [[dot is not None for dot in group] for group in dots]
@@ -126,8 +133,9 @@ def _carry(node: fx.Node, body: fx.GraphModule, groups: list[list[Any]], dots: l
         for i in late:
             value = groups[0][i].meta["val"]
             with node.graph.inserting_before(node):
-                dots[0][i] = node.graph.call_function(torch.ops.aten.zeros_like.default, (groups[0][i],))
-            dots[0][i].meta["val"] = _like(value)
+                how: dict[str, Any] = {"dtype": widened(value.dtype, precision)}
+                dots[0][i] = node.graph.call_function(torch.ops.aten.zeros_like.default, (groups[0][i],), how)
+            dots[0][i].meta["val"] = _like(value, precision)
 
 
 def _active_outputs(body: fx.GraphModule, active: list[list[bool]]) -> set[int]:
@@ -159,7 +167,12 @@ def _order(outputs: int, asked: list[int], carried: int) -> list[tuple[int, bool
 
 
 def _extended_body(
-    body: fx.GraphModule, active: list[list[bool]], asked: list[int] | None, carried: int, linearize: Linearize
+    body: fx.GraphModule,
+    active: list[list[bool]],
+    asked: list[int] | None,
+    carried: int,
+    linearize: Linearize,
+    precision: str,
 ) -> fx.GraphModule:
     """A copy of body that takes tangents, and returns those of the outputs that are asked for; None: only takes."""
     graph = fx.Graph()
@@ -176,7 +189,7 @@ def _extended_body(
                 assert last is not None
                 with graph.inserting_after(last):
                     last = graph.placeholder(f"{placeholder.name}_dot")
-                last.meta["val"] = _like(placeholder.meta["val"])
+                last.meta["val"] = _like(placeholder.meta["val"], precision)
                 seeds[placeholder] = last
     if asked is None:
         graph.output(returned)
@@ -184,15 +197,17 @@ def _extended_body(
     markers = {}
     for i in asked:
         markers[i] = graph.call_function(TANGENT_OF, (outs[i],))
-        markers[i].meta.update(outs[i].meta, val=_like(outs[i].meta["val"]))
+        markers[i].meta.update(outs[i].meta, val=_like(outs[i].meta["val"], precision))
     graph.output(tuple(markers[i] if is_dot else outs[i] for i, is_dot in _order(len(outs), asked, carried)))
     linearize(new, seeds)
     return new
 
 
-def _like(value: Any) -> Tensor:
+def _like(value: Any, precision: str) -> Tensor:
+    """A tangent's."""
+    dtype = widened(value.dtype, precision)
     with value.fake_mode, torch.no_grad():
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        return torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=value.device)
 
 
 def _redirect(old: fx.Node, new: Any, order: Sequence[tuple[int, bool]]) -> list[fx.Node | None]:

@@ -94,6 +94,7 @@ class OpByOp(Shadows, TorchDispatchMode):
     Args:
         observer: called with (op, primal output, tangent output) after each active op.
         graphs: (mode, op, args, kwargs) runs a higher-order op as a graph, or returns NotImplemented.
+        precision: of tangents, as in Config.
 
     Raises (from inside):
         UnsupportedOp: an op on the tangent path has no rule, or something with a tangent leaves where ops can be seen.
@@ -101,9 +102,9 @@ class OpByOp(Shadows, TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, observer: Observer | None = None, graphs: Graphs | None = None):
+    def __init__(self, observer: Observer | None = None, graphs: Graphs | None = None, precision: str = "model"):
         TorchDispatchMode.__init__(self)
-        Shadows.__init__(self)
+        Shadows.__init__(self, precision)
         self._moved: dict[StorageWeakRef | None, bool] = {}  # copies of inputs elsewhere: whether strides are kept
         self._stopping = False
         self.rules: dict[str, Counter[str]] = {"table": Counter(), "derived": Counter()}  # as in a Report
@@ -273,8 +274,8 @@ class OpByOp(Shadows, TorchDispatchMode):
             raise UnsupportedOp([unsupported(func, {"self": args[0]}, MOVED)])
         if func is TANGENT_OF:
             self._check_written(func, {"y": args[0]}, [])
-            dot = self.tangent(args[0])
-            return self._made(dot.clone() if dot is not None else torch.zeros_like(args[0]))
+            dot, dtype = self.tangent(args[0]), (*args, None, None)[2] or args[0].dtype
+            return self._made(torch.zeros_like(args[0], dtype=dtype) if dot is None else dot.to(dtype, copy=True))
         if func is aten.detach.default:
             return self._detach(*args)
         return self._made(self._run(func, args, kwargs))
@@ -451,7 +452,7 @@ class OpByOp(Shadows, TorchDispatchMode):
         outside = torch._C._ForceDispatchKeyGuard(*self._keys_outside)
         with outside, torch._C._DisableAutocast(), torch.inference_mode(False), torch.no_grad():
             try:
-                dot, source = tangents_of(func, out, arguments, dots)
+                dot, source = tangents_of(func, out, arguments, dots, self.precision)
                 self.rules[source][str(func)] += 1
                 return _arrived(func, dot)
             except NoRule as reason:

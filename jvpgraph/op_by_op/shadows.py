@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
 from jvpgraph.escapes import Newborn
 from jvpgraph.op_by_op.refusals import refusal
+from jvpgraph.precision import widened
 from jvpgraph.rules.apply import argument_tangent, has_tangent
 from jvpgraph.storages import flatten, is_to_come, key_of, plain, view_of
 
@@ -26,7 +27,8 @@ CONSTANTS: dict[StorageWeakRef, None] = {}
 class Shadows:
     """The tangents of one call, by the storage of what has them."""
 
-    def __init__(self) -> None:
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
         self._shadows: dict[StorageWeakRef, torch.UntypedStorage] = {}
         self._dtypes: dict[StorageWeakRef, torch.dtype] = {}  # of what has a shadow
         self._seen: dict[StorageWeakRef, None] = {}  # made by ops of this call
@@ -60,7 +62,7 @@ class Shadows:
                 raise refusal(
                     "view", f"its bits are read as {x.dtype}, but are those of {self._dtypes[key]} with a tangent"
                 )
-            return view_of(shadow, x)
+            return view_of(shadow, x, widened(x.dtype, self.precision))
         if key not in self._seen and key not in CONSTANTS:
             self._vouch_for(x, key)
         return None
@@ -107,7 +109,7 @@ class Shadows:
                 raise refusal(
                     name, "something with a tangent is written to memory that was handed out earlier: clone it first"
                 )
-            size = x.untyped_storage().nbytes()
+            size = x.untyped_storage().nbytes() // x.itemsize * widened(x.dtype, self.precision).itemsize
             shadow = torch.zeros(size, dtype=torch.uint8, device=x.device).untyped_storage()
             self._shadows[key], self._dtypes[key] = shadow, x.dtype.to_real()
         elif x.dtype.to_real() != self._dtypes[key]:
@@ -115,7 +117,7 @@ class Shadows:
         for dim, (size, stride) in enumerate(zip(x.size(), x.stride())):
             if stride == 0 and size > 1:  # one element stands for all of them
                 x, x_dot = x.narrow(dim, 0, 1), x_dot.narrow(dim, 0, 1)
-        view_of(shadow, x).copy_(x_dot)
+        view_of(shadow, x, widened(x.dtype, self.precision)).copy_(x_dot)
 
     def set_unknown(self, x: Tensor, node: UnsupportedNode) -> None:
         """Refuse every use of ``x``, as ``node`` says."""

@@ -145,7 +145,7 @@ class Regions:
         return sum(group.graphs for group in self.groups)
 
     def _call(self, forward: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
-        with OpByOp(graphs=self._small) as mode, self._patches:
+        with OpByOp(graphs=self._small, precision=self._backend.config.tangent_precision) as mode, self._patches:
             self._mode = mode
             try:
                 for region in self._regions:
@@ -268,7 +268,7 @@ class Regions:
             group.graphs += 1
             return self._checking(gm, compiled)
 
-        function = dual_forward(call.run)
+        function = dual_forward(call.run, precision=self._backend.config.tangent_precision)
         return torch.compile(function, backend=backend, fullgraph=True, dynamic=self._dynamic)
 
     def _checking(self, gm: fx.GraphModule, compiled: Callable[..., Any]) -> Callable[..., Any]:

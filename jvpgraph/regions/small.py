@@ -78,4 +78,5 @@ class SmallGraphs:
             found: Tensor = op(*args, **kwargs)[0]
             return found
 
-        return torch.compile(dual_forward(output), backend=self._backend, fullgraph=True, dynamic=self._dynamic)
+        function = dual_forward(output, precision=self._backend.config.tangent_precision)
+        return torch.compile(function, backend=self._backend, fullgraph=True, dynamic=self._dynamic)

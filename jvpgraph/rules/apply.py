@@ -14,8 +14,10 @@ from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, guard_or_false
 
 from jvpgraph.errors import REMEDY, JvpgraphError
+from jvpgraph.precision import HALF, has_half
 from jvpgraph.rules.derived import NotDerivable, Unknown, derive
 from jvpgraph.rules.registry import Rule, rule_of
+from jvpgraph.rules.wide import for_precision, product_in_float32, unchanged_by_cast
 
 __all__ = [
     "NoRule",
@@ -101,7 +103,9 @@ def bind(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[st
     return bound
 
 
-def tangents_of(op: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[str, Any]) -> tuple[Any, str]:
+def tangents_of(
+    op: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[str, Any], precision: str = "model"
+) -> tuple[Any, str]:
     """The tangents of ``out = op(**arguments)`` and where the rule came from.
 
     Args:
@@ -109,6 +113,7 @@ def tangents_of(op: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[
         out: its primal output: a tensor, or a tuple or list of them.
         arguments: every schema argument by name (see :func:`bind`).
         dots: tangents of the active arguments by name; a list with None for tensor lists. At least one.
+        precision: one of PRECISIONS. Unless it is "model", tangents of half precision may be float32, on either side.
 
     Returns:
         ``(out_dot, source)``: None for a zero, or with the structure of ``out``; source is "table" or
@@ -118,12 +123,18 @@ def tangents_of(op: OpOverload, out: Any, arguments: dict[str, Any], dots: dict[
         NoRule: there is no forward derivative, or none that works for these arguments; the message gives the reason.
     """
     rule = rule_of(op)
+    if any(map(has_half, (out, *arguments.values()))):
+        if precision != "model" and (dot := unchanged_by_cast(op, arguments, dots)) is not None:
+            return dot, "table"
+        if (out_dot := product_in_float32(op, arguments, dots, precision)) is not None:
+            return _conform(op, out, out_dot, True), "table"
+        out, arguments, dots = for_precision(op, rule, out, arguments, dots, precision)
     try:
         unmet = rule.unmet(arguments) if rule is not None else ""
         if rule is not None and not unmet and (not rule.terms or set(dots) <= set(rule.wrt)):
-            return apply_rule(rule, out, arguments, dots), "table"
+            return apply_rule(rule, out, arguments, dots, precision != "model"), "table"
         try:
-            out_dot = _conform(op, out, derive(op, out, arguments, dots))
+            out_dot = _conform(op, out, derive(op, out, arguments, dots), precision != "model")
         except NotDerivable as reason:
             raise NoRule(f"{unmet}, and {reason}" if unmet else str(reason)) from reason
     except (NoRule, JvpgraphError, *NOT_OURS):
@@ -141,40 +152,44 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'without a message').splitlines()[0]}"
 
 
-def apply_rule(rule: Rule, out: Any, arguments: dict[str, Any], dots: dict[str, Any]) -> Any:
-    """The tangents of ``out`` by a rule whose preconditions hold and which knows all of ``dots``."""
-    return _conform(rule.op, out, _sum_of_terms(rule, out, arguments, dots))
+def apply_rule(rule: Rule, out: Any, arguments: dict[str, Any], dots: dict[str, Any], wide: bool = False) -> Any:
+    """The tangents of ``out`` by a rule whose preconditions hold and which knows all of ``dots``.
+
+    Args:
+        wide: those of half precision may be float32, and are where terms are added up.
+    """
+    return _conform(rule.op, out, _sum_of_terms(rule, out, arguments, dots, wide), wide)
 
 
-def _sum_of_terms(rule: Rule, out: Any, arguments: dict[str, Any], dots: dict[str, Any]) -> Any:
+def _sum_of_terms(rule: Rule, out: Any, arguments: dict[str, Any], dots: dict[str, Any], wide: bool) -> Any:
     total: Any = None
     values = (out, *arguments.values())
     for term in rule.terms:
         given = {dot: dots[name] for dot, name in zip(term.dots, term.wrt) if dots.get(name) is not None}
         if given:
-            total = _plus(total, term.fn(*values[: term.takes], **given))
+            total = _plus(total, term.fn(*values[: term.takes], **given), wide)
     return total
 
 
-def _plus(a: Any, b: Any) -> Any:
+def _plus(a: Any, b: Any, wide: bool) -> Any:
     if a is None or b is None:
         return a if b is None else b
     if isinstance(a, (tuple, list)):
-        return [_plus(x, y) for x, y in zip(a, b)]
-    return a + b
+        return [_plus(x, y, wide) for x, y in zip(a, b)]
+    return a.to(torch.float32) + b if wide and a.dtype in HALF else a + b
 
 
-def _conform(op: OpOverload, out: Any, out_dot: Any) -> Any:
-    """Broadcast and promote a tangent to its primal, and check that it fits."""
+def _conform(op: OpOverload, out: Any, out_dot: Any, wide: bool) -> Any:
+    """Broadcast and promote a tangent to its primal, and check that it fits; ``wide``: it may have float32 for half."""
     if out_dot is None or isinstance(out_dot, Unknown):
         return out_dot
     if isinstance(out, (tuple, list)):
         if len(out) != len(out_dot):
             raise AssertionError(f"the rule of {op} gave {len(out_dot)} tangents for {len(out)} outputs")
-        return [_conform(op, o, d) for o, d in zip(out, out_dot)]
+        return [_conform(op, o, d, wide) for o, d in zip(out, out_dot)]
     if not has_tangent(out):
         return None
-    if out_dot.dtype != out.dtype:
+    if out_dot.dtype != out.dtype and not (wide and out.dtype in HALF and out_dot.dtype is torch.float32):
         if out_dot.is_complex() and not out.is_complex():
             raise AssertionError(f"the rule of {op} gave a complex tangent for a {out.dtype} output")
         out_dot = out_dot.to(out.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jvpgraph.precision import HALF
 from jvpgraph.rules.reduce import in_float32
 from jvpgraph.rules.registry import jvp
 
@@ -19,6 +20,17 @@ aten = torch.ops.aten
 
 def weighted(x: Tensor, weight: Tensor | None) -> Tensor:
     return x if weight is None else x * weight
+
+
+def statistics(x: Tensor, mean: Tensor, rstd: Tensor, dims: Any, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal deviation as the primal saved them; anew where it rounded them to half, as on a CPU.
+
+    They are written as the op's decomposition has them, so that a compiler finds them computed already.
+    """
+    if rstd.dtype not in HALF:
+        return mean, rstd
+    variance, mean = torch.var_mean(in_float32(x), dims, correction=0, keepdim=True)
+    return mean, torch.rsqrt(variance + eps)
 
 
 def standardized(x: Tensor, mean: Tensor, rstd: Tensor, dims: Any, x_dot: Tensor) -> tuple[Tensor, ...]:
@@ -40,13 +52,19 @@ def standard(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 
 
 @jvp(aten.native_layer_norm.default)
-def layer_norm(outs, x, shape, weight, *_, x_dot):
-    _, mean, rstd = outs
-    x_hat_dot, mean_dot, rstd_dot = standardized(x, mean, rstd, tuple(range(-len(shape), 0)), x_dot)
+def layer_norm(outs, x, shape, weight, bias, eps, *, x_dot):
+    dims = tuple(range(-len(shape), 0))
+    mean, rstd = statistics(x, outs[1], outs[2], dims, eps)
+    x_hat_dot, mean_dot, rstd_dot = standardized(x, mean, rstd, dims, x_dot)
     return weighted(x_hat_dot, weight), mean_dot, rstd_dot
 
 
-jvp(aten.native_layer_norm.default)(lambda o, x, n, w, *_, w_dot: (standard(x, o[1], o[2]) * w_dot, None, None))
+@jvp(aten.native_layer_norm.default)
+def layer_norm_by_weight(outs, x, shape, w, bias, eps, *, w_dot):
+    mean, rstd = statistics(x, outs[1], outs[2], tuple(range(-len(shape), 0)), eps)
+    return standard(x, mean, rstd) * w_dot, None, None
+
+
 jvp(aten.native_layer_norm.default)(lambda o, x, n, w, b, eps, *, b_dot: (b_dot, None, None))
 
 
@@ -70,13 +88,13 @@ def group_norm(outs, x, weight, bias, N, C, HxW, group, eps, *, x_dot=None, weig
     def of_groups(t: Tensor) -> Tensor:
         return t.reshape(N, group, 1)
 
-    _, mean, rstd = outs
     y_dot, mean_dot, rstd_dot = None, None, None
+    mean, rstd = statistics(grouped(x), of_groups(outs[1]), of_groups(outs[2]), -1, eps)
     if x_dot is not None:
-        dots = standardized(grouped(x), of_groups(mean), of_groups(rstd), -1, grouped(x_dot))
+        dots = standardized(grouped(x), mean, rstd, -1, grouped(x_dot))
         y_dot = weighted(dots[0].reshape(x.shape), over_channels(weight, x))
         mean_dot, rstd_dot = dots[1].squeeze(-1), dots[2].squeeze(-1)
-    x_hat = standard(grouped(x), of_groups(mean), of_groups(rstd)).reshape(x.shape)
+    x_hat = standard(grouped(x), mean, rstd).reshape(x.shape)
     return affine(y_dot, x_hat, over_channels(weight_dot, x), over_channels(bias_dot, x)), mean_dot, rstd_dot
 
 
@@ -107,13 +125,13 @@ def batch_norm(outs, x, weight, running_mean, running_var, training, momentum, e
     if training:
         stats_dot[2] = None if running_mean_dot is None else running_mean_dot * (1 - momentum)
         stats_dot[3] = None if running_var_dot is None else running_var_dot * (1 - momentum)
-        mean, rstd = per_channel(outs[1], x), per_channel(outs[2], x)
+        dims = [0, *range(2, x.dim())]
+        mean, rstd = statistics(x, per_channel(outs[1], x), per_channel(outs[2], x), dims, eps)
         if x_dot is not None:
-            dims = [0, *range(2, x.dim())]
             x_hat_dot, mean_dot, rstd_dot = standardized(x, mean, rstd, dims, x_dot)
             mean_dot, rstd_dot = mean_dot.flatten(), rstd_dot.flatten()
             n = math.prod(x.shape[d] for d in dims)
-            var_dot = -2 * rstd_dot / in_float32(outs[2]) ** 3 * n / (n - 1)
+            var_dot = -2 * rstd_dot / in_float32(rstd).flatten() ** 3 * n / (n - 1)
             of_batch = [mean_dot, rstd_dot, momentum * mean_dot, momentum * var_dot]
             stats_dot = [b if a is None else a + b for a, b in zip(stats_dot, of_batch)]
     else:

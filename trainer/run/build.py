@@ -67,7 +67,9 @@ def build_networks(config: RunConfig, layout: Layout, start: Path | None = None)
     # One graph where that can be had. FSDP2 gathers a block's parameters when the block is called, which has to stay a
     # module of its own then; and a network may branch on its data.
     regions = None if config.student.backend == "op_by_op" else "auto"
-    dual = jvpgraph.transform(student, backend=config.student.backend, dynamic=False, regions=regions)
+    of_tangents = jvpgraph.Config(tangent_precision=config.precision.tangent)
+    backend = config.student.backend
+    dual = jvpgraph.transform(student, backend=backend, dynamic=False, regions=regions, config=of_tangents)
 
     def new_student() -> TrigFlow:
         rests = traffic if config.fake_score.offload else None

@@ -41,6 +41,7 @@ RULES = {
     "model": ASKED,  # moved, or another teacher of the same shape
     "imports": ASKED,
     "teacher": ASKED,
+    "precision": ASKED,
     "guidance": ASKED,
     "conditions": ASKED,
     "stages": ASKED,

@@ -35,6 +35,7 @@ def not_finite(
     compute: Compute,
     ranks: Ranks,
     lr: str,
+    precision: str,
 ) -> NotFinite:
     """The error for an update of `networks[trained]` that went wrong; the update is replayed op by op to find out.
 
@@ -50,13 +51,14 @@ def not_finite(
         compute: its loss; random draws must be those of the update.
         ranks: that train together, each with a part of the batch.
         lr: the setting of its learning rate, for the advice: key=value.
+        precision: of tangents, as in the settings.
     """
     if ranks.size > 1:
         return NotFinite("\n".join([*found_by_all(what, terms, batches, networks, trained, ranks), advice(lr)]))
     bad = bad_terms(terms, batches)
     overflow = None if bad else overflowing(networks[trained], terms, batches)
     lines = [f"{what}: the {'loss' if 'loss' in bad else 'gradient'} is not finite", *bad.values()]
-    lines.append(f"  began in {overflow or first_offender(batches, networks, trained, compute)}")
+    lines.append(f"  began in {overflow or first_offender(batches, networks, trained, compute, precision)}")
     return NotFinite("\n".join([*lines, *huge_latents(batches), advice(lr)]))
 
 
@@ -138,7 +140,9 @@ def named(keys: Sequence[str], indices: Sequence[int], most: int = 4) -> str:
     return f"{len(indices)} of {len(keys)} samples ({shown})"
 
 
-def first_offender(batches: Sequence[Batch], networks: Mapping[str, nn.Module], trained: str, compute: Compute) -> str:
+def first_offender(
+    batches: Sequence[Batch], networks: Mapping[str, nn.Module], trained: str, compute: Compute, precision: str
+) -> str:
     """The first thing that is not finite: data, a parameter, a module's output, a tangent, a gradient."""
     at_rest = bad_at_rest(batches, networks)
     if at_rest is not None:
@@ -156,7 +160,8 @@ def first_offender(batches: Sequence[Batch], networks: Mapping[str, nn.Module], 
                 value.register_hook(partial(note, f"the gradient at the output of {where}"))
 
     model = networks[trained]
-    by_ops = jvpgraph.transform(model, backend="op_by_op", config=jvpgraph.Config(check_finite=True))
+    config = jvpgraph.Config(check_finite=True, tangent_precision=precision)
+    by_ops = jvpgraph.transform(model, backend="op_by_op", config=config)
     with ExitStack() as hooks:
         for network, module in networks.items():
             for name, child in module.named_modules():

@@ -1,0 +1,140 @@
+"""Rules evaluated in float32 where the model computes in half precision.
+
+A tangent then has half precision or float32: it is widened where something is computed of it. There are three kinds of
+ops.
+
+* What only moves elements leaves the tangent as it is.
+* Products, attention, collectives and the ops of other packages take and give tangents in the dtype of the primal: that
+  is what tensor cores are fast with, and messages stay short. The two products of a rule are added up in float32.
+* Everything else is evaluated in float32, on the primal's values cast up: residual streams, norms, modulation,
+  rotations, activations, reductions.
+
+A cast to half precision is part of the primal; its tangent stays in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from jvpgraph.kernels.products import mm_float32
+from jvpgraph.precision import HALF, widened
+from jvpgraph.rules.pointwise import times
+from jvpgraph.rules.registry import Rule
+
+__all__ = ["for_precision", "product_in_float32", "unchanged_by_cast"]
+
+aten = torch.ops.aten
+
+MOVES = {
+    *("alias", "cat", "clone", "constant_pad_nd", "detach", "diagonal_scatter", "flip", "gather", "index"),
+    *("_unsafe_index", "index_select", "lift_fresh_copy", "masked_fill", "masked_select", "pixel_shuffle"),
+    *("pixel_unshuffle", "repeat", "roll", "select_scatter", "slice_scatter", "stack", "tril", "triu", "where"),
+    *("_unsafe_view", "_reshape_alias"),
+}
+# By what is added to the product, and is no operand of it.
+PRODUCTS: dict[str, str] = {
+    **dict.fromkeys(("addmm", "addmv", "baddbmm", "addbmm", "addr"), "self"),
+    **dict.fromkeys(("convolution", "_convolution", "linear", "bilinear"), "bias"),
+    **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "matmul", "_trilinear", "_grouped_mm"), ""),
+}
+# Those that give float32: what is added, and the operands.
+WIDE_PRODUCTS = {
+    aten.mm.default: (None, "self", "mat2"),
+    aten.bmm.default: (None, "self", "mat2"),
+    aten.addmm.default: ("self", "mat1", "mat2"),
+    aten.baddbmm.default: ("self", "batch1", "batch2"),
+}
+ATTENTION = ("attention", "_efficient_attention_forward", "_flash_attention_forward")
+NORMS = {"native_layer_norm", "native_group_norm", "_fused_rms_norm"}  # of which the rules know how they were rounded
+CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+
+
+def for_precision(
+    op: OpOverload, rule: Rule | None, out: Any, arguments: dict[str, Any], dots: dict[str, Any], precision: str
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """What the rule of an op is to be given in place of its output, its arguments and their tangents."""
+    name = op._schema.name.partition("::")[2]
+    if precision == "model" or op is torch.ops.aten.view.dtype or op.namespace not in ("aten", "prims", "jvpgraph"):
+        return out, arguments, rounded(arguments, dots)
+    if op.is_view or name in MOVES:
+        return _moved(rule, out, arguments, dots)
+    if name in NORMS or "batch_norm" in name:
+        return out, arguments, _up(dots)
+    product = name in PRODUCTS or name in ATTENTION or name.startswith("_scaled_dot_product")
+    if product and precision == "float32":
+        added = PRODUCTS.get(name, "") if rule is not None else ""
+        return out, arguments, rounded(arguments, dots, but=added)
+    wide = {name: _up(widened(x) if isinstance(x, torch.dtype) else x) for name, x in arguments.items()}
+    return _up(out), wide, _up(dots)
+
+
+def unchanged_by_cast(op: OpOverload, arguments: dict[str, Any], dots: dict[str, Any]) -> Tensor | None:
+    """The tangent that goes in, if a cast of the model's does nothing else to it than round."""
+    dot = next(iter(dots.values()))
+    dtype = arguments.get("dtype")
+    cast = op in CASTS and dtype in HALF and arguments.get("device") is None
+    return dot if cast and dot.dtype is torch.float32 else None
+
+
+def product_in_float32(
+    op: OpOverload, arguments: dict[str, Any], dots: dict[str, Any], precision: str
+) -> Tensor | None:
+    """beta a_dot + alpha (b_dot c + b c_dot) for beta a + alpha b c: of operands in half precision, added in float32.
+
+    None for other ops.
+    """
+    if precision != "float32" or op not in WIDE_PRODUCTS:
+        return None
+    added, left, right = WIDE_PRODUCTS[op]
+    b, c = arguments[left], arguments[right]
+    if b.dtype not in HALF:
+        return None
+    terms = []
+    if (b_dot := dots.get(left)) is not None:
+        terms.append(times(arguments.get("alpha", 1), mm_float32(b_dot.to(b.dtype), c)))
+    if (c_dot := dots.get(right)) is not None:
+        terms.append(times(arguments.get("alpha", 1), mm_float32(b, c_dot.to(c.dtype))))
+    if added is not None and (a_dot := dots.get(added)) is not None:
+        terms.append(times(arguments["beta"], a_dot.to(torch.float32)))
+    return functools.reduce(operator.add, terms)
+
+
+def rounded(arguments: dict[str, Any], dots: dict[str, Any], but: str = "") -> dict[str, Any]:
+    """Tangents in the dtypes of their primals."""
+    return {name: dot if name == but else _as(dot, arguments[name]) for name, dot in dots.items()}
+
+
+def _as(dot: Any, primal: Any) -> Any:
+    if isinstance(dot, (list, tuple)):
+        return [_as(d, p) for d, p in zip(dot, primal)]
+    return dot if dot is None or dot.dtype == primal.dtype else dot.to(primal.dtype)
+
+
+def _moved(
+    rule: Rule | None, out: Any, arguments: dict[str, Any], dots: dict[str, Any]
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """As they come; all in float32 if one of them is, and so zeros that are made like what has no tangent."""
+    leaves = [d for dot in dots.values() for d in (dot if isinstance(dot, (list, tuple)) else [dot]) if d is not None]
+    if all(dot.dtype in HALF for dot in leaves):
+        return out, arguments, dots
+    zeros = [name for name in (rule.wrt if rule is not None else ()) if _lacks(dots.get(name))]
+    return out, {name: _up(x) if name in zeros else x for name, x in arguments.items()}, _up(dots)
+
+
+def _lacks(dot: Any) -> bool:
+    return any(map(_lacks, dot)) if isinstance(dot, (list, tuple)) else dot is None
+
+
+def _up(value: Any) -> Any:
+    """Tensors in half precision in float32."""
+    if isinstance(value, dict):
+        return {name: _up(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_up, value)) if type(value) in (list, tuple) else tuple(map(_up, value))
+    return value.to(torch.float32) if isinstance(value, Tensor) and value.dtype in HALF else value
