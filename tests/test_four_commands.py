@@ -86,9 +86,9 @@ WALKS = [
     Walk("SanaPipeline", "pictures", backend="op_by_op"),
     Walk("WanPipeline", "clips", backend="op_by_op"),
     Walk("FluxPipeline", "prompts", backend="op_by_op"),
-    Walk("WanImageToVideoPipeline", "clips", backend="op_by_op"),
 ]
 SWEEP = [
+    Walk("WanImageToVideoPipeline", "clips", backend="op_by_op"),
     Walk("ZImagePipeline", "pictures", backend="op_by_op"),
     Walk("CogView4Pipeline", "pictures", backend="op_by_op"),
     Walk("PRXPipeline", "prompts", backend="op_by_op"),

@@ -211,6 +211,7 @@ def test_what_the_gate_must_catch_in_the_backward():
     assert any("shared memory" in what for what in large.violations)
 
 
+@pytest.mark.long
 def test_a_planted_entry_fails_the_command(monkeypatch, capsys):
     """The entries that spilled above, one in each table."""
     monkeypatch.setattr(gate, "TABLE", {Entry(90, 128, BF16, "jvp"): Blocks(128, 64, 4, 2)})

@@ -298,7 +298,7 @@ def test_gradients_at_several_sizes(backend):
     check_layers(Layers(), frames, (150, 100), backend=backend)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("gradients_on_a_cpu")
 def test_gradients_in_bfloat16_on_the_default_backend():
     check_layers(Layers(), frames, (150, 100), dtype=torch.bfloat16, dynamic=True)

@@ -875,7 +875,7 @@ print(hits, misses, jvpgraph.jvp(torch.ops.own.scale, (torch.ones(1),), (torch.o
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_process_starts_warm_but_is_not_served_a_changed_rule():
     new = str(random.SystemRandom().random())  # a graph that nobody has compiled, in the cache of everybody
     for factor, is_warm in ((2, False), (7, True)):

@@ -39,9 +39,11 @@ class Call:
         return Call(model, args, kwargs, {path: widened(dot) for path, dot in self.dots.items()})
 
 
-def call_of(model: nn.Module, args: Any, kwargs: Any, tangents: Any) -> Call:
+def call_of(model: nn.Module, args: Any, kwargs: Any, tangents: Any, wide: bool = False) -> Call:
+    """Args: wide: tangents of inputs in half precision may be float32."""
     args, kwargs = tuple(args), dict(kwargs or {})
-    return Call(model, args, kwargs, match_tangents(tangents or {}, Inputs.of(model, args, kwargs)))
+    dots = match_tangents(tangents or {}, Inputs.of(model, args, kwargs), wide=wide)
+    return Call(model, args, kwargs, dots)
 
 
 CASTS = {Tensor.float: Tensor.double, Tensor.bfloat16: Tensor.double, Tensor.half: Tensor.double}

@@ -72,7 +72,7 @@ def check_jvp(
     dual = model if isinstance(model, DualModule) else transform(model, backend=backend)
     if isinstance(model, DualModule):
         model = model.model
-    call = call_of(model, args, kwargs, tangents)
+    call = call_of(model, args, kwargs, tangents, dual._dual.settings.wide)
     trial = Trial(call, dual, rtol, atol, torch.Generator().manual_seed(seed))
     refuse_random(call)
     trial.run()

@@ -11,6 +11,7 @@ from jvpgraph.api import DualModule
 from jvpgraph.dual_forward import dual_forward
 from jvpgraph.errors import UnsupportedOp
 from jvpgraph.op_by_op import OpByOp
+from jvpgraph.precision import widened as dtype_of_tangent
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.testing.call import Call, active_leaves
 from jvpgraph.testing.oracle import Event, event_distance, oracle_of, watched
@@ -37,7 +38,7 @@ class Trial:
         call = self.call
         own = active_leaves(call())
         out, out_dot = self.jvp(call.dots)
-        tolerance = self.value_tolerance()
+        tolerance, precision = self.value_tolerance(), self.dual._dual.settings.config.tangent_precision
         for path, y in own.items():
             got = out.get(path)
             self.compare("value", path, got, y, tolerance)
@@ -46,7 +47,7 @@ class Trial:
         for path, wanted in self.oracle.dot.items():
             got = out_dot.get(path)
             self.compare("tangent", path, got, wanted, max(self.rtol, self.oracle.rtol))
-            if got is not None and (got.requires_grad or got.dtype != own[path].dtype):
+            if got is not None and (got.requires_grad or got.dtype != dtype_of_tangent(own[path].dtype, precision)):
                 self.note("tangent", path)
         if not all(c.right for c in self.report.comparisons if c.what == "tangent"):
             self.report.deviation = self.first_deviation()

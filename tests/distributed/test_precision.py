@@ -22,7 +22,7 @@ from tests.distributed.test_tensor_parallel import world
 pytestmark = [pytest.mark.usefixtures("one_thread"), *map(pytest.mark.filterwarnings, QUIET)]
 
 HALF = torch.bfloat16
-LAYOUTS = ["FSDP2", "TP", *(pytest.param(name, marks=pytest.mark.long) for name in ("TP+SP", "Ulysses", "ring"))]
+LAYOUTS = ("FSDP2", "TP", "TP+SP", "Ulysses", "ring")
 
 
 def halved(given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -65,6 +65,7 @@ def compare(layout: str) -> tuple[dict[str, float], dict[str, float], dict[str, 
     return alone, {name: found for name, (found, _) in both.items()}, {name: pairs for name, (_, pairs) in both.items()}
 
 
+@pytest.mark.long
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_as_on_one_rank(layout):

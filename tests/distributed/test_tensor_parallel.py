@@ -275,6 +275,7 @@ def enabling_on_cpu(name: str) -> str:
         return enabling(name)
 
 
+@pytest.mark.long
 def test_what_diffusers_refuses():
     """On a CPU it fails to find a device; Wan has no plan there, so the tests bring one."""
     assert all("modulo by zero" in said or "not supported on device" in said for said in run(2, enabling, "flux"))

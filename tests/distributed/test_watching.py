@@ -15,7 +15,7 @@ from tests.test_train import stage
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_validation_previews_and_pace_of_two_processes(tmp_path: Path) -> None:
     features = {"load": "jvpgraph.trainer.features:pixels"}
     measures = {"pixels": {"load": "jvpgraph.trainer.measures:distances", "options": {"features": features}}}

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -90,6 +91,7 @@ def fused_attention() -> Iterator[None]:
 
     Not a mode: backwards, in which checkpointed blocks are computed again, are run without those.
     """
+    get_torch_obj_rule_map()  # what Dynamo knows of torch it looks up once: not while that is patched
     with patch.object(functional, "scaled_dot_product_attention", fused):
         yield
 
@@ -97,6 +99,7 @@ def fused_attention() -> Iterator[None]:
 @contextmanager
 def numbers_on_meta() -> Iterator[None]:
     """Tensors of numbers that a forward makes on the meta device are seen by Dynamo, as those on other devices are."""
+    get_torch_obj_rule_map()
     with ExitStack() as stack:
         for name in ("tensor", "as_tensor", "asarray"):
             stack.enter_context(patch.object(torch, name, moved_there(getattr(torch, name))))
