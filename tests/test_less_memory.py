@@ -265,7 +265,7 @@ EVERYTHING = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_with_all_of_it_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     small = {"student": {"lr": 1e-3, "kind": "adamw_8bit"}, "fake": {"lr": 1e-3, "kind": "adamw_8bit"}}

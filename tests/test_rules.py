@@ -322,7 +322,7 @@ def test_rule_traces_with_symbolic_sizes(case: Case):
         check_symbolic(case, primals, like(active_of(TABLE[case.op], primals), rng))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS[:2])
 @pytest.mark.parametrize("case", ON_ONE_PROCESS)
 def test_rule_in_bfloat16_is_off_by_a_few_roundings(case: Case, precision: str):
     for number, made in enumerate(case.calls):
