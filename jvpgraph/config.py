@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jvpgraph.precision import PRECISIONS
+from jvpgraph.precision import PRECISIONS, Precision
 
 __all__ = ["Config"]
 
@@ -27,7 +27,7 @@ class Config:
     """After each call, raise NonFiniteTangent naming the first module whose tangent is NaN or infinite. Costs one
     reduction and a device synchronisation per output, and an op-by-op run when it fires."""
 
-    tangent_precision: str = "model"
+    tangent_precision: Precision = "model"
     """What tangents of half-precision primals have: "model", the dtype of the primal; "float32", which keeps them in
     float32 between products, attention and collectives, whose operands have the dtype of the primal; "float32_matmul",
     which computes these in float32, too. The tangents of outputs are float32 then. Values are the same with each."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["HALF", "PRECISIONS", "has_half", "widened"]
+__all__ = ["HALF", "PRECISIONS", "Precision", "has_half", "widened"]
 
-PRECISIONS = ("model", "float32", "float32_matmul")
+Precision = Literal["model", "float32", "float32_matmul"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 HALF = (torch.float16, torch.bfloat16)
 
 

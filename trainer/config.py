@@ -11,8 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from jvpgraph.precision import Precision
 from jvpgraph.trainer.model.student import LoRA
 from jvpgraph.trainer.objectives import RCM, Objective
+from jvpgraph.trainer.pictures import Film
 from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.ranges import not_negative, positive
 
@@ -32,7 +34,7 @@ class StudentConfig:
 class PrecisionConfig:
     """Of what is computed, beside the dtype of the weights."""
 
-    tangent: Literal["model", "float32", "float32_matmul"] = "float32"  # jvpgraph.Config.tangent_precision
+    tangent: Precision = "float32"  # jvpgraph.Config.tangent_precision
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class LogConfig:
     prompts: tuple[str, ...] = ()  # texts of yours for previews beside the data's
     prompts_pipeline: Path | None = None  # folder whose text encoders encode them; null: that of the teacher
     fps: float = 16.0  # frames per second of previews that are videos
-    film: Literal["webp", "mp4"] = "webp"  # mp4 loses a little, plays anywhere, and needs PyAV: pip install av
+    film: Film = "webp"  # mp4 loses a little, plays anywhere, and needs PyAV: pip install av
     flops: bool = True  # count FLOPs per update, in a process beside the run, for those per second
     peak_tflops: float | None = None  # TFLOPs per second of one device, for utilisation; null: by its name, if known
 

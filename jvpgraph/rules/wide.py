@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.utils._pytree import tree_map_only
 
 from jvpgraph.kernels.products import mm_float32
 from jvpgraph.precision import HALF, widened
@@ -37,12 +38,11 @@ MOVES = {
     *("pixel_unshuffle", "repeat", "roll", "select_scatter", "slice_scatter", "stack", "tril", "triu", "where"),
     *("_unsafe_view", "_reshape_alias"),
 }
-# By what is added to the product, and is no operand of it.
-PRODUCTS: dict[str, str] = {
-    **dict.fromkeys(("addmm", "addmv", "baddbmm", "addbmm", "addr"), "self"),
-    **dict.fromkeys(("convolution", "_convolution", "linear", "bilinear"), "bias"),
-    **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "matmul", "_trilinear", "_grouped_mm"), ""),
+PRODUCTS = {
+    *("mm", "bmm", "mv", "dot", "vdot", "matmul", "_trilinear", "_grouped_mm", "addmm", "addmv", "baddbmm", "addbmm"),
+    *("addr", "convolution", "_convolution", "linear", "bilinear"),
 }
+ADDED = {"addmv": "self", "convolution": "bias"}  # to a product with a rule of the table: no operand of it
 # Those that give float32: what is added, and the operands.
 WIDE_PRODUCTS = {
     aten.mm.default: (None, "self", "mat2"),
@@ -52,7 +52,7 @@ WIDE_PRODUCTS = {
 }
 ATTENTION = ("attention", "_efficient_attention_forward", "_flash_attention_forward")
 NORMS = {"native_layer_norm", "native_group_norm", "_fused_rms_norm"}  # of which the rules know how they were rounded
-CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 
 
 def for_precision(
@@ -60,7 +60,7 @@ def for_precision(
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """What the rule of an op is to be given in place of its output, its arguments and their tangents."""
     name = op._schema.name.partition("::")[2]
-    if precision == "model" or op is torch.ops.aten.view.dtype or op.namespace not in ("aten", "prims", "jvpgraph"):
+    if precision == "model" or op is aten.view.dtype or op.namespace not in ("aten", "prims", "jvpgraph"):
         return out, arguments, rounded(arguments, dots)
     if op.is_view or name in MOVES:
         return _moved(rule, out, arguments, dots)
@@ -68,8 +68,7 @@ def for_precision(
         return out, arguments, _up(dots)
     product = name in PRODUCTS or name in ATTENTION or name.startswith("_scaled_dot_product")
     if product and precision == "float32":
-        added = PRODUCTS.get(name, "") if rule is not None else ""
-        return out, arguments, rounded(arguments, dots, but=added)
+        return out, arguments, rounded(arguments, dots, but=ADDED.get(name, ""))
     wide = {name: _up(widened(x) if isinstance(x, torch.dtype) else x) for name, x in arguments.items()}
     return _up(out), wide, _up(dots)
 
@@ -93,8 +92,6 @@ def product_in_float32(
         return None
     added, left, right = WIDE_PRODUCTS[op]
     b, c = arguments[left], arguments[right]
-    if b.dtype not in HALF:
-        return None
     terms = []
     if (b_dot := dots.get(left)) is not None:
         terms.append(times(arguments.get("alpha", 1), mm_float32(b_dot.to(b.dtype), c)))
@@ -133,8 +130,4 @@ def _lacks(dot: Any) -> bool:
 
 def _up(value: Any) -> Any:
     """Tensors in half precision in float32."""
-    if isinstance(value, dict):
-        return {name: _up(x) for name, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_up, value)) if type(value) in (list, tuple) else tuple(map(_up, value))
-    return value.to(torch.float32) if isinstance(value, Tensor) and value.dtype in HALF else value
+    return tree_map_only(Tensor, lambda x: x.to(torch.float32) if x.dtype in HALF else x, value)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import jvpgraph
+from benchmarks.precision import error as error_of
+from benchmarks.precision import exactly
 from jvpgraph import Config
 from jvpgraph.precision import PRECISIONS
 from tests.distributed.harness import run
@@ -48,15 +50,14 @@ def compare(layout: str) -> tuple[dict[str, float], dict[str, float], dict[str, 
     inputs, dots = halved(net.inputs()), halved(net.tangents())
     whole = net.build().to(HALF)
     exact = copy.deepcopy(whole).double()
-    wide = lambda given: {name: x.double() if x.is_floating_point() else x for name, x in given.items()}  # noqa: E731
-    want = jvpgraph.transform(exact, backend="eager")(**wide(inputs), tangents=wide(dots))[1]
+    want = jvpgraph.transform(exact, backend="eager")(**exactly(inputs), tangents=exactly(dots))[1]
 
     def error(model: nn.Module, precision: str, **how: Any) -> tuple[float, int]:
         dual = jvpgraph.transform(model, backend="eager", config=Config(tangent_precision=precision), **how)
         y, y_dot = dual(**inputs, tangents=dots)
         y.float().square().sum().backward()
         assert y_dot.dtype == (HALF if precision == "model" else torch.float32)
-        return ((y_dot.double() - want).norm() / want.norm()).item(), sum(r.paired for r in dual.reports)
+        return error_of(y_dot, want), sum(r.paired for r in dual.reports)
 
     how = {"regions": "auto"} if layout == "FSDP2" else {}
     alone = {precision: error(whole, precision)[0] for precision in PRECISIONS}

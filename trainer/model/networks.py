@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from jvpgraph.trainer.batch import Batch, Condition, expand_condition
 from jvpgraph.trainer.config import GuidanceConfig, RunConfig, StageConfig, StudentConfig
-from jvpgraph.trainer.data.sample import Dataset, first_samples, shorten
+from jvpgraph.trainer.data.sample import Dataset, commonest, first_samples, shorten
 from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.model.adamw_8bit import check_float32
 from jvpgraph.trainer.model.parts import gathered, local
@@ -147,8 +147,9 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
     if guided.negative:
         negative = guided.without_prompt(sample.cond, 1)
         try_network("the teacher cannot run with the negative condition", guided.model, sample.x0, negative)
-    buckets = getattr(dataset, "buckets", [])
-    others = [first_samples(dataset, 1, shape).to(device) for shape in buckets] if len(buckets) > 1 else []
+    tried = commonest(dataset)
+    shapes = [shape for shape in getattr(dataset, "buckets", []) if shape is not tried]
+    others = [first_samples(dataset, 1, shape).to(device) for shape in shapes]
     for other in others:
         try_network("the student cannot run with a sample of another shape", student, other.x0, other.cond)
     for each in (sample, *others) if guided.keep_norm is not None else ():
