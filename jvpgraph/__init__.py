@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jvpgraph.errors import CaptureError, JvpgraphError, NonFiniteTangent, UnsupportedOp
     from jvpgraph.explain import Explanation
     from jvpgraph.markers import make_dual, tangent_of
+    from jvpgraph.precision import Policy
 
 __all__ = [
     "CaptureError",
@@ -28,6 +29,7 @@ __all__ = [
     "Explanation",
     "JvpgraphError",
     "NonFiniteTangent",
+    "Policy",
     "UnsupportedOp",
     "backend",
     "jvp",
@@ -44,6 +46,7 @@ DEFINED_IN = {
     "errors": ("CaptureError", "JvpgraphError", "NonFiniteTangent", "UnsupportedOp"),
     "explain": ("Explanation",),
     "markers": ("make_dual", "tangent_of"),
+    "precision": ("Policy",),
 }
 
 

@@ -15,6 +15,7 @@ from jvpgraph.errors import CaptureError
 from jvpgraph.explain import Explanation, explain
 from jvpgraph.functions import Function, Kept, call_function, identity, note_graphs
 from jvpgraph.passes.context import Report
+from jvpgraph.precision import Policy
 from jvpgraph.regions import Choice, Regions
 from jvpgraph.settings import BACKENDS, Settings
 from jvpgraph.sharding import explaining_heads
@@ -71,6 +72,8 @@ def transform(
         tangents_batched=tangents_batched,
         config=config,
     )
+    if isinstance(policy := settings.config.tangent_precision, Policy):
+        policy.check(name for name, _ in model.named_modules())
     return DualModule(model, Dual(model, settings))
 
 

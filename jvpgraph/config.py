@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jvpgraph.precision import PRECISIONS, Precision
+from jvpgraph.precision import PRECISIONS, Policy, Precision
 
 __all__ = ["Config"]
 
@@ -27,10 +27,11 @@ class Config:
     """After each call, raise NonFiniteTangent naming the first module whose tangent is NaN or infinite. Costs one
     reduction and a device synchronisation per output, and an op-by-op run when it fires."""
 
-    tangent_precision: Precision = "model"
+    tangent_precision: Precision | Policy = "model"
     """What tangents of half-precision primals have: "model", the dtype of the primal; "float32", which keeps them in
     float32 between products, attention and collectives, whose operands have the dtype of the primal; "float32_matmul",
-    which computes these in float32, too. The tangents of outputs are float32 then. Values are the same with each."""
+    which computes these in float32, too; or a :class:`jvpgraph.Policy`, which says so for modules and ops. The tangents
+    of outputs are float32 then. Values are the same with each."""
 
     verify: bool = True
     """Check the graph's invariants after every pass (milliseconds)."""
@@ -48,9 +49,11 @@ class Config:
     """Settings of torch._inductor.config during compilation, as in torch.compile(options=...)."""
 
     def __post_init__(self) -> None:
-        if self.tangent_precision not in PRECISIONS:
+        if not isinstance(self.tangent_precision, Policy) and self.tangent_precision not in PRECISIONS:
             known = ", ".join(map(repr, PRECISIONS))
-            raise ValueError(f"unknown tangent_precision {self.tangent_precision!r}: choose one of {known}")
+            raise ValueError(
+                f"unknown tangent_precision {self.tangent_precision!r}: choose one of {known}, or give a Policy"
+            )
         skipped = set(self.skip_passes)
         if not self.swap_attention:
             skipped |= {"swap_attention", "swap_flex_attention", "recognize_attention"}

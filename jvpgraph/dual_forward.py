@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor
 
 from jvpgraph.markers import ALL_OF, ONE_OF, make_dual, tangent_of
-from jvpgraph.precision import widened
+from jvpgraph.precision import Policy, Precision, carried, widened
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.tree import leaves, map_leaves
 
-__all__ = ["another", "dual_forward"]
+__all__ = ["another", "dual_forward", "is_dual_forward"]
+
+NAME = "dual_forward_"  # of their code, with a number
 
 
 def dual_forward(
@@ -22,7 +24,7 @@ def dual_forward(
     has_aux: bool = False,
     differentiable: bool = False,
     batched: bool = False,
-    precision: str = "model",
+    precision: Precision | Policy = "model",
 ) -> Callable[..., tuple[Any, list[Tensor]]]:
     """Mark the inputs, call ``call``, ask for the tangent of each output leaf.
 
@@ -41,7 +43,7 @@ def dual_forward(
         out = call(*args, **kwargs)
         differentiated = out[0] if has_aux else out
         active = [leaf for _path, leaf in leaves(differentiated) if has_tangent(leaf)]
-        dtypes = [None if precision == "model" else widened(leaf.dtype) for leaf in active]
+        dtypes = [None if carried(precision) == "model" else widened(leaf.dtype) for leaf in active]
         answers = [tangent_of(leaf, differentiable, dtype) for leaf, dtype in zip(active, dtypes)]
         if batched:
             count = next(iter(dots.values())).shape[0]
@@ -54,8 +56,13 @@ def dual_forward(
 def another(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with a code object of its own, per which Dynamo counts recompilations."""
     assert isinstance(forward, FunctionType)
-    code = forward.__code__.replace(co_name=f"dual_forward_{next(_serial)}")
+    code = forward.__code__.replace(co_name=f"{NAME}{next(_serial)}")
     return FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
+
+
+def is_dual_forward(code: CodeType) -> bool:
+    """Whether it is the code of one of these."""
+    return code.co_filename == __file__ and code.co_name.startswith(NAME)
 
 
 _serial = itertools.count()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from jvpgraph.config import Config
 from jvpgraph.dynamo import first_cause
 from jvpgraph.errors import ABSOLUTE, NUMBER_HAS_NO_TANGENT, CaptureError, Explained, UnsupportedNode, UnsupportedOp
 from jvpgraph.foreign.capture import trace_ours
-from jvpgraph.graph.meta import source_line
+from jvpgraph.graph.meta import module_path, source_line
 from jvpgraph.graph.torch_level import STOPS, active_graphs, active_nodes, graphs_in, wants_gradients_of_tangents
 from jvpgraph.inductor import bodies_wait, compile_inner
 from jvpgraph.kernels.products import DECOMPOSITIONS
@@ -39,6 +42,7 @@ from jvpgraph.passes.pipeline import (
     Pipeline,
     check_config,
 )
+from jvpgraph.precision import Policy
 from jvpgraph.sharding import register_sharding_rules
 
 __all__ = ["COMPILERS", "Backend", "backend"]
@@ -71,7 +75,7 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         _refuse_a_break_between_markers(gm)
-        context = Context(self.config, example_inputs=example_inputs)
+        context = Context(self.config, example_inputs=example_inputs, precisions=_precisions(gm, self.config))
         run, stage = Pipeline(context), ON_ATEN_GRAPH
         captured = run(ON_TORCH_GRAPH, gm)
         absolute, inputs = _absolute_views(captured), _marked_inputs(captured)
@@ -97,6 +101,15 @@ class Backend:
             raise Explained
         return _at_the_start(compiled, inputs, absolute) if absolute else compiled
 
+    def inside(self, path: str) -> Backend:
+        """One for a part of the model, with the same reports: a policy goes by the paths of modules in the model."""
+        precision = self.config.tangent_precision
+        if not isinstance(precision, Policy):
+            return self
+        part = copy(self)
+        part.config = replace(self.config, tangent_precision=precision.inside(path))
+        return part
+
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], passes: JointPasses) -> Compiled:
         """AOTAutograd, the passes on its joint graph, and code."""
         on_meta = any(isinstance(x, torch.Tensor) and x.is_meta for x in example_inputs)
@@ -108,6 +121,15 @@ class Backend:
             if self.compiler == "eager" or on_meta:  # which Inductor takes for something that nobody computes
                 return _eager(gm, example_inputs, passes)
             return _inductor(gm, example_inputs, passes, _no_code)
+
+
+def _precisions(gm: fx.GraphModule, config: Config) -> str:
+    """What a policy says of each node: names of modules are no part of a graph, and a cache would not see them."""
+    policy = config.tangent_precision
+    if not isinstance(policy, Policy):
+        return ""
+    choices = [policy.choices(module_path(node)) for part in graphs_in(gm) for node in part.graph.nodes]
+    return hashlib.sha256(repr(choices).encode()).hexdigest()
 
 
 def _sizes_of_a_base_have_one_symbol() -> None:

@@ -58,6 +58,11 @@ class Explanation:
         return self._counted(lambda report: report.collectives)
 
     @property
+    def precisions(self) -> Counter[str]:
+        """Precision -> nodes of half precision whose tangents have it."""
+        return self._counted(lambda report: report.precisions)
+
+    @property
     def fused(self) -> int:
         """Attention calls computed together with their tangent."""
         return sum(report.fused for report in self.reports)
@@ -134,6 +139,7 @@ class Explanation:
         lines += [
             f"  nodes            {self.active} active, {self.inactive} inactive",
             f"  rules            {rules}{_names(self.derived)}",
+            *([f"  half precision   tangents:{_names(self.precisions)}"] if self.precisions else []),
             f"  attention        {len(self.swapped)} swapped, {self.fused} fused with the tangent, "
             f"{len(self.left)} left",
             *(f"    left: {entry}" for entry in self.left),

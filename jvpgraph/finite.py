@@ -12,12 +12,16 @@ from torch.utils.module_tracker import ModuleTracker
 
 from jvpgraph.errors import NonFiniteTangent
 from jvpgraph.op_by_op import OpByOp
+from jvpgraph.precision import Policy, Precision
 
 __all__ = ["check_finite"]
 
 
 def check_finite(
-    forward: Callable[..., Any] | None, inputs: tuple[Any, ...], dots: list[Tensor], precision: str = "model"
+    forward: Callable[..., Any] | None,
+    inputs: tuple[Any, ...],
+    dots: list[Tensor],
+    precision: Precision | Policy = "model",
 ) -> None:
     """Raise unless all tangents are finite; the call is run once more, op by op, to name the culprit.
 
@@ -41,7 +45,7 @@ def check_finite(
     raise NonFiniteTangent(f"a tangent is NaN or infinite, first in {culprit}")
 
 
-def _first_module(forward: Callable[..., Any], inputs: tuple[Any, ...], precision: str) -> str | None:
+def _first_module(forward: Callable[..., Any], inputs: tuple[Any, ...], precision: Precision | Policy) -> str | None:
     found: list[str] = []
 
     def observe(op: OpOverload, _out: Any, dot: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jvpgraph.config import Config
 from jvpgraph.dynamo_backend import COMPILERS, Backend
+from jvpgraph.precision import carried
 from jvpgraph.regions import Choice, check_choice
 
 __all__ = ["BACKENDS", "Settings"]
@@ -62,7 +63,7 @@ class Settings:
     @property
     def wide(self) -> bool:
         """Whether tangents of half-precision values may be float32."""
-        return self.config.tangent_precision != "model"
+        return carried(self.config.tangent_precision) != "model"
 
     @property
     def compiles(self) -> bool:

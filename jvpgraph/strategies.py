@@ -65,7 +65,8 @@ class OpByOp:
     def __call__(self, forward: Callable[..., Any], inputs: Inputs) -> Result:
         with Mode(graphs=self._small, precision=self._precision) as mode:
             result: Result = forward(*inputs)
-        self.reports[:] = [Report(rules=mode.rules, active=sum(rules.total() for rules in mode.rules.values()))]
+        active = sum(rules.total() for rules in mode.rules.values())
+        self.reports[:] = [Report(rules=mode.rules, precisions=mode.precisions, active=active)]
         return result
 
 

@@ -50,6 +50,7 @@ class Report:
         left: calls of attention that did not: (node, source line, reason).
         rules: how many nodes of which ATen op were differentiated by the rule "table", or by a formula that is
             "derived" from PyTorch's.
+        precisions: how many nodes of half precision have a tangent of which precision.
         active: nodes with a tangent.
         inactive: other ATen nodes of the forward.
         fused: attention calls that are computed together with their tangent.
@@ -66,6 +67,7 @@ class Report:
     swapped: list[Attention] = field(default_factory=list)
     left: list[Attention] = field(default_factory=list)
     rules: dict[str, Counter[str]] = field(default_factory=lambda: {"table": Counter(), "derived": Counter()})
+    precisions: Counter[str] = field(default_factory=Counter)
     active: int = 0
     inactive: int = 0
     fused: int = 0
@@ -88,4 +90,5 @@ class Context:
     config: Config
     report: Report = field(default_factory=Report)
     example_inputs: Sequence[Any] = ()  # of the torch-level graph
+    precisions: str = ""  # what a policy of Config.tangent_precision comes to in this graph, for caches
     decompositions: dict[Any, Any] | None = None  # of the compiler that comes next; None: leave the graph as it is

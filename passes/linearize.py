@@ -30,13 +30,13 @@ from torch.utils._pytree import tree_leaves
 from jvpgraph.autograd_function import NOTHING_ARRIVES
 from jvpgraph.errors import ABSOLUTE, NUMBER_HAS_NO_TANGENT, UnsupportedNode, UnsupportedOp
 from jvpgraph.graph.higher_order import differentiable_call, extend
-from jvpgraph.graph.meta import INSERTED_META, TANGENT_META, source_line
+from jvpgraph.graph.meta import INSERTED_META, TANGENT_META, module_path, source_line
 from jvpgraph.graph.recorder import Recorder, value_of
 from jvpgraph.graph.strides import flat_memory, in_layout, overlaps, span_of
 from jvpgraph.graph.torch_level import graphs_in
 from jvpgraph.markers import ARRIVED, MAKE_DUAL, TANGENT_OF
 from jvpgraph.passes.context import Context, Report
-from jvpgraph.precision import widened
+from jvpgraph.precision import Precision, carried, has_half, precision_at, widened
 from jvpgraph.rules import NoRule, tangents_of
 from jvpgraph.rules.apply import Unknown, any_has_tangent, argument_tangent, bind, has_tangent, remedy
 from jvpgraph.rules.shape import stops_tangent
@@ -64,7 +64,7 @@ def linearize(gm: fx.GraphModule, context: Context) -> None:
 
 def _insert_tangents(gm: fx.GraphModule, context: Context, seeds: dict[fx.Node, fx.Node]) -> None:
     """In gm and the bodies that it runs; ``seeds`` are the tangents of placeholders, where gm is a body itself."""
-    graph, report, precision = gm.graph, context.report, context.config.tangent_precision
+    graph, report, precision = gm.graph, context.report, carried(context.config.tangent_precision)
     starts = [*graph.find_nodes(op="call_function", target=MAKE_DUAL), *seeds]
     ends = graph.find_nodes(op="call_function", target=TANGENT_OF)
     if not starts and not ends:
@@ -132,7 +132,9 @@ def _insert_tangents(gm: fx.GraphModule, context: Context, seeds: dict[fx.Node, 
         node.meta[INSERTED_META] = True
 
 
-def _beside(x: Any, node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, precision: str) -> fx.Node | None:
+def _beside(
+    x: Any, node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, precision: Precision
+) -> fx.Node | None:
     """The tangent of an operand of ``node``, laid out as the operand is and of one dtype: bodies count on it."""
     dot = tangent.get(x) if isinstance(x, fx.Node) else None
     if dot is None:
@@ -163,7 +165,7 @@ def _number_read(node: fx.Node, tangent: dict[fx.Node, Any], read: dict[fx.Node,
 
 
 def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recorder, context: Context) -> Any:
-    report, precision = context.report, context.config.tangent_precision
+    report = context.report
     if node.target is operator.getitem:
         dots = tangent.get(node.all_input_nodes[0])
         dot = dots[node.args[1]] if dots is not None else None
@@ -182,8 +184,11 @@ def _tangent_of_node(node: fx.Node, tangent: dict[fx.Node, Any], recorder: Recor
     arguments = bind(op, node.args, node.kwargs)
     dots = {name: dot for name, v in arguments.items() if (dot := _argument_tangent(v, tangent)) is not None}
     first = len(recorder.inserted)
+    precision = precision_at(context.config.tangent_precision, partial(module_path, node), op)
     with recorder.behind(node):
         out = recorder.stand_in(node)
+        if has_half(out):
+            report.precisions[precision] += 1
         try:
             given = recorder.stand_ins(arguments), recorder.stand_ins(dots)
             out_dot, source = tangents_of(op, out, *given, precision)

@@ -238,7 +238,7 @@ class JointPasses(CustomGraphPass):
         if self.users is not None and users is None:
             return None
         config = self.pipeline.context.config
-        settings = f"{sorted(config.skip_passes)}-{config.tangent_precision}"
+        settings = f"{sorted(config.skip_passes)}-{config.tangent_precision}-{self.pipeline.context.precisions}"
         own = f"{_code_hash()}-{_rules()}-{self.stage.name}-{settings}-{torch.__version__}"
         return own if users is None else (own, users)
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 
 from jvpgraph.markers import TANGENT_OF
-from jvpgraph.precision import widened
+from jvpgraph.precision import Precision, widened
 from jvpgraph.rules.apply import has_tangent
 
 __all__ = ["differentiable_call", "extend"]
@@ -79,7 +79,7 @@ def extend(
     dot_of: Callable[[Any], fx.Node | None],
     wanted: set[int],
     linearize: Linearize,
-    precision: str = "model",
+    precision: Precision = "model",
 ) -> tuple[fx.Node, list[fx.Node | None]]:
     """Replace ``node`` in ``gm`` by a call that also returns tangents.
 
@@ -123,7 +123,9 @@ def extend(
     return call, _redirect(node, call, order)
 
 
-def _carry(node: fx.Node, body: fx.GraphModule, groups: list[list[Any]], dots: list[list[Any]], precision: str) -> None:
+def _carry(
+    node: fx.Node, body: fx.GraphModule, groups: list[list[Any]], dots: list[list[Any]], precision: Precision
+) -> None:
     """Carried values that get a tangent on the way begin with a tangent of zeros."""
     while True:
         active = [[dot is not None for dot in group] for group in dots]
@@ -172,7 +174,7 @@ def _extended_body(
     asked: list[int] | None,
     carried: int,
     linearize: Linearize,
-    precision: str,
+    precision: Precision,
 ) -> fx.GraphModule:
     """A copy of body that takes tangents, and returns those of the outputs that are asked for; None: only takes."""
     graph = fx.Graph()
@@ -203,7 +205,7 @@ def _extended_body(
     return new
 
 
-def _like(value: Any, precision: str) -> Tensor:
+def _like(value: Any, precision: Precision) -> Tensor:
     """A tangent's."""
     dtype = widened(value.dtype, precision)
     with value.fake_mode, torch.no_grad():

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
 from torch import fx
 
-__all__ = ["INHERITED_META", "INSERTED_META", "NO_SOURCE", "OUTPUTS_META", "TANGENT_META", "source_line", "traced_for"]
+__all__ = [
+    "INHERITED_META",
+    "INSERTED_META",
+    "NO_SOURCE",
+    "OUTPUTS_META",
+    "TANGENT_META",
+    "module_path",
+    "source_line",
+    "traced_for",
+]
 
 TANGENT_META = "jvpgraph_tangent_of"  # on a tangent node: the name of its primal
 INSERTED_META = "jvpgraph_inserted"  # on every node that linearize inserted
@@ -16,6 +26,8 @@ OUTPUTS_META = "jvpgraph_memory_of_outputs"  # on the output node: what owns the
 NO_SOURCE = "(no source line)"
 # How frames of torch's own code start, and of what we trace in place of other packages' functions.
 NOT_THE_USERS = f'"{Path(torch.__file__).parent}/', f'"{Path(__file__).parents[1] / "foreign"}/'
+
+_ITEM = re.compile(r"\[(?:'([^']*)'|(\d+))\]")  # as older versions of Dynamo name what a module holds
 
 
 def source_line(node: fx.Node) -> str:
@@ -35,6 +47,16 @@ def source_line(node: fx.Node) -> str:
         owner = (kind if isinstance(kind, str) else kind.__name__).rsplit(".", 1)[-1] + "."
     name = path.removeprefix("File ").strip('"').rsplit("/", 1)[-1]
     return f"{name}:{line.removeprefix('line ')} in {owner}{function.removeprefix('in ').strip()}"
+
+
+def module_path(node: fx.Node) -> str:
+    """Of the module that a node belongs to, as it is called in the model; in a function, in the outermost module."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    if not paths:
+        return ""
+    inside = paths[-1].removeprefix(paths[0])
+    return _ITEM.sub(r".\1\2", inside).replace("._modules", "").removeprefix(".")
 
 
 def traced_for(node: fx.Node) -> str:

@@ -50,6 +50,7 @@ from jvpgraph.op_by_op.kinds import (
 )
 from jvpgraph.op_by_op.refusals import NUMBER, refusal, unsupported, user_line
 from jvpgraph.op_by_op.shadows import CONSTANTS, Shadows
+from jvpgraph.precision import Policy, Precision
 from jvpgraph.rules import TABLE, NoRule, tangents_of
 from jvpgraph.rules.apply import Unknown, any_has_tangent, bind, functional_form, has_tangent
 from jvpgraph.storages import (
@@ -102,7 +103,9 @@ class OpByOp(Shadows, TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, observer: Observer | None = None, graphs: Graphs | None = None, precision: str = "model"):
+    def __init__(
+        self, observer: Observer | None = None, graphs: Graphs | None = None, precision: Precision | Policy = "model"
+    ):
         TorchDispatchMode.__init__(self)
         Shadows.__init__(self, precision)
         self._moved: dict[StorageWeakRef | None, bool] = {}  # copies of inputs elsewhere: whether strides are kept
@@ -407,13 +410,7 @@ class OpByOp(Shadows, TorchDispatchMode):
                     raise UnsupportedOp([unsupported(func, {}, reason)])
 
     def _run_in_place(
-        self,
-        func: OpOverload,
-        args: Any,
-        kwargs: Any,
-        arguments: dict[str, Any],
-        writes: list[str],
-        dots: Any,
+        self, func: OpOverload, args: Any, kwargs: Any, arguments: dict[str, Any], writes: list[str], dots: Any
     ) -> Any:
         """The tangent of the functional form first, from the old values; then the write itself."""
         targets = [x for name in writes for x in tensors_in(arguments[name])]
@@ -452,7 +449,7 @@ class OpByOp(Shadows, TorchDispatchMode):
         outside = torch._C._ForceDispatchKeyGuard(*self._keys_outside)
         with outside, torch._C._DisableAutocast(), torch.inference_mode(False), torch.no_grad():
             try:
-                dot, source = tangents_of(func, out, arguments, dots, self.precision)
+                dot, source = tangents_of(func, out, arguments, dots, self.precision_of(func, out))
                 self.rules[source][str(func)] += 1
                 return _arrived(func, dot)
             except NoRule as reason:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -13,8 +15,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from jvpgraph.errors import UnsupportedNode, UnsupportedOp
 from jvpgraph.escapes import Newborn
+from jvpgraph.op_by_op.modules import module_path
 from jvpgraph.op_by_op.refusals import refusal
-from jvpgraph.precision import widened
+from jvpgraph.precision import Policy, Precision, has_half, precision_at, widened
 from jvpgraph.rules.apply import argument_tangent, has_tangent
 from jvpgraph.storages import flatten, is_to_come, key_of, plain, view_of
 
@@ -27,8 +30,9 @@ CONSTANTS: dict[StorageWeakRef, None] = {}
 class Shadows:
     """The tangents of one call, by the storage of what has them."""
 
-    def __init__(self, precision: str) -> None:
+    def __init__(self, precision: Precision | Policy) -> None:
         self.precision = precision
+        self.precisions: Counter[str] = Counter()  # as in a Report
         self._shadows: dict[StorageWeakRef, torch.UntypedStorage] = {}
         self._dtypes: dict[StorageWeakRef, torch.dtype] = {}  # of what has a shadow
         self._seen: dict[StorageWeakRef, None] = {}  # made by ops of this call
@@ -37,6 +41,13 @@ class Shadows:
         self._stopped = WeakTensorKeyDictionary()  # what detach made and its views: in a storage with a shadow, without
         self._unknown: dict[StorageWeakRef, UnsupportedNode] = {}  # what no rule has a tangent of, and its op
         self._newborn = Newborn()
+
+    def precision_of(self, op: OpOverload, out: Any) -> Precision:
+        """Of the tangent of an op that has just run."""
+        precision = precision_at(self.precision, module_path, op)
+        if has_half(out):
+            self.precisions[precision] += 1
+        return precision
 
     def tangent(self, x: Tensor) -> Tensor | None:
         """A view of the tangent of ``x``; None where it is zero. Of a DTensor, a DTensor of that of its local part.

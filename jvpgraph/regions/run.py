@@ -42,6 +42,7 @@ from jvpgraph.errors import CaptureError, MarkerExecuted
 from jvpgraph.markers import MAKE_DUAL
 from jvpgraph.op_by_op import OpByOp
 from jvpgraph.open_checkpoints import open_checkpoints
+from jvpgraph.precision import Policy
 from jvpgraph.regions.checkpoints import Call, hooks_taken_off, policy
 from jvpgraph.regions.find import Choice, find_regions, fingerprint, parts_of
 from jvpgraph.regions.small import SmallGraphs
@@ -174,7 +175,7 @@ class Regions:
         groups: dict[Any, Group] = {}
         added = []
         for name, module in found:
-            key = fingerprint(module)
+            key = fingerprint(module), self._precisions(name, module)
             if key not in groups:
                 groups[key] = Group(type(module).__name__)
             groups[key].names.append(name)
@@ -182,6 +183,13 @@ class Regions:
         self.groups += groups.values()
         self._regions += added
         return added
+
+    def _precisions(self, path: str, region: nn.Module) -> Any:
+        """What a policy says of the parts of a region: regions that differ in it are not equal."""
+        policy = self._backend.config.tangent_precision
+        if not isinstance(policy, Policy):
+            return None
+        return tuple(policy.inside(path).choices(name) for name, _ in region.named_modules())
 
     def _run(self, region: _Region, *args: Any, **kwargs: Any) -> Any:
         """What stands for the forward of a region."""
@@ -262,9 +270,11 @@ class Regions:
             return result
 
     def _compile(self, group: Group, call: Call) -> Callable[..., Any]:
+        of_group = self._backend.inside(group.names[0])
+
         def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
             refuse_writes(gm)
-            compiled = self._backend(gm, example_inputs)
+            compiled = of_group(gm, example_inputs)
             group.graphs += 1
             return self._checking(gm, compiled)
 
