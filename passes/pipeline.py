@@ -35,6 +35,7 @@ from jvpgraph.passes.drop_dead_tangents import drop_dead_tangents
 from jvpgraph.passes.fuse_aten_attention import fuse_aten_attention
 from jvpgraph.passes.fuse_attention import fuse_attention
 from jvpgraph.passes.inline_repeated_bodies import inline_repeated_bodies
+from jvpgraph.passes.keep_attention_values import keep_attention_values
 from jvpgraph.passes.keep_outputs_apart import keep_outputs_apart
 from jvpgraph.passes.linearize import linearize
 from jvpgraph.passes.lower import lower
@@ -102,6 +103,7 @@ ON_ATEN_GRAPH = Stage(
     (
         linearize,
         drop_dead_tangents,
+        keep_attention_values,
         fuse_attention,
         fuse_aten_attention,
         batch_tangents,
@@ -120,6 +122,7 @@ BEFORE_AUTOGRAD = Stage(
         lower,
         linearize,
         drop_dead_tangents,
+        keep_attention_values,
         fuse_attention,
         fuse_aten_attention,
         differentiate_attention,
@@ -134,7 +137,7 @@ AFTER_AUTOGRAD = Stage("after autograd", (count, decompose, note_outputs), ATEN,
 AFTER_COMPILER = Stage("after the compiler's passes", (keep_outputs_apart,), (), "optimized")
 
 # Steps that look at one graph only: the runner calls them for each body of a higher-order op, too.
-IN_EACH_BODY = (drop_dead_tangents, fuse_attention, fuse_aten_attention, decompose)
+IN_EACH_BODY = (drop_dead_tangents, keep_attention_values, fuse_attention, fuse_aten_attention, decompose)
 
 OPTIONAL = frozenset(
     {

@@ -47,6 +47,7 @@ NEAREST = {  # the tests of a file that take seconds
     "jvpgraph/regions": ("region_parts", "regions"),
     "passes/linearize.py": ("linearize",),
     "passes/drop_dead_tangents.py": ("passes",),
+    "passes/keep_attention_values.py": ("policy",),
     "passes/fuse_attention.py": ("passes",),
     "passes/differentiate_attention.py": ("passes",),
     "passes/fuse_aten_attention.py": ("passes",),

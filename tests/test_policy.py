@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from models import Block, Checkpointed
@@ -114,7 +116,7 @@ def test_values_and_their_gradients_stay(how):
     torch.manual_seed(0)
     model = Checkpointed(width=32, depth=2).bfloat16()
     x, x_dot, t, t_dot = torch.randn(2, 2, 8, 4).bfloat16().unbind() + torch.rand(2, 2).bfloat16().unbind()
-    policies = [Policy({"blocks.0": a, ":aten.add": b}, b) for a, b in zip(PRECISIONS, PRECISIONS[1:])]
+    policies = [Policy({"blocks.0": a, ":aten.add": b}, b) for a, b in pairwise(PRECISIONS)]
     seen = []
     for policy in ("model", *policies):
         dual = jvpgraph.transform(model, config=Config(tangent_precision=policy), **how)

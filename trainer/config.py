@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from jvpgraph.precision import Precision
+from jvpgraph.precision import Policy, Precision
 from jvpgraph.trainer.model.student import LoRA
 from jvpgraph.trainer.objectives import RCM, Objective
 from jvpgraph.trainer.pictures import Film
@@ -34,7 +34,12 @@ class StudentConfig:
 class PrecisionConfig:
     """Of what is computed, beside the dtype of the weights."""
 
-    tangent: Precision = "float32"  # jvpgraph.Config.tangent_precision
+    tangent: Precision | dict[str, Precision] = "float32"  # of jvpgraph.Config; or by module and op, as jvpgraph.Policy
+
+    @property
+    def of_tangents(self) -> Precision | Policy:
+        """For jvpgraph.Config.tangent_precision."""
+        return Policy(self.tangent) if isinstance(self.tangent, dict) else self.tangent
 
 
 @dataclass(frozen=True)

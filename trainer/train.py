@@ -240,7 +240,7 @@ class Stage:
         self.rng, self.noise, self.pace = rng, layout.noise(rng), pace
         self.objective, self.loss = settings.objective, loss_of(settings.objective)
         self.begin = sum(stage.steps for stage in config.stages[:index])
-        self.precision = config.precision.tangent
+        self.precision = config.precision.of_tangents
         self.loader = loader(
             dataset,
             settings.batch // layout.parts,

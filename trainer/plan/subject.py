@@ -143,7 +143,7 @@ def subject_of(config: RunConfig, teacher: TrigFlow, cond: Condition, *, fake: b
     student = build_student(teacher, config.student)
     # One graph, also where the run's will be one per block: what they keep is nearly the same. And without Inductor,
     # which makes no code for this device.
-    of_tangents = jvpgraph.Config(tangent_precision=config.precision.tangent)
+    of_tangents = jvpgraph.Config(tangent_precision=config.precision.of_tangents)
     dual = jvpgraph.transform(student, backend="eager", dynamic=False, regions="auto", config=of_tangents)
     negative = dict(cond) if config.guidance.scale != 1 else {}
     return Subject(

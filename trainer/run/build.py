@@ -67,7 +67,7 @@ def build_networks(config: RunConfig, layout: Layout, start: Path | None = None)
     # One graph where that can be had. FSDP2 gathers a block's parameters when the block is called, which has to stay a
     # module of its own then; and a network may branch on its data.
     regions = None if config.student.backend == "op_by_op" else "auto"
-    of_tangents = jvpgraph.Config(tangent_precision=config.precision.tangent)
+    of_tangents = jvpgraph.Config(tangent_precision=config.precision.of_tangents)
     backend = config.student.backend
     dual = jvpgraph.transform(student, backend=backend, dynamic=False, regions=regions, config=of_tangents)
 

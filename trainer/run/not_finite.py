@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import jvpgraph
-from jvpgraph.precision import Precision
+from jvpgraph.precision import Policy, Precision
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.model.parts import local
 from jvpgraph.trainer.objectives import Terms
@@ -36,7 +36,7 @@ def not_finite(
     compute: Compute,
     ranks: Ranks,
     lr: str,
-    precision: Precision,
+    precision: Precision | Policy,
 ) -> NotFinite:
     """The error for an update of `networks[trained]` that went wrong; the update is replayed op by op to find out.
 
@@ -142,7 +142,11 @@ def named(keys: Sequence[str], indices: Sequence[int], most: int = 4) -> str:
 
 
 def first_offender(
-    batches: Sequence[Batch], networks: Mapping[str, nn.Module], trained: str, compute: Compute, precision: Precision
+    batches: Sequence[Batch],
+    networks: Mapping[str, nn.Module],
+    trained: str,
+    compute: Compute,
+    precision: Precision | Policy,
 ) -> str:
     """The first thing that is not finite: data, a parameter, a module's output, a tangent, a gradient."""
     at_rest = bad_at_rest(batches, networks)
