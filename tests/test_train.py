@@ -511,6 +511,20 @@ def test_a_lora_student_in_bf16_trains_its_adapters_alone_and_is_exported_merged
     assert changed == {"blocks.0.attention.qkv.weight", "blocks.0.attention.out.weight"}
 
 
+def test_precisions_of_tangents_go_by_module(tmp_path: Path) -> None:
+    model = {**SMALL["model"], "options": {**SMALL["model"]["options"], "dtype": "bfloat16"}}
+    how = {"model": model, "student": {"backend": "op_by_op"}}
+    wrong = config_of(tmp_path / "run", [stage("scm", 2)], **how, precision={"tangent": {"net.block.0": "model"}})
+    with pytest.raises(ValueError, match=r"no module is called 'net.block.0'; did you mean 'net.blocks.0'"):
+        train(wrong)
+    losses = []
+    for tangent in ("float32", {"*": "float32"}, {"net.blocks.0": "model"}):
+        config = config_of(tmp_path / "run", [stage("scm", 2)], **how, precision={"tangent": tangent})
+        lines = (train(config, fresh=True) / "log.jsonl").read_text().splitlines()
+        losses.append(json.loads(lines[-1])["loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_averages_of_other_widths_come_from_snapshots(tmp_path: Path) -> None:
     ema = {"sigma_rel": [0.05, 0.2], "snapshot_every": 3}
     config = config_of(tmp_path / "run", [stage("dcm", 8, student={"lr": 1e-2})], ema=ema)

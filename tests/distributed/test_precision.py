@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 import jvpgraph
 from benchmarks.precision import error as error_of
 from benchmarks.precision import exactly
-from jvpgraph import Config
-from jvpgraph.precision import PRECISIONS
+from jvpgraph import Config, Policy
+from jvpgraph.precision import PRECISIONS, Precision
 from tests.distributed.harness import run
 from tests.distributed.models import MODELS, QUIET
 from tests.distributed.plans import sequence_parallel, tensor_parallel
@@ -24,6 +24,7 @@ from tests.distributed.test_tensor_parallel import world
 pytestmark = [pytest.mark.usefixtures("one_thread"), *map(pytest.mark.filterwarnings, QUIET)]
 
 HALF = torch.bfloat16
+SETTINGS = {**{name: name for name in PRECISIONS}, "policy": Policy({"blocks.0": "model"})}
 LAYOUTS = ("FSDP2", "TP", "TP+SP", "Ulysses", "ring")
 
 
@@ -52,7 +53,7 @@ def compare(layout: str) -> tuple[dict[str, float], dict[str, float], dict[str, 
     exact = copy.deepcopy(whole).double()
     want = jvpgraph.transform(exact, backend="eager")(**exactly(inputs), tangents=exactly(dots))[1]
 
-    def error(model: nn.Module, precision: str, **how: Any) -> tuple[float, int]:
+    def error(model: nn.Module, precision: Precision | Policy, **how: Any) -> tuple[float, int]:
         dual = jvpgraph.transform(model, backend="eager", config=Config(tangent_precision=precision), **how)
         y, y_dot = dual(**inputs, tangents=dots)
         y.float().square().sum().backward()
@@ -60,9 +61,9 @@ def compare(layout: str) -> tuple[dict[str, float], dict[str, float], dict[str, 
         return error_of(y_dot, want), sum(r.paired for r in dual.reports)
 
     how = {"regions": "auto"} if layout == "FSDP2" else {}
-    alone = {precision: error(whole, precision)[0] for precision in PRECISIONS}
+    alone = {name: error(whole, precision)[0] for name, precision in SETTINGS.items()}
     model = laid_out(layout)
-    both = {precision: error(model, precision, **how) for precision in PRECISIONS}
+    both = {name: error(model, precision, **how) for name, precision in SETTINGS.items()}
     return alone, {name: found for name, (found, _) in both.items()}, {name: pairs for name, (_, pairs) in both.items()}
 
 
@@ -72,5 +73,5 @@ def compare(layout: str) -> tuple[dict[str, float], dict[str, float], dict[str, 
 def test_as_on_one_rank(layout):
     for alone, found, paired in run(2, compare, layout):
         assert found["float32"] < 0.85 * found["model"], (alone, found)
-        assert all(found[precision] < 1.5 * alone[precision] + 1e-4 for precision in PRECISIONS), (alone, found)
+        assert all(found[name] < 1.5 * alone[name] + 1e-4 for name in SETTINGS), (alone, found)
         assert paired["float32"] == paired["model"], paired
