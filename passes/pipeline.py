@@ -43,6 +43,7 @@ from jvpgraph.passes.mark_stop_gradients import mark_stop_gradients
 from jvpgraph.passes.note_outputs import note_outputs
 from jvpgraph.passes.pair_collectives import pair_collectives
 from jvpgraph.passes.recognize_attention import recognize_attention
+from jvpgraph.passes.round_products import round_products
 from jvpgraph.passes.swap_attention import swap_attention
 from jvpgraph.passes.swap_flex_attention import swap_flex_attention
 from jvpgraph.passes.write_out_copies import write_out_copies
@@ -104,6 +105,7 @@ ON_ATEN_GRAPH = Stage(
         linearize,
         drop_dead_tangents,
         keep_attention_values,
+        round_products,
         fuse_attention,
         fuse_aten_attention,
         batch_tangents,
@@ -123,6 +125,7 @@ BEFORE_AUTOGRAD = Stage(
         linearize,
         drop_dead_tangents,
         keep_attention_values,
+        round_products,
         fuse_attention,
         fuse_aten_attention,
         differentiate_attention,
@@ -137,12 +140,12 @@ AFTER_AUTOGRAD = Stage("after autograd", (count, decompose, note_outputs), ATEN,
 AFTER_COMPILER = Stage("after the compiler's passes", (keep_outputs_apart,), (), "optimized")
 
 # Steps that look at one graph only: the runner calls them for each body of a higher-order op, too.
-IN_EACH_BODY = (drop_dead_tangents, keep_attention_values, fuse_attention, fuse_aten_attention, decompose)
+IN_EACH_BODY = (drop_dead_tangents, keep_attention_values, round_products, fuse_attention, fuse_aten_attention, decompose)
 
 OPTIONAL = frozenset(
     {
         *("swap_attention", "swap_flex_attention", "recognize_attention"),
-        *("drop_dead_tangents", "fuse_attention", "fuse_aten_attention", "pair_collectives"),
+        *("drop_dead_tangents", "round_products", "fuse_attention", "fuse_aten_attention", "pair_collectives"),
     }
 )
 OWN_NAMESPACES = ("aten", "prims", "jvpgraph", "_c10d_functional", "_dtensor")  # whose ops the package has rules for
