@@ -140,7 +140,14 @@ AFTER_AUTOGRAD = Stage("after autograd", (count, decompose, note_outputs), ATEN,
 AFTER_COMPILER = Stage("after the compiler's passes", (keep_outputs_apart,), (), "optimized")
 
 # Steps that look at one graph only: the runner calls them for each body of a higher-order op, too.
-IN_EACH_BODY = (drop_dead_tangents, keep_attention_values, round_products, fuse_attention, fuse_aten_attention, decompose)
+IN_EACH_BODY = (
+    drop_dead_tangents,
+    keep_attention_values,
+    round_products,
+    fuse_attention,
+    fuse_aten_attention,
+    decompose,
+)
 
 OPTIONAL = frozenset(
     {

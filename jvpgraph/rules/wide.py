@@ -5,7 +5,10 @@ ops.
 
 * What only moves elements leaves the tangent as it is.
 * Products, attention, collectives and the ops of other packages take and give tangents in the dtype of the primal: that
-  is what tensor cores are fast with, and messages stay short. The two products of a rule are added up in float32.
+  is what tensor cores are fast with, and messages stay short. The two products of a rule are added up in float32. A
+  thin product, of a few rows, columns or channels, costs nearly nothing, and what it rounds stays: the embedding of
+  the time, modulation, patches in and out. It takes its tangent in two parts, of which the second is what the first
+  has been rounded by.
 * Everything else is evaluated in float32, on the primal's values cast up: residual streams, norms, modulation,
   rotations, activations, reductions.
 
@@ -15,6 +18,7 @@ A cast to half precision is part of the primal; its tangent stays in float32.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from typing import Any
 
@@ -28,7 +32,7 @@ from jvpgraph.precision import HALF, widened
 from jvpgraph.rules.pointwise import times
 from jvpgraph.rules.registry import Rule
 
-__all__ = ["for_precision", "product_in_float32", "unchanged_by_cast"]
+__all__ = ["for_precision", "only_moves", "product_in_float32", "unchanged_by_cast"]
 
 aten = torch.ops.aten
 
@@ -52,6 +56,7 @@ WIDE_PRODUCTS = {
 }
 ATTENTION = ("attention", "_efficient_attention_forward", "_flash_attention_forward")
 NORMS = {"native_layer_norm", "native_group_norm", "_fused_rms_norm"}  # of which the rules know how they were rounded
+THIN = 128  # rows, columns or channels: a hundredth of a network's products
 CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 
 
@@ -62,15 +67,21 @@ def for_precision(
     name = op._schema.name.partition("::")[2]
     if precision == "model" or op is aten.view.dtype or op.namespace not in ("aten", "prims", "jvpgraph"):
         return out, arguments, rounded(arguments, dots)
-    if op.is_view or name in MOVES:
+    if only_moves(op):
         return _moved(rule, out, arguments, dots)
     if name in NORMS or "batch_norm" in name:
         return out, arguments, _up(dots)
-    product = name in PRODUCTS or name in ATTENTION or name.startswith("_scaled_dot_product")
+    product = (name in PRODUCTS and not _thin_convolution(arguments)) or name in ATTENTION
+    product |= name.startswith("_scaled_dot_product")
     if product and precision == "float32":
         return out, arguments, rounded(arguments, dots, but=ADDED.get(name, ""))
     wide = {name: _up(widened(x) if isinstance(x, torch.dtype) else x) for name, x in arguments.items()}
     return _up(out), wide, _up(dots)
+
+
+def only_moves(op: Any) -> bool:
+    """Whether an op computes nothing."""
+    return isinstance(op, OpOverload) and (op.is_view or op._schema.name.partition("::")[2] in MOVES)
 
 
 def unchanged_by_cast(op: OpOverload, arguments: dict[str, Any], dots: dict[str, Any]) -> Tensor | None:
@@ -94,12 +105,32 @@ def product_in_float32(
     b, c = arguments[left], arguments[right]
     terms = []
     if (b_dot := dots.get(left)) is not None:
-        terms.append(times(arguments.get("alpha", 1), mm_float32(b_dot.to(b.dtype), c)))
+        terms.append(times(arguments.get("alpha", 1), _product(b_dot, c)))
     if (c_dot := dots.get(right)) is not None:
         terms.append(times(arguments.get("alpha", 1), mm_float32(b, c_dot.to(c.dtype))))
     if added is not None and (a_dot := dots.get(added)) is not None:
         terms.append(times(arguments["beta"], a_dot.to(torch.float32)))
     return functools.reduce(operator.add, terms)
+
+
+def _product(b_dot: Tensor, c: Tensor) -> Tensor:
+    rows = b_dot.to(c.dtype)
+    if b_dot.dtype is not torch.float32 or b_dot.dim() > 2 or not any(map(_few, (*b_dot.shape, c.shape[1]))):
+        return mm_float32(rows, c)
+    rest = (b_dot - rows).to(c.dtype)
+    return mm_float32(torch.cat([rows, rest]), c).unflatten(0, (2, -1)).sum(0)  # one product reads c once
+
+
+def _thin_convolution(arguments: dict[str, Any]) -> bool:
+    """Of patches, or of the first few channels."""
+    weight = arguments.get("weight")
+    return "stride" in arguments and isinstance(weight, Tensor) and _few(math.prod(weight.shape[1:]))
+
+
+def _few(size: Any) -> bool:
+    """By what is known when a graph is made: what is decided of a size here is no guard."""
+    hint = size.node.hint if isinstance(size, torch.SymInt) else size
+    return hint is not None and hint <= THIN
 
 
 def rounded(arguments: dict[str, Any], dots: dict[str, Any], but: str = "") -> dict[str, Any]:
