@@ -1,11 +1,13 @@
 """Errors of tangents in bfloat16, by the precision that they are computed in, and of central differences.
 
-    python -m benchmarks.precision [--depths 4 12 24] [--width 256] [--seeds 3] [--out DIR]
+    python -m benchmarks.precision [--seeds 3] [--only own-12 wan ...] [--times] [--out DIR]
 
-A DiT with random weights of realistic scale, and the same with what trained networks have: a few channels a hundred
-times larger than the others, and gates and gains of modulation up to 10. Weights, values and inputs are bfloat16;
-errors are norm-wise, against the same network in float64, of tangents along the latents x and along the time t. Median
-over seeds. `--times` adds the time of a whole step on Inductor, in turns in one process.
+The trainer's DiT of 4 to 48 layers, small Wan and Flux transformers, with random weights of realistic scale; the DiT
+with what trained networks have besides, one by one and together; and the digits' teacher that the demo trains. Weights,
+values and inputs are bfloat16. Errors are norm-wise, of tangents along the latents x and along the time t, against the
+same network in float64; median over seeds. `float32 values` are those of the network in float32 with the same weights.
+`--times` adds the time of a whole step on Inductor, in turns in one process, and the bytes that its forward moves.
+Prints tables; writes precision.json and precision.png.
 """
 
 from __future__ import annotations
@@ -14,85 +16,104 @@ import argparse
 import copy
 import json
 import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch._inductor.graph import GraphLowering
+from torch.utils._pytree import tree_map_only
 
 import jvpgraph
+from benchmarks.precision_cases import INGREDIENTS, Case, digits_teacher, flux, own, wan
 from benchmarks.record import environment
 from benchmarks.timing import Clock, interleaved, summary
 from jvpgraph import Config
+from jvpgraph.kernels.products import DECOMPOSITIONS
 from jvpgraph.precision import PRECISIONS
-from jvpgraph.trainer.model.dit import DiT, DiTConfig
 
-SIDE, BATCH = 16, 2  # pixels, of which a token has 2 x 2; images
-STEPS = [2.0**-k for k in range(1, 13)]  # of central differences
-Inputs = dict[str, Tensor]
-
-
-def network(depth: int, width: int, outliers: bool) -> DiT:
-    net = DiT(DiTConfig(image_size=SIDE, width=width, depth=depth, heads=width // 64))
-    for parameter in net.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.7 * parameter.shape[-1] ** -0.5)
-    if outliers:
-        with torch.no_grad():
-            for block in net.blocks:
-                block.mlp[-1].weight[:3] *= 100  # channels of the residual stream
-                block.modulation.weight[torch.randint(6 * width, (width // 8,))] *= 10
-    return net.to(torch.bfloat16).requires_grad_(False)
+DEPTHS = (4, 12, 24, 48)
+STEPS = [2.0**-k for k in range(1, 13)]  # of central differences, of inputs of about one
+Errors = dict[str, dict[str, float]]  # by way, and by what the tangent is along
 
 
-def drawn() -> tuple[Inputs, Inputs]:
-    x = torch.randn(BATCH, 1, SIDE, SIDE, dtype=torch.bfloat16)
-    inputs = {"x": x, "t": torch.rand(BATCH), "labels": torch.arange(BATCH)}
-    return inputs, {"x": torch.randn_like(x), "t": torch.ones(BATCH)}
+def cases(out: Path) -> dict[str, Callable[[], Case]]:
+    found: dict[str, Callable[[], Case]] = {f"own-{depth}": partial(own, depth) for depth in DEPTHS}
+    found |= {"wan": wan, "flux": flux, "digits": partial(digits_teacher, out / "teacher")}
+    found |= {f"own-12 {name}": partial(own, 12, name) for name in INGREDIENTS}
+    found["own-12 gains, sharp"] = partial(own, 12, "gains", "sharp")
+    found |= {f"own-{depth} all": partial(own, depth, *INGREDIENTS) for depth in DEPTHS}
+    return found
 
 
-def exactly(given: Inputs) -> Inputs:
-    return {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+def exactly(tree: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """Floating tensors in another dtype."""
+    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
 
 
 def error(found: Tensor, want: Tensor) -> float:
     return float((found.double() - want).norm() / want.norm())
 
 
-def differences(net: nn.Module, inputs: Inputs, name: str, dot: Tensor, want: Tensor) -> float:
+def plainly(net: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    out = net(**inputs)
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
+
+
+def differences(net: nn.Module, inputs: dict[str, Any], name: str, dot: Tensor, want: Tensor) -> float:
     """The error of central differences at the step that is best for them."""
 
     def moved(step: float) -> Tensor:
         there = (inputs[name].float() + step * dot.float()).to(inputs[name].dtype)
-        result: Tensor = net(**{**inputs, name: there}).double()
-        return result
+        return plainly(net, {**inputs, name: there}).double()
 
-    return min(error((moved(h) - moved(-h)) / (2 * h), want) for h in STEPS)
+    scale = float(inputs[name].abs().max()) / float(dot.abs().max())
+    steps = [step * min(1.0, scale) for step in STEPS]
+    return min(error((moved(h) - moved(-h)) / (2 * h), want) for h in steps)
 
 
-def errors(depth: int, width: int, outliers: bool, seed: int) -> dict[str, dict[str, float]]:
+def dual_of(net: nn.Module, precision: Any = "model") -> Callable[..., tuple[Tensor, Tensor]]:
+    """(value, tangent) of a call; op by op, which runs the same rules as a graph and compiles nothing."""
+    dual = jvpgraph.transform(net, backend="op_by_op", config=Config(tangent_precision=precision))
+
+    def run(inputs: dict[str, Any], name: str, dot: Tensor) -> tuple[Tensor, Tensor]:
+        y, y_dot = dual(**inputs, tangents={name: dot})
+        return (y[0], y_dot[0]) if isinstance(y, tuple) else (y, y_dot)
+
+    return run
+
+
+def errors(case: Case) -> Errors:
     """By way, and by what the tangent is along."""
-    torch.manual_seed(seed)
-    net, (inputs, dots) = network(depth, width, outliers), drawn()
-    exact = jvpgraph.transform(copy.deepcopy(net).double(), backend="eager")
-    ways = {
-        name: jvpgraph.transform(net, backend="eager", config=Config(tangent_precision=name)) for name in PRECISIONS
-    }
-    found: dict[str, dict[str, float]] = {name: {} for name in ("value", *ways, "differences")}
-    for along, dot in dots.items():
-        y, want = exact(**exactly(inputs), tangents={along: dot.double()})
-        for name, dual in ways.items():
-            value, tangent = dual(**inputs, tangents={along: dot})
-            found[name][along] = error(tangent, want)
-        found["value"][along] = error(value, y)
-        found["differences"][along] = differences(net, inputs, along, dot, want)
+    net, inputs = case.net, case.inputs
+    exact, full = dual_of(copy.deepcopy(net).double()), dual_of(copy.deepcopy(net).float())
+    found: Errors = {}
+
+    def note(way: str, along: str, value: float) -> None:
+        found.setdefault(way, {})[along] = value
+
+    for along, (name, dot) in case.dots.items():
+        y, want = exact(exactly(inputs), name, dot.double())
+        for precision in PRECISIONS:
+            value, tangent = dual_of(net, precision)(inputs, name, dot)
+            note(precision, along, error(tangent, want))
+        note("value", along, error(value, y))
+        note("differences", along, differences(net, inputs, name, dot, want))
+        note("float32 values", along, error(full(exactly(inputs, torch.float32), name, dot.float())[1], want))
     return found
 
 
-def times(depth: int, width: int) -> dict[str, Any]:
-    """A step with gradients, on the default backend."""
+def times() -> dict[str, Any]:
+    """Seconds of a step with gradients, on the default backend."""
     torch.manual_seed(0)
-    net, (inputs, dots) = network(depth, width, False).requires_grad_(True), drawn()
+    case = own(6)
+    net, inputs, dots = case.net.requires_grad_(True), case.inputs, dict(case.dots.values())
 
     def step(dual: Any) -> None:
         y, y_dot = dual(**inputs, tangents=dots)
@@ -104,37 +125,98 @@ def times(depth: int, width: int) -> dict[str, Any]:
     return {name: summary(of) for name, of in interleaved(Clock("cpu"), runs, least=9, seconds=40).items()}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    ways = list(rows[0]["errors"])
-    lines = [f"| weights | depth | {' | '.join(ways)} |", "|---" * (2 + len(ways)) + "|"]
-    for row in rows:
-        cells = (f"{row['errors'][way]['x']:.1e} / {row['errors'][way]['t']:.1e}" for way in ways)
-        lines.append(f"| {'outliers' if row['outliers'] else 'random'} | {row['depth']} | {' | '.join(cells)} |")
+def traffic() -> dict[str, int]:
+    """Bytes that the forward reads and writes, as Inductor schedules it, with products as CUDA has them: alone, and
+    with its tangent by precision."""
+    torch.manual_seed(0)
+    case = own(2)
+    counted: list[int] = []
+
+    def count(graph: GraphLowering) -> Any:
+        graph.codegen()
+        counted.append(graph.count_bytes()[0])
+        raise _Counted
+
+    found = {}
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(GraphLowering, "compile_to_module", count))
+        patches.enter_context(mock.patch.dict(DECOMPOSITIONS, clear=True))
+        patches.enter_context(torch._inductor.config.patch(force_disable_caches=True))
+        patches.enter_context(torch.no_grad())
+        for name in ("alone", *PRECISIONS[:2]):
+            torch._dynamo.reset()
+            try:
+                if name == "alone":
+                    torch.compile(case.net, fullgraph=True)(**case.inputs)
+                else:
+                    dual = jvpgraph.transform(case.net, config=Config(tangent_precision=name))
+                    dual(**case.inputs, tangents=dict(case.dots.values()))
+            except (_Counted, jvpgraph.CaptureError, torch._dynamo.exc.BackendCompilerFailed):
+                found[name] = counted.pop()
+    return found
+
+
+class _Counted(Exception):
+    """There is no need for the code."""
+
+
+def table(rows: dict[str, Errors]) -> str:
+    ways = list(next(iter(rows.values())))
+    lines = [f"| network | {' | '.join(ways)} |", "|---" * (1 + len(ways)) + "|"]
+    for name, found in rows.items():
+        lines.append(f"| {name} | {' | '.join('{x:.1e} / {t:.1e}'.format(**found[way]) for way in ways)} |")
     return "\n".join(lines)
+
+
+def draw(rows: dict[str, Errors], target: Path) -> None:
+    """Errors by network, a panel for each of x and t."""
+    ways = [way for way in next(iter(rows.values())) if way != "value"]
+    figure = Figure(figsize=(11, 6.5))
+    panels = figure.subplots(2, 1, sharex=True)
+    for panel, along in zip(panels, ("x", "t")):
+        for way in ways:
+            panel.plot(list(rows), [found[way][along] for found in rows.values()], "o", label=way, markersize=5)
+        panel.set_yscale("log")
+        panel.set_ylabel(f"error of the tangent along {along}")
+        panel.grid(alpha=0.3)
+    panels[1].tick_params(axis="x", rotation=60)
+    panels[0].legend(ncols=len(ways), fontsize=8, frameon=False, loc="upper left")
+    figure.tight_layout()
+    figure.savefig(target, dpi=130)
+
+
+def medians(make: Callable[[], Case], seeds: int) -> Errors:
+    runs = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        runs.append(errors(make()))
+    return {way: {a: statistics.median(run[way][a] for run in runs) for a in "xt"} for way in runs[0]}
+
+
+def measured(out: Path, only: list[str] | None, seeds: int) -> Iterator[tuple[str, Errors]]:
+    for name, make in cases(out).items():
+        if only is None or name in only:
+            yield name, medians(make, 1 if name == "digits" else seeds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depths", type=int, nargs="+", default=[4, 12, 24])
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--only", nargs="+", help="some of the networks")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--times", action="store_true")
-    parser.add_argument("--out", type=Path, help="folder for precision.json")
+    parser.add_argument("--out", type=Path, default=Path("out/precision"))
     options = parser.parse_args()
-    rows = []
-    for outliers in (False, True):
-        for depth in options.depths:
-            runs = [errors(depth, options.width, outliers, seed) for seed in range(options.seeds)]
-            median = {way: {a: statistics.median(run[way][a] for run in runs) for a in "xt"} for way in runs[0]}
-            rows.append({"outliers": outliers, "depth": depth, "width": options.width, "errors": median})
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, Errors] = {}
+    for name, found in measured(options.out, options.only, options.seeds):
+        rows[name] = found
+        print(table({name: found}).splitlines()[-1], flush=True)
     result: dict[str, Any] = environment("cpu") | {"rows": rows}
     if options.times:
-        result["times"] = times(min(options.depths), options.width)
-    print(table(rows), result.get("times", ""), sep="\n")
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "precision.json").write_text(json.dumps(result, indent=1))
+        result |= {"times": times(), "traffic": traffic()}
+    print(table(rows), result.get("times", ""), result.get("traffic", ""), sep="\n")
+    (options.out / "precision.json").write_text(json.dumps(result, indent=1))
+    draw(rows, options.out / "precision.png")
 
 
 if __name__ == "__main__":

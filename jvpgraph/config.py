@@ -27,7 +27,7 @@ class Config:
     """After each call, raise NonFiniteTangent naming the first module whose tangent is NaN or infinite. Costs one
     reduction and a device synchronisation per output, and an op-by-op run when it fires."""
 
-    tangent_precision: Precision | Policy = "model"
+    tangent_precision: Precision | Policy = "float32"
     """What tangents of half-precision primals have: "model", the dtype of the primal; "float32", which keeps them in
     float32 between products, attention and collectives, whose operands have the dtype of the primal; "float32_matmul",
     which computes these in float32, too; or a :class:`jvpgraph.Policy`, which says so for modules and ops. The tangents
