@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jvpgraph.api import DualModule, jvp, transform
     from jvpgraph.config import Config
+    from jvpgraph.diagnosis import Diagnosis, diagnose
     from jvpgraph.dynamo_backend import backend
     from jvpgraph.errors import CaptureError, JvpgraphError, NonFiniteTangent, UnsupportedOp
     from jvpgraph.explain import Explanation
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
 __all__ = [
     "CaptureError",
     "Config",
+    "Diagnosis",
     "DualModule",
     "Explanation",
     "JvpgraphError",
     "NonFiniteTangent",
     "UnsupportedOp",
     "backend",
+    "diagnose",
     "jvp",
     "make_dual",
     "tangent_of",
@@ -40,6 +43,7 @@ __version__ = "0.1.0"
 DEFINED_IN = {
     "api": ("DualModule", "jvp", "transform"),
     "config": ("Config",),
+    "diagnosis": ("Diagnosis", "diagnose"),
     "dynamo_backend": ("backend",),
     "errors": ("CaptureError", "JvpgraphError", "NonFiniteTangent", "UnsupportedOp"),
     "explain": ("Explanation",),
