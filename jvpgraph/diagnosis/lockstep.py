@@ -22,7 +22,7 @@ from jvpgraph.errors import JvpgraphError
 from jvpgraph.escapes import Graphs
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.op_by_op import OpByOp
-from jvpgraph.op_by_op.kinds import BATCH_NORMS, COPIES, DRAWS
+from jvpgraph.op_by_op.kinds import BATCH_NORMS, COPIES, DRAWS, EMPTY
 from jvpgraph.precision import Precision
 from jvpgraph.rules.apply import bind, has_tangent
 from jvpgraph.storages import key_of, tensors_in, view_of
@@ -42,6 +42,12 @@ class Watcher:
 
     def ran(self, func: OpOverload, own: Ran, exact: Ran) -> None:
         """Both have a tangent; nothing has been written in place yet in the reference."""
+
+    def before(self, func: OpOverload, own: dict[str, Any], exact: dict[str, Any]) -> Any:
+        """An op without a tangent is about to run in the reference; what is returned goes to :meth:`computed`."""
+
+    def computed(self, func: OpOverload, own: Any, exact: Any, before: Any) -> None:
+        """Both have a value."""
 
     def decided(self, func: OpOverload, own: Any, exact: Any) -> None:
         """Something that is not floating, or a Python number, was computed of what was rounded."""
@@ -212,6 +218,10 @@ class Lockstep(OpByOp):
         self._running = func
         try:
             wide_args, wide_kwargs = self._wide(args), self._wide(kwargs)
+            before = None
+            inactive = self._own is None and bool(floating) and not (moves(func) or _name(func) in EMPTY)
+            if inactive:
+                before = self.watcher.before(func, bind(func, args, kwargs), bind(func, wide_args, wide_kwargs))
             found = self.exact.run(func, wide_args, wide_kwargs, out)
         except torch.OutOfMemoryError:
             raise
@@ -224,6 +234,8 @@ class Lockstep(OpByOp):
         if not floating and not written:
             self.watcher.decided(func, out, found)
             return
+        if inactive:
+            self.watcher.computed(func, out, found, before)
         given = {key_of(x) for x in tree_leaves((wide_args, wide_kwargs)) if isinstance(x, Tensor)}
         for x, y in zip(tree_leaves(out), tree_leaves(found), strict=True):
             if isinstance(x, Tensor) and any(x is z for z in new):
@@ -277,7 +289,7 @@ class Lockstep(OpByOp):
 def _written(func: OpOverload, arguments: dict[str, Any]) -> list[Tensor]:
     """Floating tensors that the op writes to; the statistics of batch norms among them, which do not say so."""
     names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    if func._schema.name.partition("::")[2] in BATCH_NORMS and arguments["training"]:
+    if _name(func) in BATCH_NORMS and arguments["training"]:
         names += ["running_mean", "running_var"]
     return [x for name in names for x in tensors_in(arguments[name]) if has_tangent(x)]
 
@@ -286,12 +298,16 @@ def _is_exact(func: OpOverload) -> bool:
     """Whether what it gives is, element by element, what it is given; or it is not known what it computes."""
     if func.namespace not in ("aten", "prims", "jvpgraph") or func is aten.view.dtype:
         return True
-    name = func._schema.name.partition("::")[2]
+    name = _name(func)
     return moves(func) or (name in COPIES and name != "_to_copy")
 
 
 def _is_random(func: OpOverload, arguments: dict[str, Any]) -> bool:
-    if func._schema.name.partition("::")[2] in DRAWS:
+    if _name(func) in DRAWS:
         return True
     seeded = torch.Tag.nondeterministic_seeded in func.tags
     return seeded and bool(arguments.get("dropout_p", True)) and arguments.get("train", True) is not False
+
+
+def _name(func: OpOverload) -> str:
+    return func._schema.name.partition("::")[2]

@@ -22,6 +22,7 @@ from jvpgraph.diagnosis.measure import (
     NotAlone,
     apart,
     figures,
+    figures_of_value,
     norm,
     on_host,
     pairs_of,
@@ -45,6 +46,8 @@ GIVEN = "input {name} is {dtype} as it is given: what was rounded before the cal
 DECIDED = "{share:.1%} of what is decided here differs from the reference, which goes the way of the model"
 ALONE = "what it adds is not known: by itself it does not run ({reason})"
 NUMBER = "a Python number is read here, of which the reference takes the model's, off by {error:.1e}"
+
+NOTHING = {4: 1e-6, 8: 1e-13}  # left over of a sum: by the bytes of a number of the reference
 
 
 class Log(Watcher):
@@ -190,7 +193,53 @@ class Log(Watcher):
             underflow=found["underflow"],
             largest=found["largest"],
             where=place_of(pairs) if broken else "",
+            is_zero=found.get("cancels", 1.0) < NOTHING[pairs[0][3].dtype.itemsize],
         )
+        self._note(record)
+
+    def before(self, func: OpOverload, own: dict[str, Any], exact: dict[str, Any]) -> Any:
+        try:
+            return self.alone.value(func, own, exact)
+        except NotAlone as reason:
+            self._lose("not compared", str(func), ALONE.format(reason=reason), 0.0)
+            return None
+
+    def computed(self, func: OpOverload, own: Any, exact: Any, before: Any) -> None:
+        values = [
+            (x, y, z)
+            for x, y, z in zip(*map(_listed, (own, exact, own if before is None else before)))
+            if has_tangent(x)
+        ]
+        if len(func._schema.returns) > 1:
+            values = values[:1]
+        if not any(x.numel() for x, _, _ in values):
+            return
+        found = on_host(figures_of_value(values))
+        dtype = values[0][0].dtype
+        self._note(
+            OpRecord(
+                index=len(self.ops),
+                time=self._time,
+                module=self.module,
+                op=str(func),
+                kind=kind_of(func),
+                line=self._line(),
+                dtype=str(dtype).removeprefix("torch."),
+                precision=PRECISIONS[0],
+                shape=tuple(values[0][0].shape),
+                value=relative(found["value_error"], found["value_norm"]),
+                tangent=math.nan,
+                adds=math.nan,
+                adds_in=dict.fromkeys(PRECISIONS, math.nan),
+                adds_value=math.nan if before is None else relative(found["adds_value"], found["value_norm"]),
+                norm=0.0,
+                bytes_in=dict.fromkeys(PRECISIONS, 0),
+                value_not_finite=found["value_not_finite"],
+                active=False,
+            )
+        )
+
+    def _note(self, record: OpRecord) -> None:
         self.ops.append(record)
         if self._adds and record.badness > self._adds[-1][0]:
             self._adds[-1] = (record.badness, record.op)
@@ -264,3 +313,7 @@ def _file_of(module: nn.Module) -> str | None:
     forward = inspect.unwrap(type(module).forward)
     is_torch = forward.__module__.partition(".")[0] == "torch"
     return None if is_torch or not inspect.isfunction(forward) else forward.__code__.co_filename
+
+
+def _listed(out: Any) -> list[Any]:
+    return list(out) if isinstance(out, (list, tuple)) else [out]

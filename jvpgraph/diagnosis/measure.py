@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from jvpgraph.diagnosis.exact import Ran, has_unknown, widened
 from jvpgraph.diagnosis.kinds import is_attention, kind_of, moves
 from jvpgraph.errors import JvpgraphError
 from jvpgraph.op_by_op import OpByOp
+from jvpgraph.op_by_op.kinds import BATCH_NORMS
 from jvpgraph.precision import HALF, PRECISIONS
 from jvpgraph.precision import widened as dtype_of_tangent
-from jvpgraph.rules.apply import has_tangent
+from jvpgraph.rules.apply import functional_form, has_tangent
 
 __all__ = [
     "Alone",
@@ -25,6 +27,7 @@ __all__ = [
     "Pairs",
     "apart",
     "figures",
+    "figures_of_value",
     "norm",
     "on_host",
     "pairs_of",
@@ -35,6 +38,8 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
+WRITES_UNSAID = tuple(f"aten::{name}" for name in BATCH_NORMS)
+SUMS = ("aten::sum", "aten::mean")
 FEW = 4
 Pairs = list[tuple[Tensor, Tensor, Tensor, Tensor]]  # value, its reference, tangent, its reference
 REFUSED = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, JvpgraphError)
@@ -81,6 +86,9 @@ def figures(own: Ran, exact: Ran, pairs: Pairs) -> dict[str, Tensor]:
     }
     if exact.parts:
         found["cancels"] = norm([exact.dot]) / functools.reduce(operator.add, (norm([part]) for part in exact.parts))
+    elif exact.func._schema.name in SUMS and isinstance(exact.dot, Tensor):
+        name, dot = next(iter(exact.dots.items()))
+        found["cancels"] = norm([exact.dot]) / norm([exact.func(**{**exact.arguments, name: dot.abs()})])
     if is_attention(exact.func):
         found |= _epilogue(exact)
     return found
@@ -88,6 +96,16 @@ def figures(own: Ran, exact: Ran, pairs: Pairs) -> dict[str, Tensor]:
 
 def _finite(x: Tensor) -> Tensor:
     return x.masked_fill(~torch.isfinite(x), 0)
+
+
+def figures_of_value(values: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Of an op without a tangent: its results, those of the reference, and those that it has by itself."""
+    return {
+        "value_norm": norm([_finite(y) for _, y, _ in values]),
+        "value_error": norm([apart(x, y) for x, y, _ in values]),
+        "adds_value": norm([apart(z, y) for _, y, z in values]),
+        "value_not_finite": share([~torch.isfinite(x) & torch.isfinite(y) for x, y, _ in values]),
+    }
 
 
 def _largest(dot: Tensor) -> Tensor:
@@ -148,7 +166,27 @@ class Alone:
         except REFUSED as error:
             raise NotAlone((str(error).strip() or type(error).__name__).splitlines()[0]) from error
 
+    @staticmethod
+    def value(func: OpOverload, own: dict[str, Any], exact: dict[str, Any]) -> Any:
+        """Of an op without a tangent.
+
+        Raises:
+            NotAlone: it does not run by itself.
+        """
+        functional = functional_form(func) if func._schema.is_mutable else func
+        if functional is None:
+            raise NotAlone("it has no functional form")
+        names = [argument.name for argument in functional._schema.arguments]
+        try:
+            return functional(**{name: _rounded(exact[name], own[name]) for name in names})
+        except torch.OutOfMemoryError:
+            raise
+        except REFUSED as error:
+            raise NotAlone((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+
     def _figures(self, own: Ran, exact: Ran, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        if own.func._schema.name in WRITES_UNSAID:
+            arguments = {name: x.clone() if isinstance(x, Tensor) else x for name, x in arguments.items()}
         out = own.func(**arguments)
         found: dict[str, Tensor] = {}
         half = any(x.dtype in HALF for x in tree_leaves((arguments, out)) if isinstance(x, Tensor))

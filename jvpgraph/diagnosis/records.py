@@ -10,7 +10,8 @@ __all__ = ["Difference", "Loss", "ModuleRecord", "OpRecord", "finite_or"]
 
 @dataclass(frozen=True)
 class OpRecord:
-    """An op whose result has a tangent, in one call of the model.
+    """An op, in one call of the model: one whose result has a tangent, or that computes values which others' tangents
+    are made of.
 
     Errors are norm-wise and relative to the reference: ``|found - reference| / |reference|``, infinite where something
     is not finite.
@@ -39,6 +40,8 @@ class OpRecord:
     underflow: float = 0.0  # share that is zero, and not in the reference
     largest: float = 0.0  # element of the tangent, as a share of the largest number of its dtype
     where: str = ""  # the part of the result that is not finite, if it is a part
+    active: bool = True  # whether it has a tangent
+    is_zero: bool = False  # the reference's tangent is nothing but rounding, and its error says nothing
 
     @property
     def bytes(self) -> int:
@@ -52,8 +55,10 @@ class OpRecord:
 
     @property
     def badness(self) -> float:
-        """By which records are sorted."""
-        return math.inf if self.overflows else finite_or(self.adds, 0.0)
+        """By which records are sorted: the larger of the errors that it adds to its tangent and to its value."""
+        if self.overflows:
+            return math.inf
+        return max(0.0 if self.is_zero else finite_or(self.adds, 0.0), finite_or(self.adds_value, 0.0))
 
 
 @dataclass(frozen=True)
