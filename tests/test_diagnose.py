@@ -441,7 +441,7 @@ def test_a_picture_without_matplotlib(monkeypatch, tmp_path):
 @pytest.mark.filterwarnings(*QUIET)
 def test_networks_of_diffusers(name):
     case = CASES[name]
-    for dtype, variant, bounds in ((torch.float32, 0, (1e-8, 1e-4)), (torch.bfloat16, 1, (1e-3, 0.3))):
+    for dtype, variant, bounds in ((torch.float32, 0, (1e-8, 1e-4)), (torch.bfloat16, 1, (1e-3, 3.0))):
         model = case.build().to(dtype)
         given = {k: cast(v, dtype) for k, v in case.inputs(variant).items()}
         given["timestep"] = given["timestep"].float()
@@ -452,3 +452,8 @@ def test_networks_of_diffusers(name):
         assert {"attention", "product", "norm", "sum"} <= {op.kind for op in found.ops}
         assert all(op.line.split(":")[0].endswith(".py") for op in found.ops)
         assert all(not math.isnan(op.adds) for op in found.ops if op.active)
+        if name.startswith("Flux") and dtype is torch.bfloat16:  # which multiplies the time by 1000 in bfloat16
+            worst = found.worst(1)[0]
+            assert (worst.module, worst.op) == ("time_text_embed.time_proj", "aten.sin.default")
+            assert worst.magnifies > 100 > 1 > worst.before
+            assert "input timestep is rounded to bfloat16 on its way in" in str(found)

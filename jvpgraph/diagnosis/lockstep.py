@@ -46,7 +46,7 @@ class Watcher:
     def before(self, func: OpOverload, own: dict[str, Any], exact: dict[str, Any]) -> Any:
         """An op without a tangent is about to run in the reference; what is returned goes to :meth:`computed`."""
 
-    def computed(self, func: OpOverload, own: Any, exact: Any, before: Any) -> None:
+    def computed(self, func: OpOverload, own_arguments: dict[str, Any], own: Any, exact: Any, before: Any) -> None:
         """Both have a value."""
 
     def decided(self, func: OpOverload, own: Any, exact: Any) -> None:
@@ -235,14 +235,14 @@ class Lockstep(OpByOp):
             self.watcher.decided(func, out, found)
             return
         if inactive:
-            self.watcher.computed(func, out, found, before)
+            self.watcher.computed(func, bind(func, args, kwargs), out, found, before)
         given = {key_of(x) for x in tree_leaves((wide_args, wide_kwargs)) if isinstance(x, Tensor)}
         for x, y in zip(tree_leaves(out), tree_leaves(found), strict=True):
             if isinstance(x, Tensor) and any(x is z for z in new):
                 self._keep(x, y, shared=key_of(y) in given)
             elif isinstance(x, Tensor) and x.dtype is torch.bool:
                 self.watcher.decided(func, x, y)
-        self.watcher.passed(func, operands, new, self.exact_of)
+        self.watcher.passed(func, operands, [*new, *written], self.exact_of)
 
     def _keep(self, x: Tensor, y: Tensor, shared: bool) -> None:
         """``y`` is the reference of ``x``."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -36,7 +37,7 @@ from jvpgraph.escapes import frames
 from jvpgraph.op_by_op import user_line
 from jvpgraph.precision import HALF, PRECISIONS, Precision
 from jvpgraph.rules.apply import has_tangent
-from jvpgraph.storages import key_of
+from jvpgraph.storages import key_of, tensors_in
 from jvpgraph.tree import leaves
 
 __all__ = ["Log"]
@@ -47,7 +48,9 @@ DECIDED = "{share:.1%} of what is decided here differs from the reference, which
 ALONE = "what it adds is not known: by itself it does not run ({reason})"
 NUMBER = "a Python number is read here, of which the reference takes the model's, off by {error:.1e}"
 
-NOTHING = {4: 1e-6, 8: 1e-13}  # left over of a sum: by the bytes of a number of the reference
+NOTHING = {torch.float32: 1e-6, torch.float64: 1e-13}  # left over of a sum, by what the reference rounds to
+
+KEPT = 1000  # errors of storages, between two looks for those that are gone
 
 
 class Log(Watcher):
@@ -65,7 +68,9 @@ class Log(Watcher):
         self._stack: list[str] = []
         self._taken: list[dict[str, float]] = []
         self._adds: list[tuple[float, str]] = []  # the worst op of each module that is running
-        self._times: dict[StorageWeakRef | None, tuple[str, int]] = {}  # what is a time: its input, its elements
+        self._errors: dict[StorageWeakRef | None, float] = {}  # of what ops have given
+        self._made: float | None = None  # the error of what the present op gives
+        self._times: dict[StorageWeakRef | None, tuple[str, int, bool]] = {}  # input, elements, whether rounded
         self._files: set[str] = set()  # that define the model's modules
         self.mode: Lockstep | None = None
 
@@ -94,10 +99,10 @@ class Log(Watcher):
     def _enter(self, name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
         self._stack.append(name)
         self._adds.append((0.0, ""))
-        self._taken.append(self._errors((args, kwargs)))
+        self._taken.append(self._errors_of((args, kwargs)))
 
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        taken, given = self._taken.pop(), self._errors(out)
+        taken, given = self._taken.pop(), self._errors_of(out)
         self._stack.pop()
         adds, op = self._adds.pop()
         self.modules.append(
@@ -118,7 +123,7 @@ class Log(Watcher):
             )
         )
 
-    def _errors(self, tree: Any) -> dict[str, float]:
+    def _errors_of(self, tree: Any) -> dict[str, float]:
         """Of all floating tensors in it together."""
         mode = self.mode
         tensors = [x for _, x in leaves(tree) if has_tangent(x)]
@@ -184,6 +189,7 @@ class Log(Watcher):
             adds=adds[precision],
             adds_in=adds,
             adds_value=self._added(found, "value"),
+            before=self._before(list(own.arguments.values())),
             norm=found["norm"],
             bytes_in=traffic(own),
             cancels=found.get("cancels", 1.0),
@@ -193,7 +199,7 @@ class Log(Watcher):
             underflow=found["underflow"],
             largest=found["largest"],
             where=place_of(pairs) if broken else "",
-            is_zero=found.get("cancels", 1.0) < NOTHING[pairs[0][3].dtype.itemsize],
+            is_zero=found.get("cancels", 1.0) < NOTHING[pairs[0][3].dtype.to_real()],
         )
         self._note(record)
 
@@ -204,7 +210,7 @@ class Log(Watcher):
             self._lose("not compared", str(func), ALONE.format(reason=reason), 0.0)
             return None
 
-    def computed(self, func: OpOverload, own: Any, exact: Any, before: Any) -> None:
+    def computed(self, func: OpOverload, own_arguments: dict[str, Any], own: Any, exact: Any, before: Any) -> None:
         values = [
             (x, y, z)
             for x, y, z in zip(*map(_listed, (own, exact, own if before is None else before)))
@@ -232,6 +238,7 @@ class Log(Watcher):
                 adds=math.nan,
                 adds_in=dict.fromkeys(PRECISIONS, math.nan),
                 adds_value=math.nan if before is None else relative(found["adds_value"], found["value_norm"]),
+                before=self._before(list(own_arguments.values())),
                 norm=0.0,
                 bytes_in=dict.fromkeys(PRECISIONS, 0),
                 value_not_finite=found["value_not_finite"],
@@ -239,8 +246,14 @@ class Log(Watcher):
             )
         )
 
+    def _before(self, arguments: list[Any]) -> float:
+        """The largest error of what is given, as far as ops have made it."""
+        given = [self._errors.get(key_of(x)) for value in arguments for x in tensors_in(value)]
+        return max((error for error in given if error is not None), default=0.0)
+
     def _note(self, record: OpRecord) -> None:
         self.ops.append(record)
+        self._made = record.value if not record.active or record.is_zero else max(record.value, record.tangent)
         if self._adds and record.badness > self._adds[-1][0]:
             self._adds[-1] = (record.badness, record.op)
 
@@ -282,7 +295,7 @@ class Log(Watcher):
         """
         for name, x in inputs.items():
             if has_tangent(x) and x.dim() <= 2 and (x.dim() == 0 or x.numel() == x.shape[0]):
-                self._times[key_of(x)] = (name, x.numel())
+                self._times[key_of(x)] = (name, x.numel(), False)
                 if x.dtype in HALF:
                     dtype = str(x.dtype).removeprefix("torch.")
                     self._lose("given", "", GIVEN.format(name=name, dtype=dtype), 0.0)
@@ -290,22 +303,31 @@ class Log(Watcher):
     def passed(
         self, func: OpOverload, arguments: list[Tensor], outs: list[Tensor], exact: Callable[[Tensor], Tensor]
     ) -> None:
+        error = self._before(arguments) if self._made is None else self._made
+        self._made = None
+        self._errors.update((key_of(out), error) for out in outs)
+        if len(self._errors) > KEPT:
+            self._errors = {key: e for key, e in self._errors.items() if key is not None and not key.expired()}
         for x in arguments if self._times else ():
             known = self._times.get(key_of(x))
             for out in outs if known is not None else ():
-                name, count = known  # type: ignore[misc]
-                if out.numel() != count:
-                    continue
-                self._times[key_of(out)] = (name, count)
-                if out.dtype in HALF and x.dtype not in HALF:
-                    self._narrowed(func, name, out, exact(out))
+                name, count, is_rounded = known  # type: ignore[misc]
+                if out.numel() == count:
+                    narrow = not is_rounded and out.dtype in HALF and self._narrowed(func, name, out, exact(out))
+                    self._times[key_of(out)] = (name, count, is_rounded or narrow)
 
-    def _narrowed(self, func: OpOverload, name: str, out: Tensor, exact: Tensor) -> None:
+    def _narrowed(self, func: OpOverload, name: str, out: Tensor, exact: Tensor) -> bool:
+        """Note that digits were lost, if some were."""
         found = on_host({"error": norm([apart(out, exact)]), "norm": norm([exact])})
         error = relative(found["error"], found["norm"])
         if error:
             dtype = str(out.dtype).removeprefix("torch.")
             self._lose("time", str(func), NARROW.format(name=name, dtype=dtype, error=error), error)
+        return error > 0
+
+
+def _listed(out: Any) -> list[Any]:
+    return list(out) if isinstance(out, (list, tuple)) else [out]
 
 
 def _file_of(module: nn.Module) -> str | None:
@@ -313,7 +335,3 @@ def _file_of(module: nn.Module) -> str | None:
     forward = inspect.unwrap(type(module).forward)
     is_torch = forward.__module__.partition(".")[0] == "torch"
     return None if is_torch or not inspect.isfunction(forward) else forward.__code__.co_filename
-
-
-def _listed(out: Any) -> list[Any]:
-    return list(out) if isinstance(out, (list, tuple)) else [out]

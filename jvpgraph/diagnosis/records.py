@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 __all__ = ["Difference", "Loss", "ModuleRecord", "OpRecord", "finite_or"]
 
+MAGNIFIED = 4.0  # times an error is more than it adds up to
+
 
 @dataclass(frozen=True)
 class OpRecord:
@@ -31,6 +33,7 @@ class OpRecord:
     adds: float  # error that the op makes out of exact inputs, in the precision that it has; nan where it has no say
     adds_in: dict[str, float]  # the same in each precision
     adds_value: float  # the same of the primal
+    before: float  # the largest error among the values and tangents that it takes
     norm: float  # of the reference's tangent
     bytes_in: dict[str, int]  # that its tangents take, read and written, in each precision
     cancels: float = 1.0  # |sum of terms| / sum of |terms|; 1 where there is one term
@@ -54,10 +57,24 @@ class OpRecord:
         return (self.not_finite > 0 or self.value_not_finite > 0) and math.isinf(max(self.adds, self.adds_value))
 
     @property
+    def magnifies(self) -> float:
+        """By how much errors grow from what it takes to what it gives, if it adds none of that size; else 1. Sines of
+        large angles do so, and sums that cancel."""
+        error, known = max(finite_or(self.tangent, 0.0), self.value), max(self.before, self._added)
+        if self.is_zero or not known or not math.isfinite(error) or error <= MAGNIFIED * known:
+            return 1.0
+        return error / known
+
+    @property
     def badness(self) -> float:
-        """By which records are sorted: the larger of the errors that it adds to its tangent and to its value."""
+        """By which records are sorted: the error that it adds to its tangent, or to its value, or that it has magnified
+        those to which it was given."""
         if self.overflows:
             return math.inf
+        return max(self._added, self.tangent, self.value) if self.magnifies > 1 else self._added
+
+    @property
+    def _added(self) -> float:
         return max(0.0 if self.is_zero else finite_or(self.adds, 0.0), finite_or(self.adds_value, 0.0))
 
 

@@ -158,13 +158,14 @@ class Diagnosis:
                 _number(op.adds),
                 _number(op.adds_in["float32"]),
                 _number(op.adds_value),
-                _number(op.tangent),
+                _number(op.before),
+                _number(op.tangent if op.active else op.value),
                 *_named(op),
                 _remarks(op) + _at(op.time),
             )
             for op in self.worst()
         ]
-        head = ("adds", "if float32", "to value", "has then", "module", "op", "line", "")
+        head = ("adds", "if float32", "to value", "before", "after", "module", "op", "line", "")
         return ["  errors of tangents, by the op that adds them:", *_table(head, rows)] if rows else []
 
     def _cancelling(self) -> list[str]:
@@ -217,7 +218,9 @@ def _number(x: float) -> str:
 
 
 def _remarks(op: OpRecord) -> str:
-    remarks = [f"{op.kind}"]
+    remarks = [op.kind if op.active else f"{op.kind}, without a tangent"]
+    if op.magnifies > 1:
+        remarks.append(f"magnifies errors {op.magnifies:.0f} times")
     if op.not_finite or op.value_not_finite:
         remarks.append(f"not finite{f' at {op.where}' if op.where else ''}")
     elif op.largest > NOTABLE:
