@@ -31,6 +31,7 @@ def differences(
     wanted: Sequence[Tensor],
     steps: Sequence[float],
     time: float | None,
+    dtype: torch.dtype,
 ) -> Iterator[Difference]:
     """The error of each step in the dtype of the model, and in float32 if the model computes in half precision.
 
@@ -38,6 +39,7 @@ def differences(
         run: the model, with the random numbers of the first run.
         dots: tangents by path.
         wanted: the tangents of floating outputs, in order.
+        dtype: of the model.
     """
 
     def in_own(sign: float) -> list[Tensor]:
@@ -55,19 +57,13 @@ def differences(
             with mode.asleep():
                 return [mode.exact_of(x).clone() for _, x in leaves(out) if has_tangent(x)]
 
-    outs = in_own(0.0)
-    half = any(x.dtype in HALF for x in outs) or any(dots_of.dtype in HALF for dots_of in _active((args, kwargs), dots))
-    ways = {_name(outs): in_own} | ({"float32": in_float32} if half else {})
+    ways = {str(dtype).removeprefix("torch."): in_own} | ({"float32": in_float32} if dtype in HALF else {})
     for name, way in ways.items():
         for step in steps:
             ahead, behind = way(step), way(-step)
             slopes = [(a.to(w.dtype) - b.to(w.dtype)) / (2 * step) for a, b, w in zip(ahead, behind, wanted)]
             found = on_host({"error": norm(list(map(apart, slopes, wanted))), "norm": norm(list(wanted))})
             yield Difference(name, step, relative(found["error"], found["norm"]), time)
-
-
-def _name(outs: list[Tensor]) -> str:
-    return str(min((x.dtype for x in outs), key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
 
 
 def _moved(args: Any, kwargs: Any, dots: Mapping[str, Tensor], step: float, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -42,7 +42,7 @@ def draw(found: Any, path: str | Path) -> None:
         _by_time(axes[1][0], found)
         _by_step(axes[1][1], found)
     figure.suptitle(f"{found.model}, {found.dtype}, tangents: {found.precision}, against {found.reference}")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 Curves = dict[str, tuple[list[float], list[float]]]
@@ -86,7 +86,8 @@ def _by_step(axis: Any, found: Any) -> None:
     _lines(axis, "central differences, by step", curves, marks=True, below="step")
     if curves:
         axis.set_xscale("log")
-        axis.axhline(max(found.tangent_error, 1e-300), color="#555555", linestyle=":", linewidth=1)
+        axis.axhline(max(found.tangent_error, 1e-300), color="#555555", linestyle=":", linewidth=1, label="tangent")
+        axis.legend(fontsize=8)
 
 
 def _lines(axis: Any, title: str, curves: Curves, marks: bool = False, below: str = "op, in order") -> None:
@@ -100,7 +101,7 @@ def _lines(axis: Any, title: str, curves: Curves, marks: bool = False, below: st
     top = 10 * max(shown, default=1.0)
     for (name, (xs, ys)), colour in zip(curves.items(), COLOURS):
         drawn = [y if math.isfinite(y) and y > 0 else math.nan for y in ys]
-        axis.plot(xs, drawn, color=colour, marker="." if marks else "", linewidth=1, markersize=4, label=name)
+        axis.plot(xs, drawn, color=colour, marker="." if marks else "", linewidth=0.5 if marks else 1, markersize=5, label=name)
         lost = [x for x, y in zip(xs, ys) if math.isinf(y)]
         axis.plot(lost, [top] * len(lost), color=colour, marker="x", linestyle="", markersize=5)
     if shown:

@@ -28,6 +28,7 @@ class Diagnosis:
         reference: "float64" or "float32".
         dtype: the narrowest of its parameters.
         precision: of tangents, as in Config.
+        about: what else there is to say of the model, such as where its weights are from.
         outputs: errors of what each call gives.
         ops: one record for each op with a tangent.
         modules: one for each call of a module.
@@ -39,6 +40,7 @@ class Diagnosis:
     reference: str
     dtype: str
     precision: str
+    about: str = ""
     outputs: list[Output] = field(default_factory=list)
     ops: list[OpRecord] = field(default_factory=list)
     modules: list[ModuleRecord] = field(default_factory=list)
@@ -126,6 +128,7 @@ class Diagnosis:
     def __str__(self) -> str:
         tangents = self.dtype if self.precision == "model" else self.precision
         head = f"{self.model} in {self.dtype}, tangents in {tangents}, against {self.reference}"
+        head += f" ({self.about})" if self.about else ""
         parts = [[head], self._outputs(), self._overflow(), self._lost(), self._worst(), self._cancelling()]
         parts += [self._amplifying(), self._differences()]
         return "\n".join(line for part in parts for line in part)

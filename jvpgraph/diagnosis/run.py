@@ -136,7 +136,7 @@ def _one(
                 with _unchanged(model), _random(random):
                     return model(*args, **kwargs)
 
-            found.differences += differences(run, args, kwargs, dots, wanted, steps, at)
+            found.differences += differences(run, args, kwargs, dots, wanted, steps, at, getattr(torch, found.dtype))
 
 
 def _outputs(out: Any, out_dots: list[Tensor], mode: Lockstep, found: Diagnosis, at: float | None) -> list[Tensor]:
