@@ -101,7 +101,15 @@ def _lines(axis: Any, title: str, curves: Curves, marks: bool = False, below: st
     top = 10 * max(shown, default=1.0)
     for (name, (xs, ys)), colour in zip(curves.items(), COLOURS):
         drawn = [y if math.isfinite(y) and y > 0 else math.nan for y in ys]
-        axis.plot(xs, drawn, color=colour, marker="." if marks else "", linewidth=0.5 if marks else 1, markersize=5, label=name)
+        axis.plot(
+            xs,
+            drawn,
+            color=colour,
+            marker="." if marks else "",
+            linewidth=0.5 if marks else 1,
+            markersize=5,
+            label=name,
+        )
         lost = [x for x, y in zip(xs, ys) if math.isinf(y)]
         axis.plot(lost, [top] * len(lost), color=colour, marker="x", linestyle="", markersize=5)
     if shown:

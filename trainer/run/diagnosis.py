@@ -58,6 +58,8 @@ def diagnose_run(
         raise ValueError(f"--times: {wrong}\nTimes are in radians, between 0 (data) and 1.5708 (noise).")
     run = load_run(folder, ema=ema)
     config = run.config
+    out = folder if out is None else out
+    out.mkdir(parents=True, exist_ok=True)
     found = jvpgraph.diagnose(
         run.student,
         reference=reference,
@@ -67,8 +69,6 @@ def diagnose_run(
         config=jvpgraph.Config(tangent_precision=config.precision.tangent),
     )
     found = replace(found, about=f"step {run.step} of {folder}")
-    out = folder if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
     with draft_of(out / FILE) as draft:
         found.save(draft)
     with draft_of((out / FILE).with_suffix(".png")) as draft:
