@@ -60,10 +60,15 @@ class OpRecord:
     def magnifies(self) -> float:
         """By how much errors grow from what it takes to what it gives, if it adds none of that size; else 1. Sines of
         large angles do so, and sums that cancel."""
-        error, known = max(finite_or(self.tangent, 0.0), self.value), max(self.before, self._added)
-        if self.is_zero or not known or not math.isfinite(error) or error <= MAGNIFIED * known:
+        known = max(self.before, self._added)
+        if self.is_zero or not known or not math.isfinite(self.after) or self.after <= MAGNIFIED * known:
             return 1.0
-        return error / known
+        return self.after / known
+
+    @property
+    def after(self) -> float:
+        """The larger of the errors of value and tangent."""
+        return max(finite_or(self.tangent, 0.0), self.value)
 
     @property
     def badness(self) -> float:
@@ -71,7 +76,7 @@ class OpRecord:
         those to which it was given."""
         if self.overflows:
             return math.inf
-        return max(self._added, self.tangent, self.value) if self.magnifies > 1 else self._added
+        return max(self._added, self.after if self.magnifies > 1 else 0.0)
 
     @property
     def _added(self) -> float:

@@ -162,7 +162,7 @@ class Diagnosis:
                 _number(op.adds_in["float32"]),
                 _number(op.adds_value),
                 _number(op.before),
-                _number(op.tangent if op.active else op.value),
+                _number(op.after),
                 *_named(op),
                 _remarks(op) + _at(op.time),
             )
