@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jvpgraph.api import DualModule, jvp, transform
     from jvpgraph.config import Config
+    from jvpgraph.diagnosis import Diagnosis, diagnose
     from jvpgraph.dynamo_backend import backend
     from jvpgraph.errors import CaptureError, JvpgraphError, NonFiniteTangent, UnsupportedOp
     from jvpgraph.explain import Explanation
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CaptureError",
     "Config",
+    "Diagnosis",
     "DualModule",
     "Explanation",
     "JvpgraphError",
@@ -32,6 +34,7 @@ __all__ = [
     "Policy",
     "UnsupportedOp",
     "backend",
+    "diagnose",
     "jvp",
     "make_dual",
     "tangent_of",
@@ -42,6 +45,7 @@ __version__ = "0.1.0"
 DEFINED_IN = {
     "api": ("DualModule", "jvp", "transform"),
     "config": ("Config",),
+    "diagnosis": ("Diagnosis", "diagnose"),
     "dynamo_backend": ("backend",),
     "errors": ("CaptureError", "JvpgraphError", "NonFiniteTangent", "UnsupportedOp"),
     "explain": ("Explanation",),

@@ -41,6 +41,7 @@ OWN = ("jvpgraph", "benchmarks", "tests")
 LAYERS = (
     ("jvpgraph.trainer",),
     ("jvpgraph", "jvpgraph.testing"),
+    ("jvpgraph.diagnosis",),
     ("jvpgraph.api",),
     ("jvpgraph.explain",),
     ("jvpgraph.dual",),

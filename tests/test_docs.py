@@ -63,9 +63,10 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-def test_the_tutorial_prints_what_it_shows(capsys, monkeypatch):
-    pairs = run(ROOT / "docs" / "tutorial.md", capsys, monkeypatch)
-    assert sum(bool(shown) for shown, _ in pairs) > 8
+@pytest.mark.parametrize(("page", "shows"), [("tutorial.md", 9), ("diagnose.md", 2)])
+def test_a_page_prints_what_it_shows(page, shows, capsys, monkeypatch):
+    pairs = run(ROOT / "docs" / page, capsys, monkeypatch)
+    assert sum(bool(shown) for shown, _ in pairs) >= shows
     for shown, printed in pairs:
         assert as_shown(shown, printed), printed
 

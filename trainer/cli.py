@@ -57,6 +57,11 @@ COMMANDS = {
         "out/mine --steps 1 4 --seeds 0 1 2",
         "docs/trainer.md; what is measured is set under evaluation, see `jvpgraph train --help`",
     ),
+    "diagnose": Command(
+        "Show where a student's tangents lose their digits: module, op, line, and by how much.",
+        "out/mine --times 0.02 0.8 1.56",
+        "docs/diagnose.md",
+    ),
     "export": Command(
         "Save a student for use elsewhere: as a pipeline, a LoRA or a single file.",
         "out/mine --out mine-4-steps --format diffusers",

@@ -240,7 +240,7 @@ class Stage:
         self.rng, self.noise, self.pace = rng, layout.noise(rng), pace
         self.objective, self.loss = settings.objective, loss_of(settings.objective)
         self.begin = sum(stage.steps for stage in config.stages[:index])
-        self.precision = config.precision.of_tangents
+        self.precision, self.folder = config.precision.of_tangents, config.out
         self.loader = loader(
             dataset,
             settings.batch // layout.parts,
@@ -356,7 +356,8 @@ class Stage:
             self.rng.set_state(before)
             what = f"{name}, step {step}"
             key = f"stages.{self.index}.{name}.lr={settings.lr:g}"
-            raise not_finite(what, terms, batches, self.trained(), name, loss, self.layout.ranks, key, self.precision)
+            ranks, folder = self.layout.ranks, self.folder
+            raise not_finite(what, terms, batches, self.trained(), name, loss, ranks, key, self.precision, folder)
         optimizer.clip(means["gradient_norm"])
         iteration, steps = step - self.begin - since, self.settings.steps - since
         lr = learning_rate(iteration, settings.lr, settings.warmup, steps, settings.decay)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from jvpgraph.precision import Policy, Precision
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.model.parts import local
 from jvpgraph.trainer.objectives import Terms
+from jvpgraph.trainer.run.diagnosis import last_diagnosis
 from jvpgraph.trainer.run.ranks import Ranks
 
 HUGE = 1e3  # latents are of deviation 1
@@ -37,6 +39,7 @@ def not_finite(
     ranks: Ranks,
     lr: str,
     precision: Precision | Policy,
+    folder: Path,
 ) -> NotFinite:
     """The error for an update of `networks[trained]` that went wrong; the update is replayed op by op to find out.
 
@@ -53,14 +56,21 @@ def not_finite(
         ranks: that train together, each with a part of the batch.
         lr: the setting of its learning rate, for the advice: key=value.
         precision: of tangents, as in the settings.
+        folder: of the run, with its last diagnosis if there is one.
     """
     if ranks.size > 1:
-        return NotFinite("\n".join([*found_by_all(what, terms, batches, networks, trained, ranks), advice(lr)]))
+        lines = found_by_all(what, terms, batches, networks, trained, ranks)
+        return NotFinite("\n".join([*lines, *of_tangents(lines, folder), advice(lr)]))
     bad = bad_terms(terms, batches)
     overflow = None if bad else overflowing(networks[trained], terms, batches)
     lines = [f"{what}: the {'loss' if 'loss' in bad else 'gradient'} is not finite", *bad.values()]
     lines.append(f"  began in {overflow or first_offender(batches, networks, trained, compute, precision)}")
-    return NotFinite("\n".join([*lines, *huge_latents(batches), advice(lr)]))
+    return NotFinite("\n".join([*lines, *huge_latents(batches), *of_tangents(lines, folder), advice(lr)]))
+
+
+def of_tangents(lines: Sequence[str], folder: Path) -> list[str]:
+    """What is known of the student's tangents, if it is one of them that went wrong."""
+    return last_diagnosis(folder) if "tangent" in "".join(lines) else []
 
 
 def overflowing(model: nn.Module, terms: Terms, batches: Sequence[Batch]) -> str | None:
