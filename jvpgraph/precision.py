@@ -54,6 +54,23 @@ class Policy:
                 raise ValueError(f"unknown precision {precision!r} of {pattern!r}: choose one of {known}")
         object.__setattr__(self, "patterns", pairs)
 
+    @staticmethod
+    def auto(diagnosis: Any, *, error: float | None = None, budget: float | None = None) -> Policy:
+        """The cheapest policy with at most this error, or the one with the least error for this budget.
+
+        An estimate from what each op adds: diagnose the model with the policy, or call it, to see what it comes to.
+
+        Args:
+            diagnosis: what :func:`jvpgraph.diagnose` found.
+            error: of the tangent, norm-wise and relative.
+            budget: bytes that tangents read and write, as a multiple of those with ``"model"``: 1.2 and the like.
+
+        Raises:
+            ValueError: neither or both are given, or the error is below what the values of the model allow.
+        """
+        found: Policy = diagnosis.policy(error=error, budget=budget)
+        return found
+
     @property
     def pairs(self) -> tuple[tuple[str, Precision], ...]:
         """(pattern, precision), in order."""

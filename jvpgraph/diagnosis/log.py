@@ -7,8 +7,9 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,10 @@ from jvpgraph.diagnosis.measure import (
     pairs_of,
     place_of,
     relative,
+    shares,
     traffic,
 )
-from jvpgraph.diagnosis.records import Loss, ModuleRecord, OpRecord
+from jvpgraph.diagnosis.records import Loss, ModuleRecord, OpRecord, finite_or
 from jvpgraph.escapes import frames
 from jvpgraph.op_by_op import user_line
 from jvpgraph.precision import HALF, PRECISIONS, Policy, Precision, precision_at
@@ -41,6 +43,7 @@ from jvpgraph.tree import leaves
 
 __all__ = ["Log"]
 
+T = TypeVar("T")
 NARROW = "input {name} is rounded to {dtype} on its way in, which costs it {error:.1e}"
 GIVEN = "input {name} is {dtype} as it is given: what was rounded before the call cannot be seen"
 DECIDED = "{share:.1%} of what is decided here differs from the reference, which goes the way of the model"
@@ -68,6 +71,8 @@ class Log(Watcher):
         self._taken: list[dict[str, float]] = []
         self._adds: list[tuple[float, str]] = []  # the worst op of each module that is running
         self._errors: dict[StorageWeakRef | None, float] = {}  # of what ops have given
+        self._makers: dict[StorageWeakRef | None, tuple[int, ...]] = {}  # the ops whose tangents are in a storage
+        self._takes: list[dict[int, float]] = []  # by op, the share that those have in its tangent
         self._made: float | None = None  # the error of what the present op gives
         self._times: dict[StorageWeakRef | None, tuple[str, int, bool]] = {}  # input, elements, whether rounded
         self._files: set[str] = set()  # that define the model's modules
@@ -169,7 +174,8 @@ class Log(Watcher):
         except NotAlone as reason:
             self._lose("not compared", str(func), ALONE.format(reason=reason), 0.0)
             alone = {}
-        found = on_host(figures(own, exact, pairs) | alone)
+        parts = {f"share_{name}": part for name, part in shares(exact).items()}
+        found = on_host(figures(own, exact, pairs) | alone | parts)
         precision = precision_at(self._precision, lambda: self.module, own.func)
         adds: dict[str, float] = {p: self._added(found, p) for p in PRECISIONS}
         broken = found["not_finite"] > 0 or found["value_not_finite"] > 0
@@ -201,6 +207,11 @@ class Log(Watcher):
             is_zero=found.get("cancels", 1.0) < NOTHING[pairs[0][3].dtype.to_real()],
         )
         self._note(record)
+        for name in own.dots:
+            for x in tensors_in(own.arguments[name]):
+                for maker in self._makers.get(key_of(x), ()):
+                    takes = self._takes[-1]
+                    takes[maker] = max(takes.get(maker, 0.0), finite_or(found.get(f"share_{name}", 1.0), 1.0))
 
     def before(self, func: OpOverload, own: dict[str, Any], exact: dict[str, Any]) -> Any:
         try:
@@ -250,8 +261,20 @@ class Log(Watcher):
         given = [self._errors.get(key_of(x)) for value in arguments for x in tensors_in(value)]
         return max((error for error in given if error is not None), default=0.0)
 
+    def weighed(self) -> list[OpRecord]:
+        """The records with their influence: an error counts as much as the term that has it does in a sum, and errors
+        are taken for independent."""
+        squares = [0.0] * len(self.ops)
+        for i, record in reversed(list(enumerate(self.ops))):
+            if record.active and not squares[i]:
+                squares[i] = 1.0  # nobody takes it: it is the output
+            for maker, share in self._takes[i].items():
+                squares[maker] += share**2 * squares[i]
+        return [replace(record, influence=math.sqrt(square)) for record, square in zip(self.ops, squares)]
+
     def _note(self, record: OpRecord) -> None:
         self.ops.append(record)
+        self._takes.append({})
         self._made = record.value if not record.active or record.is_zero else max(record.value, record.tangent)
         if self._adds and record.badness > self._adds[-1][0]:
             self._adds[-1] = (record.badness, record.op)
@@ -302,11 +325,16 @@ class Log(Watcher):
     def passed(
         self, func: OpOverload, arguments: list[Tensor], outs: list[Tensor], exact: Callable[[Tensor], Tensor]
     ) -> None:
-        error = self._before(arguments) if self._made is None else self._made
+        makers: tuple[int, ...] = (len(self.ops) - 1,)
+        error = self._made
+        if error is None:
+            error = self._before(arguments)
+            makers = tuple({maker for x in arguments for maker in self._makers.get(key_of(x), ())})
         self._made = None
         self._errors.update((key_of(out), error) for out in outs)
+        self._makers.update((key_of(out), makers) for out in outs)
         if len(self._errors) > KEPT:
-            self._errors = {key: e for key, e in self._errors.items() if key is not None and not key.expired()}
+            self._errors, self._makers = _alive(self._errors), _alive(self._makers)
         for x in arguments if self._times else ():
             known = self._times.get(key_of(x))
             for out in outs if known is not None else ():
@@ -323,6 +351,10 @@ class Log(Watcher):
             dtype = str(out.dtype).removeprefix("torch.")
             self._lose("time", str(func), NARROW.format(name=name, dtype=dtype, error=error), error)
         return error > 0
+
+
+def _alive(known: dict[StorageWeakRef | None, T]) -> dict[StorageWeakRef | None, T]:
+    return {key: x for key, x in known.items() if key is not None and not key.expired()}
 
 
 def _listed(out: Any) -> list[Any]:

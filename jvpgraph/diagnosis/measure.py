@@ -33,6 +33,7 @@ __all__ = [
     "pairs_of",
     "place_of",
     "relative",
+    "shares",
     "traffic",
 ]
 
@@ -91,6 +92,21 @@ def figures(own: Ran, exact: Ran, pairs: Pairs) -> dict[str, Tensor]:
     if is_attention(exact.func):
         found |= _epilogue(exact)
     return found
+
+
+def shares(exact: Ran) -> dict[str, Tensor]:
+    """By argument with a tangent, how large its term is beside the whole; 1 where terms cannot be told apart."""
+    names = list(exact.dots)
+    if exact.parts:
+        terms: list[Any] = list(exact.parts)
+    else:
+        terms = list(exact.dots.values()) if moves(exact.func) else []
+    whole = _norm_of(exact.dot)
+    return {name: _norm_of(term) / whole for name, term in zip(names, terms)} or dict.fromkeys(names, torch.ones(()))
+
+
+def _norm_of(dot: Any) -> Tensor:
+    return norm([x for x in tree_leaves(dot) if isinstance(x, Tensor)])
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class OpRecord:
     before: float  # the largest error among the values and tangents that it takes
     norm: float  # of the reference's tangent
     bytes_in: dict[str, int]  # that its tangents take, read and written, in each precision
+    influence: float = 1.0  # of its error on that of the output, both relative, as if nothing were magnified
     cancels: float = 1.0  # |sum of terms| / sum of |terms|; 1 where there is one term
     epilogue: float = 1.0  # of attention: |o_dot| / (|p v_dot + h v| + |r o|), r centred by the mean over keys
     not_finite: float = 0.0  # share of the tangent's elements that are inf or nan, and not in the reference

@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from jvpgraph.diagnosis.cheapest import cheapest
 from jvpgraph.diagnosis.picture import draw
 from jvpgraph.diagnosis.records import Difference, Loss, ModuleRecord, OpRecord, Output, finite_or
+from jvpgraph.precision import Policy
 
 __all__ = ["Diagnosis"]
 
@@ -60,6 +62,10 @@ class Diagnosis:
             if place not in worst or record.badness > worst[place].badness:
                 worst[place] = record
         return sorted(worst.values(), key=lambda record: (-record.badness, record.index))[:n]
+
+    def policy(self, *, error: float | None = None, budget: float | None = None) -> Policy:
+        """See :meth:`jvpgraph.Policy.auto`."""
+        return cheapest(self.ops, (self.value_error, self.tangent_error), len(self.outputs), error, budget)
 
     @property
     def first_not_finite(self) -> OpRecord | None:

@@ -126,7 +126,7 @@ def _one(
             out, out_dots = forward(args, kwargs, dots)
         refuse_hidden(out)
         wanted = _outputs(out, out_dots, mode, found, at)
-        found.ops += log.ops
+        found.ops += log.weighed()
         found.modules += log.modules
         found.losses += log.losses.values()
         del mode, log.mode
