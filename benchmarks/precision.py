@@ -6,6 +6,7 @@ The trainer's DiT of 4 to 48 layers, small Wan and Flux transformers, with rando
 with what trained networks have besides, one by one and together; and the digits' teacher that the demo trains. Weights,
 values and inputs are bfloat16. Errors are norm-wise, of tangents along the latents x and along the time t, against the
 same network in float64; median over seeds. `float32 values` are those of the network in float32 with the same weights.
+`auto 1.1` is Policy.auto for a tenth more traffic of tangents.
 `--times` adds the time of a whole step on Inductor, in turns in one process, and the bytes that its forward moves.
 Prints tables; writes precision.json and precision.png.
 """
@@ -33,18 +34,20 @@ import jvpgraph
 from benchmarks.precision_cases import INGREDIENTS, Case, digits_teacher, flux, own, wan
 from benchmarks.record import environment
 from benchmarks.timing import Clock, interleaved, summary
-from jvpgraph import Config
+from jvpgraph import Config, Policy
 from jvpgraph.kernels.products import DECOMPOSITIONS
 from jvpgraph.precision import PRECISIONS
 
 DEPTHS = (4, 12, 24, 48)
+BUDGETS = (1.1, 1.2)  # of Policy.auto
 STEPS = [2.0**-k for k in range(1, 13)]  # of central differences, of inputs of about one
 Errors = dict[str, dict[str, float]]  # by way, and by what the tangent is along
 
 
 def cases(out: Path) -> dict[str, Callable[[], Case]]:
     found: dict[str, Callable[[], Case]] = {f"own-{depth}": partial(own, depth) for depth in DEPTHS}
-    found |= {"wan": wan, "flux": flux, "digits": partial(digits_teacher, out / "teacher")}
+    found |= {"wan": wan, "flux": partial(flux, True), "flux, its own time": partial(flux, False)}
+    found["digits"] = partial(digits_teacher, out / "teacher")
     found |= {f"own-12 {name}": partial(own, 12, name) for name in INGREDIENTS}
     found["own-12 gains, sharp"] = partial(own, 12, "gains", "sharp")
     found |= {f"own-{depth} all": partial(own, depth, *INGREDIENTS) for depth in DEPTHS}
@@ -98,11 +101,13 @@ def errors(case: Case) -> Errors:
     def note(way: str, along: str, value: float) -> None:
         found.setdefault(way, {})[along] = value
 
+    diagnosis = jvpgraph.diagnose(net, (), inputs, dict(case.dots.values()), steps=())
+    ways = {**dict(zip(PRECISIONS, PRECISIONS)), **{f"auto {b}": Policy.auto(diagnosis, budget=b) for b in BUDGETS}}
     for along, (name, dot) in case.dots.items():
         y, want = exact(exactly(inputs), name, dot.double())
-        for precision in PRECISIONS:
+        for way, precision in ways.items():
             value, tangent = dual_of(net, precision)(inputs, name, dot)
-            note(precision, along, error(tangent, want))
+            note(way, along, error(tangent, want))
         note("value", along, error(value, y))
         note("differences", along, differences(net, inputs, name, dot, want))
         note("float32 values", along, error(full(exactly(inputs, torch.float32), name, dot.float())[1], want))

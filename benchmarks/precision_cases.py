@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jvpgraph.trainer.demo import configure
 from jvpgraph.trainer.export import export_run
+from jvpgraph.trainer.model.adapters import keep_time_exact
 from jvpgraph.trainer.model.dit import DiT, DiTConfig, dit
 from jvpgraph.trainer.train import train
 
@@ -104,7 +105,20 @@ def wan() -> Case:
     return _moving(net, inputs, 1000 * torch.ones(BATCH))
 
 
-def flux() -> Case:
+class _ExactTime(nn.Module):
+    """Flux's network, whose time is not rounded on its way in; as the trainer calls it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        keep_time_exact(net.time_text_embed.time_proj)  # type: ignore[union-attr, arg-type]
+
+    def forward(self, timestep: Tensor, **others: Any) -> Any:
+        self.net.time_text_embed.time_proj.exact_time = 1000 * timestep  # type: ignore[union-attr]
+        return self.net(timestep=timestep, **others)
+
+
+def flux(exact_time: bool) -> Case:
     """Flux's network with 2 double and 4 single layers, 4 heads of 64, 64 tokens of a picture and 12 of text."""
     from diffusers import FluxTransformer2DModel
 
@@ -129,7 +143,7 @@ def flux() -> Case:
         "img_ids": torch.stack([0 * rows, rows // 8, rows % 8], 1).float(),
         "txt_ids": torch.zeros(12, 3),
     }
-    return _moving(net, inputs, torch.ones(BATCH))
+    return _moving(_ExactTime(net) if exact_time else net, inputs, torch.ones(BATCH))
 
 
 def _moving(net: nn.Module, inputs: Inputs, t_dot: Tensor) -> Case:

@@ -18,7 +18,7 @@ from jvpgraph.kernels.products import mm_float32
 from jvpgraph.precision import PRECISIONS
 from jvpgraph.testing import check_jvp
 
-WIDE = Config(tangent_precision="float32")
+PLAIN, WIDE = Config(tangent_precision="model"), Config(tangent_precision="float32")
 WAYS = {
     "graph": {"backend": "eager"},
     "op by op": {"backend": "op_by_op"},
@@ -67,7 +67,7 @@ def test_it_is_nearer_to_the_truth_and_values_stay(dtype, kind, how):
     """At two sizes, with the gradients of the values."""
     model = deep(dtype, kind)
     exact = jvpgraph.transform(copy.deepcopy(model).double(), backend="eager")
-    plain, wide = jvpgraph.transform(model, **how), jvpgraph.transform(model, **how, config=WIDE)
+    plain, wide = (jvpgraph.transform(model, **how, config=config) for config in (PLAIN, WIDE))
     for tokens in (8, 12):
         given = drawn(dtype, tokens)
         want, want_dot, want_grads = step(exact, {name: x.double() for name, x in given.items()})
@@ -114,7 +114,7 @@ def test_tangents_of_inputs_may_be_float32(how):
     dual = jvpgraph.transform(model, **how, config=WIDE)
     torch.testing.assert_close(dual(given, tangents={"input": fine})[1], fine, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"dtype torch.float32, the input has torch.bfloat16"):
-        jvpgraph.transform(model, **how)(given, tangents={"input": fine})
+        jvpgraph.transform(model, **how, config=PLAIN)(given, tangents={"input": fine})
 
 
 class Looped(nn.Module):
