@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import jvpgraph
+from benchmarks.precision import error, exactly
+from benchmarks.precision_cases import own
 from jvpgraph import Config, Policy
 from jvpgraph.precision import PRECISIONS, carried
 
@@ -158,3 +163,60 @@ def test_an_explanation_says_what_they_come_to():
     explanation = dual.explain(x, tangents={"x": x_dot})
     assert explanation.precisions["model"] == explanation.precisions["float32"]
     assert "half precision   tangents: (" in str(explanation)
+
+
+@pytest.fixture(scope="module")
+def judged():
+    """A DiT's diagnosis, and the error of its tangent with a setting."""
+    case = own(2)
+    with torch.no_grad():
+        for block in case.net.blocks:
+            block.modulation.weight *= 2
+    tangents = dict(case.dots.values())
+
+    def tangent(net: nn.Module, inputs: dict[str, Any], dots: dict[str, Tensor], setting: Any = "model") -> Tensor:
+        config = Config(tangent_precision=setting)
+        return jvpgraph.transform(net, backend="op_by_op", config=config)(**inputs, tangents=dots)[1]
+
+    want = tangent(copy.deepcopy(case.net).double(), exactly(case.inputs), exactly(tangents))
+    diagnosis = jvpgraph.diagnose(case.net, (), case.inputs, tangents, steps=())
+    return diagnosis, lambda setting: error(tangent(case.net, case.inputs, tangents, setting), want)
+
+
+def spent(diagnosis: jvpgraph.Diagnosis, setting: Policy | str) -> float:
+    """Bytes of tangents, as a multiple of those in the model's precision."""
+    active = [op for op in diagnosis.ops if op.active]
+    own = [setting if isinstance(setting, str) else setting.at(op.module, overload(op.op)) for op in active]
+    return sum(op.bytes_in[p] for op, p in zip(active, own)) / sum(op.bytes_in["model"] for op in active)
+
+
+def overload(name: str) -> Any:
+    return operator.attrgetter(name)(torch.ops)
+
+
+@pytest.mark.slow
+def test_the_cheapest_policy_reaches_the_error(judged):
+    diagnosis, off = judged
+    plain, wide = off("model"), off("float32")
+    for wanted in (0.5 * (plain + wide), 0.8 * wide + 0.2 * plain):
+        policy = Policy.auto(diagnosis, error=wanted)
+        assert 0.98 * wide < off(policy) < min(1.25 * wanted, plain)
+        assert 1 < spent(diagnosis, policy) < spent(diagnosis, "float32")
+    with pytest.raises(ValueError, match=r"no precision of tangents brings the error to 1.0e-06: float32 everywhere"):
+        Policy.auto(diagnosis, error=1e-6)
+
+
+@pytest.mark.slow
+def test_the_best_policy_for_a_budget_keeps_it_and_more_gives_less_error(judged):
+    diagnosis, off = judged
+    found = [Policy.auto(diagnosis, budget=budget) for budget in (1.0, 1.1, 1.25, 2.0)]
+    assert all(spent(diagnosis, policy) <= budget for policy, budget in zip(found, (1.0, 1.1, 1.25, 2.0)))
+    errors = [off(policy) for policy in found]
+    assert errors[-1] < 0.75 * errors[0]
+    assert all(later < 1.05 * earlier for earlier, later in pairwise(errors))
+    assert Policy.auto(jvpgraph.Diagnosis(**vars(diagnosis)), budget=1.1) == found[1]
+    for wrong in ({}, {"error": 0.1, "budget": 2}):
+        with pytest.raises(ValueError, match="give either an error to be reached or a budget"):
+            Policy.auto(diagnosis, **wrong)
+    with pytest.raises(ValueError, match="the budget is a multiple"):
+        Policy.auto(diagnosis, budget=0.5)

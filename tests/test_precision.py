@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +118,43 @@ def test_tangents_of_inputs_may_be_float32(how):
     torch.testing.assert_close(dual(given, tangents={"input": fine})[1], fine, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"dtype torch.float32, the input has torch.bfloat16"):
         jvpgraph.transform(model, **how, config=PLAIN)(given, tangents={"input": fine})
+
+
+def each(names: str, call: Callable[..., Tensor] = lambda op, x: op(x), where: Any = torch) -> dict[str, Any]:
+    """Functions of one tensor by the names of ops."""
+    return {name: partial(call, getattr(where, name)) for name in names.split()}
+
+
+OPS = {
+    **each("tanh sigmoid erf atan asinh sinc logit exp expm1"),
+    **each("gelu silu mish softplus logsigmoid elu hardswish", where=F),
+    **each("sqrt rsqrt log log1p lgamma", lambda op, x: op(x.abs())),
+    **each("div hypot atan2 logaddexp", lambda op, x: op(x, x.flip(0))),
+    **each("logsumexp logcumsumexp softmax log_softmax prod cumprod var std mean", lambda op, x: op(x, -1)),
+    "norm": lambda x: x.norm(dim=-1),
+    "p-norm": lambda x: torch.linalg.vector_norm(x, 3, dim=-1),
+    "normalize": lambda x: F.normalize(x, dim=-1),
+    "layer_norm": lambda x: F.layer_norm(x, (5,)),
+    "rms_norm": lambda x: F.rms_norm(x, (5,)),
+    "group_norm": lambda x: F.group_norm(x[None], 2),
+    "cross_entropy": lambda x: F.cross_entropy(x, torch.zeros(6, dtype=torch.long)),
+    "cosine": lambda x: F.cosine_similarity(x, x.flip(0)),
+    "pow": lambda x: x.abs() ** 1.7,
+    "huber": lambda x: F.huber_loss(x, x.flip(0)),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(("scale", "offset"), [(1, 0), (1, 1e3), (500, 0), (1e-3, 0), (0.1, 30)])
+def test_no_op_is_further_from_the_truth_wherever_its_values_are(name, scale, offset):
+    x, x_dot = (scale * torch.randn(6, 5) + offset).bfloat16(), torch.randn(6, 5).bfloat16()
+    want = torch.func.jvp(OPS[name], (x.double(),), (x_dot.double(),))[1]
+    plain, wide = (
+        jvpgraph.jvp(OPS[name], (x,), (x_dot,), backend="op_by_op", config=config)[1] for config in (PLAIN, WIDE)
+    )
+    found, before = ((dot.double() - want).nan_to_num(0).norm() for dot in (wide, plain))
+    assert torch.equal(wide.isfinite(), want.isfinite()) or not plain.isfinite().all()
+    assert found <= max(1.5 * before, 4e-3 * want.nan_to_num(0).norm())
 
 
 class Looped(nn.Module):

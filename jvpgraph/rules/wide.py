@@ -55,7 +55,8 @@ WIDE_PRODUCTS = {
     aten.baddbmm.default: ("self", "batch1", "batch2"),
 }
 ATTENTION = ("attention", "_efficient_attention_forward", "_flash_attention_forward")
-NORMS = {"native_layer_norm", "native_group_norm", "_fused_rms_norm"}  # of which the rules know how they were rounded
+# Of which the rules know how they were rounded.
+KNOWN = {"native_layer_norm", "native_group_norm", "_fused_rms_norm", "logsumexp"}
 THIN = 128  # rows, columns or channels: a hundredth of a network's products
 CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 
@@ -69,7 +70,7 @@ def for_precision(
         return out, arguments, rounded(arguments, dots)
     if only_moves(op):
         return _moved(rule, out, arguments, dots)
-    if name in NORMS or "batch_norm" in name:
+    if name in KNOWN or "batch_norm" in name:
         return out, arguments, _up(dots)
     product = (name in PRODUCTS and not _thin_convolution(arguments)) or name in ATTENTION
     product |= name.startswith("_scaled_dot_product")
