@@ -25,9 +25,11 @@ from jvpgraph.passes.differentiate_attention import differentiate_attention
 from jvpgraph.passes.drop_dead_tangents import drop_dead_tangents
 from jvpgraph.passes.fuse_aten_attention import fuse_aten_attention
 from jvpgraph.passes.fuse_attention import fuse_attention
+from jvpgraph.passes.keep_attention_values import keep_attention_values
 from jvpgraph.passes.keep_outputs_apart import keep_outputs_apart
 from jvpgraph.passes.note_outputs import note_outputs
 from jvpgraph.passes.pair_collectives import pair_collectives
+from jvpgraph.passes.round_products import round_products
 from jvpgraph.passes.write_out_copies import write_out_copies
 from tests.graphs import Dynamic, R, check_step, evaluate, graph, linearized, node, run, written
 
@@ -67,6 +69,102 @@ def test_tangents_without_readers_go():
         return exp, neg_dot
         """,
     )
+
+
+# -------------------------------------------------------------------------------------------- round_products
+
+H = torch.bfloat16
+OPERANDS = {"a_dot": R(6, 4, dtype=H), "w": R(4, 8, dtype=H), "x": R(6, 8, dtype=H), "other_dot": R(6, 8, dtype=H)}
+
+
+def test_a_product_that_is_rounded_soon_rounds():
+    """Here a view of it, and what is made of it alone by some op; a cast of another kind is such an op."""
+    gm = linearized(
+        """
+        a = aten.neg(x)
+        y = aten.exp(x)
+        y_dot = jvpgraph.mm_float32(a_dot, w)
+        left_dot = aten.slice.Tensor(y_dot, 1, 0, 4)
+        half_dot = aten._to_copy(left_dot, dtype=torch.bfloat16)
+        right_dot = aten.slice.Tensor(y_dot, 1, 4, 8)
+        sin_dot = aten.sin(right_dot)
+        narrow_dot = aten._to_copy(sin_dot, dtype=torch.bfloat16)
+        return half_dot, narrow_dot
+        """,
+        **OPERANDS,
+    )
+    check_step(
+        round_products,
+        gm,
+        """
+        a = aten.neg(x)
+        y = aten.exp(x)
+        y_dot = aten.mm(a_dot, w)
+        left_dot = aten.slice.Tensor(y_dot, 1, 0, 4)
+        right_dot = aten.slice.Tensor(y_dot, 1, 4, 8)
+        _to_copy_default = aten._to_copy(right_dot, dtype=torch.float32)
+        sin_dot = aten.sin(_to_copy_default)
+        narrow_dot = aten._to_copy(sin_dot, dtype=torch.bfloat16)
+        return left_dot, narrow_dot
+        """,
+    )
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "return y_dot",
+        "out_dot = aten._to_copy(y_dot, dtype=torch.bfloat16); return out_dot, y_dot",
+        "z_dot = aten.add.Tensor(y_dot, u_dot); out_dot = aten._to_copy(z_dot, dtype=torch.bfloat16); return out_dot",
+        "z_dot = aten.sin(y_dot); out_dot = aten._to_copy(y_dot, dtype=torch.bfloat16); return out_dot, z_dot",
+        "out_dot = aten._to_copy(y_dot, dtype=torch.float64); return out_dot",
+    ],
+    ids=["leaves", "leaves, too", "is added to", "is computed with", "is widened"],
+)
+def test_products_that_are_kept_keep_float32(rest):
+    text = "y = aten.exp(x); u = aten.neg(x); u_dot = aten.neg(other_dot); y_dot = jvpgraph.mm_float32(a_dot, w)"
+    whole = f"{text}; {rest}".replace("; ", "\n")
+    check_step(round_products, linearized(whole, **OPERANDS), whole)
+
+
+def test_products_that_are_joined_round():
+    """As queries of text and pictures are; each of its own."""
+    text = "y = aten.exp(x); z = aten.neg(x); {} y_dot = {}(a_dot, w); z_dot = {}(a_dot, w)"
+    gm = linearized(
+        text.format("", "jvpgraph.mm_float32", "jvpgraph.mm_float32")
+        + "; both = aten.cat([y, z]); both_dot = aten.cat([y_dot, z_dot])"
+        "; out = aten._to_copy(both_dot, dtype=torch.bfloat16); return out",
+        **OPERANDS,
+    )
+    run(round_products, gm)
+    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.jvpgraph.mm_float32.default)
+    assert [node(gm, name).meta["val"].dtype for name in ("y_dot", "z_dot", "both_dot")] == [H, H, torch.float32]
+
+
+# ------------------------------------------------------------------------------------- keep_attention_values
+
+
+def test_values_of_attention_come_from_a_kernel_for_half_precision():
+    text = """
+    both = jvpgraph.attention(q, k, v)
+    o = both[0]
+    q_wide = aten._to_copy(q, dtype=torch.float32)
+    k_wide = aten._to_copy(k, dtype=torch.float32)
+    v_wide = aten._to_copy(v, dtype=torch.float32)
+    q_dot_wide = aten._to_copy(q_dot, dtype=torch.float32)
+    both_dot = jvpgraph.attention_jvp(q_wide, k_wide, v_wide, q_dot_wide, None, None)
+    o_dot = both_dot[2]
+    return o, o_dot
+    """
+    gm = linearized(text, **{name: x.to(H) for name, x in HEADS.items()})
+    run(keep_attention_values, gm)
+    run(fuse_attention, gm)
+    o, o_dot = gm.graph.output_node().args[0]
+    kernels = gm.graph.find_nodes(op="call_function", target=torch.ops.jvpgraph.attention_jvp.default)
+    assert [n.args[0].name for n in kernels] == ["q_wide", "q"]
+    assert o.args[0] is kernels[1]
+    assert o_dot.args[0] is kernels[0]
+    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.jvpgraph.attention.default)
 
 
 # -------------------------------------------------------------------------------------------- fuse_attention

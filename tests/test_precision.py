@@ -120,6 +120,22 @@ def test_tangents_of_inputs_may_be_float32(how):
         jvpgraph.transform(model, **how, config=PLAIN)(given, tangents={"input": fine})
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_products_round_where_it_costs_nothing_and_take_two_parts_where_that_does(dynamic):
+    """Queries, keys and values, and the hidden layer; the time, its modulation, the input and the output."""
+    torch.manual_seed(0)
+    model = TinyDiT(width=256, depth=1).bfloat16()
+    dual = jvpgraph.transform(model, backend="eager", dynamic=dynamic, config=Config(keep_graphs=True))
+    given = {name: x if name.startswith("t") else x.repeat(2, 20, 1) for name, x in drawn(torch.bfloat16).items()}
+    given |= {name: given[name].repeat(2) for name in ("t", "t_dot")}
+    with torch.no_grad():
+        dual(given["x"], given["t"], tangents={"x": given["x_dot"], "t": given["t_dot"]})
+    text = dual.reports[-1].graphs[-1].text
+    assert text.count("aten.mm.default(") == 2
+    assert text.count("jvpgraph.mm_float32.default(") == 6
+    assert text.count("aten.cat.default(") == 3, "the input's tangent is given in half precision"
+
+
 def each(names: str, call: Callable[..., Tensor] = lambda op, x: op(x), where: Any = torch) -> dict[str, Any]:
     """Functions of one tensor by the names of ops."""
     return {name: partial(call, getattr(where, name)) for name in names.split()}
