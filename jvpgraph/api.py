@@ -102,8 +102,9 @@ def jvp(
         backend, dynamic, differentiable_tangent, tangents_batched, config: as for :func:`transform`.
 
     Returns:
-        ``(out, out_dot)`` or ``(out, out_dot, aux)``. ``out`` carries autograd; unlike with torch.func.jvp,
-        ``out_dot`` is detached unless ``differentiable_tangent``.
+        ``(out, out_dot)`` or ``(out, out_dot, aux)``. ``out`` carries autograd; unlike with torch.func.jvp, ``out_dot``
+        is detached unless ``differentiable_tangent``, and float32 where ``out`` has half precision unless
+        ``Config(tangent_precision="model")``.
 
     Raises:
         ValueError: a tangent does not fit its primal.
@@ -144,13 +145,14 @@ class DualModule(nn.Module):
 
         Args:
             *args, **kwargs: the model's own arguments.
-            tangents: the tangent of each active input by its name, of the same shape, dtype and device; with
-                ``tangents_batched`` several of each, along a first dim. Names are
+            tangents: the tangent of each active input by its name, of the same shape, dtype and device, or in float32
+                for an input in half precision; with ``tangents_batched`` several of each, along a first dim. Names are
                 the parameters of the model's ``forward``; a tensor inside a nested input is reached by a nested
                 tangent (``{"cond": {"text": text_dot}}``) or by a dotted name (``{"cond.text": text_dot}``).
 
         Returns:
-            ``out_dot`` has the structure of ``out``, with None in place of what is not a floating tensor, and zeros
+            ``out_dot`` has the structure of ``out`` and its dtypes, but float32 for half precision unless
+            ``Config(tangent_precision="model")``; with None in place of what is not a floating tensor, and zeros
             where an output does not depend on the active inputs. Tensors are looked for in tuples, lists, deques,
             mappings and dataclasses. ``out_dot`` is detached unless ``differentiable_tangent``; ``out`` is not.
 

@@ -28,10 +28,10 @@ class Config:
     reduction and a device synchronisation per output, and an op-by-op run when it fires."""
 
     tangent_precision: Precision | Policy = "float32"
-    """What tangents of half-precision primals have: "model", the dtype of the primal; "float32", which keeps them in
-    float32 between products, attention and collectives, whose operands have the dtype of the primal; "float32_matmul",
-    which computes these in float32, too; or a :class:`jvpgraph.Policy`, which says so for modules and ops. The tangents
-    of outputs are float32 then. Values are the same with each."""
+    """What tangents of half-precision primals have: "float32", which keeps them in float32 between products, attention
+    and collectives, whose operands have the dtype of the primal; "model", the dtype of the primal; "float32_matmul",
+    float32 in products and attention, too; or a :class:`jvpgraph.Policy`, which says so for modules and ops. The
+    tangents of outputs are float32 except with "model". Values are the same with each."""
 
     verify: bool = True
     """Check the graph's invariants after every pass (milliseconds)."""
