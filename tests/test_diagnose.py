@@ -14,6 +14,7 @@ from torch import nn
 
 import jvpgraph
 from jvpgraph import Config, Diagnosis
+from jvpgraph.diagnosis.lockstep import Lockstep
 from jvpgraph.precision import PRECISIONS
 from tests.rounding import cast
 from tests.zoo.base import QUIET
@@ -334,6 +335,23 @@ class Normed(nn.Module):
         y[..., WIDTH // 2 :] = x[..., : WIDTH // 2]
         y.mul_(2).add_(x)
         return nn.functional.dropout(y, 0.2)
+
+
+def test_the_reference_is_as_large_as_what_is_alive(monkeypatch):
+    """However deep the model."""
+    held, sweep = [], Lockstep.sweep
+
+    def swept(self):
+        sweep(self)
+        held.append(sum(storage.nbytes() for storage in self._exact_storages.values()))
+
+    monkeypatch.setattr(Lockstep, "sweep", swept)
+    peaks = []
+    for depth in (2, 8):
+        held.clear()
+        diagnosed(Small(depth).bfloat16(), torch.bfloat16)
+        peaks.append(max(held))
+    assert 0 < peaks[1] < 1.1 * peaks[0]
 
 
 def test_what_cannot_be_compared_is_named():

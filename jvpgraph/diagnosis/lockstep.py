@@ -22,7 +22,7 @@ from jvpgraph.errors import JvpgraphError
 from jvpgraph.escapes import Graphs
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.op_by_op import OpByOp
-from jvpgraph.op_by_op.kinds import BATCH_NORMS, COPIES, DRAWS, EMPTY
+from jvpgraph.op_by_op.kinds import BATCH_NORMS, COPIES, DRAWS, EMPTY, READS_NOTHING
 from jvpgraph.precision import Precision
 from jvpgraph.rules.apply import bind, has_tangent
 from jvpgraph.storages import key_of, tensors_in, view_of
@@ -204,8 +204,8 @@ class Lockstep(OpByOp):
         known = any(map(self._known, operands))
         keys = {key_of(x) for x in operands}
         new = [x for x in floating if key_of(x) not in keys and key_of(x) is not None]
-        if not (new or written) and floating:
-            return  # views
+        if (not (new or written) and floating) or _name(func) in EMPTY:
+            return  # a view, or nothing yet
         random = _is_random(func, bind(func, args, kwargs))
         if not known and (random or written or not new or _is_exact(func)):
             return
@@ -219,7 +219,7 @@ class Lockstep(OpByOp):
         try:
             wide_args, wide_kwargs = self._wide(args), self._wide(kwargs)
             before = None
-            inactive = self._own is None and bool(floating) and not (moves(func) or _name(func) in EMPTY)
+            inactive = self._own is None and bool(floating) and not (moves(func) or _name(func) in READS_NOTHING)
             if inactive:
                 before = self.watcher.before(func, bind(func, args, kwargs), bind(func, wide_args, wide_kwargs))
             found = self.exact.run(func, wide_args, wide_kwargs, out)
@@ -295,7 +295,7 @@ def _written(func: OpOverload, arguments: dict[str, Any]) -> list[Tensor]:
 
 
 def _is_exact(func: OpOverload) -> bool:
-    """Whether what it gives is, element by element, what it is given; or it is not known what it computes."""
+    """Whether what it gives is, element by element, what it is given; or nobody knows what it computes."""
     if func.namespace not in ("aten", "prims", "jvpgraph") or func is aten.view.dtype:
         return True
     name = _name(func)

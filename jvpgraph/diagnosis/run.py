@@ -54,8 +54,8 @@ def diagnose(
 
     The model runs op by op, in its own precision, beside a reference of the same weights that never rounds: each op
     again in a wider type, its weights cast up for that op only. So memory is that of the model without gradients and
-    three to five times its activations, and time some ten times that of a call. Nothing of the model changes: weights,
-    buffers, mode, the state of random number generators.
+    three to five times its activations, and time some ten times that of a call op by op. Nothing of the model changes:
+    weights, buffers, mode, the state of random number generators.
 
     Args:
         model: any nn.Module, or a transformed one, whose config counts if none is given.
