@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
@@ -200,6 +201,8 @@ class Lockstep(OpByOp):
         self, func: OpOverload, args: Any, kwargs: Any, operands: list[Tensor], written: list[Tensor], out: Any
     ) -> None:
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if any(isinstance(x, FakeTensor) or x.is_meta for x in (*operands, *results)):
+            return  # DTensor asks what shapes come out
         floating = [x for x in results if has_tangent(x)]
         known = any(map(self._known, operands))
         keys = {key_of(x) for x in operands}

@@ -37,7 +37,7 @@ from jvpgraph.escapes import frames
 from jvpgraph.op_by_op import user_line
 from jvpgraph.precision import HALF, PRECISIONS, Precision
 from jvpgraph.rules.apply import has_tangent
-from jvpgraph.storages import key_of, tensors_in
+from jvpgraph.storages import key_of, parts_of, tensors_in
 from jvpgraph.tree import leaves
 
 __all__ = ["Log"]
@@ -50,6 +50,7 @@ NUMBER = "a Python number is read here, of which the reference takes the model's
 
 NOTHING = {torch.float32: 1e-6, torch.float64: 1e-13}  # left over of a sum, by what the reference rounds to
 
+SCALES = {"_to_copy", "convert_element_type", "make_dual", "mul", "mul_", "div", "div_", "add", "sub", "rsub", "clone"}
 KEPT = 1000  # errors of storages, between two looks for those that are gone
 
 
@@ -124,9 +125,9 @@ class Log(Watcher):
         )
 
     def _errors_of(self, tree: Any) -> dict[str, float]:
-        """Of all floating tensors in it together."""
+        """Of all floating tensors in it together; of DTensors, of this rank's part."""
         mode = self.mode
-        tensors = [x for _, x in leaves(tree) if has_tangent(x)]
+        tensors = [part for _, x in leaves(tree) if has_tangent(x) for part in parts_of(x)]
         nothing = {"value": 0.0, "tangent": 0.0, "norm": 0.0}
         if mode is None or not tensors or not mode.is_watching():
             return nothing
@@ -308,7 +309,7 @@ class Log(Watcher):
         self._errors.update((key_of(out), error) for out in outs)
         if len(self._errors) > KEPT:
             self._errors = {key: e for key, e in self._errors.items() if key is not None and not key.expired()}
-        for x in arguments if self._times else ():
+        for x in arguments if self._times and func._schema.name.partition("::")[2] in SCALES else ():
             known = self._times.get(key_of(x))
             for out in outs if known is not None else ():
                 name, count, is_rounded = known  # type: ignore[misc]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from jvpgraph.diagnosis.exact import Ran, has_unknown, widened
 from jvpgraph.diagnosis.kinds import is_attention, kind_of, moves
@@ -47,6 +47,8 @@ REFUSED = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionEr
 
 def pairs_of(own: Ran, exact: Ran) -> Pairs:
     """The first result that has a tangent, or all in a list of them."""
+    if kind_of(own.func) == "collective":
+        tree_map_only(Tensor, torch.ops._c10d_functional.wait_tensor.default, (own.out, exact.out))
     results = [ran.arguments["src"] if ran.func is aten.copy.default else ran.out for ran in (own, exact)]
     if isinstance(own.out, Tensor):
         return [(results[0].to(own.out.dtype).expand_as(own.dot), results[1].expand_as(exact.dot), own.dot, exact.dot)]

@@ -30,6 +30,7 @@ from jvpgraph.op_by_op import refuse_other_levels
 from jvpgraph.precision import HALF
 from jvpgraph.regions import SmallGraphs
 from jvpgraph.rules.apply import has_tangent
+from jvpgraph.storages import plain
 from jvpgraph.tangents import Inputs, match_tangents
 from jvpgraph.tree import leaves, refuse_hidden
 
@@ -140,7 +141,7 @@ def _one(
 
 
 def _outputs(out: Any, out_dots: list[Tensor], mode: Lockstep, found: Diagnosis, at: float | None) -> list[Tensor]:
-    """Note their errors; the tangents of the reference."""
+    """Note their errors, of DTensors those of this rank's part; the tangents of the reference."""
     result, wanted = Output(at), []
     paths = [path for path, leaf in leaves(out) if has_tangent(leaf)]
     values = [leaf for _, leaf in leaves(out) if has_tangent(leaf)]
@@ -149,9 +150,9 @@ def _outputs(out: Any, out_dots: list[Tensor], mode: Lockstep, found: Diagnosis,
         wanted.append(dot)
         numbers = on_host(
             {
-                "value": norm([apart(y, exact)]),
+                "value": norm([apart(plain(y), exact)]),
                 "size": norm([exact]),
-                "tangent": norm([apart(y_dot, dot)]),
+                "tangent": norm([apart(plain(y_dot), dot)]),
                 "norm": norm([dot]),
             }
         )
