@@ -475,3 +475,38 @@ def test_networks_of_diffusers(name):
             assert (worst.module, worst.op) == ("time_text_embed.time_proj", "aten.sin.default")
             assert worst.magnifies > 100 > 1 > worst.before
             assert "input timestep is rounded to bfloat16 on its way in" in str(found)
+
+
+def test_autocast():
+    """Weights in float32, products in bfloat16: the reference has neither rounding."""
+
+    class Cast(Small):
+        def forward(self, x, t):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x, t)
+
+    model = Cast()
+    found = diagnosed(model)
+    exact = diagnosed(Small())
+    assert 1e-3 < found.tangent_error < 0.05
+    assert exact.tangent_error < 1e-5
+    products = [op for op in found.ops if op.kind == "product"]
+    assert {op.dtype for op in products} == {"bfloat16"}
+    assert all(op.adds_in["float32"] < op.adds_in["model"] for op in products)
+    casts = [op for op in found.ops if op.op == "aten._to_copy.default" and not op.active]
+    assert {op.module for op in casts} >= {"blocks.0.attention.qkv", "blocks.3.mlp.0"}  # of weights
+    assert all(1e-3 < op.adds_value < 4e-3 for op in casts if op.shape)
+
+
+def test_what_is_zero_says_nothing():
+    class Constant(nn.Module):
+        def forward(self, x):
+            y = x - x.clone()
+            unit = torch.cat([x.sin(), x.cos()], -1).square().sum(-1, keepdim=True)
+            return x * unit + y
+
+    (x, _), tangents = inputs()
+    found = jvpgraph.diagnose(Constant(), (x,), tangents={"x": tangents["x"]}, steps=())
+    assert found.tangent_error < 1e-6
+    assert any(op.is_zero for op in found.ops)
+    assert found.worst(1)[0].badness < 1e-6

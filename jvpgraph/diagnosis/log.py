@@ -32,7 +32,7 @@ from jvpgraph.diagnosis.measure import (
     relative,
     traffic,
 )
-from jvpgraph.diagnosis.records import Loss, ModuleRecord, OpRecord
+from jvpgraph.diagnosis.records import Loss, ModuleRecord, OpRecord, finite_or
 from jvpgraph.escapes import frames
 from jvpgraph.op_by_op import user_line
 from jvpgraph.precision import HALF, PRECISIONS, Precision
@@ -254,7 +254,7 @@ class Log(Watcher):
 
     def _note(self, record: OpRecord) -> None:
         self.ops.append(record)
-        self._made = record.value if not record.active or record.is_zero else max(record.value, record.tangent)
+        self._made = finite_or(record.value, 0.0) if record.is_zero else record.after
         if self._adds and record.badness > self._adds[-1][0]:
             self._adds[-1] = (record.badness, record.op)
 

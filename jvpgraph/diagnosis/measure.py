@@ -283,8 +283,8 @@ def on_host(figures: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(figures, numbers))
 
 
-def relative(error: float, size: float) -> float:
-    """Infinite where something is not finite, or all of it is error."""
+def relative(error: float, size: float, of_nothing: float = math.nan) -> float:
+    """Infinite where something is not finite; ``of_nothing`` where the reference is zero, and what was found is not."""
     if not math.isfinite(error):
         return math.inf
-    return error / size if size else (math.inf if error else 0.0)
+    return error / size if size else (of_nothing if error else 0.0)

@@ -8,6 +8,7 @@ compiled graph rounds less often, where a kernel keeps several ops in registers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -156,8 +157,8 @@ def _outputs(out: Any, out_dots: list[Tensor], mode: Lockstep, found: Diagnosis,
                 "norm": norm([dot]),
             }
         )
-        result.value[path] = relative(numbers["value"], numbers["size"])
-        result.tangent[path] = relative(numbers["tangent"], numbers["norm"])
+        result.value[path] = relative(numbers["value"], numbers["size"], math.inf)
+        result.tangent[path] = relative(numbers["tangent"], numbers["norm"], math.inf)
     found.outputs.append(result)
     return wanted
 
