@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 import jvpgraph
 from jvpgraph import Config, Diagnosis
@@ -510,3 +511,22 @@ def test_what_is_zero_says_nothing():
     assert found.tangent_error < 1e-6
     assert any(op.is_zero for op in found.ops)
     assert found.worst(1)[0].badness < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_attention_has_a_reference():
+    """Which runs as a small graph, between ops."""
+
+    class Flex(nn.Module):
+        def forward(self, x):
+            q = (x * 1.7).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            return flex_attention(q, q, q, lambda score, b, h, i, j: score - (i - j).abs())
+
+    (x, _), tangents = inputs(torch.bfloat16)
+    found = jvpgraph.diagnose(Flex(), (x,), tangents={"x": tangents["x"]}, steps=())
+    y, y_dot = jvpgraph.transform(Flex(), backend="op_by_op")(x, tangents={"x": tangents["x"]})
+    z, z_dot = jvpgraph.transform(Flex(), backend="op_by_op")(x.double(), tangents={"x": tangents["x"].double()})
+    assert not found.losses
+    assert found.value_error == pytest.approx(error(y, z), rel=1e-3)
+    assert found.tangent_error == pytest.approx(error(y_dot, z_dot), rel=1e-3)

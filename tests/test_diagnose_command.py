@@ -123,6 +123,7 @@ def test_a_tangent_that_is_not_finite(folder, capsys, monkeypatch, known):
         assert "`jvpgraph diagnose run` says which ops lose the tangent's digits" in said
 
 
+@pytest.mark.long
 def test_looks_while_it_trains(folder, caplog):
     """What is trained is the same to the bit."""
     looks = ["precision.probe_every=2", "precision.probe_limit=1e-9", "stages.0.steps=3"]

@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from jvpgraph.diagnosis.exact import Exact, Ran, has_unknown, widened
+from jvpgraph.diagnosis.exact import REFUSED, Exact, Ran, first_line, has_unknown, widened
 from jvpgraph.diagnosis.kinds import moves
-from jvpgraph.errors import JvpgraphError
+from jvpgraph.errors import UnsupportedNode
 from jvpgraph.escapes import Graphs
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.op_by_op import OpByOp
@@ -32,8 +32,8 @@ __all__ = ["Lockstep", "Watcher"]
 
 aten = torch.ops.aten
 SWEEP_EVERY = 4  # ops; the reference of an activation is four times as large as the activation
-REFUSED = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, JvpgraphError)
 OUTSIDE = "it ran outside of torch's ops, or as a graph of its own: the reference takes its result as it is"
+UNABLE = "the reference cannot run it ({reason}), and takes its result as it is"
 RANDOM = "it draws random numbers: the reference takes its result as it is"
 FROM_BITS = "it reads bits: the reference takes its result as it is"
 
@@ -74,7 +74,7 @@ class Lockstep(OpByOp):
     def __init__(
         self, reference: torch.dtype, watcher: Watcher, precision: Precision = "model", graphs: Graphs | None = None
     ):
-        super().__init__(precision=precision, graphs=graphs)
+        super().__init__(precision=precision, graphs=self._graph if graphs else None)
         self.reference, self.watcher = reference, watcher
         self.exact = Exact(self._compare)
         self.answers: list[tuple[Tensor, Tensor | None]] = []  # outputs of the reference and their tangents
@@ -82,6 +82,7 @@ class Lockstep(OpByOp):
         self._own: Ran | None = None
         self._running: OpOverload | None = None
         self._count = 0
+        self._graphs, self._has_reference = graphs, False
 
     def __enter__(self) -> Lockstep:
         super().__enter__()
@@ -95,7 +96,7 @@ class Lockstep(OpByOp):
 
     def adopt(self, out: Tensor, out_dot: Tensor | None) -> None:
         super().adopt(out, out_dot)
-        if has_tangent(out):
+        if has_tangent(out) and not self._has_reference:
             self.watcher.lost("a call", OUTSIDE)
             with self.asleep():
                 self._take_over(out)
@@ -148,6 +149,31 @@ class Lockstep(OpByOp):
         dot = self.tangent(x)
         if dot is not None:
             self.exact.set_tangent(self.exact_of(x), dot)
+
+    def _graph(self, _mode: OpByOp, op: Any, args: Any, kwargs: Any) -> Any:
+        """A higher-order op that runs as a graph of its own, and the same of the reference."""
+        assert self._graphs is not None
+        self._has_reference = True
+        try:
+            outs = self._graphs(self, op, args, kwargs)
+        finally:
+            self._has_reference = False
+        if outs is NotImplemented:
+            return outs
+        try:
+            with self.asleep():
+                wide_args, wide_kwargs = self._wide(args), self._wide(kwargs)
+            found = self._graphs(InPlaceOf(self), op, wide_args, wide_kwargs)
+            with self.asleep():
+                for x, y in zip(outs, found):
+                    if key_of(y) not in self.exact._unknown:
+                        self._keep(x, y, shared=False)
+        except torch.OutOfMemoryError:
+            raise
+        except REFUSED as error:
+            with self.asleep():
+                self._lose(str(op), UNABLE.format(reason=first_line(error)), [x for x in outs if has_tangent(x)])
+        return outs
 
     def _known(self, x: Any) -> bool:
         return has_tangent(x) and key_of(x) in self._exact_storages
@@ -229,8 +255,7 @@ class Lockstep(OpByOp):
         except torch.OutOfMemoryError:
             raise
         except REFUSED as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._lose(func, f"the reference cannot run it ({reason})", [*new, *written])
+            self._lose(func, UNABLE.format(reason=first_line(error)), [*new, *written])
             return
         finally:
             self._running = None
@@ -287,6 +312,29 @@ class Lockstep(OpByOp):
         if isinstance(value, dict):
             return {name: self._wide(x) for name, x in value.items()}
         return type(value)(map(self._wide, value)) if type(value) in (list, tuple) else value
+
+
+class InPlaceOf:
+    """What a graph of the reference is told in the place of the mode."""
+
+    def __init__(self, mode: Lockstep):
+        self._exact = mode.exact
+        self.left, self.asleep = mode.left, mode.asleep
+
+    def is_watching(self) -> bool:
+        return True
+
+    def tangent(self, x: Tensor) -> Tensor | None:
+        self._exact._made(x)
+        return self._exact.tangent(x)
+
+    def adopt(self, out: Tensor, out_dot: Tensor | None) -> None:
+        self._exact._made(out)
+        if out_dot is not None:
+            self._exact.set_tangent(out, out_dot)
+
+    def set_unknown(self, x: Tensor, node: UnsupportedNode) -> None:
+        self._exact.set_unknown(x, node)
 
 
 def _written(func: OpOverload, arguments: dict[str, Any]) -> list[Tensor]:

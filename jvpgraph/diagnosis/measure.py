@@ -12,9 +12,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from jvpgraph.diagnosis.exact import Ran, has_unknown, widened
+from jvpgraph.diagnosis.exact import REFUSED, Ran, first_line, has_unknown, widened
 from jvpgraph.diagnosis.kinds import is_attention, kind_of, moves
-from jvpgraph.errors import JvpgraphError
 from jvpgraph.op_by_op import OpByOp
 from jvpgraph.op_by_op.kinds import BATCH_NORMS
 from jvpgraph.precision import HALF, PRECISIONS
@@ -42,7 +41,6 @@ WRITES_UNSAID = tuple(f"aten::{name}" for name in BATCH_NORMS)
 SUMS = ("aten::sum", "aten::mean")
 FEW = 4
 Pairs = list[tuple[Tensor, Tensor, Tensor, Tensor]]  # value, its reference, tangent, its reference
-REFUSED = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, JvpgraphError)
 
 
 def pairs_of(own: Ran, exact: Ran) -> Pairs:
@@ -166,7 +164,7 @@ class Alone:
         except torch.OutOfMemoryError:
             raise
         except REFUSED as error:
-            raise NotAlone((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+            raise NotAlone(first_line(error)) from error
 
     @staticmethod
     def value(func: OpOverload, own: dict[str, Any], exact: dict[str, Any]) -> Any:
@@ -184,7 +182,7 @@ class Alone:
         except torch.OutOfMemoryError:
             raise
         except REFUSED as error:
-            raise NotAlone((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+            raise NotAlone(first_line(error)) from error
 
     def _figures(self, own: Ran, exact: Ran, arguments: dict[str, Any]) -> dict[str, Tensor]:
         if own.func._schema.name in WRITES_UNSAID:
