@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import sys
@@ -11,11 +12,15 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 import jvpgraph
 from jvpgraph import Config, Diagnosis
+from jvpgraph.diagnosis.exact import Exact
 from jvpgraph.diagnosis.lockstep import Lockstep
+from jvpgraph.diagnosis.measure import _epilogue
+from jvpgraph.op_by_op import OpByOp
 from jvpgraph.precision import PRECISIONS
 from tests.rounding import cast
 from tests.zoo.base import QUIET
@@ -530,3 +535,33 @@ def test_flex_attention_has_a_reference():
     assert not found.losses
     assert found.value_error == pytest.approx(error(y, z), rel=1e-3)
     assert found.tangent_error == pytest.approx(error(y_dot, z_dot), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "lse"),
+    [
+        ("_scaled_dot_product_flash_attention", (0.0, True), (2, HEADS, 6)),
+        ("_scaled_dot_product_efficient_attention", (None, True, 0.0, True), (2, HEADS, 32)),
+        ("_scaled_dot_product_cudnn_attention", (None, True, 0.0, True), (2, HEADS, 6, 1)),
+    ],
+)
+def test_the_reference_of_attention_on_gpus(op, arguments, lse):
+    """Whose kernels do not take float64."""
+    torch.manual_seed(0)
+    q, k, v, *dots = torch.randn(6, 2, HEADS, 6, 8, dtype=torch.float64)
+    func, seen = getattr(torch.ops.aten, op).default, []
+    like = [q.half(), torch.empty(lse), *[None] * (len(func._schema.returns) - 2)]
+    with OpByOp() as mode, mode.asleep():
+        exact = Exact(seen.append)
+        exact.follow(mode)
+        for x, dot in zip((q, k, v), dots):
+            exact.set_tangent(x, dot)
+        o, o_lse, *_ = exact.run(func, (q, k, v, *arguments), {}, like)
+        o_dot, lse_dot = exact.tangent(o).clone(), exact.tangent(o_lse).clone()
+    assert o_lse.shape == lse_dot.shape == lse
+    math_only = functools.partial(nn.functional.scaled_dot_product_attention, is_causal=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        want = torch.func.jvp(math_only, (q, k, v), tuple(dots))
+    torch.testing.assert_close((o, o_dot), want)
+    figures = _epilogue(seen[0])
+    assert 0.1 < float(figures["epilogue"]) <= 1

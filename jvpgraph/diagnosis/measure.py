@@ -39,6 +39,7 @@ __all__ = [
 aten = torch.ops.aten
 WRITES_UNSAID = tuple(f"aten::{name}" for name in BATCH_NORMS)
 SUMS = ("aten::sum", "aten::mean")
+GIVE_FLOAT32 = ("mm", "bmm", "addmm", "baddbmm")  # for tangents in half precision
 FEW = 4
 Pairs = list[tuple[Tensor, Tensor, Tensor, Tensor]]  # value, its reference, tangent, its reference
 
@@ -119,8 +120,9 @@ def _epilogue(exact: Ran) -> dict[str, Tensor]:
     """|o_dot| / (|o_dot + r o| + |r o|): r = lse_dot less the mean of the tangents of the scores over all keys."""
     (q, k), o, o_dot, r = list(exact.arguments.values())[:2], exact.out[0], exact.dot[0], exact.dot[1]
     q_dot, k_dot = (exact.dots.get(name) for name in list(exact.arguments)[:2])
-    if r is None or o_dot is None or q.dim() != 4 or r.shape != o.shape[:-1]:
+    if r is None or o_dot is None or q.dim() != 4:
         return {}
+    r = (r.squeeze(-1) if r.dim() == 4 else r)[..., : o.shape[-2]]  # as kernels have it, some of them padded
     groups = q.shape[1] // k.shape[1]
     scale = exact.arguments.get("scale") or q.shape[-1] ** -0.5
 
@@ -223,13 +225,14 @@ def _dot_rounded(dot: Any, primal: Any, precision: str) -> Any:
 
 
 def traffic(own: Ran) -> dict[str, int]:
-    """Bytes of its tangents, read and written, in each precision: products have half-precision operands in float32."""
-    kind = kind_of(own.func)
+    """Bytes of its tangents, read and written, in each precision: in float32 products still take half precision, and
+    attention and convolutions give it."""
+    kind, name = kind_of(own.func), own.func._schema.name.partition("::")[2]
     taken, given = own.dots, own.dot
     pairs_in = [p for name, dot in taken.items() for p in _with_primals(dot, own.arguments[name])]
     pairs_out = _with_primals(given, own.out)
-    in_model = {"product", "attention", "collective", "other"}
-    out_model = in_model - {"product"}
+    takes_half = kind in ("product", "attention", "collective", "other")
+    gives_half = takes_half and name not in GIVE_FLOAT32
 
     def bytes_of(pairs: list[tuple[Tensor, Tensor]], wide: bool) -> int:
         dtype = "float32" if wide else "model"
@@ -237,7 +240,7 @@ def traffic(own: Ran) -> dict[str, int]:
 
     return {
         "model": bytes_of(pairs_in, False) + bytes_of(pairs_out, False),
-        "float32": bytes_of(pairs_in, kind not in in_model) + bytes_of(pairs_out, kind not in out_model),
+        "float32": bytes_of(pairs_in, not takes_half) + bytes_of(pairs_out, not gives_half),
         "float32_matmul": bytes_of(pairs_in, True) + bytes_of(pairs_out, True),
     }
 
