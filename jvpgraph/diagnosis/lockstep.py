@@ -7,7 +7,7 @@ they are cast up where an op reads them, and the copy goes when the op is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,28 @@ class Lockstep(OpByOp):
             self.watcher.lost("a call", OUTSIDE)
             with self.asleep():
                 self._take_over(out)
+
+    def adopt_all(self, given: Sequence[tuple[Tensor, Tensor | None]], args: Any, again: Any) -> None:
+        """The reference is the same Function of the reference's arguments."""
+        self._has_reference = again is not None
+        try:
+            super().adopt_all(given, args, again)
+        finally:
+            self._has_reference = False
+        if again is None:
+            return
+        wide = tuple(self._wide(x) for x in args)
+        try:
+            dots = [self.exact.tangent(x) if has_tangent(x) else None for x in wide]
+            found = again(
+                wide, [torch.zeros_like(x) if d is None and has_tangent(x) else d for x, d in zip(wide, dots)]
+            )
+            for (x, _), y, y_dot in zip(given, *found, strict=True):
+                self.give(x, y, y_dot)
+        except torch.OutOfMemoryError:
+            raise
+        except (*REFUSED, AttributeError) as error:  # its code may want a context that is PyTorch's
+            self._lose("a Function", UNABLE.format(reason=first_line(error)), [x for x, _ in given if has_tangent(x)])
 
     # ------------------------------------------------------------------------------------ what the reference has
 
