@@ -200,9 +200,10 @@ def functions_watched(mode: Any, where: Callable[[], str]) -> Iterator[None]:
         for function in _functions(Function):
             if _is_setup_context_defined(function.setup_context):
                 calls: list[Any] = []
+                original = function.forward
                 _replace(function, "forward", _forward_of_two(function, mode, where, calls), replaced)
                 if has_own_jvp(function):
-                    _replace(function, "setup_context", _setup_context(function, mode, calls), replaced)
+                    _replace(function, "setup_context", _setup_context(function, mode, calls, original), replaced)
             else:
                 _replace(function, "forward", _forward(function, mode, where), replaced)
         yield
@@ -237,14 +238,40 @@ def _forward(function: Any, mode: Any, where: Callable[[], str]) -> Callable[...
         if not has_own_jvp(function):
             return _arrived(function, forward(ctx, *args, **kwargs), mode, where)
         dots = _tangents(mode, args)
+
+        def again(args: Any, dots: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            ctx = Context()
+            out = forward(ctx, *args, **kwargs)
+            outs = out if isinstance(out, tuple) else (out,)
+            return outs, _own_tangents(function, ctx, outs, dots)
+
         with mode.asleep():
             out = _apart(lambda: forward(ctx, *args, **kwargs), args)
             outs = out if isinstance(out, tuple) else (out,)
             out_dots = _own_tangents(function, ctx, outs, dots)
-        _give(mode, outs, out_dots)
+        _give(mode, outs, out_dots, args, again)
         return out
 
     return watched
+
+
+class Context:
+    """In the place of a Function's context, for a call that nothing is differentiated through."""
+
+    def __init__(self) -> None:
+        self.saved_tensors: tuple[Any, ...] = ()
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        self.saved_tensors = self.saved_tensors or tensors
+
+    def save_for_forward(self, *tensors: Any) -> None:
+        self.saved_tensors = tensors
+
+    def mark_dirty(self, *tensors: Any) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: Any) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
 
 
 def _with_our_tangents(swap: Swap, function: Any, forward: Callable[[], Any], mode: Any, args: Any) -> Any:
@@ -285,7 +312,7 @@ def _forward_of_two(function: Any, mode: Any, where: Callable[[], str], calls: l
     return watched
 
 
-def _setup_context(function: Any, mode: Any, calls: list[Any]) -> Callable[..., Any]:
+def _setup_context(function: Any, mode: Any, calls: list[Any], original: Callable[..., Any]) -> Callable[..., Any]:
     setup_context = function.setup_context
 
     @functools.wraps(setup_context)
@@ -294,10 +321,17 @@ def _setup_context(function: Any, mode: Any, calls: list[Any]) -> Callable[..., 
         if dots is None:
             return setup_context(ctx, inputs, output)
         outs = output if isinstance(output, tuple) else (output,)
+
+        def again(args: Any, dots: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            context, out = Context(), original(*args)
+            setup_context(context, args, out)
+            outs = out if isinstance(out, tuple) else (out,)
+            return outs, _own_tangents(function, context, outs, dots)
+
         with mode.asleep():
             setup_context(ctx, inputs, output)
             out_dots = _own_tangents(function, ctx, outs, dots)
-        _give(mode, outs, out_dots)
+        _give(mode, outs, out_dots, inputs, again)
         return None
 
     return watched
@@ -334,11 +368,15 @@ def _apart(forward: Callable[[], Any], args: tuple[Any, ...]) -> Any:
     return tuple(map(copied, out)) if isinstance(out, tuple) else copied(out)
 
 
-def _give(mode: Any, outs: tuple[Any, ...], out_dots: tuple[Any, ...]) -> None:
+def _give(mode: Any, outs: tuple[Any, ...], out_dots: tuple[Any, ...], args: Any = (), again: Any = None) -> None:
+    """Args: again: the outputs and their tangents for other ``args`` and tangents of those."""
+
+    def dense(out: Any, dot: Tensor | None) -> Tensor | None:
+        return None if not has_tangent(out) else torch.zeros_like(out) if dot is None else dot
+
     with mode.asleep():
-        for out, dot in zip(outs, out_dots):
-            if isinstance(out, Tensor):
-                mode.adopt(out, None if not has_tangent(out) else torch.zeros_like(out) if dot is None else dot)
+        given = [(out, dense(out, dot)) for out, dot in zip(outs, out_dots) if isinstance(out, Tensor)]
+        mode.adopt_all(given, args, again)
 
 
 def _arrived(function: Any, out: Any, mode: Any, where: Callable[[], str]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import sys
@@ -11,9 +12,15 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 import jvpgraph
 from jvpgraph import Config, Diagnosis
+from jvpgraph.diagnosis.exact import Exact
+from jvpgraph.diagnosis.lockstep import Lockstep
+from jvpgraph.diagnosis.measure import _epilogue
+from jvpgraph.op_by_op import OpByOp
 from jvpgraph.precision import PRECISIONS
 from tests.rounding import cast
 from tests.zoo.base import QUIET
@@ -81,6 +88,9 @@ class Small(nn.Module):
         return x
 
 
+PLAIN = Config(tangent_precision="model")
+
+
 def inputs(dtype=torch.float32, tokens=6, batch=2, largest=1.0):
     torch.manual_seed(1)
     x, x_dot = torch.randn(2, batch, tokens, WIDTH, dtype=torch.float64).to(dtype)
@@ -100,7 +110,7 @@ def test_a_float32_model_is_right_to_rounding():
     assert found.worst(1)[0].adds < 1e-5
     assert found.first_not_finite is None
     assert not found.losses
-    assert all(op.precision == "model" and op.adds == op.adds_in["float32"] for op in found.ops)
+    assert all(op.adds == op.adds_in["model"] == op.adds_in["float32"] for op in found.ops)
 
 
 # ------------------------------------------------------------------------------------------------- planted faults
@@ -145,7 +155,7 @@ def test_an_overflow_in_one_head():
     with torch.no_grad():
         rows = model.blocks[1].attention.qkv.weight.view(3, HEADS, -1, WIDTH)
         rows[:2, 3] *= 150  # of queries and keys
-    found = diagnosed(model, torch.float16)
+    found = diagnosed(model, torch.float16, config=PLAIN)
     first = found.first_not_finite
     assert found.worst(1) == [first]
     assert (first.module, first.op) == ("blocks.1.attention", "aten.bmm.default")
@@ -160,7 +170,7 @@ def test_an_overflow_of_the_tangent_alone():
     (args, tangents), model = inputs(torch.float16), Small().half()
     tangents["x"] *= 1e3
     model.blocks[1].mlp = Steep()
-    found = jvpgraph.diagnose(model, args, tangents=tangents, steps=())
+    found = jvpgraph.diagnose(model, args, tangents=tangents, steps=(), config=PLAIN)
     first = found.first_not_finite
     assert first.value_not_finite == 0 < first.not_finite
     assert first.module.startswith("blocks.1")
@@ -199,7 +209,7 @@ class Nearly(nn.Module):
 def test_underflow():
     (args, tangents), model = inputs(torch.float16), Small().half()
     tangents["x"] *= 1e-7
-    found = jvpgraph.diagnose(model, args, tangents={"x": tangents["x"]}, steps=())
+    found = jvpgraph.diagnose(model, args, tangents={"x": tangents["x"]}, steps=(), config=PLAIN)
     assert max(op.underflow for op in found.ops) > 0.1
     assert "underflow" in str(found)
 
@@ -336,28 +346,88 @@ class Normed(nn.Module):
         return nn.functional.dropout(y, 0.2)
 
 
+def test_the_reference_is_as_large_as_what_is_alive(monkeypatch):
+    """However deep the model."""
+    held, sweep = [], Lockstep.sweep
+
+    def swept(self):
+        sweep(self)
+        held.append(sum(storage.nbytes() for storage in self._exact_storages.values()))
+
+    monkeypatch.setattr(Lockstep, "sweep", swept)
+    peaks = []
+    for depth in (2, 8):
+        held.clear()
+        diagnosed(Small(depth).bfloat16(), torch.bfloat16)
+        peaks.append(max(held))
+    assert 0 < peaks[1] < 1.1 * peaks[0]
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return scale * x * x
+
+    @staticmethod
+    def jvp(ctx, x_dot, _):
+        return 2 * ctx.scale * ctx.saved_tensors[0] * x_dot
+
+
+class Cube(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, x_dot):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * x_dot
+
+
+class InFloat32Only(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        if x.dtype == torch.float64:
+            raise TypeError("not in float64")
+        return 2 * x
+
+    @staticmethod
+    def jvp(ctx, x_dot):
+        return 2 * x_dot
+
+
+def test_functions_with_a_jvp_of_their_own():
+    class Model(nn.Module):
+        def forward(self, x):
+            return Cube.apply(Square.apply(x * 1.1, 0.3) + 0.2)
+
+    (x, _), tangents = inputs(torch.bfloat16)
+    found = jvpgraph.diagnose(Model(), (x,), tangents={"x": tangents["x"]}, steps=())
+    y, y_dot = jvpgraph.transform(Model(), backend="op_by_op")(x, tangents={"x": tangents["x"]})
+    z, z_dot = jvpgraph.transform(Model(), backend="op_by_op")(x.double(), tangents={"x": tangents["x"].double()})
+    assert not found.losses
+    assert found.value_error == pytest.approx(error(y, z), rel=1e-3)
+    assert found.tangent_error == pytest.approx(error(y_dot, z_dot), rel=1e-3)
+
+
 def test_what_cannot_be_compared_is_named():
     class Odd(nn.Module):
         def forward(self, x):
-            y = Own.apply(x)
-            if (y.detach() * 0.1).sum() > float(y.detach().mean()):
-                y = y * 2
-            return y * (y.detach() > 0.001)
+            return InFloat32Only.apply(x * 1.1) * 1.3
 
-    class Own(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x * 3
-
-        @staticmethod
-        def jvp(ctx, x_dot):
-            return x_dot * 3
-
-    (x, _), tangents = inputs(torch.bfloat16)
-    found = jvpgraph.diagnose(Odd(), (x,), tangents={"x": tangents["x"]}, steps=())
-    assert {loss.what for loss in found.losses} == {"not compared", "number"}
-    assert "not compared" in str(found)
     (x, _), tangents = inputs(torch.bfloat16, tokens=300)
+    found = jvpgraph.diagnose(Odd(), (x,), tangents={"x": tangents["x"]}, steps=())
+    assert [loss.what for loss in found.losses] == ["not compared"]
+    assert "not compared: the reference cannot run it (not in float64), and takes its result as it is" in str(found)
     found = jvpgraph.diagnose(Decides(), (x,), tangents={"x": tangents["x"]}, steps=())
     assert {loss.what for loss in found.losses} == {"decision", "number"}
     assert "differs from the reference" in str(found)
@@ -414,7 +484,7 @@ def test_json_and_picture(tmp_path):
     model, (args, tangents) = Small().half(), inputs(torch.float16)
     with torch.no_grad():
         model.blocks[1].attention.qkv.weight.mul_(100)
-    found = jvpgraph.diagnose(model, args, tangents=tangents, times=(0.1, 0.9), steps=(0.1, 0.01))
+    found = jvpgraph.diagnose(model, args, tangents=tangents, times=(0.1, 0.9), steps=(0.1, 0.01), config=PLAIN)
     found.save(tmp_path / "found.json")
     json.loads((tmp_path / "found.json").read_text(), parse_constant=pytest.fail)
     assert str(Diagnosis.load(tmp_path / "found.json")) == str(found)
@@ -457,3 +527,87 @@ def test_networks_of_diffusers(name):
             assert (worst.module, worst.op) == ("time_text_embed.time_proj", "aten.sin.default")
             assert worst.magnifies > 100 > 1 > worst.before
             assert "input timestep is rounded to bfloat16 on its way in" in str(found)
+
+
+def test_autocast():
+    """Weights in float32, products in bfloat16: the reference has neither rounding."""
+
+    class Cast(Small):
+        def forward(self, x, t):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x, t)
+
+    model = Cast()
+    found = diagnosed(model)
+    exact = diagnosed(Small())
+    assert 1e-3 < found.tangent_error < 0.05
+    assert exact.tangent_error < 1e-5
+    products = [op for op in found.ops if op.kind == "product"]
+    assert {op.dtype for op in products} == {"bfloat16"}
+    assert all(op.adds_in["float32"] < op.adds_in["model"] for op in products)
+    casts = [op for op in found.ops if op.op == "aten._to_copy.default" and not op.active]
+    assert {op.module for op in casts} >= {"blocks.0.attention.qkv", "blocks.3.mlp.0"}  # of weights
+    assert all(1e-3 < op.adds_value < 4e-3 for op in casts if op.shape)
+
+
+def test_what_is_zero_says_nothing():
+    class Constant(nn.Module):
+        def forward(self, x):
+            y = x - x.clone()
+            unit = torch.cat([x.sin(), x.cos()], -1).square().sum(-1, keepdim=True)
+            return x * unit + y
+
+    (x, _), tangents = inputs()
+    found = jvpgraph.diagnose(Constant(), (x,), tangents={"x": tangents["x"]}, steps=())
+    assert found.tangent_error < 1e-6
+    assert any(op.is_zero for op in found.ops)
+    assert found.worst(1)[0].badness < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_attention_has_a_reference():
+    """Which runs as a small graph, between ops."""
+
+    class Flex(nn.Module):
+        def forward(self, x):
+            q = (x * 1.7).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            return flex_attention(q, q, q, lambda score, b, h, i, j: score - (i - j).abs())
+
+    (x, _), tangents = inputs(torch.bfloat16)
+    found = jvpgraph.diagnose(Flex(), (x,), tangents={"x": tangents["x"]}, steps=())
+    y, y_dot = jvpgraph.transform(Flex(), backend="op_by_op")(x, tangents={"x": tangents["x"]})
+    z, z_dot = jvpgraph.transform(Flex(), backend="op_by_op")(x.double(), tangents={"x": tangents["x"].double()})
+    assert not found.losses
+    assert found.value_error == pytest.approx(error(y, z), rel=1e-3)
+    assert found.tangent_error == pytest.approx(error(y_dot, z_dot), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "lse"),
+    [
+        ("_scaled_dot_product_flash_attention", (0.0, True), (2, HEADS, 6)),
+        ("_scaled_dot_product_efficient_attention", (None, True, 0.0, True), (2, HEADS, 32)),
+        ("_scaled_dot_product_cudnn_attention", (None, True, 0.0, True), (2, HEADS, 6, 1)),
+    ],
+)
+def test_the_reference_of_attention_on_gpus(op, arguments, lse):
+    """Whose kernels do not take float64."""
+    torch.manual_seed(0)
+    q, k, v, *dots = torch.randn(6, 2, HEADS, 6, 8, dtype=torch.float64)
+    func, seen = getattr(torch.ops.aten, op).default, []
+    like = [q.half(), torch.empty(lse), *[None] * (len(func._schema.returns) - 2)]
+    with OpByOp() as mode, mode.asleep():
+        exact = Exact(seen.append)
+        exact.follow(mode)
+        for x, dot in zip((q, k, v), dots):
+            exact.set_tangent(x, dot)
+        o, o_lse, *_ = exact.run(func, (q, k, v, *arguments), {}, like)
+        o_dot, lse_dot = exact.tangent(o).clone(), exact.tangent(o_lse).clone()
+    assert o_lse.shape == lse_dot.shape == lse
+    math_only = functools.partial(nn.functional.scaled_dot_product_attention, is_causal=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        want = torch.func.jvp(math_only, (q, k, v), tuple(dots))
+    torch.testing.assert_close((o, o_dot), want)
+    figures = _epilogue(seen[0])
+    assert 0.1 < float(figures["epilogue"]) <= 1

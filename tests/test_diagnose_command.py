@@ -14,6 +14,7 @@ from PIL import Image
 import jvpgraph
 from jvpgraph.trainer import cli
 from jvpgraph.trainer.run import diagnosis
+from jvpgraph.trainer.run.finished import load_run
 from tests.tiny_runs import TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -120,3 +121,20 @@ def test_a_tangent_that_is_not_finite(folder, capsys, monkeypatch, known):
         assert said.count("in net.") >= 1
     else:
         assert "`jvpgraph diagnose run` says which ops lose the tangent's digits" in said
+
+
+@pytest.mark.long
+def test_looks_while_it_trains(folder, caplog):
+    """What is trained is the same to the bit."""
+    looks = ["precision.probe_every=2", "precision.probe_limit=1e-9", "stages.0.steps=3"]
+    assert cli.main(["train", "tiny.yaml", "out=plain", "stages.0.steps=3"]) == 0
+    assert cli.main(["train", "tiny.yaml", "out=looked", *looks]) == 0
+    said = caplog.text
+    assert "step 2: tangents are off by up to" in said
+    assert " in net." in said
+    lines = [json.loads(line) for line in Path("looked/log.jsonl").read_text().splitlines()]
+    found = {line["step"]: {name for name in line if "t=0.8" in name} for line in lines}
+    assert found == {1: set(), 2: {"tangent_error/t=0.8", "tangent_growth/t=0.8"}, 3: set()}
+    assert jvpgraph.Diagnosis.load("looked/diagnosis.json").about == "step 2 of looked"
+    states = [load_run(Path(name)).student.state_dict() for name in ("plain", "looked")]
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())

@@ -35,6 +35,11 @@ class PrecisionConfig:
     """Of what is computed, beside the dtype of the weights."""
 
     tangent: Precision | dict[str, Precision] = "float32"  # of jvpgraph.Config; or by module and op, as jvpgraph.Policy
+    probe_every: int | None = None  # steps between looks at the tangent's error on two samples; null: none
+    probe_limit: float = 0.1  # relative error of the tangent from which on a look warns
+
+    def __post_init__(self) -> None:
+        positive(self, "probe_every", "probe_limit")
 
     @property
     def of_tangents(self) -> Precision | Policy:

@@ -34,6 +34,7 @@ from jvpgraph.trainer.run.beforehand import data_of, look, shown
 from jvpgraph.trainer.run.build import Networks, build_networks
 from jvpgraph.trainer.run.changes import covered
 from jvpgraph.trainer.run.checkpoint import CheckpointError, Checkpoints, OnePiece
+from jvpgraph.trainer.run.diagnosis import Probe
 from jvpgraph.trainer.run.folder import check_folder, check_free, checkpoint_step, claimed, newest_step
 from jvpgraph.trainer.run.kept import Means, RandomState
 from jvpgraph.trainer.run.log import RunLog
@@ -147,6 +148,7 @@ def train_here(
             ranks.on_first(lambda: prompted.save(folder))
         if beside is not None:
             ranks.on_first(lambda: beside.save(folder))
+        probe = Probe(config, dataset, networks.guided, layout) if config.precision.probe_every else None
         previews = Previews(config, networks.student, dataset, prompted, log)
         pace = stack.enter_context(Pace.of(config, layout, networks.student, show, seconds))
         stack.enter_context(stop)
@@ -165,12 +167,15 @@ def train_here(
                 said = say_kernels(networks.dual.reports, said) if layout.first else said
                 last_step = step == end
                 validated = due(step, config.validation.every)
-                if last_step or validated or due(step, config.log.every):
+                probed = probe is not None and due(step, config.precision.probe_every)
+                if last_step or validated or probed or due(step, config.log.every):
                     means, memory = {**stage.means.take(), **stage.rates}, max(ranks.gather(memory_gib))
                     moved = networks.traffic.take()
                     if validation is not None and beside is not None and validated:
                         average = stage.emas[0].parameters
                         means |= validation.of_student(index, networks.student, average, beside.figures)
+                    if probe is not None and probed:
+                        means |= probe.look(step, index, networks.student)
                     if log is not None:
                         log.add(step, means, pace.line(step, memory, moved))
                 if config.ema.snapshot_every and (last_step or due(step, config.ema.snapshot_every)):

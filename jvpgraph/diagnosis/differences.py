@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def differences(
             ahead, behind = way(step), way(-step)
             slopes = [(a.to(w.dtype) - b.to(w.dtype)) / (2 * step) for a, b, w in zip(ahead, behind, wanted)]
             found = on_host({"error": norm(list(map(apart, slopes, wanted))), "norm": norm(list(wanted))})
-            yield Difference(name, step, relative(found["error"], found["norm"]), time)
+            yield Difference(name, step, relative(found["error"], found["norm"], math.inf), time)
 
 
 def _moved(args: Any, kwargs: Any, dots: Mapping[str, Tensor], step: float, dtype: torch.dtype) -> tuple[Any, Any]:

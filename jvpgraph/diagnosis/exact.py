@@ -12,13 +12,20 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from jvpgraph.diagnosis.kinds import is_attention, moves
+from jvpgraph.errors import JvpgraphError
 from jvpgraph.op_by_op import OpByOp
 from jvpgraph.rules.apply import Unknown, bind
 
-__all__ = ["REFERENCES", "Exact", "Ran", "widened"]
+__all__ = ["REFERENCES", "REFUSED", "Exact", "Ran", "first_line", "has_unknown", "widened"]
 
 aten, ours = torch.ops.aten, torch.ops.jvpgraph
 REFERENCES = {"float64": (torch.float64, torch.complex128), "float32": (torch.float32, torch.complex64)}
+# What an op may raise in another type than the model's; memory that is full is no matter of the op.
+REFUSED = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, JvpgraphError)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def widened(dtype: torch.dtype, reference: torch.dtype) -> torch.dtype:

@@ -7,22 +7,23 @@ they are cast up where an op reads them, and the copy goes when the op is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from jvpgraph.diagnosis.exact import Exact, Ran, has_unknown, widened
+from jvpgraph.diagnosis.exact import REFUSED, Exact, Ran, first_line, has_unknown, widened
 from jvpgraph.diagnosis.kinds import moves
-from jvpgraph.errors import JvpgraphError
+from jvpgraph.errors import UnsupportedNode
 from jvpgraph.escapes import Graphs
 from jvpgraph.markers import MAKE_DUAL, TANGENT_OF
 from jvpgraph.op_by_op import OpByOp
-from jvpgraph.op_by_op.kinds import BATCH_NORMS, COPIES, DRAWS, EMPTY
+from jvpgraph.op_by_op.kinds import BATCH_NORMS, COPIES, DRAWS, EMPTY, READS_NOTHING
 from jvpgraph.precision import Policy, Precision
 from jvpgraph.rules.apply import bind, has_tangent
 from jvpgraph.storages import key_of, tensors_in, view_of
@@ -31,8 +32,8 @@ __all__ = ["Lockstep", "Watcher"]
 
 aten = torch.ops.aten
 SWEEP_EVERY = 4  # ops; the reference of an activation is four times as large as the activation
-REFUSED = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, JvpgraphError)
 OUTSIDE = "it ran outside of torch's ops, or as a graph of its own: the reference takes its result as it is"
+UNABLE = "the reference cannot run it ({reason}), and takes its result as it is"
 RANDOM = "it draws random numbers: the reference takes its result as it is"
 FROM_BITS = "it reads bits: the reference takes its result as it is"
 
@@ -77,7 +78,7 @@ class Lockstep(OpByOp):
         precision: Precision | Policy = "model",
         graphs: Graphs | None = None,
     ):
-        super().__init__(precision=precision, graphs=graphs)
+        super().__init__(precision=precision, graphs=self._graph if graphs else None)
         self.reference, self.watcher = reference, watcher
         self.exact = Exact(self._compare)
         self.answers: list[tuple[Tensor, Tensor | None]] = []  # outputs of the reference and their tangents
@@ -85,6 +86,7 @@ class Lockstep(OpByOp):
         self._own: Ran | None = None
         self._running: OpOverload | None = None
         self._count = 0
+        self._graphs, self._has_reference = graphs, False
 
     def __enter__(self) -> Lockstep:
         super().__enter__()
@@ -98,10 +100,32 @@ class Lockstep(OpByOp):
 
     def adopt(self, out: Tensor, out_dot: Tensor | None) -> None:
         super().adopt(out, out_dot)
-        if has_tangent(out):
+        if has_tangent(out) and not self._has_reference:
             self.watcher.lost("a call", OUTSIDE)
             with self.asleep():
                 self._take_over(out)
+
+    def adopt_all(self, given: Sequence[tuple[Tensor, Tensor | None]], args: Any, again: Any) -> None:
+        """The reference is the same Function of the reference's arguments."""
+        self._has_reference = again is not None
+        try:
+            super().adopt_all(given, args, again)
+        finally:
+            self._has_reference = False
+        if again is None:
+            return
+        wide = tuple(self._wide(x) for x in args)
+        try:
+            dots = [self.exact.tangent(x) if has_tangent(x) else None for x in wide]
+            found = again(
+                wide, [torch.zeros_like(x) if d is None and has_tangent(x) else d for x, d in zip(wide, dots)]
+            )
+            for (x, _), y, y_dot in zip(given, *found, strict=True):
+                self.give(x, y, y_dot)
+        except torch.OutOfMemoryError:
+            raise
+        except (*REFUSED, AttributeError) as error:  # its code may want a context that is PyTorch's
+            self._lose("a Function", UNABLE.format(reason=first_line(error)), [x for x, _ in given if has_tangent(x)])
 
     # ------------------------------------------------------------------------------------ what the reference has
 
@@ -151,6 +175,31 @@ class Lockstep(OpByOp):
         dot = self.tangent(x)
         if dot is not None:
             self.exact.set_tangent(self.exact_of(x), dot)
+
+    def _graph(self, _mode: OpByOp, op: Any, args: Any, kwargs: Any) -> Any:
+        """A higher-order op that runs as a graph of its own, and the same of the reference."""
+        assert self._graphs is not None
+        self._has_reference = True
+        try:
+            outs = self._graphs(self, op, args, kwargs)
+        finally:
+            self._has_reference = False
+        if outs is NotImplemented:
+            return outs
+        try:
+            with self.asleep():
+                wide_args, wide_kwargs = self._wide(args), self._wide(kwargs)
+            found = self._graphs(InPlaceOf(self), op, wide_args, wide_kwargs)
+            with self.asleep():
+                for x, y in zip(outs, found):
+                    if key_of(y) not in self.exact._unknown:
+                        self._keep(x, y, shared=False)
+        except torch.OutOfMemoryError:
+            raise
+        except REFUSED as error:
+            with self.asleep():
+                self._lose(str(op), UNABLE.format(reason=first_line(error)), [x for x in outs if has_tangent(x)])
+        return outs
 
     def _known(self, x: Any) -> bool:
         return has_tangent(x) and key_of(x) in self._exact_storages
@@ -204,12 +253,14 @@ class Lockstep(OpByOp):
         self, func: OpOverload, args: Any, kwargs: Any, operands: list[Tensor], written: list[Tensor], out: Any
     ) -> None:
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if any(isinstance(x, FakeTensor) or x.is_meta for x in (*operands, *results)):
+            return  # DTensor asks what shapes come out
         floating = [x for x in results if has_tangent(x)]
         known = any(map(self._known, operands))
         keys = {key_of(x) for x in operands}
         new = [x for x in floating if key_of(x) not in keys and key_of(x) is not None]
-        if not (new or written) and floating:
-            return  # views
+        if (not (new or written) and floating) or _name(func) in EMPTY:
+            return  # a view, or nothing yet
         random = _is_random(func, bind(func, args, kwargs))
         if not known and (random or written or not new or _is_exact(func)):
             return
@@ -223,15 +274,14 @@ class Lockstep(OpByOp):
         try:
             wide_args, wide_kwargs = self._wide(args), self._wide(kwargs)
             before = None
-            inactive = self._own is None and bool(floating) and not (moves(func) or _name(func) in EMPTY)
+            inactive = self._own is None and bool(floating) and not (moves(func) or _name(func) in READS_NOTHING)
             if inactive:
                 before = self.watcher.before(func, bind(func, args, kwargs), bind(func, wide_args, wide_kwargs))
             found = self.exact.run(func, wide_args, wide_kwargs, out)
         except torch.OutOfMemoryError:
             raise
         except REFUSED as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._lose(func, f"the reference cannot run it ({reason})", [*new, *written])
+            self._lose(func, UNABLE.format(reason=first_line(error)), [*new, *written])
             return
         finally:
             self._running = None
@@ -290,6 +340,29 @@ class Lockstep(OpByOp):
         return type(value)(map(self._wide, value)) if type(value) in (list, tuple) else value
 
 
+class InPlaceOf:
+    """What a graph of the reference is told in the place of the mode."""
+
+    def __init__(self, mode: Lockstep):
+        self._exact = mode.exact
+        self.left, self.asleep = mode.left, mode.asleep
+
+    def is_watching(self) -> bool:
+        return True
+
+    def tangent(self, x: Tensor) -> Tensor | None:
+        self._exact._made(x)
+        return self._exact.tangent(x)
+
+    def adopt(self, out: Tensor, out_dot: Tensor | None) -> None:
+        self._exact._made(out)
+        if out_dot is not None:
+            self._exact.set_tangent(out, out_dot)
+
+    def set_unknown(self, x: Tensor, node: UnsupportedNode) -> None:
+        self._exact.set_unknown(x, node)
+
+
 def _written(func: OpOverload, arguments: dict[str, Any]) -> list[Tensor]:
     """Floating tensors that the op writes to; the statistics of batch norms among them, which do not say so."""
     names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
@@ -299,7 +372,7 @@ def _written(func: OpOverload, arguments: dict[str, Any]) -> list[Tensor]:
 
 
 def _is_exact(func: OpOverload) -> bool:
-    """Whether what it gives is, element by element, what it is given; or it is not known what it computes."""
+    """Whether what it gives is, element by element, what it is given; or nobody knows what it computes."""
     if func.namespace not in ("aten", "prims", "jvpgraph") or func is aten.view.dtype:
         return True
     name = _name(func)

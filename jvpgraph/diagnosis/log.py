@@ -38,7 +38,7 @@ from jvpgraph.escapes import frames
 from jvpgraph.op_by_op import user_line
 from jvpgraph.precision import HALF, PRECISIONS, Policy, Precision, precision_at
 from jvpgraph.rules.apply import has_tangent
-from jvpgraph.storages import key_of, tensors_in
+from jvpgraph.storages import key_of, parts_of, tensors_in
 from jvpgraph.tree import leaves
 
 __all__ = ["Log"]
@@ -52,6 +52,7 @@ NUMBER = "a Python number is read here, of which the reference takes the model's
 
 NOTHING = {torch.float32: 1e-6, torch.float64: 1e-13}  # left over of a sum, by what the reference rounds to
 
+SCALES = {"_to_copy", "convert_element_type", "make_dual", "mul", "mul_", "div", "div_", "add", "sub", "rsub", "clone"}
 KEPT = 1000  # errors of storages, between two looks for those that are gone
 
 
@@ -128,9 +129,9 @@ class Log(Watcher):
         )
 
     def _errors_of(self, tree: Any) -> dict[str, float]:
-        """Of all floating tensors in it together."""
+        """Of all floating tensors in it together; of DTensors, of this rank's part."""
         mode = self.mode
-        tensors = [x for _, x in leaves(tree) if has_tangent(x)]
+        tensors = [part for _, x in leaves(tree) if has_tangent(x) for part in parts_of(x)]
         nothing = {"value": 0.0, "tangent": 0.0, "norm": 0.0}
         if mode is None or not tensors or not mode.is_watching():
             return nothing
@@ -275,7 +276,7 @@ class Log(Watcher):
     def _note(self, record: OpRecord) -> None:
         self.ops.append(record)
         self._takes.append({})
-        self._made = record.value if not record.active or record.is_zero else max(record.value, record.tangent)
+        self._made = finite_or(record.value, 0.0) if record.is_zero else record.after
         if self._adds and record.badness > self._adds[-1][0]:
             self._adds[-1] = (record.badness, record.op)
 
@@ -335,7 +336,7 @@ class Log(Watcher):
         self._makers.update((key_of(out), makers) for out in outs)
         if len(self._errors) > KEPT:
             self._errors, self._makers = _alive(self._errors), _alive(self._makers)
-        for x in arguments if self._times else ():
+        for x in arguments if self._times and func._schema.name.partition("::")[2] in SCALES else ():
             known = self._times.get(key_of(x))
             for out in outs if known is not None else ():
                 name, count, is_rounded = known  # type: ignore[misc]

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from jvpgraph.diagnosis.exact import Ran, has_unknown, widened
+from jvpgraph.diagnosis.exact import REFUSED, Ran, first_line, has_unknown, widened
 from jvpgraph.diagnosis.kinds import is_attention, kind_of, moves
-from jvpgraph.errors import JvpgraphError
 from jvpgraph.op_by_op import OpByOp
 from jvpgraph.op_by_op.kinds import BATCH_NORMS
 from jvpgraph.precision import HALF, PRECISIONS, Precision
@@ -40,13 +39,15 @@ __all__ = [
 aten = torch.ops.aten
 WRITES_UNSAID = tuple(f"aten::{name}" for name in BATCH_NORMS)
 SUMS = ("aten::sum", "aten::mean")
+GIVE_FLOAT32 = ("mm", "bmm", "addmm", "baddbmm")  # for tangents in half precision
 FEW = 4
 Pairs = list[tuple[Tensor, Tensor, Tensor, Tensor]]  # value, its reference, tangent, its reference
-REFUSED = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError, JvpgraphError)
 
 
 def pairs_of(own: Ran, exact: Ran) -> Pairs:
     """The first result that has a tangent, or all in a list of them."""
+    if kind_of(own.func) == "collective":
+        tree_map_only(Tensor, torch.ops._c10d_functional.wait_tensor.default, (own.out, exact.out))
     results = [ran.arguments["src"] if ran.func is aten.copy.default else ran.out for ran in (own, exact)]
     if isinstance(own.out, Tensor):
         return [(results[0].to(own.out.dtype).expand_as(own.dot), results[1].expand_as(exact.dot), own.dot, exact.dot)]
@@ -134,8 +135,9 @@ def _epilogue(exact: Ran) -> dict[str, Tensor]:
     """|o_dot| / (|o_dot + r o| + |r o|): r = lse_dot less the mean of the tangents of the scores over all keys."""
     (q, k), o, o_dot, r = list(exact.arguments.values())[:2], exact.out[0], exact.dot[0], exact.dot[1]
     q_dot, k_dot = (exact.dots.get(name) for name in list(exact.arguments)[:2])
-    if r is None or o_dot is None or q.dim() != 4 or r.shape != o.shape[:-1]:
+    if r is None or o_dot is None or q.dim() != 4:
         return {}
+    r = (r.squeeze(-1) if r.dim() == 4 else r)[..., : o.shape[-2]]  # as kernels have it, some of them padded
     groups = q.shape[1] // k.shape[1]
     scale = exact.arguments.get("scale") or q.shape[-1] ** -0.5
 
@@ -179,7 +181,7 @@ class Alone:
         except torch.OutOfMemoryError:
             raise
         except REFUSED as error:
-            raise NotAlone((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+            raise NotAlone(first_line(error)) from error
 
     @staticmethod
     def value(func: OpOverload, own: dict[str, Any], exact: dict[str, Any]) -> Any:
@@ -197,7 +199,7 @@ class Alone:
         except torch.OutOfMemoryError:
             raise
         except REFUSED as error:
-            raise NotAlone((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+            raise NotAlone(first_line(error)) from error
 
     def _figures(self, own: Ran, exact: Ran, arguments: dict[str, Any]) -> dict[str, Tensor]:
         if own.func._schema.name in WRITES_UNSAID:
@@ -238,13 +240,14 @@ def _dot_rounded(dot: Any, primal: Any, precision: Precision) -> Any:
 
 
 def traffic(own: Ran) -> dict[str, int]:
-    """Bytes of its tangents, read and written, in each precision: products have half-precision operands in float32."""
-    kind = kind_of(own.func)
+    """Bytes of its tangents, read and written, in each precision: in float32 products still take half precision, and
+    attention and convolutions give it."""
+    kind, name = kind_of(own.func), own.func._schema.name.partition("::")[2]
     taken, given = own.dots, own.dot
     pairs_in = [p for name, dot in taken.items() for p in _with_primals(dot, own.arguments[name])]
     pairs_out = _with_primals(given, own.out)
-    in_model = {"product", "attention", "collective", "other"}
-    out_model = in_model - {"product"}
+    takes_half = kind in ("product", "attention", "collective", "other")
+    gives_half = takes_half and name not in GIVE_FLOAT32
 
     def bytes_of(pairs: list[tuple[Tensor, Tensor]], wide: bool) -> int:
         precision: Precision = "float32" if wide else "model"
@@ -252,7 +255,7 @@ def traffic(own: Ran) -> dict[str, int]:
 
     return {
         "model": bytes_of(pairs_in, False) + bytes_of(pairs_out, False),
-        "float32": bytes_of(pairs_in, kind not in in_model) + bytes_of(pairs_out, kind not in out_model),
+        "float32": bytes_of(pairs_in, not takes_half) + bytes_of(pairs_out, not gives_half),
         "float32_matmul": bytes_of(pairs_in, True) + bytes_of(pairs_out, True),
     }
 
@@ -287,8 +290,8 @@ def on_host(figures: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(figures, numbers))
 
 
-def relative(error: float, size: float) -> float:
-    """Infinite where something is not finite, or all of it is error."""
+def relative(error: float, size: float, of_nothing: float = math.nan) -> float:
+    """Infinite where something is not finite; ``of_nothing`` where the reference is zero, and what was found is not."""
     if not math.isfinite(error):
         return math.inf
-    return error / size if size else (math.inf if error else 0.0)
+    return error / size if size else (of_nothing if error else 0.0)

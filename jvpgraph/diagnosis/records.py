@@ -16,7 +16,7 @@ class OpRecord:
     are made of.
 
     Errors are norm-wise and relative to the reference: ``|found - reference| / |reference|``, infinite where something
-    is not finite.
+    is not finite, and nan where the reference is zero and what was found is not.
     """
 
     index: int  # in order of execution, among the records of a call
@@ -55,7 +55,7 @@ class OpRecord:
     @property
     def overflows(self) -> bool:
         """Whether it makes inf or nan out of what is finite."""
-        return (self.not_finite > 0 or self.value_not_finite > 0) and math.isinf(max(self.adds, self.adds_value))
+        return (self.not_finite > 0 or self.value_not_finite > 0) and math.inf in (self.adds, self.adds_value)
 
     @property
     def magnifies(self) -> float:
@@ -69,7 +69,7 @@ class OpRecord:
     @property
     def after(self) -> float:
         """The larger of the errors of value and tangent."""
-        return max(finite_or(self.tangent, 0.0), self.value)
+        return max(finite_or(self.tangent, 0.0), finite_or(self.value, 0.0))
 
     @property
     def badness(self) -> float:

@@ -99,7 +99,7 @@ class Diagnosis:
 
     def to_json(self) -> str:
         """All of it, inf and nan as strings."""
-        return json.dumps({"format": 1, **_plain(asdict(self))}, indent=1)
+        return json.dumps({"format": 1, **_plain(asdict(self))})
 
     def save(self, path: str | Path) -> None:
         """The JSON, which :meth:`load` reads."""

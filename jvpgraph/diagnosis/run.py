@@ -8,6 +8,7 @@ compiled graph rounds less often, where a kernel keeps several ops in registers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,9 +28,10 @@ from jvpgraph.diagnosis.report import Diagnosis
 from jvpgraph.dual_forward import dual_forward
 from jvpgraph.dynamo_backend import Backend
 from jvpgraph.op_by_op import refuse_other_levels
-from jvpgraph.precision import HALF, carried
+from jvpgraph.precision import HALF, Policy, Precision, carried
 from jvpgraph.regions import SmallGraphs
 from jvpgraph.rules.apply import has_tangent
+from jvpgraph.storages import plain
 from jvpgraph.tangents import Inputs, match_tangents
 from jvpgraph.tree import leaves, refuse_hidden
 
@@ -54,8 +56,8 @@ def diagnose(
 
     The model runs op by op, in its own precision, beside a reference of the same weights that never rounds: each op
     again in a wider type, its weights cast up for that op only. So memory is that of the model without gradients and
-    three to five times its activations, and time some ten times that of a call. Nothing of the model changes: weights,
-    buffers, mode, the state of random number generators.
+    three to five times its activations, and time some ten times that of a call op by op. Nothing of the model changes:
+    weights, buffers, mode, the state of random number generators.
 
     Args:
         model: any nn.Module, or a transformed one, whose config counts if none is given.
@@ -83,12 +85,20 @@ def diagnose(
         config = config or model._dual.settings.config
         model = model.model
     config = config or Config()
-    found = Diagnosis(type(model).__name__, reference, _dtype_of(model), str(config.tangent_precision))
+    found = Diagnosis(type(model).__name__, reference, _dtype_of(model), _named(config.tangent_precision))
     for at in times or (None,):
         call = (args, kwargs or {}, tangents or {})
         call = time(at) if callable(time) and at is not None else _at(model, call, str(time), at)
         _one(model, call, at, steps, config, found)
     return found
+
+
+def _named(precision: Precision | Policy) -> str:
+    if not isinstance(precision, Policy):
+        return precision
+    return (
+        f"{precision.default} but for {', '.join(f'{p} in {pattern}' for pattern, p in precision.pairs) or 'nothing'}"
+    )
 
 
 def _at(model: nn.Module, call: Call, name: str, at: float | None) -> Call:
@@ -140,7 +150,7 @@ def _one(
 
 
 def _outputs(out: Any, out_dots: list[Tensor], mode: Lockstep, found: Diagnosis, at: float | None) -> list[Tensor]:
-    """Note their errors; the tangents of the reference."""
+    """Note their errors, of DTensors those of this rank's part; the tangents of the reference."""
     result, wanted = Output(at), []
     paths = [path for path, leaf in leaves(out) if has_tangent(leaf)]
     values = [leaf for _, leaf in leaves(out) if has_tangent(leaf)]
@@ -149,14 +159,14 @@ def _outputs(out: Any, out_dots: list[Tensor], mode: Lockstep, found: Diagnosis,
         wanted.append(dot)
         numbers = on_host(
             {
-                "value": norm([apart(y, exact)]),
+                "value": norm([apart(plain(y), exact)]),
                 "size": norm([exact]),
-                "tangent": norm([apart(y_dot, dot)]),
+                "tangent": norm([apart(plain(y_dot), dot)]),
                 "norm": norm([dot]),
             }
         )
-        result.value[path] = relative(numbers["value"], numbers["size"])
-        result.tangent[path] = relative(numbers["tangent"], numbers["norm"])
+        result.value[path] = relative(numbers["value"], numbers["size"], math.inf)
+        result.tangent[path] = relative(numbers["tangent"], numbers["norm"], math.inf)
     found.outputs.append(result)
     return wanted
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from jvpgraph.rules.apply import argument_tangent, has_tangent
 from jvpgraph.storages import flatten, is_to_come, key_of, plain, view_of
 
 __all__ = ["CONSTANTS", "Shadows"]
+
+Again = Callable[[Any, Any], tuple[Any, Any]]  # (args, tangents of those) -> outputs and their tangents
 
 # Storages that were there before the call in which they were met first: parameters, buffers, constants.
 CONSTANTS: dict[StorageWeakRef, None] = {}
@@ -129,6 +132,15 @@ class Shadows:
             if stride == 0 and size > 1:  # one element stands for all of them
                 x, x_dot = x.narrow(dim, 0, 1), x_dot.narrow(dim, 0, 1)
         view_of(shadow, x, widened(x.dtype, self.precision)).copy_(x_dot)
+
+    def adopt(self, out: Tensor, out_dot: Tensor | None) -> None:
+        """Take in what was made while the mode was asleep."""
+        raise NotImplementedError
+
+    def adopt_all(self, given: Sequence[tuple[Tensor, Tensor | None]], args: Any, again: Again | None) -> None:
+        """The same of what an autograd.Function gave that has a jvp of its own."""
+        for out, out_dot in given:
+            self.adopt(out, out_dot)
 
     def set_unknown(self, x: Tensor, node: UnsupportedNode) -> None:
         """Refuse every use of ``x``, as ``node`` says."""

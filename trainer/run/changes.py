@@ -42,6 +42,8 @@ RULES = {
     "imports": ASKED,
     "teacher": ASKED,
     "precision": ASKED,
+    "precision.probe_every": FREE,
+    "precision.probe_limit": FREE,
     "guidance": ASKED,
     "conditions": ASKED,
     "stages": ASKED,
