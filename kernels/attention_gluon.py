@@ -114,11 +114,12 @@ def _produce(
 
 @gluon.jit
 def _weigh(p, s_dot, sums, scale, FIRST: gl.constexpr, OF_ROWS: gl.constexpr):
-    """h, centred by its mean over this block, and (r, c, mu) as they are around that: see attention_kernel.
-    sums: (sum of p over this block, l, r, o, c, mu), without this block."""
+    """h, centred by the mean of s_dot over this block, and (r, c, mu) as they are when centred likewise: see
+    attention_kernel. sums: (sum of p over this block, l, r, o, c, mu), the others without this block."""
     of_block, l, r, o, c, mu = sums
-    mean = gl.sum(p * s_dot, 1) * (scale / gl.maximum(of_block, LEAST))
+    mean = gl.sum(p * s_dot, 1) * (scale / of_block)
     if not FIRST:
+        mean = gl.where(of_block > LEAST, mean, mu)
         step = mean - mu
         r = r - step * l
         c = c - gl.expand_dims(gl.convert_layout(step, gl.SliceLayout(1, OF_ROWS)), 1) * o
@@ -140,8 +141,8 @@ def _visit(
     HAS_K_DOT: gl.constexpr,
     HAS_V_DOT: gl.constexpr,
 ):
-    """The sums after one more block of keys. FIRST: there are none yet, and the first `hidden` keys of the block are not
-    to be seen. The products of p follow s_dot, since o is needed as it was to centre anew."""
+    """The sums after one more block of keys. FIRST: there are none yet, and the first `hidden` keys of the block are
+    not to be seen. The products of p wait for s_dot: to centre anew takes o as it was before them."""
     m, l, r, o, c, mu = state
     q, q_dot = queries
     keys, keys_dot, values, values_dot = buffers
