@@ -22,14 +22,14 @@ if importlib.util.find_spec("triton"):
 
 # Near the entries of the tables, and those of the tables again: None. "forward" is the value alone.
 CANDIDATES: dict[tuple[str, int, torch.dtype], list[Blocks | GluonBlocks]] = {
-    ("self", 128, torch.bfloat16): [Blocks(64, 64, 4, 2), GluonBlocks(64, 2), GluonBlocks(64, 2, overlap=True)],
+    ("self", 128, torch.bfloat16): [Blocks(64, 64, 4, 2), GluonBlocks(64, 2)],
     ("self", 64, torch.bfloat16): [
         Blocks(128, 128, 8, 2),
         Blocks(64, 64, 4, 3),
         GluonBlocks(128, 2),
         GluonBlocks(64, 4),
     ],
-    ("cross", 128, torch.bfloat16): [Blocks(128, 64, 8, 3), GluonBlocks(64, 4), GluonBlocks(64, 4, overlap=True)],
+    ("cross", 128, torch.bfloat16): [Blocks(128, 64, 8, 3), GluonBlocks(64, 4), GluonBlocks(64, 3)],
     ("cross", 64, torch.bfloat16): [Blocks(64, 128, 4, 2), GluonBlocks(128, 3), GluonBlocks(128, 4)],
     ("self", 72, torch.bfloat16): [Blocks(64, 64, 4, 2), GluonBlocks(64, 2)],
     ("self", 96, torch.bfloat16): [GluonBlocks(64, 2)],

@@ -4,8 +4,7 @@
 Math, Streaming form, Precision
     Those of jvpgraph.kernels.attention_kernel, which is the specification of this kernel: Gluon cannot be interpreted.
     Keys are visited in another order. First come the last BLOCK_K of them, those masked that whole blocks counted from
-    key 0 cover too; so no other block needs a mask, mu is a mean over BLOCK_K keys whatever their number, and the
-    accumulators start from a product instead of from zeros.
+    key 0 cover too; so no other block needs a mask, and the accumulators start from a product instead of from zeros.
 Roles
     One warp asks the TMA for everything. Two warpgroups take 64 queries each; while one of them is at its softmax, the
     products of the other keep the matrix units busy. Both read each block of keys from the same place.
@@ -51,6 +50,7 @@ __all__ = ["attend", "refuses", "unproven"]
 
 LOG2E = gl.constexpr(math.log2(math.e))
 LN2 = gl.constexpr(math.log(2))
+LEAST = gl.constexpr(1e-30)  # see tiles
 ROWS = gl.constexpr(64)  # queries of a warpgroup: the M of wgmma
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -113,12 +113,17 @@ def _produce(
 
 
 @gluon.jit
-def _weigh(p, s_dot, r, mu, seen, scale, FIRST: gl.constexpr):
-    """h, its row sums so far, and mu, which the first block gives."""
-    if FIRST:
-        mu = gl.sum(s_dot, 1) * (scale / seen)
-    h = p * (s_dot * scale - gl.expand_dims(mu, 1))
-    return h, r + gl.sum(h, 1), mu
+def _weigh(p, s_dot, sums, scale, FIRST: gl.constexpr, OF_ROWS: gl.constexpr):
+    """h, centred by the mean of s_dot over this block, and (r, c, mu) as they are when centred likewise: see
+    attention_kernel. sums: (sum of p over this block, l, r, o, c, mu), the others without this block."""
+    of_block, l, r, o, c, mu = sums
+    mean = gl.sum(p * s_dot, 1) * (scale / of_block)
+    if not FIRST:
+        mean = gl.where(of_block > LEAST, mean, mu)
+        step = mean - mu
+        r = r - step * l
+        c = c - gl.expand_dims(gl.convert_layout(step, gl.SliceLayout(1, OF_ROWS)), 1) * o
+    return p * (s_dot * scale - gl.expand_dims(mean, 1)), r, c, mean
 
 
 @gluon.jit
@@ -129,21 +134,15 @@ def _visit(
     barriers,
     block,
     hidden,
-    seen,
     scale,
     FIRST: gl.constexpr,
     STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr,
     HAS_Q_DOT: gl.constexpr,
     HAS_K_DOT: gl.constexpr,
     HAS_V_DOT: gl.constexpr,
 ):
-    """The sums after one more block of keys. FIRST: there are none yet, the first `hidden` keys of the block are not
-    to be seen, and `seen` of its keys lie within the tensor.
-
-    OVERLAP: s_dot is awaited after the products of p are issued, so the softmax runs under the products of s_dot, and h
-    is made under those of p. Else all of it follows s_dot: ptxas moves a wait up to where nothing holds it.
-    """
+    """The sums after one more block of keys. FIRST: there are none yet, and the first `hidden` keys of the block are
+    not to be seen. The products of p wait for s_dot: to centre anew takes o as it was before them."""
     m, l, r, o, c, mu = state
     q, q_dot = queries
     keys, keys_dot, values, values_dot = buffers
@@ -180,24 +179,22 @@ def _visit(
     else:
         m_new = gl.maximum(m, gl.max(s, 1) * log2_scale)
     p = gl.exp2(s * log2_scale - gl.expand_dims(m_new, 1))
-    if FIRST:
-        l = gl.sum(p, 1)
-    else:
+    of_block = gl.sum(p, 1)
+    if not FIRST:
         alpha = gl.exp2(m - m_new)
-        l = l * alpha + gl.sum(p, 1)
+        l = l * alpha
+        r = r * alpha
         alpha_of_rows = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, OF_ROWS)), 1)
         o = o * alpha_of_rows
         if O_ACTIVE:
             c = c * alpha_of_rows
-    if not FIRST:
-        r = r * alpha
-    if not S_ACTIVE:
-        mbarrier.arrive(k_empty.index(place), count=1)
-    if S_ACTIVE and not OVERLAP:
+    if S_ACTIVE:
         s_dot = warpgroup_mma_wait(0, deps=(s_dot,))
-        mbarrier.arrive(k_empty.index(place), count=1)
-        h, r, mu = _weigh(p, s_dot, r, mu, seen, scale, FIRST)
+    mbarrier.arrive(k_empty.index(place), count=1)
+    if S_ACTIVE:
+        h, r, c, mu = _weigh(p, s_dot, (of_block, l, r, o, c, mu), scale, FIRST, OF_ROWS)
         h = gl.convert_layout(h.to(values.dtype), OPERAND)
+    l = l + of_block
     p_operand = gl.convert_layout(p.to(values.dtype), OPERAND)
 
     mbarrier.wait(v_full.index(place), parity)
@@ -207,11 +204,6 @@ def _visit(
         v_dot = values_dot.index(place).reshape([BLOCK_K, WIDTH])
         c = warpgroup_mma(p_operand, v_dot, c, use_acc=not FIRST, is_async=True)
     if S_ACTIVE:
-        if OVERLAP:
-            s_dot = warpgroup_mma_wait(1 + HAS_V_DOT, deps=(s_dot,))
-            mbarrier.arrive(k_empty.index(place), count=1)
-            h, r, mu = _weigh(p, s_dot, r, mu, seen, scale, FIRST)
-            h = gl.convert_layout(h.to(values.dtype), OPERAND)
         c = warpgroup_mma(h, v, c, use_acc=HAS_V_DOT or not FIRST, is_async=True)
     # to leave these in flight over the edge of the loop makes ptxas serialise all products
     o, c = warpgroup_mma_wait(0, deps=(o, c))
@@ -224,7 +216,6 @@ def _consume(
     work,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr,
     HAS_Q_DOT: gl.constexpr,
     HAS_K_DOT: gl.constexpr,
     HAS_V_DOT: gl.constexpr,
@@ -253,7 +244,6 @@ def _consume(
     blocks = (length_kv + BLOCK_K - 1) // BLOCK_K
     whole = (blocks - 1) * BLOCK_K  # keys that come after the first block
     hidden = whole - (length_kv - BLOCK_K)
-    seen = gl.minimum(length_kv, BLOCK_K).to(gl.float32)
     mbarrier.wait(q_full, 0)
     m, l, r, o, c, mu = _visit(
         state,
@@ -262,28 +252,24 @@ def _consume(
         handshake,
         0,
         hidden,
-        seen,
         scale,
         True,
         STAGES,
-        OVERLAP,
         HAS_Q_DOT,
         HAS_K_DOT,
         HAS_V_DOT,
     )
     for block in range(1, blocks):
-        m, l, r, o, c, _ = _visit(
+        m, l, r, o, c, mu = _visit(
             (m, l, r, o, c, mu),
             queries,
             streamed,
             handshake,
             block,
             hidden,
-            seen,
             scale,
             False,
             STAGES,
-            OVERLAP,
             HAS_Q_DOT,
             HAS_K_DOT,
             HAS_V_DOT,
@@ -332,7 +318,6 @@ def attention_jvp_kernel(
     length_q,
     length_kv,
     STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr,
     HAS_Q_DOT: gl.constexpr,
     HAS_K_DOT: gl.constexpr,
     HAS_V_DOT: gl.constexpr,
@@ -374,8 +359,8 @@ def attention_jvp_kernel(
     work = (targets, buffers, barriers, heads, length_q, length_kv, scale)
     gl.warp_specialize(
         [
-            (_consume, (work, 0, STAGES, OVERLAP, HAS_Q_DOT, HAS_K_DOT, HAS_V_DOT)),
-            (_consume, (work, 1, STAGES, OVERLAP, HAS_Q_DOT, HAS_K_DOT, HAS_V_DOT)),
+            (_consume, (work, 0, STAGES, HAS_Q_DOT, HAS_K_DOT, HAS_V_DOT)),
+            (_consume, (work, 1, STAGES, HAS_Q_DOT, HAS_K_DOT, HAS_V_DOT)),
             (_produce, (loads, STAGES, HAS_Q_DOT, HAS_K_DOT, HAS_V_DOT)),
         ],
         [4, 1],  # warps of the second warpgroup and of the loader
@@ -447,7 +432,6 @@ def attend(call: Call, *, blocks: GluonBlocks | None = None) -> Outputs:
             length_q,
             length_kv,
             STAGES=blocks.stages,
-            OVERLAP=blocks.overlap,
             HAS_Q_DOT=q_dot is not None,
             HAS_K_DOT=k_dot is not None,
             HAS_V_DOT=v_dot is not None,

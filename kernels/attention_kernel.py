@@ -11,8 +11,12 @@ Streaming form
     p v_dot + h v, all rescaled by 2^(m_old - m_new); scores are in units of log 2, so the exponential is a
     bare exp2. At the end o /= l, r /= l, o_dot = c / l - r * o, lse = m + log l.
     h is centred: o_dot does not change when a constant per row is subtracted from s_dot, but what h loses
-    when it is rounded for the product with v does. mu, the mean of s_dot over the first key block, is taken
-    from q and the mean of those keys, and lse_dot = r + mu. Any mu is right; a near one is precise.
+    when it is rounded for the product with v does. So h = p * (s_dot - mu), with mu the mean of s_dot under p over
+    the keys of this block, and what earlier blocks gave is brought along: with each step of mu, c -= step * o and
+    r -= step * l. At the end lse_dot = r / l + mu. Any mu is right; one that is near s_dot is precise, and keys
+    that come together are alike: in joint attention text and image have tangents of their own, so that the mean of
+    the first keys is far from the others, and the mean of all keys from those of a query that attends to the text.
+    float32, in which h is not rounded, keeps the mu of its first block.
     Key blocks that every query of a block sees whole come first and need no mask; those that the end of the keys or
     the window cuts follow, and those that no query sees are not visited. With a block mask the key blocks are those of
     the tiles listed for the queries: first those seen whole, then those of which the bytes are read, or that hang over
@@ -42,6 +46,7 @@ import triton.language as tl
 from jvpgraph.kernels.tiles import (
     BIAS_DOT_STRIDES,
     BIAS_STRIDES,
+    LEAST,
     LN2,
     LOG2E,
     TILE_STEPS,
@@ -57,13 +62,6 @@ from jvpgraph.kernels.tiles import (
 )
 
 __all__ = ["attention_kernel"]
-
-
-@triton.jit
-def _mean_product(a, b, count):
-    """a mean(b over its first count rows)', [rows of a]; the other rows of b are zero."""
-    mean = tl.sum(b.to(tl.float32), 0) / count
-    return tl.sum(a.to(tl.float32) * mean[None, :], 1)
 
 
 @triton.jit
@@ -216,6 +214,7 @@ def attention_kernel(
     O_ACTIVE: tl.constexpr = S_ACTIVE or HAS_V_DOT
     # the maximum can be taken before scaling, which then fuses with the subtraction of the maximum
     SCALE_LATE: tl.constexpr = BIAS == 0 and SCALE_IS_POSITIVE
+    ROUNDS: tl.constexpr = outs[0].dtype.element_ty.primitive_bitwidth < 32
     TILED: tl.constexpr = TILE[0] > 0
     MAY_BE_BLIND: tl.constexpr = BIAS != 0 or HAS_LEFT or PACKED or TILED
     # the rows behind the end of a sequence are another's, which may be NaN
@@ -274,7 +273,6 @@ def attention_kernel(
     if HAS_BIAS_DOT:
         bias_dot = base_of(bias_dot, bias_dot_strides, batch, head)
     first_seen, whole, uncut, cut, end = _seen_keys(own_key, start_kv, end_kv, left, right, BLOCK_Q, BLOCK_K, LIMITS)
-    mean_at = whole
     if TILED:
         # steps stand for the keys of listed tiles, one behind the other
         tile_steps = (tiles_batch, tiles_head, tiles_rows, tiles_columns)
@@ -282,31 +280,11 @@ def attention_kernel(
         uncut = uncut * TILE[1]
         cut = uncut
         end = end * TILE[1]
-        mean_at = tl.load(listed) * TILE[1]
-
-    if S_ACTIVE:
-        start = (batch, head_kv, mean_at, 0, end_kv)
-        mu = tl.zeros([BLOCK_Q], tl.float32)
-        count = tl.minimum(end_kv - mean_at, BLOCK_K).to(tl.float32)
-        for i in tl.static_range(len(WIDTHS)):
-            if HAS_Q_DOT:
-                first = load_part(ks, start, k_stride, HEAD_DIM, i, WIDTHS, 1, BLOCK_K, BY_DESCRIPTOR, True, CLEAR)
-                mu += _mean_product(q_dot[i], first, count)
-        for i in tl.static_range(len(WIDTHS)):
-            if HAS_K_DOT:
-                first = load_part(
-                    k_dots, start, k_dot_stride, HEAD_DIM, i, WIDTHS, 1, BLOCK_K, BY_DESCRIPTOR, True, CLEAR
-                )
-                mu += _mean_product(q[i], first, count)
-        mu = mu * scale
-        if HAS_BIAS_DOT:
-            at = (first_row, length_q, mean_at, length_kv)
-            first = load_bias(bias_dot, bias_dot_strides, at, BLOCK_Q, BLOCK_K, BIAS_HAS_ROWS)
-            mu += tl.sum(first.to(tl.float32), 1) / count
 
     m = tl.full([BLOCK_Q], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_Q], tl.float32)
     r = tl.zeros([BLOCK_Q], tl.float32)
+    mu = r
     o = zero_parts(WIDTHS_V, BLOCK_Q)
     c = zero_parts(WIDTHS_V, BLOCK_Q)
 
@@ -374,18 +352,32 @@ def attention_kernel(
                 p = tl.math.exp2(s - base[:, None])
             alpha = tl.math.exp2(m - base)
             m = m_new
-            l = l * alpha + tl.sum(p, 1)
-            o = _scaled(o, alpha)
-            if O_ACTIVE:
-                c = _scaled(c, alpha)
+            of_block = tl.sum(p, 1)
+            l = l * alpha
             h = p
             if S_ACTIVE:
+                factor = scale
                 if HAS_BIAS_DOT:
                     b = load_bias(bias_dot, bias_dot_strides, scores_at, BLOCK_Q, BLOCK_K, BIAS_HAS_ROWS)
-                    h = p * (s_dot * scale + b.to(tl.float32) - mu[:, None])
+                    s_dot = s_dot * scale + b.to(tl.float32)
+                    factor = 1.0
+                mean = tl.sum(p * s_dot, 1) * (factor / tl.maximum(of_block, LEAST))
+                if not ROUNDS:
+                    mean = tl.where(l == 0, mean, mu)
+                r = r * alpha
+                step_of_mu = mean - mu
+                mu = mean
+                h = p * (s_dot * factor - mu[:, None])
+                if ROUNDS:  # h sums up to zero
+                    r -= step_of_mu * l
+                    c = _moved(c, alpha, o, step_of_mu * alpha)
                 else:
-                    h = p * (s_dot * scale - mu[:, None])
-                r = r * alpha + tl.sum(h, 1)
+                    r += tl.sum(h, 1)
+                    c = _scaled(c, alpha)
+            elif HAS_V_DOT:
+                c = _scaled(c, alpha)
+            l = l + of_block
+            o = _scaled(o, alpha)
 
             o_new = ()
             c_new = ()
@@ -422,8 +414,6 @@ def attention_kernel(
     if MAY_BE_BLIND:
         blind = m == -float("inf")  # rows that see no key: l, o, c and r are 0 there
         l = tl.where(blind, 1.0, l)
-        if S_ACTIVE:
-            mu = tl.where(blind, 0.0, mu)
     inverse = 1.0 / l
     log_sum = (m + tl.math.log2(l)) * LN2
     row_sums = batch_head.to(tl.int64) * length_q + rows
@@ -440,6 +430,15 @@ def attention_kernel(
                 c_new = c_new + (c[i] - r[:, None] * o[i],)
             c = c_new
         store_parts(outs[2], strides[6], queries_at, first_column, HEAD_DIM_V, c, 1.0, WIDTHS_V, BLOCK_Q)
+
+
+@triton.jit
+def _moved(parts, factors, others, steps):
+    """Each row of the parts times its factor, less that of the others times its step."""
+    moved = ()
+    for i in tl.static_range(len(parts)):
+        moved = moved + (parts[i] * factors[:, None] - others[i] * steps[:, None],)
+    return moved
 
 
 @triton.jit

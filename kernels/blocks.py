@@ -104,7 +104,7 @@ TABLE: dict[Entry, Blocks] = {
     Entry(90, 96, BF16, "jvp"): Blocks(128, 64, 8, 3),
     Entry(90, 128, BF16, "jvp"): Blocks(128, 64, 8, 2),
     Entry(90, 192, BF16, "jvp"): Blocks(128, 32, 8, 2, v_width=64),
-    Entry(90, 256, BF16, "jvp"): Blocks(64, 32, 4, 2, v_width=128),
+    Entry(90, 256, BF16, "jvp"): Blocks(64, 32, 4, 2, halves=True, v_width=128),
     Entry(90, 64, BF16, "forward"): Blocks(64, 128, 4, 3),
     Entry(90, 128, BF16, "forward"): Blocks(64, 64, 4, 3),
     Entry(90, 256, BF16, "forward"): Blocks(128, 64, 8, 2),
@@ -141,7 +141,6 @@ class GluonBlocks(NamedTuple):
 
     block_k: int
     stages: int  # places for a block of keys, and for one of values
-    overlap: bool = False  # the tangent's weights are made under the products of p with v and v_dot
 
 
 class GluonEntry(NamedTuple):
@@ -152,8 +151,6 @@ class GluonEntry(NamedTuple):
     active: bool = True  # there is some tangent
 
 
-# Overlap needs registers: at 128 columns it keeps them with all tensors and Triton 3.6, GluonBlocks(64, 2, True), but
-# not with 3.9, and gains 2 %.
 GLUON_TABLE: dict[GluonEntry, GluonBlocks] = {
     GluonEntry(64, 2, active=False): GluonBlocks(128, 2),
     GluonEntry(64, 2): GluonBlocks(128, 3),

@@ -19,6 +19,7 @@ __all__ = [
     "BIAS_DOT_STRIDES",
     "BIAS_STRIDES",
     "BOOLEAN_BIAS",
+    "LEAST",
     "LN2",
     "LOG2E",
     "NO_BIAS",
@@ -39,6 +40,7 @@ __all__ = [
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
+LEAST = tl.constexpr(1e-30)  # what keys that weigh less count as, next to those seen before, where one divides by it
 MOST_NEGATIVE = tl.constexpr(-2.35e38)  # times LOG2E it is finite
 
 NO_BIAS, BOOLEAN_BIAS, ADDITIVE_BIAS = 0, 1, 2

@@ -144,6 +144,11 @@ class Product:
     def __getattr__(self, name):
         raise AssertionError(f"{name} of a product that was not waited for")
 
+    def __mul__(self, other):
+        raise AssertionError("a multiple of a product that was not waited for")
+
+    __rmul__ = __mul__
+
 
 _of_thread = threading.local()
 
@@ -306,6 +311,7 @@ def emulated(blocks: GluonBlocks, module: ModuleType = attention_gluon):
             "_barrier": nothing,
             "LOG2E": module.LOG2E.value,
             "LN2": module.LN2.value,
+            "LEAST": module.LEAST.value,
             "ROWS": _Constant(module.ROWS.value),
             **{name: getattr(module, name).fn for name in ("_locate", "_produce", "_weigh", "_visit", "_consume")},
             "attention_jvp_kernel": Launcher(module.attention_jvp_kernel.fn),

@@ -1,5 +1,4 @@
 """The attention ops against their float64 specification, against torch's own derivatives, and under every
-@@
 transform they meet."""
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from jvpgraph.kernels.ops import OPS
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
 from tests import calls
 from tests.interpreter import share
+from tests.joint import joint
 
 # Against the float64 reference, in units of the largest value there: a few roundings of the dtype.
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float32: 4e-6, torch.float64: 1e-12}
@@ -182,12 +182,21 @@ def test_head_dims_and_dtypes(d, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types_sum_in_float32(dtype):
     """With a tangent common to all keys the result is as good as without: s_dot is centred, sums are
-    @@
-        float32."""
+    float32."""
     (q, k, v), (q_dot, k_dot, v_dot), _, _ = make(b=1, h=2, n_q=64, n_k=512, d=64, dtype=dtype)
     k_dot = k_dot + 30 * torch.randn(1, 2, 1, 64).to(dtype)
     expected = reference.attention_jvp(*map(double, (q, k, v, q_dot, k_dot, v_dot)))[2]
     error = attention_jvp(q, k, v, q_dot, k_dot, v_dot)[2].double() - expected
+    assert error.norm() < 0.6 * torch.finfo(dtype).eps * expected.norm()  # one rounding, of the result
+
+
+@pytest.mark.parametrize("attended", [0.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("text_first", [True, False])
+def test_joint_attention_costs_no_precision(text_first, dtype, attended):
+    tensors = joint(text=77, image=700, text_first=text_first, shift=30.0, attended=attended, h=1, dtype=dtype)
+    expected = reference.attention_jvp(*map(double, tensors))[2]
+    error = attention_jvp(*tensors)[2].double() - expected
     assert error.norm() < 0.6 * torch.finfo(dtype).eps * expected.norm()  # one rounding, of the result
 
 

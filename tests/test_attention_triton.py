@@ -38,6 +38,7 @@ from tests.interpreter import (  # noqa: F401 - fixtures
     runs_kernels,
     share,
 )
+from tests.joint import ERROR, SHIFTS, joint
 
 # Errors relative to the norm of the reference.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -470,6 +471,62 @@ def test_a_tangent_common_to_all_keys_costs_no_precision(window):
     assert centred < 4e-3
     assert plain > 2 * centred
     assert errors((have[3],), (want[3],))[0] < 1e-3
+
+
+def joint_errors(tensors: list[Tensor], bias: Tensor | None = None, **options: Any) -> tuple[float, float]:
+    """Of o_dot and of lse_dot, relative in norm."""
+    scale = tensors[0].shape[-1] ** -0.5
+    window = options.pop("window", EVERYTHING)
+    want = reference.attention_jvp(*map(double, tensors), bias, None, False, scale, widths(window))
+    have = calls.attention_jvp(attention_triton, *tensors, bias, None, window, scale, **options)
+    of_o_dot, of_lse_dot = errors(have[2:], want[2:])
+    return of_o_dot, of_lse_dot
+
+
+@runs_kernels
+@pytest.mark.parametrize("attended", [0.0, 4.0])
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("text_first", [True, False])
+def test_joint_attention_costs_no_precision(text_first, shift, attended):
+    """A tangent common to the keys of an image that those of the text do not have, whichever come first, and also of
+    queries that attend to the text, with nine tenths of their weight, though it is a tenth of the keys."""
+    tensors = joint(text=77, image=700, text_first=text_first, shift=shift, attended=attended, h=1, device=DEVICE)
+    of_o_dot, of_lse_dot = joint_errors(tensors)
+    assert of_o_dot < ERROR
+    assert of_lse_dot < 1e-5
+
+
+@runs_kernels
+@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize("kind", ["half", "narrow", "window", "padding", "float32"])
+def test_joint_attention_in_other_ways(kind, text_first):
+    given = {"text": 77, "image": 300, "text_first": text_first, "shift": 30.0, "attended": 2.0, "h": 1, "d": 64}
+    if kind in ("half", "float32"):
+        tensors = joint(**given, dtype=torch.float16 if kind == "half" else FULL, device=DEVICE)
+        assert joint_errors(tensors)[0] < (ERROR / 8 if kind == "half" else 3e-6)
+        return
+    tensors = joint(**given, device=DEVICE)
+    if kind == "narrow":  # as on Ampere at 128 columns
+        assert joint_errors(tensors, blocks=Blocks(64, 16, 4, 1))[0] < ERROR
+    elif kind == "window":
+        assert joint_errors(tensors, window=Window(250, 90))[0] < ERROR
+    else:  # most of the text is padding, with anything in it
+        seen = torch.ones(1, 1, 1, 377, dtype=torch.bool, device=DEVICE)
+        text = slice(20, 77) if text_first else slice(320, 377)
+        seen[..., text] = False
+        for x in tensors[1:3] + tensors[4:]:
+            x[:, :, text] = 100.0
+        assert joint_errors(tensors, bias=seen)[0] < ERROR
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_keys_that_weigh_next_to_nothing_do_no_harm(dtype):
+    """Blocks of keys that underflow, in part to denormal numbers, behind others and before them."""
+    inputs, dots, _, _ = make(h=1, n_q=20, n_k=64 * 9, d=16, dtype=dtype)
+    levels = torch.tensor([-100.0, -300.0, -88.0, 0.0, -60.0, -87.5, -95.0, -103.0, -math.inf], device=DEVICE)
+    bias = levels.repeat_interleave(64).view(1, 1, 1, -1)
+    check(inputs, dots, bias, torch.randn_like(bias))
 
 
 @runs_kernels

@@ -17,6 +17,7 @@ from torch.autograd import gradcheck
 from jvpgraph.kernels import attention_blocked, backward_blocked, reference
 from jvpgraph.kernels.window import CAUSAL, EVERYTHING, Window
 from tests import calls
+from tests.joint import joint
 from tests.strategies import seeds
 from tests.test_attention import peak_bytes
 
@@ -326,6 +327,19 @@ def test_what_all_keys_share_costs_no_precision(dtype, name):
     check(case.to(dtype))
     if dtype.itemsize > 2:  # what the forward rounds to a half type would be too coarse for several blocks
         check(case.to(dtype), 3e-5 if dtype == torch.float32 else None, block_q=32, block_k=48)
+
+
+def joint_case(text_first: bool, shift: float, attended: float = 0.0) -> Case:
+    """See tests.joint, in bfloat16."""
+    tensors = joint(text=77, image=300, text_first=text_first, shift=shift, attended=attended, h=1, d=64)
+    case = make(b=1, h=1, n_q=64, n_k=377, d=64).to(torch.bfloat16)
+    return replace(case, inputs=case.inputs | dict(zip(NAMES, tensors)), scale=64**-0.5)
+
+
+@pytest.mark.parametrize("attended", [0.0, 4.0])
+@pytest.mark.parametrize("text_first", [True, False])
+def test_joint_attention_costs_no_precision(text_first, attended):
+    check(joint_case(text_first, 30.0, attended), 2e-3)
 
 
 def test_a_large_tangent_common_to_all_keys():
