@@ -12,6 +12,7 @@ import torch
 from models import Block, Checkpointed
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import jvpgraph
@@ -93,6 +94,23 @@ def test_regions_that_differ_share_no_graph():
     assert [group.graphs for group in dual.regions.groups] == [1, 1]
     linears = {"backend": "eager", "regions": nn.Linear}
     assert coarse(model, Policy({"parts.b": "model"}), **linears) == [False, True, False]
+
+
+class Flex(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.view(1, 1, -1, 16)
+        return flex_attention(q, q, q)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_graphs_within_what_is_op_by_op_have_their_place():
+    """The tangent of attention is rounded where it comes out, unless it is computed in float32."""
+    model = Beside("a", "b")
+    model.parts = nn.ModuleDict({"a": Flex(), "b": Flex()})
+    policy = Policy({"parts.a": "float32_matmul"})
+    assert coarse(model, policy, 4, backend="op_by_op") == [False, True]
+    assert coarse(model, policy, 4, backend="eager") == [False, True]
 
 
 @pytest.mark.slow

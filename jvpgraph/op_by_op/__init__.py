@@ -2,6 +2,7 @@
 
 from jvpgraph.op_by_op.levels import refuse_other_levels
 from jvpgraph.op_by_op.mode import OpByOp
+from jvpgraph.op_by_op.modules import module_path
 from jvpgraph.op_by_op.refusals import user_line
 
-__all__ = ["OpByOp", "refuse_other_levels", "user_line"]
+__all__ = ["OpByOp", "module_path", "refuse_other_levels", "user_line"]

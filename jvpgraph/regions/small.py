@@ -13,7 +13,8 @@ from jvpgraph.dynamo import backward_at_once, hit_recompile_limit, in_one_piece,
 from jvpgraph.dynamo_backend import Backend
 from jvpgraph.errors import CaptureError, UnsupportedNode, UnsupportedOp
 from jvpgraph.functions import Kept, identity
-from jvpgraph.op_by_op import OpByOp, user_line
+from jvpgraph.op_by_op import OpByOp, module_path, user_line
+from jvpgraph.precision import Policy
 from jvpgraph.tree import leaves, map_leaves
 from jvpgraph.unguarded import held_by
 
@@ -54,11 +55,13 @@ class SmallGraphs:
             for out in outs:
                 mode.adopt(out, None)
             return outs
-        key = tuple(map(identity, functions))
+        policy = self._backend.config.tangent_precision
+        path = module_path() if isinstance(policy, Policy) else ""
+        key = policy.choices(path) if isinstance(policy, Policy) else None, *map(identity, functions)
         try:
             with mode.left(), own_errors(self._backend.compiler), in_one_piece(), backward_at_once():
                 given = map_leaves(passed, lambda _, x: x.view_as(x), only=dots)
-                out, (out_dot,) = self._function(key, op)(given["args"], given["kwargs"], dots)
+                out, (out_dot,) = self._function(key, op, path)(given["args"], given["kwargs"], dots)
                 unused = out.new_empty(out.shape[:-1])
         except CaptureError as error:
             if hit_recompile_limit(error):
@@ -70,13 +73,13 @@ class SmallGraphs:
             mode.set_unknown(unused, UnsupportedNode(str(op), "op by op", (), user_line(), UNUSED))
         return out, unused, unused
 
-    def _function(self, key: Any, op: Any) -> Callable[..., Any]:
-        return self._functions.get(key, lambda: self._compiled(op))
+    def _function(self, key: Any, op: Any, path: str) -> Callable[..., Any]:
+        return self._functions.get(key, lambda: self._compiled(op, path))
 
-    def _compiled(self, op: Any) -> Callable[..., Any]:
+    def _compiled(self, op: Any, path: str) -> Callable[..., Any]:
         def output(*args: Any, **kwargs: Any) -> Tensor:
             found: Tensor = op(*args, **kwargs)[0]
             return found
 
         function = dual_forward(output, precision=self._backend.config.tangent_precision)
-        return torch.compile(function, backend=self._backend, fullgraph=True, dynamic=self._dynamic)
+        return torch.compile(function, backend=self._backend.inside(path), fullgraph=True, dynamic=self._dynamic)
