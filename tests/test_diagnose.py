@@ -257,6 +257,7 @@ def test_the_final_error_is_that_of_transform(dtype, precision):
     assert any(op.bytes_in["float32"] > op.bytes_in["model"] for op in found.ops) == half
     sums = [op for op in found.ops if op.kind == "sum" and op.active and op.dtype != "float32"]
     assert all(op.adds_in["float32"] < op.adds_in["model"] / 3 for op in sums)
+    assert "what each kind adds" in str(found)
     last = found.modules[-1]
     assert (last.module, last.tangent) == ("", pytest.approx(found.tangent_error, rel=1e-6))
 
