@@ -268,6 +268,7 @@ def test_growth_and_what_a_module_takes_and_gives():
     found = diagnosed(model.bfloat16(), torch.bfloat16)
     modules = {record.module: record for record in found.modules}
     assert modules["blocks.1"].amplifies > 4
+    assert modules["blocks.2"].norm_in == pytest.approx(modules["blocks.1"].norm)  # whatever comes with the time
     assert modules["blocks.2"].amplifies < 3
     assert modules["blocks.2"].tangent_in == pytest.approx(modules["blocks.1"].tangent, rel=0.5)
     assert modules["blocks.2"].adds_op in {op.op for op in found.ops if op.module == "blocks.2"}
