@@ -174,20 +174,33 @@ def table(rows: dict[str, Errors]) -> str:
 
 
 def draw(rows: dict[str, Errors], target: Path) -> None:
-    """Errors by network, a panel for each of x and t."""
-    ways = [way for way in next(iter(rows.values())) if way != "value"]
-    figure = Figure(figsize=(11, 6.5))
-    panels = figure.subplots(2, 1, sharex=True)
-    for panel, along in zip(panels, ("x", "t")):
-        for way in ways:
-            panel.plot(list(rows), [found[way][along] for found in rows.values()], "o", label=way, markersize=5)
-        panel.set_yscale("log")
-        panel.set_ylabel(f"error of the tangent along {along}")
+    """Errors over depth, along x and, dashed, t; and by network, the larger of the two."""
+    figure = Figure(figsize=(11, 4.6))
+    over_depth, by_network = figure.subplots(1, 2, width_ratios=(2, 3))
+    deep = {depth: rows[f"own-{depth}"] for depth in DEPTHS if f"own-{depth}" in rows}
+    others = {name: found for name, found in rows.items() if not name.startswith("own") or " " in name}
+    for i, way in enumerate(("differences", "model", "float32", "float32 values")):
+        colour = f"C{i}"
+        for along, style in (("x", "-"), ("t", "--")):
+            label = {"label": way} if along == "x" else {}
+            over_depth.plot(
+                list(deep), [e[way][along] for e in deep.values()], style, color=colour, marker="o", **label
+            )
+        larger = [max(found[way].values()) for found in others.values()]
+        by_network.plot(larger, list(others), "o", color=colour, markersize=6)
+    over_depth.set_title("DiT in bfloat16, random weights", fontsize=10)
+    over_depth.set_xlabel("layers")
+    over_depth.set_ylabel("error of the tangent")
+    over_depth.set_yscale("log")
+    over_depth.legend(fontsize=8, frameon=False)
+    by_network.set_title("other networks, and what trained ones have", fontsize=10)
+    by_network.set_xlabel("error of the tangent, along x or t")
+    by_network.set_xscale("log")
+    by_network.invert_yaxis()
+    for panel in (over_depth, by_network):
         panel.grid(alpha=0.3)
-    panels[1].tick_params(axis="x", rotation=60)
-    panels[0].legend(ncols=len(ways), fontsize=8, frameon=False, loc="upper left")
     figure.tight_layout()
-    figure.savefig(target, dpi=130)
+    figure.savefig(target, dpi=110)
 
 
 def medians(make: Callable[[], Case], seeds: int) -> Errors:

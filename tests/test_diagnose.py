@@ -260,6 +260,7 @@ def test_the_final_error_is_that_of_transform(dtype, precision):
     assert any(op.bytes_in["float32"] > op.bytes_in["model"] for op in found.ops) == half
     sums = [op for op in found.ops if op.kind == "sum" and op.active and op.dtype != "float32"]
     assert all(op.adds_in["float32"] < op.adds_in["model"] / 3 for op in sums)
+    assert "what each kind adds" in str(found)
     last = found.modules[-1]
     assert (last.module, last.tangent) == ("", pytest.approx(found.tangent_error, rel=1e-6))
 
@@ -270,6 +271,7 @@ def test_growth_and_what_a_module_takes_and_gives():
     found = diagnosed(model.bfloat16(), torch.bfloat16)
     modules = {record.module: record for record in found.modules}
     assert modules["blocks.1"].amplifies > 4
+    assert modules["blocks.2"].norm_in == pytest.approx(modules["blocks.1"].norm)  # whatever comes with the time
     assert modules["blocks.2"].amplifies < 3
     assert modules["blocks.2"].tangent_in == pytest.approx(modules["blocks.1"].tangent, rel=0.5)
     assert modules["blocks.2"].adds_op in {op.op for op in found.ops if op.module == "blocks.2"}

@@ -144,9 +144,6 @@ class Lockstep(OpByOp):
             self.exact.stop(y)
         return y
 
-    def exact_tangent(self, x: Tensor) -> Tensor | None:
-        return self.exact.tangent(self.exact_of(x)) if has_tangent(x) else None
-
     def give(self, x: Tensor, exact: Tensor, exact_dot: Tensor | None = None) -> None:
         """Let ``exact`` be the reference of ``x``, which has a storage of its own."""
         dtype = widened(x.dtype, self.reference)

@@ -108,6 +108,7 @@ class Log(Watcher):
 
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         taken, given = self._taken.pop(), self._errors_of(out)
+        alike = next((size for size in given if size.startswith("of ") and taken.get(size)), "norm")
         self._stack.pop()
         adds, op = self._adds.pop()
         self.modules.append(
@@ -121,8 +122,8 @@ class Log(Watcher):
                 tangent=given["tangent"],
                 value_in=taken["value"],
                 tangent_in=taken["tangent"],
-                norm=given["norm"],
-                norm_in=taken["norm"],
+                norm=given[alike],
+                norm_in=taken[alike],
                 adds=adds,
                 adds_op=op,
             )
@@ -146,11 +147,13 @@ class Log(Watcher):
             if both:
                 found["norm"] = norm([e for _, e in both])
                 found["error"] = norm([apart(d, e) for d, e in both])
+                for shape in dict.fromkeys(e.shape for _, e in both):
+                    found[f"of {tuple(shape)}"] = norm([e for _, e in both if e.shape == shape])
             numbers = on_host(found)
         value = relative(numbers["value_error"], numbers["value_norm"])
         if not both:
             return nothing | {"value": value}
-        return {"value": value, "tangent": relative(numbers["error"], numbers["norm"]), "norm": numbers["norm"]}
+        return numbers | {"value": value, "tangent": relative(numbers["error"], numbers["norm"])}
 
     def _line(self) -> str:
         """Innermost in the files of the model's modules, which may be this package's; else the user's."""

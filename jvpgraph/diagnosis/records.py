@@ -98,7 +98,7 @@ class ModuleRecord:
     value_in: float  # error of what it takes
     tangent_in: float
     norm: float  # of the reference's tangents that it gives; 0 where there are none
-    norm_in: float
+    norm_in: float  # of those that it takes; if some have the shape of what it gives, as in a residual stream, of those
     adds: float = 0.0  # the largest error that one of its own ops adds
     adds_op: str = ""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jvpgraph.diagnosis.cheapest import cheapest
+from jvpgraph.diagnosis.kinds import KINDS
 from jvpgraph.diagnosis.picture import draw
 from jvpgraph.diagnosis.records import Difference, Loss, ModuleRecord, OpRecord, Output, finite_or
 from jvpgraph.precision import Policy
@@ -135,8 +136,8 @@ class Diagnosis:
         tangents = self.dtype if self.precision == "model" else self.precision
         head = f"{self.model} in {self.dtype}, tangents in {tangents}, against {self.reference}"
         head += f" ({self.about})" if self.about else ""
-        parts = [[head], self._outputs(), self._overflow(), self._lost(), self._worst(), self._cancelling()]
-        parts += [self._amplifying(), self._differences()]
+        parts = [[head], self._outputs(), self._overflow(), self._lost(), self._worst(), self._kinds()]
+        parts += [self._cancelling(), self._amplifying(), self._differences()]
         return "\n".join(line for part in parts for line in part)
 
     def _outputs(self) -> list[str]:
@@ -176,6 +177,19 @@ class Diagnosis:
         ]
         head = ("adds", "if float32", "to value", "before", "after", "module", "op", "line", "")
         return ["  errors of tangents, by the op that adds them:", *_table(head, rows)] if rows else []
+
+    def _kinds(self) -> list[str]:
+        rows = []
+        for kind in KINDS:
+            some = [op for op in self.ops if op.kind == kind and op.active and not op.is_zero]
+            sums = [_together(op.adds_in[precision] for op in some) for precision in ("model", "float32")]
+            sizes = [sum(op.bytes_in[precision] for op in some) / 2**20 for precision in ("model", "float32")]
+            if max(sums):
+                rows.append((kind, f"{len(some)}", *map(_number, sums), *(f"{size:.3g}" for size in sizes)))
+        head = ("kind", "ops", "in model", "in float32", "MiB", "in float32")
+        return (
+            ["  what each kind adds, sqrt(sum of squares), and reads and writes:", *_table(head, rows)] if rows else []
+        )
 
     def _cancelling(self) -> list[str]:
         found: dict[tuple[str, str, str], tuple[float, OpRecord]] = {}
@@ -241,6 +255,11 @@ def _remarks(op: OpRecord) -> str:
     if op.epilogue < NOTABLE:
         remarks.append(f"epilogue cancels to {op.epilogue:.0e}")
     return ", ".join(remarks)
+
+
+def _together(errors: Iterable[float]) -> float:
+    """Of errors that have nothing to do with each other."""
+    return math.sqrt(sum(finite_or(error, 0.0) ** 2 for error in errors))
 
 
 def _more(count: int, what: str) -> list[str]:
