@@ -1,6 +1,6 @@
 """Block sizes of the attention kernel, as data.
 
-An entry is a tile that jvpgraph.kernels.gate compiles without a spill in its loop, or with two words at most, with
+An entry is a tile that jvpgraph.kernels.gate compiles without a spill in its loop, or with three words at most, with
 Triton 3.9.0 and 3.6.0 (but for those of the backward for masks with rows, which need only fit the memory): for Hopper
 the fastest of those that were tried on an H100 (`make gpu`, benchmarks/results), for the others, which have run on no
 GPU yet, the largest.
