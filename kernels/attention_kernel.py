@@ -16,7 +16,7 @@ Streaming form
     r -= step * l. At the end lse_dot = r / l + mu. Any mu is right; one that is near s_dot is precise, and keys
     that come together are alike: in joint attention text and image have tangents of their own, so that the mean of
     the first keys is far from the others, and the mean of all keys from those of a query that attends to the text.
-    float32, in which h is not rounded, keeps the mu of its first block.
+    float32, in which h is not rounded, keeps the mu of the first block in which a row sees a key.
     Key blocks that every query of a block sees whole come first and need no mask; those that the end of the keys or
     the window cuts follow, and those that no query sees are not visited. With a block mask the key blocks are those of
     the tiles listed for the queries: first those seen whole, then those of which the bytes are read, or that hang over

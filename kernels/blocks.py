@@ -1,8 +1,9 @@
 """Block sizes of the attention kernel, as data.
 
-An entry is a tile that jvpgraph.kernels.gate compiles without a spill in its loop, with Triton 3.9.0 and 3.6.0 (but for
-those of the backward for masks with rows, which need only fit the memory): for Hopper the fastest of those that were
-tried on an H100 (`make gpu`, benchmarks/results), for the others, which have run on no GPU yet, the largest.
+An entry is a tile that jvpgraph.kernels.gate compiles without a spill in its loop, or with three words at most, with
+Triton 3.9.0 and 3.6.0 (but for those of the backward for masks with rows, which need only fit the memory): for Hopper
+the fastest of those that were tried on an H100 (`make gpu`, benchmarks/results), for the others, which have run on no
+GPU yet, the largest.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ TABLE: dict[Entry, Blocks] = {
     Entry(80, 128, BF16, "bias"): Blocks(128, 16, 8, 2, halves=True),
     Entry(80, 256, BF16, "bias"): Blocks(64, 16, 4, 2, halves=True, v_width=64),
     # Hopper, as measured on an H100: with tangents 128 query rows for two warpgroups, fewer would double the traffic
-    # from L2; without, 64 rows leave room for a second program, which works while the first waits
+    # from L2; without, 64 rows leave room for a second program, which works while the first waits. 256 columns in
+    # halves, which an H100 has not run: whole, they spill
     Entry(90, 64, BF16, "jvp"): Blocks(128, 128, 8, 3),
     Entry(90, 80, BF16, "jvp"): Blocks(128, 64, 8, 3),
     Entry(90, 96, BF16, "jvp"): Blocks(128, 64, 8, 3),

@@ -35,7 +35,7 @@ from jvpgraph.kernels.sass import Instruction, disassemble, inner_loops, is_prod
 
 __all__ = ["Report", "check", "check_backward", "check_gluon", "compile_launch", "serialised"]
 
-RELOADS = 2  # words that a loop may load again, of hundreds of instructions: some have one
+RELOADS = 3  # words that a loop may load again, of hundreds of instructions: some have one
 GLUON_REGISTERS = 240  # per thread of the two warpgroups that multiply
 
 

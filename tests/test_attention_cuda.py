@@ -16,6 +16,7 @@ from torch import Tensor
 
 from jvpgraph.kernels import reference
 from jvpgraph.kernels.attention import attention, attention_backward, attention_jvp
+from tests.joint import ERROR, joint
 
 CUDA = torch.cuda.is_available()
 DRY_RUN = os.environ.get("JVPGRAPH_DRY_RUN") == "1"
@@ -345,6 +346,16 @@ def test_a_tangent_common_to_all_keys_costs_no_precision(n, d, kernel):
     have = attention_jvp(*tensors)
     assert errors(have[2:3], want[2:3])[0] < 4e-3
     assert errors(have[3:], want[3:])[0] < 1e-3
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+@pytest.mark.parametrize("attended", [0.0, 4.0])
+@pytest.mark.parametrize("text_first", [True, False])
+def test_joint_attention_costs_no_precision(text_first, attended, d, kernel):
+    tensors = joint(text=77, image=2000, text_first=text_first, shift=30.0, attended=attended, d=d, device=DEVICE)
+    have, want = attention_jvp(*tensors), truth(tensors, None, None, None, None)
+    assert errors(have[2:3], want[2:3])[0] < ERROR
+    assert errors(have[3:], want[3:])[0] < 1e-5
 
 
 @on_a_gpu

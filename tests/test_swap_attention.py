@@ -65,8 +65,7 @@ def _fresh_dynamo():
 
 def run(model: Callable, *args: Tensor, tolerance: float = 1e-5, **options) -> Passes:
     """Compile with the passes, compare results and gradients of x with the untouched model, return what was
-    @@
-        done."""
+    done."""
     passes = Passes()
     compiled = torch.compile(model, backend=passes, fullgraph=True, **options)
     results = []
