@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from jvpgraph.trainer.adapters import diffusers_model
 from jvpgraph.trainer.batch import drop_condition
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.export import export_run
-from jvpgraph.trainer.model.padded_text import take_padded
 from jvpgraph.trainer.prepare import prepared
 from jvpgraph.trainer.prepare.checkpoint import Encoder, read_checkpoint
 from jvpgraph.trainer.prepare.positions import RULES, positions_of
@@ -207,15 +207,25 @@ def test_padded_text_in_a_batch_is_that_of_each_alone(name: str) -> None:
     torch.testing.assert_close(model(x, t, {text: spoilt, mask: counts, **sizes}), together)
 
 
-def test_a_mask_is_for_one_call() -> None:
-    net = make("ZImagePipeline").transformer
-    take_padded(net)
-    captions, mask = torch.randn(1, 40, 12), torch.ones(1, 40)
-    images, times = [torch.randn(4, 1, 8, 8)], torch.tensor([0.5])
+@pytest.mark.parametrize("fails", [False, True], ids=["whole", "failed"])
+def test_a_mask_is_for_one_call(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CASES["ZImageTransformer2DModel"].config | {"axes_lens": [128, 8, 8]}
+    model = diffusers_model(name="ZImageTransformer2DModel", config=config)
+    captions, mask = torch.randn(1, 40, 12), torch.ones(1, 40) * (torch.arange(40) < 9)
+    asked = [torch.randn(4, 1, 8, 8)], torch.tensor([0.5]), list(captions)
+    x, t, cond = torch.randn(1, 4, 8, 8).double(), torch.ones(1).double(), {"cap_feats": captions, "cap_mask": mask}
     with torch.no_grad():
-        plain = net(images, times, list(captions), return_dict=False)[0][0]
-        net(images, times, list(net.with_mask(captions, mask * (torch.arange(40) < 9))), return_dict=False)
-        torch.testing.assert_close(net(images, times, list(captions), return_dict=False)[0][0], plain)
+        plain = model.net(*asked, return_dict=False)[0][0]
+        with monkeypatch.context() as patch:
+            if fails:
+                patch.setattr(model.net.layers[0], "forward", failing)
+            with pytest.raises(RuntimeError, match="half-way") if fails else nullcontext():
+                model(x, t, cond)
+        torch.testing.assert_close(model.net(*asked, return_dict=False)[0][0], plain)
+
+
+def failing(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("half-way")
 
 
 # ---------------------------------------------------------------- positions
