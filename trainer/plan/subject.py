@@ -16,7 +16,7 @@ from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import first_samples
 from jvpgraph.trainer.model.networks import build_student, new_teacher, try_network
-from jvpgraph.trainer.model.student import repeated_lists
+from jvpgraph.trainer.model.student import repeated_blocks, repeated_lists
 from jvpgraph.trainer.noise import RankNoise
 from jvpgraph.trainer.plan.meter import fused_attention, numbers_on_meta
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
@@ -133,18 +133,21 @@ class Subject:
         return [*held, *self.guided.negative.values()]
 
 
-def subject_of(config: RunConfig, teacher: TrigFlow, cond: Condition, *, fake: bool) -> Subject:
+def subject_of(config: RunConfig, teacher: TrigFlow, cond: Condition, *, fake: bool, sharded: bool) -> Subject:
     """The networks of a run with this teacher.
 
     Args:
         cond: of one sample, which the negative condition is taken to be like.
         fake: whether there is a fake score.
+        sharded: whether FSDP2 has the student: blocks are graphs of their own then, and their gradients come one by
+            one.
     """
     student = build_student(teacher, config.student)
-    # One graph, also where the run's will be one per block: what they keep is nearly the same. And without Inductor,
-    # which makes no code for this device.
+    blocks = set(repeated_blocks(student.net)) if sharded else set()
+    # Without Inductor, which makes no code for this device.
     of_tangents = jvpgraph.Config(tangent_precision=config.precision.tangent)
-    dual = jvpgraph.transform(student, backend="eager", dynamic=False, regions="auto", config=of_tangents)
+    regions = blocks.__contains__ if blocks else "auto"
+    dual = jvpgraph.transform(student, backend="eager", dynamic=False, regions=regions, config=of_tangents)
     negative = dict(cond) if config.guidance.scale != 1 else {}
     return Subject(
         teacher,
