@@ -16,6 +16,8 @@ from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import first_samples
 from jvpgraph.trainer.model.networks import build_student, new_teacher, try_network
+from jvpgraph.trainer.model.parts import parts_of
+from jvpgraph.trainer.model.quantize import put_on_bytes
 from jvpgraph.trainer.model.student import repeated_blocks, repeated_lists
 from jvpgraph.trainer.noise import RankNoise
 from jvpgraph.trainer.plan.meter import fused_attention, numbers_on_meta
@@ -108,11 +110,10 @@ class Plainly(nn.Module):
         self.network = network
 
     def forward(self, *args: Any, tangents: Any = None, **kwargs: Any) -> Any:
-        with numbers_on_meta():
+        with numbers_on_meta(), fused_attention():
             if tangents is not None:
                 return self.network(*args, tangents=tangents, **kwargs)
-            with fused_attention():
-                return self.network(*args, **kwargs)
+            return self.network(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,15 @@ class Subject:
         """Parameters, buffers and the negative condition."""
         networks = [network for network in (self.teacher, self.student, self.fake) if network is not None]
         held = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
-        return [*held, *self.guided.negative.values()]
+        return [*(part for tensor in held for part in parts_of(tensor)), *self.guided.negative.values()]
+
+
+def student_of(config: RunConfig, teacher: TrigFlow) -> TrigFlow:
+    """A student, whose adapters compute with the teacher's weights in bytes if that is asked for."""
+    student = build_student(teacher, config.student)
+    if config.student.lora is not None and config.teacher.quantization is not None:
+        put_on_bytes(student, teacher, config.teacher.quantization)
+    return student
 
 
 def subject_of(config: RunConfig, teacher: TrigFlow, cond: Condition, *, fake: bool, sharded: bool) -> Subject:
@@ -142,7 +151,7 @@ def subject_of(config: RunConfig, teacher: TrigFlow, cond: Condition, *, fake: b
         sharded: whether FSDP2 has the student: blocks are graphs of their own then, and their gradients come one by
             one.
     """
-    student = build_student(teacher, config.student)
+    student = student_of(config, teacher)
     blocks = set(repeated_blocks(student.net)) if sharded else set()
     # Without Inductor, which makes no code for this device.
     of_tangents = jvpgraph.Config(tangent_precision=config.precision.tangent)
@@ -152,7 +161,7 @@ def subject_of(config: RunConfig, teacher: TrigFlow, cond: Condition, *, fake: b
     return Subject(
         teacher,
         student,
-        build_student(teacher, config.student) if fake else None,
+        student_of(config, teacher) if fake else None,
         Plainly(dual),
         Guided(Plainly(teacher), config.guidance.scale, negative, config.guidance.keep_norm),
     )

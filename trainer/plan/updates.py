@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch import _dynamo as dynamo
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig, StageConfig
@@ -27,6 +28,7 @@ from jvpgraph.trainer.trigflow import TrigFlow
 
 WHOLE = 4  # blocks in a list up to which a network is measured as it is
 FEW = 2
+MANY = 256
 
 
 class Cost(NamedTuple):
@@ -74,7 +76,8 @@ def costs_of(
         network = teacher if list(blocks) == counts else shortened(teacher, blocks)
         fake = stage.objective.fake_score is not None
         subject = subject_of(config, network, sample.cond, fake=fake, sharded=sharded)
-        return measure(subject, stage, larger(sample, size), on_gpu)
+        with dynamo.config.patch(recompile_limit=MANY):  # of a block: in each subject, with and without tangents
+            return measure(subject, stage, larger(sample, size), on_gpu)
 
     base = total = measured(few)
     for index, count in enumerate(counts):
