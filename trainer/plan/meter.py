@@ -11,9 +11,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._dynamo.trace_rules import get_torch_obj_rule_map
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from jvpgraph.passes.count import ATTENTION, attention_flops
@@ -61,9 +62,7 @@ class Meter(TorchDispatchMode):
         before = self.now
         out = func(*args, **kwargs)
         if self.by_blocks and func.namespace == "jvpgraph" and func.has_kernel_for_dispatch_key(BLOCKS):
-            with Meter(leaves_of(args, kwargs)) as inside:
-                func._op_dk(BLOCKS, *args, **kwargs)
-            self._note(before + max(inside.timeline, default=0))
+            self._note(before + needed_by_blocks(func, args, kwargs))
         for tensor in leaves_of(out):
             self._add(tensor)
         self._note(self.now)
@@ -85,6 +84,19 @@ class Meter(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         del self.live[key]
         self.now -= size
+
+
+def needed_by_blocks(func: Any, args: Any, kwargs: Any) -> int:
+    """The most bytes that an op of ours has on a CPU, by whose caches it chooses its blocks; results included."""
+
+    def there(x: Tensor) -> Tensor:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+
+    with FakeTensorMode():
+        args, kwargs = tree_map_only(Tensor, there, (args, kwargs))
+        with Meter(leaves_of(args, kwargs)) as inside:
+            func._op_dk(BLOCKS, *args, **kwargs)
+    return max(inside.timeline, default=0)
 
 
 def leaves_of(*trees: Any) -> list[Tensor]:

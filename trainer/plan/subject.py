@@ -103,14 +103,14 @@ class NoNoise(RankNoise):
 
 
 class Plainly(nn.Module):
-    """A network, or a dual one, as it is on the meta device: calls without tangents attend as kernels do."""
+    """A network, or a dual one, as it is on the meta device, where it attends as kernels do."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, *args: Any, tangents: Any = None, **kwargs: Any) -> Any:
-        with numbers_on_meta(), fused_attention():
+        with numbers_on_meta(), fused_attention():  # with tangents too: what is computed again has to be the same
             if tangents is not None:
                 return self.network(*args, tangents=tangents, **kwargs)
             return self.network(*args, **kwargs)
