@@ -437,7 +437,7 @@ def test_gradients_of_adapters_on_bytes_are_those_on_the_same_whole_weights(dtyp
         assert (value - found[1][name]).norm() < (3e-2 if dtype == "bfloat16" else 1e-5) * found[1][name].norm(), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "backend", "kind"),
     [
