@@ -334,6 +334,22 @@ def test_the_time_tangent_survives_bfloat16(name: str) -> None:
         assert getattr(module, "exact_time", None) is None
 
 
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel"])
+def test_a_call_that_failed_leaves_no_time_to_the_next(name: str) -> None:
+    model = copy.deepcopy(build(name))
+    told = [module for module in model.net.modules() if hasattr(module, "exact_time")]
+    assert told
+
+    def fail(*_: Any) -> None:
+        assert told[0].exact_time is not None
+        raise RuntimeError("before any time is embedded")
+
+    model.net.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="embedded"):
+        model(latents(name), times(), TABLE[name].cond)
+    assert all(module.exact_time is None for module in told)
+
+
 # ---------------------------------------------------------------- networks
 
 

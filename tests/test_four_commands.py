@@ -89,6 +89,7 @@ WALKS = [
 ]
 SWEEP = [
     Walk("WanImageToVideoPipeline", "clips", backend="op_by_op"),
+    Walk("SkyReelsV2ImageToVideoPipeline", "clips", backend="op_by_op"),
     Walk("ZImagePipeline", "pictures", backend="op_by_op"),
     Walk("CogView4Pipeline", "pictures", backend="op_by_op"),
     Walk("PRXPipeline", "prompts", backend="op_by_op"),

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import jvpgraph
 from jvpgraph.trainer import settings
-from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.config import RunConfig, StudentConfig
+from jvpgraph.trainer.export import export_run
 from jvpgraph.trainer.model.ema import PowerEMA, update_all
-from jvpgraph.trainer.model.networks import trainable
+from jvpgraph.trainer.model.networks import build_student, trainable
 from jvpgraph.trainer.model.offload import Traffic, nbytes, rest, units
 from jvpgraph.trainer.model.optimizer import MasterAdamW
-from jvpgraph.trainer.model.quantize import quantize
+from jvpgraph.trainer.model.parts import in_bytes, widened
+from jvpgraph.trainer.model.quantize import put_on_bytes, quantize
 from jvpgraph.trainer.model.student import checkpointed
 from jvpgraph.trainer.plan.plan import plan_run
 from jvpgraph.trainer.plan.report import report, smaller
+from jvpgraph.trainer.run.build import build_networks
 from jvpgraph.trainer.run.finished import load_run
 from jvpgraph.trainer.run.log import RunLog, computed
 from jvpgraph.trainer.run.memory import clashes
-from jvpgraph.trainer.run.parallel import check, sizes_of
+from jvpgraph.trainer.run.parallel import check, joined, sizes_of
+from jvpgraph.trainer.settings import from_dict
 from jvpgraph.trainer.train import train
 from jvpgraph.trainer.trigflow import TrigFlow
 from tests.test_train import RCM, awake, config_of, content, last_checkpoint, stage
@@ -386,7 +392,7 @@ def test_adapters_share_their_base(tmp_path: Path, dtype: str, monkeypatch: pyte
     }
     shared = train(config_of(tmp_path / "shared", [stage(RCM, 3)], **more))
     with monkeypatch.context() as patch:
-        patch.setattr("jvpgraph.trainer.model.student._shared", lambda module: {})
+        patch.setattr("jvpgraph.trainer.model.student.shared", lambda module: {})
         patch.setattr("jvpgraph.trainer.run.build.share_frozen", lambda student, teacher: None)
         separate = train(config_of(tmp_path / "separate", [stage(RCM, 3)], **more))
     assert_same_run(shared, separate, tmp_path)
@@ -394,6 +400,108 @@ def test_adapters_share_their_base(tmp_path: Path, dtype: str, monkeypatch: pyte
     of_networks = [key for key in state if key.startswith((".student.", ".fake.", ".ema."))]
     assert of_networks
     assert all("lora_" in key for key in of_networks)
+
+
+# ---------------------------------------------------------------- adapters on weights of a byte
+
+ON_BYTES: dict[str, Any] = {"teacher": {"quantization": "int8"}}
+
+
+@pytest.mark.parametrize("backend", ["op_by_op", pytest.param("inductor", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_adapters_on_bytes_are_those_on_the_same_whole_weights(dtype: str, backend: str) -> None:
+    pytest.importorskip("torchao")
+    teacher = awake(width=64, depth=2, heads=2, dtype=dtype).eval().requires_grad_(False)
+    students = [build_student(teacher, from_dict(StudentConfig, {"lora": ADAPTERS})) for _ in range(2)]
+    put_on_bytes(students[0], teacher, "int8")
+    theirs = dict(students[0].named_parameters())
+    small = [name for name, p in theirs.items() if in_bytes(p)]
+    assert len(small) > 8
+    assert not any(in_bytes(p) for p in teacher.parameters())
+    assert all(theirs[name].requires_grad == ("lora_" in name) for name in theirs)
+    for name, p in students[1].named_parameters():
+        if name in small:
+            p.data = widened(theirs[name]).clone()  # of the second student and the teacher, whose weights they are
+        elif "lora_B" in name:
+            for each in (p, theirs[name]):
+                torch.nn.init.normal_(each, generator=torch.Generator().manual_seed(0))
+    x, t, cond = torch.randn(3, 1, 8, 8).double(), torch.rand(3).double(), {"labels": torch.arange(3)}
+    found = []
+    for student, way in zip(students, (backend, "op_by_op"), strict=True):
+        dual = jvpgraph.transform(student, backend=way, dynamic=False)
+        y, y_dot = dual(x, t, cond, tangents={"x": torch.cos(x), "t": torch.ones_like(t)})
+        (y * torch.sin(x)).sum().backward()
+        found.append({"y": y, "y_dot": y_dot, **{n: p.grad for n, p in trainable(student).items()}})
+    assert all(value is not None for value in found[0].values())
+    for name, value in found[0].items():
+        assert (value - found[1][name]).norm() < (3e-2 if dtype == "bfloat16" else 1e-5) * found[1][name].norm(), name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("dtype", "backend", "kind"),
+    [
+        ("bfloat16", "eager", "int8"),
+        *(
+            pytest.param(dtype, backend, kind, marks=pytest.mark.matrix)
+            for dtype, backend, kind in (
+                ("float32", "inductor", "int8"),
+                ("bfloat16", "inductor", "int8"),
+                ("float32", "op_by_op", "int8"),
+                ("bfloat16", "op_by_op", "float8"),
+            )
+        ),
+    ],
+)
+def test_a_run_of_adapters_on_bytes_goes_on_and_is_exported(
+    dtype: str, backend: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao")
+    more: dict[str, Any] = {
+        "student": {"backend": backend, "lora": ADAPTERS, "checkpoint_blocks": True},
+        "model": {**WIDE, "options": {**WIDE["options"], "dtype": dtype, "depth": 2}},
+        "teacher": {"quantization": kind},
+    }
+    one = train(config_of(tmp_path / "one", [stage(RCM, 4)], **more))
+    for steps in (2, 4):
+        two = train(config_of(tmp_path / "two", [stage(RCM, steps)], **more))
+    assert_same_run(two, one, tmp_path)
+    plain = train(config_of(tmp_path / "plain", [stage(RCM, 4)], **{**more, "teacher": {}}))
+    for a, b in zip(lines(one), lines(plain), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+        assert a["loss"] != b["loss"]
+    state = content(last_checkpoint(one), tmp_path / "content.pt")
+    assert all("lora_" in key for key in state if key.startswith((".student.", ".fake.", ".ema.")))
+
+    run = load_run(one)
+    assert sum(map(in_bytes, run.student.parameters())) > 8
+    assert not any(map(in_bytes, run.teacher.parameters()))
+    capsys.readouterr()
+    out = export_run(one, tmp_path / "net")
+    told = f"The adapters were trained on {kind} weights of the teacher"
+    assert f"{told} (teacher.quantization); exported are those weights, widened" in capsys.readouterr().out
+    assert told in (out / "README.md").read_text()
+    net = copy.deepcopy(run.teacher)
+    load_model(net.net, out / "model.safetensors")
+    x, t, cond = torch.randn(2, 1, 8, 8).double(), torch.rand(2).double(), {"labels": torch.arange(2)}
+    with torch.no_grad():
+        got, want, before = (model(x, t, cond) for model in (net, run.student, run.teacher))
+    assert (got - want).norm() < (2e-2 if dtype == "bfloat16" else 1e-5) * want.norm()
+    if dtype == "float32":  # else the sums' own rounding is as large
+        assert (got - want).norm() < 1e-3 * (before - want).norm()
+
+
+def test_one_base_of_bytes_for_teacher_student_and_fake_score(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    config = config_of(tmp_path, [stage(RCM, 1)], model=WIDE, student={"lora": ADAPTERS}, **ON_BYTES)
+    with joined(config) as layout:
+        networks = build_networks(config, layout)
+        fake = networks.new_student()
+    theirs = {name: p for name, p in networks.teacher.named_parameters() if in_bytes(p)}
+    assert theirs
+    for model in (networks.student, fake):
+        own = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
+        assert all(own[name] is p for name, p in theirs.items())
 
 
 # ---------------------------------------------------------------- what does not go together
@@ -419,7 +527,6 @@ EIGHT = [{**stage(RCM, 1), "student": {"kind": "adamw_8bit"}}]
             "split, and parallel.dp_shard.*dp_replicate",
         ),
         ({"teacher": {"quantization": "int8"}}, {"cp_ulysses": 2}, "and parallel.cp_ulysses splits them"),
-        ({"teacher": {"quantization": "float8"}, **LORA}, {}, "Set teacher.quantization or student.lora to null"),
         ({"stages": EIGHT}, {"tp": 2}, "stages.0.student.kind: adamw_8bit has scales for whole rows"),
         ({"stages": EIGHT, "student": {"dtype": "float64"}}, {}, "Set it to adamw, or student.dtype"),
     ],
@@ -438,8 +545,8 @@ def test_all_of_it_at_once_and_before_a_folder_is_made(tmp_path: Path, monkeypat
     with pytest.raises(ValueError) as refused:
         train(config)
     told = str(refused.value)
-    assert told.startswith("4 settings do not go together:\n")
+    assert told.startswith("3 settings do not go together:\n")
     assert "pip install 'jvpgraph[memory]', or set stages.0.student.kind to adamw" in told
     assert "or set teacher.quantization to null" in told
     assert not (tmp_path / "run").exists()
-    assert len(list(clashes(config, sizes_of(config.parallel, 1)))) == 4
+    assert len(list(clashes(config, sizes_of(config.parallel, 1)))) == 3

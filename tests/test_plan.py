@@ -26,7 +26,7 @@ from jvpgraph.trainer.plan.meter import Meter
 from jvpgraph.trainer.plan.plan import computing_dtype, plan_run
 from jvpgraph.trainer.plan.report import duration
 from jvpgraph.trainer.plan.subject import Plainly, check_sample, teacher_of
-from jvpgraph.trainer.settings import from_dict, load
+from jvpgraph.trainer.settings import from_dict, load, to_dict
 
 ROOT = Path(__file__).parents[1]
 TINY: dict[str, Any] = {
@@ -66,6 +66,7 @@ SMALL = [
     "stages.0.fake={kind: adamw_8bit}",
 ]
 SHARDED = ["parallel.dp_shard=2"]
+FEW = ["model.options.depth=4", "stages.0.batch=4", "student.checkpoint_blocks=true"]  # activations beside weights
 
 
 @pytest.mark.long
@@ -77,7 +78,11 @@ SHARDED = ["parallel.dp_shard=2"]
         pytest.param(SHARDED, 2, marks=pytest.mark.ranks),
         (SMALL, 1),
         pytest.param(["student.dtype=bfloat16", "student.checkpoint_blocks=true"], 1, marks=pytest.mark.matrix),
+        pytest.param([*ADAPTERS, "model.options.dtype=bfloat16"], 1, marks=pytest.mark.matrix),
+        pytest.param([*ADAPTERS, "teacher.quantization=int8"], 1, marks=pytest.mark.matrix),
         pytest.param([*SHARDED, *ADAPTERS], 2, marks=[pytest.mark.ranks, pytest.mark.matrix]),
+        pytest.param([*SHARDED, *FEW], 2, marks=[pytest.mark.ranks, pytest.mark.matrix]),
+        pytest.param([*SHARDED, *FEW, "stages.0.objective=scm"], 2, marks=[pytest.mark.ranks, pytest.mark.matrix]),
         pytest.param([*SHARDED, *SMALL[1:], "teacher.offload=true"], 2, marks=[pytest.mark.ranks, pytest.mark.matrix]),
     ],
     ids=[
@@ -86,7 +91,11 @@ SHARDED = ["parallel.dp_shard=2"]
         "sharded",
         "small",
         "bfloat16",
+        "adapters in bfloat16",
+        "adapters on bytes",
         "sharded adapters",
+        "sharded, and gradients are much of it",
+        "sharded, and a loss of one pass",
         "small and sharded",
     ],
 )
@@ -151,6 +160,20 @@ def test_more_blocks_are_extrapolated():
     [of_three] = plan_run(from_dict(RunConfig, TINY), processes=1, on_gpu=False)
     assert of_six.flops == pytest.approx(of_four.flops + 2 * (of_four.flops - of_three.flops), rel=1e-3)
     assert of_six.peak == pytest.approx(of_four.peak + 2 * (of_four.peak - of_three.peak), rel=0.03)
+
+
+@pytest.mark.slow
+def test_whole_gradients_wait_for_a_second_pass():
+    """Autograd adds up the gradients of both passes of rCM before FSDP2 can reduce them; sCM has one."""
+    base = from_dict(RunConfig, {**TINY, "parallel": {"dp_shard": 8}, "stages": [{"steps": 4, "batch": 8}]})
+    at_work = {}
+    for name in ("scm", "rcm"):
+        stage = {"steps": 4, "batch": 8, "objective": name}
+        config = from_dict(RunConfig, {**to_dict(base), "stages": [stage]})
+        [plan] = plan_run(config, processes=8)
+        at_work[name] = max(plan.moments["student: backward"] - plan.moments["student: forward"], 0)
+        whole = 4 * plan.parameters[0]
+    assert at_work["rcm"] - at_work["scm"] == pytest.approx(whole, rel=0.3)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from jvpgraph.trainer.adapters import diffusers_model
 from jvpgraph.trainer.batch import drop_condition
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.export import export_run
-from jvpgraph.trainer.model.padded_text import take_padded
 from jvpgraph.trainer.prepare import prepared
 from jvpgraph.trainer.prepare.checkpoint import Encoder, read_checkpoint
 from jvpgraph.trainer.prepare.positions import RULES, positions_of
@@ -38,6 +38,8 @@ pytestmark = [
 
 QUICK = ["threads=1", "device=cpu", "student.backend=op_by_op", "stages.0.steps=2", "stages.0.accumulate=1"]
 QUICK += ["student.lora=null", "student.checkpoint_blocks=false", "stages.0.objective={name: dcm}", "stages.0.batch=2"]
+
+DMD = "stages.0.objective={name: dmd, simulation_steps: 1, fake_updates_per_step: 1}"
 
 
 def run(*arguments: object) -> int:
@@ -93,7 +95,7 @@ def test_what_begins_with_a_picture_wants_clips_and_all_of_its_text(
     (tmp_path / "prompts.txt").write_text("a red thing")
     size = ("--size", "32x32", "--frames", 5)
     assert run("prepare", checkpoint, tmp_path / "prompts.txt", "--out", tmp_path / "out", *size) == 1
-    assert "begins with a picture. Give a folder of clips" in capsys.readouterr().err
+    assert "begins with a picture.\nGive a folder of clips with captions; or" in capsys.readouterr().err
     clip(tmp_path / "in" / "a.mp4", 32, 32, 5)
     source = tmp_path / "in"
     assert run("prepare", checkpoint, source, "--out", tmp_path / "out", "--text-length", 16, *size) == 1
@@ -132,6 +134,40 @@ def test_a_network_that_sees_no_embedding_gets_none_and_clips_may_have_two_shape
     assert settings.load(RunConfig, data / "run.yaml", []).guidance.shared == ("condition",)
     log = (trained(data, tmp_path / "run") / "log.jsonl").read_text()
     losses = [json.loads(line)["loss"] for line in log.splitlines()]
+    assert torch.tensor(losses).isfinite().all()
+
+
+@pytest.mark.slow
+def test_pictures_alone_are_first_frames_of_what_needs_no_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of clips of two shapes, which the student makes itself."""
+    checkpoint = save_tiny("WanImageToVideoPipeline", tmp_path / "checkpoint")
+    for i, (width, height) in enumerate(((32, 32), (64, 32), (32, 32), (64, 32))):
+        picture(tmp_path / "in" / f"{i}.png", width, height, i)
+    data = tmp_path / "data"
+    few = ("--size", "32x32", "--aspects", "2:1", "--frames", 9, "--max-enlarge", 9)
+    assert run("prepare", checkpoint, tmp_path / "in", "--out", data, *few) == 0
+    found = prepared(data)
+    assert (len(found), found.has_latents) == (4, False)
+    assert {tuple(found[i].x0.shape[1:]) for i in range(4)} == {
+        tuple(found[0].x0.shape[1:]),
+        tuple(found[3].x0.shape[1:]),
+    }
+    for i in range(4):
+        known = found[i].cond["condition"]
+        assert known.shape == (8, *found[i].x0.shape[1:])
+        assert found[i].x0.shape[1] == 3
+        assert found[i].cond["encoder_hidden_states_image"].shape == (17, 14)
+        assert (known[:4, 0].min(), known[:4, 1:].max()) == (1, 0)  # the mask: the first frame is known
+    assert not torch.equal(found[0].cond["condition"], found[1].cond["condition"])
+    assert run("inspect", data) == 0
+    rcm = settings.load(RunConfig, data / "run.yaml", [*QUICK, f"out={tmp_path / 'refused'}", "stages.0.objective=rcm"])
+    with pytest.raises(ValueError, match="holds prompts only"):
+        train(rcm)
+    config = settings.load(RunConfig, data / "run.yaml", [*QUICK, DMD, f"out={tmp_path / 'run'}"])
+    assert config.stages[0].objective.name == "dmd"
+    losses = [json.loads(line)["loss"] for line in (train(config) / "log.jsonl").read_text().splitlines()]
     assert torch.tensor(losses).isfinite().all()
 
 
@@ -207,15 +243,25 @@ def test_padded_text_in_a_batch_is_that_of_each_alone(name: str) -> None:
     torch.testing.assert_close(model(x, t, {text: spoilt, mask: counts, **sizes}), together)
 
 
-def test_a_mask_is_for_one_call() -> None:
-    net = make("ZImagePipeline").transformer
-    take_padded(net)
-    captions, mask = torch.randn(1, 40, 12), torch.ones(1, 40)
-    images, times = [torch.randn(4, 1, 8, 8)], torch.tensor([0.5])
+@pytest.mark.parametrize("fails", [False, True], ids=["whole", "failed"])
+def test_a_mask_is_for_one_call(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CASES["ZImageTransformer2DModel"].config | {"axes_lens": [128, 8, 8]}
+    model = diffusers_model(name="ZImageTransformer2DModel", config=config)
+    captions, mask = torch.randn(1, 40, 12), torch.ones(1, 40) * (torch.arange(40) < 9)
+    asked = [torch.randn(4, 1, 8, 8)], torch.tensor([0.5]), list(captions)
+    x, t, cond = torch.randn(1, 4, 8, 8).double(), torch.ones(1).double(), {"cap_feats": captions, "cap_mask": mask}
     with torch.no_grad():
-        plain = net(images, times, list(captions), return_dict=False)[0][0]
-        net(images, times, list(net.with_mask(captions, mask * (torch.arange(40) < 9))), return_dict=False)
-        torch.testing.assert_close(net(images, times, list(captions), return_dict=False)[0][0], plain)
+        plain = model.net(*asked, return_dict=False)[0][0]
+        with monkeypatch.context() as patch:
+            if fails:
+                patch.setattr(model.net.layers[0], "forward", failing)
+            with pytest.raises(RuntimeError, match="half-way") if fails else nullcontext():
+                model(x, t, cond)
+        torch.testing.assert_close(model.net(*asked, return_dict=False)[0][0], plain)
+
+
+def failing(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("half-way")
 
 
 # ---------------------------------------------------------------- positions

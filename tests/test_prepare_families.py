@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from jvpgraph.trainer.adapters import ADAPTERS
+from jvpgraph.trainer.adapters import ADAPTERS, diffusers_model
 from jvpgraph.trainer.model.adapters import unpack
+from jvpgraph.trainer.model.student import LoRA, adapted_layers, make_student
 from jvpgraph.trainer.prepare.families import FAMILIES
 from jvpgraph.trainer.prepare.latents import decode, decoder, encode, load_vae, normalisation, place_norms
 from tests.test_pipeline_calls import bound
@@ -154,6 +155,16 @@ def test_every_family_has_an_adapter_and_pipelines_that_diffusers_has() -> None:
             if family.labels is None:
                 returned = inspect.signature(getattr(diffusers, pipeline).encode_prompt)
                 assert "prompt" in returned.parameters
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_the_run_that_prepare_writes_has_adapters_on_layers_of_the_network(name: str, encoders: Any) -> None:
+    encoder = encoders(name)
+    targets = encoder.family.attention or LoRA().targets
+    student = make_student(
+        diffusers_model(encoder.checkpoint.path), dtype=None, lora=LoRA(2, 2, targets), checkpoint_blocks=False
+    )
+    assert adapted_layers(student.net)
 
 
 def test_a_picture_is_a_clip_of_one_frame() -> None:

@@ -100,3 +100,14 @@ def test_a_teacher_of_bytes_in_every_replica(tmp_path: Path) -> None:
     one = train(config_of(tmp_path / "one", [stage(RCM, 4)], **more))
     many = train_many(config_of(tmp_path / "many", [stage(RCM, 4)], "replicas", **more), "replicas")
     assert_same_log(many, one, tolerance=1e-2)
+
+
+@pytest.mark.matrix
+def test_adapters_on_weights_of_bytes_in_every_replica(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    more = {"model": WIDE, "teacher": {"quantization": "int8"}, **LORA}
+    one = train(config_of(tmp_path / "one", [stage(RCM, 4)], **more))
+    two = train_many(config_of(tmp_path / "two", [stage(RCM, 2)], "replicas", **more), "replicas")
+    train_many(config_of(tmp_path / "two", [stage(RCM, 4)], "replicas", **more), "replicas")
+    assert_same_log(two, one, tolerance=1e-5)
+    assert load_run(two).step == 4

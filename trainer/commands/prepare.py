@@ -21,7 +21,7 @@ MAX_ENLARGE, SHARD_SIZE = 2.0, 128  # those of prepare.plan.Options
 EPILOG = """\
 files: .jpg, .png, .webp; .mp4, .webm (pip install av). Captions: NAME.txt or NAME.json ("text", "caption" or "prompt")
 beside NAME.jpg, or metadata.jsonl, .csv or .parquet with "file_name" and "text". Instead of a folder: a .txt file with
-a prompt a line, for objectives that need no data (dmd).
+a prompt a line, for objectives that need no data (dmd); from image to video, a folder of pictures alone is that.
 
   torchrun --nproc-per-node 8 -m jvpgraph.trainer.cli prepare models/FLUX.1-dev photos --out data/photos
 

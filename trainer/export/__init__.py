@@ -22,6 +22,7 @@ FORMATS: dict[str, Callable[[Task, Path], None]] = {
     "lora": export_lora,
     "comfyui": export_comfyui,
 }
+ADDED = "exported are those weights, widened, with the adapters added"
 
 
 def export_run(
@@ -60,6 +61,9 @@ def export_run(
     task = Task(run, folder, found, steps, own_times, rank)
     if pipeline is None and found is not None and not task.goes_into_pipelines:
         task.pipeline = None
+    if task.about_bytes:
+        how = "on the checkpoint's own weights they act a little differently" if format == "lora" else ADDED
+        print(f"{task.about_bytes[:-1]}; {how}.")
     with draft_folder_of(out) as draft:
         FORMATS[format](task, draft)
         if run.sampler == "consistency":

@@ -23,6 +23,7 @@ def write_card(task: Task, out: Path, kind: Kind, notes: str = "") -> None:
         + ", then ".join(stage.objective.name for stage in task.run.config.stages[: task.run.stage + 1])
         + ".",
         notes,
+        task.about_bytes,
         "## Use",
         USES[kind](task),
         times_of(task) if task.run.sampler == "consistency" else "",

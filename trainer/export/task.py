@@ -47,6 +47,15 @@ class Task:
         return merged(self.run.student)
 
     @property
+    def about_bytes(self) -> str:
+        """What has to be said of adapters that were trained on weights in bytes; empty where there are none."""
+        config = self.run.config
+        kind = config.teacher.quantization
+        if kind is None or config.student.lora is None:
+            return ""
+        return f"The adapters were trained on {kind} weights of the teacher (teacher.quantization)."
+
+    @property
     def from_diffusers(self) -> bool:
         return any(cls.__module__.startswith("diffusers.") for cls in type(self.net).__mro__)
 

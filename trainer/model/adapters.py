@@ -27,7 +27,8 @@ from torch.nn.functional import pad
 
 from jvpgraph.trainer.batch import Condition
 from jvpgraph.trainer.files import read_json
-from jvpgraph.trainer.model.padded_text import HidesText, take_padded
+from jvpgraph.trainer.model.one_call import keep_time_exact, told
+from jvpgraph.trainer.model.padded_text import HidesText, at_full_length, take_padded
 from jvpgraph.trainer.model.pipelines import check_one_network, class_name
 from jvpgraph.trainer.model.student import kept_in_float32
 from jvpgraph.trainer.trigflow import (
@@ -143,11 +144,13 @@ def z_image(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
 
     `cap_mask` [B, L] says which tokens of padded captions count: see trainer/model/padded_text.py.
     """
-    captions = cond["cap_feats"]
+    captions, mask = cond["cap_feats"], None
     if "cap_mask" in cond:
-        captions = net.with_mask(captions, cond["cap_mask"])
+        captions, mask = at_full_length(captions, cond["cap_mask"])
     images = list(x.unsqueeze(2).unbind(0))
-    return -torch.stack(net(images, 1 - time, list(captions.unbind(0)), return_dict=False)[0]).squeeze(2)
+    with told(net, "caption_mask", mask):
+        u = net(images, 1 - time, list(captions.unbind(0)), return_dict=False)[0]
+    return -torch.stack(u).squeeze(2)
 
 
 def cogview4(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
@@ -160,23 +163,24 @@ def cogview4(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor
 
 def flux(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
     """`guidance` [B]: the scale itself, 3.5 and the like."""
-    net.time_text_embed.time_proj.exact_time = 1000 * time
     H, W = x.shape[-2:]
     text = x.new_zeros(cond["encoder_hidden_states"].shape[1], 3, dtype=torch.float32)
-    u = plainly(net, pack(x), time, {**cond, "img_ids": positions(H // 2, W // 2, x.device), "txt_ids": text})
+    with told(net.time_text_embed.time_proj, "exact_time", 1000 * time):
+        u = plainly(net, pack(x), time, {**cond, "img_ids": positions(H // 2, W // 2, x.device), "txt_ids": text})
     return unpack(u, H, W)
 
 
 def flux2(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
     """Four coordinates (time, row, column, word). Latents are normalised by the VAE's batch norm, then unpacked."""
     H, W = x.shape[-2:]
-    net.time_guidance_embed.time_proj.exact_time = 1000 * time
     words = torch.arange(cond["encoder_hidden_states"].shape[1], dtype=torch.float32, device=x.device)
     ids = {
         "img_ids": pad(positions(H // 2, W // 2, x.device), (0, 1)),
         "txt_ids": pad(words[:, None], (3, 0)),
     }
-    return unpack(plainly(net, pack(x), time, {"guidance": None, **cond, **ids}), H, W)  # type: ignore[dict-item]
+    with told(net.time_guidance_embed.time_proj, "exact_time", 1000 * time):
+        u = plainly(net, pack(x), time, {"guidance": None, **cond, **ids})  # type: ignore[dict-item]
+    return unpack(u, H, W)
 
 
 def chroma(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
@@ -194,10 +198,10 @@ def chroma(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
 
 def qwen_image(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
     """Latents [B, C, H, W], or [B, C, 1, H, W] as its VAE makes them."""
-    net.time_text_embed.time_proj.exact_time = time
     B, H, W = len(x), *x.shape[-2:]
     image = x.squeeze(2) if x.dim() == 5 else x
-    u = plainly(net, pack(image), time, {**cond, "img_shapes": [[(1, H // 2, W // 2)]] * B})  # type: ignore[dict-item]
+    with told(net.time_text_embed.time_proj, "exact_time", time):
+        u = plainly(net, pack(image), time, {**cond, "img_shapes": [[(1, H // 2, W // 2)]] * B})  # type: ignore[dict-item]
     return unpack(u, H, W).reshape(x.shape)
 
 
@@ -261,22 +265,6 @@ def with_exact_time(adapter: Adapter, net: Any) -> Adapter:
     embedding = net.time_guidance_embed if hasattr(net, "time_guidance_embed") else net.time_text_embed
     keep_time_exact(embedding.time_proj)
     return with_guidance(adapter, net) if "guidance_embeds" in net.config else adapter
-
-
-def keep_time_exact(sinusoids: nn.Module) -> None:
-    """Let the sinusoids of a time embedding see `sinusoids.exact_time` [B] once, whatever the network hands them.
-
-    Their next call, for a guidance scale, and calls by others, a pipeline say, are not touched.
-    """
-    if use_exact_time not in sinusoids._forward_pre_hooks.values():
-        vars(sinusoids)["exact_time"] = None
-        sinusoids.register_forward_pre_hook(use_exact_time)
-
-
-def use_exact_time(sinusoids: Any, rounded: tuple[Tensor]) -> tuple[Tensor]:
-    """A hook without a closure, so that copies of a network have their own."""
-    exact, sinusoids.exact_time = sinusoids.exact_time, None
-    return rounded if exact is None else (exact,)
 
 
 def with_sizes(adapter: Adapter, net: Any) -> Adapter:

@@ -20,7 +20,7 @@ from jvpgraph.trainer.config import GuidanceConfig, RunConfig, StageConfig, Stud
 from jvpgraph.trainer.data.sample import Dataset, commonest, first_samples, shorten
 from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.model.adamw_8bit import check_float32
-from jvpgraph.trainer.model.parts import gathered, local
+from jvpgraph.trainer.model.parts import gathered, in_bytes, local
 from jvpgraph.trainer.model.student import make_student
 from jvpgraph.trainer.trigflow import Call, Guided, TrigFlow
 
@@ -234,15 +234,19 @@ def take_values(student: TrigFlow, teacher: TrigFlow) -> None:
 def share_frozen(student: TrigFlow, teacher: TrigFlow) -> None:
     """Puts the teacher's parameters in the place of those that a LoRA student does not train, and frees its own.
 
-    In one process they are the teacher's anyway. FSDP2 splits each network by itself, and here the parts become one.
+    In one process they are the teacher's anyway. FSDP2 splits each network by itself, and here the parts become one;
+    but it leaves weights in bytes alone, and what else their teacher has: of that each network keeps its own.
     """
     theirs = dict(teacher.named_parameters(remove_duplicate=False))
+    bytewise = any(map(in_bytes, theirs.values()))
     for path, module in student.named_modules():
         for name, own in module._parameters.items():
             source = theirs.get(f"{path}.{name}".replace(".base_layer.", "."))
             if own is None or own.requires_grad or source is None:
                 continue
-            assert spread_over(source) == spread_over(own), f"{path}.{name} is spread in another way"
+            if spread_over(source) != spread_over(own):
+                assert bytewise, f"{path}.{name} is spread in another way"
+                continue
             module._parameters[name] = source
     student._apply(lambda tensor: tensor)  # after which FSDP2 gathers from these
 

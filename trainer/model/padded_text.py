@@ -42,17 +42,19 @@ class HidesText:
 
 
 def take_padded(net: Any) -> None:
-    """Gives a ZImageTransformer2DModel `with_mask`; calls without it, a pipeline's, are not touched."""
+    """Lets a ZImageTransformer2DModel read `caption_mask` [B, L] of captions at their full length, where it has one.
+
+    Calls without it, a pipeline's, are not touched.
+    """
     vars(net)["caption_mask"] = None
-    for method in (with_mask, patchify_and_embed, _prepare_sequence, _build_unified_sequence):
+    for method in (patchify_and_embed, _prepare_sequence, _build_unified_sequence):
         vars(net)[method.__name__] = MethodType(method, net)  # which copies of the network have too
 
 
-def with_mask(self: Any, captions: Tensor, mask: Tensor) -> Tensor:
-    """Captions [B, L, D], of which tokens [B, L] count, for the next call: they come back at a length that it takes."""
+def at_full_length(captions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Captions [B, L, D], of which tokens [B, L] count, at a length that the network takes; and their mask, boolean."""
     missing = -captions.shape[1] % MULTIPLE
-    self.caption_mask = pad(mask.bool(), (0, missing))
-    return pad(captions, (0, 0, 0, missing))
+    return pad(captions, (0, 0, 0, missing)), pad(mask.bool(), (0, missing))
 
 
 def own_lengths(mask: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ def _prepare_sequence(
 
 def _build_unified_sequence(self: Any, picture: Tensor, *rest: Any) -> tuple[Any, ...]:
     found = type(self)._build_unified_sequence(self, picture, *rest)
-    mask, self.caption_mask = self.caption_mask, None
+    mask = self.caption_mask
     if mask is None:
         return found
     sequence, frequencies, _, noise = found

@@ -1,4 +1,5 @@
-"""Tensors that may be spread over processes: the part of this one, and the whole; and what most of them are."""
+"""Tensors that may be spread over processes: the part of this one, and the whole; what most of them are; weights in
+bytes."""
 
 from __future__ import annotations
 
@@ -31,3 +32,21 @@ def commonest_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
     for tensor in tensors:
         sizes[tensor.dtype] += tensor.numel()
     return max(sizes, key=sizes.__getitem__, default=None)
+
+
+def in_bytes(tensor: Tensor) -> bool:
+    """Whether a weight is one of torchao's, with a scale for each row."""
+    return hasattr(tensor, "qdata")
+
+
+def parts_of(tensor: Any) -> list[Tensor]:
+    """The tensor itself, and those that a weight in bytes is made of."""
+    inside = tensor.__tensor_flatten__()[0] if in_bytes(tensor) else ()
+    return [tensor, *(getattr(tensor, name) for name in inside)]
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The values of a weight in bytes, in the dtype that products with it have; any other tensor itself."""
+    if not in_bytes(tensor):
+        return tensor
+    return tensor.dequantize()  # type: ignore[no-any-return]

@@ -1,13 +1,15 @@
-"""Weights of a byte each, by torchao, for a network that is only asked."""
+"""Weights of a byte each, by torchao, for a network that is only asked, and the same below the adapters of others."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 
-from jvpgraph.trainer.model.student import kept_in_float32
+from jvpgraph.trainer.model.networks import share_frozen
+from jvpgraph.trainer.model.student import kept_in_float32, shared
 from jvpgraph.trainer.optional import torchao
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -49,3 +51,8 @@ def quantize(model: TrigFlow, kind: str) -> TrigFlow:
     ao: Any = torchao("quantization", "teacher.quantization=null")
     ao.quantize_(model.net, getattr(ao, CONFIGS[kind])(), filter_fn=lambda _, name: name in layers)
     return model.requires_grad_(False)
+
+
+def put_on_bytes(student: TrigFlow, teacher: TrigFlow, kind: str) -> None:
+    """Lets the adapters of a LoRA student compute with its teacher's weights in bytes. The teacher keeps its own."""
+    share_frozen(student, quantize(copy.deepcopy(teacher, shared(teacher)), kind))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from jvpgraph.trainer.model.parts import in_bytes, widened
 from jvpgraph.trainer.ranges import positive
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -60,7 +61,7 @@ def make_student(teacher: TrigFlow, *, dtype: str | None, lora: LoRA | None, che
                 f"a LoRA student shares its teacher's weights and so their dtype, which is not {dtype} throughout: "
                 "pass dtype=None, or convert the teacher"
             )
-        student = copy.deepcopy(teacher, _shared(teacher))
+        student = copy.deepcopy(teacher, shared(teacher))
         _add_adapters(student, lora)
     if checkpoint_blocks:
         _checkpoint(student.net)
@@ -68,12 +69,12 @@ def make_student(teacher: TrigFlow, *, dtype: str | None, lora: LoRA | None, che
 
 
 def merged(student: TrigFlow) -> nn.Module:
-    """The student's network for export: adapters added to the weights below them, no checkpointing.
+    """The student's network for export: adapters added to the weights below them, no checkpointing, none in bytes.
 
     Weights that have no adapter are shared with the student (and its teacher), none is changed. The sums are made in
     float32 or wider and rounded to the dtype of the weights.
     """
-    net: nn.Module = copy.deepcopy(student.net, _shared(student.net))
+    net: nn.Module = copy.deepcopy(student.net, shared(student.net))
     for module in net.modules():
         if isinstance(module, CheckpointedBlock):
             module.__class__ = module.plain_class  # type: ignore[assignment]
@@ -81,9 +82,12 @@ def merged(student: TrigFlow) -> nn.Module:
         base, weight = layer.base_layer, layer.base_layer.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         with torch.no_grad():
-            total = weight.to(wide) + sum(layer.get_delta_weight(a).to(wide) for a in layer.active_adapters)
+            total = widened(weight).to(wide) + sum(layer.get_delta_weight(a).to(wide) for a in layer.active_adapters)
         base.weight = nn.Parameter(total.to(weight.dtype), requires_grad=weight.requires_grad)
         net.set_submodule(name, base)
+    for module in net.modules():
+        if isinstance(module, nn.Linear) and in_bytes(module.weight):
+            module.weight = nn.Parameter(widened(module.weight), requires_grad=False)
     vars(net).pop("peft_config", None)
     return net
 
@@ -95,7 +99,7 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _shared(module: nn.Module) -> dict[int, Any]:
+def shared(module: nn.Module) -> dict[int, Any]:
     """A memo with which copy.deepcopy keeps parameters and buffers."""
     return {id(t): t for t in (*module.parameters(), *module.buffers())}
 

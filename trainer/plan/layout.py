@@ -61,12 +61,14 @@ class Held(NamedTuple):
         root: bytes of the parameters outside of blocks, which FSDP2 gathers for the whole of a pass; 0 without it.
         block: of those of the largest block, likewise.
         reduced: of the gradients of the largest block, and of the float32 copy that is reduced.
+        gradients: of all of them, before they are reduced.
     """
 
     shapes: dict[str, tuple[int, ...]]
     root: int
     block: int
     reduced: int
+    gradients: int
 
 
 def held(network: TrigFlow, spread: Spread) -> Held:
@@ -74,8 +76,9 @@ def held(network: TrigFlow, spread: Spread) -> Held:
     shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
     if spread.sizes["tp"] > 1:
         shapes |= split_by_plan(network.net, spread.sizes["tp"])
+    gradients = nbytes(p for p in network.parameters() if p.requires_grad)
     if not spread.sharded:
-        return Held(shapes, 0, 0, 0)
+        return Held(shapes, 0, 0, 0, gradients)
     names = {p: name for name, p in network.named_parameters()}
     taken, whole, blocks = set[nn.Parameter](), set[nn.Parameter](), list[list[nn.Parameter]]()
     for module in (*repeated_blocks(network.net), network):
@@ -89,7 +92,7 @@ def held(network: TrigFlow, spread: Spread) -> Held:
     root = blocks.pop()
     sizes = [nbytes(block) for block in blocks]
     reduced = [sum(p.nbytes + p.numel() * max(4, p.itemsize) for p in block if p.requires_grad) for block in blocks]
-    return Held(shapes, nbytes(root), max(sizes, default=0), max(reduced, default=0))
+    return Held(shapes, nbytes(root), max(sizes, default=0), max(reduced, default=0), gradients)
 
 
 class Whole(NamedTuple):

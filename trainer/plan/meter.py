@@ -11,13 +11,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._dynamo.trace_rules import get_torch_obj_rule_map
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from jvpgraph.passes.count import ATTENTION, attention_flops
 
+BLOCKS = torch._C.DispatchKey.CompositeExplicitAutograd
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -25,21 +27,27 @@ FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 class Meter(TorchDispatchMode):
     """Follows every op: what its results allocate, until they are freed, and what it computes.
 
-    What a kernel allocates for itself while it runs is not seen.
+    What a kernel allocates for itself while it runs is not seen, but for ops of jvpgraph by blocks of torch ops.
 
     Args:
         known: tensors whose memory counts as nothing, such as parameters.
+        by_blocks: whether that is how they run: without a GPU, whose kernels need little.
 
     Attributes:
         now: bytes that are allocated, beyond `known`.
         timeline: `now` after each op.
+        aside: bytes that are not the process's to keep any more, such as gradients that FSDP2 has reduced.
+        beside: `now` without them after each op.
         flops: so far; a multiply-add counts 2, as in the reports of jvpgraph.
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self, known: Iterable[Tensor] = (), *, by_blocks: bool = False) -> None:
         super().__init__()
+        self.by_blocks = by_blocks
         self.now = 0
         self.timeline: list[int] = []
+        self.aside = 0
+        self.beside: list[int] = []
         self.flops = 0
         self.kept = [tensor.untyped_storage() for tensor in known]
         self.live: dict[int, Any] = dict.fromkeys(storage._cdata for storage in self.kept)
@@ -51,13 +59,19 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        before = self.now
         out = func(*args, **kwargs)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._add(tensor)
-        self.timeline.append(self.now)
+        if self.by_blocks and func.namespace == "jvpgraph" and func.has_kernel_for_dispatch_key(BLOCKS):
+            self._note(before + needed_by_blocks(func, args, kwargs))
+        for tensor in leaves_of(out):
+            self._add(tensor)
+        self._note(self.now)
         self.flops += flops_of(func, args, kwargs, out)
         return out
+
+    def _note(self, size: int) -> None:
+        self.timeline.append(size)
+        self.beside.append(size - self.aside)
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -70,6 +84,23 @@ class Meter(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         del self.live[key]
         self.now -= size
+
+
+def needed_by_blocks(func: Any, args: Any, kwargs: Any) -> int:
+    """The most bytes that an op of ours has on a CPU, by whose caches it chooses its blocks; results included."""
+
+    def there(x: Tensor) -> Tensor:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+
+    with FakeTensorMode():
+        args, kwargs = tree_map_only(Tensor, there, (args, kwargs))
+        with Meter(leaves_of(args, kwargs)) as inside:
+            func._op_dk(BLOCKS, *args, **kwargs)
+    return max(inside.timeline, default=0)
+
+
+def leaves_of(*trees: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)]
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:

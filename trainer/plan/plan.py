@@ -89,7 +89,7 @@ def plan_run(
 
     Args:
         processes: how many there will be.
-        on_gpu: optimisers as on a GPU.
+        on_gpu: optimisers and attention as on a GPU.
         latents: shape of a sample [C, ...]; None for one of the run's data.
         conditions: tensors on the meta device like those of a sample [...], by name.
         costs: of each stage, from a plan of as many samples per process; None or absent: they are measured.
@@ -147,7 +147,9 @@ def plan_stage(
     conditions = sum(x.nbytes for x in sample.cond.values())
     held_here["data"] = stage.batch // spread.parts * (sample.x0.nbytes + conditions)
 
-    costs = costs or costs_of(config, stage, teacher, sample, stage.batch // spread.parts)
+    costs = costs or costs_of(
+        config, stage, teacher, sample, stage.batch // spread.parts, sharded=spread.sharded, on_gpu=on_gpu
+    )
     base = sum(held_here.values())
     guests = at_work_of_guests(config, copies | {"teacher": teacher}, spread)
     moments, host_at_work = {}, 0.0
@@ -188,19 +190,26 @@ def at_moments(
     """Bytes beyond what is resident.
 
     FSDP2 gathers a block into a buffer and copies its parameters from there, while those outside of blocks are there;
-    in the backward it also reduces the block's gradients, from a float32 copy. At the end of that, activations are gone
-    and each process has its part of the gradients, on the CPU if the network rests there (`elsewhere`).
+    in the backward it also reduces the block's gradients, from a float32 copy. Of those that it has reduced each
+    process has its part, on the CPU if the network rests there (`elsewhere`). But where a loss goes through the network
+    twice, autograd adds up what both passes give before it hands that on: whole gradients wait for the second pass.
     """
     own = 0.0 if elsewhere else gradients
     before = own if stage.accumulate > 1 else 0.0
+    if not spread.many:
+        return {
+            "forward": cost.forward + before,
+            "backward begins": cost.start + before,
+            "backward ends": max(0.0, cost.end - (gradients - own)) + before,
+        }
     gathered = part.root + 2 * part.block
-    end = max(0.0, cost.end - (gradients - own)) + before
-    if spread.many:
-        end = own + gathered + part.reduced
+    waiting = min(cost.waiting, cost.reduced)  # not of tokens, which several processes may divide
+    at_most = (cost.reduced - waiting) / spread.tokens + waiting
+    done = before or own * cost.done / part.gradients
     return {
         "forward": cost.forward / spread.tokens + before + gathered,
-        "backward begins": cost.start / spread.tokens + before + gathered + part.reduced,
-        "backward ends": end,
+        "backward": at_most + done + gathered + part.reduced,
+        "backward ends": own + gathered + part.reduced,
     }
 
 

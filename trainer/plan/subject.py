@@ -16,7 +16,9 @@ from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import first_samples
 from jvpgraph.trainer.model.networks import build_student, new_teacher, try_network
-from jvpgraph.trainer.model.student import repeated_lists
+from jvpgraph.trainer.model.parts import parts_of
+from jvpgraph.trainer.model.quantize import put_on_bytes
+from jvpgraph.trainer.model.student import repeated_blocks, repeated_lists
 from jvpgraph.trainer.noise import RankNoise
 from jvpgraph.trainer.plan.meter import fused_attention, numbers_on_meta
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
@@ -101,18 +103,17 @@ class NoNoise(RankNoise):
 
 
 class Plainly(nn.Module):
-    """A network, or a dual one, as it is on the meta device: calls without tangents attend as kernels do."""
+    """A network, or a dual one, as it is on the meta device, where it attends as kernels do."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, *args: Any, tangents: Any = None, **kwargs: Any) -> Any:
-        with numbers_on_meta():
+        with numbers_on_meta(), fused_attention():  # with tangents too: what is computed again has to be the same
             if tangents is not None:
                 return self.network(*args, tangents=tangents, **kwargs)
-            with fused_attention():
-                return self.network(*args, **kwargs)
+            return self.network(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -130,26 +131,37 @@ class Subject:
         """Parameters, buffers and the negative condition."""
         networks = [network for network in (self.teacher, self.student, self.fake) if network is not None]
         held = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
-        return [*held, *self.guided.negative.values()]
+        return [*(part for tensor in held for part in parts_of(tensor)), *self.guided.negative.values()]
 
 
-def subject_of(config: RunConfig, teacher: TrigFlow, cond: Condition, *, fake: bool) -> Subject:
+def student_of(config: RunConfig, teacher: TrigFlow) -> TrigFlow:
+    """A student, whose adapters compute with the teacher's weights in bytes if that is asked for."""
+    student = build_student(teacher, config.student)
+    if config.student.lora is not None and config.teacher.quantization is not None:
+        put_on_bytes(student, teacher, config.teacher.quantization)
+    return student
+
+
+def subject_of(config: RunConfig, teacher: TrigFlow, cond: Condition, *, fake: bool, sharded: bool) -> Subject:
     """The networks of a run with this teacher.
 
     Args:
         cond: of one sample, which the negative condition is taken to be like.
         fake: whether there is a fake score.
+        sharded: whether FSDP2 has the student: blocks are graphs of their own then, and their gradients come one by
+            one.
     """
-    student = build_student(teacher, config.student)
-    # One graph, also where the run's will be one per block: what they keep is nearly the same. And without Inductor,
-    # which makes no code for this device.
+    student = student_of(config, teacher)
+    blocks = set(repeated_blocks(student.net)) if sharded else set()
+    # Without Inductor, which makes no code for this device.
     of_tangents = jvpgraph.Config(tangent_precision=config.precision.of_tangents)
-    dual = jvpgraph.transform(student, backend="eager", dynamic=False, regions="auto", config=of_tangents)
+    regions = blocks.__contains__ if blocks else "auto"
+    dual = jvpgraph.transform(student, backend="eager", dynamic=False, regions=regions, config=of_tangents)
     negative = dict(cond) if config.guidance.scale != 1 else {}
     return Subject(
         teacher,
         student,
-        build_student(teacher, config.student) if fake else None,
+        student_of(config, teacher) if fake else None,
         Plainly(dual),
         Guided(Plainly(teacher), config.guidance.scale, negative, config.guidance.keep_norm),
     )

@@ -8,23 +8,27 @@ moments that stay what they are: the forward, the first half of the backward, an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch import _dynamo as dynamo
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig, StageConfig
 from jvpgraph.trainer.model.networks import trainable
 from jvpgraph.trainer.objectives import Terms, loss_of
 from jvpgraph.trainer.objectives.dmd import fake_score_loss
+from jvpgraph.trainer.plan.layout import nbytes
 from jvpgraph.trainer.plan.meter import Meter, fused_attention
 from jvpgraph.trainer.plan.subject import NoNoise, Plainly, Subject, depths, larger, shortened, subject_of
 from jvpgraph.trainer.trigflow import TrigFlow
 
 WHOLE = 4  # blocks in a list up to which a network is measured as it is
 FEW = 2
+MANY = 256
 
 
 class Cost(NamedTuple):
@@ -34,6 +38,9 @@ class Cost(NamedTuple):
     forward: float = 0.0  # the most in the forward
     start: float = 0.0  # in the first half of the backward
     end: float = 0.0  # in the second
+    reduced: float = 0.0  # in all of it, without gradients that are complete, which FSDP2 reduces
+    done: float = 0.0  # those at that moment
+    waiting: float = 0.0  # gradients that a later pass of the same loss adds to: autograd waits for it
     flops: float = 0.0  # of all that is run, recomputation included
 
     def plus(self, other: Cost, times: float = 1.0) -> Cost:
@@ -51,7 +58,16 @@ class Costs(NamedTuple):
     fake_calls: float  # likewise
 
 
-def costs_of(config: RunConfig, stage: StageConfig, teacher: TrigFlow, sample: Batch, size: int) -> Costs:
+def costs_of(
+    config: RunConfig,
+    stage: StageConfig,
+    teacher: TrigFlow,
+    sample: Batch,
+    size: int,
+    *,
+    sharded: bool = False,
+    on_gpu: bool = True,
+) -> Costs:
     """What the most expensive updates of a stage need, for `size` samples on this process."""
     counts = depths(teacher)
     few = [n if n <= WHOLE else FEW for n in counts]
@@ -59,8 +75,9 @@ def costs_of(config: RunConfig, stage: StageConfig, teacher: TrigFlow, sample: B
     def measured(blocks: Sequence[int]) -> Costs:
         network = teacher if list(blocks) == counts else shortened(teacher, blocks)
         fake = stage.objective.fake_score is not None
-        subject = subject_of(config, network, sample.cond, fake=fake)
-        return measure(subject, stage, larger(sample, size))
+        subject = subject_of(config, network, sample.cond, fake=fake, sharded=sharded)
+        with dynamo.config.patch(recompile_limit=MANY):  # of a block: in each subject, with and without tangents
+            return measure(subject, stage, larger(sample, size), on_gpu)
 
     base = total = measured(few)
     for index, count in enumerate(counts):
@@ -77,7 +94,7 @@ def costs_of(config: RunConfig, stage: StageConfig, teacher: TrigFlow, sample: B
     return total
 
 
-def measure(subject: Subject, stage: StageConfig, batch: Batch) -> Costs:
+def measure(subject: Subject, stage: StageConfig, batch: Batch, on_gpu: bool) -> Costs:
     """Over the last iterations of the stage, when nothing warms up any more: the most bytes, FLOPs in the mean."""
     objective, loss, noise = stage.objective, loss_of(stage.objective), NoNoise()
     score = objective.fake_score
@@ -85,13 +102,13 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch) -> Costs:
     iterations = range(stage.steps - cycle + 1, stage.steps + 1)
     fake = None if subject.fake is None else Plainly(subject.fake)
     known = [*subject.known, batch.x0, *batch.cond.values()]
-    run = partial(costs, known=known, again=stage.accumulate > 1)
+    run = partial(costs, known=known, again=stage.accumulate > 1, on_gpu=on_gpu)
 
     def student_loss(iteration: int) -> Terms:
         return loss(subject.dual, subject.guided, batch, noise, objective, iteration=iteration, fake=fake)
 
     with calls_of(subject.teacher) as teacher_calls, calls_of(subject.fake) as fake_calls:
-        of_student = run(subject.student, [partial(student_loss, i) for i in iterations])
+        of_student = run(subject.student, subject.dual, [partial(student_loss, i) for i in iterations])
     runs = 2 * len(iterations)  # each once to make its graphs
     of_fake = Cost()
     updates = [objective.fake_updates(i) for i in iterations]
@@ -100,7 +117,7 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch) -> Costs:
         def fake_loss(count: int) -> Terms:
             return fake_score_loss(fake, subject.dual, batch, noise, score, count=count)
 
-        of_fake = run(subject.fake, [partial(fake_loss, count) for count in range(cycle)])
+        of_fake = run(subject.fake, fake, [partial(fake_loss, count) for count in range(cycle)])
     with Meter(known) as meter:
         subject.dual(batch.x0.double(), batch.x0.new_empty(len(batch)).double(), batch.cond)
     rate = sum(updates) / len(updates)
@@ -108,40 +125,77 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch) -> Costs:
 
 
 @contextmanager
-def calls_of(network: nn.Module | None) -> Iterator[list[None]]:
-    """An entry for each call of a network from here on."""
+def calls_of(network: nn.Module | None, *, of_gradients: bool = False) -> Iterator[list[None]]:
+    """An entry for each call of a network from here on, or for each that a backward goes through."""
     calls: list[None] = []
-    hook = None if network is None else network.register_forward_pre_hook(lambda *_: calls.append(None))
+
+    def called(*_: Any) -> None:
+        if torch.is_grad_enabled() or not of_gradients:
+            calls.append(None)
+
+    hook = None if network is None else network.register_forward_pre_hook(called)
     yield calls
     if hook is not None:
         hook.remove()
 
 
-def costs(model: TrigFlow, losses: Iterable[Callable[[], Terms]], *, known: list[Tensor], again: bool) -> Cost:
+def costs(
+    model: TrigFlow,
+    asked: nn.Module,
+    losses: Iterable[Callable[[], Terms]],
+    *,
+    known: list[Tensor],
+    again: bool,
+    on_gpu: bool,
+) -> Cost:
     """The most that any of the losses takes of memory, and what they compute in the mean.
 
     Args:
+        model: whose parameters are trained.
+        asked: what the losses call of it.
         again: there are gradients of earlier batches, which are known.
+        on_gpu: whose kernels need little memory for themselves.
     """
     parameters = list(trainable(model).values())
     found = []
     for loss in losses:
-        backward_of(loss()["loss"].mean())  # makes the graphs
+        with calls_of(asked, of_gradients=True) as passes:
+            value = loss()["loss"].mean()
+        waiting = nbytes(parameters) if len(passes) > 1 else 0
+        backward_of(value)  # makes the graphs
         if not again:
             model.zero_grad()
         gradients = [p.grad for p in parameters if p.grad is not None]
-        with Meter([*known, *gradients]) as meter:
+        with Meter([*known, *gradients], by_blocks=not on_gpu) as meter:
             value = loss()["loss"].mean()
             kept, first = meter.now, len(meter.timeline)
-            backward_of(value)
-        forward, rest = meter.timeline[:first], meter.timeline[first:]
-        half = (len(rest) + 1) // 2
-        found.append(Cost(kept, max(forward), max(rest[:half]), max(rest[half:], default=0), meter.flops))
+            with nullcontext() if again else set_aside(parameters, meter):
+                backward_of(value)
+        half = (first + len(meter.timeline) + 1) // 2
+        parts = meter.timeline[:first], meter.timeline[first:half], meter.timeline[half:]
+        forward, start, end = (max(part, default=0) for part in parts)
+        reduced, when = max((size, i) for i, size in enumerate(meter.beside) if i >= first)
+        found.append(Cost(kept, forward, start, end, reduced, meter.timeline[when] - reduced, waiting, meter.flops))
         del value
         model.zero_grad()
-    flops = sum(cost.flops for cost in found) / len(found)
-    kept, forward, start, end = (max(of_all) for of_all in list(zip(*found))[:4])
-    return Cost(kept, forward, start, end, flops)
+    highest = Cost(*(max(of_all) for of_all in zip(*found)))
+    return highest._replace(flops=sum(cost.flops for cost in found) / len(found))
+
+
+@contextmanager
+def set_aside(parameters: Iterable[nn.Parameter], meter: Meter) -> Iterator[None]:
+    """Counts gradients out of `meter.beside` as soon as they are complete."""
+
+    def complete(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        meter.aside += parameter.grad.nbytes
+
+    hooks = [parameter.register_post_accumulate_grad_hook(complete) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def backward_of(value: Tensor) -> None:

@@ -42,7 +42,7 @@ class Family:
         sizes: the network is told the picture's size, by arguments of these names.
         rate: the argument that takes the frame rate.
         keep_norm: what the pipeline does to its guidance, as `guidance.keep_norm` has it.
-        attention: layers for adapters, where the network has no to_q, to_k and to_v.
+        attention: layers for adapters, where the network has not those of diffusers' usual attention.
         unguided: the guidance scale of the pipeline that means none: 0 where it is F + scale (F - F_negative).
         compression: the factors of the VAE, in space and time, that the network's adapter goes by.
     """
@@ -99,7 +99,8 @@ FAMILIES = (
     Family("HiDreamImageTransformer2DModel", ("HiDreamImagePipeline",),
            ("encoder_hidden_states_t5", "-encoder_hidden_states_t5", "encoder_hidden_states_llama3",
             "-encoder_hidden_states_llama3", "pooled_embeds", "-pooled_embeds"),
-           layered=("encoder_hidden_states_llama3",)),
+           layered=("encoder_hidden_states_llama3",),
+           attention=("to_q", "to_k", "to_v", "to_out", "to_q_t", "to_k_t", "to_v_t", "to_out_t")),
     Family("Lumina2Transformer2DModel", ("Lumina2Pipeline",), BESIDE, keep_norm="row"),
     Family("PixArtTransformer2DModel", ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), BESIDE,
            sizes=("resolution", "aspect_ratio")),

@@ -17,7 +17,7 @@ from jvpgraph.trainer.data.sample import shorten
 from jvpgraph.trainer.prepare.buckets import ASPECTS, Bucket, check_lengths, nearest, resolutions
 from jvpgraph.trainer.prepare.captions import Found, find, prompts_of
 from jvpgraph.trainer.prepare.checkpoint import Encoder
-from jvpgraph.trainer.prepare.media import BadFile, Media, look_at
+from jvpgraph.trainer.prepare.media import VIDEOS, BadFile, Media, look_at
 
 log = logging.getLogger("jvpgraph.trainer.prepare")
 
@@ -104,7 +104,8 @@ def make_plan(source: Path, encoder: Encoder, options: Options) -> Plan:
     sizes = with_positions(sizes, lengths, encoder, options)
     if source.is_file() and encoder.family.first_frame:
         raise ValueError(
-            f"{source}: a {encoder.checkpoint.pipeline} begins with a picture. Give a folder of clips with captions."
+            f"{source}: a {encoder.checkpoint.pipeline} begins with a picture.\nGive a folder of clips with captions; "
+            "or, for objectives that need no data (dmd), one of pictures with captions alone."
         )
     found = read_source(source, options)
     fps = options.fps or encoder.family.fps or 1.0
@@ -112,7 +113,8 @@ def make_plan(source: Path, encoder: Encoder, options: Options) -> Plan:
         bucket = Bucket(*sizes[0], lengths[0])
         placed = [(bucket, Entry(f"{i:08d}", text)) for i, text in enumerate(found.captions.values())]
     else:
-        placed = sort_into(found, source, partial(place, sizes, lengths, fps, encoder.family.video, options))
+        length = 1 if learns_latents(source, encoder) else lengths[0]
+        placed = sort_into(found, source, partial(place, sizes, lengths, fps, encoder.family.video, length, options))
     if found.skipped:
         refuse_or_say(found.skipped, options.on_bad)
     buckets: dict[Bucket, list[Entry]] = {}
@@ -134,6 +136,13 @@ def make_plan(source: Path, encoder: Encoder, options: Options) -> Plan:
             part = tuple(members[i : i + options.shard_size])
             plan.shards.append(PlannedShard(f"{len(plan.shards):06d}.tar", bucket, part))
     return plan
+
+
+def learns_latents(source: Path, encoder: Encoder) -> bool:
+    """Not of prompts; nor of pictures alone where a clip begins with one: there is no clip to learn."""
+    if source.is_file():
+        return False
+    return not encoder.family.first_frame or any(path.suffix.lower() in VIDEOS for path in source.rglob("*"))
 
 
 def read_source(source: Path, options: Options) -> Found:
@@ -213,9 +222,19 @@ def sort_into(found: Found, folder: Path, place: Callable[[Media], tuple[Bucket,
 
 
 def place(
-    sizes: list[tuple[int, int]], lengths: list[int], fps: float, video: bool, options: Options, media: Media
+    sizes: list[tuple[int, int]],
+    lengths: list[int],
+    fps: float,
+    video: bool,
+    of_picture: int,
+    options: Options,
+    media: Media,
 ) -> tuple[Bucket, int]:
-    """The bucket of a file and the first frame taken, which is such that the middle of the clip is. Raises BadFile."""
+    """The bucket of a file and the first frame taken, which is such that the middle of the clip is. Raises BadFile.
+
+    Args:
+        of_picture: frames of what a picture stands for.
+    """
     width, height = nearest(media.width, media.height, sizes)
     enlarged = max(width / media.width, height / media.height)
     if enlarged > options.max_enlarge:
@@ -224,7 +243,7 @@ def place(
             f"and --max-enlarge is {options.max_enlarge:g}"
         )
     if not media.times:
-        return Bucket(width, height), 0
+        return Bucket(width, height, of_picture), 0
     if not video:
         raise BadFile("a clip, and this checkpoint makes pictures")
     frames = media.frames_at(fps)
@@ -258,5 +277,5 @@ def settings_of(source: Path, encoder: Encoder, options: Options) -> dict[str, A
         "aspects": None if options.aspects is None else list(options.aspects),
         "frames": lengths,
         "text_length": encoder.length,
-        "latents": not source.is_file(),
+        "latents": learns_latents(source, encoder),
     }

@@ -214,6 +214,9 @@ def encode_entry(entry: Entry, bucket: Bucket, encoder: Encoder, source: Path, p
         frames = read(source / entry.file, bucket.width, bucket.height, bucket.frames, entry.start, plan.fps)
         tensors["latents"] = encoder.latents(frames)
         tensors |= encoder.first_frame(frames)
+    elif entry.file:
+        frames = read(source / entry.file, bucket.width, bucket.height, 1, 0, plan.fps)
+        tensors |= encoder.first_frame(frames * bucket.frames)
     tensors |= encoder.prompt(entry.caption)
     for name, value in tensors.items():
         if not value.float().isfinite().all():

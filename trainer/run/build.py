@@ -17,7 +17,7 @@ import jvpgraph
 from jvpgraph.trainer.config import RunConfig, TeacherConfig
 from jvpgraph.trainer.model.networks import build_guided, build_student, build_teacher, share_frozen, take_values
 from jvpgraph.trainer.model.offload import Traffic
-from jvpgraph.trainer.model.quantize import quantize
+from jvpgraph.trainer.model.quantize import put_on_bytes, quantize
 from jvpgraph.trainer.run.origin import digest_of
 from jvpgraph.trainer.run.parallel import Layout
 from jvpgraph.trainer.run.start import start_from
@@ -46,6 +46,8 @@ def build_networks(config: RunConfig, layout: Layout, start: Path | None = None)
         student = build_student(teacher, config.student)
         if start is not None:
             start_from(student, start)
+        if config.student.lora is not None and config.teacher.quantization is not None:
+            put_on_bytes(student, teacher, config.teacher.quantization)  # before FSDP2 has its parameters
         student = layout.spread(student, rests)
         if config.student.compile:
             student.compile(backend=jvpgraph.backend(), dynamic=False)

@@ -29,6 +29,7 @@ from jvpgraph.trainer.model.networks import (
     trainable,
     with_weights,
 )
+from jvpgraph.trainer.model.quantize import put_on_bytes
 from jvpgraph.trainer.run.checkpoint import Checkpoints
 from jvpgraph.trainer.run.log import grid
 from jvpgraph.trainer.run.preview import decoder_of, picture_of
@@ -69,6 +70,8 @@ def load_run(folder: Path, *, ema: float | None = None, step: int | None = None)
 
     teacher = build_teacher(config, device)
     student = build_student(teacher, config.student)
+    if config.student.lora is not None and config.teacher.quantization is not None:
+        put_on_bytes(student, teacher, config.teacher.quantization)
     ema = config.ema.sigma_rel[0] if ema is None else ema
     state: dict = {"student": moving(student)}
     if ema in config.ema.sigma_rel:

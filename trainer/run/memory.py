@@ -43,11 +43,6 @@ def clashes(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[str]:
             f"teacher.quantization: {quantization} weights cannot be split, and parallel.{splits[0]} splits them. "
             "Use dp_replicate alone; or set teacher.quantization to null, where each process has but a part of it"
         )
-    if quantization is not None and config.student.lora is not None:
-        yield (
-            "teacher.quantization: with student.lora the student computes with the teacher's own weights, and its "
-            "adapters are for those of the checkpoint. Set teacher.quantization or student.lora to null"
-        )
     if bytewise and sizes["tp"] > 1:
         yield f"{bytewise[0]}: adamw_8bit has scales for whole rows, which parallel.tp splits. Set it to adamw"
     if bytewise and config.student.dtype == "float64":

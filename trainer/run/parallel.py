@@ -34,7 +34,7 @@ from jvpgraph.trainer.config import ParallelConfig, RunConfig
 from jvpgraph.trainer.data.sample import shorten
 from jvpgraph.trainer.model.networks import device_of
 from jvpgraph.trainer.model.offload import Traffic, buffers_to, count_gathers, rest
-from jvpgraph.trainer.model.parts import commonest_dtype, local
+from jvpgraph.trainer.model.parts import commonest_dtype, in_bytes, local
 from jvpgraph.trainer.model.student import repeated_blocks
 from jvpgraph.trainer.noise import Random, RankNoise
 from jvpgraph.trainer.run.memory import clashes
@@ -208,7 +208,7 @@ class Layout:
         if context_parallel(self.sizes):
             split_tokens(model.net, self.meshes.data)
         if self.sharded:
-            mesh, whole = self.meshes.weights[self.shard_dims], set[nn.Parameter]()
+            mesh, whole = self.meshes.weights[self.shard_dims], {p for p in model.parameters() if in_bytes(p)}
             stays = OffloadPolicy() if rests is None else CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
             # The root too gives up what it gathered: its parameters may be written to between two forwards.
             for module in (*repeated_blocks(model.net), model):
