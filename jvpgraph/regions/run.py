@@ -357,7 +357,7 @@ def _set_tangents(mode: OpByOp, outs: Sequence[tuple[Tensor, Tensor, bool]]) -> 
     sharing = Counter(key_of(plain(leaf)) for leaf, *_ in outs)
     without = []
     for leaf, dot, _ in outs:
-        if sharing[key_of(plain(leaf))] == 1 or plain(dot).any():
+        if sharing[key_of(plain(leaf))] == 1 or dot.is_meta or plain(dot).any():  # meta tensors have no values
             mode.set_tangent(leaf, dot)
         else:
             without.append((leaf, dot))
