@@ -179,13 +179,16 @@ def _expr(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
+OF_DATA = "a size that data decide, counted as 0"
+
+
 def _sizes(graph: fx.Graph, symbols: set[Any]) -> dict[sympy.Symbol, tuple[str, int]]:
-    found: dict[sympy.Symbol, tuple[str, int]] = {}
+    found: dict[sympy.Symbol, tuple[str, int]] = dict.fromkeys(symbols, (OF_DATA, 0))
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         candidates = value.shape if isinstance(value, Tensor) else [value]
         for size in candidates:
-            if isinstance(size, torch.SymInt) and size.node.expr in symbols:
+            if isinstance(size, torch.SymInt) and size.node.expr in symbols and size.node.hint is not None:
                 sources = size.node.shape_env.var_to_sources.get(size.node.expr)
                 name = sources[0].name if sources else node.name
                 found[size.node.expr] = (name() if callable(name) else name, int(size.node.hint))

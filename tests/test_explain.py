@@ -150,3 +150,26 @@ def test_the_two_switches_are_names_in_skip_passes():
     dual(x, tangents={"x": x})
     assert dual.reports[0].swapped == []
     assert "swap_attention" not in [graph.name for graph in dual.reports[0].graphs]
+
+
+class Chosen(nn.Module):
+    """Of rows that a mask chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.linear(self.linear(x)[mask].cos())
+
+
+def test_sizes_that_data_decide_are_named_and_run():
+    model, x, mask = Chosen(), torch.randn(8, 6), torch.arange(8) % 3 > 0
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        dual = jvpgraph.transform(model, backend="eager")
+        y, y_dot = dual(x, mask, tangents={"x": x})
+        y.sum().backward()
+        explanation = dual.explain(x, mask, tangents={"x": x})
+    torch.testing.assert_close(y_dot, torch.func.jvp(lambda x: model(x, mask), (x,), (x,))[1])
+    assert model.linear.weight.grad is not None
+    assert "= a size that data decide, counted as 0" in str(explanation)
