@@ -722,7 +722,7 @@ def test_views_of_arguments_have_the_tangents_of_these(backend, dtype, grad):
         with torch.set_grad_enabled(grad):
             given = x.clone().requires_grad_(grad)
             outs, dots = dual(given, tangents={"x": v})
-        assert_close((outs, dots), torch.func.jvp(model, (x,), (v,)), **EXACT)
+        assert_close((outs, tuple(dot.to(dtype) for dot in dots)), torch.func.jvp(model, (x,), (v,)), **EXACT)
         if grad:
             (g,) = torch.autograd.grad(sum(y.sum() for y in outs), given)
             assert_close(g, torch.full_like(g, 4.0), **EXACT)
