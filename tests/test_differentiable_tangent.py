@@ -122,7 +122,7 @@ def test_layer_norm_where_torch_is_wrong():
     assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[0].norm(), "torch.func.jvp has become right"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_activation_checkpointing(backend):
     x, t, x_dot, t_dot = inputs()

@@ -203,7 +203,7 @@ def test_on_a_terminal_the_progress_line_counts_the_seconds(monkeypatch: pytest.
     assert not compiling.happened
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_flops_beside_a_run_are_those_of_its_plan(tmp_path: Path) -> None:
     """From the other process; recomputation of blocks, which a plan counts, is none of the model's."""
     config = config_of(tmp_path, [stage("dcm", 10, batch=4)], model=DIT)

@@ -165,7 +165,7 @@ def test_more_blocks_are_extrapolated():
     assert of_six.peak == pytest.approx(of_four.peak + 2 * (of_four.peak - of_three.peak), rel=0.03)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_whole_gradients_wait_for_a_second_pass():
     """Autograd adds up the gradients of both passes of rCM before FSDP2 can reduce them; sCM has one."""
     base = from_dict(RunConfig, {**TINY, "parallel": {"dp_shard": 8}, "stages": [{"steps": 4, "batch": 8}]})

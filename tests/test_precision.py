@@ -230,7 +230,7 @@ class Doubled(torch.autograd.Function):
 @pytest.mark.parametrize(
     ("model", "dtype", "share"), [(Looped, torch.bfloat16, 0.9), (Cast, torch.float32, 1.1)], ids=["loops", "autocast"]
 )
-@pytest.mark.parametrize("backend", ["eager", "op_by_op", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "op_by_op", pytest.param("inductor", marks=pytest.mark.long)])
 def test_what_models_are_made_of(model, dtype, share, backend):
     """Tangents are handed on in float32 by loops and branches, in the dtype of the primal to others' functions."""
     torch.manual_seed(0)

@@ -109,7 +109,7 @@ def test_numbers_that_a_guard_found_equal(used):
     check_sizes(Rotary(used), draw, [(3, 5, 6), (4, 3, 7), (5, 6, 10)], dynamic=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_graphs_of_regions_at_several_sizes():
     dual = check_sizes(
         nn.Sequential(Patches()), lambda *size: {"input": sequence(*size)["x"]}, SEQUENCES, regions=Patches

@@ -301,7 +301,7 @@ class Told(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["op_by_op", "inductor"])
+@pytest.mark.parametrize("backend", ["op_by_op", pytest.param("inductor", marks=pytest.mark.long)])
 def test_conditions_that_are_the_same_for_all(backend, dtype):
     """Are as if each sample brought them: value, tangent and gradients, at a second size."""
     torch.manual_seed(0)

@@ -88,6 +88,7 @@ def test_distil_your_diffusers_model(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert list(Path("mine-lora").glob("*.safetensors"))
 
 
+@pytest.mark.long
 def test_distil_a_model_of_your_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """On the default backend, with a teacher that is better than none."""
     less = {

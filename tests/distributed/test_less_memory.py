@@ -50,6 +50,7 @@ def bases(config: RunConfig) -> tuple[int, int, float]:
         return sum(p.nbytes for p in frozen), sum(storages.values()), float(losses[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parallel", ["FSDP2", pytest.param("replicas", marks=pytest.mark.matrix)])
 def test_adapters_share_a_base_that_is_sharded(tmp_path: Path, parallel: str) -> None:
     config = config_of(tmp_path / "run", [stage(RCM, 4)], parallel, **LORA)
