@@ -111,7 +111,7 @@ bench: $(READY)  ## time compared with torch.func.jvp and finite differences; co
 	$(BIN)/python -m benchmarks.several_tangents --out $(OUT)/bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.compile_time --regions-only --out $(OUT)/bench
 
-precision: $(READY)  ## errors of tangents in bfloat16 by how they are computed, for docs/precision.md: ten minutes
+precision: $(READY)  ## errors of tangents in bfloat16 by how they are computed, for docs/precision.md: a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.precision --times --out $(OUT)/precision
 
 bench-quality: $(READY)  ## rCM, sCM, DMD, dCM and MeanFlow on the digits, three seeds: an hour and a half on two cores
