@@ -134,7 +134,7 @@ def traffic() -> dict[str, int]:
     """Bytes that the forward reads and writes, as Inductor schedules it, with products as CUDA has them: alone, and
     with its tangent by precision."""
     torch.manual_seed(0)
-    case = own(2)
+    case = own(2, width=512, side=32)  # more rows than a thin product has
     counted: list[int] = []
 
     def count(graph: GraphLowering) -> Any:

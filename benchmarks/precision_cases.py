@@ -75,13 +75,13 @@ INGREDIENTS: dict[str, Callable[[DiT], None]] = {
 }
 
 
-def own(depth: int, *ingredients: str) -> Case:
+def own(depth: int, *ingredients: str, width: int = WIDTH, side: int = SIDE) -> Case:
     """The trainer's DiT."""
-    net = _random(DiT(DiTConfig(image_size=SIDE, width=WIDTH, depth=depth, heads=WIDTH // 64)))
+    net = _random(DiT(DiTConfig(image_size=side, width=width, depth=depth, heads=width // 64)))
     with torch.no_grad():
         for name in ingredients:
             INGREDIENTS[name](net)  # type: ignore[arg-type]
-    return _pictures(net, SIDE)
+    return _pictures(net, side)
 
 
 def _pictures(net: nn.Module, side: int) -> Case:
