@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from jvpgraph.graph.recorder import Recorder, value_of
+from jvpgraph.graph.meta import INSERTED_META
+from jvpgraph.graph.recorder import Recorder
 from jvpgraph.kernels.ops import OPS
 from jvpgraph.passes.context import Context
-from jvpgraph.precision import HALF
 from jvpgraph.rules.apply import bind
+from jvpgraph.rules.wide import rounded
 
 __all__ = ["keep_attention_values"]
 
 CAST = torch.ops.aten._to_copy.default
-TANGENTS = ("q_dot", "k_dot", "v_dot", "bias_dot")
+PRIMALS = ("q", "k", "v", "bias")
 
 
 def keep_attention_values(gm: fx.GraphModule, context: Context) -> None:
@@ -31,18 +32,17 @@ def keep_attention_values(gm: fx.GraphModule, context: Context) -> None:
     recorder = Recorder(gm.graph)
     for wide in gm.graph.find_nodes(op="call_function", target=OPS.attention_jvp.default):
         given = bind(OPS.attention_jvp.default, wide.args, wide.kwargs)
-        own = {name: _before_cast(x) for name, x in given.items() if name not in TANGENTS}
-        dtype = value_of(own["q"]).dtype
-        if own["q"] is given["q"] or dtype not in HALF:
+        own = {name: _before_cast(x) for name, x in given.items()}
+        if own["q"] is given["q"]:
             continue
         with recorder.behind(wide):
-            dots = {name: _as(recorder.stand_ins(given[name]), dtype) for name in TANGENTS}
-            OPS.attention_jvp(**{name: dots[name] if name in dots else recorder.stand_ins(own[name]) for name in given})
+            half = dict(recorder.stand_ins(own))
+            dots = {primal: half[f"{primal}_dot"] for primal in PRIMALS if half[f"{primal}_dot"] is not None}
+            half |= {f"{primal}_dot": dot for primal, dot in rounded(half, dots).items()}
+            OPS.attention_jvp(**half)
 
 
 def _before_cast(x: Any) -> Any:
-    return x.args[0] if isinstance(x, fx.Node) and x.target is CAST else x
-
-
-def _as(dot: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if dot is None else dot.to(dtype)
+    """Before a cast that the rule has made: a model may cast queries and keys itself, and attend in float32."""
+    is_ours = isinstance(x, fx.Node) and x.target is CAST and INSERTED_META in x.meta
+    return x.args[0] if is_ours else x

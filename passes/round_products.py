@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map_only
 from jvpgraph.graph.meta import TANGENT_META
 from jvpgraph.graph.recorder import Recorder, value_of
 from jvpgraph.passes.context import Context
-from jvpgraph.precision import HALF
 from jvpgraph.rules.wide import only_moves
 
 __all__ = ["round_products"]
@@ -49,7 +48,7 @@ def round_products(gm: fx.GraphModule, context: Context) -> None:
         recorder = Recorder(graph)
         for view in views:
             others = [user for user in view.users if user not in views]
-            casts = [user for user in others if _rounds(user)]
+            casts = [user for user in others if _rounds(user, dtype)]
             for cast in casts:
                 cast.replace_all_uses_with(view, propagate_meta=False)
                 graph.erase_node(cast)
@@ -75,11 +74,12 @@ def _is_rounded_soon(product: fx.Node, order: dict[fx.Node, int], tangents: set[
     two parts, in order not to be."""
     if product.args[0].target is aten.cat.default:  # type: ignore[union-attr]
         return False
+    dtype = value_of(product.args[0]).dtype  # type: ignore[arg-type]
     reached: set[fx.Node] = set()
     waiting = [(order[product], product)]
     while waiting:
         _, node = heapq.heappop(waiting)
-        if node in reached or _rounds(node):
+        if node in reached or _rounds(node, dtype):
             continue
         if not isinstance(node.target, OpOverload) and node.target is not operator.getitem:
             return False  # it leaves the graph
@@ -100,6 +100,6 @@ def _views(node: fx.Node) -> Iterator[fx.Node]:
             yield from _views(user)
 
 
-def _rounds(node: fx.Node) -> bool:
-    """Whether a node is a cast to half precision and nothing else."""
-    return node.target is CAST and set(node.kwargs) == {"dtype"} and node.kwargs["dtype"] in HALF
+def _rounds(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether a node is a cast to this dtype and nothing else."""
+    return node.target is CAST and node.kwargs == {"dtype": dtype}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -118,8 +119,10 @@ def test_a_product_that_is_rounded_soon_rounds():
         "z_dot = aten.add.Tensor(y_dot, u_dot); out_dot = aten._to_copy(z_dot, dtype=torch.bfloat16); return out_dot",
         "z_dot = aten.sin(y_dot); out_dot = aten._to_copy(y_dot, dtype=torch.bfloat16); return out_dot, z_dot",
         "out_dot = aten._to_copy(y_dot, dtype=torch.float64); return out_dot",
+        "out_dot = aten._to_copy(y_dot, dtype=torch.float16); return out_dot",
+        "z_dot = aten.sin(y_dot); out_dot = aten._to_copy(z_dot, dtype=torch.float16); return out_dot",
     ],
-    ids=["leaves", "leaves, too", "is added to", "is computed with", "is widened"],
+    ids=["leaves", "leaves, too", "is added to", "is computed with", "is widened", "of another kind", "of it later"],
 )
 def test_products_that_are_kept_keep_float32(rest):
     text = "y = aten.exp(x); u = aten.neg(x); u_dot = aten.neg(other_dot); y_dot = jvpgraph.mm_float32(a_dot, w)"
@@ -157,6 +160,8 @@ def test_values_of_attention_come_from_a_kernel_for_half_precision():
     return o, o_dot
     """
     gm = linearized(text, **{name: x.to(H) for name, x in HEADS.items()})
+    for name in ("q_wide", "k_wide", "v_wide"):
+        node(gm, name).meta[INSERTED_META] = True
     run(keep_attention_values, gm)
     run(fuse_attention, gm)
     o, o_dot = gm.graph.output_node().args[0]
@@ -165,6 +170,22 @@ def test_values_of_attention_come_from_a_kernel_for_half_precision():
     assert o.args[0] is kernels[1]
     assert o_dot.args[0] is kernels[0]
     assert not gm.graph.find_nodes(op="call_function", target=torch.ops.jvpgraph.attention.default)
+
+
+def test_attention_that_a_model_computes_in_float32_is_computed_once():
+    text = """
+    q_wide = aten._to_copy(q, dtype=torch.float32)
+    k_wide = aten._to_copy(k, dtype=torch.float32)
+    v_wide = aten._to_copy(v, dtype=torch.float32)
+    both = jvpgraph.attention(q_wide, k_wide, v_wide)
+    o = both[0]
+    both_dot = jvpgraph.attention_jvp(q_wide, k_wide, v_wide, q_dot, None, None)
+    o_dot = both_dot[2]
+    return o, o_dot
+    """
+    half = {name: HEADS[name].to(H) for name in ("q", "k", "v")}
+    gm = linearized(text, **half, q_dot=HEADS["q_dot"].float())
+    check_step(keep_attention_values, gm, textwrap.dedent(text))
 
 
 # -------------------------------------------------------------------------------------------- fuse_attention
