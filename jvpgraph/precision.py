@@ -76,9 +76,9 @@ class Policy:
         """(pattern, precision), in order."""
         return cast(tuple[tuple[str, Precision], ...], self.patterns)
 
-    def at(self, path: str, op: OpOverload) -> Precision:
-        """Of an op in the module of this path."""
-        names = (str(op), str(op.overloadpacket))
+    def at(self, path: str, op: OpOverload | str) -> Precision:
+        """Of an op, or one of this name such as ``aten.add.Tensor``, in the module of this path."""
+        names = (str(op), str(op).rpartition(".")[0])
         fitting = (precision for ops, precision in self.choices(path) if any(fnmatchcase(name, ops) for name in names))
         return functools.reduce(lambda _, precision: precision, fitting, self.default)
 

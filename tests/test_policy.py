@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from itertools import pairwise
 from typing import Any
 
@@ -204,12 +203,8 @@ def judged():
 def spent(diagnosis: jvpgraph.Diagnosis, setting: Policy | str) -> float:
     """Bytes of tangents, as a multiple of those in the model's precision."""
     active = [op for op in diagnosis.ops if op.active]
-    own = [setting if isinstance(setting, str) else setting.at(op.module, overload(op.op)) for op in active]
+    own = [setting if isinstance(setting, str) else setting.at(op.module, op.op) for op in active]
     return sum(op.bytes_in[p] for op, p in zip(active, own)) / sum(op.bytes_in["model"] for op in active)
-
-
-def overload(name: str) -> Any:
-    return operator.attrgetter(name)(torch.ops)
 
 
 @pytest.mark.slow

@@ -271,6 +271,11 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
+    @property
+    def bytes_below_adapters(self) -> Literal["int8", "float8"] | None:
+        """What weights of the teacher the student's adapters are trained on, if those are in bytes."""
+        return None if self.student.lora is None else self.teacher.quantization
+
     def __post_init__(self) -> None:
         positive(self, "threads")
         not_negative(self, "seed")

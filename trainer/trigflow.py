@@ -254,6 +254,12 @@ def clean_image(F: Tensor, x: Tensor, t: Tensor) -> Tensor:
     return expand_like(t.cos(), x) * x - expand_like(t.sin(), x) * F
 
 
+def along_trajectory(x: Tensor, t: Tensor, F: Tensor) -> dict[str, Tensor]:
+    """Tangents of x_t and t along dx/dt = F, times cos(t) sin(t); x and F [B, ...], t [B] radians."""
+    speed = t.cos() * t.sin()
+    return {"x": expand_like(speed, x) * F, "t": speed}
+
+
 Call = Callable[..., Tensor]
 """(net, x_s, time, cond) -> prediction: how a network is called; with `time_r=` if it takes a second time."""
 

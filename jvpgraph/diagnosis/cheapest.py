@@ -124,12 +124,6 @@ def _as_policy(chosen: Choice) -> Policy:
     by_bytes = {p: sum(g.traffic["model"] for g, own in chosen.items() if own == p) for p in PRECISIONS}
     policy = Policy((), default=max(PRECISIONS, key=by_bytes.__getitem__))
     for group, precision in sorted(chosen.items(), key=lambda item: item[0].module.count(".") + bool(item[0].module)):
-        if _found(policy, group) != precision:
+        if policy.at(group.module.replace("*", "0"), f"{group.op}.default") != precision:
             policy = Policy((*policy.pairs, (f"{group.module}:{group.op}", precision)), policy.default)
     return policy
-
-
-def _found(policy: Policy, group: _Group) -> Precision:
-    """What it says of these ops."""
-    fitting = [p for ops, p in policy.choices(group.module.replace("*", "0")) if ops in ("*", group.op)]
-    return fitting[-1] if fitting else policy.default

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
-from jvpgraph.diagnosis.kinds import is_attention, moves
+from jvpgraph.diagnosis.kinds import moves
 from jvpgraph.errors import JvpgraphError
 from jvpgraph.op_by_op import OpByOp
 from jvpgraph.rules.apply import Unknown, bind
+from jvpgraph.rules.wide import is_attention
 
 __all__ = ["REFERENCES", "REFUSED", "Exact", "Ran", "first_line", "has_unknown", "widened"]
 

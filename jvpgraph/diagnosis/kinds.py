@@ -4,36 +4,24 @@ from __future__ import annotations
 
 from torch._ops import OpOverload
 
-__all__ = ["KINDS", "is_attention", "kind_of", "moves"]
+from jvpgraph.rules.wide import MOVES, PRODUCTS, is_attention, name_of
+
+__all__ = ["KINDS", "kind_of", "moves"]
 
 KINDS = ("product", "attention", "norm", "sum", "cast", "reduction", "pointwise", "move", "collective", "other")
 
 NAMES = {
-    "product": "mm bmm mv dot vdot matmul addmm addmv baddbmm addbmm addr linear convolution _convolution bilinear "
-    "_grouped_mm _trilinear mm_float32",
+    "product": " ".join([*PRODUCTS, "mm_float32"]),
     "norm": "native_layer_norm native_group_norm _fused_rms_norm native_batch_norm cudnn_batch_norm "
     "miopen_batch_norm _native_batch_norm_legit_functional rms_norm linalg_vector_norm",
     "sum": "add sub rsub lerp addcmul addcdiv _foreach_add _foreach_sub",
     "cast": "_to_copy convert_element_type",
     "reduction": "sum mean var var_mean std std_mean amax amin max min prod logsumexp cumsum _softmax _log_softmax "
     "nansum norm",
-    "move": "alias cat clone constant_pad_nd copy detach diagonal_scatter flip gather index _unsafe_index index_select "
-    "lift_fresh_copy masked_fill masked_select pixel_shuffle pixel_unshuffle repeat roll select_scatter slice_scatter "
-    "stack tril triu where _unsafe_view _reshape_alias reflection_pad1d reflection_pad2d replication_pad1d "
-    "replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d slice_backward split_with_sizes_copy",
+    "move": f"{' '.join(MOVES)} copy reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d "
+    "replication_pad3d upsample_nearest1d upsample_nearest2d slice_backward split_with_sizes_copy",
 }
 KIND = {name: kind for kind, names in NAMES.items() for name in names.split()}
-ATTENTION = ("attention", "_efficient_attention_forward", "_flash_attention_forward")
-
-
-def name_of(op: OpOverload) -> str:
-    return op._schema.name.partition("::")[2]
-
-
-def is_attention(op: OpOverload) -> bool:
-    """Whether it computes softmax(q k') v as one."""
-    name = name_of(op)
-    return name in ATTENTION or name.startswith("_scaled_dot_product")
 
 
 def moves(op: OpOverload) -> bool:

@@ -35,7 +35,7 @@ from jvpgraph.diagnosis.measure import (
 )
 from jvpgraph.diagnosis.records import Loss, ModuleRecord, OpRecord, finite_or
 from jvpgraph.escapes import frames
-from jvpgraph.op_by_op import user_line
+from jvpgraph.op_by_op import module_path, user_line
 from jvpgraph.precision import HALF, PRECISIONS, Policy, Precision, precision_at
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.storages import key_of, parts_of, tensors_in
@@ -180,7 +180,7 @@ class Log(Watcher):
             alone = {}
         parts = {f"share_{name}": part for name, part in shares(exact).items()}
         found = on_host(figures(own, exact, pairs) | alone | parts)
-        precision = precision_at(self._precision, lambda: self.module, own.func)
+        precision = precision_at(self._precision, module_path, own.func)
         adds: dict[str, float] = {p: self._added(found, p) for p in PRECISIONS}
         broken = found["not_finite"] > 0 or found["value_not_finite"] > 0
         record = OpRecord(

@@ -13,12 +13,13 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from jvpgraph.diagnosis.exact import REFUSED, Ran, first_line, has_unknown, widened
-from jvpgraph.diagnosis.kinds import is_attention, kind_of, moves
+from jvpgraph.diagnosis.kinds import kind_of, moves
 from jvpgraph.op_by_op import OpByOp
 from jvpgraph.op_by_op.kinds import BATCH_NORMS
 from jvpgraph.precision import HALF, PRECISIONS, Precision
 from jvpgraph.precision import widened as dtype_of_tangent
 from jvpgraph.rules.apply import functional_form, has_tangent
+from jvpgraph.rules.wide import WIDE_PRODUCTS, is_attention
 
 __all__ = [
     "Alone",
@@ -39,7 +40,6 @@ __all__ = [
 aten = torch.ops.aten
 WRITES_UNSAID = tuple(f"aten::{name}" for name in BATCH_NORMS)
 SUMS = ("aten::sum", "aten::mean")
-GIVE_FLOAT32 = ("mm", "bmm", "addmm", "baddbmm")  # for tangents in half precision
 FEW = 4
 Pairs = list[tuple[Tensor, Tensor, Tensor, Tensor]]  # value, its reference, tangent, its reference
 
@@ -242,12 +242,12 @@ def _dot_rounded(dot: Any, primal: Any, precision: Precision) -> Any:
 def traffic(own: Ran) -> dict[str, int]:
     """Bytes of its tangents, read and written, in each precision: in float32 products still take half precision, and
     attention and convolutions give it."""
-    kind, name = kind_of(own.func), own.func._schema.name.partition("::")[2]
+    kind = kind_of(own.func)
     taken, given = own.dots, own.dot
     pairs_in = [p for name, dot in taken.items() for p in _with_primals(dot, own.arguments[name])]
     pairs_out = _with_primals(given, own.out)
     takes_half = kind in ("product", "attention", "collective", "other")
-    gives_half = takes_half and name not in GIVE_FLOAT32
+    gives_half = takes_half and own.func not in WIDE_PRODUCTS
 
     def bytes_of(pairs: list[tuple[Tensor, Tensor]], wide: bool) -> int:
         precision: Precision = "float32" if wide else "model"

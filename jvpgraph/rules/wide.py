@@ -32,7 +32,18 @@ from jvpgraph.precision import HALF, widened
 from jvpgraph.rules.pointwise import times
 from jvpgraph.rules.registry import Rule
 
-__all__ = ["for_precision", "only_moves", "product_in_float32", "unchanged_by_cast"]
+__all__ = [
+    "MOVES",
+    "PRODUCTS",
+    "WIDE_PRODUCTS",
+    "for_precision",
+    "is_attention",
+    "name_of",
+    "only_moves",
+    "product_in_float32",
+    "rounded",
+    "unchanged_by_cast",
+]
 
 aten = torch.ops.aten
 
@@ -65,24 +76,34 @@ def for_precision(
     op: OpOverload, rule: Rule | None, out: Any, arguments: dict[str, Any], dots: dict[str, Any], precision: str
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """What the rule of an op is to be given in place of its output, its arguments and their tangents."""
-    name = op._schema.name.partition("::")[2]
+    name = name_of(op)
     if precision == "model" or op is aten.view.dtype or op.namespace not in ("aten", "prims", "jvpgraph"):
         return out, arguments, rounded(arguments, dots)
     if only_moves(op):
         return _moved(rule, out, arguments, dots)
     if name in KNOWN or "batch_norm" in name:
         return out, arguments, _up(dots)
-    product = (name in PRODUCTS and not _thin_convolution(arguments)) or name in ATTENTION
-    product |= name.startswith("_scaled_dot_product")
-    if product and precision == "float32":
+    product = name in PRODUCTS and not _thin_convolution(arguments)
+    if (product or is_attention(op)) and precision == "float32":
         return out, arguments, rounded(arguments, dots, but=ADDED.get(name, ""))
     wide = {name: _up(widened(x) if isinstance(x, torch.dtype) else x) for name, x in arguments.items()}
     return _up(out), wide, _up(dots)
 
 
+def name_of(op: OpOverload) -> str:
+    """Without the namespace and the overload."""
+    return op._schema.name.partition("::")[2]
+
+
 def only_moves(op: Any) -> bool:
     """Whether an op computes nothing."""
-    return isinstance(op, OpOverload) and (op.is_view or op._schema.name.partition("::")[2] in MOVES)
+    return isinstance(op, OpOverload) and (op.is_view or name_of(op) in MOVES)
+
+
+def is_attention(op: OpOverload) -> bool:
+    """Whether it computes softmax(q k') v as one."""
+    name = name_of(op)
+    return name in ATTENTION or name.startswith("_scaled_dot_product")
 
 
 def unchanged_by_cast(op: OpOverload, arguments: dict[str, Any], dots: dict[str, Any]) -> Tensor | None:

@@ -49,9 +49,8 @@ class Task:
     @property
     def about_bytes(self) -> str:
         """What has to be said of adapters that were trained on weights in bytes; empty where there are none."""
-        config = self.run.config
-        kind = config.teacher.quantization
-        if kind is None or config.student.lora is None:
+        kind = self.run.config.bytes_below_adapters
+        if kind is None:
             return ""
         return f"The adapters were trained on {kind} weights of the teacher (teacher.quantization)."
 

@@ -14,8 +14,6 @@ from jvpgraph.trainer.optional import torchao
 from jvpgraph.trainer.trigflow import TrigFlow
 
 CONFIGS = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}
-
-
 SCALES = {"int8": 5, "float8": 4}  # bytes of scale and zero point for each row
 
 
@@ -53,6 +51,8 @@ def quantize(model: TrigFlow, kind: str) -> TrigFlow:
     return model.requires_grad_(False)
 
 
-def put_on_bytes(student: TrigFlow, teacher: TrigFlow, kind: str) -> None:
-    """Lets the adapters of a LoRA student compute with its teacher's weights in bytes. The teacher keeps its own."""
-    share_frozen(student, quantize(copy.deepcopy(teacher, shared(teacher)), kind))
+def put_on_bytes(student: TrigFlow, teacher: TrigFlow, kind: str | None) -> None:
+    """Lets the adapters of a LoRA student compute with its teacher's weights in bytes; None: with those as they are.
+    The teacher keeps its own."""
+    if kind is not None:
+        share_frozen(student, quantize(copy.deepcopy(teacher, shared(teacher)), kind))

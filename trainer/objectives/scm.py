@@ -22,7 +22,7 @@ from jvpgraph.trainer.noise import Random, noise_like
 from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
 from jvpgraph.trainer.ranges import not_negative, positive
 from jvpgraph.trainer.times import LogNormal, Times
-from jvpgraph.trainer.trigflow import add_noise, expand_like
+from jvpgraph.trainer.trigflow import add_noise, along_trajectory, expand_like
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,7 @@ def scm_loss(
     with torch.no_grad():
         F_teacher = teacher(x, t, batch.cond)
 
-    speed = t.cos() * t.sin()
-    tangents = {"x": expand_like(speed, x) * F_teacher, "t": speed}
-    F, F_dot = student(x, t, batch.cond, tangents=tangents)
+    F, F_dot = student(x, t, batch.cond, tangents=along_trajectory(x, t, F_teacher))
 
     r = min(1.0, iteration / config.tangent_warmup) if config.tangent_warmup else 1.0
     g = tangent_target(F.detach(), F_dot, F_teacher, x, t, r)

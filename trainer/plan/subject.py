@@ -137,8 +137,7 @@ class Subject:
 def student_of(config: RunConfig, teacher: TrigFlow) -> TrigFlow:
     """A student, whose adapters compute with the teacher's weights in bytes if that is asked for."""
     student = build_student(teacher, config.student)
-    if config.student.lora is not None and config.teacher.quantization is not None:
-        put_on_bytes(student, teacher, config.teacher.quantization)
+    put_on_bytes(student, teacher, config.bytes_below_adapters)
     return student
 
 

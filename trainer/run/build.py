@@ -46,8 +46,7 @@ def build_networks(config: RunConfig, layout: Layout, start: Path | None = None)
         student = build_student(teacher, config.student)
         if start is not None:
             start_from(student, start)
-        if config.student.lora is not None and config.teacher.quantization is not None:
-            put_on_bytes(student, teacher, config.teacher.quantization)  # before FSDP2 has its parameters
+        put_on_bytes(student, teacher, config.bytes_below_adapters)  # before FSDP2 has its parameters
         student = layout.spread(student, rests)
         if config.student.compile:
             student.compile(backend=jvpgraph.backend(), dynamic=False)

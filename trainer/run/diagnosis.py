@@ -22,7 +22,7 @@ from jvpgraph.trainer.model.student import repeated_blocks
 from jvpgraph.trainer.noise import noise_like
 from jvpgraph.trainer.run.finished import load_run
 from jvpgraph.trainer.run.parallel import Layout
-from jvpgraph.trainer.trigflow import Guided, TrigFlow, add_noise, expand_like
+from jvpgraph.trainer.trigflow import Guided, TrigFlow, add_noise, along_trajectory
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +107,7 @@ class Trajectory:
         rng = torch.Generator(x0.device).manual_seed(self.seed)
         t = torch.full((len(x0),), time, dtype=torch.float64, device=x0.device)
         x = add_noise(x0, noise_like(x0, rng), t)
-        speed = t.cos() * t.sin()
-        tangents = {"x": expand_like(speed, x) * self.guided(x, t, self.batch.cond), "t": speed}
+        tangents = along_trajectory(x, t, self.guided(x, t, self.batch.cond))
         return (x, t, self.batch.cond, *([t / 2] if self.second_time else [])), {}, tangents
 
 
@@ -138,7 +137,8 @@ class Probe:
             config=jvpgraph.Config(tangent_precision=config.precision.of_tangents),
         )
         found = replace(found, about=f"step {step} of {config.out}")
-        blocks = {name for name, module in student.named_modules() if module in set(repeated_blocks(student))}
+        repeated = set(repeated_blocks(student))
+        blocks = {name for name, module in student.named_modules() if module in repeated}
         values: dict[str, float] = {}
         for output in found.outputs:
             values[f"tangent_error/t={output.time:g}"] = max(output.tangent.values())

@@ -70,8 +70,7 @@ def load_run(folder: Path, *, ema: float | None = None, step: int | None = None)
 
     teacher = build_teacher(config, device)
     student = build_student(teacher, config.student)
-    if config.student.lora is not None and config.teacher.quantization is not None:
-        put_on_bytes(student, teacher, config.teacher.quantization)
+    put_on_bytes(student, teacher, config.bytes_below_adapters)
     ema = config.ema.sigma_rel[0] if ema is None else ema
     state: dict = {"student": moving(student)}
     if ema in config.ema.sigma_rel:
