@@ -119,15 +119,21 @@ def test_inductor_and_its_cache_know_them():
     with fresh_cache():
         for names in (("a", "b"), ("b", "a")):
             torch._dynamo.reset()
-            dual = jvpgraph.transform(Beside(*names), config=Config(tangent_precision=policy))
-            x, x_dot = given()
-            y, dots = dual(x, tangents={"x": x_dot})
-            for name, value, dot in zip(names, y, dots):
-                part = dual.model.parts[name].float()
-                want, want_dot = torch.func.jvp(part, (x.float(),), (x_dot.float(),))
-                torch.testing.assert_close(value.float(), want, rtol=0, atol=2e-2)
-                torch.testing.assert_close(dot, want_dot, rtol=0, atol=5e-2)
-                part.bfloat16()
+            model = Beside(*names)
+            exact = copy.deepcopy(model).float()
+            dual = jvpgraph.transform(model, dynamic=True, config=Config(tangent_precision=policy))
+            for rows in (3, 5):
+                x, x_dot = given(rows)
+                leaf, wide = x.clone().requires_grad_(), x.float().requires_grad_()
+                y, dots = dual(leaf, tangents={"x": x_dot})
+                for name, value, dot in zip(names, y, dots):
+                    want, want_dot = torch.func.jvp(exact.parts[name], (x.float(),), (x_dot.float(),))
+                    torch.testing.assert_close(value.float(), want, rtol=0, atol=2e-2)
+                    torch.testing.assert_close(dot, want_dot, rtol=0, atol=5e-2)
+                grads = torch.autograd.grad(sum(value.sum() for value in y), [*model.parameters(), leaf])
+                wanted = torch.autograd.grad(sum(value.sum() for value in exact(wide)), [*exact.parameters(), wide])
+                for grad, want in zip(grads, wanted):
+                    torch.testing.assert_close(grad.float(), want, rtol=0, atol=2e-2 * float(want.abs().max()))
             counts = dual.reports[-1].precisions
             assert counts["model"] == counts["float32"] > 0, "the passes ran on it"
 

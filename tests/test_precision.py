@@ -136,6 +136,24 @@ def test_products_round_where_it_costs_nothing_and_take_two_parts_where_that_doe
     assert text.count("aten.cat.default(") == 3, "the input's tangent is given in half precision"
 
 
+@pytest.mark.long
+def test_more_rows_than_a_thin_product_has_on_the_default_backend():
+    """Where most products take half precision, and some give it; with gradients, at two sizes."""
+    torch.manual_seed(0)
+    model = TinyDiT(width=256, depth=1).bfloat16()
+    exact = jvpgraph.transform(copy.deepcopy(model).double(), backend="eager")
+    kept = Config(tangent_precision="float32", skip_passes=("round_products",))
+    plain, wide, late = (jvpgraph.transform(model, dynamic=True, config=config) for config in (PLAIN, WIDE, kept))
+    for tokens in (80, 96):
+        given = drawn(torch.bfloat16, tokens)
+        want, want_dot, want_grads = step(exact, {name: x.double() for name, x in given.items()})
+        (y, y_dot, grads), (y_wide, wide_dot, grads_wide) = step(plain, given), step(wide, given)
+        assert error(wide_dot, want_dot) < 0.8 * error(y_dot, want_dot)
+        assert error(wide_dot, want_dot) < 1.1 * error(step(late, given)[1], want_dot)
+        assert error(y_wide, want) < 1.5 * error(y, want) + 1e-4
+        assert error(grads_wide, want_grads) < 1.5 * error(grads, want_grads) + 1e-4
+
+
 def each(names: str, call: Callable[..., Tensor] = lambda op, x: op(x), where: Any = torch) -> dict[str, Any]:
     """Functions of one tensor by the names of ops."""
     return {name: partial(call, getattr(where, name)) for name in names.split()}
