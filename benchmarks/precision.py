@@ -5,8 +5,8 @@
 The trainer's DiT of 4 to 48 layers, small Wan and Flux transformers, with random weights of realistic scale; the DiT
 with what trained networks have besides, one by one and together; and the digits' teacher that the demo trains. Weights,
 values and inputs are bfloat16. Errors are norm-wise, of tangents along the latents x and along the time t, against the
-same network in float64; median over seeds. `float32 values` are those of the network in float32 with the same weights.
-`auto 1.1` is Policy.auto for a tenth more traffic of tangents.
+same network in float64; median over seeds, for the deepest and those with outliers of one. `auto 1.1` is Policy.auto
+for a tenth more traffic of tangents; `float32 values` are those of the network in float32 with the same weights.
 `--times` adds the time of a whole step on Inductor, in turns in one process, and the bytes that its forward moves.
 Prints tables; writes precision.json and precision.png.
 """
@@ -37,8 +37,10 @@ from benchmarks.timing import Clock, interleaved, summary
 from jvpgraph import Config, Policy
 from jvpgraph.kernels.products import DECOMPOSITIONS
 from jvpgraph.precision import PRECISIONS
+from jvpgraph.trainer.model.student import repeated_blocks
 
 DEPTHS = (4, 12, 24, 48)
+OFTEN = ("own-4", "own-12", "wan", "flux")  # with several seeds; the others take long
 BUDGETS = (1.1, 1.2)  # of Policy.auto
 STEPS = [2.0**-k for k in range(1, 13)]  # of central differences, of inputs of about one
 Errors = dict[str, dict[str, float]]  # by way, and by what the tangent is along
@@ -82,8 +84,9 @@ def differences(net: nn.Module, inputs: dict[str, Any], name: str, dot: Tensor, 
 
 
 def dual_of(net: nn.Module, precision: Any = "model") -> Callable[..., tuple[Tensor, Tensor]]:
-    """(value, tangent) of a call; op by op, which runs the same rules as a graph and compiles nothing."""
-    dual = jvpgraph.transform(net, backend="op_by_op", config=Config(tangent_precision=precision))
+    """(value, tangent) of a call: a graph for all equal blocks, and op by op around them."""
+    config, blocks = Config(tangent_precision=precision), set(repeated_blocks(net))
+    dual = jvpgraph.transform(net, backend="eager", regions=blocks.__contains__, config=config)
 
     def run(inputs: dict[str, Any], name: str, dot: Tensor) -> tuple[Tensor, Tensor]:
         y, y_dot = dual(**inputs, tangents={name: dot})
@@ -134,7 +137,7 @@ def traffic() -> dict[str, int]:
     """Bytes that the forward reads and writes, as Inductor schedules it, with products as CUDA has them: alone, and
     with its tangent by precision."""
     torch.manual_seed(0)
-    case = own(2, width=512, side=32)  # more rows than a thin product has
+    case = own(2, width=512)
     counted: list[int] = []
 
     def count(graph: GraphLowering) -> Any:
@@ -214,7 +217,7 @@ def medians(make: Callable[[], Case], seeds: int) -> Errors:
 def measured(out: Path, only: list[str] | None, seeds: int) -> Iterator[tuple[str, Errors]]:
     for name, make in cases(out).items():
         if only is None or name in only:
-            yield name, medians(make, 1 if name == "digits" else seeds)
+            yield name, medians(make, seeds if name in OFTEN else 1)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from jvpgraph.trainer.train import train
 
 __all__ = ["INGREDIENTS", "Case", "digits_teacher", "flux", "own", "wan"]
 
-SIDE, BATCH, WIDTH = 16, 2, 256  # pixels, of which a token has 2 x 2; images; of the own DiT
+SIDE, BATCH, WIDTH = 32, 2, 256  # pixels, of which a token has 2 x 2: more rows than a thin product has; images
 Inputs = dict[str, Any]
 
 
@@ -91,7 +91,7 @@ def _pictures(net: nn.Module, side: int) -> Case:
 
 
 def wan() -> Case:
-    """Wan's network with 4 of its layers, 4 heads of 64, and clips of 3 x 8 x 8 latents."""
+    """Wan's network with 4 of its layers, 4 heads of 64, and clips of 3 x 16 x 16 latents."""
     from diffusers import WanTransformer3DModel
 
     net = _random(
@@ -99,7 +99,7 @@ def wan() -> Case:
             num_attention_heads=4, attention_head_dim=64, num_layers=4, ffn_dim=1024, text_dim=64, freq_dim=256
         )
     )
-    x = torch.randn(BATCH, 16, 3, 8, 8, dtype=torch.bfloat16)
+    x = torch.randn(BATCH, 16, 3, 16, 16, dtype=torch.bfloat16)
     text = torch.randn(BATCH, 12, 64, dtype=torch.bfloat16)
     inputs = {"hidden_states": x, "timestep": 1000 * torch.rand(BATCH), "encoder_hidden_states": text}
     return _moving(net, inputs, 1000 * torch.ones(BATCH))
@@ -119,7 +119,7 @@ class _ExactTime(nn.Module):
 
 
 def flux(exact_time: bool) -> Case:
-    """Flux's network with 2 double and 4 single layers, 4 heads of 64, 64 tokens of a picture and 12 of text."""
+    """Flux's network with 2 double and 4 single layers, 4 heads of 64, 256 tokens of a picture and 12 of text."""
     from diffusers import FluxTransformer2DModel
 
     net = _random(
@@ -134,13 +134,13 @@ def flux(exact_time: bool) -> Case:
             guidance_embeds=False,
         )
     )
-    rows = torch.arange(64)
+    rows = torch.arange(256)
     inputs = {
-        "hidden_states": torch.randn(BATCH, 64, 64, dtype=torch.bfloat16),
+        "hidden_states": torch.randn(BATCH, 256, 64, dtype=torch.bfloat16),
         "encoder_hidden_states": torch.randn(BATCH, 12, 64, dtype=torch.bfloat16),
         "pooled_projections": torch.randn(BATCH, 32, dtype=torch.bfloat16),
         "timestep": torch.rand(BATCH),
-        "img_ids": torch.stack([0 * rows, rows // 8, rows % 8], 1).float(),
+        "img_ids": torch.stack([0 * rows, rows // 16, rows % 16], 1).float(),
         "txt_ids": torch.zeros(12, 3),
     }
     return _moving(_ExactTime(net) if exact_time else net, inputs, torch.ones(BATCH))
