@@ -54,9 +54,6 @@ def dcm_loss(
     batch: Batch,
     rng: Random,
     config: DCM,
-    *,
-    iteration: int,
-    fake: nn.Module | None = None,
 ) -> Terms:
     """Sum over the latent of (f(x_t, t) - sg f(x_t', t'))^2, float64; t and t' neighbours on the grid.
 
@@ -65,8 +62,6 @@ def dcm_loss(
         teacher: makes the step from t to t', guidance included.
         batch: real latents and their conditions.
         rng: times and noise.
-        iteration: not used.
-        fake: not used.
     """
     grid = config.grid(rng.device)
     index = integers(1, config.teacher_steps + 1, len(batch), rng)

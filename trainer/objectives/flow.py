@@ -30,9 +30,6 @@ def flow_loss(
     batch: Batch,
     rng: Random,
     config: FlowMatching,
-    *,
-    iteration: int,
-    fake: nn.Module | None = None,
 ) -> Terms:
-    """Sum over the latent of (F - v)^2, float64; teacher, iteration and fake are not used."""
+    """Sum over the latent of (F - v)^2, float64; the teacher is not used."""
     return {"loss": velocity_error(student, batch, config.times, rng)}

@@ -55,9 +55,6 @@ def mean_flow_loss(
     batch: Batch,
     rng: Random,
     config: MeanFlow,
-    *,
-    iteration: int,
-    fake: nn.Module | None = None,
 ) -> Terms:
     """error / sg(error + c)^p, error = sum over the latent of (u - u_target)^2, float64.
 
@@ -69,8 +66,6 @@ def mean_flow_loss(
         teacher: gives the velocity, guidance included.
         batch: real latents and their conditions.
         rng: times and noise.
-        iteration: not used.
-        fake: not used.
     """
     t, r = ordered_times(len(batch), config, rng)
     s, s_r = flow_time(t), flow_time(r)

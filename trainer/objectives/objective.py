@@ -1,13 +1,16 @@
 """What an objective is: a function that reads like its paper, and a dataclass of its settings.
 
     @objective
-    def scm_loss(student, teacher, batch, rng, config: SCM, *, iteration, fake) -> Terms: ...
+    def scm_loss(student, teacher, batch, rng, config: SCM, *, iteration) -> Terms: ...
 
-The class of `config` is the key: a stage whose settings are an SCM is trained with scm_loss.
+The class of `config` is the key: a stage whose settings are an SCM is trained with scm_loss. What else a loss needs it
+asks for by the names of its keyword arguments: `iteration` of the stage, from 1, and `fake`, the fake score.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, get_type_hints
@@ -54,4 +57,14 @@ def objective(loss: AnyLoss) -> AnyLoss:
 
 
 def loss_of(settings: Objective) -> Loss:
-    return LOSSES[type(settings)]
+    """The loss, which may be offered more than it asks for."""
+    loss = LOSSES[type(settings)]
+    parameters = inspect.signature(loss).parameters.values()
+    names = {p.name for p in parameters}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+    @functools.wraps(loss)
+    def given(*args: Any, **offered: Any) -> Terms:
+        return loss(*args, **{name: value for name, value in offered.items() if takes_all or name in names})
+
+    return given

@@ -54,7 +54,6 @@ def scm_loss(
     config: SCM,
     *,
     iteration: int,
-    fake: nn.Module | None = None,
 ) -> Terms:
     """Sum over the latent of (F - F_sg - g)^2, float64.
 
@@ -64,7 +63,6 @@ def scm_loss(
         batch: real latents and their conditions.
         rng: times and noise.
         iteration: of the student, from 1; what the tangent's warm-up goes by.
-        fake: not used.
     """
     x0 = batch.x0.double()
     t = config.times.draw(len(batch), rng)
