@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -206,30 +208,33 @@ def draw(rows: dict[str, Errors], target: Path) -> None:
     figure.savefig(target, dpi=110)
 
 
-def medians(make: Callable[[], Case], seeds: int) -> Errors:
+def medians(out: Path, name: str, seeds: int) -> Errors:
+    torch.set_num_threads(1)
     runs = []
-    for seed in range(seeds):
+    for seed in range(seeds if name in OFTEN else 1):
         torch.manual_seed(seed)
-        runs.append(errors(make()))
+        runs.append(errors(cases(out)[name]()))
     return {way: {a: statistics.median(run[way][a] for run in runs) for a in "xt"} for way in runs[0]}
 
 
-def measured(out: Path, only: list[str] | None, seeds: int) -> Iterator[tuple[str, Errors]]:
-    for name, make in cases(out).items():
-        if only is None or name in only:
-            yield name, medians(make, seeds if name in OFTEN else 1)
+def measured(out: Path, only: list[str] | None, seeds: int, jobs: int) -> Iterator[tuple[str, Errors]]:
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        tasks = {n: pool.submit(medians, out, n, seeds) for n in cases(out) if only is None or n in only}
+        for name, task in tasks.items():
+            yield name, task.result()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="some of the networks")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="networks at a time, one thread each")
     parser.add_argument("--times", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("out/precision"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     rows: dict[str, Errors] = {}
-    for name, found in measured(options.out, options.only, options.seeds):
+    for name, found in measured(options.out, options.only, options.seeds, options.jobs):
         rows[name] = found
         print(table({name: found}).splitlines()[-1], flush=True)
     result: dict[str, Any] = environment("cpu") | {"rows": rows}
