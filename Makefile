@@ -114,7 +114,7 @@ bench: $(READY)  ## time compared with torch.func.jvp and finite differences; co
 precision: $(READY)  ## errors of tangents in bfloat16 by how they are computed, for docs/precision.md: a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.precision --times --out $(OUT)/precision
 
-bench-quality: $(READY)  ## rCM, sCM, DMD, dCM and MeanFlow on the digits, three seeds: an hour and a half on two cores
+bench-quality: $(READY)  ## what every recipe gives on the digits, three seeds: three hours on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality --out $(OUT)/quality
 
 scaling: $(READY)  ## FLOPs, traffic and memory per rank of a Wan 14B block on up to 512 imagined ranks: docs/scaling.md

@@ -221,7 +221,7 @@ def test_flops_beside_a_run_are_those_of_its_plan(tmp_path: Path) -> None:
     assert plan_run(blocks, processes=1)[0].flops > plan.flops
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_cannot_be_counted_is_left_out_with_one_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = config_of(tmp_path, [stage("dcm", 10, batch=4)], model={"load": "tests.test_pace:unbuildable"})
     with Counts(config) as counts:

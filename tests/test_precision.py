@@ -63,7 +63,7 @@ def step(dual: jvpgraph.DualModule, given: dict[str, Tensor]) -> tuple[Tensor, T
     return y.detach(), y_dot.detach(), torch.cat([grad.flatten() for grad in grads])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(("dtype", "kind", "how"), CASES)
 def test_it_is_nearer_to_the_truth_and_values_stay(dtype, kind, how):

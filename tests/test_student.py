@@ -269,7 +269,7 @@ def test_checkpointing_keeps_less_and_recomputes_no_tangent(model, lora):
     assert ran["jvpgraph.attention_backward.default"] == plain["jvpgraph.attention_backward.default"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("model", ["dit", "wan"])
 def test_checkpointing_leaves_the_tangent_alone(model):

@@ -187,7 +187,7 @@ def test_a_score_mod_on_the_default_backend(kind, dtype, dynamic):
     assert len(dual.reports) == (1 if dynamic else 2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["ALiBi", "softcap"])
 def test_a_score_mod_at_any_size(kind):
@@ -323,7 +323,7 @@ def test_gradients(model, options):
     check_layers(model(), **{"mask_mod": frames, "sizes": (150,), "backend": "eager", **options})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("gradients_on_a_cpu")
 def test_a_block_mask_made_inside():
     check_layers(Layers(frames), frames, (150, 100), backend="eager")

@@ -245,6 +245,21 @@ class ValidationConfig:
             raise ValueError("measures is empty: name at least one, such as jvpgraph.trainer.measures:fid")
 
 
+@dataclass(frozen=True)
+class WatchConfig:
+    """Signs of a run that goes wrong, in samples of the averaged student: docs/training_goes_wrong.md."""
+
+    every: int | None = None  # steps between looks; null: off
+    count: int = 16  # conditions, the data's first
+    repeats: int = 2  # samples of each, whose distances are the diversity
+    steps: int | None = None  # network passes of the student; null: the most of sampling.steps
+    seed: int = 0  # of the noise, which is the same at each look
+
+    def __post_init__(self) -> None:
+        positive(self, "every", "count", "repeats", "steps")
+        not_negative(self, "seed")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run: `jvpgraph train CONFIG`."""
@@ -270,6 +285,7 @@ class RunConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     @property
     def bytes_below_adapters(self) -> Literal["int8", "float8"] | None:

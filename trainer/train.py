@@ -25,7 +25,7 @@ from jvpgraph.trainer.batch import Batch, drop_condition
 from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
 from jvpgraph.trainer.data.sample import Dataset, first_samples
-from jvpgraph.trainer.model.ema import PowerEMA, save_snapshot, update_all
+from jvpgraph.trainer.model.ema import PowerEMA, averages_of, save_snapshot, update_all
 from jvpgraph.trainer.model.networks import check_run, moving, trainable, try_network
 from jvpgraph.trainer.model.optimizer import MasterAdamW, learning_rate
 from jvpgraph.trainer.objectives import Terms, loss_of
@@ -34,10 +34,11 @@ from jvpgraph.trainer.run.beforehand import data_of, look, shown
 from jvpgraph.trainer.run.build import Networks, build_networks
 from jvpgraph.trainer.run.changes import covered
 from jvpgraph.trainer.run.checkpoint import CheckpointError, Checkpoints, OnePiece
+from jvpgraph.trainer.run.decay import Watch
 from jvpgraph.trainer.run.diagnosis import Probe
 from jvpgraph.trainer.run.folder import check_folder, check_free, checkpoint_step, claimed, newest_step
 from jvpgraph.trainer.run.kept import Means, RandomState
-from jvpgraph.trainer.run.log import RunLog
+from jvpgraph.trainer.run.log import RunLog, read_lines
 from jvpgraph.trainer.run.not_finite import Compute, not_finite
 from jvpgraph.trainer.run.origin import Position, origin_of, resumed, write_origin
 from jvpgraph.trainer.run.pace import Pace, memory_gib
@@ -118,6 +119,7 @@ def train_here(
         layout.check_gradients(networks.student, first_samples(dataset, 1).to(layout.device))
         ranks.on_first(lambda: try_decoders(config, dataset, prompted, layout.device))
         beside = None if validation is None else validation.of_teacher(networks.guided)
+        watch = Watch.of(config, dataset, networks.guided, ranks, layout.device)
 
         folder = ranks.on_first(lambda: stack.enter_context(claimed(config, fresh=fresh)))
         checkpoints = Checkpoints(
@@ -144,6 +146,8 @@ def train_here(
 
         ranks.on_first(open_log)
         show, seconds = (None, 0.0) if log is None else (log.show, log.seconds)
+        if watch is not None and log is not None:
+            watch.remember(read_lines(log.path))
         if prompted is not None:
             ranks.on_first(lambda: prompted.save(folder))
         if beside is not None:
@@ -168,7 +172,8 @@ def train_here(
                 last_step = step == end
                 validated = due(step, config.validation.every)
                 probed = probe is not None and due(step, config.precision.probe_every)
-                if last_step or validated or probed or due(step, config.log.every):
+                watched = due(step, config.watch.every)
+                if last_step or validated or probed or watched or due(step, config.log.every):
                     means, memory = {**stage.means.take(), **stage.rates}, max(ranks.gather(memory_gib))
                     moved = networks.traffic.take()
                     if validation is not None and beside is not None and validated:
@@ -176,11 +181,13 @@ def train_here(
                         means |= validation.of_student(index, networks.student, average, beside.figures)
                     if probe is not None and probed:
                         means |= probe.look(step, index, networks.student)
+                    if watch is not None and watched:
+                        means |= watch.look(step, index, networks.student, stage.emas[0].parameters)
                     if log is not None:
                         log.add(step, means, pace.line(step, memory, moved))
                 if config.ema.snapshot_every and (last_step or due(step, config.ema.snapshot_every)):
                     for ema in stage.emas:
-                        save_snapshot(folder / "ema" / f"stage-{index}", step, ema)
+                        save_snapshot(averages_of(folder, index), step, ema)
                 stopping = step < ends[-1] and stop.agreed(ranks, reserve=checkpoints.seconds)
                 if last_step or stopping or due(step, config.checkpoint.every):
                     checkpoints.save(step, stage.state())

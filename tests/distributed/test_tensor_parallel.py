@@ -201,6 +201,7 @@ def launches_of_a_block(layout: str) -> dict[str, int]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", [pytest.param("TP", marks=pytest.mark.matrix), "TP+SP"])
 def test_the_tangent_launches_no_collective(layout: str):
     for found in run(2, launches_of_a_block, layout):

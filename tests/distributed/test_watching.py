@@ -21,6 +21,7 @@ def test_validation_previews_and_pace_of_two_processes(tmp_path: Path) -> None:
     measures = {"pixels": {"load": "jvpgraph.trainer.measures:distances", "options": {"features": features}}}
     more: dict[str, Any] = {
         "validation": {"every": 2, "count": 12, "measures": measures},
+        "watch": {"every": 2, "count": 4},
         "sampling": {"teacher_steps": 3, "steps": [2], "batch": 8},
         "log": {"every": 4, "preview_every": 4, "preview_count": 2},
     }
@@ -30,6 +31,7 @@ def test_validation_previews_and_pace_of_two_processes(tmp_path: Path) -> None:
     assert_same_log(many, one, tolerance=1e-7)
     last, alone = read_lines(many / "log.jsonl")[-1], read_lines(one / "log.jsonl")[-1]
     assert "validation/pixels/recall_teacher" in last
+    assert last["watch/distance"] > 0
     assert last["samples"] == alone["samples"] == 64
     assert last["samples_per_second"] == pytest.approx(16 / last["seconds_per_step"])
     assert last["samples_per_second_each"] == pytest.approx(last["samples_per_second"] / 2)

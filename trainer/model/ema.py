@@ -125,6 +125,11 @@ def update_all(emas: Sequence[PowerEMA], parameters: Mapping[str, Tensor]) -> in
     return copied
 
 
+def averages_of(run: Path, stage: int) -> Path:
+    """The folder of a stage's snapshots."""
+    return run / "ema" / f"stage-{stage}"
+
+
 def save_snapshot(folder: Path, step: int, ema: PowerEMA) -> Path:
     """Writes the average as `ema-<sigma_rel>-<step>.safetensors`, whole or not at all.
 

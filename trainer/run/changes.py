@@ -28,6 +28,7 @@ RULES = {
     "sampling": FREE,
     "evaluation": FREE,
     "validation": FREE,
+    "watch": FREE,
     "student.backend": FREE,  # other processes may need others
     "student.compile": FREE,
     "student.checkpoint_blocks": FREE,

@@ -19,7 +19,7 @@ from jvpgraph.trainer.evaluation import distances
 from jvpgraph.trainer.evaluation.distances import Quality, table
 from jvpgraph.trainer.evaluation.samplers import Sampler, draw, sampler_of
 from jvpgraph.trainer.files import naming
-from jvpgraph.trainer.model.ema import PowerEMA, reconstruct
+from jvpgraph.trainer.model.ema import PowerEMA, averages_of, reconstruct, snapshots
 from jvpgraph.trainer.model.networks import (
     build_guided,
     build_student,
@@ -54,10 +54,11 @@ class Run:
 def load_run(folder: Path, *, ema: float | None = None, step: int | None = None) -> Run:
     """The student of a run, averaged with relative width `ema` (default: the first of ema.sigma_rel).
 
-    A width that was not tracked is put together from the snapshots of those that were.
+    A width that was not tracked is put together from the snapshots of those that were; so is a step whose checkpoint
+    was not kept.
 
     Raises:
-        FileNotFoundError: the folder holds no run, or no checkpoint of that step.
+        FileNotFoundError: the folder holds no run, or neither checkpoint nor snapshots of that step.
         ValueError: there are no snapshots that could give this width.
     """
     file = folder / "config.yaml"
@@ -66,12 +67,18 @@ def load_run(folder: Path, *, ema: float | None = None, step: int | None = None)
     config = settings.load(RunConfig, file)
     device = device_of(config)
     checkpoints = Checkpoints(folder / "checkpoints")
-    path = None if step is None else checkpoints.at(step)
+    gone = step is not None and not checkpoints.has(step) and has_averages(folder, config, step)
+    path = None if step is None or gone else checkpoints.at(step)
 
     teacher = build_teacher(config, device)
     student = build_student(teacher, config.student)
     put_on_bytes(student, teacher, config.bytes_below_adapters)
     ema = config.ema.sigma_rel[0] if ema is None else ema
+    weights: Mapping[str, Tensor]
+    if step is not None and gone:
+        stage = stage_of(config, step)
+        weights = reconstruct(averages_of(folder, stage), ema, step=step)
+        return Run(config, step, stage, teacher, with_weights(student, weights))
     state: dict = {"student": moving(student)}
     if ema in config.ema.sigma_rel:
         average = PowerEMA(trainable(student), ema)
@@ -81,12 +88,16 @@ def load_run(folder: Path, *, ema: float | None = None, step: int | None = None)
     if step is None:
         raise FileNotFoundError(f"{folder / 'checkpoints'} holds no complete checkpoint: wait until the run has one")
     stage = stage_of(config, step)
-    weights: Mapping[str, Tensor]
     if ema in config.ema.sigma_rel:
         weights = average.parameters
     else:
-        weights = reconstruct(folder / "ema" / f"stage-{stage}", ema, step=step)
+        weights = reconstruct(averages_of(folder, stage), ema, step=step)
     return Run(config, step, stage, teacher, with_weights(student, weights))
+
+
+def has_averages(folder: Path, config: RunConfig, step: int) -> bool:
+    """Whether there are snapshots of a step."""
+    return any(s.step == step for s in snapshots(averages_of(folder, stage_of(config, step))))
 
 
 def stage_of(config: RunConfig, step: int) -> int:

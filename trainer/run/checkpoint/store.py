@@ -126,17 +126,19 @@ class Checkpoints:
             "folder."
         )
 
+    def has(self, step: int) -> bool:
+        return (self.folder / f"step-{step:08d}").is_dir()
+
     def at(self, step: int) -> Path:
         """The checkpoint of one step.
 
         Raises:
             FileNotFoundError: there is none; the message names the steps there are.
         """
-        path = self.folder / f"step-{step:08d}"
-        if not path.is_dir():
+        if not self.has(step):
             steps = ", ".join(str(int(p.name[5:])) for p in reversed(self._candidates()) if not p.suffix)
             raise FileNotFoundError(f"{self.folder} has no checkpoint of step {step}, only of {steps or 'none'}")
-        return path
+        return self.folder / f"step-{step:08d}"
 
     def load(self, state: State, path: Path | None = None, *, partial: bool = False) -> int | None:
         """Restores `state` in place from `path`, by default from the newest checkpoint that is whole.

@@ -1,0 +1,36 @@
+"""Every recipe on two processes that share its weights and its batch is the run of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.train import train
+from tests.distributed.harness import run
+from tests.distributed.test_train import assert_same_content, assert_same_log, config_of, train_in_rank
+from tests.recipes import RECIPES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def train_all(configs: list[RunConfig]) -> None:
+    for config in configs:
+        train_in_rank(config)
+
+
+@pytest.mark.long
+def test_with_fsdp2_as_in_one_process(tmp_path: Path) -> None:
+    def config(name: str, parallel: str | None) -> RunConfig:
+        more = {key: value for key, value in RECIPES[name].items() if key != "model"}
+        return config_of(tmp_path / (parallel or "one") / name, parallel=parallel, **more)
+
+    run(2, train_all, [config(name, "FSDP2") for name in RECIPES], timeout=600)
+    for name in RECIPES:
+        one, many = train(config(name, None)), tmp_path / "FSDP2" / name
+        try:
+            assert_same_log(many, one, tolerance=1e-7)
+            assert_same_content(many, one, tmp_path)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
