@@ -31,6 +31,7 @@ from jvpgraph.trainer.model.one_call import keep_time_exact, told
 from jvpgraph.trainer.model.packing import pack, positions, unpack
 from jvpgraph.trainer.model.padded_text import HidesText, at_full_length, take_padded
 from jvpgraph.trainer.model.pipelines import check_one_network, class_name
+from jvpgraph.trainer.model.second_time import load_second_time, without_complaint
 from jvpgraph.trainer.model.student import kept_in_float32
 from jvpgraph.trainer.model.two_times import (
     ace_step,
@@ -428,13 +429,16 @@ def diffusers_model(
     noise = adapter.schedule if schedule is None else schedule_named(schedule)
     if predicts is not None:
         noise = noise.predicting(predicts)
-    return TrigFlow(net, adapter, noise, time_scale=adapter.time_scale if time_scale is None else time_scale)
+    model = TrigFlow(net, adapter, noise, time_scale=adapter.time_scale if time_scale is None else time_scale)
+    if path is not None:
+        load_second_time(model, folder_of(Path(path)))
+    return model
 
 
 def load(path: Path, config: str | None, dtype: torch.dtype) -> nn.Module:
     if path.suffix == ".safetensors":
         return load_single_file(path, path.parent if config is None else Path(config), dtype)
-    folder = path if (path / "config.json").exists() else path / "transformer"
+    folder = folder_of(path)
     if not (folder / "config.json").exists():
         if not path.exists():
             raise ValueError(
@@ -448,8 +452,14 @@ def load(path: Path, config: str | None, dtype: torch.dtype) -> nn.Module:
     cls = network_class(name)
     if torch.get_default_device().type == "meta":  # jvpgraph plan asks for shapes: no weights are read
         return in_dtype(cls.from_config(cls.load_config(folder)), dtype)
-    net = cls.from_pretrained(folder, torch_dtype=dtype)
+    net = without_complaint(cls).from_pretrained(folder, torch_dtype=dtype)
+    net.__class__ = cls
     return net.double() if dtype == torch.float64 else net
+
+
+def folder_of(path: Path) -> Path:
+    """That of a network, which may be a pipeline's."""
+    return path if (path / "config.json").exists() else path / "transformer"
 
 
 def load_single_file(path: Path, folder: Path, dtype: torch.dtype) -> nn.Module:

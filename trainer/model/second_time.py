@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Condition
@@ -22,6 +24,7 @@ from jvpgraph.trainer.model.one_call import told
 from jvpgraph.trainer.trigflow import Call, TrigFlow
 
 INTERVAL = "interval"  # the name of d within e
+SAVED = "_second_time"  # in the config.json of a network of diffusers, which passes over what begins with _
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,43 @@ class WithSecondTime:
             return self.call(net, x, time, cond)
         with told(net.get_submodule(f"{self.where.embedder}.{INTERVAL}"), "length", self.where.scale * (time - time_r)):
             return self.call(net, x, time, cond)
+
+
+def saved_with(model: TrigFlow, net: Any) -> Any:
+    """The model's network, or one like it, which says in its config.json where it was given a second time."""
+    if isinstance(model.call, WithSecondTime) and hasattr(net, "register_to_config"):
+        net.register_to_config(**{SAVED: asdict(model.call.where)})
+    return net
+
+
+def without_complaint(cls: Any) -> Any:
+    """A class of diffusers that loads what `saved_with` saved, and leaves the second time to `load_second_time`."""
+    return type(cls.__name__, (cls,), {"_keys_to_ignore_on_load_unexpected": [rf"\.{INTERVAL}\."]})
+
+
+@torch.no_grad()
+def load_second_time(model: TrigFlow, folder: Path) -> None:
+    """Adds the second time that its network was saved with, and takes its weights from the folder's safetensors.
+
+    Raises:
+        ValueError: they are not there, or of another shape.
+    """
+    place: Any = getattr(model.net, "config", {}).get(SAVED)
+    if place is None:
+        return
+    add_second_time(model, SecondTime(**place))
+    wanted = {name: p for name, p in model.net.state_dict().items() if of_interval(name)}
+    if all(value.is_meta for value in wanted.values()):
+        return
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in wanted.keys() & set(tensors.keys()):
+                wanted.pop(name).copy_(tensors.get_tensor(name))
+    if wanted:
+        raise ValueError(
+            f"{folder}: config.json says that the network takes a second time, and {len(wanted)} of its tensors are "
+            f"missing, such as {min(wanted)}\nExport it again; diffusers itself does not save them."
+        )
 
 
 def of_interval(parameter: str) -> bool:

@@ -154,8 +154,7 @@ def _add_adapters(student: TrigFlow, lora: LoRA, *, whole: bool) -> None:
         lora_alpha=lora.alpha,
         target_modules="|".join(map(re.escape, names)),  # a pattern, for names in a list match the ends of others too
     )
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_(whole and of_interval(name))
+    net.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         # A fixed seed: all ranks of a sharded or replicated student start from the same adapters.
         torch.manual_seed(0)
@@ -164,6 +163,9 @@ def _add_adapters(student: TrigFlow, lora: LoRA, *, whole: bool) -> None:
         for adapters in (layer.lora_A, layer.lora_B):
             adapters.float()
             adapters.requires_grad_(True)
+    for name, parameter in net.named_parameters():
+        if whole and of_interval(name):
+            parameter.requires_grad_(True)  # peft takes everything else for frozen
 
 
 def adapted_layers(net: nn.Module) -> list[tuple[str, Any]]:
