@@ -128,8 +128,8 @@ OWN_CLASS = (
 
 
 JUMPS = (
-    "It takes two times, and `AnyFlowPipeline` samples it by jumps from one to the next, in as many steps as it is asked "
-    "for, with the `FlowMapEulerDiscreteScheduler` in `scheduler/`."
+    "It takes two times, and `AnyFlowPipeline` samples it by jumps from one to the next, in as many steps as it is "
+    "asked for, with the `FlowMapEulerDiscreteScheduler` in `scheduler/`."
 )
 AVERAGE = (
     "It takes a second time, which diffusers' own class does not know: loaded by that it would give something else. "

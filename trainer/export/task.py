@@ -140,8 +140,9 @@ class Task:
         check_one_network(self.pipeline, self.index)
         if self.has_second_time and not self.goes_into_pipelines:
             raise ValueError(
-                f"no pipeline of diffusers tells a {type(self.net).__name__} a second time; AnyFlow's does, for Wan from "
-                "text to video\nExport the network alone (without --pipeline), and sample it with jvpgraph sample RUN."
+                f"no pipeline of diffusers tells a {type(self.net).__name__} a second time; AnyFlow's does, for Wan "
+                "from text to video\n"
+                "Export the network alone (without --pipeline), and sample it with jvpgraph sample RUN."
             )
         if not self.goes_into_pipelines:
             raise ValueError(

@@ -1,8 +1,8 @@
 """A Wan student with a second time as diffusers' AnyFlowTransformer3DModel, whose pipeline samples by jumps, and back.
 
-AnyFlow embeds its times as (1 - gate) E(t) + gate D(t - r). With a gate of a half, E = 2 e and D = 2 d that is e + d, and
-doubling changes no digit: in float32 the two networks agree bit for bit. In narrower dtypes diffusers rounds both
-embeddings before they are added, and keeps D in the narrow dtype; where d is still zero that changes nothing.
+AnyFlow embeds its times as (1 - gate) E(t) + gate D(t - r). With a gate of a half, E = 2 e and D = 2 d that is e + d,
+and doubling changes no digit. What remains is rounding: its blocks are those of an older Wan, and in narrow dtypes
+diffusers keeps D in the narrow one and rounds both embeddings before they are added.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jvpgraph.trainer.model.second_time import INTERVAL, WAN
 
 NAME = "AnyFlowTransformer3DModel"
 GATE = 0.5
-OURS = f"{WAN.embedder}.{INTERVAL}.embedder."
+OURS = f"{INTERVAL}.embedder."
 THEIRS = "condition_embedder.delta_embedder."
 SAME = {"qk_norm": "rms_norm_across_heads", "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
 

@@ -23,7 +23,7 @@ from jvpgraph.trainer.batch import Condition
 from jvpgraph.trainer.model.one_call import told
 from jvpgraph.trainer.trigflow import Call, TrigFlow
 
-INTERVAL = "interval"  # the name of d within e
+INTERVAL = "interval"  # the name of d in the network; not within e, which may be a Sequential
 SAVED = "_second_time"  # in the config.json of a network of diffusers, which passes over what begins with _
 
 
@@ -93,7 +93,9 @@ def add_second_time(model: TrigFlow, where: SecondTime | None = None) -> TrigFlo
         place = found(net, where or SecondTime())
         embedder = net.get_submodule(place.embedder or "")
         sinusoids = None if place.sinusoids is None else net.get_submodule(place.sinusoids)
-        embedder.add_module(INTERVAL, Interval(embedder, sinusoids))
+        interval = Interval(embedder, sinusoids)
+        net.add_module(INTERVAL, interval)
+        embedder.interval = (interval,)  # type: ignore[assignment]  # hidden from what goes through its children
         embedder.register_forward_hook(add_interval)
         model.call = WithSecondTime(model.call, place)
     return model
@@ -112,6 +114,8 @@ def found(net: nn.Module, where: SecondTime) -> SecondTime:
     do = f"Name the module that embeds its time: student.second_time={{embedder: NAME}}; likely ones: {likely[:8]}"
     if where.embedder is None:
         raise ValueError(f"student.second_time: it is not known where {type(net).__name__} takes its time in\n{do}")
+    if hasattr(net, INTERVAL):
+        raise ValueError(f"student.second_time: {type(net).__name__} has an `{INTERVAL}` of its own\nRename that.")
     for name in (where.embedder, where.sinusoids):
         if name is not None and name not in names:
             raise ValueError(f"student.second_time: {type(net).__name__} has no module {name}\n{do}")
@@ -148,14 +152,16 @@ class Interval(nn.Module):
         return self.embedder(length).to(embedding.dtype)
 
 
-def add_interval(embedder: nn.Module, _: Any, embedding: Tensor) -> Tensor:
+def add_interval(embedder: Any, _: Any, embedding: Tensor) -> Tensor:
     """A hook without a closure, so that copies of a network have their own."""
     if not isinstance(embedding, Tensor):
         raise TypeError(
             f"student.second_time: a {type(embedder).__name__} gives a {type(embedding).__name__}, not an embedding "
             "[B, C]: name the module within it that does"
         )
-    return embedding + getattr(embedder, INTERVAL)(embedding)
+    (interval,) = embedder.interval
+    total: Tensor = embedding + interval(embedding)
+    return total
 
 
 class WithSecondTime:
@@ -170,7 +176,7 @@ class WithSecondTime:
     ) -> Tensor:
         if time_r is None:
             return self.call(net, x, time, cond)
-        with told(net.get_submodule(f"{self.where.embedder}.{INTERVAL}"), "length", self.where.scale * (time - time_r)):
+        with told(net.get_submodule(INTERVAL), "length", self.where.scale * (time - time_r)):
             return self.call(net, x, time, cond)
 
 
@@ -183,7 +189,7 @@ def saved_with(model: TrigFlow, net: Any) -> Any:
 
 def without_complaint(cls: Any) -> Any:
     """A class of diffusers that loads what `saved_with` saved, and leaves the second time to `load_second_time`."""
-    return type(cls.__name__, (cls,), {"_keys_to_ignore_on_load_unexpected": [rf"\.{INTERVAL}\."]})
+    return type(cls.__name__, (cls,), {"_keys_to_ignore_on_load_unexpected": [rf"^{INTERVAL}\."]})
 
 
 @torch.no_grad()
