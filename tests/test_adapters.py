@@ -19,6 +19,7 @@ import jvpgraph
 from jvpgraph.trainer.model import adapters
 from jvpgraph.trainer.model.adapters import ADAPTERS, adapter_of, diffusers_model
 from jvpgraph.trainer.model.schedulers import scheduler_for
+from jvpgraph.trainer.model.second_time import takes_r
 from jvpgraph.trainer.trigflow import EDM_NETWORK, RECTIFIED_FLOW, TrigFlow, add_noise, clean_image, expand_like
 from tests.zoo.base import QUIET, padding, randomise
 from tests.zoo.cases import CASES
@@ -129,6 +130,27 @@ def z_image_by_hand(net: Any, x: Tensor, s: Tensor, cond: dict[str, Any]) -> Ten
     return -torch.stack([image[:, 0] for image in out])
 
 
+def anyflow_by_hand(net: Any, x: Tensor, s: Tensor, cond: dict[str, Any], **more: Any) -> Tensor:
+    """With r = t, a velocity."""
+    time = (1000 * s).float()[:, None].expand(-1, x.shape[2])
+    u = net(hidden_states=x.transpose(1, 2), timestep=time, r_timestep=time, **cond, **more).sample
+    return u.transpose(1, 2)
+
+
+def far_by_hand(net: Any, x: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
+    return anyflow_by_hand(net, x, s, cond, chunk_partition=[1, 3])
+
+
+def hunyuan_by_hand(net: Any, x: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
+    time = (1000 * s).float().double()  # their sinusoids are to be of the network's dtype
+    return net(hidden_states=x, timestep=time, timestep_r=time, **cond, return_dict=False)[0]
+
+
+def ace_step_by_hand(net: Any, x: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
+    time = s.float().double()
+    return net(hidden_states=x, timestep=time, timestep_r=time, **cond).sample
+
+
 TEXT_12 = {"encoder_hidden_states": normal(B, L, 12)}
 TEXT_10 = {"encoder_hidden_states": normal(B, L, 10)}
 FRAMED = {"encoder_hidden_states": normal(B, 512, 10), "encoder_hidden_states_image": normal(B, 3, 14)}
@@ -136,7 +158,14 @@ GUIDANCE = {"guidance": torch.tensor([3.5, 2.0])}
 SIZES = {name: 100 * normal(B, 2).abs() for name in ("original_size", "target_size", "crop_coords")}
 IMAGE, VIDEO = (4, 8, 6), (4, 2, 4, 6)
 
+SECOND_TEXT = {"encoder_hidden_states_2": normal(B, 3, 10), "encoder_attention_mask_2": padding(3, 2, 3)}
+
 TABLE = {
+    "AceStepTransformer1DModel": Case(
+        (12, 4), {"encoder_hidden_states": normal(B, L, 24), "context_latents": normal(B, 12, 6)}, ace_step_by_hand
+    ),
+    "AnyFlowFARTransformer3DModel": Case((4, 4, 8, 8), TEXT_10, far_by_hand),
+    "AnyFlowTransformer3DModel": Case(VIDEO, TEXT_10, anyflow_by_hand),
     "AuraFlowTransformer2DModel": Case(IMAGE, TEXT_12, simply(1)),
     "ChromaTransformer2DModel": Case((2, 8, 6), TEXT_12 | {"attention_mask": MASK}, chroma_by_hand),
     "CogView4Transformer2DModel": Case(IMAGE, TEXT_12 | SIZES, simply(1000)),
@@ -152,6 +181,16 @@ TABLE = {
             "pooled_embeds": normal(B, 14),
         },
         hidream_by_hand,
+    ),
+    "HunyuanImageTransformer2DModel": Case(
+        IMAGE,
+        TEXT_12 | {"encoder_attention_mask": MASK, "guidance": torch.tensor([6000.0, 1000.0]).double()} | SECOND_TEXT,
+        hunyuan_by_hand,
+    ),
+    "HunyuanVideo15Transformer3DModel": Case(
+        VIDEO,
+        TEXT_12 | {"encoder_attention_mask": MASK, "image_embeds": normal(B, 2, 6)} | SECOND_TEXT,
+        hunyuan_by_hand,
     ),
     "HunyuanVideoTransformer3DModel": Case(
         VIDEO,
@@ -278,16 +317,21 @@ def test_any_dtype_gives_float64_and_the_time_arrives_in_float32(name: str, dtyp
     assert F.shape == x.shape
     assert F.dtype == torch.float64
     assert F.isfinite().all()
-    assert seen == [torch.float32]
+    assert seen == [getattr(torch, dtype) if name in TOLD else torch.float32]  # the sinusoids are told the exact one
 
 
+TOLD = ("AceStepTransformer1DModel", "HunyuanImageTransformer2DModel", "HunyuanVideo15Transformer3DModel")
 ROUNDING = (  # in bfloat16, by themselves
     "FluxTransformer2DModel",
     "Flux2Transformer2DModel",
     "ChromaTransformer2DModel",
     "QwenImageTransformer2DModel",
+    *TOLD,
 )
-UNKNOWN_TO_FUNC = ("HiDreamImageTransformer2DModel",)  # its Python reads numbers, which torch.func has none of
+UNKNOWN_TO_FUNC = (
+    "HiDreamImageTransformer2DModel",  # its Python reads numbers, which torch.func has none of
+    "AnyFlowFARTransformer3DModel",  # flex attention
+)
 
 IN_ONE_GRAPH = (
     "WanTransformer3DModel",
@@ -454,12 +498,44 @@ def test_an_unknown_condition_is_named() -> None:
 
 def test_a_second_time_is_refused() -> None:
     name = "WanTransformer3DModel"
-    with pytest.raises(ValueError, match="WanTransformer3DModel takes one time, not two"):
+    with pytest.raises(ValueError, match=r"WanTransformer3DModel takes one time, not two: .* add_second_time"):
         build(name)(latents(name), times(), TEXT_10, r=times())
 
 
+TWO_TIMES = ("AnyFlowFARTransformer3DModel", "AnyFlowTransformer3DModel", *TOLD)
+
+
+@pytest.mark.parametrize("name", TWO_TIMES)
+@torch.no_grad()
+def test_two_times_arrive_in_the_network_s_own_units(name: str) -> None:
+    """r on its own, and r = t where there is none."""
+    model, x, t, cond = build(name), latents(name), times(), TABLE[name].cond
+    r, seen = t / 2, []
+    key = "r_timestep" if "AnyFlow" in name else "timestep_r"
+    model.net.register_forward_pre_hook(lambda _, __, given: seen.append(given[key]), with_kwargs=True)
+    F = model(x, t, cond, r)
+    wanted = model.network_time(r)
+    torch.testing.assert_close(seen[0].reshape(B, -1)[:, 0].float(), wanted, rtol=1e-6, atol=0)
+    assert (F - model(x, t, cond)).norm() > 1e-3 * F.norm()
+    assert torch.equal(model(x, t, cond), model(x, t, cond, t))
+
+
+def test_a_hunyuan_without_mean_flow_takes_one_time() -> None:
+    name = "HunyuanVideo15Transformer3DModel"
+    assert takes_r(build(name))
+    model = build(name, config={"use_meanflow": False})
+    assert not takes_r(model)
+    assert model(latents(name), times(), TABLE[name].cond).isfinite().all()
+
+
+def test_more_chunks_than_a_far_network_sees_whole_are_refused() -> None:
+    name = "AnyFlowFARTransformer3DModel"
+    with pytest.raises(ValueError, match=r"7 frames of latents are no 2 or fewer of the chunks \[1, 3, 3"):
+        build(name)(normal(B, 4, 7, 8, 8), times(), TEXT_10)
+
+
 def test_an_unknown_class_is_told_what_to_do(tmp_path) -> None:
-    known = r"known are AuraFlow.*ZImageTransformer2DModel; for another network write call\(net, x, time, cond\)"
+    known = r"known are AceStep.*ZImageTransformer2DModel; for another network write call\(net, x, time, cond\)"
     with pytest.raises(ValueError, match="Linear has no adapter; " + known):
         adapter_of(nn.Linear(1, 1))
     with pytest.raises(ValueError, match="UNet2DModel has no adapter; " + known):

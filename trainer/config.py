@@ -6,12 +6,13 @@ The comments are what `jvpgraph train --help` prints.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from jvpgraph.precision import Policy, Precision
+from jvpgraph.trainer.model.second_time import SecondTime
 from jvpgraph.trainer.model.student import LoRA
 from jvpgraph.trainer.objectives import RCM, Objective
 from jvpgraph.trainer.pictures import Film
@@ -28,6 +29,19 @@ class StudentConfig:
     checkpoint_blocks: bool = False  # save memory: recompute each block's primal in the backward pass
     backend: Literal["inductor", "eager", "op_by_op"] = "inductor"  # of jvpgraph.transform
     compile: bool = False  # torch.compile the teacher, the fake score and the student's calls without tangents too
+    second_time: bool | SecondTime = False  # take r beside t, for average velocities; where, if that is not known
+
+    @property
+    def added_time(self) -> SecondTime | None:
+        """Where a second time is to be taken in; None: there is none."""
+        if isinstance(self.second_time, bool):
+            return SecondTime() if self.second_time else None
+        return self.second_time
+
+    @property
+    def fake_score(self) -> StudentConfig:
+        """How the fake score is built, which gives the velocity of a score: it has one time."""
+        return replace(self, second_time=False)
 
 
 @dataclass(frozen=True)
@@ -291,6 +305,11 @@ class RunConfig:
     def bytes_below_adapters(self) -> Literal["int8", "float8"] | None:
         """What weights of the teacher the student's adapters are trained on, if those are in bytes."""
         return None if self.student.lora is None else self.teacher.quantization
+
+    def sampler(self, stage: int) -> str:
+        """How the student of a stage is sampled: consistency, mean_flow or flow."""
+        own = self.stages[stage].objective.sampler
+        return "mean_flow" if self.student.added_time is not None and own == "consistency" else own
 
     def __post_init__(self) -> None:
         positive(self, "threads")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.export.task import Task
 from jvpgraph.trainer.model.schedulers import own_file
+from jvpgraph.trainer.model.second_time import WithSecondTime
 
 Kind = Literal["pipeline", "network", "plain", "lora", "comfyui"]
 
@@ -37,7 +38,7 @@ def write_card(task: Task, out: Path, kind: Kind, notes: str = "") -> None:
 
 
 def use_pipeline(task: Task) -> str:
-    needs_trust = own_file(task.scheduler) is not None if task.run.sampler == "consistency" else False
+    needs_trust = own_file(task.scheduler) is not None if task.own_scheduler else False
     trust = ", trust_remote_code=True" if needs_trust else ""
     code = [
         "import torch",
@@ -56,6 +57,16 @@ def use_network(task: Task) -> str:
     if not task.from_diffusers:
         return f"`{cls}` reads this folder as its `save_pretrained` wrote it."
     code = [f"from diffusers import {cls}", "", f'net = {cls}.from_pretrained(".")']
+    if task.by_jumps:
+        return python(code) + f"\n\n{JUMPS}"
+    if isinstance(task.run.student.call, WithSecondTime):
+        code = [
+            "from jvpgraph.trainer.adapters import diffusers_model",
+            "",
+            'model = diffusers_model(".")',
+            "F = model(x_t, t, conditions, r)",
+        ]
+        return f"{python(code)}\n\n{AVERAGE}"
     if task.fits and own_file(task.scheduler) is None:
         code.insert(0, "from diffusers import FlowMatchLCMScheduler")
         code += ['scheduler = FlowMatchLCMScheduler.from_pretrained(".", subfolder="scheduler")']
@@ -113,6 +124,16 @@ OWN_CLASS = (
     "The times of this student are not among those that diffusers' own schedulers can be told to use. The scheduler is "
     "the class in `scheduler/`, 40 lines, which diffusers runs with `trust_remote_code=True` only. Exported without "
     "`--times run` it needs none."
+)
+
+
+JUMPS = (
+    "It takes two times, and `AnyFlowPipeline` samples it by jumps from one to the next, in as many steps as it is "
+    "asked for, with the `FlowMapEulerDiscreteScheduler` in `scheduler/`."
+)
+AVERAGE = (
+    "It takes a second time, which diffusers' own class does not know: loaded by that it would give something else. "
+    "x_r = cos(t - r) x_t - sin(t - r) F, with t and r in radians of TrigFlow; no r is r = t, the velocity."
 )
 
 

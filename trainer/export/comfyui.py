@@ -15,8 +15,9 @@ def export_comfyui(task: Task, out: Path) -> None:
     """NAME.safetensors, and the network's config.json, with which diffusers reads it too (from_single_file).
 
     Raises:
-        ValueError: the original names of this network's weights are not known.
+        ValueError: the original names of this network's weights are not known, or it takes a second time.
     """
+    task.check_one_time("ComfyUI tells")
     name = type(task.net).__name__
     tensors = to_original(task.net.state_dict(), name, getattr(task.net, "config", {}))
     file = out / f"{task.folder.resolve().name}.safetensors"

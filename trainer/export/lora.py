@@ -24,6 +24,7 @@ def export_lora(task: Task, out: Path) -> None:
     Raises:
         ValueError: the student has whole weights and no rank is given, or the network is not diffusers'.
     """
+    task.check_one_time("pipelines that load LoRA files tell")
     if not task.from_diffusers:
         raise ValueError(
             f"{type(task.net).__name__} is no network of diffusers, whose pipelines load LoRA files\n"

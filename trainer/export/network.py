@@ -12,6 +12,8 @@ from jvpgraph.trainer import settings
 from jvpgraph.trainer.export.card import write_card
 from jvpgraph.trainer.export.task import NETWORK, Task
 
+BESIDE = ("tokenizer", "text_encoder", "vae")  # what AnyFlow's pipeline has of Wan's
+
 
 def export_network(task: Task, out: Path) -> None:
     """A whole pipeline if `task` names one, else the network alone, by its own save_pretrained or as safetensors."""
@@ -20,7 +22,7 @@ def export_network(task: Task, out: Path) -> None:
         write_card(task, out, "pipeline")
     elif hasattr(task.net, "save_pretrained"):
         task.net.save_pretrained(out)
-        if task.fits:
+        if task.fits or task.by_jumps:
             task.save_scheduler(out / "scheduler")
         write_card(task, out, "network")
     else:
@@ -35,12 +37,16 @@ def write_pipeline(task: Task, out: Path) -> None:
     """
     folder, index = task.check_pipeline(), dict(task.index)
     kept = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+    if task.by_jumps:
+        index = {"_class_name": task.pipeline_class().__name__, "_diffusers_version": index.get("_diffusers_version")}
+        index |= {name: task.index[name] for name in BESIDE if name in kept}
+        kept = [*BESIDE]
     for name in kept:
         if name not in (NETWORK, "scheduler") and (folder / name).is_dir():
             shutil.copytree(folder / name, out / name)
     task.net.save_pretrained(out / NETWORK)
     index[NETWORK] = ["diffusers", type(task.net).__name__]  # which an old checkpoint calls otherwise
-    if task.run.sampler == "consistency":
+    if task.own_scheduler:
         index["scheduler"] = task.save_scheduler(out / "scheduler")
     else:
         shutil.copytree(folder / "scheduler", out / "scheduler")

@@ -87,7 +87,7 @@ def assemble(task: Task) -> Any:
     """The pipeline with the student and its scheduler, in the student's dtype and on its device."""
     folder = task.check_pipeline()
     parts = {NETWORK: task.net}
-    if task.run.sampler == "consistency":
+    if task.own_scheduler:
         parts["scheduler"] = task.scheduler
     pipe = load_pipeline(task.pipeline_class(), folder, computing_dtype(task.net), **parts)
     pipe.set_progress_bar_config(disable=True)

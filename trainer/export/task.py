@@ -13,8 +13,11 @@ from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.files import read_json
 from jvpgraph.trainer.model.adapters import diffusers
+from jvpgraph.trainer.model.anyflow import NAME as ANYFLOW
+from jvpgraph.trainer.model.anyflow import as_anyflow, fits_anyflow
 from jvpgraph.trainer.model.pipelines import check_one_network, class_name
 from jvpgraph.trainer.model.schedulers import even_times, fits_pipelines, own_file, scheduler_for
+from jvpgraph.trainer.model.second_time import WithSecondTime, saved_with
 from jvpgraph.trainer.model.student import merged
 from jvpgraph.trainer.prepare.families import FAMILIES
 from jvpgraph.trainer.run.finished import Run
@@ -44,7 +47,22 @@ class Task:
     @cached_property
     def net(self) -> Any:
         """The student's network, adapters added to the weights."""
-        return merged(self.run.student)
+        net = merged(self.run.student)
+        return as_anyflow(net) if fits_anyflow(net) else saved_with(self.run.student, net)
+
+    @property
+    def by_jumps(self) -> bool:
+        """Whether a pipeline samples it by jumps from one time to the next: AnyFlow's."""
+        return self.run.sampler == "mean_flow" and type(self.net).__name__ == ANYFLOW
+
+    @property
+    def own_scheduler(self) -> bool:
+        """Whether its pipeline gets another scheduler than the teacher's."""
+        return self.run.sampler == "consistency" or self.by_jumps
+
+    @property
+    def has_second_time(self) -> bool:
+        return self.run.sampler == "mean_flow" or isinstance(self.run.student.call, WithSecondTime)
 
     @property
     def about_bytes(self) -> str:
@@ -57,6 +75,11 @@ class Task:
     @property
     def from_diffusers(self) -> bool:
         return any(cls.__module__.startswith("diffusers.") for cls in type(self.net).__mro__)
+
+    def check_one_time(self, who: str) -> None:
+        """Raises ValueError for a student with a second time, which `who` tells none."""
+        if self.has_second_time:
+            raise ValueError(f"the student takes two times, and {who} it one\nUse --format diffusers.")
 
     @cached_property
     def count(self) -> int:
@@ -81,10 +104,12 @@ class Task:
 
     @property
     def goes_into_pipelines(self) -> bool:
-        return self.run.sampler == "flow" or self.fits
+        return (self.run.sampler == "flow" and not self.has_second_time) or self.fits or self.by_jumps
 
     @cached_property
     def scheduler(self) -> Any:
+        if self.by_jumps:
+            return diffusers().FlowMapEulerDiscreteScheduler(shift=self.run.config.sampling.shift)
         return scheduler_for(self.run.student, self.times).scheduler
 
     @property
@@ -107,12 +132,18 @@ class Task:
         own = (self.index.get(NETWORK) or ["", ""])[1]
         if (file := self.pipeline / NETWORK / "config.json").is_file():
             own = class_name({"_class_name": own, "norm_type": read_json(file).get("norm_type")})
-        if own != type(self.net).__name__:
+        if own not in (type(self.net).__name__, type(self.run.student.net).__name__):
             raise ValueError(
                 f"{self.pipeline} has a {own or 'pipeline without a ' + NETWORK}, and the student is a "
                 f"{type(self.net).__name__}\nGive the pipeline that the teacher comes from."
             )
         check_one_network(self.pipeline, self.index)
+        if self.has_second_time and not self.goes_into_pipelines:
+            raise ValueError(
+                f"no pipeline of diffusers tells a {type(self.net).__name__} a second time; AnyFlow's does, for Wan "
+                "from text to video\n"
+                "Export the network alone (without --pipeline), and sample it with jvpgraph sample RUN."
+            )
         if not self.goes_into_pipelines:
             raise ValueError(
                 f"no scheduler of diffusers lets a pipeline sample this student: it is of {self.run.sampler} in "
@@ -127,7 +158,7 @@ class Task:
         return read_json(self.pipeline / "model_index.json")
 
     def pipeline_class(self) -> Any:
-        return getattr(diffusers(), self.index["_class_name"])
+        return getattr(diffusers(), "AnyFlowPipeline" if self.by_jumps else self.index["_class_name"])
 
     def arguments(self) -> dict[str, Any]:
         """What the pipeline is called with: the number of steps, and no guidance on top of the student's."""

@@ -28,9 +28,19 @@ from torch.nn.functional import pad
 from jvpgraph.trainer.batch import Condition
 from jvpgraph.trainer.files import read_json
 from jvpgraph.trainer.model.one_call import keep_time_exact, told
+from jvpgraph.trainer.model.packing import pack, positions, unpack
 from jvpgraph.trainer.model.padded_text import HidesText, at_full_length, take_padded
 from jvpgraph.trainer.model.pipelines import check_one_network, class_name
+from jvpgraph.trainer.model.second_time import load_second_time, without_complaint
 from jvpgraph.trainer.model.student import kept_in_float32
+from jvpgraph.trainer.model.two_times import (
+    ace_step,
+    anyflow,
+    anyflow_far,
+    hunyuan,
+    keep_ace_step_exact,
+    keep_hunyuan_exact,
+)
 from jvpgraph.trainer.trigflow import (
     EDM_NETWORK,
     RECTIFIED_FLOW,
@@ -57,6 +67,7 @@ class Adapter:
         takes: further conditions that it understands.
         time_scale: the network's time at s = 1.
         adjust: (adapter, net) -> the adapter for this network's configuration.
+        takes_r: the function is given a second time as well.
     """
 
     name: str
@@ -66,11 +77,15 @@ class Adapter:
     schedule: Schedule = RECTIFIED_FLOW
     time_scale: float = 1000.0
     adjust: Callable[[Adapter, Any], Adapter] = lambda adapter, net: adapter
+    takes_r: bool = False
 
-    def __call__(self, net: nn.Module, x: Tensor, time: Tensor, cond: Condition, **second: Tensor) -> Tensor:
-        """x_s [B, C, ...] and the network's time [B], float32 -> the prediction, of x_s' shape."""
-        if second:
-            raise ValueError(f"{self.name} takes one time, not two: {WRITE_ONE}")
+    def __call__(
+        self, net: nn.Module, x: Tensor, time: Tensor, cond: Condition, time_r: Tensor | None = None
+    ) -> Tensor:
+        """x_s [B, C, ...] and the network's time [B], float32 -> the prediction, of x_s' shape. No time_r: it is t."""
+        if time_r is not None and not self.takes_r:
+            raise ValueError(f"{self.name} takes one time, not two: give it a second one, see add_second_time")
+        second = {"time_r": time if time_r is None else time_r} if self.takes_r else {}
         has = ", ".join(cond) or "none"
         if missing := [name for name in self.needs if name not in cond]:
             raise ValueError(f"{self.name} needs the conditions {', '.join(missing)}; the batch has {has}")
@@ -78,7 +93,8 @@ class Adapter:
         if unknown := [name for name in cond if name not in known]:
             raise ValueError(f"{self.name} takes {', '.join(known)}, not {', '.join(unknown)}; the batch has {has}")
         dtype = computing_dtype(net)
-        return self.function(net, x.to(dtype), time, {name: to_network(c, dtype) for name, c in cond.items()})
+        cond = {name: to_network(c, dtype) for name, c in cond.items()}
+        return self.function(net, x.to(dtype), time, cond, **second)
 
 
 def computing_dtype(net: nn.Module) -> torch.dtype:
@@ -234,25 +250,6 @@ def cosmos1(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
     return -cosmos(net, x, time, cond)
 
 
-def pack(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> tokens of 2 x 2 pixels [B, H/2 W/2, 4 C], in the order (C, row, column)."""
-    B, C, H, W = x.shape
-    return x.reshape(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // 4, 4 * C)
-
-
-def unpack(tokens: Tensor, H: int, W: int) -> Tensor:
-    """[B, H/2 W/2, 4 C] -> [B, C, H, W]."""
-    B, _, C4 = tokens.shape
-    return tokens.reshape(B, H // 2, W // 2, C4 // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C4 // 4, H, W)
-
-
-def positions(H: int, W: int, device: torch.device) -> Tensor:
-    """(0, row, column) of every token [H W, 3], float32."""
-    rows = torch.arange(H, dtype=torch.float32, device=device)[:, None].expand(H, W)
-    columns = torch.arange(W, dtype=torch.float32, device=device)[None].expand(H, W)
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(H * W, 3)
-
-
 # ---------------------------------------------------------------- what depends on the configuration
 
 
@@ -265,6 +262,19 @@ def with_exact_time(adapter: Adapter, net: Any) -> Adapter:
     embedding = net.time_guidance_embed if hasattr(net, "time_guidance_embed") else net.time_text_embed
     keep_time_exact(embedding.time_proj)
     return with_guidance(adapter, net) if "guidance_embeds" in net.config else adapter
+
+
+def with_two_times(adapter: Adapter, net: Any) -> Adapter:
+    keep_hunyuan_exact(net)
+    adapter = replace(adapter, takes_r=net.config.use_meanflow)
+    if net.config.get("text_embed_2_dim") is None:
+        adapter = replace(adapter, needs=adapter.needs[:2])
+    return with_guidance(adapter, net) if "guidance_embeds" in net.config else adapter
+
+
+def with_exact_times(adapter: Adapter, net: Any) -> Adapter:
+    keep_ace_step_exact(net)
+    return adapter
 
 
 def with_sizes(adapter: Adapter, net: Any) -> Adapter:
@@ -298,6 +308,7 @@ def cosmos_generation(adapter: Adapter, net: Any) -> Adapter:
 
 TEXT = ("encoder_hidden_states",)
 MASK = ("encoder_attention_mask",)
+SECOND_TEXT = ("encoder_hidden_states_2", "encoder_attention_mask_2")
 SIZES = ("original_size", "target_size", "crop_coords")
 
 # fmt: off
@@ -313,6 +324,7 @@ ADAPTERS = {
         Adapter("Flux2Transformer2DModel", flux2, TEXT, time_scale=1.0, adjust=with_exact_time),
         Adapter("FluxTransformer2DModel", flux, (*TEXT, "pooled_projections"),
                 time_scale=1.0, adjust=with_exact_time),
+        Adapter("HunyuanImageTransformer2DModel", hunyuan, (*TEXT, *MASK, *SECOND_TEXT), adjust=with_two_times),
         Adapter("HiDreamImageTransformer2DModel", hidream,
                 ("encoder_hidden_states_t5", "encoder_hidden_states_llama3", "pooled_embeds")),
         Adapter("Lumina2Transformer2DModel", from_noise, (*TEXT, *MASK), time_scale=1.0),
@@ -325,8 +337,12 @@ ADAPTERS = {
         Adapter("ZImageTransformer2DModel", z_image, ("cap_feats",), ("cap_mask",),
                 time_scale=1.0, adjust=with_padded_captions),
         # video
+        Adapter("AnyFlowFARTransformer3DModel", anyflow_far, TEXT, takes_r=True),
+        Adapter("AnyFlowTransformer3DModel", anyflow, TEXT, takes_r=True),
         Adapter("CosmosTransformer3DModel", cosmos, TEXT, ("attention_mask", "fps", "condition_mask", "padding_mask"),
                 time_scale=1.0, adjust=cosmos_generation),
+        Adapter("HunyuanVideo15Transformer3DModel", hunyuan,
+                (*TEXT, *MASK, *SECOND_TEXT, "image_embeds"), ("condition",), adjust=with_two_times),
         Adapter("HunyuanVideoTransformer3DModel", plainly, (*TEXT, *MASK, "pooled_projections"),
                 adjust=with_guidance),  # its guidance is 1000 times the scale
         Adapter("LTXVideoTransformer3DModel", ltx_video, (*TEXT, *MASK), ("frame_rate",)),
@@ -334,6 +350,9 @@ ADAPTERS = {
         Adapter("SanaVideoTransformer3DModel", without_variance, TEXT, MASK, adjust=with_guidance),
         Adapter("SkyReelsV2Transformer3DModel", wan, TEXT, ("encoder_hidden_states_image", "condition")),
         Adapter("WanTransformer3DModel", wan, TEXT, ("encoder_hidden_states_image", "condition")),
+        # sound
+        Adapter("AceStepTransformer1DModel", ace_step, (*TEXT, "context_latents"),
+                time_scale=1.0, adjust=with_exact_times, takes_r=True),
     )
 }
 # fmt: on
@@ -410,13 +429,16 @@ def diffusers_model(
     noise = adapter.schedule if schedule is None else schedule_named(schedule)
     if predicts is not None:
         noise = noise.predicting(predicts)
-    return TrigFlow(net, adapter, noise, time_scale=adapter.time_scale if time_scale is None else time_scale)
+    model = TrigFlow(net, adapter, noise, time_scale=adapter.time_scale if time_scale is None else time_scale)
+    if path is not None:
+        load_second_time(model, folder_of(Path(path)))
+    return model
 
 
 def load(path: Path, config: str | None, dtype: torch.dtype) -> nn.Module:
     if path.suffix == ".safetensors":
         return load_single_file(path, path.parent if config is None else Path(config), dtype)
-    folder = path if (path / "config.json").exists() else path / "transformer"
+    folder = folder_of(path)
     if not (folder / "config.json").exists():
         if not path.exists():
             raise ValueError(
@@ -430,8 +452,14 @@ def load(path: Path, config: str | None, dtype: torch.dtype) -> nn.Module:
     cls = network_class(name)
     if torch.get_default_device().type == "meta":  # jvpgraph plan asks for shapes: no weights are read
         return in_dtype(cls.from_config(cls.load_config(folder)), dtype)
-    net = cls.from_pretrained(folder, torch_dtype=dtype)
+    net = without_complaint(cls).from_pretrained(folder, torch_dtype=dtype)
+    net.__class__ = cls
     return net.double() if dtype == torch.float64 else net
+
+
+def folder_of(path: Path) -> Path:
+    """That of a network, which may be a pipeline's."""
+    return path if (path / "config.json").exists() else path / "transformer"
 
 
 def load_single_file(path: Path, folder: Path, dtype: torch.dtype) -> nn.Module:

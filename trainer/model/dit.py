@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from jvpgraph.context_parallel import ContextParallel
 from jvpgraph.trainer.batch import Condition
 from jvpgraph.trainer.files import read_json
 from jvpgraph.trainer.settings import from_dict
-from jvpgraph.trainer.trigflow import TrigFlow
+from jvpgraph.trainer.trigflow import Call, TrigFlow
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class DiTConfig:
     mlp_ratio: int = 4  # DiT
     classes: int = 10  # label `classes` (10) stands for "no label"
     max_frequency: float = 64.0  # rad per unit of s; low, so that dF/dt stays tame (sCM, section 4.1)
+    second_time: bool = False  # without the other end of the interval that is t, and F a velocity
 
 
 def modulate(x_BNC: Tensor, shift_BC: Tensor, scale_BC: Tensor) -> Tensor:
@@ -136,6 +137,11 @@ class DiT(nn.Module):
         pixels_BNC = self.patch_out(modulate(self.norm(h_BNC), shift, scale))
         return self.unpatchify(pixels_BNC if self.context is None else self.context.gather(pixels_BNC, dim=1))
 
+    def with_second_time(self) -> Call:
+        """Its call from now on; what `add_second_time` asks for."""
+        self.config = replace(self.config, second_time=True)
+        return call_with_second_time
+
     def split_tokens(self, context: ContextParallel) -> None:
         """From now on each process of `context` works on its part of the tokens."""
         self.context = context
@@ -176,6 +182,12 @@ def call_dit(net: nn.Module, x: Tensor, time: Tensor, cond: Condition, time_r: T
     return net(x, time, cond["labels"], time_r)
 
 
+def call_with_second_time(
+    net: nn.Module, x: Tensor, time: Tensor, cond: Condition, time_r: Tensor | None = None
+) -> Tensor:
+    return net(x, time, cond["labels"], time if time_r is None else time_r)
+
+
 def dit(path: Path | str | None = None, seed: int = 0, dtype: str = "float32", **config: int | float) -> TrigFlow:
     """A DiT that predicts the velocity of rectified flow.
 
@@ -198,4 +210,5 @@ def dit(path: Path | str | None = None, seed: int = 0, dtype: str = "float32", *
             raise FileNotFoundError(f"{file} does not exist: `path` must be a folder written by save_pretrained")
         net = DiT(DiTConfig(**read_json(file)))
         net.load_state_dict(load_file(Path(path) / "model.safetensors"))
-    return TrigFlow(net.to(getattr(torch, dtype)), call_dit)
+    call = call_with_second_time if net.config.second_time else call_dit
+    return TrigFlow(net.to(getattr(torch, dtype)), call)

@@ -21,6 +21,7 @@ from jvpgraph.trainer.data.sample import Dataset, commonest, first_samples, shor
 from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.model.adamw_8bit import check_float32
 from jvpgraph.trainer.model.parts import gathered, in_bytes, local
+from jvpgraph.trainer.model.second_time import takes_r
 from jvpgraph.trainer.model.student import make_student
 from jvpgraph.trainer.trigflow import Call, Guided, TrigFlow
 
@@ -88,6 +89,7 @@ class WithConditions:
         self.call = call
         self.constants = dict(constants)
         self.name = getattr(call, "name", None)  # of an adapter
+        self.takes_r = getattr(call, "takes_r", None)
         self.__signature__ = inspect.signature(call)
 
     def __call__(self, net: nn.Module, x: Tensor, time: Tensor, cond: Condition, **second: Tensor) -> Tensor:
@@ -127,7 +129,13 @@ def load_condition(path: Path) -> dict[str, Tensor]:
 
 def build_student(teacher: TrigFlow, config: StudentConfig) -> TrigFlow:
     """A trainable copy of the teacher; the fake score is one too."""
-    student = make_student(teacher, dtype=config.dtype, lora=config.lora, checkpoint_blocks=config.checkpoint_blocks)
+    student = make_student(
+        teacher,
+        dtype=config.dtype,
+        lora=config.lora,
+        checkpoint_blocks=config.checkpoint_blocks,
+        second_time=config.added_time,
+    )
     return student.eval()
 
 
@@ -161,9 +169,9 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
                 f"objective {stage.objective.name} learns from latents, and the data set holds prompts only: "
                 "train with dmd, or prepare pictures or clips"
             )
-        check_stage(stage, student, guided.negative, sample)
+        check_stage(stage, student, guided.negative, sample, second_time=config.student.added_time is not None)
         for steps in config.sampling.steps:
-            if stage.objective.sampler == "consistency":
+            if config.sampler(config.stages.index(stage)) == "consistency":
                 few_step_times(steps, config.sampling)
 
 
@@ -191,13 +199,23 @@ def try_network(what: str, model: nn.Module, x0: Tensor, cond: Condition) -> Non
         raise ValueError(f"{what} ({given}): it gives {list(F.shape)}, not the shape of x0")
 
 
-def check_stage(stage: StageConfig, student: TrigFlow, negative: Condition, sample: Batch) -> None:
-    """Raises ValueError if the stage cannot train this network on data like `sample`."""
+def check_stage(
+    stage: StageConfig, student: TrigFlow, negative: Condition, sample: Batch, *, second_time: bool = False
+) -> None:
+    """Raises ValueError if the stage cannot train this network on data like `sample`.
+
+    `second_time`: whether the student was given one, and is sampled by jumps over intervals therefore.
+    """
     objective = stage.objective
-    if objective.second_time and "time_r" not in inspect.signature(student.call).parameters:
+    if objective.second_time and not takes_r(student):
         raise ValueError(
-            f"objective {objective.name} needs a network with a second time, and the call of "
-            f"{type(student.net).__name__} takes none: TrigFlow(net, call=...) with call(net, x, time, cond, time_r)"
+            f"objective {objective.name} needs a network with a second time, and {type(student.net).__name__} takes "
+            "none: set student.second_time=true, which gives it one"
+        )
+    if second_time and not objective.knows_second_time:
+        raise ValueError(
+            f"objective {objective.name} trains the student at r = t alone, and one with a second time is sampled by "
+            "jumps from t to r: take mean_flow, or set student.second_time=false"
         )
     if "adamw_8bit" in (stage.student.kind, objective.fake_score and stage.fake.kind):
         check_float32(trainable(student))

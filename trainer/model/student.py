@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from jvpgraph.trainer.model.parts import in_bytes, widened
+from jvpgraph.trainer.model.second_time import SecondTime, add_second_time, of_interval
 from jvpgraph.trainer.ranges import positive
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -31,7 +32,14 @@ class LoRA:
         positive(self, "rank", "alpha")
 
 
-def make_student(teacher: TrigFlow, *, dtype: str | None, lora: LoRA | None, checkpoint_blocks: bool) -> TrigFlow:
+def make_student(
+    teacher: TrigFlow,
+    *,
+    dtype: str | None,
+    lora: LoRA | None,
+    checkpoint_blocks: bool,
+    second_time: SecondTime | None = None,
+) -> TrigFlow:
     """A trainable copy of `teacher`, in its mode (training or evaluation) and on its devices.
 
     Args:
@@ -43,14 +51,17 @@ def make_student(teacher: TrigFlow, *, dtype: str | None, lora: LoRA | None, che
             so that the student costs no more than its adapters.
         checkpoint_blocks: compute the activations of repeated blocks again in the backward instead of keeping them.
             Names in the state_dict stay. jvpgraph.transform captures it, and recomputes no tangent.
+        second_time: let it take a second time; what is new is trained whole beside adapters.
 
     Raises:
         ValueError: no such dtype; a LoRA student of another dtype than its teacher; targets that match no linear
-            layer; or no repeated blocks.
+            layer; no repeated blocks; or no place for a second time.
         ModuleNotFoundError: LoRA without peft.
     """
     if lora is None:
         student = copy.deepcopy(teacher)
+        if second_time is not None:
+            add_second_time(student, second_time)
         if dtype is not None:
             _cast_parameters(student.net, _dtype(dtype))
         for parameter in student.parameters():
@@ -62,7 +73,9 @@ def make_student(teacher: TrigFlow, *, dtype: str | None, lora: LoRA | None, che
                 "pass dtype=None, or convert the teacher"
             )
         student = copy.deepcopy(teacher, shared(teacher))
-        _add_adapters(student, lora)
+        if second_time is not None:
+            add_second_time(student, second_time)
+        _add_adapters(student, lora, whole=second_time is not None)
     if checkpoint_blocks:
         _checkpoint(student.net)
     return student
@@ -118,9 +131,11 @@ def _cast_parameters(net: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32) if wide else dtype)
 
 
-def _add_adapters(student: TrigFlow, lora: LoRA) -> None:
+def _add_adapters(student: TrigFlow, lora: LoRA, *, whole: bool) -> None:
+    """`whole`: train what a second time brought as it is."""
     net = student.net
     linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name in linear if not (whole and of_interval(name))]
     matches = {target: [n for n in linear if f".{n}".endswith(f".{target}")] for target in lora.targets}
     unmatched = [target for target, found in matches.items() if not found]
     if unmatched or not matches:
@@ -148,6 +163,9 @@ def _add_adapters(student: TrigFlow, lora: LoRA) -> None:
         for adapters in (layer.lora_A, layer.lora_B):
             adapters.float()
             adapters.requires_grad_(True)
+    for name, parameter in net.named_parameters():
+        if whole and of_interval(name):
+            parameter.requires_grad_(True)  # peft takes everything else for frozen
 
 
 def adapted_layers(net: nn.Module) -> list[tuple[str, Any]]:

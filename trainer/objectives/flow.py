@@ -20,6 +20,7 @@ class FlowMatching(Objective):
 
     name: ClassVar[str] = "flow_matching"
     sampler: ClassVar[str] = "flow"
+    knows_second_time: ClassVar[bool] = True  # r = t is what its sampler takes
     times: Times = field(default_factory=LogitNormal)  # SD3
 
 

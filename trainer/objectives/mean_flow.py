@@ -30,6 +30,7 @@ class MeanFlow(Objective):
     name: ClassVar[str] = "mean_flow"
     sampler: ClassVar[str] = "mean_flow"
     second_time: ClassVar[bool] = True
+    knows_second_time: ClassVar[bool] = True
     times: Times = field(default_factory=lambda: LogitNormal(mean=-0.4))  # of both ends; the paper's table 1
     instant_share: float = 0.75  # samples with r = s, plain flow matching; the paper's table 1
     power: float = 1.0  # p of the weight 1 / (||error||^2 + c)^p; the paper's table 1

@@ -32,6 +32,7 @@ class Objective(Variants):
 
     sampler: ClassVar[str] = "consistency"  # how what it trains is sampled: consistency, mean_flow or flow
     second_time: ClassVar[bool] = False  # whether the network takes a second time
+    knows_second_time: ClassVar[bool] = False  # whether it trains a student that has one at r below t
     needs_data: ClassVar[bool] = True  # whether it reads the latents: prompts alone will not do
 
     @property

@@ -122,7 +122,9 @@ def plan_stage(
     stage = config.stages[index]
     student = build_student(teacher, config.student)
     scored = stage.objective.fake_score is not None
-    copies = {"student": student} | ({"fake score": build_student(teacher, config.student)} if scored else {})
+    copies = {"student": student}
+    if scored:
+        copies["fake score"] = build_student(teacher, config.student.fake_score)
     settings = {"student": stage.student, "fake score": stage.fake}
     parts = {"teacher": held(teacher, spread), **{name: held(network, spread) for name, network in copies.items()}}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import jvpgraph
 from jvpgraph.trainer.batch import Batch, Condition
-from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.config import RunConfig, StudentConfig
 from jvpgraph.trainer.data.sample import first_samples
 from jvpgraph.trainer.model.networks import build_student, new_teacher, try_network
 from jvpgraph.trainer.model.parts import parts_of
@@ -134,9 +134,9 @@ class Subject:
         return [*(part for tensor in held for part in parts_of(tensor)), *self.guided.negative.values()]
 
 
-def student_of(config: RunConfig, teacher: TrigFlow) -> TrigFlow:
+def student_of(config: RunConfig, settings: StudentConfig, teacher: TrigFlow) -> TrigFlow:
     """A student, whose adapters compute with the teacher's weights in bytes if that is asked for."""
-    student = build_student(teacher, config.student)
+    student = build_student(teacher, settings)
     put_on_bytes(student, teacher, config.bytes_below_adapters)
     return student
 
@@ -150,7 +150,7 @@ def subject_of(config: RunConfig, teacher: TrigFlow, cond: Condition, *, fake: b
         sharded: whether FSDP2 has the student: blocks are graphs of their own then, and their gradients come one by
             one.
     """
-    student = student_of(config, teacher)
+    student = student_of(config, config.student, teacher)
     blocks = set(repeated_blocks(student.net)) if sharded else set()
     # Without Inductor, which makes no code for this device.
     of_tangents = jvpgraph.Config(tangent_precision=config.precision.of_tangents)
@@ -160,7 +160,7 @@ def subject_of(config: RunConfig, teacher: TrigFlow, cond: Condition, *, fake: b
     return Subject(
         teacher,
         student,
-        student_of(config, teacher) if fake else None,
+        student_of(config, config.student.fake_score, teacher) if fake else None,
         Plainly(dual),
         Guided(Plainly(teacher), config.guidance.scale, negative, config.guidance.keep_norm),
     )

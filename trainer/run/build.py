@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import jvpgraph
-from jvpgraph.trainer.config import RunConfig, TeacherConfig
+from jvpgraph.trainer.config import RunConfig, StudentConfig, TeacherConfig
 from jvpgraph.trainer.model.networks import build_guided, build_student, build_teacher, share_frozen, take_values
 from jvpgraph.trainer.model.offload import Traffic
 from jvpgraph.trainer.model.quantize import put_on_bytes, quantize
@@ -42,8 +42,10 @@ def build_networks(config: RunConfig, layout: Layout, start: Path | None = None)
     traffic = Traffic()
     workshop = torch.device("cpu") if config.teacher.offload else layout.workshop
 
-    def student_of(teacher: TrigFlow, start: Path | None = None, rests: Traffic | None = None) -> TrigFlow:
-        student = build_student(teacher, config.student)
+    def student_of(
+        teacher: TrigFlow, settings: StudentConfig, start: Path | None = None, rests: Traffic | None = None
+    ) -> TrigFlow:
+        student = build_student(teacher, settings)
         if start is not None:
             start_from(student, start)
         put_on_bytes(student, teacher, config.bytes_below_adapters)  # before FSDP2 has its parameters
@@ -54,7 +56,7 @@ def build_networks(config: RunConfig, layout: Layout, start: Path | None = None)
 
     teacher = build_teacher(config, workshop)
     digest = digest_of(teacher) if layout.first else ""
-    student = student_of(teacher, start)  # a copy of the teacher before that is taken apart
+    student = student_of(teacher, config.student, start)  # a copy of the teacher before that is taken apart
     rests = traffic if config.teacher.offload else None
     if config.teacher.quantization is not None:
         teacher = layout.keep(quantize(teacher, config.teacher.quantization), rests)
@@ -75,12 +77,12 @@ def build_networks(config: RunConfig, layout: Layout, start: Path | None = None)
     def new_student() -> TrigFlow:
         rests = traffic if config.fake_score.offload else None
         if not layout.many and rests is None and config.teacher == TeacherConfig():
-            return student_of(teacher)
+            return student_of(teacher, config.student.fake_score)
         with torch.random.fork_rng(devices=[]):  # as if nothing were built anew
             again = build_teacher(config, torch.device("cpu"))
             if config.teacher.quantization is not None:  # the values that it had are gone
                 layout.ranks.on_first(lambda: check_same(again, digest, config))
-            new = student_of(again, rests=rests)
+            new = student_of(again, config.student.fake_score, rests=rests)
         if config.teacher.quantization is None:
             take_values(new, teacher)  # a network that starts at random may have another start now
         if config.student.lora is not None:

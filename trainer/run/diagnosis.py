@@ -70,7 +70,7 @@ def diagnose_run(
     config = run.config
     device = device_of(config)
     batch = some_samples(config.data.source.build(), count).to(device)
-    second_time = config.stages[run.stage].objective.second_time
+    second_time = is_asked_for(config, run.stage)
     path = Trajectory(batch, build_guided(run.teacher, config.guidance, device), second_time, seed)
     out = folder if out is None else out
     out.mkdir(parents=True, exist_ok=True)
@@ -93,6 +93,11 @@ def save(found: jvpgraph.Diagnosis, folder: Path) -> None:
         found.save(draft)
     with draft_of((folder / FILE).with_suffix(".png")) as draft:
         found.plot(draft)
+
+
+def is_asked_for(config: RunConfig, stage: int) -> bool:
+    """Whether a stage asks its student at a second time."""
+    return config.stages[stage].objective.second_time or config.student.added_time is not None
 
 
 class Trajectory:
@@ -127,7 +132,7 @@ class Probe:
         Writes diagnosis.json and diagnosis.png, and warns above the limit.
         """
         config = self.config
-        second_time = config.stages[stage].objective.second_time
+        second_time = is_asked_for(config, stage)
         found = jvpgraph.diagnose(
             student,
             reference="float32" if any(p.dtype in HALF for p in student.parameters()) else "float64",

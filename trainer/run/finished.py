@@ -48,7 +48,7 @@ class Run:
 
     @property
     def sampler(self) -> str:
-        return self.config.stages[self.stage].objective.sampler
+        return self.config.sampler(self.stage)
 
 
 def load_run(folder: Path, *, ema: float | None = None, step: int | None = None) -> Run:

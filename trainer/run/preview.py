@@ -42,7 +42,7 @@ class Previews:
         config = self.config
         device = next(self.student.parameters()).device
         steps = max(config.sampling.steps)
-        sample = sampler_of(config.stages[stage].objective.sampler, self.student, steps, config.sampling)
+        sample = sampler_of(config.sampler(stage), self.student, steps, config.sampling)
         own = None if self.prompted is None else self.prompted.batch
         with averaged(self.student, average):
             latents = [

@@ -13,8 +13,11 @@ from torch import Tensor
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import shorten
+from jvpgraph.trainer.files import read_json
+from jvpgraph.trainer.model.anyflow import NAME, OURS, from_anyflow
 from jvpgraph.trainer.model.ema import PowerEMA
 from jvpgraph.trainer.model.networks import moving, set_weights, trainable
+from jvpgraph.trainer.model.second_time import of_interval
 from jvpgraph.trainer.run.checkpoint import Checkpoints
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -30,7 +33,7 @@ def start_from(student: TrigFlow, source: Path) -> None:
     if (source / "config.yaml").is_file():
         take_run(student, source)
     else:
-        take_tensors(student, values_in(source), source)
+        take_tensors(student, in_names_of(student, source), source)
 
 
 def take_run(student: TrigFlow, source: Path) -> None:
@@ -68,10 +71,24 @@ def values_in(source: Path) -> dict[str, Tensor]:
     return values
 
 
+def in_names_of(student: TrigFlow, source: Path) -> dict[str, Tensor]:
+    """The tensors in a folder; those of an AnyFlow network for the Wan with a second time that it was exported from."""
+    values = values_in(source)
+    file = next((file for file in (source / "config.json", source / "transformer/config.json") if file.is_file()), None)
+    config = {} if file is None else read_json(file)
+    if config.get("_class_name") != NAME or not any(name.startswith(OURS) for name in student.net.state_dict()):
+        return values
+    try:
+        return from_anyflow(values, config)
+    except ValueError as error:
+        raise ValueError(f"--from {source}: {error}") from error
+
+
 @torch.no_grad()
 def take_tensors(student: TrigFlow, values: Mapping[str, Tensor], source: Path) -> None:
     own = student.net.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in values]
+    begins = not any(map(of_interval, values))  # the second time of a student whose earlier weights know one time
+    wrong = [f"{name} is missing" for name in own if name not in values and not (begins and of_interval(name))]
     wrong += [f"{name} is of no use" for name in values if name not in own]
     wrong += [
         f"{name} is {list(values[name].shape)}, and {list(own[name].shape)} here"
@@ -86,7 +103,8 @@ def take_tensors(student: TrigFlow, values: Mapping[str, Tensor], source: Path) 
             f"{adapters or ' Give the folder of the same network.'}"
         )
     for name, value in own.items():
-        value.copy_(values[name])
+        if name in values:
+            value.copy_(values[name])
 
 
 def _adapted(state: Mapping[str, Tensor]) -> bool:

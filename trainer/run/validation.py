@@ -115,7 +115,7 @@ class Validation:
         """
         config = self.config
         steps = config.validation.steps or max(config.sampling.steps)
-        kind = config.stages[stage].objective.sampler
+        kind = config.sampler(stage)
         with averaged(student, average):
             latents = self.drawn(sampler_of(kind, student, steps, config.sampling))
         found = self.ranks.on_first(lambda: self.measured(latents))
