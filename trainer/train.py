@@ -164,7 +164,7 @@ def train_here(
             for step in range(done + 1, end + 1):
                 with pace.step(index):
                     stage.means.add(stage.step(step))
-                said = say_kernels(networks.dual.reports, said) if layout.first else said
+                said = say_kernels(networks.reports, said) if layout.first else said
                 last_step = step == end
                 validated = due(step, config.validation.every)
                 probed = probe is not None and due(step, config.precision.probe_every)
@@ -244,6 +244,7 @@ class Stage:
         self.index, self.settings, self.layout, self.networks = index, settings, layout, networks
         self.rng, self.noise, self.pace = rng, layout.noise(rng), pace
         self.objective, self.loss = settings.objective, loss_of(settings.objective)
+        self.dual = networks.dual_for(settings.objective)
         self.begin = sum(stage.steps for stage in config.stages[:index])
         self.precision, self.folder = config.precision.of_tangents, config.out
         self.loader = loader(
@@ -297,10 +298,10 @@ class Stage:
         def fake_loss(fake: nn.Module, batch: Batch, *, count: int) -> Terms:
             return fake_score_loss(fake, networks.dual, batch, noise, self.objective.fake_score, count=count)
 
-        values = self.update(step, "student", networks.dual, student_loss, self.optimizer, self.settings.student)
+        values = self.update(step, "student", self.dual, student_loss, self.optimizer, self.settings.student)
         networks.traffic.bytes += update_all(self.emas, self.optimizer.masters)
         if iteration == 1 and self.layout.first:
-            warn_of_regions(networks.dual, self.layout)
+            warn_of_regions(self.dual, self.layout)
 
         if self.fake is not None:
             updates = self.objective.fake_updates(iteration)

@@ -199,6 +199,8 @@ def check_stage(stage: StageConfig, student: TrigFlow, negative: Condition, samp
             f"objective {objective.name} needs a network with a second time, and the call of "
             f"{type(student.net).__name__} takes none: TrigFlow(net, call=...) with call(net, x, time, cond, time_r)"
         )
+    if objective.needs_negative and not negative:
+        raise ValueError(f"objective {objective.name} asks the network without a prompt: give guidance.negative")
     if "adamw_8bit" in (stage.student.kind, objective.fake_score and stage.fake.kind):
         check_float32(trainable(student))
     if stage.condition_dropout:

@@ -33,6 +33,8 @@ class Objective(Variants):
     sampler: ClassVar[str] = "consistency"  # how what it trains is sampled: consistency, mean_flow or flow
     second_time: ClassVar[bool] = False  # whether the network takes a second time
     needs_data: ClassVar[bool] = True  # whether it reads the latents: prompts alone will not do
+    needs_negative: ClassVar[bool] = False  # whether it asks for a negative condition beside the teacher's guidance
+    through_tangent: ClassVar[bool] = False  # whether its loss has a gradient through the tangent: needs one graph
 
     @property
     def fake_score(self) -> Any:

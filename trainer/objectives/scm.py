@@ -12,7 +12,7 @@ cos(t) sin(t) F_T of x and cos(t) sin(t) of t.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +72,25 @@ def scm_loss(
 
     F, F_dot = student(x, t, batch.cond, tangents=along_trajectory(x, t, F_teacher))
 
-    r = min(1.0, iteration / config.tangent_warmup) if config.tangent_warmup else 1.0
-    g = tangent_target(F.detach(), F_dot, F_teacher, x, t, r)
+    return moved(F, F_dot, tangent_target(F.detach(), F_dot, F_teacher, x, t, warmed(config, iteration)), config)
+
+
+class Tangent(Protocol):
+    """What settings say of a target with a tangent in it."""
+
+    @property
+    def tangent_warmup(self) -> int: ...
+    @property
+    def tangent_floor(self) -> float: ...
+
+
+def warmed(config: Tangent, iteration: int) -> float:
+    """The share of the tangent that counts, rising to 1."""
+    return min(1.0, iteration / config.tangent_warmup) if config.tangent_warmup else 1.0
+
+
+def moved(F: Tensor, F_dot: Tensor, g: Tensor, config: Tangent) -> Terms:
+    """The loss that moves F by g / (||g|| + c), and the norms of g and F_dot per sample."""
     norm = g.flatten(1).norm(dim=1)
     g = g / expand_like(norm + config.tangent_floor, g)
     loss = (F - F.detach() - g).square().flatten(1).sum(1)

@@ -75,7 +75,8 @@ def costs_of(
     def measured(blocks: Sequence[int]) -> Costs:
         network = teacher if list(blocks) == counts else shortened(teacher, blocks)
         fake = stage.objective.fake_score is not None
-        subject = subject_of(config, network, sample.cond, fake=fake, sharded=sharded)
+        through = stage.objective.through_tangent
+        subject = subject_of(config, network, sample.cond, fake=fake, sharded=sharded, through_tangent=through)
         with dynamo.config.patch(recompile_limit=MANY):  # of a block: in each subject, with and without tangents
             return measure(subject, stage, larger(sample, size), on_gpu)
 
