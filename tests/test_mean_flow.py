@@ -47,7 +47,7 @@ def test_without_a_teacher_the_average_velocity_is_stationary(own: float) -> Non
 
 @pytest.mark.parametrize("own", [0.0, 0.5, 1.0])
 def test_the_noise_of_the_target_is_what_the_direction_makes_it(own: float) -> None:
-    """Of v + n the tangent carries (1 - own) n: n less (1 - own) (s - r) du/dz n is left, du/dz = (1 - z_r / z) / (s - r).
+    """Of v + n the tangent has (1 - own) n: left is n - (1 - own) (s - r) du/dz n, with (s - r) du/dz = 1 - z_r / z.
 
     n is what eps - x0 varies by, given z: STD^2 / ((1 - s)^2 STD^2 + s^2) of each of 16 numbers.
     """

@@ -74,7 +74,7 @@ class Scaled(nn.Module):
 
 
 def test_without_a_teacher_the_consistency_function_is_stationary() -> None:
-    """g is linear in the velocity of a sample, whose mean given x_t is that of the flow; so is what a large floor leaves."""
+    """g is linear in a sample's velocity, whose mean given x_t is the flow's; with a large floor the loss is so too."""
     config = SCM(times=PLAIN, velocity="data", tangent_floor=1e6)
 
     def slope(factor: float) -> float:
