@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import jvpgraph
 from jvpgraph.trainer.batch import Batch
-from jvpgraph.trainer.objectives import FlowMap
+from jvpgraph.trainer.objectives import FlowMap, FreeFlow
 from jvpgraph.trainer.objectives.dcm import euler_step
 from jvpgraph.trainer.objectives.flow_map import flow_map_loss
+from jvpgraph.trainer.objectives.free_flow import free_flow_loss
 from jvpgraph.trainer.objectives.two_times import ordered_times
 from jvpgraph.trainer.times import ShiftedUniform, flow_time
 from jvpgraph.trainer.trigflow import add_noise, expand_like
@@ -243,3 +246,42 @@ def test_a_student_trained_on_a_gaussian_becomes_the_flow_map(method: str, recor
     print(f"{method}: RMS distance to the flow map {before:.3f} before, {after:.4f} after")
     assert before > 0.15
     assert after < 0.03
+
+
+# ---------------------------------------------------------------- without data
+
+
+def test_free_flow_vanishes_only_at_the_exact_flow_map() -> None:
+    config = FreeFlow()
+
+    def target(model: nn.Module) -> Tensor:
+        batch = gaussian_batch(64, seeded(19))
+        return free_flow_loss(ExactDual(model), GaussianFlow(), batch, seeded(20), config)["target_norm"]
+
+    assert target(GaussianAverage()).max() < 1e-9
+    assert target(Nearly()).max() > 1e-3
+
+
+def test_free_flow_looks_at_no_data() -> None:
+    batch = gaussian_batch(8, seeded(21))
+    first, second = (
+        free_flow_loss(ExactDual(Nearly()), GaussianFlow(), Batch(factor * batch.x0, {}), seeded(22), FreeFlow())
+        for factor in (1.0, 100.0)
+    )
+    assert torch.equal(first["target_norm"], second["target_norm"])
+    assert not FreeFlow().needs_data
+
+
+def test_free_flow_moves_the_end_of_the_jump_as_the_teacher_would() -> None:
+    """g = F_T(X, r) - dX/dr by central differences, from noise."""
+    terms = free_flow_loss(ExactDual(Nearly()), GaussianFlow(), gaussian_batch(16, seeded(23)), seeded(24), FreeFlow())
+    rng, h = seeded(24), 1e-6
+    x = images(16, rng)
+    r = FreeFlow().times.draw(16, rng)
+    t = torch.full_like(r, math.pi / 2)
+
+    def jump(r: Tensor) -> Tensor:
+        return euler_step(Nearly()(x, t, {}, r), x, t, r)
+
+    g = GaussianFlow()(jump(r), r, {}) - (jump(r + h) - jump(r - h)) / (2 * h)
+    torch.testing.assert_close(terms["target_norm"], g.flatten(1).norm(dim=1), rtol=1e-5, atol=1e-7)

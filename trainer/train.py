@@ -26,7 +26,7 @@ from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
 from jvpgraph.trainer.data.sample import Dataset, first_samples
 from jvpgraph.trainer.model.ema import PowerEMA, save_snapshot, update_all
-from jvpgraph.trainer.model.networks import check_run, moving, trainable, try_network
+from jvpgraph.trainer.model.networks import averaged, check_run, moving, trainable, try_network
 from jvpgraph.trainer.model.optimizer import MasterAdamW, learning_rate
 from jvpgraph.trainer.objectives import Terms, loss_of
 from jvpgraph.trainer.objectives.dmd import fake_score_loss
@@ -292,7 +292,7 @@ class Stage:
         networks, noise, self.rates = self.networks, self.noise, {}
 
         def student_loss(student: nn.Module, batch: Batch) -> Terms:
-            more = {"iteration": iteration, "fake": self.fake}
+            more = {"iteration": iteration, "fake": self.fake, "averaged": self.averaged}
             return self.loss(student, networks.guided, batch, noise, self.objective, **more)
 
         def fake_loss(fake: nn.Module, batch: Batch, *, count: int) -> Terms:
@@ -371,6 +371,9 @@ class Stage:
         optimizer.step(lr)
         optimizer.zero_grad()  # frees the gradients until the next update
         return means
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return averaged(self.networks.student, self.emas[0].parameters)
 
     def draw(self) -> Batch:
         """The next batch, on the device, some of its conditions dropped if the settings say so."""

@@ -4,6 +4,7 @@ from jvpgraph.trainer.objectives.dcm import DCM
 from jvpgraph.trainer.objectives.dmd import DMD
 from jvpgraph.trainer.objectives.flow import FlowMatching
 from jvpgraph.trainer.objectives.flow_map import FlowMap
+from jvpgraph.trainer.objectives.free_flow import FreeFlow
 from jvpgraph.trainer.objectives.mean_flow import MeanFlow
 from jvpgraph.trainer.objectives.objective import LOSSES, Objective, Terms, loss_of, objective
 from jvpgraph.trainer.objectives.rcm import RCM
@@ -17,6 +18,7 @@ __all__ = [
     "SCM",
     "FlowMap",
     "FlowMatching",
+    "FreeFlow",
     "MeanFlow",
     "Objective",
     "Terms",

@@ -106,7 +106,8 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch, on_gpu: bool) ->
     run = partial(costs, known=known, again=stage.accumulate > 1, on_gpu=on_gpu)
 
     def student_loss(iteration: int) -> Terms:
-        return loss(subject.dual, subject.guided, batch, noise, objective, iteration=iteration, fake=fake)
+        more = {"iteration": iteration, "fake": fake, "averaged": nullcontext}
+        return loss(subject.dual, subject.guided, batch, noise, objective, **more)
 
     with calls_of(subject.teacher) as teacher_calls, calls_of(subject.fake) as fake_calls:
         of_student = run(subject.student, subject.dual, [partial(student_loss, i) for i in iterations])
