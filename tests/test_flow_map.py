@@ -46,6 +46,15 @@ class Nearly(nn.Module):
         return 1.01 * self.exact(*args)
 
 
+class Scaled(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor, dtype=torch.float64))
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.factor * GaussianAverage()(*args)
+
+
 def residual(model: nn.Module, config: FlowMap, iteration: int = 1) -> float:
     """The largest norm of g, or root of the loss of `terminal`, over samples."""
     terms = flow_map_loss(
@@ -126,21 +135,13 @@ def test_the_gradient_moves_f_by_the_normalised_target() -> None:
 def test_terminal_has_the_gradient_of_its_tangent() -> None:
     """Against differences of the loss in a factor of F, which changes dF/dr as well; the landing place is held."""
 
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.factor = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
-
-        def forward(self, *args: Tensor) -> Tensor:
-            return self.factor * GaussianAverage()(*args)
-
     class Still(GaussianFlow):
         """So that nothing depends on where the jump lands."""
 
         def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
             return torch.zeros_like(x)
 
-    student, config = Scaled(), FlowMap(method="terminal", times=PLAIN)
+    student, config = Scaled(1.3), FlowMap(method="terminal", times=PLAIN)
 
     def loss() -> Tensor:
         dual = ExactDual(student, differentiable_tangent=True)
@@ -172,6 +173,19 @@ def test_without_a_teacher_the_map_leans_on_its_own_velocity(method: str) -> Non
     # of 16 numbers, each with the variance of cos(t) eps - sin(t) x0 given x_t: STD^2 / V(t)
     expected = (16 * STD**2 / variance(t)[t == r]).mean()
     assert norm[t == r].square().mean().item() == pytest.approx(expected.item(), rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["eulerian", "lagrangian"])
+def test_targets_have_no_gradient_though_the_tangent_has(method: str) -> None:
+    """As beside `terminal`, which has its student transformed so."""
+    config, gradients = FlowMap(method=method, times=PLAIN), []
+    for differentiable in (False, True):
+        student = Scaled(1.3)
+        dual = ExactDual(student, differentiable_tangent=differentiable)
+        batch = gaussian_batch(8, seeded(10))
+        flow_map_loss(dual, GaussianFlow(), batch, seeded(11), config, iteration=1)["loss"].mean().backward()
+        gradients.append(student.factor.grad)
+    assert torch.equal(*gradients)
 
 
 def test_pairs_of_times() -> None:

@@ -95,7 +95,7 @@ def flow_map_loss(
     F, F_r = student(x, t, batch.cond, r, tangents={"r": torch.ones_like(r)})
     residual = along_end(F, F_r, x, t - r) - velocity(euler_step(F.detach(), x, t, r), r)
     if config.method == "lagrangian":
-        return moved(F, F_r, -residual.detach(), config)
+        return moved(F, F_r, -residual, config)
     return {
         "loss": residual.square().flatten(1).sum(1),
         "tangent_norm": F_r.detach().flatten(1).norm(dim=1),

@@ -140,6 +140,7 @@ def mean_flow_loss(
     else:
         u, change = average_velocity_with_tangent(student, z, t, r, batch.cond, direction)
         target = v - length * change
+    change, target = change.detach(), target.detach()  # whatever the dual gives its tangents
     error = (u - target).square().flatten(1).sum(1)
     weight = (error.detach() + config.floor) ** -config.power
     return {"loss": weight * error, "error": error.detach(), "tangent_norm": change.flatten(1).norm(dim=1)}

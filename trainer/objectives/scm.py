@@ -130,7 +130,11 @@ def warmed(config: Tangent, iteration: int) -> float:
 
 
 def moved(F: Tensor, F_dot: Tensor, g: Tensor, config: Tangent) -> Terms:
-    """The loss that moves F by g / (||g|| + c), and the norms of g and F_dot per sample."""
+    """The loss that moves F by g / (||g|| + c), and the norms of g and F_dot per sample.
+
+    Neither has a gradient, whatever the dual gives its tangents.
+    """
+    g, F_dot = g.detach(), F_dot.detach()
     norm = g.flatten(1).norm(dim=1)
     g = g / expand_like(norm + config.tangent_floor, g)
     loss = (F - F.detach() - g).square().flatten(1).sum(1)
