@@ -88,9 +88,10 @@ def test_a_gradient_through_the_tangent_needs_one_graph() -> None:
     [said] = clashes(config, sizes_of(config.parallel, 1))
     assert "stages.1.objective: the gradient of flow_map goes through the tangent" in said
     assert "Set student.backend to inductor or eager" in said
-    config = from_dict(RunConfig, {**SMALL, "out": "run", "stages": stages, "parallel": {"dp_shard": 2}})
-    [said] = clashes(config, sizes_of(config.parallel, 2))
-    assert "with parallel.dp_shard FSDP2 gathers a block's weights between graphs" in said
+    for name in ("dp_shard", "tp"):
+        config = from_dict(RunConfig, {**SMALL, "out": "run", "stages": stages, "parallel": {name: 2}})
+        [said] = clashes(config, sizes_of(config.parallel, 2))
+        assert f"one graph in one process, which parallel.{name} takes apart. Set it to 1" in said
 
 
 def test_what_would_go_wrong_later_is_refused(tmp_path: Path) -> None:

@@ -31,10 +31,11 @@ def clashes(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[str]:
         what = f"stages.{i}.objective: the gradient of {stage.objective.name} goes through the tangent, which needs "
         if config.student.backend == "op_by_op":
             yield what + "a graph. Set student.backend to inductor or eager"
-        if split := [name for name in ("dp_replicate", "dp_shard", "cp_ulysses", "cp_ring") if sizes[name] > 1]:
+        if several := [name for name, size in sizes.items() if size > 1]:
             yield (
-                what + f"one graph, and with parallel.{split[0]} FSDP2 gathers a block's weights between graphs. Train "
-                "it in one process, or with parallel.tp; or take another method"
+                what
+                + f"one graph in one process, which parallel.{several[0]} takes apart. Set it to 1, or take another "
+                "method"
             )
     for name in away:
         if config.student.lora is not None:
