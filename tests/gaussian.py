@@ -68,15 +68,18 @@ class GaussianAverage(nn.Module):
 class ExactDual(nn.Module):
     """F and F_dot of a small model by torch.func.jvp: a reference for the library's dual."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, differentiable_tangent: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.differentiable_tangent = differentiable_tangent
 
-    def forward(self, x: Tensor, t: Tensor, *rest: object, tangents: dict[str, Tensor] | None = None):
+    def forward(self, x: Tensor, t: Tensor, cond: Condition, *r: Tensor, tangents: dict[str, Tensor] | None = None):
         if tangents is None:
-            return self.model(x, t, *rest)
-        _, F_dot = torch.func.jvp(lambda x, t: self.model(x, t, *rest), (x, t), (tangents["x"], tangents["t"]))
-        return self.model(x, t, *rest), F_dot.detach()
+            return self.model(x, t, cond, *r)
+        primals = dict(zip(("x", "t", "r"), (x, t, *r)))
+        dots = tuple(tangents.get(name, torch.zeros_like(value)) for name, value in primals.items())
+        F, F_dot = torch.func.jvp(lambda x, t, *r: self.model(x, t, cond, *r), tuple(primals.values()), dots)
+        return F, F_dot if self.differentiable_tangent else F_dot.detach()
 
 
 class Constant(nn.Module):

@@ -115,7 +115,7 @@ class StageConfig:
     """One objective for some steps. Stages run in a row, each on the weights of the one before."""
 
     steps: int  # student updates
-    objective: Objective = field(default_factory=RCM)  # rcm, scm, dmd, dcm, mean_flow, flow_matching
+    objective: Objective = field(default_factory=RCM)  # rcm, scm, dmd, dcm, mean_flow, flow_map, ...
     batch: int = 64  # samples per forward, over all processes
     accumulate: int = 1  # forwards per update, of student and fake score
     condition_dropout: float = 0.0  # share of conditions replaced by the negative one; 0.1 to train a teacher

@@ -26,7 +26,7 @@ from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
 from jvpgraph.trainer.data.sample import Dataset, first_samples
 from jvpgraph.trainer.model.ema import PowerEMA, averages_of, save_snapshot, update_all
-from jvpgraph.trainer.model.networks import check_run, moving, trainable, try_network
+from jvpgraph.trainer.model.networks import averaged, check_run, moving, trainable, try_network
 from jvpgraph.trainer.model.optimizer import MasterAdamW, learning_rate
 from jvpgraph.trainer.objectives import Terms, loss_of
 from jvpgraph.trainer.objectives.dmd import fake_score_loss
@@ -168,7 +168,7 @@ def train_here(
             for step in range(done + 1, end + 1):
                 with pace.step(index):
                     stage.means.add(stage.step(step))
-                said = say_kernels(networks.dual.reports, said) if layout.first else said
+                said = say_kernels(networks.reports, said) if layout.first else said
                 last_step = step == end
                 validated = due(step, config.validation.every)
                 probed = probe is not None and due(step, config.precision.probe_every)
@@ -251,6 +251,7 @@ class Stage:
         self.index, self.settings, self.layout, self.networks = index, settings, layout, networks
         self.rng, self.noise, self.pace = rng, layout.noise(rng), pace
         self.objective, self.loss = settings.objective, loss_of(settings.objective)
+        self.dual = networks.dual_for(settings.objective)
         self.begin = sum(stage.steps for stage in config.stages[:index])
         self.precision, self.folder = config.precision.of_tangents, config.out
         self.loader = loader(
@@ -298,16 +299,16 @@ class Stage:
         networks, noise, self.rates = self.networks, self.noise, {}
 
         def student_loss(student: nn.Module, batch: Batch) -> Terms:
-            more = {"iteration": iteration, "fake": self.fake}
+            more = {"iteration": iteration, "fake": self.fake, "averaged": self.averaged}
             return self.loss(student, networks.guided, batch, noise, self.objective, **more)
 
         def fake_loss(fake: nn.Module, batch: Batch, *, count: int) -> Terms:
             return fake_score_loss(fake, networks.dual, batch, noise, self.objective.fake_score, count=count)
 
-        values = self.update(step, "student", networks.dual, student_loss, self.optimizer, self.settings.student)
+        values = self.update(step, "student", self.dual, student_loss, self.optimizer, self.settings.student)
         networks.traffic.bytes += update_all(self.emas, self.optimizer.masters)
         if iteration == 1 and self.layout.first:
-            warn_of_regions(networks.dual, self.layout)
+            warn_of_regions(self.dual, self.layout)
 
         if self.fake is not None:
             updates = self.objective.fake_updates(iteration)
@@ -377,6 +378,9 @@ class Stage:
         optimizer.step(lr)
         optimizer.zero_grad()  # frees the gradients until the next update
         return means
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return averaged(self.networks.student, self.emas[0].parameters)
 
     def draw(self) -> Batch:
         """The next batch, on the device, some of its conditions dropped if the settings say so."""

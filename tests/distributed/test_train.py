@@ -159,6 +159,27 @@ def test_accumulation_clipping_and_dropped_conditions_too(tmp_path: Path, parall
     assert_same_content(many, one, tmp_path)
 
 
+VARIANTS: list[Any] = [
+    "flow_map",
+    {"name": "flow_map", "method": "lagrangian", "velocity": "own"},
+    "free_flow",
+    {"name": "mean_flow", "velocity": "data", "own_direction": 0.5, "guidance": 1.5},
+    {"name": "mean_flow", "discrete": {"first": 0.5, "end": 9}},
+    {"name": "scm", "coordinates": "rf", "points": "trajectory"},
+    {"name": "dcm", "target": "ema", "jitter": True, "noise": 0.5, "substeps": 2, "huber": 0.1},
+]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("parallel", ["FSDP2", "TP"])
+def test_the_variants_of_objectives(tmp_path: Path, parallel: str) -> None:
+    stages = [stage(objective, 2) for objective in VARIANTS]
+    one = train(config_of(tmp_path / "one", stages))
+    many = train_many(config_of(tmp_path / "many", stages, parallel), parallel)
+    assert_same_log(many, one, tolerance=1e-7)
+    assert_same_content(many, one, tmp_path)
+
+
 @pytest.mark.matrix
 def test_tokens_are_split_in_float32_too(tmp_path: Path) -> None:
     """FSDP2 reduces gradients of float32 and bfloat16 in other ways than those of float64."""

@@ -19,6 +19,7 @@ from jvpgraph.trainer.model.pipelines import check_one_network, class_name
 from jvpgraph.trainer.model.schedulers import even_times, fits_pipelines, own_file, scheduler_for
 from jvpgraph.trainer.model.second_time import WithSecondTime, saved_with
 from jvpgraph.trainer.model.student import merged
+from jvpgraph.trainer.objectives import DCM
 from jvpgraph.trainer.prepare.families import FAMILIES
 from jvpgraph.trainer.run.finished import Run
 
@@ -164,9 +165,9 @@ class Task:
         """What the pipeline is called with: the number of steps, and no guidance on top of the student's."""
         known = inspect.signature(self.pipeline_class().__call__).parameters
         config = self.run.config
-        arguments: dict[str, Any] = {
-            "num_inference_steps": config.sampling.teacher_steps if self.run.sampler == "flow" else self.count
-        }
+        objective = config.stages[self.run.stage].objective
+        many = self.run.sampler == "flow" and not isinstance(objective, DCM)  # whose segments are few
+        arguments: dict[str, Any] = {"num_inference_steps": config.sampling.teacher_steps if many else self.count}
         scale = config.conditions.get("guidance")
         if getattr(self.net.config, "guidance_embeds", False):  # the network is told the scale
             if isinstance(scale, int | float) and "guidance_scale" in known:

@@ -170,6 +170,7 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
                 "train with dmd, or prepare pictures or clips"
             )
         check_stage(stage, student, guided.negative, sample, second_time=config.student.added_time is not None)
+        stage.objective.check_sampling(config.sampling.steps, config.sampling.shift)
         for steps in config.sampling.steps:
             if config.sampler(config.stages.index(stage)) == "consistency":
                 few_step_times(steps, config.sampling)
@@ -217,6 +218,8 @@ def check_stage(
             f"objective {objective.name} trains the student at r = t alone, and one with a second time is sampled by "
             "jumps from t to r: take mean_flow, or set student.second_time=false"
         )
+    if objective.needs_negative and not negative:
+        raise ValueError(f"objective {objective.name} asks the network without a prompt: give guidance.negative")
     if "adamw_8bit" in (stage.student.kind, objective.fake_score and stage.fake.kind):
         check_float32(trainable(student))
     if stage.condition_dropout:

@@ -3,6 +3,8 @@
 from jvpgraph.trainer.objectives.dcm import DCM
 from jvpgraph.trainer.objectives.dmd import DMD
 from jvpgraph.trainer.objectives.flow import FlowMatching
+from jvpgraph.trainer.objectives.flow_map import FlowMap
+from jvpgraph.trainer.objectives.free_flow import FreeFlow
 from jvpgraph.trainer.objectives.mean_flow import MeanFlow
 from jvpgraph.trainer.objectives.objective import LOSSES, Objective, Terms, loss_of, objective
 from jvpgraph.trainer.objectives.rcm import RCM
@@ -14,7 +16,9 @@ __all__ = [
     "LOSSES",
     "RCM",
     "SCM",
+    "FlowMap",
     "FlowMatching",
+    "FreeFlow",
     "MeanFlow",
     "Objective",
     "Terms",

@@ -1,22 +1,25 @@
 """dCM: discrete consistency distillation (Song et al. 2023), in TrigFlow coordinates.
 
-Two neighbours on the teacher's trajectory should have the same clean image. The nearer one is one Euler step
-of the teacher away from the farther one, and the student's answer there is the target.
+Two neighbours on the teacher's trajectory should have the same clean image. The nearer one is a step of the teacher
+away from the farther one, and the student's answer there is the target. With segments it is the same place at the
+lower end of their segment that they should have (multistep consistency models, Heek et al. 2024).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from jvpgraph.trainer.batch import Batch
-from jvpgraph.trainer.noise import Random, integers, noise_like
+from jvpgraph.trainer.batch import Batch, Condition
+from jvpgraph.trainer.noise import Random, integers, noise_like, uniform
 from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
-from jvpgraph.trainer.ranges import positive
-from jvpgraph.trainer.times import from_flow_time
+from jvpgraph.trainer.ranges import not_negative, positive
+from jvpgraph.trainer.times import flow_time, from_flow_time
 from jvpgraph.trainer.trigflow import add_noise, clean_image, expand_like
 
 
@@ -25,16 +28,57 @@ class DCM(Objective):
     """Discrete-time consistency."""
 
     name: ClassVar[str] = "dcm"
-    teacher_steps: int = 48  # Euler steps from noise to data; rCM's code
+    teacher_steps: int = 48  # steps from noise to data; rCM's code
     shift: float = 1.0  # of the grid in rectified-flow time, k s / (1 + (k - 1) s); 5 for Wan
+    substeps: int = 1  # Euler steps of the teacher in each
+    jitter: bool = False  # draw t between the points of the grid, too, and its neighbour a step below it
+    noise: float = 0.0  # share of a step's noise that is fresh: 0 is the ODE, 1 DDPM's chain (SCott)
+    target: Literal["student", "ema"] = "student"  # whose answer; ema: of the first width in ema.sigma_rel (LCM)
+    huber: float | None = None  # c of sqrt(|d|^2 + c^2) - c instead of |d|^2; iCT: 0.00054 sqrt(numbers of a latent)
+    segments: int = 1  # parts of the grid, each with a clean end of its own; then sampled by as many Euler steps
 
     def __post_init__(self) -> None:
-        positive(self, "teacher_steps", "shift")
+        positive(self, "teacher_steps", "shift", "substeps", "huber", "segments")
+        not_negative(self, "noise")
+        if self.noise > 1:
+            raise ValueError(f"noise is {self.noise} and must be in [0, 1]")
+        if self.teacher_steps % self.segments:
+            raise ValueError(
+                f"teacher_steps is {self.teacher_steps} and must be a multiple of segments, {self.segments}"
+            )
+
+    @property
+    def sampler(self) -> str:  # type: ignore[override]
+        return "flow" if self.segments > 1 else "consistency"
+
+    def check_sampling(self, steps: Sequence[int], shift: float) -> None:
+        if self.segments > 1 and (set(steps) != {self.segments} or shift != self.shift):
+            given = ", ".join(map(str, steps))
+            raise ValueError(
+                f"dcm with {self.segments} segments is sampled in {self.segments} steps, from end to end, with shift "
+                f"{self.shift:g}; not in {given} with shift {shift:g}: set sampling.steps to [{self.segments}] and "
+                f"sampling.shift to {self.shift:g}"
+            )
 
     def grid(self, device: torch.device) -> Tensor:
         """t [teacher_steps + 1] radians, rising from 0 to pi/2."""
-        s = torch.linspace(0, 1, self.teacher_steps + 1, dtype=torch.float64, device=device)
-        return from_flow_time(self.shift * s / (1 + (self.shift - 1) * s))
+        return self.at(torch.linspace(0, 1, self.teacher_steps + 1, dtype=torch.float64, device=device))
+
+    def at(self, place: Tensor) -> Tensor:
+        """Radians of places on the grid in [0, 1]."""
+        return from_flow_time(self.shift * place / (1 + (self.shift - 1) * place))
+
+    def draw(self, size: int, rng: Random) -> tuple[Tensor, Tensor, Tensor]:
+        """t, its neighbour below, and the end of their segment, each [B] radians."""
+        index = integers(1, self.teacher_steps + 1, size, rng)
+        length = self.teacher_steps // self.segments
+        end = self.at(((index - 1) // length * length).double() / self.teacher_steps)
+        if not self.jitter:
+            grid = self.grid(rng.device)
+            return grid[index], grid[index - 1], end
+        place = (index - uniform(size, rng)) / self.teacher_steps
+        below = self.at((place - 1 / self.teacher_steps).clamp(min=0))
+        return self.at(place), torch.maximum(below, end), end
 
 
 def euler_step(F: Tensor, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
@@ -54,6 +98,8 @@ def dcm_loss(
     batch: Batch,
     rng: Random,
     config: DCM,
+    *,
+    averaged: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> Terms:
     """Sum over the latent of (f(x_t, t) - sg f(x_t', t'))^2, float64; t and t' neighbours on the grid.
 
@@ -62,14 +108,56 @@ def dcm_loss(
         teacher: makes the step from t to t', guidance included.
         batch: real latents and their conditions.
         rng: times and noise.
+        averaged: while its context is entered, the student has its average's weights.
     """
-    grid = config.grid(rng.device)
-    index = integers(1, config.teacher_steps + 1, len(batch), rng)
-    t, t_next = grid[index], grid[index - 1]
+    t, t_next, end = config.draw(len(batch), rng)
     x0 = batch.x0.double()
     x = add_noise(x0, noise_like(x0, rng), t)
     with torch.no_grad():
-        x_next = euler_step(teacher(x, t, batch.cond), x, t, t_next)
-        target = clean_image(student(x_next, t_next, batch.cond), x_next, t_next)
-    f = clean_image(student(x, t, batch.cond), x, t)
-    return {"loss": (f - target).square().flatten(1).sum(1)}
+        x_next = teacher_step(teacher, x, t, t_next, batch.cond, rng, config)
+        if config.target == "ema":
+            assert averaged is not None, "dcm with target: ema needs the average"
+            with averaged():
+                F_next = student(x_next, t_next, batch.cond)
+        else:
+            F_next = student(x_next, t_next, batch.cond)
+        target = euler_step(F_next, x_next, t_next, end)
+    f = euler_step(student(x, t, batch.cond), x, t, end)
+    squares = (f - target).square().flatten(1).sum(1)
+    if config.huber is None:
+        return {"loss": squares}
+    return {"loss": (squares + config.huber**2).sqrt() - config.huber, "error": squares.detach()}
+
+
+def teacher_step(
+    teacher: nn.Module, x: Tensor, t: Tensor, t_next: Tensor, cond: Condition, rng: Random, config: DCM
+) -> Tensor:
+    """x_t -> x_t_next in `substeps` steps of the teacher, even in rectified-flow time."""
+    s, s_next = flow_time(t), flow_time(t_next)
+    now = t
+    for step in range(1, config.substeps + 1):
+        following = t_next
+        if step < config.substeps:
+            following = from_flow_time(torch.lerp(s, s_next, step / config.substeps))
+        F = teacher(x, now, cond)
+        if config.noise:
+            x = stochastic_step(F, x, now, following, noise_like(x, rng), config.noise)
+        else:
+            x = euler_step(F, x, now, following)
+        now = following
+    return x
+
+
+def stochastic_step(F: Tensor, x: Tensor, t: Tensor, t_next: Tensor, noise: Tensor, share: float) -> Tensor:
+    """x_t_next = cos(t') x0 + sqrt(sin^2(t') - w^2) eps + w noise: DDIM's step with eta = share (Song et al. 2021).
+
+    x0 and eps are what F implies. w is share times the deviation of x_t_next given x_t and x0 in DDPM's chain, so that
+    x_t_next given x0 is distributed as noised data whatever the share.
+    """
+    eps = expand_like(t.sin(), x) * x + expand_like(t.cos(), x) * F
+    # sin(t') / sin(t) sqrt(1 - cos^2(t) / cos^2(t')) with cos(t) <= cos(t')
+    ratio = (t.cos() / t_next.cos()).clamp(max=1)
+    w = share * t_next.sin() / t.sin() * (1 - ratio**2).sqrt()
+    kept = (t_next.sin() ** 2 - w**2).clamp(min=0).sqrt()
+    x0 = clean_image(F, x, t)
+    return expand_like(t_next.cos(), x) * x0 + expand_like(kept, x) * eps + expand_like(w, x) * noise

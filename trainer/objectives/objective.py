@@ -4,14 +4,15 @@
     def scm_loss(student, teacher, batch, rng, config: SCM, *, iteration) -> Terms: ...
 
 The class of `config` is the key: a stage whose settings are an SCM is trained with scm_loss. What else a loss needs it
-asks for by the names of its keyword arguments: `iteration` of the stage, from 1, and `fake`, the fake score.
+asks for by the names of its keyword arguments: `iteration` of the stage, from 1; `fake`, the fake score; `averaged`,
+which gives a context in which the student has the weights of its average.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -34,6 +35,11 @@ class Objective(Variants):
     second_time: ClassVar[bool] = False  # whether the network takes a second time
     knows_second_time: ClassVar[bool] = False  # whether it trains a student that has one at r below t
     needs_data: ClassVar[bool] = True  # whether it reads the latents: prompts alone will not do
+    needs_negative: ClassVar[bool] = False  # whether it asks for a negative condition beside the teacher's guidance
+    through_tangent: ClassVar[bool] = False  # whether its loss has a gradient through the tangent: needs one graph
+
+    def check_sampling(self, steps: Sequence[int], shift: float) -> None:
+        """Raises ValueError where samples in so many steps, on a grid of this shift, would be wrong."""
 
     @property
     def fake_score(self) -> Any:

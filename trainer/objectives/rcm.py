@@ -28,6 +28,10 @@ class RCM(Objective):
         not_negative(self, "weight")
 
     @property
+    def needs_data(self) -> bool:  # type: ignore[override]
+        return self.scm.needs_data
+
+    @property
     def fake_score(self) -> DMD | None:
         return self.dmd if self.weight else None
 

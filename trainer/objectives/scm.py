@@ -6,23 +6,27 @@ trajectory dx_t/dt = F_T(x_t, t):
     0 = df/dt = -cos(t) (F - F_T) - sin(t) (x_t + dF/dt),   dF/dt = (dF/dx) F_T + (partial dF/dt)
 
 The loss moves F by g = cos(t) df/dt. Its F_dot = cos(t) sin(t) dF/dt comes from the tangents
-cos(t) sin(t) F_T of x and cos(t) sin(t) of t.
+cos(t) sin(t) F_T of x and cos(t) sin(t) of t. In rectified flow's coordinates it is u = eps - x0 that is moved, by
+df/ds = (cos(t) + sin(t))^2 df/dt: the same zero, and another weight of the times.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.noise import Random, noise_like
+from jvpgraph.trainer.objectives.dcm import euler_step
+from jvpgraph.trainer.objectives.mean_flow import to_flow
 from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
 from jvpgraph.trainer.ranges import not_negative, positive
-from jvpgraph.trainer.times import LogNormal, Times
-from jvpgraph.trainer.trigflow import add_noise, along_trajectory, expand_like
+from jvpgraph.trainer.times import LogNormal, Times, flow_time, from_flow_time
+from jvpgraph.trainer.trigflow import add_noise, expand_like
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,32 @@ class SCM(Objective):
     times: Times = field(default_factory=LogNormal)  # p_G
     tangent_warmup: int = 0  # student updates until r = 1; 0: none, which the rCM paper finds enough
     tangent_floor: float = 0.1  # c in g / (||g|| + c); sCM
+    coordinates: Literal["trigflow", "rf"] = "trigflow"  # what is moved, and measured: F, or eps - x0
+    velocity: Literal["teacher", "data"] = "teacher"  # data: no teacher, cos(t) eps - sin(t) x0 (sCT)
+    points: Literal["data", "trajectory"] = "data"  # x_t: noised data, or the teacher's own from noise (TBCM)
+    trajectory_steps: int = 8  # Euler steps of the teacher from noise to x_t, even in rectified-flow time
 
     def __post_init__(self) -> None:
         not_negative(self, "tangent_warmup")
-        positive(self, "tangent_floor")
+        positive(self, "tangent_floor", "trajectory_steps")
+        if self.velocity == "data" and self.points == "trajectory":
+            raise ValueError("velocity: data has none at points of the teacher's trajectory: set points to data")
+
+    @property
+    def needs_data(self) -> bool:  # type: ignore[override]
+        return self.points == "data"
 
 
-def tangent_target(F: Tensor, F_dot: Tensor, F_teacher: Tensor, x: Tensor, t: Tensor, r: float) -> Tensor:
-    """g = -cos^2(t) (F - F_T) - r (cos(t) sin(t) x_t + F_dot); latents [B, ...], t [B] in radians."""
+def tangent_target(
+    F: Tensor, F_dot: Tensor, F_teacher: Tensor, x: Tensor, t: Tensor, r: float, weight: Tensor | None = None
+) -> Tensor:
+    """g = -cos^2(t) (F - F_T) - r (cos(t) sin(t) x_t + F_dot); latents [B, ...], t [B] in radians.
+
+    `weight` [B]: in the place of the first cos(t); F_dot then has weight sin(t) dF/dt.
+    """
     cos, sin = expand_like(t.cos(), x), expand_like(t.sin(), x)
-    return -(cos**2) * (F - F_teacher) - r * (cos * sin * x + F_dot)
+    w = cos if weight is None else expand_like(weight, x)
+    return -(w * cos) * (F - F_teacher) - r * (w * sin * x + F_dot)
 
 
 @objective
@@ -66,14 +86,55 @@ def scm_loss(
     """
     x0 = batch.x0.double()
     t = config.times.draw(len(batch), rng)
-    x = add_noise(x0, noise_like(x0, rng), t)
-    with torch.no_grad():
-        F_teacher = teacher(x, t, batch.cond)
+    eps = noise_like(x0, rng)
+    if config.points == "data":
+        x = add_noise(x0, eps, t)
+    else:
+        x = walked(teacher, eps, t, batch.cond, config.trajectory_steps)
+    if config.velocity == "data":
+        velocity = expand_like(t.cos(), x) * eps - expand_like(t.sin(), x) * x0
+    else:
+        with torch.no_grad():
+            velocity = teacher(x, t, batch.cond)
+    weight = t.cos() if config.coordinates == "trigflow" else (t.cos() + t.sin()) ** 2
+    speed = weight * t.sin()
 
-    F, F_dot = student(x, t, batch.cond, tangents=along_trajectory(x, t, F_teacher))
+    F, F_dot = student(x, t, batch.cond, tangents={"x": expand_like(speed, x) * velocity, "t": speed})
 
-    r = min(1.0, iteration / config.tangent_warmup) if config.tangent_warmup else 1.0
-    g = tangent_target(F.detach(), F_dot, F_teacher, x, t, r)
+    g = tangent_target(F.detach(), F_dot, velocity, x, t, warmed(config, iteration), weight)
+    return moved(F if config.coordinates == "trigflow" else to_flow(x, F, t)[1], F_dot, g, config)
+
+
+@torch.no_grad()
+def walked(teacher: nn.Module, noise: Tensor, t: Tensor, cond: Condition, steps: int) -> Tensor:
+    """x_t on the teacher's trajectory that begins at the noise, by Euler steps of rectified flow; t [B] radians."""
+    x, now = noise, torch.full_like(t, math.pi / 2)
+    for step in range(1, steps + 1):
+        following = from_flow_time(1 - (1 - flow_time(t)) * step / steps)
+        x, now = euler_step(teacher(x, now, cond), x, now, following), following
+    return x
+
+
+class Tangent(Protocol):
+    """What settings say of a target with a tangent in it."""
+
+    @property
+    def tangent_warmup(self) -> int: ...
+    @property
+    def tangent_floor(self) -> float: ...
+
+
+def warmed(config: Tangent, iteration: int) -> float:
+    """The share of the tangent that counts, rising to 1."""
+    return min(1.0, iteration / config.tangent_warmup) if config.tangent_warmup else 1.0
+
+
+def moved(F: Tensor, F_dot: Tensor, g: Tensor, config: Tangent) -> Terms:
+    """The loss that moves F by g / (||g|| + c), and the norms of g and F_dot per sample.
+
+    Neither has a gradient, whatever the dual gives its tangents.
+    """
+    g, F_dot = g.detach(), F_dot.detach()
     norm = g.flatten(1).norm(dim=1)
     g = g / expand_like(norm + config.tangent_floor, g)
     loss = (F - F.detach() - g).square().flatten(1).sum(1)

@@ -141,7 +141,9 @@ def student_of(config: RunConfig, settings: StudentConfig, teacher: TrigFlow) ->
     return student
 
 
-def subject_of(config: RunConfig, teacher: TrigFlow, cond: Condition, *, fake: bool, sharded: bool) -> Subject:
+def subject_of(
+    config: RunConfig, teacher: TrigFlow, cond: Condition, *, fake: bool, sharded: bool, through_tangent: bool = False
+) -> Subject:
     """The networks of a run with this teacher.
 
     Args:
@@ -149,13 +151,21 @@ def subject_of(config: RunConfig, teacher: TrigFlow, cond: Condition, *, fake: b
         fake: whether there is a fake score.
         sharded: whether FSDP2 has the student: blocks are graphs of their own then, and their gradients come one by
             one.
+        through_tangent: whether the loss has a gradient through the tangent.
     """
     student = student_of(config, config.student, teacher)
     blocks = set(repeated_blocks(student.net)) if sharded else set()
     # Without Inductor, which makes no code for this device.
     of_tangents = jvpgraph.Config(tangent_precision=config.precision.of_tangents)
-    regions = blocks.__contains__ if blocks else "auto"
-    dual = jvpgraph.transform(student, backend="eager", dynamic=False, regions=regions, config=of_tangents)
+    regions = None if through_tangent else blocks.__contains__ if blocks else "auto"
+    dual = jvpgraph.transform(
+        student,
+        backend="eager",
+        dynamic=False,
+        regions=regions,
+        differentiable_tangent=through_tangent,
+        config=of_tangents,
+    )
     negative = dict(cond) if config.guidance.scale != 1 else {}
     return Subject(
         teacher,

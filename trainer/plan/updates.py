@@ -75,7 +75,8 @@ def costs_of(
     def measured(blocks: Sequence[int]) -> Costs:
         network = teacher if list(blocks) == counts else shortened(teacher, blocks)
         fake = stage.objective.fake_score is not None
-        subject = subject_of(config, network, sample.cond, fake=fake, sharded=sharded)
+        through = stage.objective.through_tangent
+        subject = subject_of(config, network, sample.cond, fake=fake, sharded=sharded, through_tangent=through)
         with dynamo.config.patch(recompile_limit=MANY):  # of a block: in each subject, with and without tangents
             return measure(subject, stage, larger(sample, size), on_gpu)
 
@@ -105,7 +106,8 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch, on_gpu: bool) ->
     run = partial(costs, known=known, again=stage.accumulate > 1, on_gpu=on_gpu)
 
     def student_loss(iteration: int) -> Terms:
-        return loss(subject.dual, subject.guided, batch, noise, objective, iteration=iteration, fake=fake)
+        more = {"iteration": iteration, "fake": fake, "averaged": nullcontext}
+        return loss(subject.dual, subject.guided, batch, noise, objective, **more)
 
     with calls_of(subject.teacher) as teacher_calls, calls_of(subject.fake) as fake_calls:
         of_student = run(subject.student, subject.dual, [partial(student_loss, i) for i in iterations])

@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 
 import jvpgraph
+from jvpgraph.passes.context import Report
 from jvpgraph.trainer.config import RunConfig, StudentConfig, TeacherConfig
 from jvpgraph.trainer.model.networks import build_guided, build_student, build_teacher, share_frozen, take_values
 from jvpgraph.trainer.model.offload import Traffic
 from jvpgraph.trainer.model.quantize import put_on_bytes, quantize
+from jvpgraph.trainer.objectives import Objective
 from jvpgraph.trainer.run.origin import digest_of
 from jvpgraph.trainer.run.parallel import Layout
 from jvpgraph.trainer.run.start import start_from
@@ -32,9 +34,21 @@ class Networks:
     guided: Guided  # the teacher with classifier-free guidance
     student: TrigFlow
     dual: jvpgraph.DualModule  # the student with tangents; the same parameters
+    through: jvpgraph.DualModule | None  # likewise, with gradients through the tangents, if a stage asks for that
     new_student: Callable[[], TrigFlow]  # a copy of the teacher like the student: a fake score
     digest: str  # of the teacher's values, on the first process
     traffic: Traffic  # between CPU and device, of networks that rest
+
+    def dual_for(self, objective: Objective) -> jvpgraph.DualModule:
+        if not objective.through_tangent:
+            return self.dual
+        assert self.through is not None
+        return self.through
+
+    @property
+    def reports(self) -> list[Report]:
+        """Of all graphs so far."""
+        return [*self.dual.reports, *([] if self.through is None else self.through.reports)]
 
 
 def build_networks(config: RunConfig, layout: Layout, start: Path | None = None) -> Networks:
@@ -73,6 +87,11 @@ def build_networks(config: RunConfig, layout: Layout, start: Path | None = None)
     of_tangents = jvpgraph.Config(tangent_precision=config.precision.of_tangents)
     backend = config.student.backend
     dual = jvpgraph.transform(student, backend=backend, dynamic=False, regions=regions, config=of_tangents)
+    through = None
+    if any(stage.objective.through_tangent for stage in config.stages):
+        through = jvpgraph.transform(
+            student, backend=backend, dynamic=False, differentiable_tangent=True, config=of_tangents
+        )
 
     def new_student() -> TrigFlow:
         rests = traffic if config.fake_score.offload else None
@@ -89,7 +108,7 @@ def build_networks(config: RunConfig, layout: Layout, start: Path | None = None)
             share_frozen(new, teacher)
         return new
 
-    return Networks(teacher, guided, student, dual, new_student, digest, traffic)
+    return Networks(teacher, guided, student, dual, through, new_student, digest, traffic)
 
 
 def check_same(teacher: TrigFlow, digest: str, config: RunConfig) -> None:

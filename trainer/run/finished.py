@@ -50,6 +50,10 @@ class Run:
     def sampler(self) -> str:
         return self.config.sampler(self.stage)
 
+    def check_sampling(self, *steps: int) -> None:
+        """Raises ValueError for steps in which samples of the student would be wrong."""
+        self.config.stages[self.stage].objective.check_sampling(steps, self.config.sampling.shift)
+
 
 def load_run(folder: Path, *, ema: float | None = None, step: int | None = None) -> Run:
     """The student of a run, averaged with relative width `ema` (default: the first of ema.sigma_rel).
@@ -115,6 +119,7 @@ def sample_run(folder: Path, *, steps: int, count: int, ema: float | None, seed:
     run = load_run(folder, ema=ema)
     config = run.config
     batch = first_samples(config.data.source.build(), count).to(device_of(config))
+    run.check_sampling(steps)
     sample = sampler_of(run.sampler, run.student, steps, config.sampling)
     latents = draw(sample, batch, config.sampling.batch, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +166,7 @@ def samplers_of(run: Run, steps: Sequence[int]) -> dict[str, Sampler]:
     config = run.config
     guided = build_guided(run.teacher, config.guidance, device_of(config))
     many = config.sampling.teacher_steps
+    run.check_sampling(*steps)
     students = {
         f"student, {n} step{'s' * (n > 1)}": sampler_of(run.sampler, run.student, n, config.sampling) for n in steps
     }

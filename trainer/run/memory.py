@@ -1,4 +1,4 @@
-"""Which of the settings that save memory do not go with each other, with a layout or with what is installed."""
+"""Which settings do not go with each other, with a layout or with what is installed."""
 
 from __future__ import annotations
 
@@ -25,6 +25,18 @@ def clashes(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[str]:
     quantization = config.teacher.quantization
     splits = [name for name in ("dp_shard", "cp_ulysses", "cp_ring", "tp") if sizes[name] > 1]
 
+    for i, stage in enumerate(config.stages):
+        if not stage.objective.through_tangent:
+            continue
+        what = f"stages.{i}.objective: the gradient of {stage.objective.name} goes through the tangent, which needs "
+        if config.student.backend == "op_by_op":
+            yield what + "a graph. Set student.backend to inductor or eager"
+        if several := [name for name, size in sizes.items() if size > 1]:
+            yield (
+                what
+                + f"one graph in one process, which parallel.{several[0]} takes apart. Set it to 1, or take another "
+                "method"
+            )
     for name in away:
         if config.student.lora is not None:
             yield (
