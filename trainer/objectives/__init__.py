@@ -7,6 +7,7 @@ from jvpgraph.trainer.objectives.mean_flow import MeanFlow
 from jvpgraph.trainer.objectives.objective import LOSSES, Objective, Terms, loss_of, objective
 from jvpgraph.trainer.objectives.rcm import RCM
 from jvpgraph.trainer.objectives.scm import SCM
+from jvpgraph.trainer.objectives.terms import Term, WeightedTerms
 
 __all__ = [
     "DCM",
@@ -17,7 +18,9 @@ __all__ = [
     "FlowMatching",
     "MeanFlow",
     "Objective",
+    "Term",
     "Terms",
+    "WeightedTerms",
     "loss_of",
     "objective",
 ]

@@ -4,7 +4,8 @@
     def scm_loss(student, teacher, batch, rng, config: SCM, *, iteration) -> Terms: ...
 
 The class of `config` is the key: a stage whose settings are an SCM is trained with scm_loss. What else a loss needs it
-asks for by the names of its keyword arguments: `iteration` of the stage, from 1, and `fake`, the fake score.
+asks for by the names of its keyword arguments: `iteration` of the stage, from 1; `fake`, the fake score; `critic`,
+heads on the blocks of a network; and `shared`, where terms of one update find what another has made of the student.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from jvpgraph.trainer.settings import Variants
 
 Terms = dict[str, Tensor]
 """Per sample [B]: `loss`, whose mean is minimised, and whatever else is worth logging."""
+
+Shared = dict[Any, Any]
+"""What was made of the student in this update, with its autograd history, by the settings that it was made with."""
 
 Loss = Callable[..., Terms]
 AnyLoss = TypeVar("AnyLoss", bound=Loss)
@@ -39,8 +43,13 @@ class Objective(Variants):
         """Settings (DMD) of the fake score that is trained alongside the student, or None."""
         return None
 
+    @property
+    def critic(self) -> Any:
+        """Settings (Adversarial) of the critic that is trained alongside the student, or None."""
+        return None
+
     def fake_updates(self, iteration: int) -> int:
-        """Updates of the fake score that follow student update `iteration`, counted from 1."""
+        """Updates of fake score and critic that follow student update `iteration`, counted from 1."""
         return 0
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives.dmd import DMD, dmd_loss
-from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
+from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, objective
 from jvpgraph.trainer.objectives.scm import SCM, scm_loss
 from jvpgraph.trainer.ranges import not_negative
 
@@ -26,6 +26,8 @@ class RCM(Objective):
 
     def __post_init__(self) -> None:
         not_negative(self, "weight")
+        if self.dmd.second_time:
+            raise ValueError("dmd.rollout: jumps need a second time, which scm's student has not: set it to renoise")
 
     @property
     def fake_score(self) -> DMD | None:
@@ -48,11 +50,12 @@ def rcm_loss(
     *,
     iteration: int,
     fake: nn.Module | None,
+    shared: Shared | None = None,
 ) -> Terms:
     """The two losses, float64; arguments as those of `scm_loss` and `dmd_loss`."""
     terms = scm_loss(student, teacher, batch, rng, config.scm, iteration=iteration)
     if not config.regularises(iteration):
         return terms
-    dmd = dmd_loss(student, teacher, batch, rng, config.dmd, iteration=iteration, fake=fake)
+    dmd = dmd_loss(student, teacher, batch, rng, config.dmd, iteration=iteration, fake=fake, shared=shared)
     loss = terms["loss"] + config.weight * dmd["loss"]
     return {**terms, **dmd, "loss": loss, "scm": terms["loss"], "dmd": dmd["loss"]}
