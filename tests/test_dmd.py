@@ -15,7 +15,7 @@ from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.objectives import DMD, RCM, SCM, Term, WeightedTerms, loss_of
 from jvpgraph.trainer.objectives.dmd import (
     dmd_loss,
-    fake_score_loss,
+    fake_score_error,
     image_at,
     score_gradient,
     velocity_error,
@@ -169,8 +169,8 @@ def test_a_phase_pulls_samples_towards_the_variance_of_its_end(std: float) -> No
     terms["loss"].sum().backward()
     stretched = (student.x0.grad * student.x0).sum()  # above 0: the step makes them smaller
     assert stretched > 0 if std > STD else stretched < 0
-    loss = fake_score_loss(GaussianFlow(std), student, batch, seeded(21), config, count=0)["loss"]
-    other = fake_score_loss(GaussianFlow(), student, batch, seeded(21), config, count=0)["loss"]
+    loss = fake_score_error(GaussianFlow(std), student, batch, seeded(21), config, 0)
+    other = fake_score_error(GaussianFlow(), student, batch, seeded(21), config, 0)
     assert loss.mean() < other.mean()
 
 

@@ -25,7 +25,7 @@ from jvpgraph.trainer.objectives import (
     objective,
 )
 from jvpgraph.trainer.objectives.dcm import dcm_loss, euler_step
-from jvpgraph.trainer.objectives.dmd import dmd_loss, fake_score_loss, score_gradient
+from jvpgraph.trainer.objectives.dmd import dmd_loss, fake_score_error, score_gradient
 from jvpgraph.trainer.objectives.flow import flow_loss
 from jvpgraph.trainer.objectives.mean_flow import mean_flow_loss, ordered_times, to_flow
 from jvpgraph.trainer.objectives.rcm import rcm_loss
@@ -212,8 +212,7 @@ def test_fake_score_loss_is_minimal_at_the_score_of_the_student() -> None:
             def forward(self, *args: object) -> Tensor:
                 return factor * super().forward(*args)
 
-        terms = fake_score_loss(Fake(), GaussianConsistency(), batch, seeded(17), DMD(times=PLAIN), count=0)
-        return terms["loss"].mean()
+        return fake_score_error(Fake(), GaussianConsistency(), batch, seeded(17), DMD(times=PLAIN), 0).mean()
 
     assert loss(1.0) < loss(0.8)
     assert loss(1.0) < loss(1.2)
@@ -223,7 +222,7 @@ def test_the_gradient_of_the_fake_score_is_right_from_its_first_step() -> None:
     """d/dF of (F - v)^2 with v = cos(t) eps - sin(t) x0 of the student's own samples."""
     batch, config = gaussian_batch(6, seeded(18)), DMD(times=PLAIN)
     student, fake = GaussianConsistency(), Shifted(GaussianFlow(), 6)
-    fake_score_loss(fake, student, batch, seeded(19), config, count=4)["loss"].sum().backward()
+    fake_score_error(fake, student, batch, seeded(19), config, 4).sum().backward()
 
     rng = seeded(19)
     x0 = simulate_backward(student, batch, 1, rng, Simulation(PLAIN)).x

@@ -1,5 +1,6 @@
 """Training objectives, one file each: settings, and a function of (student, teacher, batch, rng, config)."""
 
+from jvpgraph.trainer.objectives.adversarial import Adversarial
 from jvpgraph.trainer.objectives.dcm import DCM
 from jvpgraph.trainer.objectives.dmd import DMD
 from jvpgraph.trainer.objectives.flow import FlowMatching
@@ -15,6 +16,7 @@ __all__ = [
     "LOSSES",
     "RCM",
     "SCM",
+    "Adversarial",
     "FlowMatching",
     "MeanFlow",
     "Objective",

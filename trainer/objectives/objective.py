@@ -48,6 +48,16 @@ class Objective(Variants):
         """Settings (Adversarial) of the critic that is trained alongside the student, or None."""
         return None
 
+    @property
+    def needs_critic(self) -> bool:
+        """Whether its loss asks a critic that another term has to train."""
+        return False
+
+    @property
+    def simulation(self) -> Any:
+        """Settings (Simulation) of the samples of the student that it makes, or None."""
+        return None
+
     def fake_updates(self, iteration: int) -> int:
         """Updates of fake score and critic that follow student update `iteration`, counted from 1."""
         return 0

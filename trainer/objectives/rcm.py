@@ -10,8 +10,10 @@ from torch import nn
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives.dmd import DMD, dmd_loss
+from jvpgraph.trainer.objectives.judge import Judge
 from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, objective
 from jvpgraph.trainer.objectives.scm import SCM, scm_loss
+from jvpgraph.trainer.objectives.simulation import Simulation
 from jvpgraph.trainer.ranges import not_negative
 
 
@@ -33,6 +35,14 @@ class RCM(Objective):
     def fake_score(self) -> DMD | None:
         return self.dmd if self.weight else None
 
+    @property
+    def needs_critic(self) -> bool:
+        return self.dmd.needs_critic
+
+    @property
+    def simulation(self) -> Simulation:
+        return self.dmd.simulation if self.weight else self.scm.simulation
+
     def fake_updates(self, iteration: int) -> int:
         return self.dmd.fake_updates_per_step if self.regularises(iteration) else 0
 
@@ -50,12 +60,14 @@ def rcm_loss(
     *,
     iteration: int,
     fake: nn.Module | None,
+    critic: Judge | None = None,
     shared: Shared | None = None,
 ) -> Terms:
     """The two losses, float64; arguments as those of `scm_loss` and `dmd_loss`."""
-    terms = scm_loss(student, teacher, batch, rng, config.scm, iteration=iteration)
+    terms = scm_loss(student, teacher, batch, rng, config.scm, iteration=iteration, shared=shared)
     if not config.regularises(iteration):
         return terms
-    dmd = dmd_loss(student, teacher, batch, rng, config.dmd, iteration=iteration, fake=fake, shared=shared)
+    offered = {"iteration": iteration, "fake": fake, "critic": critic, "shared": shared}
+    dmd = dmd_loss(student, teacher, batch, rng, config.dmd, **offered)
     loss = terms["loss"] + config.weight * dmd["loss"]
     return {**terms, **dmd, "loss": loss, "scm": terms["loss"], "dmd": dmd["loss"]}

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.noise import Random, noise_like
-from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
+from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, objective
+from jvpgraph.trainer.objectives.simulation import Samples, Simulation
 from jvpgraph.trainer.ranges import not_negative, positive
 from jvpgraph.trainer.times import LogNormal, Times
-from jvpgraph.trainer.trigflow import add_noise, along_trajectory, expand_like
+from jvpgraph.trainer.trigflow import add_noise, along_trajectory, clean_image, expand_like
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class SCM(Objective):
     def __post_init__(self) -> None:
         not_negative(self, "tangent_warmup")
         positive(self, "tangent_floor")
+
+    @property
+    def simulation(self) -> Simulation:
+        return Simulation(self.times, steps=1, rollout="once")
 
 
 def tangent_target(F: Tensor, F_dot: Tensor, F_teacher: Tensor, x: Tensor, t: Tensor, r: float) -> Tensor:
@@ -54,6 +59,7 @@ def scm_loss(
     config: SCM,
     *,
     iteration: int,
+    shared: Shared | None = None,
 ) -> Terms:
     """Sum over the latent of (F - F_sg - g)^2, float64.
 
@@ -63,6 +69,7 @@ def scm_loss(
         batch: real latents and their conditions.
         rng: times and noise.
         iteration: of the student, from 1; what the tangent's warm-up goes by.
+        shared: where other terms find the clean images that F implies.
     """
     x0 = batch.x0.double()
     t = config.times.draw(len(batch), rng)
@@ -71,6 +78,8 @@ def scm_loss(
         F_teacher = teacher(x, t, batch.cond)
 
     F, F_dot = student(x, t, batch.cond, tangents=along_trajectory(x, t, F_teacher))
+    if shared is not None:
+        shared[config.simulation] = Samples(clean_image(F, x, t), t)
 
     r = min(1.0, iteration / config.tangent_warmup) if config.tangent_warmup else 1.0
     g = tangent_target(F.detach(), F_dot, F_teacher, x, t, r)

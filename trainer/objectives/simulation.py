@@ -17,7 +17,7 @@ from jvpgraph.trainer.ranges import positive
 from jvpgraph.trainer.times import ShiftedUniform, Times, flow_time, from_flow_time
 from jvpgraph.trainer.trigflow import HALF_PI, add_noise, clean_image, expand_like
 
-Rollout = Literal["renoise", "jumps"]
+Rollout = Literal["renoise", "jumps", "once"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Simulation:
     times: Times = field(default_factory=ShiftedUniform)  # between the steps, where they are not fixed
     steps: int = 4  # cycles through 1..steps; rCM
     fixed_times: tuple[float, ...] = ()  # between the steps: radians that fall; n steps use the first n - 1
-    rollout: Rollout = "renoise"  # a clean image, and noise again; or jumps of a network with a second time
+    rollout: Rollout = "renoise"  # clean image and noise in turn; jumps of two-time networks; once from noisy latents
     start: float = HALF_PI  # radians; below pi/2 from real latents with noise
     end: float = 0.0  # radians; above 0 the samples are x_end
 
@@ -47,6 +47,14 @@ class Simulation:
                 f"fixed_times are {len(self.fixed_times)}, and {self.steps} steps have {self.steps - 1} times between "
                 "them: give more times, or fewer steps"
             )
+
+    @property
+    def sampler(self) -> str:
+        return "mean_flow" if self.rollout == "jumps" else "consistency"
+
+    @property
+    def needs_data(self) -> bool:
+        return self.start < HALF_PI or self.rollout == "once"
 
     def steps_at(self, count: int) -> int:
         """Steps of the count-th update: 1..steps in turn."""
@@ -70,8 +78,12 @@ def simulate_backward(student: nn.Module, batch: Batch, steps: int, rng: Random,
     """Student samples from pure noise in `steps` steps at falling times.
 
     Only the last step has a gradient. Conditions and shape are those of `batch`; so are, if `start` is below pi/2, the
-    latents that it starts from.
+    latents that it starts from. With rollout `once` that is all: one step from each, with the noise of `times`.
     """
+    if simulation.rollout == "once":
+        t = simulation.times.draw(len(batch), rng)
+        x = add_noise(batch.x0.double(), noise_like(batch.x0, rng), t)
+        return Samples(clean_image(student(x, t, batch.cond), x, t), t)
     x = noise_like(batch.x0, rng)
     t = torch.full((len(batch),), simulation.start, dtype=torch.float64, device=x.device)
     end = torch.full_like(t, simulation.end)

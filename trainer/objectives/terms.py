@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.noise import Random
+from jvpgraph.trainer.objectives.adversarial import Adversarial
+from jvpgraph.trainer.objectives.flow import FlowMatching
 from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, loss_of, objective
 from jvpgraph.trainer.ranges import not_negative
 
@@ -42,7 +44,8 @@ class WeightedTerms(Objective):
             raise ValueError("terms: none has a weight above 0, so that nothing trains the student")
         if nested := [part.name for part in objectives if isinstance(part, WeightedTerms)]:
             raise ValueError(f"terms: {nested[0]} inside of terms: list its terms beside the others")
-        kinds = {part.second_time: part.name for part in objectives}
+        # flow matching asks for the velocity, which a network with a second time has too
+        kinds = {part.second_time: part.name for part in objectives if not isinstance(part, FlowMatching)}
         if len(kinds) > 1:
             raise ValueError(
                 f"terms: {kinds[True]} needs a student with a second time, and {kinds[False]} asks it without one. "
@@ -59,7 +62,17 @@ class WeightedTerms(Objective):
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
-        return tuple(term.objective for term in self.terms)
+        """Those of the terms; an adversarial one with what its settings leave to the others."""
+        given = [term.objective for term in self.terms]
+        others = [part for part in given if not isinstance(part, Adversarial)]
+        simulation = next((part.simulation for part in others if part.simulation is not None), None)
+        score = next((part.fake_score for part in others if part.fake_score is not None), None)
+
+        def completed(part: Adversarial) -> Adversarial:
+            times = score.times if score is not None and part.features == "fake_score" else None
+            return replace(part, simulation=part.simulation or simulation, times=part.times or times)
+
+        return tuple(completed(part) if isinstance(part, Adversarial) else part for part in given)
 
     @property
     def sampler(self) -> str:  # type: ignore[override]
@@ -81,6 +94,14 @@ class WeightedTerms(Objective):
     def critic(self) -> Any:
         return next((part.critic for part in self.objectives if part.critic is not None), None)
 
+    @property
+    def needs_critic(self) -> bool:
+        return any(part.needs_critic for part in self.objectives)
+
+    @property
+    def simulation(self) -> Any:
+        return next((part.simulation for part in self.objectives if part.simulation is not None), None)
+
     def fake_updates(self, iteration: int) -> int:
         acting = (term.objective for term in self.terms if term.acts(iteration))
         return max((part.fake_updates(iteration) for part in acting), default=0)
@@ -88,8 +109,9 @@ class WeightedTerms(Objective):
     def named(self) -> Iterator[tuple[str, Term]]:
         """The terms by their names in the log: that of the objective, with its number if that is another's too."""
         names = [part.name for part in self.objectives]
-        for index, (name, term) in enumerate(zip(names, self.terms)):
-            yield name if names.count(name) == 1 else f"{name}_{names[: index + 1].count(name)}", term
+        for index, (name, term, part) in enumerate(zip(names, self.terms, self.objectives)):
+            number = "" if names.count(name) == 1 else f"_{names[: index + 1].count(name)}"
+            yield f"{name}{number}", replace(term, objective=part)
 
 
 @objective
