@@ -73,7 +73,11 @@ class Critic(nn.Module):
         features = [tokens_of(out, len(x)) for out in found]
         if share != 1:
             features = [h.detach() + share * (h - h.detach()) if share else h.detach() for h in features]
-        return F, torch.stack([head(tokens) for head, tokens in zip(self.heads, features)], dim=1)
+        logits = torch.stack([head(tokens) for head, tokens in zip(self.heads, features)], dim=1)
+        if share:
+            # FSDP2 gathers what is outside of blocks when the gradient of the network's own answer comes.
+            logits = logits + 0 * F.flatten(1).sum(1, keepdim=True).to(logits.dtype)
+        return F, logits
 
 
 def critic_on(network: nn.Module, settings: Adversarial, sample: Batch, blocks: Sequence[int] = ()) -> Critic:

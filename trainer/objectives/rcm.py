@@ -67,7 +67,8 @@ def rcm_loss(
     terms = scm_loss(student, teacher, batch, rng, config.scm, iteration=iteration, shared=shared)
     if not config.regularises(iteration):
         return terms
-    offered = {"iteration": iteration, "fake": fake, "critic": critic, "shared": shared}
-    dmd = dmd_loss(student, teacher, batch, rng, config.dmd, **offered)
+    dmd = dmd_loss(
+        student, teacher, batch, rng, config.dmd, iteration=iteration, fake=fake, critic=critic, shared=shared
+    )
     loss = terms["loss"] + config.weight * dmd["loss"]
     return {**terms, **dmd, "loss": loss, "scm": terms["loss"], "dmd": dmd["loss"]}
