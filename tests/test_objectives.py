@@ -19,15 +19,18 @@ from jvpgraph.trainer.objectives import (
     FlowMatching,
     MeanFlow,
     Objective,
+    Term,
+    WeightedTerms,
     loss_of,
     objective,
 )
 from jvpgraph.trainer.objectives.dcm import dcm_loss, euler_step
-from jvpgraph.trainer.objectives.dmd import dmd_loss, fake_score_loss, score_gradient, simulate_backward
+from jvpgraph.trainer.objectives.dmd import dmd_loss, fake_score_error, score_gradient
 from jvpgraph.trainer.objectives.flow import flow_loss
 from jvpgraph.trainer.objectives.mean_flow import mean_flow_loss, ordered_times, to_flow
 from jvpgraph.trainer.objectives.rcm import rcm_loss
 from jvpgraph.trainer.objectives.scm import scm_loss, tangent_target
+from jvpgraph.trainer.objectives.simulation import Simulation, simulate_backward
 from jvpgraph.trainer.times import LogitNormal, LogNormal, ShiftedUniform, flow_time, from_flow_time
 from jvpgraph.trainer.trigflow import add_noise, clean_image, expand_like
 from tests.gaussian import (
@@ -209,8 +212,7 @@ def test_fake_score_loss_is_minimal_at_the_score_of_the_student() -> None:
             def forward(self, *args: object) -> Tensor:
                 return factor * super().forward(*args)
 
-        terms = fake_score_loss(Fake(), GaussianConsistency(), batch, seeded(17), DMD(times=PLAIN), count=0)
-        return terms["loss"].mean()
+        return fake_score_error(Fake(), GaussianConsistency(), batch, seeded(17), DMD(times=PLAIN), 0).mean()
 
     assert loss(1.0) < loss(0.8)
     assert loss(1.0) < loss(1.2)
@@ -220,10 +222,10 @@ def test_the_gradient_of_the_fake_score_is_right_from_its_first_step() -> None:
     """d/dF of (F - v)^2 with v = cos(t) eps - sin(t) x0 of the student's own samples."""
     batch, config = gaussian_batch(6, seeded(18)), DMD(times=PLAIN)
     student, fake = GaussianConsistency(), Shifted(GaussianFlow(), 6)
-    fake_score_loss(fake, student, batch, seeded(19), config, count=4)["loss"].sum().backward()
+    fake_score_error(fake, student, batch, seeded(19), config, 4).sum().backward()
 
     rng = seeded(19)
-    x0 = simulate_backward(student, batch, 1, rng, PLAIN)
+    x0 = simulate_backward(student, batch, 1, rng, Simulation(PLAIN)).x
     t, eps = PLAIN.draw(6, rng), images(6, rng)
     v = expand_like(t.cos(), x0) * eps - expand_like(t.sin(), x0) * x0
     F = GaussianFlow()(add_noise(x0, eps, t), t, {})
@@ -233,13 +235,13 @@ def test_the_gradient_of_the_fake_score_is_right_from_its_first_step() -> None:
 def test_backward_simulation_samples_the_data_at_any_number_of_steps() -> None:
     batch = gaussian_batch(2048, seeded(18))
     for steps in (1, 2, 4):
-        x0 = simulate_backward(GaussianConsistency(), batch, steps, seeded(19), PLAIN)
+        x0 = simulate_backward(GaussianConsistency(), batch, steps, seeded(19), Simulation(PLAIN)).x
         assert x0.std().item() == pytest.approx(STD, rel=0.02)
 
 
 def test_the_simulation_cycles_through_its_numbers_of_steps() -> None:
-    config = DMD(simulation_steps=4)
-    assert [config.steps_at(i) for i in range(8)] == [1, 2, 3, 4, 1, 2, 3, 4]
+    simulation = DMD(simulation_steps=4).simulation
+    assert [simulation.steps_at(i) for i in range(8)] == [1, 2, 3, 4, 1, 2, 3, 4]
 
 
 # ---------------------------------------------------------------- rCM
@@ -408,6 +410,7 @@ def test_conditions_are_dropped_for_a_share_of_the_samples() -> None:
 def test_every_objective_has_a_name_settings_and_a_loss() -> None:
     for settings, loss in LOSSES.items():
         assert Objective.variants()[settings.name] is settings
-        assert loss_of(settings()).__wrapped__ is loss
+        made = settings(terms=(Term(SCM()),)) if settings is WeightedTerms else settings()
+        assert loss_of(made).__wrapped__ is loss
     with pytest.raises(ValueError, match="SCM has a loss already: scm_loss"):
         objective(scm_loss)

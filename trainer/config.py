@@ -115,15 +115,29 @@ class StageConfig:
     """One objective for some steps. Stages run in a row, each on the weights of the one before."""
 
     steps: int  # student updates
-    objective: Objective = field(default_factory=RCM)  # rcm, scm, dmd, dcm, mean_flow, flow_map, ...
+    objective: Objective = field(default_factory=RCM)  # rcm, scm, dmd, dcm, mean_flow, ..., or terms of them
     batch: int = 64  # samples per forward, over all processes
-    accumulate: int = 1  # forwards per update, of student and fake score
+    accumulate: int = 1  # forwards per update, of student, fake score and critic
     condition_dropout: float = 0.0  # share of conditions replaced by the negative one; 0.1 to train a teacher
     student: OptimizerConfig = field(default_factory=OptimizerConfig)
     fake: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=4e-7))  # of the fake score
+    critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))  # of the heads of adversarial
 
     def __post_init__(self) -> None:
         positive(self, "steps", "batch", "accumulate")
+        critic = self.objective.critic
+        if critic is None and self.objective.needs_critic:
+            raise ValueError(
+                "dmd.divergence needs the ratio that a critic learns: put an adversarial term beside dmd in terms, "
+                "with weight 0 for its ratio alone; or set divergence to reverse_kl"
+            )
+        if critic is not None and self.objective.needs_critic and critic.loss != "softplus":
+            raise ValueError("dmd.divergence needs a critic with loss softplus: that of hinge is no ratio of densities")
+        if critic is not None and critic.features == "fake_score" and self.objective.fake_score is None:
+            raise ValueError(
+                "adversarial.features: no term trains a fake score. Put dmd beside it in terms, or set features to "
+                "teacher"
+            )
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"condition_dropout is {self.condition_dropout} and must be in [0, 1)")
 
@@ -316,3 +330,9 @@ class RunConfig:
         not_negative(self, "seed")
         if not self.stages:
             raise ValueError("stages is empty: a run needs at least one")
+        for index, stage in enumerate(self.stages):
+            if stage.objective.critic is not None and self.student.compile:
+                raise ValueError(
+                    f"stages.{index}.objective: a critic looks into the blocks of a network, and student.compile "
+                    "makes them one piece. Set it to false"
+                )

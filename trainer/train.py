@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,12 @@ from jvpgraph.trainer.batch import Batch, drop_condition
 from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
 from jvpgraph.trainer.data.sample import Dataset, first_samples
+from jvpgraph.trainer.model.critic import Critic, critic_on
 from jvpgraph.trainer.model.ema import PowerEMA, averages_of, save_snapshot, update_all
 from jvpgraph.trainer.model.networks import averaged, check_run, moving, trainable, try_network
 from jvpgraph.trainer.model.optimizer import MasterAdamW, learning_rate
 from jvpgraph.trainer.objectives import Terms, loss_of
-from jvpgraph.trainer.objectives.dmd import fake_score_loss
+from jvpgraph.trainer.objectives.adversarial import beside_loss
 from jvpgraph.trainer.run.beforehand import data_of, look, shown
 from jvpgraph.trainer.run.build import Networks, build_networks
 from jvpgraph.trainer.run.changes import covered
@@ -234,7 +235,7 @@ def finish(checkpoints: Checkpoints, kind: type[BaseException] | None, *_: Any) 
 
 
 class Stage:
-    """The moving parts of a stage: loader, optimisers, averages and the fake score."""
+    """The moving parts of a stage: loader, optimisers, averages, the fake score and the critic."""
 
     def __init__(
         self,
@@ -277,8 +278,15 @@ class Stage:
         if self.objective.fake_score is not None:
             self.fake = networks.new_student()
             self.fake_optimizer = adamw(self.fake, settings.fake)
-            first = (i for i in range(1, settings.steps + 1) if self.objective.fake_updates(i))
-            self.fake_begins = next(first, 1) - 1
+        self.critic: Critic | None = None
+        if self.objective.critic is not None:
+            host = networks.teacher if self.objective.critic.features == "teacher" else self.fake
+            assert host is not None, "the settings were checked"
+            sample = first_samples(dataset, 1).to(layout.device)
+            self.critic = critic_on(host, self.objective.critic, sample)
+            self.critic_optimizer = adamw(self.critic, settings.critic)
+        first = (i for i in range(1, settings.steps + 1) if self.objective.fake_updates(i))
+        self.fake_begins = next(first, 1) - 1
 
     def state(self) -> dict[str, Any]:
         """Everything that a step reads and changes."""
@@ -291,6 +299,8 @@ class Stage:
         }
         if self.fake is not None:
             state |= {"fake": moving(self.fake), "fake_optimizer": self.fake_optimizer}
+        if self.critic is not None:
+            state |= {"critic": moving(self.critic), "critic_optimizer": self.critic_optimizer}
         return state
 
     def step(self, step: int) -> dict[str, Tensor]:
@@ -299,34 +309,46 @@ class Stage:
         networks, noise, self.rates = self.networks, self.noise, {}
 
         def student_loss(student: nn.Module, batch: Batch) -> Terms:
-            more = {"iteration": iteration, "fake": self.fake, "averaged": self.averaged}
+            more = {"iteration": iteration, "fake": self.fake, "critic": self.critic, "averaged": self.averaged}
             return self.loss(student, networks.guided, batch, noise, self.objective, **more)
 
-        def fake_loss(fake: nn.Module, batch: Batch, *, count: int) -> Terms:
-            return fake_score_loss(fake, networks.dual, batch, noise, self.objective.fake_score, count=count)
+        def others_loss(model: nn.Module, batch: Batch, *, count: int) -> Terms:
+            fake = None if self.fake is None else model
+            others = networks.dual, networks.guided
+            return beside_loss(fake, self.critic, *others, batch, noise, self.objective, count=count)
 
         values = self.update(step, "student", self.dual, student_loss, self.optimizer, self.settings.student)
         networks.traffic.bytes += update_all(self.emas, self.optimizer.masters)
         if iteration == 1 and self.layout.first:
             warn_of_regions(self.dual, self.layout)
 
-        if self.fake is not None:
-            updates = self.objective.fake_updates(iteration)
-            of_fake = [
-                self.update(
-                    step,
-                    "fake",
-                    self.fake,
-                    partial(fake_loss, count=iteration * updates + k),
-                    self.fake_optimizer,
-                    self.settings.fake,
-                    since=self.fake_begins,
-                )
-                for k in range(updates)
-            ]
-            for name in of_fake[0] if of_fake else ():
-                values[f"fake_{name}"] = torch.stack([each[name] for each in of_fake]).mean()
+        trained = self.beside()
+        updates = self.objective.fake_updates(iteration) if trained else 0
+        rounds = [
+            self.update(
+                step,
+                trained[0].name,
+                trained[0].model,
+                partial(others_loss, count=iteration * updates + k),
+                trained[0].optimizer,
+                trained[0].settings,
+                since=self.fake_begins,
+                beside=trained[1:],
+            )
+            for k in range(updates)
+        ]
+        for name in rounds[0] if rounds else ():
+            values[f"{trained[0].name}_{name}"] = torch.stack([each[name] for each in rounds]).mean()
         return values
+
+    def beside(self) -> list[Trained]:
+        """What is trained beside the student, by one loss."""
+        found = []
+        if self.fake is not None:
+            found.append(Trained("fake", self.fake, self.fake_optimizer, self.settings.fake))
+        if self.critic is not None:
+            found.append(Trained("critic", self.critic, self.critic_optimizer, self.settings.critic))
+        return found
 
     def update(
         self,
@@ -337,11 +359,14 @@ class Stage:
         optimizer: MasterAdamW,
         settings: OptimizerConfig,
         since: int = 0,
+        beside: Sequence[Trained] = (),
     ) -> dict[str, Tensor]:
         """One update of `model` on `accumulate` batches; raises NotFinite and changes nothing if it would spoil it.
 
-        `since`: the iteration of the stage after which the learning rate's schedule begins.
+        `since`: the iteration of the stage after which the learning rate's schedule begins. `beside`: what else the
+        loss trains.
         """
+        trained = [Trained(name, model, optimizer, settings), *beside]
         batches = [self.draw() for _ in range(self.settings.accumulate)]
         before = self.rng.get_state()
         parts = []
@@ -358,25 +383,28 @@ class Stage:
                 ) from error
             (terms["loss"].mean() / len(batches)).backward()
             parts.append({key: value.detach() for key, value in terms.items()})
-        self.layout.reduce_whole(model)
+        for each in trained:
+            self.layout.reduce_whole(each.model)
         terms = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        norm = optimizer.gradient_norm()
-        means = self.layout.mean({**{key: value.mean() for key, value in terms.items()}, "gradient_norm": norm})
+        norms = {each.norm_key(name): each.optimizer.gradient_norm() for each in trained}
+        means = self.layout.mean({**{key: value.mean() for key, value in terms.items()}, **norms})
 
         # The one value that a step waits for, and on which all processes agree. A NaN that reached the weights could
         # not be taken back.
-        if not torch.isfinite(means["loss"] + means["gradient_norm"]):
+        if not torch.isfinite(means["loss"] + sum(means[key] for key in norms)):
             self.rng.set_state(before)
             what = f"{name}, step {step}"
             key = f"stages.{self.index}.{name}.lr={settings.lr:g}"
             ranks, folder = self.layout.ranks, self.folder
             raise not_finite(what, terms, batches, self.trained(), name, loss, ranks, key, self.precision, folder)
-        optimizer.clip(means["gradient_norm"])
         iteration, steps = step - self.begin - since, self.settings.steps - since
-        lr = learning_rate(iteration, settings.lr, settings.warmup, steps, settings.decay)
-        self.rates["lr" if name == "student" else f"{name}_lr"] = lr
-        optimizer.step(lr)
-        optimizer.zero_grad()  # frees the gradients until the next update
+        for each in trained:
+            each.optimizer.clip(means[each.norm_key(name)])
+            settings = each.settings
+            lr = learning_rate(iteration, settings.lr, settings.warmup, steps, settings.decay)
+            self.rates["lr" if each.name == "student" else f"{each.name}_lr"] = lr
+            each.optimizer.step(lr)
+            each.optimizer.zero_grad()  # frees the gradients until the next update
         return means
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -394,8 +422,26 @@ class Stage:
         return batch
 
     def trained(self) -> dict[str, nn.Module]:
-        networks = {"student": self.networks.student, "fake": self.fake, "teacher": self.networks.teacher}
+        networks = {
+            "student": self.networks.student,
+            "fake": self.fake,
+            "critic": self.critic,
+            "teacher": self.networks.teacher,
+        }
         return {name: network for name, network in networks.items() if network is not None}
+
+
+class Trained(NamedTuple):
+    """What an update trains."""
+
+    name: str
+    model: nn.Module
+    optimizer: MasterAdamW
+    settings: OptimizerConfig
+
+    def norm_key(self, first: str) -> str:
+        """Of its gradient's norm in the log of an update of `first`."""
+        return "gradient_norm" if self.name == first else f"{self.name}_gradient_norm"
 
 
 def warn_of_regions(dual: jvpgraph.DualModule, layout: Layout) -> None:

@@ -1,5 +1,6 @@
 """Training objectives, one file each: settings, and a function of (student, teacher, batch, rng, config)."""
 
+from jvpgraph.trainer.objectives.adversarial import Adversarial
 from jvpgraph.trainer.objectives.dcm import DCM
 from jvpgraph.trainer.objectives.dmd import DMD
 from jvpgraph.trainer.objectives.flow import FlowMatching
@@ -9,6 +10,7 @@ from jvpgraph.trainer.objectives.mean_flow import MeanFlow
 from jvpgraph.trainer.objectives.objective import LOSSES, Objective, Terms, loss_of, objective
 from jvpgraph.trainer.objectives.rcm import RCM
 from jvpgraph.trainer.objectives.scm import SCM
+from jvpgraph.trainer.objectives.terms import Term, WeightedTerms
 
 __all__ = [
     "DCM",
@@ -16,12 +18,15 @@ __all__ = [
     "LOSSES",
     "RCM",
     "SCM",
+    "Adversarial",
     "FlowMap",
     "FlowMatching",
     "FreeFlow",
     "MeanFlow",
     "Objective",
+    "Term",
     "Terms",
+    "WeightedTerms",
     "loss_of",
     "objective",
 ]

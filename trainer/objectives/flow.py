@@ -20,8 +20,11 @@ class FlowMatching(Objective):
 
     name: ClassVar[str] = "flow_matching"
     sampler: ClassVar[str] = "flow"
-    knows_second_time: ClassVar[bool] = True  # r = t is what its sampler takes
     times: Times = field(default_factory=LogitNormal)  # SD3
+
+    @property
+    def knows_second_time(self) -> bool:
+        return True  # r = t is what its sampler takes
 
 
 @objective

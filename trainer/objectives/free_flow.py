@@ -33,7 +33,6 @@ class FreeFlow(Objective):
     name: ClassVar[str] = "free_flow"
     sampler: ClassVar[str] = "mean_flow"
     second_time: ClassVar[bool] = True
-    knows_second_time: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
     times: Times = field(default_factory=lambda: ShiftedUniform(shift=1.0))  # of the end of the jump
     tangent_floor: float = 0.1  # c in g / (||g|| + c); sCM

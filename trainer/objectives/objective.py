@@ -5,7 +5,8 @@
 
 The class of `config` is the key: a stage whose settings are an SCM is trained with scm_loss. What else a loss needs it
 asks for by the names of its keyword arguments: `iteration` of the stage, from 1; `fake`, the fake score; `averaged`,
-which gives a context in which the student has the weights of its average.
+which gives a context in which the student has the weights of its average; `critic`, heads on the blocks of a network;
+and `shared`, where terms of one update find what another has made of the student.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from jvpgraph.trainer.settings import Variants
 Terms = dict[str, Tensor]
 """Per sample [B]: `loss`, whose mean is minimised, and whatever else is worth logging."""
 
+Shared = dict[Any, Any]
+"""What was made of the student in this update, with its autograd history, by the settings that it was made with."""
+
 Loss = Callable[..., Terms]
 AnyLoss = TypeVar("AnyLoss", bound=Loss)
 
@@ -33,10 +37,14 @@ class Objective(Variants):
 
     sampler: ClassVar[str] = "consistency"  # how what it trains is sampled: consistency, mean_flow or flow
     second_time: ClassVar[bool] = False  # whether the network takes a second time
-    knows_second_time: ClassVar[bool] = False  # whether it trains a student that has one at r below t
     needs_data: ClassVar[bool] = True  # whether it reads the latents: prompts alone will not do
     needs_negative: ClassVar[bool] = False  # whether it asks for a negative condition beside the teacher's guidance
     through_tangent: ClassVar[bool] = False  # whether its loss has a gradient through the tangent: needs one graph
+
+    @property
+    def knows_second_time(self) -> bool:
+        """Whether it can train a student that has one."""
+        return self.second_time
 
     def check_sampling(self, steps: Sequence[int], shift: float) -> None:
         """Raises ValueError where samples in so many steps, on a grid of this shift, would be wrong."""
@@ -46,8 +54,23 @@ class Objective(Variants):
         """Settings (DMD) of the fake score that is trained alongside the student, or None."""
         return None
 
+    @property
+    def critic(self) -> Any:
+        """Settings (Adversarial) of the critic that is trained alongside the student, or None."""
+        return None
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether its loss asks a critic that another term has to train."""
+        return False
+
+    @property
+    def simulation(self) -> Any:
+        """Settings (Simulation) of the samples of the student that it makes, or None."""
+        return None
+
     def fake_updates(self, iteration: int) -> int:
-        """Updates of the fake score that follow student update `iteration`, counted from 1."""
+        """Updates of fake score and critic that follow student update `iteration`, counted from 1."""
         return 0
 
 

@@ -10,8 +10,10 @@ from torch import nn
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives.dmd import DMD, dmd_loss
-from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
+from jvpgraph.trainer.objectives.judge import Judge
+from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, objective
 from jvpgraph.trainer.objectives.scm import SCM, scm_loss
+from jvpgraph.trainer.objectives.simulation import Simulation
 from jvpgraph.trainer.ranges import not_negative
 
 
@@ -26,6 +28,8 @@ class RCM(Objective):
 
     def __post_init__(self) -> None:
         not_negative(self, "weight")
+        if self.dmd.second_time:
+            raise ValueError("dmd.rollout: jumps need a second time, which scm's student has not: set it to renoise")
 
     @property
     def needs_data(self) -> bool:  # type: ignore[override]
@@ -34,6 +38,14 @@ class RCM(Objective):
     @property
     def fake_score(self) -> DMD | None:
         return self.dmd if self.weight else None
+
+    @property
+    def needs_critic(self) -> bool:
+        return self.dmd.needs_critic
+
+    @property
+    def simulation(self) -> Simulation:
+        return self.dmd.simulation if self.weight else self.scm.simulation
 
     def fake_updates(self, iteration: int) -> int:
         return self.dmd.fake_updates_per_step if self.regularises(iteration) else 0
@@ -52,11 +64,15 @@ def rcm_loss(
     *,
     iteration: int,
     fake: nn.Module | None,
+    critic: Judge | None = None,
+    shared: Shared | None = None,
 ) -> Terms:
     """The two losses, float64; arguments as those of `scm_loss` and `dmd_loss`."""
-    terms = scm_loss(student, teacher, batch, rng, config.scm, iteration=iteration)
+    terms = scm_loss(student, teacher, batch, rng, config.scm, iteration=iteration, shared=shared)
     if not config.regularises(iteration):
         return terms
-    dmd = dmd_loss(student, teacher, batch, rng, config.dmd, iteration=iteration, fake=fake)
+    dmd = dmd_loss(
+        student, teacher, batch, rng, config.dmd, iteration=iteration, fake=fake, critic=critic, shared=shared
+    )
     loss = terms["loss"] + config.weight * dmd["loss"]
     return {**terms, **dmd, "loss": loss, "scm": terms["loss"], "dmd": dmd["loss"]}

@@ -23,10 +23,11 @@ from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.noise import Random, noise_like
 from jvpgraph.trainer.objectives.dcm import euler_step
 from jvpgraph.trainer.objectives.mean_flow import to_flow
-from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
+from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, objective
+from jvpgraph.trainer.objectives.simulation import Samples, Simulation
 from jvpgraph.trainer.ranges import not_negative, positive
 from jvpgraph.trainer.times import LogNormal, Times, flow_time, from_flow_time
-from jvpgraph.trainer.trigflow import add_noise, expand_like
+from jvpgraph.trainer.trigflow import add_noise, clean_image, expand_like
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class SCM(Objective):
     def needs_data(self) -> bool:  # type: ignore[override]
         return self.points == "data"
 
+    @property
+    def simulation(self) -> Simulation:
+        return Simulation(self.times, steps=1, rollout="once")
+
 
 def tangent_target(
     F: Tensor, F_dot: Tensor, F_teacher: Tensor, x: Tensor, t: Tensor, r: float, weight: Tensor | None = None
@@ -74,6 +79,7 @@ def scm_loss(
     config: SCM,
     *,
     iteration: int,
+    shared: Shared | None = None,
 ) -> Terms:
     """Sum over the latent of (F - F_sg - g)^2, float64.
 
@@ -83,6 +89,7 @@ def scm_loss(
         batch: real latents and their conditions.
         rng: times and noise.
         iteration: of the student, from 1; what the tangent's warm-up goes by.
+        shared: where other terms find the clean images that F implies.
     """
     x0 = batch.x0.double()
     t = config.times.draw(len(batch), rng)
@@ -100,6 +107,8 @@ def scm_loss(
     speed = weight * t.sin()
 
     F, F_dot = student(x, t, batch.cond, tangents={"x": expand_like(speed, x) * velocity, "t": speed})
+    if shared is not None:
+        shared[config.simulation] = Samples(clean_image(F, x, t), t)
 
     g = tangent_target(F.detach(), F_dot, velocity, x, t, warmed(config, iteration), weight)
     return moved(F if config.coordinates == "trigflow" else to_flow(x, F, t)[1], F_dot, g, config)

@@ -20,7 +20,6 @@ class TwoTimes(Objective):
 
     sampler: ClassVar[str] = "mean_flow"
     second_time: ClassVar[bool] = True
-    knows_second_time: ClassVar[bool] = True
     times: Times = field(default_factory=LogitNormal)  # of both ends
     instant_share: float = 0.5  # samples with r = t, where the network is the velocity; AnyFlow
     clean_share: float = 0.25  # samples with r = 0, where it is the clean image; AnyFlow

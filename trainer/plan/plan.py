@@ -152,6 +152,8 @@ def plan_stage(
     costs = costs or costs_of(
         config, stage, teacher, sample, stage.batch // spread.parts, sharded=spread.sharded, on_gpu=on_gpu
     )
+    if costs.critic:  # whole in each process, with two moments in float32
+        held_here["critic and its optimiser"] = 3 * costs.critic
     base = sum(held_here.values())
     guests = at_work_of_guests(config, copies | {"teacher": teacher}, spread)
     moments, host_at_work = {}, 0.0
@@ -165,6 +167,8 @@ def plan_stage(
             host_at_work = own.gradients + own.step
         else:
             moments[f"{name}: optimiser's step"] = base + own.gradients + own.step
+    if costs.critic and not scored:
+        moments["critic: an update"] = base + max(costs.fake.forward, costs.fake.start, costs.fake.end)
     split = spread.tokens * spread.sizes["tp"]
     computed = costs.student.flops + costs.fake_updates * costs.fake.flops
     return Plan(

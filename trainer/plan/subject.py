@@ -109,6 +109,13 @@ class Plainly(nn.Module):
         super().__init__()
         self.network = network
 
+    @property
+    def net(self) -> nn.Module:
+        """Of the network, which a critic looks into."""
+        net = self.network.net
+        assert isinstance(net, nn.Module)
+        return net
+
     def forward(self, *args: Any, tangents: Any = None, **kwargs: Any) -> Any:
         with numbers_on_meta(), fused_attention():  # with tangents too: what is computed again has to be the same
             if tangents is not None:

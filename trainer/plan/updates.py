@@ -18,9 +18,11 @@ from torch import _dynamo as dynamo
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig, StageConfig
+from jvpgraph.trainer.model.critic import BLOCKS, Critic, critic_on
 from jvpgraph.trainer.model.networks import trainable
-from jvpgraph.trainer.objectives import Terms, loss_of
-from jvpgraph.trainer.objectives.dmd import fake_score_loss
+from jvpgraph.trainer.model.student import repeated_blocks
+from jvpgraph.trainer.objectives import Adversarial, Terms, loss_of
+from jvpgraph.trainer.objectives.adversarial import beside_loss
 from jvpgraph.trainer.plan.layout import nbytes
 from jvpgraph.trainer.plan.meter import Meter, fused_attention
 from jvpgraph.trainer.plan.subject import NoNoise, Plainly, Subject, depths, larger, shortened, subject_of
@@ -51,11 +53,12 @@ class Costs(NamedTuple):
     """Of a stage."""
 
     student: Cost
-    fake: Cost  # of one update of the fake score
+    fake: Cost  # of one update of the fake score, of the critic, or of both
     fake_updates: float  # per update of the student
     plain: float  # FLOPs of one pass of the student without tangents, forward only
     teacher_calls: float  # in the loss of the student
     fake_calls: float  # likewise
+    critic: float = 0.0  # bytes of its parameters
 
 
 def costs_of(
@@ -91,6 +94,7 @@ def costs_of(
                 total.plain + (count - FEW) * (more.plain - base.plain),
                 base.teacher_calls,
                 base.fake_calls,
+                base.critic,
             )
     return total
 
@@ -99,14 +103,17 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch, on_gpu: bool) ->
     """Over the last iterations of the stage, when nothing warms up any more: the most bytes, FLOPs in the mean."""
     objective, loss, noise = stage.objective, loss_of(stage.objective), NoNoise()
     score = objective.fake_score
-    cycle = min(stage.steps, getattr(score, "simulation_steps", 1))
+    simulation = objective.simulation if score is None else score.simulation
+    cycle = min(stage.steps, 1 if simulation is None else simulation.steps)
     iterations = range(stage.steps - cycle + 1, stage.steps + 1)
     fake = None if subject.fake is None else Plainly(subject.fake)
-    known = [*subject.known, batch.x0, *batch.cond.values()]
+    critic = None if objective.critic is None else critic_of(objective.critic, fake, subject, batch)
+    heads = [] if critic is None else list(critic.parameters())
+    known = [*subject.known, *heads, batch.x0, *batch.cond.values()]
     run = partial(costs, known=known, again=stage.accumulate > 1, on_gpu=on_gpu)
 
     def student_loss(iteration: int) -> Terms:
-        more = {"iteration": iteration, "fake": fake, "averaged": nullcontext}
+        more = {"iteration": iteration, "fake": fake, "critic": critic, "averaged": nullcontext}
         return loss(subject.dual, subject.guided, batch, noise, objective, **more)
 
     with calls_of(subject.teacher) as teacher_calls, calls_of(subject.fake) as fake_calls:
@@ -114,16 +121,27 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch, on_gpu: bool) ->
     runs = 2 * len(iterations)  # each once to make its graphs
     of_fake = Cost()
     updates = [objective.fake_updates(i) for i in iterations]
-    if fake is not None and subject.fake is not None:
+    trained = nn.ModuleList([network for network in (subject.fake, critic) if network is not None])
+    if len(trained):
 
-        def fake_loss(count: int) -> Terms:
-            return fake_score_loss(fake, subject.dual, batch, noise, score, count=count)
+        def others_loss(count: int) -> Terms:
+            return beside_loss(fake, critic, subject.dual, subject.guided, batch, noise, objective, count=count)
 
-        of_fake = run(subject.fake, fake, [partial(fake_loss, count) for count in range(cycle)])
+        of_fake = run(trained, fake or trained, [partial(others_loss, count) for count in range(cycle)])
     with Meter(known) as meter:
         subject.dual(batch.x0.double(), batch.x0.new_empty(len(batch)).double(), batch.cond)
     rate = sum(updates) / len(updates)
-    return Costs(of_student, of_fake, rate, meter.flops, len(teacher_calls) / runs, len(fake_calls) / runs)
+    calls = len(teacher_calls) / runs, len(fake_calls) / runs
+    return Costs(of_student, of_fake, rate, meter.flops, *calls, nbytes(heads))
+
+
+def critic_of(settings: Adversarial, fake: Plainly | None, subject: Subject, batch: Batch) -> Critic:
+    """A critic as the run's own, with its heads on the last block if there are fewer blocks here."""
+    host = subject.guided.model if fake is None or settings.features == "teacher" else fake
+    assert isinstance(host, Plainly)
+    last = len(list(repeated_blocks(host.net))) - 1
+    blocks = [min(index, last) for index in settings.blocks] or [last] * BLOCKS
+    return critic_on(host, settings, batch, blocks)
 
 
 @contextmanager
@@ -142,7 +160,7 @@ def calls_of(network: nn.Module | None, *, of_gradients: bool = False) -> Iterat
 
 
 def costs(
-    model: TrigFlow,
+    model: nn.Module,
     asked: nn.Module,
     losses: Iterable[Callable[[], Terms]],
     *,

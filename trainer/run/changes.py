@@ -49,8 +49,13 @@ RULES = {
     "conditions": ASKED,
     "stages": ASKED,
     "stages.*.objective.name": NEVER,  # another objective keeps other things in a checkpoint
+    "stages.*.objective.terms": NEVER,
+    "stages.*.objective.terms.*.weight": ASKED,
+    "stages.*.objective.terms.*.after": ASKED,
+    "stages.*.objective.terms.*.objective": ASKED,
     "stages.*.student.kind": NEVER,  # other moments
     "stages.*.fake.kind": NEVER,
+    "stages.*.critic.kind": NEVER,
     "seed": NEVER,  # the order of the data follows from it
     "student": NEVER,  # other parameters
     "ema": NEVER,  # averages cannot begin in the middle
@@ -116,7 +121,7 @@ def advice(refused: dict[str, str], new: RunConfig) -> str:
 
 def _kind_of(line: str, old: RunConfig, new: RunConfig, done: int) -> str:
     key = key_of(line)
-    if re.fullmatch(r"stages\.\d+\.objective", key):
+    if re.fullmatch(r"stages\.\d+\.objective(\.terms\.\d+\.objective)?", key):
         return NEVER  # where the names differ, there is one line for all
     if re.fullmatch(r"stages(\.\d+(\.steps)?)?", key) and place_of(old, done) != place_of(new, done):
         return NEVER  # the step would belong to another stage, or to none
@@ -145,7 +150,7 @@ def shortened(config: RunConfig, old: RunConfig) -> RunConfig:
     if len(stages) < len(old.stages):
         return config
     last, before = stages[-1], old.stages[-1]
-    if last.steps > before.steps and last.student.decay == last.fake.decay == "constant":
+    if last.steps > before.steps and {last.student.decay, last.fake.decay, last.critic.decay} == {"constant"}:
         stages = (*stages[:-1], replace(last, steps=before.steps))
     return replace(config, stages=stages)
 

@@ -18,8 +18,12 @@ def clashes(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[str]:
     kinds = {
         f"stages.{i}.{name}.kind": settings.kind
         for i, stage in enumerate(config.stages)
-        for name, settings in (("student", stage.student), ("fake", stage.fake))
-        if name == "student" or stage.objective.fake_score is not None
+        for name, settings, there in (
+            ("student", stage.student, True),
+            ("fake", stage.fake, stage.objective.fake_score is not None),
+            ("critic", stage.critic, stage.objective.critic is not None),
+        )
+        if there
     }
     bytewise = [key for key, kind in kinds.items() if kind == "adamw_8bit"]
     quantization = config.teacher.quantization

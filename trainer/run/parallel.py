@@ -103,6 +103,11 @@ def misfits(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[str]:
                 f"stages.{index}.batch is {stage.batch}, and parallel splits it into {parts} equal parts: "
                 f"take a multiple of {parts}"
             )
+        if stage.objective.critic is not None and context_parallel(sizes):
+            yield (
+                f"stages.{index}.objective: a critic looks at all tokens of a block, and parallel.cp_* splits them: "
+                "use dp_shard"
+            )
     if prod(sizes.values()) > 1 and config.student.compile:
         yield "student.compile needs one process: fully_shard's hooks are not compiled. Set it to false"
     if sizes["tp"] > 1 and parts > 1 and config.student.backend == "inductor":

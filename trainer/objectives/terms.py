@@ -1,0 +1,164 @@
+"""Terms: a weighted sum of objectives, which share a fake score, a critic and what they make of the student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.noise import Random
+from jvpgraph.trainer.objectives.adversarial import Adversarial
+from jvpgraph.trainer.objectives.flow import FlowMatching
+from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, loss_of, objective
+from jvpgraph.trainer.ranges import not_negative
+
+
+@dataclass(frozen=True)
+class Term:
+    """One objective of several."""
+
+    objective: Objective  # any but terms
+    weight: float = 1.0  # of its loss in the sum; 0: what it trains beside the student alone
+    after: int = 0  # student updates of the stage before it begins
+
+    def __post_init__(self) -> None:
+        not_negative(self, "weight", "after")
+
+    def acts(self, iteration: int) -> bool:
+        return iteration > self.after
+
+
+@dataclass(frozen=True)
+class WeightedTerms(Objective):
+    """A weighted sum of other objectives."""
+
+    name: ClassVar[str] = "terms"
+    terms: tuple[Term, ...]  # [{objective: scm}, {objective: dmd, weight: 0.01, after: 50}]; the first says the sampler
+
+    def __post_init__(self) -> None:
+        objectives = self.objectives
+        if not any(term.weight for term in self.terms):
+            raise ValueError("terms: none has a weight above 0, so that nothing trains the student")
+        if nested := [part.name for part in objectives if isinstance(part, WeightedTerms)]:
+            raise ValueError(f"terms: {nested[0]} inside of terms: list its terms beside the others")
+        # flow matching asks for the velocity, which a network with a second time has too
+        kinds = {part.second_time: part.name for part in objectives if not isinstance(part, FlowMatching)}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"terms: {kinds[True]} needs a student with a second time, and {kinds[False]} asks it without one. "
+                f"Take {kinds[False]} out, or give it rollout: jumps if it is dmd"
+            )
+        for what in ("fake_score", "critic"):
+            found = [(part.name, settings) for part in objectives if (settings := getattr(part, what)) is not None]
+            for name, settings in found[1:]:
+                if settings.trained_like != found[0][1].trained_like:
+                    raise ValueError(
+                        f"terms: {found[0][0]} and {name} train a {what.replace('_', ' ')} each, and a stage has one: "
+                        "give both the same settings of it, or take one out"
+                    )
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """Those of the terms; an adversarial one with what its settings leave to the others."""
+        given = [term.objective for term in self.terms]
+        others = [part for part in given if not isinstance(part, Adversarial)]
+        simulation = next((part.simulation for part in others if part.simulation is not None), None)
+        score = next((part.fake_score for part in others if part.fake_score is not None), None)
+
+        def completed(part: Adversarial) -> Adversarial:
+            times = score.times if score is not None and part.features == "fake_score" else None
+            return replace(part, simulation=part.simulation or simulation, times=part.times or times)
+
+        return tuple(completed(part) if isinstance(part, Adversarial) else part for part in given)
+
+    @property
+    def sampler(self) -> str:  # type: ignore[override]
+        return self.objectives[0].sampler
+
+    @property
+    def second_time(self) -> bool:  # type: ignore[override]
+        return any(part.second_time for part in self.objectives)
+
+    @property
+    def knows_second_time(self) -> bool:  # type: ignore[override]
+        return all(part.knows_second_time for part in self.objectives)
+
+    @property
+    def needs_negative(self) -> bool:  # type: ignore[override]
+        return any(part.needs_negative for part in self.objectives)
+
+    @property
+    def through_tangent(self) -> bool:  # type: ignore[override]
+        return any(part.through_tangent for part in self.objectives)
+
+    def check_sampling(self, steps: Sequence[int], shift: float) -> None:
+        for part in self.objectives:
+            part.check_sampling(steps, shift)
+
+    @property
+    def needs_data(self) -> bool:  # type: ignore[override]
+        return any(part.needs_data for part in self.objectives)
+
+    @property
+    def fake_score(self) -> Any:
+        return next((part.fake_score for part in self.objectives if part.fake_score is not None), None)
+
+    @property
+    def critic(self) -> Any:
+        return next((part.critic for part in self.objectives if part.critic is not None), None)
+
+    @property
+    def needs_critic(self) -> bool:
+        return any(part.needs_critic for part in self.objectives)
+
+    @property
+    def simulation(self) -> Any:
+        return next((part.simulation for part in self.objectives if part.simulation is not None), None)
+
+    def fake_updates(self, iteration: int) -> int:
+        acting = (term.objective for term in self.terms if term.acts(iteration))
+        return max((part.fake_updates(iteration) for part in acting), default=0)
+
+    def named(self) -> Iterator[tuple[str, Term]]:
+        """The terms by their names in the log: that of the objective, with its number if that is another's too."""
+        names = [part.name for part in self.objectives]
+        for index, (name, term, part) in enumerate(zip(names, self.terms, self.objectives)):
+            number = "" if names.count(name) == 1 else f"_{names[: index + 1].count(name)}"
+            yield f"{name}{number}", replace(term, objective=part)
+
+
+@objective
+def terms_loss(
+    student: nn.Module,
+    teacher: nn.Module,
+    batch: Batch,
+    rng: Random,
+    config: WeightedTerms,
+    *,
+    iteration: int,
+    **offered: Any,
+) -> Terms:
+    """The weighted sum of the losses of the terms that act; each under its name, and whatever else they log.
+
+    Args:
+        student, teacher, batch, rng: as of each.
+        iteration: of the student, from 1.
+        offered: what else the trainer has, for those that ask for it.
+    """
+    shared: Shared = {}
+    total: Tensor | None = None
+    logged: Terms = {}
+    for name, term in config.named():
+        if not term.weight or not term.acts(iteration):
+            continue
+        loss = loss_of(term.objective)
+        terms = loss(student, teacher, batch, rng, term.objective, iteration=iteration, shared=shared, **offered)
+        own = terms.pop("loss")
+        total = term.weight * own if total is None else total + term.weight * own
+        suffix = name.removeprefix(term.objective.name)
+        logged |= {name: own, **{f"{key}{suffix}": value for key, value in terms.items()}}
+    assert total is not None, "no term acts"
+    return {**logged, "loss": total}
