@@ -26,7 +26,7 @@ def clashes(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[str]:
     splits = [name for name in ("dp_shard", "cp_ulysses", "cp_ring", "tp") if sizes[name] > 1]
 
     for name in away:
-        if config.student.lora is not None:
+        if config.student.lora is not None and (name == "fake_score" or config.teacher.model is None):
             yield (
                 f"{name}.offload: with student.lora, teacher, student and fake score compute with the same weights, "
                 f"which never rest. Set {name}.offload to false"
