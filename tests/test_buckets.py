@@ -357,7 +357,9 @@ def test_numbers_stay_when_a_shard_is_gone(tmp_path: Path, caplog: Any) -> None:
             compare(then, edited, [])
         edit_card(data, {"latents": {"scale": 1.0}, "constants": {}, "buckets": [{}, {"sizes": {}}]})
     assert not compare(then, origin_of(config, Digests("", ""), now, None), [])
-    assert not compare(replace(then, meaning=None), origin_of(config, Digests("", ""), now, None), [])  # of an older version
+    assert not compare(
+        replace(then, meaning=None), origin_of(config, Digests("", ""), now, None), []
+    )  # of an older version
 
     (data / "square-000004.tar").write_bytes(b"")  # a whole shape
     less = prepared(data, on_bad_shard="skip")

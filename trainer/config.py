@@ -18,7 +18,6 @@ from jvpgraph.trainer.pictures import Film
 from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.ranges import not_negative, positive
 
-
 NetworkKey = Literal["model", "teacher.model"]
 
 
@@ -100,7 +99,7 @@ def check_scale(scale: float | tuple[float, float] | None) -> None:
     """Raises ValueError; 0 would be the negative condition alone."""
     low, high = scale if isinstance(scale, tuple) else (scale, math.inf)
     if low is not None and not 0 < low < high:
-        raise ValueError(f"scale is {scale}: a number above 0, or two that rise, between which it is drawn")
+        raise ValueError(f"scale is {scale} and must be above 0, or two numbers that rise, between which it is drawn")
 
 
 def check_interval(interval: tuple[float, float] | None) -> None:
@@ -356,7 +355,7 @@ class RunConfig:
             ):
                 if needless:
                     raise ValueError(
-                        f"{key} is for a teacher of its own, and there is no teacher.model: name one, or leave {key} out"
+                        f"{key} is for a teacher of its own, and there is no teacher.model: name one, or leave it out"
                     )
         if self.sampling.guidance is not None and self.told_scale is None:
             raise ValueError(

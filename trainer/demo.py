@@ -90,7 +90,9 @@ def evaluate_student(folder: Path, seed: int) -> Comparison:
     run = load_run(folder)
     config, data = run.config, digits()
     most = max(config.sampling.steps)
-    teacher_in_few: dict[str, Sampler] = {f"teacher, {most} steps": sampler_of("flow", run.guided, most, config.sampling)}
+    teacher_in_few: dict[str, Sampler] = {
+        f"teacher, {most} steps": sampler_of("flow", run.guided, most, config.sampling)
+    }
     teacher, *students = samplers_of(run, config.sampling.steps).items()
 
     def resample(batch: Batch, rng: torch.Generator) -> Tensor:

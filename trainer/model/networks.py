@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +21,7 @@ from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.model.adamw_8bit import check_float32
 from jvpgraph.trainer.model.parts import gathered, in_bytes, local
 from jvpgraph.trainer.model.student import make_student
-from jvpgraph.trainer.model.told import WithConditions, WithScale
+from jvpgraph.trainer.model.told import WithConditions, WithScale, watched
 from jvpgraph.trainer.trigflow import SCALE, Guided, TrigFlow
 
 
@@ -145,8 +144,10 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
             f"{', '.join(sorted(sample.cond)) or 'no conditions'}: give the same names in guidance.negative, "
             "or in guidance.shared where it is to have the sample's own"
         )
-    asked = {"model": "the teacher", "teacher.model": "the network of teacher.model"}[config.teacher_key]
-    try_network(f"{asked} cannot run with a sample of the data", guided.model, sample.x0, sample.cond)
+    what = "the teacher cannot run with a sample of the data"
+    if config.teacher.model is not None:
+        what = f"teacher.model: {what}. Give a network for the same latents and conditions as `model`"
+    try_network(what, guided.model, sample.x0, sample.cond)
     try_network("the student cannot run with a sample of the data", student, sample.x0, sample.cond)
     if config.told_scale is not None:
         check_told(config.told_scale, student, sample)
@@ -161,7 +162,12 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
     for each in (sample, *others) if guided.keep_norm is not None else ():
         what = f"guidance.keep_norm={guided.keep_norm} is not for such latents: set it to null"
         try_network(what, guided, each.x0, each.cond)
-    for stage in config.stages:
+    for i, stage in enumerate(config.stages):
+        if (scale := config.guidance_in(i).scale) != 1 and not guided.negative:
+            raise ValueError(
+                f"stages.{i}.guidance.scale is {scale} and there is no negative condition: give guidance.negative or "
+                "guidance.negative_file, or a scale of 1"
+            )
         if stage.objective.needs_data and not getattr(dataset, "has_latents", True):
             raise ValueError(
                 f"objective {stage.objective.name} learns from latents, and the data set holds prompts only: "
@@ -174,22 +180,24 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
 
 
 def check_told(scale: float, student: TrigFlow, sample: Batch) -> None:
-    """Raises ValueError if the student cannot be told its guidance scale."""
+    """Raises ValueError if the student cannot be told its guidance scale, or does not listen."""
     told = {**sample.cond, SCALE: torch.full((len(sample),), scale, device=sample.x0.device)}
-    what = (
-        "guidance.scale gives two numbers, so that the student is told its scale as the condition `guidance`, and it "
-        "cannot run with it: give one number, or a network that takes `guidance`"
-    )
-    try_network(what, student, sample.x0, told)
+    what = "guidance.scale gives two numbers, so that the student is told its scale as the condition `guidance`, and it"
+    do = "Give one number, or a network that takes `guidance`"
+    with watched(student) as names:
+        try_network(f"{what} cannot run with it. {do}", student, sample.x0, told)
+    if "guidance" not in names:
+        raise ValueError(f"{what} does not look at it. {do}")
 
 
 def check_conditions(config: RunConfig, sample: Batch) -> None:
     """Raises ValueError for a condition of all samples that the samples have themselves, which would hide it."""
-    if twice := sorted((config.conditions.keys() | (config.teacher.conditions or {}).keys()) & sample.cond.keys()):
-        told = "guidance" in twice and "guidance" in inspect.signature(config.data.source.function()).parameters
+    given = {"conditions": config.conditions, "teacher.conditions": config.teacher.conditions or {}}
+    for key, name in ((key, name) for key, names in given.items() for name in sorted(names) if name in sample.cond):
+        told = name == "guidance" and name in inspect.signature(config.data.source.function()).parameters
         raise ValueError(
-            f"{'' if twice[0] in config.conditions else 'teacher.'}conditions.{twice[0]}: the data's samples have a {twice[0]} of their own, which would count: "
-            f"take it out of conditions{', and set data.source.options.guidance' if told else ''}"
+            f"{key}.{name}: the data's samples have a {name} of their own, which would count: take it out of {key}"
+            f"{', and set data.source.options.guidance' if told else ''}"
         )
 
 
@@ -250,8 +258,9 @@ def take_values(student: TrigFlow, teacher: TrigFlow) -> None:
 def share_frozen(student: TrigFlow, teacher: TrigFlow) -> None:
     """Puts the teacher's parameters in the place of those that a LoRA student does not train, and frees its own.
 
-    They may be those of another student of the same network, too. In one process they are the teacher's anyway. FSDP2 splits each network by itself, and here the parts become one;
-    but it leaves weights in bytes alone, and what else their teacher has: of that each network keeps its own.
+    They may be those of another student of the same network, too. In one process they are the same anyway. FSDP2 splits
+    each network by itself, and here the parts become one; but it leaves weights in bytes alone, and what else their
+    teacher has: of that each network keeps its own.
     """
     named = teacher.named_parameters(remove_duplicate=False)
     theirs = {name.replace(".base_layer.", "."): parameter for name, parameter in named}

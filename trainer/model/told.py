@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Condition, expand_condition
 from jvpgraph.trainer.prepare.families import FAMILIES
-from jvpgraph.trainer.trigflow import SCALE, Call
+from jvpgraph.trainer.trigflow import SCALE, Call, TrigFlow
 
 
 class WithConditions:
@@ -50,6 +51,37 @@ class WithScale:
         if scale is None:
             scale = torch.full((len(x),), self.usual, device=x.device)
         return self.call(net, x, time, {**rest, "guidance": unit_of(net) * scale.float()}, **second)
+
+
+class Watched(Mapping[str, Tensor]):
+    """Conditions that know which of them were read."""
+
+    def __init__(self, cond: Condition, names: set[str]) -> None:
+        self.cond, self.names = cond, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.names.add(name)
+        return self.cond[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.cond)
+
+    def __len__(self) -> int:
+        return len(self.cond)
+
+
+@contextmanager
+def watched(model: TrigFlow) -> Iterator[set[str]]:
+    """The names of the conditions that the network's own call reads."""
+    holder: Any = model
+    while hasattr(holder.call, "call"):
+        holder = holder.call
+    inner, names = holder.call, set[str]()
+    holder.call = lambda net, x, time, cond, **second: inner(net, x, time, Watched(cond, names), **second)
+    try:
+        yield names
+    finally:
+        holder.call = inner
 
 
 def unit_of(net: nn.Module) -> float:

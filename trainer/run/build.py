@@ -1,8 +1,9 @@
 """The networks of a run, built from its settings and spread over its processes, each kept as the settings say.
 
 A LoRA student and its fake score are the same network with adapters, the teacher's where it has none of its own:
-modules of their own around the same frozen parameters, in one process and, where FSDP2 shards them, in many. So none of them has to be told which part it plays before a call,
-which a block that is computed again in the backward could not be.
+modules of their own around the same frozen parameters, in one process and, where FSDP2 shards them, in many. So none of
+them has to be told which part it plays before a call, which a block that is computed again in the backward could not
+be.
 """
 
 from __future__ import annotations
