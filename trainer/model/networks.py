@@ -136,24 +136,10 @@ def build_student(base: TrigFlow, config: StudentConfig, told_scale: float | Non
 def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dataset, device: torch.device) -> None:
     """Raises ValueError for what would go wrong later: networks, data, negative condition and stages fit each other."""
     sample = first_samples(dataset, 1).to(device)
-    check_conditions(config, sample)
-    names = [*guided.negative, *guided.shared]
-    if guided.negative and sorted(names) != sorted(sample.cond):
-        raise ValueError(
-            f"the negative condition has {', '.join(sorted(names))}, and the data's samples have "
-            f"{', '.join(sorted(sample.cond)) or 'no conditions'}: give the same names in guidance.negative, "
-            "or in guidance.shared where it is to have the sample's own"
-        )
-    what = "the teacher cannot run with a sample of the data"
-    if config.teacher.model is not None:
-        what = f"teacher.model: {what}. Give a network for the same latents and conditions as `model`"
-    try_network(what, guided.model, sample.x0, sample.cond)
+    check_teacher(config, guided, sample)
     try_network("the student cannot run with a sample of the data", student, sample.x0, sample.cond)
     if config.told_scale is not None:
         check_told(config.told_scale, student, sample)
-    if guided.negative:
-        negative = guided.without_prompt(sample.cond, 1)
-        try_network("the teacher cannot run with the negative condition", guided.model, sample.x0, negative)
     tried = commonest(dataset)
     shapes = [shape for shape in getattr(dataset, "buckets", []) if shape is not tried]
     others = [first_samples(dataset, 1, shape).to(device) for shape in shapes]
@@ -177,6 +163,25 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
         for steps in config.sampling.steps:
             if stage.objective.sampler == "consistency":
                 few_step_times(steps, config.sampling)
+
+
+def check_teacher(config: RunConfig, guided: Guided, sample: Batch) -> None:
+    """Raises ValueError if the teacher or its negative condition does not fit a sample of the data."""
+    check_conditions(config, sample)
+    names = [*guided.negative, *guided.shared]
+    if guided.negative and sorted(names) != sorted(sample.cond):
+        raise ValueError(
+            f"the negative condition has {', '.join(sorted(names))}, and the data's samples have "
+            f"{', '.join(sorted(sample.cond)) or 'no conditions'}: give the same names in guidance.negative, "
+            "or in guidance.shared where it is to have the sample's own"
+        )
+    what = "the teacher cannot run with a sample of the data"
+    if config.teacher.model is not None:
+        what = f"teacher.model: {what}. Give a network for the same latents and conditions as `model`"
+    try_network(what, guided.model, sample.x0, sample.cond)
+    if guided.negative:
+        negative = guided.without_prompt(sample.cond, 1)
+        try_network("the teacher cannot run with the negative condition", guided.model, sample.x0, negative)
 
 
 def check_told(scale: float, student: TrigFlow, sample: Batch) -> None:
