@@ -72,7 +72,8 @@ class GuidanceConfig:
     """The teacher's classifier-free guidance: F_negative + scale (F - F_negative)."""
 
     scale: float | tuple[float, float] = 1.0  # 1: none; rCM uses 5 for Wan. Two: see docs/trainer.md
-    interval: tuple[float, float] = (0.0, 1.0)  # rectified-flow times, 1 is noise, between which it is on
+    below: tuple[float, float] | None = None  # a rectified-flow time, 1 is noise, and the scale below it
+    interval: tuple[float, float] = (0.0, 1.0)  # rectified-flow times between which it is on
     negative: dict[str, Any] = field(default_factory=dict)  # an empty or negative prompt: numbers or lists by condition
     negative_file: Path | None = None  # the same as a safetensors file of tensors without a batch dim
     shared: tuple[str, ...] = ()  # conditions that the negative prompt has from the sample: sizes, a first frame
@@ -80,19 +81,37 @@ class GuidanceConfig:
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
+        check_below(self.scale, self.below)
         check_interval(self.interval)
+
+    @property
+    def on(self) -> bool:
+        """Whether there is any."""
+        return self.scale != 1 or self.below is not None
 
 
 @dataclass(frozen=True)
 class StageGuidance:
     """Where a stage's guidance is another than the run's."""
 
-    scale: float | tuple[float, float] | None = None  # as guidance.scale; null: the same
+    scale: float | tuple[float, float] | None = None  # as guidance.scale; null: the same, and the same below a time
+    below: tuple[float, float] | None = None  # as guidance.below
     interval: tuple[float, float] | None = None  # as guidance.interval; null: the same
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
+        check_below(self.scale, self.below)
         check_interval(self.interval)
+
+
+def check_below(scale: float | tuple[float, float] | None, below: tuple[float, float] | None) -> None:
+    """Raises ValueError."""
+    if below is None:
+        return
+    if not (0 < below[0] < 1 and 0 < below[1] < math.inf):
+        raise ValueError(f"below is {below}: a time between 0 (data) and 1 (noise), and a scale above 0")
+    if isinstance(scale, tuple):
+        raise ValueError("below goes with one scale, not with two: leave one of them out")
 
 
 def check_scale(scale: float | tuple[float, float] | None) -> None:
@@ -331,6 +350,7 @@ class RunConfig:
         return replace(
             self.guidance,
             scale=self.guidance.scale if other.scale is None else other.scale,
+            below=self.guidance.below if other.scale is None and other.below is None else other.below,
             interval=self.guidance.interval if other.interval is None else other.interval,
         )
 

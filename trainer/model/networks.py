@@ -19,6 +19,7 @@ from jvpgraph.trainer.config import GuidanceConfig, NetworkKey, RunConfig, Stage
 from jvpgraph.trainer.data.sample import Dataset, commonest, first_samples, shorten
 from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.model.adamw_8bit import check_float32
+from jvpgraph.trainer.model.experts import Experts
 from jvpgraph.trainer.model.parts import gathered, in_bytes, local
 from jvpgraph.trainer.model.student import make_student
 from jvpgraph.trainer.model.told import WithConditions, WithScale, watched
@@ -78,6 +79,11 @@ def new_network(config: RunConfig, key: NetworkKey) -> TrigFlow:
     network = plug.build()
     if not isinstance(network, TrigFlow):
         raise ValueError(f"{key}.load: {plug.load} gave a {type(network).__name__}; it must return a TrigFlow")
+    if key == "model" and isinstance(network.net, Experts):
+        raise ValueError(
+            f"model.load: {plug.load} gives two networks, and a student is one: name that as `model`, and the two as "
+            "teacher.model"
+        )
     if conditions:
         network.call = WithConditions(network.call, conditions)
     return network
@@ -95,7 +101,7 @@ def build_guided(
     negative = {name: torch.as_tensor(value)[None].to(device) for name, value in config.negative.items()}
     if config.negative_file is not None:
         negative |= {name: x[None].to(device) for name, x in load_condition(config.negative_file).items()}
-    if config.scale != 1 and not negative:
+    if config.on and not negative:
         raise ValueError(
             f"guidance.scale is {config.scale} and there is no negative condition: give guidance.negative or "
             "guidance.negative_file, or a scale of 1"
@@ -107,7 +113,7 @@ def build_guided(
         used = None
     else:
         assert scale is not None, "a scale to sample with"
-    return Guided(teacher, used, negative, config.keep_norm, config.shared, config.interval)
+    return Guided(teacher, used, negative, config.keep_norm, config.shared, config.interval, config.below)
 
 
 def load_condition(path: Path) -> dict[str, Tensor]:
@@ -149,10 +155,10 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
         what = f"guidance.keep_norm={guided.keep_norm} is not for such latents: set it to null"
         try_network(what, guided, each.x0, each.cond)
     for i, stage in enumerate(config.stages):
-        if (scale := config.guidance_in(i).scale) != 1 and not guided.negative:
+        if (guidance := config.guidance_in(i)).on and not guided.negative:
             raise ValueError(
-                f"stages.{i}.guidance.scale is {scale} and there is no negative condition: give guidance.negative or "
-                "guidance.negative_file, or a scale of 1"
+                f"stages.{i}.guidance.scale is {guidance.scale} and there is no negative condition: give "
+                "guidance.negative or guidance.negative_file, or a scale of 1"
             )
         if stage.objective.needs_data and not getattr(dataset, "has_latents", True):
             raise ValueError(

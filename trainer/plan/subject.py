@@ -188,12 +188,12 @@ def subject_of(
     of_tangents = jvpgraph.Config(tangent_precision=config.precision.of_tangents)
     regions = blocks.__contains__ if blocks else "auto"
     dual = jvpgraph.transform(student, backend="eager", dynamic=False, regions=regions, config=of_tangents)
-    negative = dict(cond) if guidance.scale != 1 else {}
+    negative = dict(cond) if guidance.on else {}
     scale = config.told_scale if isinstance(guidance.scale, tuple) else guidance.scale
     return Subject(
         origins.teacher,
         student,
         student_of(config, origins.of_fake(config)) if fake else None,
         Plainly(dual),
-        Guided(Plainly(origins.teacher), scale, negative, guidance.keep_norm, interval=guidance.interval),
+        Guided(Plainly(origins.teacher), scale, negative, guidance.keep_norm, (), guidance.interval, guidance.below),
     )
