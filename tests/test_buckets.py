@@ -23,7 +23,7 @@ from jvpgraph.trainer.data import BadShard, Sample, loader
 from jvpgraph.trainer.data.prepared import prepared
 from jvpgraph.trainer.data.sample import first_samples, some_samples
 from jvpgraph.trainer.run.log import computed
-from jvpgraph.trainer.run.origin import aligned, compare, origin_of
+from jvpgraph.trainer.run.origin import Digests, aligned, compare, origin_of
 from jvpgraph.trainer.train import train
 from jvpgraph.trainer.trigflow import TrigFlow
 from tests.distributed.harness import run
@@ -331,7 +331,7 @@ def test_numbers_stay_when_a_shard_is_gone(tmp_path: Path, caplog: Any) -> None:
     config = prepared_run(tmp_path / "out", data, 1)
     before = prepared(data)
     then, samples, turns = (
-        origin_of(config, "", before, None),
+        origin_of(config, Digests("", ""), before, None),
         [*map(before.__getitem__, range(20))],
         batches(before, 20, 2),
     )
@@ -352,12 +352,14 @@ def test_numbers_stay_when_a_shard_is_gone(tmp_path: Path, caplog: Any) -> None:
 
     for edit in ({"latents": {"scale": 2.0}}, {"constants": {"guidance": 3.0}}, {"buckets": [{}, {"sizes": {"w": 1}}]}):
         edit_card(data, edit)  # while the shard is gone
-        edited = origin_of(config, "", aligned(prepared(data, on_bad_shard="skip"), then), None)
+        edited = origin_of(config, Digests("", ""), aligned(prepared(data, on_bad_shard="skip"), then), None)
         with pytest.raises(ValueError, match=r"data\.source: its card\.json has another normalisation"):
             compare(then, edited, [])
         edit_card(data, {"latents": {"scale": 1.0}, "constants": {}, "buckets": [{}, {"sizes": {}}]})
-    assert not compare(then, origin_of(config, "", now, None), [])
-    assert not compare(replace(then, meaning=None), origin_of(config, "", now, None), [])  # of an older version
+    assert not compare(then, origin_of(config, Digests("", ""), now, None), [])
+    assert not compare(
+        replace(then, meaning=None), origin_of(config, Digests("", ""), now, None), []
+    )  # of an older version
 
     (data / "square-000004.tar").write_bytes(b"")  # a whole shape
     less = prepared(data, on_bad_shard="skip")

@@ -19,7 +19,7 @@ from jvpgraph.trainer.data.sample import Sample
 from jvpgraph.trainer.plan.flops import Counted, Counts, Query, count, tokens_of
 from jvpgraph.trainer.plan.machines import GPUS, gpu_named
 from jvpgraph.trainer.plan.plan import plan_run
-from jvpgraph.trainer.plan.subject import teacher_of
+from jvpgraph.trainer.plan.subject import network_of
 from jvpgraph.trainer.run import pace as module
 from jvpgraph.trainer.run.compiling import Compiling
 from jvpgraph.trainer.run.log import computed, read_lines
@@ -244,7 +244,7 @@ def test_tokens_are_the_positions_of_the_first_block(tmp_path: Path) -> None:
     config = config_of(tmp_path, [stage("dcm", 1)], model=DIT)
     sample = Batch(torch.empty(1, 1, 8, 8, device="meta"), {"labels": torch.empty(1, dtype=torch.int64, device="meta")})
     patch = config.model.options.get("patch", 2)
-    assert tokens_of(teacher_of(config), sample) == (8 // patch) ** 2
+    assert tokens_of(network_of(config, "model"), sample) == (8 // patch) ** 2
 
 
 def test_the_peak_is_stated_or_that_of_a_known_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from jvpgraph.trainer.plan.machines import GPUS
 from jvpgraph.trainer.plan.meter import Meter
 from jvpgraph.trainer.plan.plan import computing_dtype, plan_run
 from jvpgraph.trainer.plan.report import duration
-from jvpgraph.trainer.plan.subject import Plainly, check_sample, teacher_of
+from jvpgraph.trainer.plan.subject import Plainly, check_sample, network_of
 from jvpgraph.trainer.settings import from_dict, load, to_dict
 
 ROOT = Path(__file__).parents[1]
@@ -329,9 +329,9 @@ def test_rows_that_were_not_made_again_stay():
 def test_the_networks_of_the_table_have_their_published_size(name, billions):
     """And run on the sample that the table is for."""
     network = plan_table.NETWORKS[name]
-    teacher = teacher_of(plan_table.settings(network, 8))
+    teacher = network_of(plan_table.settings(network, 8), "model")
     assert sum(p.numel() for p in teacher.parameters()) / 1e9 == pytest.approx(billions, abs=0.006)
     conditions = {
         key: torch.empty(1, *shape, dtype=dtype, device="meta") for key, (shape, dtype) in network.conditions.items()
     }
-    check_sample(teacher, Batch(torch.empty(1, *network.latents, device="meta"), conditions))
+    check_sample("model", teacher, Batch(torch.empty(1, *network.latents, device="meta"), conditions))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import jvpgraph
-from jvpgraph.trainer.model.networks import WithConditions
+from jvpgraph.trainer.model.told import WithConditions
 from jvpgraph.trainer.trigflow import (
     COSINE,
     EDM,

@@ -32,6 +32,11 @@ COMMANDS = {
         "models/Wan2.1-T2V-1.3B-Diffusers clips --out data/clips --size 832x480 --frames 81 49",
         'docs/trainer.md, "Data from a folder"',
     ),
+    "synthesize": Command(
+        "Have a teacher make latents for the conditions of a run's data, once, as shards to train on.",
+        "data/prompts/run.yaml --out data/made --count 20000",
+        'docs/trainer.md, "Data that is not there"',
+    ),
     "inspect": Command(
         "Show what was prepared: figures, and samples decoded again.",
         "data/clips --count 4 --check",

@@ -19,10 +19,12 @@ from jvpgraph.trainer.pictures import Film
 from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.ranges import not_negative, positive
 
+NetworkKey = Literal["model", "teacher.model"]
+
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """What is trained: a copy of the teacher's network."""
+    """What is trained: a copy of the network of `model`."""
 
     dtype: Literal["float32", "bfloat16", "float64"] | None = None  # of the weights; null: the teacher's
     lora: LoRA | None = None  # train low-rank adapters only (peft), on the teacher's weights
@@ -63,16 +65,19 @@ class PrecisionConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """How the teacher is kept, which is only asked and never trained."""
+    """What the student learns from, which is only asked and never trained, and how it is kept."""
 
+    model: Plug | None = None  # a network of another size or checkpoint than the student's; null: `model` itself
+    conditions: dict[str, Any] | None = None  # of all samples, for teacher.model; null: those of `conditions`
     offload: bool = False  # rest on the CPU; each block is on the device while it computes
     quantization: Literal["int8", "float8"] | None = None  # of its linear layers' weights, a scale a row (torchao)
 
 
 @dataclass(frozen=True)
 class FakeScoreConfig:
-    """How the fake score of rcm and dmd is kept, which is built like the student."""
+    """The fake score of rcm and dmd, which is built like the student, and how it is kept."""
 
+    network: Literal["student", "teacher"] = "student"  # starts from `model`, or as DMD2 from teacher.model
     offload: bool = False  # rest on the CPU, with its gradients and its optimiser, which steps there
 
 
@@ -80,14 +85,60 @@ class FakeScoreConfig:
 class GuidanceConfig:
     """The teacher's classifier-free guidance: F_negative + scale (F - F_negative)."""
 
-    scale: float = 1.0  # 1: none; rCM uses 5 for Wan
+    scale: float | tuple[float, float] = 1.0  # 1: none; rCM uses 5 for Wan. Two: see docs/trainer.md
+    below: tuple[float, float] | None = None  # a rectified-flow time, 1 is noise, and the scale below it
+    interval: tuple[float, float] = (0.0, 1.0)  # rectified-flow times between which it is on
     negative: dict[str, Any] = field(default_factory=dict)  # an empty or negative prompt: numbers or lists by condition
     negative_file: Path | None = None  # the same as a safetensors file of tensors without a batch dim
     shared: tuple[str, ...] = ()  # conditions that the negative prompt has from the sample: sizes, a first frame
     keep_norm: Literal["token", "row"] | None = None  # as Qwen-Image's or Lumina 2's pipeline: see docs/trainer.md
 
     def __post_init__(self) -> None:
-        positive(self, "scale")  # 0 is the negative condition alone
+        check_scale(self.scale)
+        check_below(self.scale, self.below)
+        check_interval(self.interval)
+
+    @property
+    def on(self) -> bool:
+        """Whether there is any."""
+        return self.scale != 1 or self.below is not None
+
+
+@dataclass(frozen=True)
+class StageGuidance:
+    """Where a stage's guidance is another than the run's."""
+
+    scale: float | tuple[float, float] | None = None  # as guidance.scale; null: the same, and the same below a time
+    below: tuple[float, float] | None = None  # as guidance.below
+    interval: tuple[float, float] | None = None  # as guidance.interval; null: the same
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        check_below(self.scale, self.below)
+        check_interval(self.interval)
+
+
+def check_below(scale: float | tuple[float, float] | None, below: tuple[float, float] | None) -> None:
+    """Raises ValueError."""
+    if below is None:
+        return
+    if not (0 < below[0] < 1 and 0 < below[1] < math.inf):
+        raise ValueError(f"below is {below}: a time between 0 (data) and 1 (noise), and a scale above 0")
+    if isinstance(scale, tuple):
+        raise ValueError("below goes with one scale, not with two: leave one of them out")
+
+
+def check_scale(scale: float | tuple[float, float] | None) -> None:
+    """Raises ValueError; 0 would be the negative condition alone."""
+    low, high = scale if isinstance(scale, tuple) else (scale, math.inf)
+    if low is not None and not 0 < low < high:
+        raise ValueError(f"scale is {scale} and must be above 0, or two numbers that rise, between which it is drawn")
+
+
+def check_interval(interval: tuple[float, float] | None) -> None:
+    """Raises ValueError."""
+    if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(f"interval is {interval}: two times that rise, from 0 (data) to 1 (noise)")
 
 
 @dataclass(frozen=True)
@@ -122,6 +173,7 @@ class StageConfig:
     student: OptimizerConfig = field(default_factory=OptimizerConfig)
     fake: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=4e-7))  # of the fake score
     critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))  # of the heads of adversarial
+    guidance: StageGuidance = field(default_factory=StageGuidance)  # of the teacher, in this stage
 
     def __post_init__(self) -> None:
         positive(self, "steps", "batch", "accumulate")
@@ -225,12 +277,13 @@ class SamplingConfig:
     steps: tuple[int, ...] = (1, 2, 4)  # what `jvpgraph evaluate` looks at
     teacher_steps: int = 50  # Euler steps of the teacher
     shift: float = 1.0  # of the Euler steps in rectified-flow time; 5 for Wan at 720p, 3 at 480p
+    guidance: float | None = None  # where guidance.scale is two: of samples; null: the middle
     batch: int = 64  # samples at a time
     decode: Plug | None = None  # a function from latents [B, ...] to images in [0, 1]
     call: dict[str, Any] = field(default_factory=dict)  # of the pipeline that samples prompts: height, width, ...
 
     def __post_init__(self) -> None:
-        positive(self, "sigma_max", "teacher_steps", "shift", "batch")
+        positive(self, "sigma_max", "teacher_steps", "shift", "guidance", "batch")
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps is {self.steps}: one or more numbers from 1")
         times = [math.atan(self.sigma_max), *self.middle_times, 0.0]
@@ -293,7 +346,7 @@ class RunConfig:
     """A whole run: `jvpgraph train CONFIG`."""
 
     out: Path  # folder of checkpoints, logs and samples
-    model: Plug  # gives the teacher, a TrigFlow: jvpgraph.trainer.adapters:diffusers_model or a function of yours
+    model: Plug  # gives what the student starts as, a TrigFlow: jvpgraph.trainer.adapters:diffusers_model or yours
     stages: tuple[StageConfig, ...]  # one after the other
     imports: tuple[str, ...] = ()  # modules or .py files with objectives and time distributions of yours
     seed: int = 0  # of everything random
@@ -318,7 +371,41 @@ class RunConfig:
     @property
     def bytes_below_adapters(self) -> Literal["int8", "float8"] | None:
         """What weights of the teacher the student's adapters are trained on, if those are in bytes."""
-        return None if self.student.lora is None else self.teacher.quantization
+        own = self.student.lora is None or self.teacher.model is not None
+        return None if own else self.teacher.quantization
+
+    @property
+    def teacher_key(self) -> NetworkKey:
+        """The setting that names the teacher's network."""
+        return "model" if self.teacher.model is None else "teacher.model"
+
+    def network(self, key: NetworkKey) -> Plug:
+        """What gives a network."""
+        return self.model if key == "model" or self.teacher.model is None else self.teacher.model
+
+    def conditions_of(self, key: NetworkKey) -> dict[str, Any]:
+        """The same for all samples that the network gets."""
+        other = None if key == "model" else self.teacher.conditions
+        return self.conditions if other is None else other
+
+    def guidance_in(self, stage: int) -> GuidanceConfig:
+        """The teacher's guidance in a stage."""
+        other = self.stages[stage].guidance
+        return replace(
+            self.guidance,
+            scale=self.guidance.scale if other.scale is None else other.scale,
+            below=self.guidance.below if other.scale is None and other.below is None else other.below,
+            interval=self.guidance.interval if other.interval is None else other.interval,
+        )
+
+    @property
+    def told_scale(self) -> float | None:
+        """The guidance scale that a student is told when it is sampled, if it learns more than one."""
+        scales = [self.guidance.scale, *(stage.guidance.scale for stage in self.stages)]
+        several = next((scale for scale in scales if isinstance(scale, tuple)), None)
+        if several is None:
+            return None
+        return sum(several) / 2 if self.sampling.guidance is None else self.sampling.guidance
 
     def sampler(self, stage: int) -> str:
         """How the student of a stage is sampled: consistency, mean_flow or flow."""
@@ -336,3 +423,17 @@ class RunConfig:
                     f"stages.{index}.objective: a critic looks into the blocks of a network, and student.compile "
                     "makes them one piece. Set it to false"
                 )
+        if self.teacher.model is None:
+            for key, needless in (
+                ("teacher.conditions", self.teacher.conditions is not None),
+                ("fake_score.network=teacher", self.fake_score.network == "teacher"),
+            ):
+                if needless:
+                    raise ValueError(
+                        f"{key} is for a teacher of its own, and there is no teacher.model: name one, or leave it out"
+                    )
+        if self.sampling.guidance is not None and self.told_scale is None:
+            raise ValueError(
+                "sampling.guidance is for a student that is told its guidance scale, and guidance.scale is one number: "
+                "give two, between which it is drawn in training, or leave sampling.guidance out"
+            )

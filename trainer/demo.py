@@ -31,7 +31,6 @@ from jvpgraph.trainer.configs import ready
 from jvpgraph.trainer.data.digits import Digits, digits
 from jvpgraph.trainer.evaluation.samplers import Sampler, sampler_of
 from jvpgraph.trainer.export import export_run
-from jvpgraph.trainer.model.networks import build_guided, device_of
 from jvpgraph.trainer.run.finished import Comparison, compare, load_run, samplers_of
 from jvpgraph.trainer.train import train
 
@@ -91,8 +90,9 @@ def evaluate_student(folder: Path, seed: int) -> Comparison:
     run = load_run(folder)
     config, data = run.config, digits()
     most = max(config.sampling.steps)
-    guided = build_guided(run.teacher, config.guidance, device_of(config))
-    teacher_in_few: dict[str, Sampler] = {f"teacher, {most} steps": sampler_of("flow", guided, most, config.sampling)}
+    teacher_in_few: dict[str, Sampler] = {
+        f"teacher, {most} steps": sampler_of("flow", run.guided, most, config.sampling)
+    }
     teacher, *students = samplers_of(run, config.sampling.steps).items()
 
     def resample(batch: Batch, rng: torch.Generator) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -23,7 +23,38 @@ class Times(Variants):
 
 
 @dataclass(frozen=True)
-class LogNormal(Times):
+class Known(Times):
+    """A distribution by its quantiles, of which a part may be drawn alone."""
+
+    between: tuple[float, float] = field(default=(0.0, 1.0), kw_only=True)  # rectified-flow times; of others none
+
+    def __post_init__(self) -> None:
+        low, high = self.between
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"between is {self.between}: two times that rise, from 0 (data) to 1 (noise)")
+
+    def draw(self, size: int, rng: Random) -> Tensor:
+        if self.between == (0.0, 1.0):
+            return self.draw_all(size, rng)
+        low, high = from_flow_time(torch.tensor(self.between, dtype=torch.float64))
+        first, last = self.share(torch.stack([low, high])).tolist()
+        return self.quantile(first + (last - first) * uniform(size, rng)).clamp(low.item(), high.item())
+
+    @abstractmethod
+    def draw_all(self, size: int, rng: Random) -> Tensor:
+        """As `draw`, of all times."""
+
+    @abstractmethod
+    def share(self, t: Tensor) -> Tensor:
+        """Of what is drawn, that below t."""
+
+    @abstractmethod
+    def quantile(self, share: Tensor) -> Tensor:
+        """t, radians: the inverse of `share`."""
+
+
+@dataclass(frozen=True)
+class LogNormal(Known):
     """tan(t) = exp(mean + std * normal): p_G of rCM, the proposal of EDM and sCM."""
 
     name: ClassVar[str] = "log_normal"
@@ -31,30 +62,43 @@ class LogNormal(Times):
     std: float = 1.6  # of log tan(t); rCM
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         finite(self, "mean")
         positive(self, "std")
 
-    def draw(self, size: int, rng: Random) -> Tensor:
+    def draw_all(self, size: int, rng: Random) -> Tensor:
         return (self.mean + self.std * normal(size, rng)).exp().atan()
+
+    def share(self, t: Tensor) -> Tensor:
+        return torch.special.ndtr((t.tan().log() - self.mean) / self.std)
+
+    def quantile(self, share: Tensor) -> Tensor:
+        return (self.mean + self.std * torch.special.ndtri(share)).exp().atan()
 
 
 @dataclass(frozen=True)
-class ShiftedUniform(Times):
+class ShiftedUniform(Known):
     """Uniform rectified-flow time s, shifted to k s / (1 + (k - 1) s): p_D of rCM."""
 
     name: ClassVar[str] = "shifted_uniform"
     shift: float = 5.0  # k; rCM: 5 for video, 1 is plain uniform
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "shift")
 
-    def draw(self, size: int, rng: Random) -> Tensor:
-        s = uniform(size, rng)
-        return torch.atan2(self.shift * s, 1 - s)
+    def draw_all(self, size: int, rng: Random) -> Tensor:
+        return self.quantile(uniform(size, rng))
+
+    def share(self, t: Tensor) -> Tensor:
+        return t.sin() / (t.sin() + self.shift * t.cos())
+
+    def quantile(self, share: Tensor) -> Tensor:
+        return torch.atan2(self.shift * share, 1 - share)
 
 
 @dataclass(frozen=True)
-class LogitNormal(Times):
+class LogitNormal(Known):
     """Rectified-flow time s = sigmoid(mean + std * normal): SD3 and MeanFlow."""
 
     name: ClassVar[str] = "logit_normal"
@@ -62,12 +106,19 @@ class LogitNormal(Times):
     std: float = 1.0  # of logit s; both papers
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         finite(self, "mean")
         positive(self, "std")
 
-    def draw(self, size: int, rng: Random) -> Tensor:
+    def draw_all(self, size: int, rng: Random) -> Tensor:
         s = torch.sigmoid(self.mean + self.std * normal(size, rng))
         return from_flow_time(s)
+
+    def share(self, t: Tensor) -> Tensor:
+        return torch.special.ndtr((t.tan().log() - self.mean) / self.std)  # logit s = log tan t
+
+    def quantile(self, share: Tensor) -> Tensor:
+        return from_flow_time(torch.sigmoid(self.mean + self.std * torch.special.ndtri(share)))
 
 
 def from_flow_time(s: Tensor) -> Tensor:

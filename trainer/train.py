@@ -29,6 +29,7 @@ from jvpgraph.trainer.model.critic import Critic, critic_on
 from jvpgraph.trainer.model.ema import PowerEMA, averages_of, save_snapshot, update_all
 from jvpgraph.trainer.model.networks import averaged, check_run, moving, trainable, try_network
 from jvpgraph.trainer.model.optimizer import MasterAdamW, learning_rate
+from jvpgraph.trainer.noise import Random, uniform
 from jvpgraph.trainer.objectives import Terms, loss_of
 from jvpgraph.trainer.objectives.adversarial import beside_loss
 from jvpgraph.trainer.run.beforehand import data_of, look, shown
@@ -48,7 +49,7 @@ from jvpgraph.trainer.run.preview import Previews, try_decoders
 from jvpgraph.trainer.run.prompted import prompted_of
 from jvpgraph.trainer.run.stopping import Stop
 from jvpgraph.trainer.run.validation import Validation
-from jvpgraph.trainer.trigflow import TrigFlow
+from jvpgraph.trainer.trigflow import SCALE, TrigFlow
 
 logger = logging.getLogger(__name__)
 
@@ -105,11 +106,11 @@ def train_here(
         prompted = ranks.on_first(lambda: prompted_of(config, dataset, layout.device))
         networks = build_networks(config, layout, start if begun is None else None)
         if begun is None:
-            origin = ranks.on_first(lambda: origin_of(config, networks.digest, dataset, start))
+            origin = ranks.on_first(lambda: origin_of(config, networks.digests, dataset, start))
         else:
-            dataset, origin, others = resumed(config, networks.digest, dataset, start, change, ranks)
+            dataset, origin, others = resumed(config, networks.digests, dataset, start, change, ranks)
             changes += others
-        validation = Validation.of(config, dataset, ranks, layout.device, networks.digest)
+        validation = Validation.of(config, dataset, ranks, layout.device, networks.digests.teacher)
         check_run(config, networks.student, networks.guided, dataset, layout.device)
         for batch in extremes:
             one = batch.to(layout.device)
@@ -253,6 +254,8 @@ class Stage:
         self.rng, self.noise, self.pace = rng, layout.noise(rng), pace
         self.objective, self.loss = settings.objective, loss_of(settings.objective)
         self.dual = networks.dual_for(settings.objective)
+        self.guided = networks.guided_in(index)
+        self.scale = None if config.told_scale is None else config.guidance_in(index).scale  # that samples are told
         self.begin = sum(stage.steps for stage in config.stages[:index])
         self.precision, self.folder = config.precision.of_tangents, config.out
         self.loader = loader(
@@ -310,11 +313,11 @@ class Stage:
 
         def student_loss(student: nn.Module, batch: Batch) -> Terms:
             more = {"iteration": iteration, "fake": self.fake, "critic": self.critic, "averaged": self.averaged}
-            return self.loss(student, networks.guided, batch, noise, self.objective, **more)
+            return self.loss(student, self.guided, batch, noise, self.objective, **more)
 
         def others_loss(model: nn.Module, batch: Batch, *, count: int) -> Terms:
             fake = None if self.fake is None else model
-            others = networks.dual, networks.guided
+            others = networks.dual, self.guided
             return beside_loss(fake, self.critic, *others, batch, noise, self.objective, count=count)
 
         values = self.update(step, "student", self.dual, student_loss, self.optimizer, self.settings.student)
@@ -411,7 +414,8 @@ class Stage:
         return averaged(self.networks.student, self.emas[0].parameters)
 
     def draw(self) -> Batch:
-        """The next batch, on the device, some of its conditions dropped if the settings say so."""
+        """The next batch, on the device, some of its conditions dropped, and with a guidance scale, if the settings say
+        so."""
         if self.batches is None:
             self.batches = iter(self.loader)  # not before the loader's state was restored
         batch = next(self.batches).to(self.rng.device)
@@ -419,6 +423,8 @@ class Stage:
         if share:
             cond = drop_condition(batch.cond, self.networks.guided.negative, share, self.noise)
             batch = replace(batch, cond=cond)
+        if self.scale is not None:
+            batch = replace(batch, cond={**batch.cond, SCALE: scales(len(batch), self.scale, self.noise)})
         return batch
 
     def trained(self) -> dict[str, nn.Module]:
@@ -442,6 +448,13 @@ class Trained(NamedTuple):
     def norm_key(self, first: str) -> str:
         """Of its gradient's norm in the log of an update of `first`."""
         return "gradient_norm" if self.name == first else f"{self.name}_gradient_norm"
+
+
+def scales(size: int, scale: float | tuple[float, float], rng: Random) -> Tensor:
+    """Guidance scales [B], float32: the one, or drawn between the two."""
+    low, high = scale if isinstance(scale, tuple) else (scale, scale)
+    share = uniform(size, rng, torch.float32) if high > low else torch.zeros(size, device=rng.device)
+    return low + (high - low) * share
 
 
 def warn_of_regions(dual: jvpgraph.DualModule, layout: Layout) -> None:

@@ -317,38 +317,73 @@ class TrigFlow(nn.Module):
         return (self.time_scale * self.s_of_t(t)).float()
 
 
+def radians(s: float) -> float:
+    """Rectified-flow time -> TrigFlow's."""
+    return math.atan2(s, 1 - s)
+
+
+SCALE = "guidance_scale"
+"""Condition of a batch: the guidance scale [B] that was drawn for each sample."""
+
+
 class Guided(nn.Module):
     """Classifier-free guidance: F_negative + scale (F - F_negative); a scale of 1 costs one pass only.
 
     Args:
+        scale: None: each sample's own, its condition SCALE.
         negative: the condition of an empty or a negative prompt, each [1, ...].
         keep_norm: scale the velocity eps - x0 back to its length without guidance, for each part that `lengths` names.
         shared: conditions, such as a first frame, that the negative prompt has from the sample.
+        interval: rectified-flow times between which there is guidance (Kynkaanniemi et al. 2024).
+        below: a rectified-flow time, and the scale below it.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        scale: float,
+        scale: float | None,
         negative: Condition,
         keep_norm: str | None = None,
         shared: Sequence[str] = (),
+        interval: tuple[float, float] = (0.0, 1.0),
+        below: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.scale = scale
+        self.interval = interval
+        self.below = below
         self.negative = dict(negative)
         self.keep_norm = keep_norm
         self.shared = tuple(shared)
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        own = cond.get(SCALE)
+        cond = {name: value for name, value in cond.items() if name != SCALE}
         F = self.model(x, t, cond)
-        if self.scale == 1:
+        if self.scale == 1 and self.below is None:
             return F
         F_negative = self.model(x, t, self.without_prompt(cond, len(x)))
-        guided = F_negative + self.scale * (F - F_negative)
-        if self.keep_norm is None:
+        guided = F_negative + self.scale_at(t, x, own) * (F - F_negative)
+        if self.keep_norm is not None:
+            guided = self.as_long(guided, F, x, t)
+        if self.interval == (0.0, 1.0):
             return guided
+        first, last = (radians(s) for s in self.interval)
+        return torch.where(expand_like((t >= first) & (t <= last), x), guided, F)
+
+    def scale_at(self, t: Tensor, x: Tensor, own: Tensor | None) -> Tensor | float:
+        if self.scale is None:
+            assert own is not None, "each sample brings its scale"
+            return expand_like(own.double(), x)
+        if self.below is None:
+            return self.scale
+        time, low = self.below
+        return expand_like(torch.where(t < radians(time), low, self.scale).double(), x)
+
+    def as_long(self, guided: Tensor, F: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """With the lengths of the velocity without guidance."""
+        assert self.keep_norm is not None
         k, a = expand_like(t.sin() + t.cos(), x), expand_like(t.sin() - t.cos(), x)  # eps - x0 = a x + k F
         u, u_guided = a * x + k * F, a * x + k * guided
         return (u_guided * lengths(u, self.keep_norm) / lengths(u_guided, self.keep_norm) - a * x) / k

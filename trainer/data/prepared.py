@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jvpgraph.trainer.data.prompts import prompts
 from jvpgraph.trainer.data.sample import BadShard, Dataset, Sample
 from jvpgraph.trainer.data.shards import OnBadShard, webdataset
 
 log = logging.getLogger("jvpgraph.trainer.data")
 
-CARD, INDEX = "card.json", "index.json"
+CARD, INDEX, CAPTIONS = "card.json", "index.json", "captions.json"
 LATENTS = "latents.safetensors"
 
 
@@ -50,7 +51,7 @@ def prepared(path: str | Path, *, guidance: float | None = None, on_bad_shard: O
         shards = [str(folder / shard["name"]) for shard in index["shards"] if shard["bucket"] == bucket["name"]]
         try:
             if latents["field"] is None:
-                parts.append(_Prompts(shards, fields, bucket["latents"], on_bad_shard))
+                parts.append(prompts(shards, conditions=fields, shape=bucket["latents"], on_bad_shard=on_bad_shard))
             else:
                 more = {"scale": latents["scale"], "shift": latents["shift"], "on_bad_shard": on_bad_shard}
                 parts.append(webdataset(shards, latents=latents["field"], conditions=fields, **more))
@@ -112,7 +113,10 @@ class Prepared:
         return Sample(sample.key, sample.x0, {**sample.cond, **self.sizes[number], **self.constants})
 
     def captions(self) -> dict[str, str]:
-        """Of every sample, by key."""
+        """Of every sample, by key; of what `jvpgraph synthesize` made, as far as its data had some."""
+        if (self.folder / CAPTIONS).is_file():
+            of_it: dict[str, str] = json.loads((self.folder / CAPTIONS).read_text(encoding="utf-8"))
+            return of_it
         plan = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
         return {entry["key"]: entry["caption"] for shard in plan["shards"] for entry in shard["entries"]}
 
@@ -123,22 +127,3 @@ def _digest(named: Any) -> str:
 
 def _tensors(numbers: dict[str, Any]) -> dict[str, Tensor]:
     return {name: torch.tensor(value, dtype=torch.float32) for name, value in numbers.items()}
-
-
-class _Prompts:
-    """Conditions without latents: x0 is zeros, of which only the shape means anything."""
-
-    def __init__(self, shards: list[str], fields: dict[str, str], shape: list[int], on_bad_shard: OnBadShard) -> None:
-        first, *rest = fields
-        self._inner = webdataset(
-            shards, latents=first, conditions={name: fields[name] for name in rest}, on_bad_shard=on_bad_shard
-        )
-        self._first, self._shape, self.fingerprint = fields[first], shape, self._inner.fingerprint
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample = self._inner[index]
-        cond: dict[str, Tensor] = {self._first: sample.x0, **sample.cond}
-        return Sample(sample.key, torch.zeros(self._shape), cond)

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal, Protocol
@@ -43,10 +44,11 @@ ADVICE = "Write the shard again, or set data.source.options.on_bad_shard=skip to
 def webdataset(
     urls: list[str] | str,
     *,
-    latents: str,
+    latents: str | None,
     conditions: dict[str, str],
     scale: PerChannel = 1.0,
     shift: PerChannel = 0.0,
+    shape: Sequence[int] | None = None,
     on_bad_shard: OnBadShard = "stop",
 ) -> Shards:
     """Uncompressed tar files, by path, glob or braces (`data-{000..015}.tar`), in this order.
@@ -58,29 +60,30 @@ def webdataset(
     `latents` is the field of the clean latents, `conditions` maps fields to arguments of the network:
     `webdataset("data-{000..015}.tar", latents="latents.npy", conditions={"t5.npy": "text", "cls": "labels"})`.
     x0 = (latents - shift) * scale in float32; lists hold one number per channel (dim 0 of a sample), or
-    lists of one per frame (dim 1).
+    lists of one per frame (dim 1). Without latents (None) x0 is zeros of `shape`.
 
     A shard is bad if it is missing, truncated, without end, or if a sample lacks a field; a sample, if a field cannot
     be decoded, differs in shape or dtype from the first sample (dim 0 of conditions is free), or if its values are
     not finite.  With "stop" either is a BadShard; with "skip" it is left out, with a warning in the log.  BadShard
     also if nothing is left; ValueError for arguments that fit no shard.
     """
-    for field in (latents, *conditions):
+    fields = fields_of(latents, conditions, shape)
+    for field in fields:
         if field.rpartition(".")[2] not in DECODERS:
             known = ", ".join(DECODERS)
             raise ValueError(f"field {field!r} has no known extension: {known}. Fields are named like 'latents.npy'.")
-    fields = (latents, *conditions)
     indexed = _index(_list_files([urls] if isinstance(urls, str) else urls), fields, _index_tar, on_bad_shard)
-    return Shards(indexed, latents, conditions, scale, shift, on_bad_shard)
+    return Shards(indexed, latents, conditions, scale, shift, on_bad_shard, shape)
 
 
 def safetensors_folder(
     path: str | Path,
     *,
-    latents: str,
+    latents: str | None,
     conditions: dict[str, str],
     scale: PerChannel = 1.0,
     shift: PerChannel = 0.0,
+    shape: Sequence[int] | None = None,
     on_bad_shard: OnBadShard = "stop",
 ) -> Shards:
     """All `*.safetensors` of a folder in the order of their names, each with tensors [N, ...] of its N samples.
@@ -91,9 +94,19 @@ def safetensors_folder(
     """
     if not Path(path).is_dir():
         raise ValueError(f"{path} is not a folder")
-    fields = (latents, *conditions)
-    indexed = _index(sorted(Path(path).glob("*.safetensors")), fields, _index_rows, on_bad_shard)
-    return Shards(indexed, latents, conditions, scale, shift, on_bad_shard)
+    fields = fields_of(latents, conditions, shape)
+    index_one = partial(_index_rows, latents=latents)
+    indexed = _index(sorted(Path(path).glob("*.safetensors")), fields, index_one, on_bad_shard)
+    return Shards(indexed, latents, conditions, scale, shift, on_bad_shard, shape)
+
+
+def fields_of(latents: str | None, conditions: Mapping[str, str], shape: Sequence[int] | None) -> tuple[str, ...]:
+    """What is read of a sample. Raises ValueError for neither latents nor a shape, or for nothing to read."""
+    if (latents is None) == (shape is None):
+        raise ValueError("give either the field of the latents, or without any their shape")
+    if latents is None and not conditions:
+        raise ValueError("conditions is empty, and there are no latents: name the fields of at least one condition")
+    return (*([] if latents is None else [latents]), *conditions)
 
 
 # ---------------------------------------------------------------- the data set
@@ -120,11 +133,12 @@ class Shards:
     def __init__(
         self,
         shards: Sequence[Shard],
-        latents: str,
+        latents: str | None,
         conditions: Mapping[str, str],
         scale: PerChannel,
         shift: PerChannel,
         on_bad_shard: OnBadShard,
+        shape: Sequence[int] | None = None,
     ) -> None:
         if len({*conditions.values()}) < len(conditions):
             raise ValueError(f"two fields for one argument of the network: {dict(conditions)}")
@@ -135,8 +149,10 @@ class Shards:
         self.fingerprint = hashlib.sha256(names.encode()).hexdigest()[:16]
         self._first, first = self._find_first()
         self._shapes = {field: (value.dtype, tuple(value.shape)) for field, value in first.items()}
-        self._scale = per_channel("scale", scale, first[latents].shape)
-        self._shift = per_channel("shift", shift, first[latents].shape)
+        self.has_latents = latents is not None
+        self._shape = tuple(first[latents].shape) if latents is not None else tuple(shape or ())
+        self._scale = per_channel("scale", scale, self._shape)
+        self._shift = per_channel("shift", shift, self._shape)
         if not (self._scale != 0).all() or not (self._scale.isfinite().all() and self._shift.isfinite().all()):
             raise ValueError(f"scale is {scale} and shift {shift}: x0 = (latents - shift) * scale needs other numbers")
 
@@ -152,7 +168,9 @@ class Shards:
             self._check(name, tensors)
         except BadShard as error:
             raise _with_advice(error, self.on_bad_shard) from error.__cause__
-        x0 = (tensors[self.latents].float() - self._shift) * self._scale
+        x0 = torch.zeros(self._shape)
+        if self.latents is not None:
+            x0 = (tensors[self.latents].float() - self._shift) * self._scale
         return Sample(key, x0, {argument: tensors[field] for field, argument in self.conditions.items()})
 
     def _read(self, index: int) -> tuple[str, str, dict[str, Tensor]]:
@@ -409,6 +427,7 @@ DECODERS: dict[str, Callable[[bytes], Tensor]] = {
 @dataclass(frozen=True)
 class RowShard:
     path: Path
+    latents: str | None
     layout: dict[str, tuple[str, tuple[int, ...]]]  # field -> dtype as the file names it, shape [samples, ...]
 
     def __len__(self) -> int:
@@ -425,7 +444,7 @@ class RowShard:
             raise BadShard(f"{self.path}, key {self.key(row)}: {error}") from error
 
 
-def _index_rows(path: Path, fields: tuple[str, ...]) -> RowShard:
+def _index_rows(path: Path, fields: tuple[str, ...], latents: str | None) -> RowShard:
     """The header alone."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -441,7 +460,7 @@ def _index_rows(path: Path, fields: tuple[str, ...]) -> RowShard:
         raise BadShard(f"{path}: the tensors do not have one length along dim 0: {shapes}")
     if not next(iter(layout.values()))[1][0]:
         raise BadShard(f"{path}: no samples: {shapes}")
-    return RowShard(path, layout)
+    return RowShard(path, latents, layout)
 
 
 def _refuse_other_layouts(results: Sequence[Shard | BadShard]) -> list[Shard | BadShard]:
@@ -451,8 +470,9 @@ def _refuse_other_layouts(results: Sequence[Shard | BadShard]) -> list[Shard | B
 
 
 def _compare_layout(first: RowShard, shard: RowShard) -> RowShard | BadShard:
-    # The latents come first.  Dim 1 of the others, dim 0 of a sample, may differ from shard to shard.
-    for free, (field, (dtype, shape)) in zip([1] + [2] * len(shard.layout), shard.layout.items()):
+    # Dim 1 of conditions, dim 0 of a sample, may differ from shard to shard.
+    for field, (dtype, shape) in shard.layout.items():
+        free = 1 if field == shard.latents else 2
         expected_dtype, expected = first.layout[field]
         if (dtype, len(shape), shape[free:]) != (expected_dtype, len(expected), expected[free:]):
             return BadShard(

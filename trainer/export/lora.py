@@ -38,7 +38,7 @@ def export_lora(task: Task, out: Path) -> None:
     adapters = adapters_of(task.run.student.net)
     notes = f"LoRA adapters on {len(adapters)} layers, as they were trained."
     if task.rank is not None:
-        extraction = extract(task.run.teacher.net, task.net, task.rank)
+        extraction = extract(task.run.base.net, task.net, task.rank)
         adapters, notes = extraction.adapters, str(extraction)
         print(notes)
     elif not adapters:

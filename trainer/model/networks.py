@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,15 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from jvpgraph.trainer.batch import Batch, Condition, expand_condition
-from jvpgraph.trainer.config import GuidanceConfig, RunConfig, StageConfig, StudentConfig
+from jvpgraph.trainer.batch import Batch, Condition
+from jvpgraph.trainer.config import GuidanceConfig, NetworkKey, RunConfig, StageConfig, StudentConfig
 from jvpgraph.trainer.data.sample import Dataset, commonest, first_samples, shorten
 from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.model.adamw_8bit import check_float32
+from jvpgraph.trainer.model.experts import Experts
 from jvpgraph.trainer.model.parts import gathered, in_bytes, local
 from jvpgraph.trainer.model.second_time import takes_r
 from jvpgraph.trainer.model.student import make_student
-from jvpgraph.trainer.trigflow import Call, Guided, TrigFlow
+from jvpgraph.trainer.model.told import WithConditions, WithScale, watched
+from jvpgraph.trainer.trigflow import SCALE, Guided, TrigFlow
 
 
 def device_of(config: RunConfig, local_rank: int | None = None) -> torch.device:
@@ -49,71 +50,71 @@ def device_of(config: RunConfig, local_rank: int | None = None) -> torch.device:
 
 
 def build_teacher(config: RunConfig, device: torch.device) -> TrigFlow:
+    """The network of teacher.model, or of `model`, with which the student starts then."""
+    return build_network(config, device, config.teacher_key)
+
+
+def build_network(config: RunConfig, device: torch.device, key: NetworkKey) -> TrigFlow:
     """Frozen, in evaluation mode: dropout and the like have no place in a teacher's trajectory.
 
     One that starts at random is the same wherever it is built, in a run and for samples of it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        teacher = new_teacher(config)
-    if empty := [name for name, tensor in teacher.state_dict().items() if tensor.is_meta]:
+        network = new_network(config, key)
+    if empty := [name for name, tensor in network.state_dict().items() if tensor.is_meta]:
         raise ValueError(
-            f"model: the weights that {config.model.load} reads lack {len(empty)} tensors of "
-            f"{type(teacher.net).__name__}: {shorten(empty)}. Download or export the checkpoint again."
+            f"{key}: the weights that {config.network(key).load} reads lack {len(empty)} tensors of "
+            f"{type(network.net).__name__}: {shorten(empty)}. Download or export the checkpoint again."
         )
-    return teacher.to(device).requires_grad_(False).eval()
+    return network.to(device).requires_grad_(False).eval()
 
 
-def new_teacher(config: RunConfig) -> TrigFlow:
+def new_network(config: RunConfig, key: NetworkKey) -> TrigFlow:
     """What the settings' function gives, told the conditions that are the same for all samples.
 
     Raises:
         ValueError: that is no TrigFlow.
     """
-    teacher = config.model.build()
-    if not isinstance(teacher, TrigFlow):
-        raise ValueError(f"model.load: {config.model.load} gave a {type(teacher).__name__}; it must return a TrigFlow")
-    if config.conditions:
-        teacher.call = WithConditions(teacher.call, config.conditions)
-    return teacher
+    plug, conditions = config.network(key), config.conditions_of(key)
+    network = plug.build()
+    if not isinstance(network, TrigFlow):
+        raise ValueError(f"{key}.load: {plug.load} gave a {type(network).__name__}; it must return a TrigFlow")
+    if key == "model" and isinstance(network.net, Experts):
+        raise ValueError(
+            f"model.load: {plug.load} gives two networks, and a student is one: name that as `model`, and the two as "
+            "teacher.model"
+        )
+    if conditions:
+        network.call = WithConditions(network.call, conditions)
+    return network
 
 
-class WithConditions:
-    """A network's call with conditions that are the same for all samples; those of a batch come first.
+def build_guided(
+    teacher: TrigFlow, config: GuidanceConfig, device: torch.device, *, scale: float | None = None, drawn: bool = False
+) -> Guided:
+    """The teacher with guidance, as samples of it have it.
 
     Args:
-        constants: a number, or a list as the network takes it for one sample, by name.
+        scale: where the settings give two, the one between them.
+        drawn: instead, each sample brings its own, as in training.
     """
-
-    def __init__(self, call: Call, constants: Mapping[str, Any]) -> None:
-        self.call = call
-        self.constants = dict(constants)
-        self.name = getattr(call, "name", None)  # of an adapter
-        self.takes_r = getattr(call, "takes_r", None)
-        self.__signature__ = inspect.signature(call)
-
-    def __call__(self, net: nn.Module, x: Tensor, time: Tensor, cond: Condition, **second: Tensor) -> Tensor:
-        constants = {name: filled(value, x.device)[None] for name, value in self.constants.items()}
-        return self.call(net, x, time, {**expand_condition(constants, len(x)), **cond}, **second)
-
-
-def filled(value: Any, device: torch.device) -> Tensor:
-    """`torch.tensor(value)` by ops that fill: nothing is copied to a GPU, and the meta device has them too."""
-    if isinstance(value, list | tuple):
-        return torch.stack([filled(part, device) for part in value])
-    return torch.full((), value, device=device)
-
-
-def build_guided(teacher: TrigFlow, config: GuidanceConfig, device: torch.device) -> Guided:
     negative = {name: torch.as_tensor(value)[None].to(device) for name, value in config.negative.items()}
     if config.negative_file is not None:
         negative |= {name: x[None].to(device) for name, x in load_condition(config.negative_file).items()}
-    if config.scale != 1 and not negative:
+    if config.on and not negative:
         raise ValueError(
             f"guidance.scale is {config.scale} and there is no negative condition: give guidance.negative or "
             "guidance.negative_file, or a scale of 1"
         )
-    return Guided(teacher, config.scale, negative, config.keep_norm, config.shared)
+    used = scale
+    if not isinstance(config.scale, tuple):
+        used = config.scale
+    elif drawn:
+        used = None
+    else:
+        assert scale is not None, "a scale to sample with"
+    return Guided(teacher, used, negative, config.keep_norm, config.shared, config.interval, config.below)
 
 
 def load_condition(path: Path) -> dict[str, Tensor]:
@@ -127,34 +128,31 @@ def load_condition(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def build_student(teacher: TrigFlow, config: StudentConfig) -> TrigFlow:
-    """A trainable copy of the teacher; the fake score is one too."""
+def build_student(base: TrigFlow, config: StudentConfig, told_scale: float | None = None) -> TrigFlow:
+    """A trainable copy of a network; the fake score is one too.
+
+    Args:
+        told_scale: the usual one, if it is told the guidance scale.
+    """
     student = make_student(
-        teacher,
+        base,
         dtype=config.dtype,
         lora=config.lora,
         checkpoint_blocks=config.checkpoint_blocks,
         second_time=config.added_time,
     )
+    if told_scale is not None:
+        student.call = WithScale(student.call, told_scale)
     return student.eval()
 
 
 def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dataset, device: torch.device) -> None:
     """Raises ValueError for what would go wrong later: networks, data, negative condition and stages fit each other."""
     sample = first_samples(dataset, 1).to(device)
-    check_conditions(config, sample)
-    names = [*guided.negative, *guided.shared]
-    if guided.negative and sorted(names) != sorted(sample.cond):
-        raise ValueError(
-            f"the negative condition has {', '.join(sorted(names))}, and the data's samples have "
-            f"{', '.join(sorted(sample.cond)) or 'no conditions'}: give the same names in guidance.negative, "
-            "or in guidance.shared where it is to have the sample's own"
-        )
-    try_network("the teacher cannot run with a sample of the data", guided.model, sample.x0, sample.cond)
+    check_teacher(config, guided, sample)
     try_network("the student cannot run with a sample of the data", student, sample.x0, sample.cond)
-    if guided.negative:
-        negative = guided.without_prompt(sample.cond, 1)
-        try_network("the teacher cannot run with the negative condition", guided.model, sample.x0, negative)
+    if config.told_scale is not None:
+        check_told(config.told_scale, student, sample)
     tried = commonest(dataset)
     shapes = [shape for shape in getattr(dataset, "buckets", []) if shape is not tried]
     others = [first_samples(dataset, 1, shape).to(device) for shape in shapes]
@@ -163,7 +161,12 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
     for each in (sample, *others) if guided.keep_norm is not None else ():
         what = f"guidance.keep_norm={guided.keep_norm} is not for such latents: set it to null"
         try_network(what, guided, each.x0, each.cond)
-    for stage in config.stages:
+    for i, stage in enumerate(config.stages):
+        if (guidance := config.guidance_in(i)).on and not guided.negative:
+            raise ValueError(
+                f"stages.{i}.guidance.scale is {guidance.scale} and there is no negative condition: give "
+                "guidance.negative or guidance.negative_file, or a scale of 1"
+            )
         if stage.objective.needs_data and not getattr(dataset, "has_latents", True):
             raise ValueError(
                 f"objective {stage.objective.name} learns from latents, and the data set holds prompts only: "
@@ -176,13 +179,44 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
                 few_step_times(steps, config.sampling)
 
 
+def check_teacher(config: RunConfig, guided: Guided, sample: Batch) -> None:
+    """Raises ValueError if the teacher or its negative condition does not fit a sample of the data."""
+    check_conditions(config, sample)
+    names = [*guided.negative, *guided.shared]
+    if guided.negative and sorted(names) != sorted(sample.cond):
+        raise ValueError(
+            f"the negative condition has {', '.join(sorted(names))}, and the data's samples have "
+            f"{', '.join(sorted(sample.cond)) or 'no conditions'}: give the same names in guidance.negative, "
+            "or in guidance.shared where it is to have the sample's own"
+        )
+    what = "the teacher cannot run with a sample of the data"
+    if config.teacher.model is not None:
+        what = f"teacher.model: {what}. Give a network for the same latents and conditions as `model`"
+    try_network(what, guided.model, sample.x0, sample.cond)
+    if guided.negative:
+        negative = guided.without_prompt(sample.cond, 1)
+        try_network("the teacher cannot run with the negative condition", guided.model, sample.x0, negative)
+
+
+def check_told(scale: float, student: TrigFlow, sample: Batch) -> None:
+    """Raises ValueError if the student cannot be told its guidance scale, or does not listen."""
+    told = {**sample.cond, SCALE: torch.full((len(sample),), scale, device=sample.x0.device)}
+    what = "guidance.scale gives two numbers, so that the student is told its scale as the condition `guidance`, and it"
+    do = "Give one number, or a network that takes `guidance`"
+    with watched(student) as names:
+        try_network(f"{what} cannot run with it. {do}", student, sample.x0, told)
+    if "guidance" not in names:
+        raise ValueError(f"{what} does not look at it. {do}")
+
+
 def check_conditions(config: RunConfig, sample: Batch) -> None:
     """Raises ValueError for a condition of all samples that the samples have themselves, which would hide it."""
-    if twice := sorted(config.conditions.keys() & sample.cond.keys()):
-        told = "guidance" in twice and "guidance" in inspect.signature(config.data.source.function()).parameters
+    given = {"conditions": config.conditions, "teacher.conditions": config.teacher.conditions or {}}
+    for key, name in ((key, name) for key, names in given.items() for name in sorted(names) if name in sample.cond):
+        told = name == "guidance" and name in inspect.signature(config.data.source.function()).parameters
         raise ValueError(
-            f"conditions.{twice[0]}: the data's samples have a {twice[0]} of their own, which would count: "
-            f"take it out of conditions{', and set data.source.options.guidance' if told else ''}"
+            f"{key}.{name}: the data's samples have a {name} of their own, which would count: take it out of {key}"
+            f"{', and set data.source.options.guidance' if told else ''}"
         )
 
 
@@ -255,10 +289,12 @@ def take_values(student: TrigFlow, teacher: TrigFlow) -> None:
 def share_frozen(student: TrigFlow, teacher: TrigFlow) -> None:
     """Puts the teacher's parameters in the place of those that a LoRA student does not train, and frees its own.
 
-    In one process they are the teacher's anyway. FSDP2 splits each network by itself, and here the parts become one;
-    but it leaves weights in bytes alone, and what else their teacher has: of that each network keeps its own.
+    They may be those of another student of the same network, too. In one process they are the same anyway. FSDP2 splits
+    each network by itself, and here the parts become one; but it leaves weights in bytes alone, and what else their
+    teacher has: of that each network keeps its own.
     """
-    theirs = dict(teacher.named_parameters(remove_duplicate=False))
+    named = teacher.named_parameters(remove_duplicate=False)
+    theirs = {name.replace(".base_layer.", "."): parameter for name, parameter in named}
     bytewise = any(map(in_bytes, theirs.values()))
     for path, module in student.named_modules():
         for name, own in module._parameters.items():

@@ -26,7 +26,8 @@ def check_one_network(path: Path, index: Mapping[str, Any]) -> None:
     if (index.get("transformer_2") or [None])[0] is not None and index.get("boundary_ratio") is not None:
         raise ValueError(
             f"{path} has two networks, one above and one below {index['boundary_ratio']:g} of the noise, and a student "
-            "is one network for all of it.\nGive a checkpoint with one: Wan2.1, or Wan2.2's of 5B."
+            "is one network for all of it.\nGive a checkpoint with one: Wan2.1, or Wan2.2's of 5B. Both can be its "
+            "teacher: teacher.model={load: jvpgraph.trainer.adapters:experts}."
         )
 
 

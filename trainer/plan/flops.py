@@ -24,9 +24,9 @@ from jvpgraph.trainer import settings
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.model.student import repeated_lists
-from jvpgraph.trainer.plan.subject import META, teacher_of
+from jvpgraph.trainer.plan.subject import META, Origins
 from jvpgraph.trainer.plan.updates import costs_of
-from jvpgraph.trainer.trigflow import TrigFlow
+from jvpgraph.trainer.trigflow import SCALE, TrigFlow
 
 log = logging.getLogger(__name__)
 
@@ -128,14 +128,15 @@ class Counts:
 def count(config: RunConfig, query: Query) -> Counted:
     """Raises ValueError where the network cannot be built without its numbers."""
     config = replace(config, student=replace(config.student, checkpoint_blocks=False))
-    teacher = teacher_of(config)
+    origins = Origins.of(config)
     cond = {
         name: torch.empty(1, *shape, dtype=getattr(torch, dtype), device=META)
         for name, shape, dtype in query.conditions
+        if name != SCALE  # which a student is told anyway
     }
     sample = Batch(torch.empty(1, *query.latents, device=META), cond)
-    costs = costs_of(config, config.stages[query.stage], teacher, sample, query.size)
-    return Counted(costs.student.flops, costs.fake.flops, tokens_of(teacher, sample))
+    costs = costs_of(config, query.stage, origins, sample, query.size)
+    return Counted(costs.student.flops, costs.fake.flops, tokens_of(origins.base, sample))
 
 
 @torch.no_grad()

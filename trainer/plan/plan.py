@@ -16,7 +16,7 @@ from jvpgraph.trainer.model.parts import commonest_dtype
 from jvpgraph.trainer.model.quantize import chosen, saved_bytes
 from jvpgraph.trainer.plan.layout import Held, Spread, Training, brought, held, nbytes, training
 from jvpgraph.trainer.plan.machines import GPU, USABLE
-from jvpgraph.trainer.plan.subject import check_sample, sample_of, teacher_of
+from jvpgraph.trainer.plan.subject import Origins, check_sample, sample_of
 from jvpgraph.trainer.plan.updates import Cost, Costs, costs_of
 from jvpgraph.trainer.run.parallel import check, sizes_of
 from jvpgraph.trainer.trigflow import TrigFlow
@@ -99,32 +99,33 @@ def plan_run(
     """
     spread = Spread(sizes_of(config.parallel, processes))
     check(config, spread.sizes)
-    teacher = teacher_of(config)
+    origins = Origins.of(config)
     sample = sample_of(config, latents, conditions or {})
     check_conditions(config, sample)
-    check_sample(teacher, sample)
+    check_sample("model", origins.base, sample)
+    if origins.teacher is not origins.base:
+        check_sample("teacher.model", origins.teacher, sample)
     known = dict(enumerate(costs))
     return [
-        plan_stage(config, i, teacher, sample, spread, known.get(i), on_gpu=on_gpu) for i in range(len(config.stages))
+        plan_stage(config, i, origins, sample, spread, known.get(i), on_gpu=on_gpu) for i in range(len(config.stages))
     ]
 
 
 def plan_stage(
     config: RunConfig,
     index: int,
-    teacher: TrigFlow,
+    origins: Origins,
     sample: Batch,
     spread: Spread,
     costs: Costs | None,
     *,
     on_gpu: bool,
 ) -> Plan:
-    stage = config.stages[index]
-    student = build_student(teacher, config.student)
+    stage, teacher = config.stages[index], origins.teacher
+    student = build_student(origins.base, config.student, config.told_scale)
     scored = stage.objective.fake_score is not None
-    copies = {"student": student}
-    if scored:
-        copies["fake score"] = build_student(teacher, config.student.fake_score)
+    fake = build_student(origins.of_fake(config), config.student.fake_score, config.told_scale) if scored else None
+    copies = {"student": student} | ({} if fake is None else {"fake score": fake})
     settings = {"student": stage.student, "fake score": stage.fake}
     parts = {"teacher": held(teacher, spread), **{name: held(network, spread) for name, network in copies.items()}}
 
@@ -142,6 +143,7 @@ def plan_stage(
     trained = {}
     for name, network in copies.items():
         keep(name, resident_bytes(network, parts[name], seen), name)
+        seen |= {id(tensor) for tensor in tensors_of(network)}
         widths = config.ema.sigma_rel if name == "student" else ()
         trained[name] = training(network, parts[name].shapes, settings[name], widths, on_gpu)
         keep(f"optimiser of the {name}", trained[name].states, name)
@@ -150,7 +152,7 @@ def plan_stage(
     held_here["data"] = stage.batch // spread.parts * (sample.x0.nbytes + conditions)
 
     costs = costs or costs_of(
-        config, stage, teacher, sample, stage.batch // spread.parts, sharded=spread.sharded, on_gpu=on_gpu
+        config, index, origins, sample, stage.batch // spread.parts, sharded=spread.sharded, on_gpu=on_gpu
     )
     if costs.critic:  # whole in each process, with two moments in float32
         held_here["critic and its optimiser"] = 3 * costs.critic

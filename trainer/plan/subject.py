@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import jvpgraph
 from jvpgraph.trainer.batch import Batch, Condition
-from jvpgraph.trainer.config import RunConfig, StudentConfig
+from jvpgraph.trainer.config import GuidanceConfig, NetworkKey, RunConfig, StudentConfig
 from jvpgraph.trainer.data.sample import first_samples
-from jvpgraph.trainer.model.networks import build_student, new_teacher, try_network
+from jvpgraph.trainer.model.networks import build_student, new_network, try_network
 from jvpgraph.trainer.model.parts import parts_of
 from jvpgraph.trainer.model.quantize import put_on_bytes
 from jvpgraph.trainer.model.student import repeated_blocks, repeated_lists
@@ -26,8 +26,8 @@ from jvpgraph.trainer.trigflow import Guided, TrigFlow
 META = torch.device("meta")
 
 
-def teacher_of(config: RunConfig) -> TrigFlow:
-    """The teacher without its weights; one of diffusers is built from config.json alone.
+def network_of(config: RunConfig, key: NetworkKey) -> TrigFlow:
+    """A network without its weights; one of diffusers is built from config.json alone.
 
     Raises:
         ValueError: the settings' function does not give a TrigFlow, or what it does cannot be done without numbers.
@@ -36,10 +36,11 @@ def teacher_of(config: RunConfig) -> TrigFlow:
         warnings.filterwarnings("ignore", ".*copying from a non-meta parameter.*")
         try:
             with META:
-                teacher = new_teacher(config)
+                network = new_network(config, key)
         except NotImplementedError as error:
-            raise ValueError(f"model.load: {config.model.load} needs numbers to build the network: {error}") from error
-    return teacher.to(META).requires_grad_(False).eval()
+            load = config.network(key).load
+            raise ValueError(f"{key}.load: {load} needs numbers to build the network: {error}") from error
+    return network.to(META).requires_grad_(False).eval()
 
 
 def sample_of(config: RunConfig, latents: Sequence[int] | None, conditions: Condition) -> Batch:
@@ -61,10 +62,10 @@ def sample_of(config: RunConfig, latents: Sequence[int] | None, conditions: Cond
         ) from error
 
 
-def check_sample(teacher: TrigFlow, sample: Batch) -> None:
+def check_sample(key: str, network: TrigFlow, sample: Batch) -> None:
     """Raises ValueError if the network cannot run with it, which on the meta device says nothing about its numbers."""
     try:
-        try_network("model: the network cannot run with a sample", teacher, sample.x0, sample.cond)
+        try_network(f"{key}: the network cannot run with a sample", network, sample.x0, sample.cond)
     except ValueError as error:
         raise ValueError(
             f"{error}\nOf another shape or dtype: --latents CxTxHxW and --condition NAME=LxD[:KIND] for each argument "
@@ -141,26 +142,62 @@ class Subject:
         return [*(part for tensor in held for part in parts_of(tensor)), *self.guided.negative.values()]
 
 
-def student_of(config: RunConfig, settings: StudentConfig, teacher: TrigFlow) -> TrigFlow:
+@dataclass(frozen=True)
+class Origins:
+    """The networks that those of a run are copies of, without weights."""
+
+    teacher: TrigFlow
+    base: TrigFlow  # of the student; the same one if the teacher is no other
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Origins:
+        base = network_of(config, "model")
+        return cls(base if config.teacher.model is None else network_of(config, "teacher.model"), base)
+
+    def of_fake(self, config: RunConfig) -> TrigFlow:
+        return self.base if config.fake_score.network == "student" else self.teacher
+
+    @property
+    def lists(self) -> list[tuple[str, int]]:
+        """How many blocks each list of repeated ones has, of both networks."""
+        teachers = [] if self.teacher is self.base else [("teacher", n) for n in depths(self.teacher)]
+        return [*(("base", n) for n in depths(self.base)), *teachers]
+
+    def shortened(self, counts: Sequence[int]) -> Origins:
+        """With so many blocks in each list of `lists`."""
+        here = len(depths(self.base))
+        base = shortened(self.base, counts[:here])
+        return Origins(base if self.teacher is self.base else shortened(self.teacher, counts[here:]), base)
+
+
+def student_of(config: RunConfig, settings: StudentConfig, base: TrigFlow) -> TrigFlow:
     """A student, whose adapters compute with the teacher's weights in bytes if that is asked for."""
-    student = build_student(teacher, settings)
-    put_on_bytes(student, teacher, config.bytes_below_adapters)
+    student = build_student(base, settings, config.told_scale)
+    put_on_bytes(student, base, config.bytes_below_adapters)
     return student
 
 
 def subject_of(
-    config: RunConfig, teacher: TrigFlow, cond: Condition, *, fake: bool, sharded: bool, through_tangent: bool = False
+    config: RunConfig,
+    origins: Origins,
+    guidance: GuidanceConfig,
+    cond: Condition,
+    *,
+    fake: bool,
+    sharded: bool,
+    through_tangent: bool = False,
 ) -> Subject:
-    """The networks of a run with this teacher.
+    """The networks of a run.
 
     Args:
+        guidance: of the stage.
         cond: of one sample, which the negative condition is taken to be like.
         fake: whether there is a fake score.
         sharded: whether FSDP2 has the student: blocks are graphs of their own then, and their gradients come one by
             one.
         through_tangent: whether the loss has a gradient through the tangent.
     """
-    student = student_of(config, config.student, teacher)
+    student = student_of(config, config.student, origins.base)
     blocks = set(repeated_blocks(student.net)) if sharded else set()
     # Without Inductor, which makes no code for this device.
     of_tangents = jvpgraph.Config(tangent_precision=config.precision.of_tangents)
@@ -173,11 +210,12 @@ def subject_of(
         differentiable_tangent=through_tangent,
         config=of_tangents,
     )
-    negative = dict(cond) if config.guidance.scale != 1 else {}
+    negative = dict(cond) if guidance.on else {}
+    scale = config.told_scale if isinstance(guidance.scale, tuple) else guidance.scale
     return Subject(
-        teacher,
+        origins.teacher,
         student,
-        student_of(config, config.student.fake_score, teacher) if fake else None,
+        student_of(config, config.student.fake_score, origins.of_fake(config)) if fake else None,
         Plainly(dual),
-        Guided(Plainly(teacher), config.guidance.scale, negative, config.guidance.keep_norm),
+        Guided(Plainly(origins.teacher), scale, negative, guidance.keep_norm, (), guidance.interval, guidance.below),
     )

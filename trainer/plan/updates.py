@@ -25,8 +25,7 @@ from jvpgraph.trainer.objectives import Adversarial, Terms, loss_of
 from jvpgraph.trainer.objectives.adversarial import beside_loss
 from jvpgraph.trainer.plan.layout import nbytes
 from jvpgraph.trainer.plan.meter import Meter, fused_attention
-from jvpgraph.trainer.plan.subject import NoNoise, Plainly, Subject, depths, larger, shortened, subject_of
-from jvpgraph.trainer.trigflow import TrigFlow
+from jvpgraph.trainer.plan.subject import NoNoise, Origins, Plainly, Subject, larger, subject_of
 
 WHOLE = 4  # blocks in a list up to which a network is measured as it is
 FEW = 2
@@ -63,30 +62,33 @@ class Costs(NamedTuple):
 
 def costs_of(
     config: RunConfig,
-    stage: StageConfig,
-    teacher: TrigFlow,
+    index: int,
+    origins: Origins,
     sample: Batch,
     size: int,
     *,
     sharded: bool = False,
     on_gpu: bool = True,
 ) -> Costs:
-    """What the most expensive updates of a stage need, for `size` samples on this process."""
-    counts = depths(teacher)
+    """What the most expensive updates of a stage, by its index, need for `size` samples on this process."""
+    stage = config.stages[index]
+    counts = [n for _, n in origins.lists]
     few = [n if n <= WHOLE else FEW for n in counts]
 
     def measured(blocks: Sequence[int]) -> Costs:
-        network = teacher if list(blocks) == counts else shortened(teacher, blocks)
-        fake = stage.objective.fake_score is not None
+        networks = origins if list(blocks) == counts else origins.shortened(blocks)
+        fake, guidance = stage.objective.fake_score is not None, config.guidance_in(index)
         through = stage.objective.through_tangent
-        subject = subject_of(config, network, sample.cond, fake=fake, sharded=sharded, through_tangent=through)
+        subject = subject_of(
+            config, networks, guidance, sample.cond, fake=fake, sharded=sharded, through_tangent=through
+        )
         with dynamo.config.patch(recompile_limit=MANY):  # of a block: in each subject, with and without tangents
             return measure(subject, stage, larger(sample, size), on_gpu)
 
     base = total = measured(few)
-    for index, count in enumerate(counts):
+    for place, count in enumerate(counts):
         if count > WHOLE:
-            more = measured([n + (i == index) for i, n in enumerate(few)])
+            more = measured([n + (i == place) for i, n in enumerate(few)])
             total = Costs(
                 total.student.plus(more.student.plus(base.student, -1), count - FEW),
                 total.fake.plus(more.fake.plus(base.fake, -1), count - FEW),

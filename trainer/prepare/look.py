@@ -75,14 +75,14 @@ def decode_some(
     turns = [index for turn in zip_longest_ranges(data.buckets) for index in turn][:count]
     if not data.has_latents:
         for index in turns:
-            yield folder, captions[data[index].key]
+            yield folder, captions.get(data[index].key, "")
         return
     vae = load_vae(checkpoint or Path(card["checkpoint"]["path"])).to(device)
     out.mkdir(parents=True, exist_ok=True)
     for index in turns:
         sample = data[index]
         pixels = decode(vae, sample.x0[None].to(device))[0].cpu()
-        yield save_pixels(pixels, out / sample.key, card["fps"] or 1.0), captions[sample.key]
+        yield save_pixels(pixels, out / sample.key, card["fps"] or 1.0), captions.get(sample.key, "")
 
 
 def zip_longest_ranges(ranges: list[range]) -> Iterator[list[int]]:

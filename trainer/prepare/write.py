@@ -15,10 +15,10 @@ import os
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save, save_file
@@ -54,7 +54,7 @@ def prepare(checkpoint: Path, source: Path, out: Path, options: Options, device:
         plan = make_plan(source, encoder, options)
         begin(out, plan)
     else:
-        plan = wait_for_plan(out, settings_of(source, encoder, options))
+        plan = Plan.read(wait_for_plan(out, settings_of(source, encoder, options)))
     mine = plan.shards[rank::ranks]
     with tqdm(total=sum(len(shard.entries) for shard in mine), unit="sample", disable=rank > 0) as progress:
         for shard in mine:
@@ -65,7 +65,7 @@ def prepare(checkpoint: Path, source: Path, out: Path, options: Options, device:
     if rank > 0:
         return {}
     save_negative(out, encoder, options.negative)
-    records = wait_for_records(out, plan)
+    records = wait_for_records(out, plan.shards)
     return write_card(out, plan, records, encoder, source, options)
 
 
@@ -126,19 +126,31 @@ def check_change(out: Path, old: Plan, new: Plan) -> None:
         )
 
 
-def wait_for_plan(out: Path, settings: dict[str, Any]) -> Plan:
-    """The first process's plan."""
+def wait_for_plan(out: Path, settings: dict[str, Any]) -> str:
+    """The text of the first process's plan, once there is one of these settings."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         if (out / PLAN).is_file():
-            plan = Plan.read((out / PLAN).read_text(encoding="utf-8"))
-            if plan.settings == json.loads(json.dumps(settings)):
-                return plan
+            text = (out / PLAN).read_text(encoding="utf-8")
+            if json.loads(text)["settings"] == json.loads(json.dumps(settings)):
+                return text
         time.sleep(0.1)
     raise ValueError(f"no {out / PLAN} of the first process after {PATIENCE:g} seconds. See what that one says.")
 
 
-def read_record(out: Path, shard: PlannedShard) -> dict[str, Any] | None:
+class Planned(Protocol):
+    """A shard to be."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that its bytes follow from."""
+        ...
+
+
+def read_record(out: Path, shard: Planned) -> dict[str, Any] | None:
     """What came of a shard, if it was written as planned and its file is whole."""
     path = record_of(out, shard)
     if not path.is_file():
@@ -149,7 +161,7 @@ def read_record(out: Path, shard: PlannedShard) -> dict[str, Any] | None:
     return record if whole and record["planned"] == shard.fingerprint else None
 
 
-def record_of(out: Path, shard: PlannedShard) -> Path:
+def record_of(out: Path, shard: Planned) -> Path:
     return out / RECORDS / f"{Path(shard.name).stem}.json"
 
 
@@ -248,10 +260,10 @@ def save_negative(out: Path, encoder: Encoder, negative: str) -> None:
 # ---------------------------------------------------------------- the card
 
 
-def wait_for_records(out: Path, plan: Plan) -> list[dict[str, Any]]:
+def wait_for_records(out: Path, shards: Sequence[Planned]) -> list[dict[str, Any]]:
     """Of every shard, in order; those of other processes as they come."""
     records: list[dict[str, Any]] = []
-    for shard in plan.shards:
+    for shard in shards:
         while (record := read_record(out, shard)) is None:
             time.sleep(0.2)
         records.append(record)

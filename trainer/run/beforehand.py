@@ -60,7 +60,8 @@ def data_of(config: RunConfig) -> Dataset:
 
 
 def plugs_of(config: RunConfig) -> list[tuple[str, Plug]]:
-    named = [("model", config.model), ("data.source", config.data.source), ("sampling.decode", config.sampling.decode)]
+    named = [("model", config.model), ("teacher.model", config.teacher.model)]
+    named += [("data.source", config.data.source), ("sampling.decode", config.sampling.decode)]
     named += [(f"validation.measures.{name}", plug) for name, plug in config.validation.measures.items()]
     return [(key, plug) for key, plug in named if plug is not None]
 

@@ -36,6 +36,7 @@ RULES = {
     "ema.device": FREE,
     "teacher.offload": FREE,
     "fake_score": FREE,
+    "fake_score.network": NEVER,  # other parameters
     "data.workers": FREE,
     "data.source.options.on_bad_shard": FREE,
     "data": ASKED,  # moved, or other data, which is then read from its beginning

@@ -123,10 +123,10 @@ def of_pictures(pictures: Tensor, real: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def moved(student: nn.Module, teacher: nn.Module, ranks: Ranks) -> float | None:
-    """The norm of what training has added to the weights, over that of the weights; None where they are not the same
-    network's. A collective."""
-    theirs = dict(teacher.named_parameters())
+def moved(student: nn.Module, start: nn.Module | None, ranks: Ranks) -> float | None:
+    """The norm of what training has added to the weights, over that of the weights; None where it is not known from
+    where they started. A collective."""
+    theirs = {} if start is None else dict(start.named_parameters())
     added = total = torch.zeros((), dtype=torch.float64)
 
     def norm(x: Tensor) -> Tensor:
@@ -154,6 +154,7 @@ class Watch:
     """What is looked at.
 
     Attributes:
+        start: what the student is a copy of, if that is the teacher.
         batch: conditions on the device, with the data's latents for them or the teacher's.
         first: figures of the first look.
         good: steps of looks at which all was well, the newest last.
@@ -161,7 +162,7 @@ class Watch:
 
     config: RunConfig
     ranks: Ranks
-    teacher: nn.Module
+    start: nn.Module | None
     batch: Batch
     first: dict[str, float]
     good: list[int]
@@ -178,7 +179,7 @@ class Watch:
         if not getattr(dataset, "has_latents", True):
             sample = sampler_of("flow", guided, config.sampling.teacher_steps, config.sampling)
             batch = Batch(draw(sample, batch, config.sampling.batch, wanted.seed), batch.cond, batch.keys)
-        return cls(config, ranks, guided.model, batch, {}, [0])
+        return cls(config, ranks, None if config.teacher.model is not None else guided.model, batch, {}, [0])
 
     def remember(self, lines: Iterable[Mapping[str, float]]) -> None:
         """The looks of a run before it was stopped, from its log."""
@@ -191,11 +192,11 @@ class Watch:
         """Figures for the log, and a warning of what is wrong with them. A collective; on the first process alone they
         are more than nothing."""
         config, wanted = self.config, self.config.watch
-        kind, steps = config.stages[stage].objective.sampler, wanted.steps or max(config.sampling.steps)
+        kind, steps = config.sampler(stage), wanted.steps or max(config.sampling.steps)
         with averaged(student, average):
             sample = sampler_of(kind, student, steps, config.sampling)
             latents = draw(sample, repeated(self.batch, wanted.repeats), config.sampling.batch, wanted.seed)
-            distance = moved(student, self.teacher, self.ranks)
+            distance = moved(student, self.start, self.ranks)
         if not self.ranks.first:
             return {}
         figures = compared(latents, self.batch.x0, wanted.repeats)

@@ -17,7 +17,7 @@ from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import Dataset, some_samples
 from jvpgraph.trainer.files import draft_of
-from jvpgraph.trainer.model.networks import build_guided, device_of
+from jvpgraph.trainer.model.networks import device_of
 from jvpgraph.trainer.model.student import repeated_blocks
 from jvpgraph.trainer.noise import noise_like
 from jvpgraph.trainer.run.finished import load_run
@@ -71,7 +71,7 @@ def diagnose_run(
     device = device_of(config)
     batch = some_samples(config.data.source.build(), count).to(device)
     second_time = is_asked_for(config, run.stage)
-    path = Trajectory(batch, build_guided(run.teacher, config.guidance, device), second_time, seed)
+    path = Trajectory(batch, run.guided, second_time, seed)
     out = folder if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     found = jvpgraph.diagnose(

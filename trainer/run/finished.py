@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from jvpgraph.trainer.files import naming
 from jvpgraph.trainer.model.ema import PowerEMA, averages_of, reconstruct, snapshots
 from jvpgraph.trainer.model.networks import (
     build_guided,
+    build_network,
     build_student,
     build_teacher,
     device_of,
@@ -33,7 +35,7 @@ from jvpgraph.trainer.model.quantize import put_on_bytes
 from jvpgraph.trainer.run.checkpoint import Checkpoints
 from jvpgraph.trainer.run.log import grid
 from jvpgraph.trainer.run.preview import decoder_of, picture_of
-from jvpgraph.trainer.trigflow import TrigFlow
+from jvpgraph.trainer.trigflow import Guided, TrigFlow
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,19 @@ class Run:
     config: RunConfig
     step: int
     stage: int  # the last one begun
-    teacher: TrigFlow
+    base: TrigFlow  # what the student was at first
     student: TrigFlow  # frozen, with the averaged weights
+
+    @cached_property
+    def teacher(self) -> TrigFlow:
+        """Frozen; where it is another network than the student, it is built when it is asked for."""
+        return self.base if self.config.teacher.model is None else build_teacher(self.config, device_of(self.config))
+
+    @property
+    def guided(self) -> Guided:
+        """The teacher with the guidance of the run's settings."""
+        config = self.config
+        return build_guided(self.teacher, config.guidance, device_of(config), scale=config.told_scale)
 
     @property
     def sampler(self) -> str:
@@ -74,15 +87,15 @@ def load_run(folder: Path, *, ema: float | None = None, step: int | None = None)
     gone = step is not None and not checkpoints.has(step) and has_averages(folder, config, step)
     path = None if step is None or gone else checkpoints.at(step)
 
-    teacher = build_teacher(config, device)
-    student = build_student(teacher, config.student)
-    put_on_bytes(student, teacher, config.bytes_below_adapters)
+    base = build_network(config, device, "model")
+    student = build_student(base, config.student, config.told_scale)
+    put_on_bytes(student, base, config.bytes_below_adapters)
     ema = config.ema.sigma_rel[0] if ema is None else ema
     weights: Mapping[str, Tensor]
     if step is not None and gone:
         stage = stage_of(config, step)
         weights = reconstruct(averages_of(folder, stage), ema, step=step)
-        return Run(config, step, stage, teacher, with_weights(student, weights))
+        return Run(config, step, stage, base, with_weights(student, weights))
     state: dict = {"student": moving(student)}
     if ema in config.ema.sigma_rel:
         average = PowerEMA(trainable(student), ema)
@@ -96,7 +109,7 @@ def load_run(folder: Path, *, ema: float | None = None, step: int | None = None)
         weights = average.parameters
     else:
         weights = reconstruct(averages_of(folder, stage), ema, step=step)
-    return Run(config, step, stage, teacher, with_weights(student, weights))
+    return Run(config, step, stage, base, with_weights(student, weights))
 
 
 def has_averages(folder: Path, config: RunConfig, step: int) -> bool:
@@ -164,13 +177,12 @@ def evaluate_run(
 def samplers_of(run: Run, steps: Sequence[int]) -> dict[str, Sampler]:
     """The teacher in its many steps, then the student in each of `steps`."""
     config = run.config
-    guided = build_guided(run.teacher, config.guidance, device_of(config))
     many = config.sampling.teacher_steps
     run.check_sampling(*steps)
     students = {
         f"student, {n} step{'s' * (n > 1)}": sampler_of(run.sampler, run.student, n, config.sampling) for n in steps
     }
-    return {f"teacher, {many} steps": sampler_of("flow", guided, many, config.sampling), **students}
+    return {f"teacher, {many} steps": sampler_of("flow", run.guided, many, config.sampling), **students}
 
 
 def compare(run: Run, samplers: Mapping[str, Sampler], seeds: Sequence[int]) -> Comparison:

@@ -42,7 +42,7 @@ def clashes(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[str]:
                 "method"
             )
     for name in away:
-        if config.student.lora is not None:
+        if config.student.lora is not None and (name == "fake_score" or config.teacher.model is None):
             yield (
                 f"{name}.offload: with student.lora, teacher, student and fake score compute with the same weights, "
                 f"which never rest. Set {name}.offload to false"

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,6 +33,13 @@ VALUES = 1024  # of each tensor that its digest looks at
 BLOCKS, BLOCK = 8, 4096  # of each shard; bytes
 
 
+class Digests(NamedTuple):
+    """Of the values of a run's networks."""
+
+    teacher: str
+    base: str  # of what the student starts as
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a run was begun with."""
@@ -46,32 +53,34 @@ class Origin:
     start: str | None = None  # --from
     buckets: list[int] | None = None  # samples of each, where the data set has several shapes; None: one, or unknown
     meaning: str | None = None  # the data set's own; None: unknown
+    base: str | None = None  # digest of what the student started as, where that is not the teacher
 
 
-def origin_of(config: RunConfig, teacher: str, dataset: Dataset, start: Path | None) -> Origin:
+def origin_of(config: RunConfig, digests: Digests, dataset: Dataset, start: Path | None) -> Origin:
     shards = shards_of(dataset)
     with ThreadPoolExecutor(16) as pool:
-        digests = list(pool.map(lambda shard: digest_of_file(shard.path), shards))
+        of_files = list(pool.map(lambda shard: digest_of_file(shard.path), shards))
     return Origin(
         settings.to_dict(config),
-        teacher,
+        digests.teacher,
         code_of(config),
         len(dataset),
         getattr(dataset, "fingerprint", ""),
-        [(shard.path.name, len(shard), digest) for shard, digest in zip(shards, digests, strict=True)],
+        [(shard.path.name, len(shard), digest) for shard, digest in zip(shards, of_files, strict=True)],
         None if start is None else str(start),
         sizes_of(dataset),
         getattr(dataset, "meaning", ""),
+        None if config.teacher.model is None else digests.base,
     )
 
 
 def resumed(
-    config: RunConfig, teacher: str, dataset: Dataset, start: Path | None, change: Sequence[str], ranks: Ranks
+    config: RunConfig, digests: Digests, dataset: Dataset, start: Path | None, change: Sequence[str], ranks: Ranks
 ) -> tuple[Dataset, Origin, list[str]]:
     """The data set by the numbers of its beginning, the origin to write, and what of it was changed by --change.
 
     Args:
-        config, teacher, dataset: of the run that goes on; the teacher by its digest.
+        config, digests, dataset: of the run that goes on.
         start: --from, if given.
         change: keys of --change.
         ranks: all of which call this; the first one looks at the files.
@@ -84,7 +93,7 @@ def resumed(
         dataset = aligned(dataset, then)
 
     def look() -> tuple[Origin, list[str]]:
-        now = origin_of(config, teacher, dataset, start)
+        now = origin_of(config, digests, dataset, start)
         if then is None:
             return now, []
         if start is not None and then.start != now.start:
@@ -143,9 +152,16 @@ def compare(then: Origin, now: Origin, change: Sequence[str]) -> list[str]:
 
 
 def differences(then: Origin, now: Origin) -> dict[str, str]:
-    found = {}
-    if then.teacher != now.teacher:
-        found["model"] = "the teacher's weights are others than when the run began"
+    found: dict[str, str] = {}
+    weights = "weights are others than when the run began"
+    if then.base is None and now.base is None:
+        of_networks = {"model": ("the teacher's", then.teacher, now.teacher)}
+    else:
+        of_networks = {
+            "model": ("the student's first", then.base or then.teacher, now.base or now.teacher),
+            "teacher.model": ("the teacher's", then.teacher, now.teacher),
+        }
+    found |= {key: f"{whose} {weights}" for key, (whose, before, after) in of_networks.items() if before != after}
     for key in then.code.keys() & now.code.keys():
         if then.code[key] != now.code[key]:
             found.setdefault(key, "the file that it names was edited since the run began")
@@ -205,6 +221,8 @@ def is_other(then: str, now: str) -> bool:
 def code_of(config: RunConfig) -> dict[str, str]:
     """Digests of the user's files that training calls or reads whole, by the key of the setting."""
     files = {"model": config.model.file, "data.source": config.data.source.file}
+    if config.teacher.model is not None:
+        files["teacher.model"] = config.teacher.model.file
     files |= {"guidance.negative_file": config.guidance.negative_file}
     files |= {f"imports.{i}": Plug(f"{name}:").file for i, name in enumerate(config.imports)}
     return digests_of(files)

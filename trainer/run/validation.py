@@ -134,7 +134,12 @@ class Validation:
         """
         config, path = self.config, self.config.out / FILE
         plain = settings.to_dict(config)
-        means = [self.digest, plain["teacher"]["quantization"], plain["guidance"], plain["conditions"]]
+        means = [
+            self.digest,
+            plain["teacher"]["quantization"],
+            plain["guidance"],
+            config.conditions_of(config.teacher_key),
+        ]
         means += [plain["sampling"], plain["data"]["source"], config.validation.count, config.validation.seed]
         means += [self.batch.keys, digest_of_values({"x0": self.batch.x0, **self.batch.cond})]
         means += [digest_of_values(guided.negative)]

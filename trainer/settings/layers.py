@@ -8,11 +8,13 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.settings.check import dotted
 from jvpgraph.trainer.settings.kinds import (
     dataclass_of,
     default_of,
     given,
+    kinds,
     named,
     plain,
     settings_of,
@@ -58,11 +60,13 @@ def _read(path: Path, problems: list[Problem]) -> Tree | None:
 
 
 def merge(below: Any, above: Any, tp: Any) -> Any:
-    """`above` laid over `below`. Settings of another kind replace all of them: nothing of the old kind is left."""
+    """`above` laid over `below`. Settings of another kind, and another function, replace all of the old ones."""
     old, new = named(below, tp), named(above, tp)
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return above
     if variants_of(tp) and "name" in new and ("name" not in old or old["name"] != new["name"]):
+        return above
+    if Plug in kinds(tp) and "load" in new and new["load"] != old.get("load"):
         return above
     return old | {k: merge(old[k], value, type_of(k, old, tp)) if k in old else value for k, value in new.items()}
 
