@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -454,6 +455,41 @@ def test_anyflow_s_own_gates(gate: float, kind: str) -> None:
     back = TrigFlow(as_anyflow(ours.net), theirs.call, theirs.schedule, time_scale=theirs.time_scale)
     assert relative(back(x, t, cond, t / 3), ours(x, t, cond, t / 3)) < 1e-6
     assert not fits_anyflow(with_second_time("WanTransformer3DModel").net)  # which attends to a picture
+
+
+OWN = """
+from tests.test_second_time import scaling
+
+
+def teacher():
+    return scaling()
+"""
+
+
+@pytest.mark.long
+def test_a_network_of_ones_own_comes_back_by_the_code_of_its_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_teacher.py").write_text(OWN)
+    data: dict[str, Any] = {
+        "out": str(tmp_path / "run"),
+        "model": {"load": f"{tmp_path}/own_teacher.py:teacher"},
+        "student": {"backend": "eager", "second_time": {"embedder": "embed", "sinusoids": "waves"}},
+        "data": {"source": {"load": "tests.test_export:Noise", "options": {"latents": [1, 8, 8], "conditions": {}}}},
+        "stages": [{"steps": 2, "objective": "mean_flow", "batch": 2, "student": {"lr": 1e-2}}],
+        "device": "cpu",
+    }
+    run = train(settings.from_dict(RunConfig, data))
+    out = export_run(run, tmp_path / "out")
+    (code,) = re.findall("```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(out)
+    monkeypatch.syspath_prepend(str(out))
+    made: dict[str, Any] = {}
+    exec(code, made)  # as a reader would
+    x, t = normal(2, 1, 8, 8), times()
+    with torch.no_grad():
+        assert torch.equal(made["model"](x, t, {}, t / 2), load_run(run).student(x, t, {}, t / 2))
+        assert not torch.equal(made["model"](x, t, {}, t / 2), made["model"](x, t, {}))
 
 
 # ---------------------------------------------------------------- several processes, and stops
