@@ -78,14 +78,14 @@ def use_plain(task: Task) -> str:
     source, _, name = plug.load.rpartition(":")
     module = source if plug.file is None else plug.file.stem
     options = ", ".join(f"{key}={value!r}" for key, value in plug.options.items())
-    code = [
-        "from safetensors.torch import load_model",
-        f"from {module} import {name.partition('.')[0]}",
-        "",
-        f"model = {name}({options})",
-        'load_model(model.net, "model.safetensors")',
-    ]
+    load = ["from safetensors.torch import load_model", f"from {module} import {name.partition('.')[0]}"]
+    make = [f"model = {name}({options})"]
     about = "`model(x_t, t, conditions)` is F of TrigFlow: t in radians, x0 = cos(t) x_t - sin(t) F."
+    if isinstance(call := task.run.student.call, WithSecondTime):
+        load.insert(0, "from jvpgraph.trainer.model.second_time import SecondTime, add_second_time")
+        make.append(f"add_second_time(model, {call.where})")
+        about = f"F is `model(x_t, t, conditions, r)`. {AVERAGE.partition('. ')[2]}"
+    code = [*load, "", *make, 'load_model(model.net, "model.safetensors")']
     return f"{python(code)}\n\n{about}"
 
 

@@ -33,14 +33,7 @@ from jvpgraph.trainer.model.padded_text import HidesText, at_full_length, take_p
 from jvpgraph.trainer.model.pipelines import check_one_network, class_name
 from jvpgraph.trainer.model.second_time import load_second_time, without_complaint
 from jvpgraph.trainer.model.student import kept_in_float32
-from jvpgraph.trainer.model.two_times import (
-    ace_step,
-    anyflow,
-    anyflow_far,
-    hunyuan,
-    keep_ace_step_exact,
-    keep_hunyuan_exact,
-)
+from jvpgraph.trainer.model.two_times import ace_step, anyflow, anyflow_far, hunyuan, with_exact_times, with_two_times
 from jvpgraph.trainer.trigflow import (
     EDM_NETWORK,
     RECTIFIED_FLOW,
@@ -262,19 +255,6 @@ def with_exact_time(adapter: Adapter, net: Any) -> Adapter:
     embedding = net.time_guidance_embed if hasattr(net, "time_guidance_embed") else net.time_text_embed
     keep_time_exact(embedding.time_proj)
     return with_guidance(adapter, net) if "guidance_embeds" in net.config else adapter
-
-
-def with_two_times(adapter: Adapter, net: Any) -> Adapter:
-    keep_hunyuan_exact(net)
-    adapter = replace(adapter, takes_r=net.config.use_meanflow)
-    if net.config.get("text_embed_2_dim") is None:
-        adapter = replace(adapter, needs=adapter.needs[:2])
-    return with_guidance(adapter, net) if "guidance_embeds" in net.config else adapter
-
-
-def with_exact_times(adapter: Adapter, net: Any) -> Adapter:
-    keep_ace_step_exact(net)
-    return adapter
 
 
 def with_sizes(adapter: Adapter, net: Any) -> Adapter:

@@ -6,6 +6,7 @@ are given to the dtype that they are to compute in; their sinusoids are told the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,11 +70,15 @@ def hunyuan(net: Any, x: Tensor, time: Tensor, cond: Condition, time_r: Tensor |
             return net(hidden_states=x, **times, **rest, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
-def keep_hunyuan_exact(net: Any) -> None:
+def with_two_times(adapter: Any, net: Any) -> Any:
+    """A Hunyuan network's adapter for its configuration: it may have one time, no second text, and a guidance scale."""
     embedding = net.time_embed if hasattr(net, "time_embed") else net.time_guidance_embed
     for sinusoids in (embedding.time_proj, embedding.time_proj_r, net.context_embedder.time_text_embed.time_proj):
         if sinusoids is not None:
             keep_time_exact(sinusoids)
+    needs = adapter.needs if net.config.get("text_embed_2_dim") is not None else adapter.needs[:2]
+    guidance = ("guidance",) if net.config.get("guidance_embeds") else ()
+    return replace(adapter, needs=(*needs, *guidance), takes_r=net.config.use_meanflow)
 
 
 def ace_step(net: Any, x: Tensor, time: Tensor, cond: Condition, time_r: Tensor) -> Tensor:
@@ -85,6 +90,7 @@ def ace_step(net: Any, x: Tensor, time: Tensor, cond: Condition, time_r: Tensor)
         return net(hidden_states=x, **times, **cond, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
-def keep_ace_step_exact(net: Any) -> None:
+def with_exact_times(adapter: Any, net: Any) -> Any:
     for embedding in (net.time_embed, net.time_embed_r):
         keep_time_exact(embedding.time_sinusoid)
+    return adapter
