@@ -88,6 +88,11 @@ def test_a_gradient_through_the_tangent_needs_one_graph() -> None:
     [said] = clashes(config, sizes_of(config.parallel, 1))
     assert "stages.1.objective: the gradient of flow_map goes through the tangent" in said
     assert "Set student.backend to inductor or eager" in said
+    lora = {"teacher": {"quantization": "int8"}, "student": {"lora": {"rank": 2, "alpha": 2.0}}}
+    [said] = clashes(
+        from_dict(RunConfig, {**SMALL, "out": "run", "stages": stages, **lora}), sizes_of(config.parallel, 1)
+    )
+    assert "needs plain weights. Set teacher.quantization to null" in said
     for name in ("dp_shard", "tp"):
         config = from_dict(RunConfig, {**SMALL, "out": "run", "stages": stages, "parallel": {name: 2}})
         [said] = clashes(config, sizes_of(config.parallel, 2))
