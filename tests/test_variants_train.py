@@ -72,6 +72,14 @@ def test_through_the_tangent_on_the_default_backend(tmp_path: Path, dtype: str) 
 
 
 @pytest.mark.long
+def test_plan_asks_for_the_negative_condition_that_a_target_takes() -> None:
+    objective = {"name": "mean_flow", "velocity": "data", "guidance": 1.5}
+    config = from_dict(RunConfig, {**TINY, "stages": [{"steps": 4, "batch": 4, "objective": objective}]})
+    [plan] = plan_run(config, processes=1, on_gpu=False)
+    assert plan.flops > 0
+
+
+@pytest.mark.long
 def test_plan_counts_the_backward_through_the_tangent() -> None:
     flops = {}
     for method in ("lagrangian", "terminal"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -37,7 +37,7 @@ class Objective(Variants):
     needs_negative: ClassVar[bool] = False  # whether it asks for a negative condition beside the teacher's guidance
     through_tangent: ClassVar[bool] = False  # whether its loss has a gradient through the tangent: needs one graph
 
-    def check_sampling(self, steps: Sequence[int], shift: float) -> None:
+    def check_sampling(self, steps: Collection[int], shift: float) -> None:
         """Raises ValueError where samples in so many steps, on a grid of this shift, would be wrong."""
 
     @property

@@ -166,7 +166,8 @@ def subject_of(
         differentiable_tangent=through_tangent,
         config=of_tangents,
     )
-    negative = dict(cond) if config.guidance.scale != 1 else {}
+    asked = config.guidance.scale != 1 or any(stage.objective.needs_negative for stage in config.stages)
+    negative = dict(cond) if asked else {}
     return Subject(
         teacher,
         student,
