@@ -38,7 +38,7 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.mark.long
 def test_variants_train_and_resume_to_the_bit(tmp_path: Path) -> None:
     """A stage each: from the middle of the first one again, and from the middle of the last."""
-    more = {"checkpoint": {"every": 1, "keep": 99}}
+    more = {"checkpoint": {"every": 1, "keep": 99}, "sampling": {"steps": [1]}}
     config = config_of(tmp_path / "run", [stage(objective, 2) for objective in VARIANTS], **more)
     folder = train(config)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -114,6 +114,8 @@ def test_what_would_go_wrong_later_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"dcm with 4 segments is sampled in 4 steps.* set sampling.steps to \[4\]"):
         train(config_of(tmp_path / "b", [stage({"name": "dcm", "segments": 4}, 1)]))
     model = {"load": "tests.test_train:one_time"}
+    with pytest.raises(ValueError, match=r"free_flow trains jumps from noise alone.* not 1, 2, 4: set sampling.steps"):
+        train(config_of(tmp_path / "c", [stage("free_flow", 1)]))
     for name in ("flow_map", "free_flow"):
         with pytest.raises(ValueError, match=f"{name} needs a network with a second time"):
             train(config_of(tmp_path / name, [stage(name, 1)], model=model))
