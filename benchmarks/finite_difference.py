@@ -16,7 +16,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.data.digits import digits
 from jvpgraph.trainer.evaluation import distances
 from jvpgraph.trainer.evaluation.features import digits_classifier
-from jvpgraph.trainer.evaluation.samplers import draw, euler_grid, sample_mean_flow
+from jvpgraph.trainer.evaluation.samplers import draw, euler_grid, sample_euler, sample_mean_flow
 from jvpgraph.trainer.files import write_whole
 from jvpgraph.trainer.model.dit import dit
 from jvpgraph.trainer.model.ema import PowerEMA, update_all
@@ -52,7 +52,7 @@ SHARES: dict[str, Any] = {"times": ShiftedUniform(shift=1.0), "instant_share": 0
 OBJECTIVES: dict[str, TwoTimes] = {"mean_flow": MeanFlow(**SHARES), "flow_map": FlowMap(**SHARES)}
 DTYPES = ("float32", "bfloat16")
 DERIVATIVES = ("exact", "central", "forward")
-STEPS = (1, 2, 4)
+STEPS, TEACHER_STEPS = (1, 2, 4), 50
 BATCH, LR, WARM = 64, 3e-4, 5  # of the ready settings; the first updates are not timed
 
 
@@ -146,15 +146,17 @@ class Subject:
         }
 
 
-def distance_of(student: TrigFlow, data: Any) -> dict[str, float]:
+def distance_of(
+    model: nn.Module, data: Any, sample: Callable[..., Tensor] = sample_mean_flow, several: Sequence[int] = STEPS
+) -> dict[str, float]:
     """Frechet distance of as many samples as there are images, by steps."""
     space = digits_classifier()
     real = Batch(data.x0, {"labels": data.labels})
     real_features = space(real.x0)
     found = {}
-    for steps in STEPS:
+    for steps in several:
         grid = euler_grid(steps)
-        latents = draw(lambda batch, rng, grid=grid: sample_mean_flow(student, batch, grid, rng), real, 600, seed=0)
+        latents = draw(lambda batch, rng, grid=grid: sample(model, batch, grid, rng), real, 600, seed=0)
         found[str(steps)] = distances.frechet_distance(space(latents), real_features)
     return found
 
@@ -180,9 +182,13 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def guided_of(teacher: TrigFlow) -> Guided:
+    return Guided(teacher, 1.25, {"labels": torch.tensor([10])})  # of the ready settings
+
+
 def measure(teacher: TrigFlow, steps: int, eps: float, out: Path) -> dict[str, Any]:
     """objective -> dtype -> derivative -> figures."""
-    guided = Guided(teacher, 1.25, {"labels": torch.tensor([10])})  # of the ready settings
+    guided = guided_of(teacher)
     data = digits()
     found: dict[str, Any] = {}
     for dtype in DTYPES:
@@ -221,13 +227,20 @@ def main() -> None:
     if o.quick:
         o.steps, o.teacher_steps = 2, 10
     teacher = dit(path=teacher_run(o.out, o.teacher_steps)).requires_grad_(False).eval()
-    found = measure(teacher, o.steps, o.eps, o.out / "finite_difference")
+    folder = o.out / "finite_difference"
+    found = measure(teacher, o.steps, o.eps, folder)
     print(f"\n{table(found)}")
+    of_teacher = kept(
+        folder / f"teacher-{o.teacher_steps}.json",
+        lambda: distance_of(guided_of(teacher), digits(), sample_euler, (TEACHER_STEPS,)),
+    )
+    print(f"\nthe teacher: {of_teacher}")
     record = o.record or o.out
     record.mkdir(parents=True, exist_ok=True)
     summary = environment() | {
         "settings": {"steps": o.steps, "eps": o.eps, "teacher_steps": o.teacher_steps, "batch": BATCH, "lr": LR},
         "objectives": {name: {**asdict(each), "times": asdict(each.times)} for name, each in OBJECTIVES.items()},
+        "teacher": of_teacher,
         "figures": found,
     }
     (record / "finite_difference.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -28,6 +28,7 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.autograd_function import autograd_function_apply
 from torch._higher_order_ops.effects import with_effects
 from torch._ops import OpOverload
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from jvpgraph.errors import CaptureError, UnsupportedNode, UnsupportedOp
 from jvpgraph.graph.meta import source_line
@@ -77,6 +78,11 @@ def lower(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     if tokens:
         _without_effect_tokens(lowered, tokens)
     if len(lowered.graph.find_nodes(op="placeholder")) != len(inputs):
+        if several := {type(x).__name__ for x in context.example_inputs if is_traceable_wrapper_subclass(x)}:
+            raise CaptureError(
+                f"differentiable_tangent takes plain tensors, and the model has a {', a '.join(sorted(several))}, "
+                "which is made of several: leave its weights as they are, in one process"
+            )
         raise CaptureError("inputs share memory that the model writes to: with differentiable_tangent, pass copies")
     lowered.meta.update(gm.meta)
     for new, old in zip(lowered.graph.find_nodes(op="placeholder"), inputs):

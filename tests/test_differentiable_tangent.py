@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.testing._internal.two_tensor import TwoTensor
 
 import jvpgraph
 from jvpgraph.precision import widened
@@ -446,6 +447,22 @@ def test_ops_whose_own_backward_has_no_derivative(fn):
     step = 1e-6
     ahead, behind = (slope(x.detach() + sign * step * v).sum() for sign in (1, -1))
     assert_close((g * v).sum(), (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
+
+
+def test_weights_of_several_tensors_are_refused_by_name():
+    """Such as those of torchao, and DTensors: the graph has an input for each of their parts."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(TwoTensor(torch.randn(3, 3), torch.randn(3, 3)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.weight).sin()
+
+    dual = jvpgraph.transform(Net(), backend="eager", differentiable_tangent=True)
+    with pytest.raises(jvpgraph.CaptureError, match="takes plain tensors, and the model has a TwoTensor"):
+        dual(torch.randn(3, 3), tangents={"x": torch.randn(3, 3)})
 
 
 @pytest.mark.long

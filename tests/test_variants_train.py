@@ -38,7 +38,7 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.mark.long
 def test_variants_train_and_resume_to_the_bit(tmp_path: Path) -> None:
     """A stage each: from the middle of the first one again, and from the middle of the last."""
-    more = {"checkpoint": {"every": 1, "keep": 99}}
+    more = {"checkpoint": {"every": 1, "keep": 99}, "sampling": {"steps": [1]}}
     config = config_of(tmp_path / "run", [stage(objective, 2) for objective in VARIANTS], **more)
     folder = train(config)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -72,6 +72,14 @@ def test_through_the_tangent_on_the_default_backend(tmp_path: Path, dtype: str) 
 
 
 @pytest.mark.long
+def test_plan_asks_for_the_negative_condition_that_a_target_takes() -> None:
+    objective = {"name": "mean_flow", "velocity": "data", "guidance": 1.5}
+    config = from_dict(RunConfig, {**TINY, "stages": [{"steps": 4, "batch": 4, "objective": objective}]})
+    [plan] = plan_run(config, processes=1, on_gpu=False)
+    assert plan.flops > 0
+
+
+@pytest.mark.long
 def test_plan_counts_the_backward_through_the_tangent() -> None:
     flops = {}
     for method in ("lagrangian", "terminal"):
@@ -88,6 +96,11 @@ def test_a_gradient_through_the_tangent_needs_one_graph() -> None:
     [said] = clashes(config, sizes_of(config.parallel, 1))
     assert "stages.1.objective: the gradient of flow_map goes through the tangent" in said
     assert "Set student.backend to inductor or eager" in said
+    lora = {"teacher": {"quantization": "int8"}, "student": {"lora": {"rank": 2, "alpha": 2.0}}}
+    [said] = clashes(
+        from_dict(RunConfig, {**SMALL, "out": "run", "stages": stages, **lora}), sizes_of(config.parallel, 1)
+    )
+    assert "needs plain weights. Set teacher.quantization to null" in said
     for name in ("dp_shard", "tp"):
         config = from_dict(RunConfig, {**SMALL, "out": "run", "stages": stages, "parallel": {name: 2}})
         [said] = clashes(config, sizes_of(config.parallel, 2))
@@ -101,6 +114,8 @@ def test_what_would_go_wrong_later_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"dcm with 4 segments is sampled in 4 steps.* set sampling.steps to \[4\]"):
         train(config_of(tmp_path / "b", [stage({"name": "dcm", "segments": 4}, 1)]))
     model = {"load": "tests.test_train:one_time"}
+    with pytest.raises(ValueError, match=r"free_flow trains jumps from noise alone.* not 1, 2, 4: set sampling.steps"):
+        train(config_of(tmp_path / "c", [stage("free_flow", 1)]))
     for name in ("flow_map", "free_flow"):
         with pytest.raises(ValueError, match=f"{name} needs a network with a second time"):
             train(config_of(tmp_path / name, [stage(name, 1)], model=model))

@@ -173,7 +173,8 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
                 "train with dmd, or prepare pictures or clips"
             )
         check_stage(stage, student, guided.negative, sample, second_time=config.student.added_time is not None)
-        stage.objective.check_sampling(config.sampling.steps, config.sampling.shift)
+        validated = () if config.validation.every is None else (config.validation.steps or config.sampling.steps[0],)
+        stage.objective.check_sampling({*config.sampling.steps, *validated}, config.sampling.shift)
         for steps in config.sampling.steps:
             if config.sampler(config.stages.index(stage)) == "consistency":
                 few_step_times(steps, config.sampling)

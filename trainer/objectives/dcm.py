@@ -7,7 +7,7 @@ lower end of their segment that they should have (multistep consistency models, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -51,9 +51,9 @@ class DCM(Objective):
     def sampler(self) -> str:  # type: ignore[override]
         return "flow" if self.segments > 1 else "consistency"
 
-    def check_sampling(self, steps: Sequence[int], shift: float) -> None:
+    def check_sampling(self, steps: Collection[int], shift: float) -> None:
         if self.segments > 1 and (set(steps) != {self.segments} or shift != self.shift):
-            given = ", ".join(map(str, steps))
+            given = ", ".join(map(str, sorted(steps)))
             raise ValueError(
                 f"dcm with {self.segments} segments is sampled in {self.segments} steps, from end to end, with shift "
                 f"{self.shift:g}; not in {given} with shift {shift:g}: set sampling.steps to [{self.segments}] and "

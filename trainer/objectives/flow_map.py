@@ -17,7 +17,7 @@ square of lagrangian's residual, with the gradient of dX/dr (terminal velocity m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -30,6 +30,7 @@ from jvpgraph.trainer.objectives.objective import Terms, objective
 from jvpgraph.trainer.objectives.scm import moved, tangent_target, warmed
 from jvpgraph.trainer.objectives.two_times import TwoTimes, ordered_times
 from jvpgraph.trainer.ranges import not_negative, positive
+from jvpgraph.trainer.times import ShiftedUniform, Times
 from jvpgraph.trainer.trigflow import add_noise, along_trajectory, expand_like
 
 
@@ -38,6 +39,7 @@ class FlowMap(TwoTimes):
     """Jumps from any time to any lower one; needs a network that takes a second time."""
 
     name: ClassVar[str] = "flow_map"
+    times: Times = field(default_factory=lambda: ShiftedUniform(shift=1.0))  # of both ends; jumps begin at pure noise
     method: Literal["eulerian", "lagrangian", "terminal"] = "eulerian"  # terminal trains through the tangent
     velocity: Literal["teacher", "own"] = "teacher"  # own: no teacher, F at r = t and the data's there; Boffi 2025
     tangent_warmup: int = 0  # of eulerian: student updates until dF/dt counts in full; 0: none

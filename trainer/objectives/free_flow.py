@@ -10,6 +10,7 @@ Where the student's jump from noise ends, and how that end moves with r, are
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -40,6 +41,14 @@ class FreeFlow(Objective):
 
     def __post_init__(self) -> None:
         positive(self, "tangent_floor")
+
+    def check_sampling(self, steps: Collection[int], shift: float) -> None:
+        if set(steps) != {1}:
+            given = ", ".join(map(str, sorted(steps)))
+            raise ValueError(
+                f"free_flow trains jumps from noise alone, which samples are one of; not {given}: set sampling.steps "
+                "to [1], or take flow_map"
+            )
 
 
 @objective

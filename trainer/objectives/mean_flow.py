@@ -62,7 +62,7 @@ class MeanFlow(TwoTimes):
     times: Times = field(default_factory=lambda: LogitNormal(mean=-0.4))  # of both ends; the paper's table 1
     instant_share: float = 0.75  # samples with r = s, plain flow matching; the paper's table 1
     clean_share: float = 0.0  # samples with r = 0; AnyFlow: 0.25 beside 0.5 with r = s
-    power: float = 1.0  # p of the weight 1 / (||error||^2 + c)^p; the paper's table 1
+    power: float = 1.0  # p of the weight 1 / (||error||^2 + c)^p; the paper's table 1. 0.5: gradients of one length
     floor: float = 1e-3  # c of the weight; the paper
     discrete: Curriculum | None = None  # differences first, as AlphaFlow; null: the derivative from the start
     velocity: Literal["teacher", "data"] = "teacher"  # data: no teacher, eps - x0, as in the paper

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -46,7 +46,7 @@ class Objective(Variants):
         """Whether it can train a student that has one."""
         return self.second_time
 
-    def check_sampling(self, steps: Sequence[int], shift: float) -> None:
+    def check_sampling(self, steps: Collection[int], shift: float) -> None:
         """Raises ValueError where samples in so many steps, on a grid of this shift, would be wrong."""
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -94,7 +94,7 @@ class WeightedTerms(Objective):
     def through_tangent(self) -> bool:  # type: ignore[override]
         return any(part.through_tangent for part in self.objectives)
 
-    def check_sampling(self, steps: Sequence[int], shift: float) -> None:
+    def check_sampling(self, steps: Collection[int], shift: float) -> None:
         for part in self.objectives:
             part.check_sampling(steps, shift)
 

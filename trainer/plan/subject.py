@@ -210,7 +210,8 @@ def subject_of(
         differentiable_tangent=through_tangent,
         config=of_tangents,
     )
-    negative = dict(cond) if guidance.on else {}
+    asked = guidance.on or any(stage.objective.needs_negative for stage in config.stages)
+    negative = dict(cond) if asked else {}
     scale = config.told_scale if isinstance(guidance.scale, tuple) else guidance.scale
     return Subject(
         origins.teacher,

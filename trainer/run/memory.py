@@ -35,6 +35,8 @@ def clashes(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[str]:
         what = f"stages.{i}.objective: the gradient of {stage.objective.name} goes through the tangent, which needs "
         if config.student.backend == "op_by_op":
             yield what + "a graph. Set student.backend to inductor or eager"
+        if config.bytes_below_adapters is not None:
+            yield what + "plain weights. Set teacher.quantization to null, or train without student.lora"
         if several := [name for name, size in sizes.items() if size > 1]:
             yield (
                 what
