@@ -24,8 +24,8 @@ from jvpgraph.trainer.objectives.simulation import Simulation
 from jvpgraph.trainer.objectives.terms import terms_loss
 from jvpgraph.trainer.plan.plan import plan_run
 from jvpgraph.trainer.run.folder import checkpoint_step
-from jvpgraph.trainer.train import train
 from jvpgraph.trainer.times import ShiftedUniform
+from jvpgraph.trainer.train import train
 from jvpgraph.trainer.trigflow import add_noise, expand_like
 from tests.gaussian import (
     STD,
@@ -335,6 +335,7 @@ def test_plan_counts_the_critic(objective: dict[str, Any]) -> None:
         ({"name": "rcm", "dmd": {"divergence": "forward_kl"}}, {}, "with weight 0 for its ratio alone"),
         ({"name": "adversarial", "features": "fake_score"}, {}, "set features to teacher"),
         (OF_TEACHER, {"student": {"compile": True}}, "Set it to false"),
+        ({"name": "dmd", "guidance_times": "shifted_uniform"}, {}, "guidance.scale is 1"),
         ({"name": "adversarial", "blocks": [1, 1]}, {}, "each once"),
         (
             {"name": "terms", "terms": [*SUM["terms"][:1], {"objective": {"name": "adversarial", "loss": "hinge"}}]},

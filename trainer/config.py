@@ -6,6 +6,7 @@ The comments are what `jvpgraph train --help` prints.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -295,9 +296,23 @@ class RunConfig:
         not_negative(self, "seed")
         if not self.stages:
             raise ValueError("stages is empty: a run needs at least one")
+        for problem in self.problems_of_stages():
+            raise ValueError(problem)
+
+    def problems_of_stages(self) -> Iterator[str]:
+        """What of a stage does not go with the rest of the run."""
         for index, stage in enumerate(self.stages):
-            if stage.objective.critic is not None and self.student.compile:
-                raise ValueError(
-                    f"stages.{index}.objective: a critic looks into the blocks of a network, and student.compile "
-                    "makes them one piece. Set it to false"
+            objective, key = stage.objective, f"stages.{index}.objective"
+            if objective.critic is not None and self.student.compile:
+                yield (
+                    f"{key}: a critic looks into the blocks of a network, and student.compile makes them one piece. "
+                    "Set it to false"
+                )
+            if objective.guided_apart and self.guidance.scale == 1:
+                yield f"{key}: dmd.guidance_times are for guidance, and guidance.scale is 1: set one of them"
+        for index, (before, after) in enumerate(pairwise(stage.objective.phase for stage in self.stages)):
+            if before is not None and after is not None and after[0] < before[1]:
+                yield (
+                    f"stages.{index + 1}.objective: the phase of dmd starts at {after[0]:.6g} radians, and that of "
+                    f"stages.{index} ends at {before[1]:.6g}, so that nobody learns the times between. Make them one"
                 )

@@ -56,7 +56,7 @@ class DMD(Objective):
     simulation_steps: int = 4  # backward simulation cycles through 1..simulation_steps steps; rCM
     fixed_times: tuple[float, ...] = ()  # of the simulation, else random; rCM: [1.5042, 1.3734, 1.0304]
     rollout: Literal["renoise", "jumps"] = "renoise"  # jumps t -> r need a network with a second time
-    guidance_times: Times | None = None  # of the guidance's part of the gradient, above the last step; null: one time
+    guidance_times: Times | None = None  # of the guidance's part of the gradient; null: the same time as the rest
     divergence: Divergence = "reverse_kl"  # of student and data: f-distill; any other needs a critic's ratio
     ratio_limit: float = 10.0  # of the densities data / student, and of its inverse, in the weights of f-distill
     start: float = HALF_PI  # radians where the simulation starts; below pi/2: in real latents with noise
@@ -94,6 +94,10 @@ class DMD(Objective):
     def trained_like(self) -> DMD:
         """The same for all that train a fake score alike."""
         return replace(self, guidance_times=None, divergence="reverse_kl", ratio_limit=10.0)
+
+    @property
+    def guided_apart(self) -> bool:
+        return self.guidance_times is not None
 
     @property
     def needs_critic(self) -> bool:

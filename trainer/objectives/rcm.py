@@ -36,6 +36,10 @@ class RCM(Objective):
         return self.dmd if self.weight else None
 
     @property
+    def guided_apart(self) -> bool:
+        return self.dmd.guided_apart
+
+    @property
     def needs_critic(self) -> bool:
         return self.dmd.needs_critic
 
