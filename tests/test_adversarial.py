@@ -17,7 +17,7 @@ from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.model.critic import Critic, critic_on, tokens_of
 from jvpgraph.trainer.model.dit import dit
-from jvpgraph.trainer.objectives import DMD, SCM, Adversarial, Term, WeightedTerms
+from jvpgraph.trainer.objectives import DCM, DMD, SCM, Adversarial, Term, WeightedTerms
 from jvpgraph.trainer.objectives.adversarial import adversarial_loss, beside_loss, passing_loss, telling_loss
 from jvpgraph.trainer.objectives.dmd import WEIGHTS, Divergence, dmd_loss, fake_score_error
 from jvpgraph.trainer.objectives.simulation import Simulation
@@ -347,6 +347,17 @@ def test_plan_counts_the_critic(objective: dict[str, Any]) -> None:
 def test_a_critic_that_cannot_be_is_refused(objective: dict[str, Any], more: dict[str, Any], says: str) -> None:
     with pytest.raises(settings.SettingsError, match=says):
         settings.from_dict(RunConfig, {**TINY, **more, "stages": [{"steps": 1, "objective": objective}]})
+
+
+def test_a_second_stage_whose_critic_has_no_such_block_ends_before_the_first_step(tmp_path: Path) -> None:
+    config = run_of(tmp_path / "run", OF_TEACHER, model=model("float32"))
+    first = replace(config.stages[0], objective=DCM())
+    second = replace(config.stages[0], objective=Adversarial(blocks=(7,)))
+    with pytest.raises(ValueError, match="7 is none of the 2 blocks of DiT"):
+        train(replace(config, stages=(first, second)))
+    assert not config.out.exists()
+    with pytest.raises(ValueError, match="the teacher is a Sequential, and not one network"):
+        critic_on(nn.Sequential(), Adversarial(), sample(1))
 
 
 def test_prompts_alone_have_nothing_that_a_critic_could_call_real() -> None:

@@ -20,6 +20,7 @@ from jvpgraph.trainer.config import GuidanceConfig, RunConfig, StageConfig, Stud
 from jvpgraph.trainer.data.sample import Dataset, commonest, first_samples, shorten
 from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.model.adamw_8bit import check_float32
+from jvpgraph.trainer.model.critic import critic_on
 from jvpgraph.trainer.model.parts import gathered, in_bytes, local
 from jvpgraph.trainer.model.student import make_student
 from jvpgraph.trainer.trigflow import Call, Guided, TrigFlow
@@ -162,6 +163,8 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
                 "train with dmd, or prepare pictures or clips"
             )
         check_stage(stage, student, guided.negative, sample)
+        if (critic := stage.objective.critic) is not None:
+            critic_on(guided.model if critic.features == "teacher" else student, critic, sample)
         for steps in config.sampling.steps:
             if stage.objective.sampler == "consistency":
                 few_step_times(steps, config.sampling)
