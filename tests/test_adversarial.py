@@ -314,6 +314,31 @@ def test_a_killed_run_with_a_critic_ends_with_the_same_bits(tmp_path: Path) -> N
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
+@pytest.mark.long
+def test_a_phase_starts_from_what_the_expert_before_it_makes(tmp_path: Path) -> None:
+    """Also after a stop; and not with another expert than it began with."""
+    dmd = {"name": "dmd", "fake_updates_per_step": 1, "simulation_steps": 2}
+    more = {"model": model("float32")}
+    first = train(run_of(tmp_path / "first", {**dmd, "end": 1.0}, steps=1, **more))
+    after = {**dmd, "start": 1.0, "earlier": str(first)}
+    whole = train(run_of(tmp_path / "whole", after, steps=2, **more))
+    train(run_of(tmp_path / "second", after, steps=1, **more))
+    second = train(run_of(tmp_path / "second", after, steps=2, **more))
+    one, other = (content(last_checkpoint(folder), tmp_path / "content.pt") for folder in (whole, second))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    latents = train(run_of(tmp_path / "latents", {**dmd, "start": 1.0}, steps=2, **more))
+    assert not torch.equal(
+        content(last_checkpoint(latents), tmp_path / "content.pt")[".student.net.patch_in.weight"],
+        one[".student.net.patch_in.weight"],
+    )
+    with pytest.raises(ValueError, match=r"ends its phase at 1 radians, and this one starts at 0\.9"):
+        train(run_of(tmp_path / "gap", {**after, "start": 0.9}, steps=1, **more))
+    assert not (tmp_path / "gap").exists()
+    train(run_of(tmp_path / "first", {**dmd, "end": 1.0}, steps=2, **more))
+    with pytest.raises(ValueError, match="other weights than when this run began"):
+        train(run_of(tmp_path / "second", after, steps=3, **more))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", [SUM, OF_TEACHER])
 def test_plan_counts_the_critic(objective: dict[str, Any]) -> None:

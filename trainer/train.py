@@ -36,6 +36,7 @@ from jvpgraph.trainer.run.build import Networks, build_networks
 from jvpgraph.trainer.run.changes import covered
 from jvpgraph.trainer.run.checkpoint import CheckpointError, Checkpoints, OnePiece
 from jvpgraph.trainer.run.diagnosis import Probe
+from jvpgraph.trainer.run.earlier import check_earlier, expert_of
 from jvpgraph.trainer.run.folder import check_folder, check_free, checkpoint_step, claimed, newest_step
 from jvpgraph.trainer.run.kept import Means, RandomState
 from jvpgraph.trainer.run.log import RunLog
@@ -110,6 +111,8 @@ def train_here(
             changes += others
         validation = Validation.of(config, dataset, ranks, layout.device, networks.digest)
         check_run(config, networks.student, networks.guided, dataset, layout.device)
+        for each in config.stages:
+            check_earlier(each.objective)
         for batch in extremes:
             one = batch.to(layout.device)
             try_network(f"the teacher cannot run with {shown(batch)}", networks.guided.model, one.x0, one.cond)
@@ -270,11 +273,12 @@ class Stage:
         if self.objective.fake_score is not None:
             self.fake = networks.new_student()
             self.fake_optimizer = adamw(self.fake, settings.fake)
+        sample = first_samples(dataset, 1).to(layout.device)
+        self.earlier = expert_of(self.objective, layout, sample)
         self.critic: Critic | None = None
         if self.objective.critic is not None:
             host = networks.teacher if self.objective.critic.features == "teacher" else self.fake
             assert host is not None, "the settings were checked"
-            sample = first_samples(dataset, 1).to(layout.device)
             self.critic = critic_on(host, self.objective.critic, sample)
             self.critic_optimizer = adamw(self.critic, settings.critic)
         first = (i for i in range(1, settings.steps + 1) if self.objective.fake_updates(i))
@@ -293,6 +297,8 @@ class Stage:
             state |= {"fake": moving(self.fake), "fake_optimizer": self.fake_optimizer}
         if self.critic is not None:
             state |= {"critic": moving(self.critic), "critic_optimizer": self.critic_optimizer}
+        if self.earlier is not None:
+            state["earlier"] = OnePiece(self.earlier)
         return state
 
     def step(self, step: int) -> dict[str, Tensor]:
@@ -301,13 +307,15 @@ class Stage:
         networks, noise, self.rates = self.networks, self.noise, {}
 
         def student_loss(student: nn.Module, batch: Batch) -> Terms:
-            more = {"iteration": iteration, "fake": self.fake, "critic": self.critic}
+            more = {"iteration": iteration, "fake": self.fake, "critic": self.critic, "earlier": self.earlier}
             return self.loss(student, networks.guided, batch, noise, self.objective, **more)
 
         def others_loss(model: nn.Module, batch: Batch, *, count: int) -> Terms:
             fake = None if self.fake is None else model
-            others = networks.dual, networks.guided
-            return beside_loss(fake, self.critic, *others, batch, noise, self.objective, count=count)
+            asked = networks.dual, networks.guided
+            return beside_loss(
+                fake, self.critic, *asked, batch, noise, self.objective, count=count, earlier=self.earlier
+            )
 
         values = self.update(step, "student", networks.dual, student_loss, self.optimizer, self.settings.student)
         networks.traffic.bytes += update_all(self.emas, self.optimizer.masters)
