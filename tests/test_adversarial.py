@@ -17,7 +17,7 @@ from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.model.critic import Critic, critic_on, tokens_of
 from jvpgraph.trainer.model.dit import dit
-from jvpgraph.trainer.objectives import DMD, SCM, Adversarial, Term, WeightedTerms
+from jvpgraph.trainer.objectives import DCM, DMD, SCM, Adversarial, Term, WeightedTerms
 from jvpgraph.trainer.objectives.adversarial import adversarial_loss, beside_loss, passing_loss, telling_loss
 from jvpgraph.trainer.objectives.dmd import WEIGHTS, Divergence, dmd_loss, fake_score_error
 from jvpgraph.trainer.objectives.simulation import Simulation
@@ -314,6 +314,31 @@ def test_a_killed_run_with_a_critic_ends_with_the_same_bits(tmp_path: Path) -> N
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
+@pytest.mark.long
+def test_a_phase_starts_from_what_the_expert_before_it_makes(tmp_path: Path) -> None:
+    """Also after a stop; and not with another expert than it began with."""
+    dmd = {"name": "dmd", "fake_updates_per_step": 1, "simulation_steps": 2}
+    more = {"model": model("float32")}
+    first = train(run_of(tmp_path / "first", {**dmd, "end": 1.0}, steps=1, **more))
+    after = {**dmd, "start": 1.0, "earlier": str(first)}
+    whole = train(run_of(tmp_path / "whole", after, steps=2, **more))
+    train(run_of(tmp_path / "second", after, steps=1, **more))
+    second = train(run_of(tmp_path / "second", after, steps=2, **more))
+    one, other = (content(last_checkpoint(folder), tmp_path / "content.pt") for folder in (whole, second))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    latents = train(run_of(tmp_path / "latents", {**dmd, "start": 1.0}, steps=2, **more))
+    assert not torch.equal(
+        content(last_checkpoint(latents), tmp_path / "content.pt")[".student.net.patch_in.weight"],
+        one[".student.net.patch_in.weight"],
+    )
+    with pytest.raises(ValueError, match=r"ends its phase at 1 radians, and this one starts at 0\.9"):
+        train(run_of(tmp_path / "gap", {**after, "start": 0.9}, steps=1, **more))
+    assert not (tmp_path / "gap").exists()
+    train(run_of(tmp_path / "first", {**dmd, "end": 1.0}, steps=2, **more))
+    with pytest.raises(ValueError, match="other weights than when this run began"):
+        train(run_of(tmp_path / "second", after, steps=3, **more))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", [SUM, OF_TEACHER])
 def test_plan_counts_the_critic(objective: dict[str, Any]) -> None:
@@ -335,6 +360,7 @@ def test_plan_counts_the_critic(objective: dict[str, Any]) -> None:
         ({"name": "rcm", "dmd": {"divergence": "forward_kl"}}, {}, "with weight 0 for its ratio alone"),
         ({"name": "adversarial", "features": "fake_score"}, {}, "set features to teacher"),
         (OF_TEACHER, {"student": {"compile": True}}, "Set it to false"),
+        ({"name": "dmd", "guidance_times": "shifted_uniform"}, {}, "guidance.scale is 1"),
         ({"name": "adversarial", "blocks": [1, 1]}, {}, "each once"),
         (
             {"name": "terms", "terms": [*SUM["terms"][:1], {"objective": {"name": "adversarial", "loss": "hinge"}}]},
@@ -346,6 +372,17 @@ def test_plan_counts_the_critic(objective: dict[str, Any]) -> None:
 def test_a_critic_that_cannot_be_is_refused(objective: dict[str, Any], more: dict[str, Any], says: str) -> None:
     with pytest.raises(settings.SettingsError, match=says):
         settings.from_dict(RunConfig, {**TINY, **more, "stages": [{"steps": 1, "objective": objective}]})
+
+
+def test_a_second_stage_whose_critic_has_no_such_block_ends_before_the_first_step(tmp_path: Path) -> None:
+    config = run_of(tmp_path / "run", OF_TEACHER, model=model("float32"))
+    first = replace(config.stages[0], objective=DCM())
+    second = replace(config.stages[0], objective=Adversarial(blocks=(7,)))
+    with pytest.raises(ValueError, match="7 is none of the 2 blocks of DiT"):
+        train(replace(config, stages=(first, second)))
+    assert not config.out.exists()
+    with pytest.raises(ValueError, match="the teacher is a Sequential, and not one network"):
+        critic_on(nn.Sequential(), Adversarial(), sample(1))
 
 
 def test_prompts_alone_have_nothing_that_a_critic_could_call_real() -> None:

@@ -75,6 +75,10 @@ def test_every_setting_has_a_rule() -> None:
     assert rule("data.source.options.urls") == ASKED
     assert rule("stages.0.objective.weight") == ASKED
     assert rule("stages.10.objective.name") == NEVER
+    assert rule("stages.0.objective.terms.2") == NEVER  # one more or one less
+    assert rule("stages.0.objective.terms.2.weight") == ASKED
+    assert rule("stages.0.objective.terms.2.objective.times.mean") == ASKED
+    assert rule("stages.0.objective.terms.2.objective.width") == NEVER
     assert rule("ema.sigma_rel") == NEVER
     documented = (Path(__file__).parents[1] / "docs" / "trainer.md").read_text()
     for key, answer in RULES.items():

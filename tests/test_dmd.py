@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.batch import Condition
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.objectives import DMD, RCM, SCM, Term, WeightedTerms, loss_of
+from jvpgraph.trainer.objectives import DMD, RCM, SCM, Data, Term, WeightedTerms, loss_of
+from jvpgraph.trainer.objectives.data import data_loss
 from jvpgraph.trainer.objectives.dmd import (
     dmd_loss,
     fake_score_error,
@@ -229,5 +229,26 @@ def test_what_does_not_go_together_is_refused_as_it_is_read(objective: dict[str,
         settings.from_dict(RunConfig, {**TINY, "stages": [{"steps": 1, "objective": objective}]})
 
 
-def test_the_first_times_of_a_simulation_are_pure_noise() -> None:
-    assert Simulation().start == math.pi / 2
+def phases(*ends: tuple[float, float]) -> RunConfig:
+    stages = [{"steps": 1, "objective": {"name": "dmd", "start": start, "end": end}} for start, end in ends]
+    return settings.from_dict(RunConfig, {**TINY, "stages": stages})
+
+
+def test_phases_that_leave_a_gap_are_refused() -> None:
+    assert len(phases((HALF_PI, 1.03), (1.03, 0.0)).stages) == 2
+    assert len(phases((HALF_PI, 1.03), (HALF_PI, 0.0)).stages) == 2
+    with pytest.raises(settings.SettingsError, match=r"stages\.1\.objective: the phase of dmd starts at 0\.6 radians"):
+        phases((HALF_PI, 1.03), (0.6, 0.0))
+
+
+def test_the_data_term_is_least_at_the_mean_of_the_data() -> None:
+    batch = gaussian_batch(4096, seeded(30))
+
+    def loss(factor: float) -> float:
+        class Student(GaussianFlow):
+            def forward(self, *args: Any) -> Tensor:
+                return factor * super().forward(*args)
+
+        return data_loss(Student(), GaussianFlow(), batch, seeded(31), Data(times=PLAIN))["loss"].mean().item()
+
+    assert loss(1.0) < min(loss(0.9), loss(1.1))

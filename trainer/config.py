@@ -6,6 +6,7 @@ The comments are what `jvpgraph train --help` prints.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -417,11 +418,25 @@ class RunConfig:
         not_negative(self, "seed")
         if not self.stages:
             raise ValueError("stages is empty: a run needs at least one")
+        for problem in self.problems():
+            raise ValueError(problem)
+
+    def problems(self) -> Iterator[str]:
+        """What does not go together."""
         for index, stage in enumerate(self.stages):
-            if stage.objective.critic is not None and self.student.compile:
-                raise ValueError(
-                    f"stages.{index}.objective: a critic looks into the blocks of a network, and student.compile "
-                    "makes them one piece. Set it to false"
+            objective, key = stage.objective, f"stages.{index}.objective"
+            if objective.critic is not None and self.student.compile:
+                yield (
+                    f"{key}: a critic looks into the blocks of a network, and student.compile makes them one piece. "
+                    "Set it to false"
+                )
+            if objective.guided_apart and not self.guidance_in(index).on:
+                yield f"{key}: dmd.guidance_times are for guidance, and guidance.scale is 1: set one of them"
+        for index, (before, after) in enumerate(pairwise(stage.objective.phase for stage in self.stages)):
+            if before is not None and after is not None and after[0] < before[1]:
+                yield (
+                    f"stages.{index + 1}.objective: the phase of dmd starts at {after[0]:.6g} radians, and that of "
+                    f"stages.{index} ends at {before[1]:.6g}, so that nobody learns the times between. Make them one"
                 )
         if self.teacher.model is None:
             for key, needless in (
@@ -429,11 +444,11 @@ class RunConfig:
                 ("fake_score.network=teacher", self.fake_score.network == "teacher"),
             ):
                 if needless:
-                    raise ValueError(
+                    yield (
                         f"{key} is for a teacher of its own, and there is no teacher.model: name one, or leave it out"
                     )
         if self.sampling.guidance is not None and self.told_scale is None:
-            raise ValueError(
+            yield (
                 "sampling.guidance is for a student that is told its guidance scale, and guidance.scale is one number: "
                 "give two, between which it is drawn in training, or leave sampling.guidance out"
             )

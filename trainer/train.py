@@ -38,6 +38,7 @@ from jvpgraph.trainer.run.changes import covered
 from jvpgraph.trainer.run.checkpoint import CheckpointError, Checkpoints, OnePiece
 from jvpgraph.trainer.run.decay import Watch
 from jvpgraph.trainer.run.diagnosis import Probe
+from jvpgraph.trainer.run.earlier import check_earlier, expert_of
 from jvpgraph.trainer.run.folder import check_folder, check_free, checkpoint_step, claimed, newest_step
 from jvpgraph.trainer.run.kept import Means, RandomState
 from jvpgraph.trainer.run.log import RunLog, read_lines
@@ -112,6 +113,8 @@ def train_here(
             changes += others
         validation = Validation.of(config, dataset, ranks, layout.device, networks.digests.teacher)
         check_run(config, networks.student, networks.guided, dataset, layout.device)
+        for each in config.stages:
+            check_earlier(each.objective)
         for batch in extremes:
             one = batch.to(layout.device)
             try_network(f"the teacher cannot run with {shown(batch)}", networks.guided.model, one.x0, one.cond)
@@ -281,11 +284,12 @@ class Stage:
         if self.objective.fake_score is not None:
             self.fake = networks.new_student()
             self.fake_optimizer = adamw(self.fake, settings.fake)
+        sample = first_samples(dataset, 1).to(layout.device)
+        self.earlier = expert_of(self.objective, layout, sample)
         self.critic: Critic | None = None
         if self.objective.critic is not None:
             host = networks.teacher if self.objective.critic.features == "teacher" else self.fake
             assert host is not None, "the settings were checked"
-            sample = first_samples(dataset, 1).to(layout.device)
             self.critic = critic_on(host, self.objective.critic, sample)
             self.critic_optimizer = adamw(self.critic, settings.critic)
         first = (i for i in range(1, settings.steps + 1) if self.objective.fake_updates(i))
@@ -304,6 +308,8 @@ class Stage:
             state |= {"fake": moving(self.fake), "fake_optimizer": self.fake_optimizer}
         if self.critic is not None:
             state |= {"critic": moving(self.critic), "critic_optimizer": self.critic_optimizer}
+        if self.earlier is not None:
+            state["earlier"] = OnePiece(self.earlier)
         return state
 
     def step(self, step: int) -> dict[str, Tensor]:
@@ -312,13 +318,21 @@ class Stage:
         networks, noise, self.rates = self.networks, self.noise, {}
 
         def student_loss(student: nn.Module, batch: Batch) -> Terms:
-            more = {"iteration": iteration, "fake": self.fake, "critic": self.critic, "averaged": self.averaged}
+            more = {
+                "iteration": iteration,
+                "fake": self.fake,
+                "critic": self.critic,
+                "averaged": self.averaged,
+                "earlier": self.earlier,
+            }
             return self.loss(student, self.guided, batch, noise, self.objective, **more)
 
         def others_loss(model: nn.Module, batch: Batch, *, count: int) -> Terms:
             fake = None if self.fake is None else model
-            others = networks.dual, self.guided
-            return beside_loss(fake, self.critic, *others, batch, noise, self.objective, count=count)
+            asked = networks.dual, self.guided
+            return beside_loss(
+                fake, self.critic, *asked, batch, noise, self.objective, count=count, earlier=self.earlier
+            )
 
         values = self.update(step, "student", self.dual, student_loss, self.optimizer, self.settings.student)
         networks.traffic.bytes += update_all(self.emas, self.optimizer.masters)

@@ -89,7 +89,12 @@ def critic_on(network: nn.Module, settings: Adversarial, sample: Batch, blocks: 
     Raises:
         ValueError: the network has no repeated blocks, not these, or none that give tokens.
     """
-    net: Any = network.net
+    net: Any = getattr(network, "net", None)
+    if net is None:
+        raise ValueError(
+            f"adversarial.features: the {settings.features} is a {type(network).__name__}, and not one network with "
+            "blocks to look into"
+        )
     name, count = type(net).__name__, len(list(repeated_blocks(net)))
     if not count:
         raise ValueError(f"adversarial: {name} has no nn.ModuleList of blocks of one class to look into")

@@ -19,6 +19,7 @@ from jvpgraph.trainer.config import GuidanceConfig, NetworkKey, RunConfig, Stage
 from jvpgraph.trainer.data.sample import Dataset, commonest, first_samples, shorten
 from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.model.adamw_8bit import check_float32
+from jvpgraph.trainer.model.critic import critic_on
 from jvpgraph.trainer.model.experts import Experts
 from jvpgraph.trainer.model.parts import gathered, in_bytes, local
 from jvpgraph.trainer.model.second_time import takes_r
@@ -173,8 +174,10 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
                 "train with dmd, or prepare pictures or clips"
             )
         check_stage(stage, student, guided.negative, sample, second_time=config.student.added_time is not None)
-        validated = () if config.validation.every is None else (config.validation.steps or config.sampling.steps[0],)
-        stage.objective.check_sampling({*config.sampling.steps, *validated}, config.sampling.shift)
+        looks = [part.steps for part in (config.validation, config.watch) if part.every is not None and part.steps]
+        stage.objective.check_sampling({*config.sampling.steps, *looks}, config.sampling.shift)
+        if (critic := stage.objective.critic) is not None:
+            critic_on(guided.model if critic.features == "teacher" else student, critic, sample)
         for steps in config.sampling.steps:
             if config.sampler(config.stages.index(stage)) == "consistency":
                 few_step_times(steps, config.sampling)

@@ -1,6 +1,7 @@
 """Training objectives, one file each: settings, and a function of (student, teacher, batch, rng, config)."""
 
 from jvpgraph.trainer.objectives.adversarial import Adversarial
+from jvpgraph.trainer.objectives.data import Data
 from jvpgraph.trainer.objectives.dcm import DCM
 from jvpgraph.trainer.objectives.dmd import DMD
 from jvpgraph.trainer.objectives.flow import FlowMatching
@@ -19,6 +20,7 @@ __all__ = [
     "RCM",
     "SCM",
     "Adversarial",
+    "Data",
     "FlowMap",
     "FlowMatching",
     "FreeFlow",

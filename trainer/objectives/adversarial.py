@@ -19,7 +19,7 @@ from jvpgraph.trainer.noise import Random, noise_like
 from jvpgraph.trainer.objectives.dmd import DMD, fake_score_error
 from jvpgraph.trainer.objectives.judge import Features, Judge, host_of
 from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, objective
-from jvpgraph.trainer.objectives.simulation import Simulation, draw_between, noise_from, samples_of
+from jvpgraph.trainer.objectives.simulation import Earlier, Simulation, draw_between, noise_from, samples_of
 from jvpgraph.trainer.ranges import not_negative, positive
 from jvpgraph.trainer.times import ShiftedUniform, Times
 from jvpgraph.trainer.trigflow import add_noise
@@ -96,6 +96,7 @@ def adversarial_loss(
     fake: nn.Module | None,
     critic: Judge | None,
     shared: Shared | None = None,
+    earlier: Earlier | None = None,
 ) -> Terms:
     """softplus(-logit), or -logit with hinge, of the student's samples; the mean over the heads, float64.
 
@@ -107,10 +108,11 @@ def adversarial_loss(
         batch: conditions, and latents if samples are made from them.
         critic: the heads.
         shared: where other terms find the samples, or left them.
+        earlier: the expert of the phase before.
     """
     assert critic is not None, "the adversarial term needs a critic"
     simulation = config.made_by
-    x = samples_of(student, batch, rng, simulation, iteration, shared).x
+    x = samples_of(student, batch, rng, simulation, iteration, shared, earlier).x
     t = draw_between(simulation.end, None, times_of(config), len(batch), rng)
     eps = noise_like(x, rng)
     with torch.enable_grad():
@@ -149,6 +151,7 @@ def beside_loss(
     config: Objective,
     *,
     count: int,
+    earlier: Earlier | None = None,
 ) -> Terms:
     """What trains fake score and critic, as far as the objective has them, on fresh student samples; float64.
 
@@ -161,6 +164,7 @@ def beside_loss(
         teacher: may have the heads.
         batch: conditions, and real latents for the critic.
         count: numbers the updates; the backward simulation's steps go by it.
+        earlier: the expert of the phase before.
     """
     score: DMD | None = config.fake_score
     telling: Adversarial | None = config.critic
@@ -168,20 +172,19 @@ def beside_loss(
     if telling is None or critic is None:
         assert score is not None, "there is nothing to train"
         assert fake is not None, "the settings have a fake score"
-        return {"loss": fake_score_error(fake, student, batch, rng, score, count, shared)}
+        return {"loss": fake_score_error(fake, student, batch, rng, score, count, shared, earlier)}
 
     host = host_of(critic, fake, teacher)
     share = telling.share * batch.x0[0].numel() if host is fake else 0.0
     looking = Looking(critic, host, share)
     terms: Terms = {}
     if score is not None and fake is not None:
-        terms["velocity"] = fake_score_error(
-            looking if shares_pass(score, telling) else fake, student, batch, rng, score, count, shared
-        )
+        judged = looking if shares_pass(score, telling) else fake
+        terms["velocity"] = fake_score_error(judged, student, batch, rng, score, count, shared, earlier)
     if looking.logits is None:
         simulation = telling.made_by
         with torch.no_grad():
-            x = samples_of(student, batch, rng, simulation, count, shared).x
+            x = samples_of(student, batch, rng, simulation, count, shared, earlier).x
         t = draw_between(simulation.end, None, times_of(telling), len(batch), rng)
         looking(noise_from(x, simulation.end, noise_like(x, rng), t), t, batch.cond)
     made = looking.logits

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -20,6 +21,7 @@ from jvpgraph.trainer.objectives.dcm import euler_step
 from jvpgraph.trainer.objectives.judge import Judge, host_of, without_guidance
 from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, objective
 from jvpgraph.trainer.objectives.simulation import (
+    Earlier,
     Samples,
     Simulation,
     draw_between,
@@ -56,11 +58,12 @@ class DMD(Objective):
     simulation_steps: int = 4  # backward simulation cycles through 1..simulation_steps steps; rCM
     fixed_times: tuple[float, ...] = ()  # of the simulation, else random; rCM: [1.5042, 1.3734, 1.0304]
     rollout: Literal["renoise", "jumps"] = "renoise"  # jumps t -> r need a network with a second time
-    guidance_times: Times | None = None  # of the guidance's part of the gradient, above the last step; null: one time
+    guidance_times: Times | None = None  # of the guidance's part of the gradient; null: the same time as the rest
     divergence: Divergence = "reverse_kl"  # of student and data: f-distill; any other needs a critic's ratio
     ratio_limit: float = 10.0  # of the densities data / student, and of its inverse, in the weights of f-distill
     start: float = HALF_PI  # radians where the simulation starts; below pi/2: in real latents with noise
     end: float = 0.0  # radians where it ends, and scores are matched from: above 0 a phase of phased DMD
+    earlier: Path | None = None  # folder of the run of the phase before, whose student makes x_start; null: see start
 
     def __post_init__(self) -> None:
         positive(self, "fake_updates_per_step", "simulation_steps")
@@ -71,7 +74,7 @@ class DMD(Objective):
     @property
     def simulation(self) -> Simulation:
         return Simulation(
-            self.times, self.simulation_steps, self.fixed_times, self.rollout, start=self.start, end=self.end
+            self.times, self.simulation_steps, self.fixed_times, self.rollout, self.start, self.end, self.earlier
         )
 
     @property
@@ -94,6 +97,10 @@ class DMD(Objective):
     def trained_like(self) -> DMD:
         """The same for all that train a fake score alike."""
         return replace(self, guidance_times=None, divergence="reverse_kl", ratio_limit=10.0)
+
+    @property
+    def guided_apart(self) -> bool:
+        return self.guidance_times is not None
 
     @property
     def needs_critic(self) -> bool:
@@ -121,6 +128,7 @@ def dmd_loss(
     fake: nn.Module | None,
     critic: Judge | None = None,
     shared: Shared | None = None,
+    earlier: Earlier | None = None,
 ) -> Terms:
     """Sum over the latent of (x - sg(x - gradient))^2, float64; x is x0, in a phase x_end.
 
@@ -133,9 +141,10 @@ def dmd_loss(
         fake: gives the velocity of the score of the student's own samples.
         critic: knows the ratio of the densities that f-distill weighs by.
         shared: where other terms find the samples.
+        earlier: the expert of the phase before.
     """
     assert fake is not None, "DMD needs a fake score"
-    samples = samples_of(student, batch, rng, config.simulation, iteration, shared)
+    samples = samples_of(student, batch, rng, config.simulation, iteration, shared, earlier)
     with torch.no_grad():
         gradient, weight = matching_gradient(samples.x, fake, teacher, critic, batch, rng, config)
         if config.guidance_times is not None:
@@ -193,14 +202,21 @@ def image_at(end: float, F: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
 
 def fake_score_error(
-    fake: Network, student: nn.Module, batch: Batch, rng: Random, config: DMD, count: int, shared: Shared | None = None
+    fake: Network,
+    student: nn.Module,
+    batch: Batch,
+    rng: Random,
+    config: DMD,
+    count: int,
+    shared: Shared | None = None,
+    earlier: Earlier | None = None,
 ) -> Tensor:
     """[B]: the sum over the latent of (F_fake - v)^2 on fresh student samples, float64; `count` numbers the updates.
 
     With v = cos(t) eps - sin(t) x0 this is the paper's (x0 - x0_fake)^2 / sin^2(t), without the division.
     """
     with torch.no_grad():
-        x = samples_of(student, batch, rng, config.simulation, count, shared).x
+        x = samples_of(student, batch, rng, config.simulation, count, shared, earlier).x
     if config.end:
         return velocity_error_from(config.end, fake, Batch(x, batch.cond), config.times, rng)
     return velocity_error(fake, Batch(x, batch.cond), config.times, rng)

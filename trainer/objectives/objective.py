@@ -65,6 +65,16 @@ class Objective(Variants):
         return False
 
     @property
+    def phase(self) -> tuple[float, float] | None:
+        """Where the simulation of dmd starts and ends, in radians; None without it."""
+        return None if self.fake_score is None else (self.fake_score.start, self.fake_score.end)
+
+    @property
+    def guided_apart(self) -> bool:
+        """Whether it asks for the teacher's guidance by itself."""
+        return False
+
+    @property
     def simulation(self) -> Any:
         """Settings (Simulation) of the samples of the student that it makes, or None."""
         return None

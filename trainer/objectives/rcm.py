@@ -13,7 +13,7 @@ from jvpgraph.trainer.objectives.dmd import DMD, dmd_loss
 from jvpgraph.trainer.objectives.judge import Judge
 from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, objective
 from jvpgraph.trainer.objectives.scm import SCM, scm_loss
-from jvpgraph.trainer.objectives.simulation import Simulation
+from jvpgraph.trainer.objectives.simulation import Earlier, Simulation
 from jvpgraph.trainer.ranges import not_negative
 
 
@@ -38,6 +38,10 @@ class RCM(Objective):
     @property
     def fake_score(self) -> DMD | None:
         return self.dmd if self.weight else None
+
+    @property
+    def guided_apart(self) -> bool:
+        return self.dmd.guided_apart
 
     @property
     def needs_critic(self) -> bool:
@@ -66,13 +70,23 @@ def rcm_loss(
     fake: nn.Module | None,
     critic: Judge | None = None,
     shared: Shared | None = None,
+    earlier: Earlier | None = None,
 ) -> Terms:
     """The two losses, float64; arguments as those of `scm_loss` and `dmd_loss`."""
     terms = scm_loss(student, teacher, batch, rng, config.scm, iteration=iteration, shared=shared)
     if not config.regularises(iteration):
         return terms
     dmd = dmd_loss(
-        student, teacher, batch, rng, config.dmd, iteration=iteration, fake=fake, critic=critic, shared=shared
+        student,
+        teacher,
+        batch,
+        rng,
+        config.dmd,
+        iteration=iteration,
+        fake=fake,
+        critic=critic,
+        shared=shared,
+        earlier=earlier,
     )
     loss = terms["loss"] + config.weight * dmd["loss"]
     return {**terms, **dmd, "loss": loss, "scm": terms["loss"], "dmd": dmd["loss"]}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,11 +32,14 @@ class Simulation:
     rollout: Rollout = "renoise"  # clean image and noise in turn; jumps of two-time networks; once from noisy latents
     start: float = HALF_PI  # radians; below pi/2 from real latents with noise
     end: float = 0.0  # radians; above 0 the samples are x_end
+    earlier: Path | None = None  # folder of the run of the phase before, whose student makes x_start instead
 
     def __post_init__(self) -> None:
         positive(self, "steps")
         if not 0 <= self.end < self.start <= HALF_PI:
             raise ValueError(f"start is {self.start:.6g} and end {self.end:.6g}: radians, 0 <= end < start <= pi/2")
+        if self.earlier is not None and self.start == HALF_PI:
+            raise ValueError("earlier is a run of the phase before, and start is pi/2, before which there is none")
         if not self.fixed_times:
             return
         if not all(earlier > later for earlier, later in pairwise((self.start, *self.fixed_times, self.end))):
@@ -54,7 +59,7 @@ class Simulation:
 
     @property
     def needs_data(self) -> bool:
-        return self.start < HALF_PI or self.rollout == "once"
+        return (self.start < HALF_PI and self.earlier is None) or self.rollout == "once"
 
     def steps_at(self, count: int) -> int:
         """Steps of the count-th update: 1..steps in turn."""
@@ -74,20 +79,32 @@ class Samples(NamedTuple):
     t: Tensor  # [B] radians, where the last step began
 
 
-def simulate_backward(student: nn.Module, batch: Batch, steps: int, rng: Random, simulation: Simulation) -> Samples:
+Earlier = Callable[[Batch, Random], Tensor]
+"""(batch, rng) -> x_start [B, ...], which the expert of the phase before makes; conditions and shape of the batch."""
+
+
+def simulate_backward(
+    student: nn.Module,
+    batch: Batch,
+    steps: int,
+    rng: Random,
+    simulation: Simulation,
+    earlier: Earlier | None = None,
+) -> Samples:
     """Student samples from pure noise in `steps` steps at falling times.
 
     Only the last step has a gradient. Conditions and shape are those of `batch`; so are, if `start` is below pi/2, the
-    latents that it starts from. With rollout `once` that is all: one step from each, with the noise of `times`.
+    latents that it starts from, unless the expert of an earlier phase makes them. With rollout `once` that is all: one
+    step from each, with the noise of `times`.
     """
     if simulation.rollout == "once":
         t = simulation.times.draw(len(batch), rng)
         x = add_noise(batch.x0.double(), noise_like(batch.x0, rng), t)
         return Samples(clean_image(student(x, t, batch.cond), x, t), t)
-    x = noise_like(batch.x0, rng)
+    x = noise_like(batch.x0, rng) if earlier is None else earlier(batch, rng)
     t = torch.full((len(batch),), simulation.start, dtype=torch.float64, device=x.device)
     end = torch.full_like(t, simulation.end)
-    if simulation.start < HALF_PI:
+    if simulation.start < HALF_PI and earlier is None:
         x = add_noise(batch.x0.double(), x, t)
 
     def step(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -104,12 +121,19 @@ def simulate_backward(student: nn.Module, batch: Batch, steps: int, rng: Random,
 
 
 def samples_of(
-    student: nn.Module, batch: Batch, rng: Random, simulation: Simulation, count: int, shared: Shared | None
+    student: nn.Module,
+    batch: Batch,
+    rng: Random,
+    simulation: Simulation,
+    count: int,
+    shared: Shared | None,
+    earlier: Earlier | None = None,
 ) -> Samples:
     """`simulate_backward` of the count-th update, once for all terms that share what they make."""
     shared = {} if shared is None else shared
     if simulation not in shared:
-        shared[simulation] = simulate_backward(student, batch, simulation.steps_at(count), rng, simulation)
+        steps = simulation.steps_at(count)
+        shared[simulation] = simulate_backward(student, batch, steps, rng, simulation, earlier)
     found: Samples = shared[simulation]
     return found
 

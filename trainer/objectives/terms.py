@@ -111,6 +111,10 @@ class WeightedTerms(Objective):
         return next((part.critic for part in self.objectives if part.critic is not None), None)
 
     @property
+    def guided_apart(self) -> bool:
+        return any(part.guided_apart for part in self.objectives)
+
+    @property
     def needs_critic(self) -> bool:
         return any(part.needs_critic for part in self.objectives)
 

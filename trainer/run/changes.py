@@ -50,6 +50,11 @@ RULES = {
     "conditions": ASKED,
     "stages": ASKED,
     "stages.*.objective.name": NEVER,  # another objective keeps other things in a checkpoint
+    **{
+        f"stages.*.objective.{inside}{key}": NEVER  # other parameters of the critic
+        for inside in ("", "terms.*.objective.")
+        for key in ("features", "blocks", "width")
+    },
     "stages.*.objective.terms": NEVER,
     "stages.*.objective.terms.*.weight": ASKED,
     "stages.*.objective.terms.*.after": ASKED,
