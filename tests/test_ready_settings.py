@@ -72,7 +72,7 @@ def billions(network: torch.nn.Module) -> float:
     return sum(p.numel() for p in network.parameters()) / 1e9
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name", ["wan_14b_to_1.3b", "flux_lora_dmd", *(n for n in SETTINGS if "_to_" not in n and n != "flux_lora_dmd")]

@@ -316,8 +316,13 @@ class Plugged:
 
 @pytest.mark.parametrize(
     ("above", "options"),
-    [("load: m:g", {}), ("load: m:g, options: {b: 2}", {"b": 2}), ("load: m:f", {"a": 1}), ("options: {b: 2}", {"a": 1, "b": 2})],
-)  # fmt: skip
+    [
+        ("load: m:g", {}),
+        ("load: m:g, options: {b: 2}", {"b": 2}),
+        ("load: m:f", {"a": 1}),
+        ("options: {b: 2}", {"a": 1, "b": 2}),
+    ],
+)
 def test_another_function_takes_none_of_the_options_of_the_one_below(tmp_path, above, options):
     write(tmp_path / "root.yaml", "made: {load: m:f, options: {a: 1}}\n")
     top = write(tmp_path / "top.yaml", f"base: root.yaml\nmade: {{{above}}}\n")
