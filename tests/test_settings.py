@@ -309,6 +309,26 @@ def test_a_file_changes_its_base(tmp_path):
     assert load(Settings, other).shape == Box()  # another kind: nothing of the ring's settings is left
 
 
+@dataclass(frozen=True)
+class Plugged:
+    made: Plug
+
+
+@pytest.mark.parametrize(
+    ("above", "options"),
+    [
+        ("load: m:g", {}),
+        ("load: m:g, options: {b: 2}", {"b": 2}),
+        ("load: m:f", {"a": 1}),
+        ("options: {b: 2}", {"a": 1, "b": 2}),
+    ],
+)
+def test_another_function_takes_none_of_the_options_of_the_one_below(tmp_path, above, options):
+    write(tmp_path / "root.yaml", "made: {load: m:f, options: {a: 1}}\n")
+    top = write(tmp_path / "top.yaml", f"base: root.yaml\nmade: {{{above}}}\n")
+    assert load(Plugged, top).made.options == options
+
+
 def test_problems_of_a_base_have_its_name(tmp_path):
     write(tmp_path / "root.yaml", "out: o\nseed: a\n")
     top = write(tmp_path / "top.yaml", "base: root.yaml\nrate: b\n")

@@ -257,7 +257,7 @@ class Stage:
         self.rng, self.noise, self.pace = rng, layout.noise(rng), pace
         self.objective, self.loss = settings.objective, loss_of(settings.objective)
         self.dual = networks.dual_for(settings.objective)
-        self.guided = networks.guided_in(index)
+        self.guided = networks.guided_in[index]
         self.scale = None if config.told_scale is None else config.guidance_in(index).scale  # that samples are told
         self.begin = sum(stage.steps for stage in config.stages[:index])
         self.precision, self.folder = config.precision.of_tangents, config.out

@@ -1,4 +1,4 @@
-"""Ready settings, by name: digits_teacher, digits, wan_1.3b, wan_14b."""
+"""Ready settings, a file by each name: for the digits, and for published networks."""
 
 from __future__ import annotations
 

@@ -205,6 +205,8 @@ class Task:
 
 
 def told_instead(config: RunConfig) -> float | None:
-    """The guidance scale that the network was told in training, where that is not the one in the card of its data."""
+    """The guidance scale that the network is told in sampling, where that is not the one in the card of its data."""
+    if config.told_scale is not None:
+        return config.told_scale
     source = config.data.source
     return source.options.get("guidance") if source.load == "jvpgraph.trainer.prepare:prepared" else None

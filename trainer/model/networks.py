@@ -92,20 +92,30 @@ def new_network(config: RunConfig, key: NetworkKey) -> TrigFlow:
 
 
 def build_guided(
-    teacher: TrigFlow, config: GuidanceConfig, device: torch.device, *, scale: float | None = None, drawn: bool = False
+    teacher: TrigFlow,
+    config: GuidanceConfig,
+    device: torch.device,
+    *,
+    scale: float | None = None,
+    drawn: bool = False,
+    key: str = "guidance",
 ) -> Guided:
     """The teacher with guidance, as samples of it have it.
 
     Args:
         scale: where the settings give two, the one between them.
         drawn: instead, each sample brings its own, as in training.
+        key: of the setting, for the error.
+
+    Raises:
+        ValueError: there is no negative condition.
     """
     negative = {name: torch.as_tensor(value)[None].to(device) for name, value in config.negative.items()}
     if config.negative_file is not None:
         negative |= {name: x[None].to(device) for name, x in load_condition(config.negative_file).items()}
     if config.on and not negative:
         raise ValueError(
-            f"guidance.scale is {config.scale} and there is no negative condition: give guidance.negative or "
+            f"{key}.scale is {config.scale} and there is no negative condition: give guidance.negative or "
             "guidance.negative_file, or a scale of 1"
         )
     used = scale
@@ -162,12 +172,7 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
     for each in (sample, *others) if guided.keep_norm is not None else ():
         what = f"guidance.keep_norm={guided.keep_norm} is not for such latents: set it to null"
         try_network(what, guided, each.x0, each.cond)
-    for i, stage in enumerate(config.stages):
-        if (guidance := config.guidance_in(i)).on and not guided.negative:
-            raise ValueError(
-                f"stages.{i}.guidance.scale is {guidance.scale} and there is no negative condition: give "
-                "guidance.negative or guidance.negative_file, or a scale of 1"
-            )
+    for stage in config.stages:
         if stage.objective.needs_data and not getattr(dataset, "has_latents", True):
             raise ValueError(
                 f"objective {stage.objective.name} learns from latents, and the data set holds prompts only: "

@@ -8,7 +8,7 @@ be.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Networks:
 
     teacher: TrigFlow  # frozen
     guided: Guided  # the teacher with classifier-free guidance, as in samples of it
-    guided_in: Callable[[int], Guided]  # the same as in training, by stage
+    guided_in: Sequence[Guided]  # the same as each stage trains with it
     student: TrigFlow
     dual: jvpgraph.DualModule  # the student with tangents; the same parameters
     through: jvpgraph.DualModule | None  # likewise, with gradients through the tangents, if a stage asks for that
@@ -95,10 +95,10 @@ def build_networks(config: RunConfig, layout: Layout, start: Path | None = None)
     if config.student.lora is not None and not own:
         share_frozen(student, teacher)
     guided = build_guided(teacher, config.guidance, layout.device, scale=config.told_scale)
-
-    def guided_in(stage: int) -> Guided:
-        return build_guided(teacher, config.guidance_in(stage), layout.device, drawn=True)
-
+    guided_in = [
+        build_guided(teacher, config.guidance_in(i), layout.device, drawn=True, key=f"stages.{i}.guidance")
+        for i in range(len(config.stages))
+    ]
     if config.student.compile:
         teacher.compile(backend=jvpgraph.backend(), dynamic=False)
     # One graph where that can be had. FSDP2 gathers a block's parameters when the block is called, which has to stay a
