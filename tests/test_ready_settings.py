@@ -23,6 +23,28 @@ from jvpgraph.trainer.model.networks import build_student, check_conditions, che
 from jvpgraph.trainer.plan.subject import Origins, check_sample
 
 WAN, WAN_14B = NETWORKS["Wan2.1 1.3B"], NETWORKS["Wan2.1 14B"]
+SD3 = Network(
+    "stabilityai/stable-diffusion-3.5-medium",
+    "SD3Transformer2DModel",
+    {
+        "attention_head_dim": 64,
+        "caption_projection_dim": 1536,
+        "dual_attention_layers": list(range(13)),
+        "in_channels": 16,
+        "joint_attention_dim": 4096,
+        "num_attention_heads": 24,
+        "num_layers": 24,
+        "out_channels": 16,
+        "patch_size": 2,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 384,
+        "qk_norm": "rms_norm",
+        "sample_size": 128,
+    },
+    "1024 x 1024",
+    (16, 128, 128),
+    {"encoder_hidden_states": ((333, 4096), torch.float32), "pooled_projections": ((2048,), torch.float32)},
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,10 @@ SETTINGS = {
         1419,
         ["dcm", "scm", "rcm"],
     ),
+    "wan_1.3b_flow_map": Ready(
+        {"models/Wan2.1-T2V-1.3B-Diffusers/transformer": WAN}, (1.42, 1.42), 1422, ["flow_map", "dmd"]
+    ),
+    "sd3_flow_map": Ready({"models/stable-diffusion-3.5-medium/transformer": SD3}, (2.24, 2.24), 46, ["flow_map"]),
     "flux_lora_dmd": Ready(
         {"models/FLUX.1-dev/transformer": NETWORKS["FLUX.1-dev"]}, (11.90, 11.90), 75, ["dmd"], ("guidance",)
     ),
@@ -101,7 +127,7 @@ def test_ready_settings_are_for_the_published_networks(
     assert trained == pytest.approx(wanted.millions, abs=1)
     assert [stage.objective.name for stage in config.stages] == wanted.objectives
     for stage in config.stages:
-        check_stage(stage, student, {}, sample)
+        check_stage(stage, student, {}, sample, second_time=config.student.added_time is not None)
     for steps in config.sampling.steps:
         few_step_times(steps, config.sampling)
     prompts_alone = not any(stage.objective.needs_data for stage in config.stages)
