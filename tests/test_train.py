@@ -456,7 +456,7 @@ SPOILED = int(np.random.default_rng((0, 0)).permutation(1797)[3])
 
 def test_an_objective_that_does_not_fit_the_network_is_refused(tmp_path: Path) -> None:
     model = {"load": "tests.test_train:one_time"}
-    with pytest.raises(ValueError, match="mean_flow needs a network with a second time, and the call of DiT"):
+    with pytest.raises(ValueError, match="mean_flow needs a network with a second time, and DiT takes none: set"):
         train(config_of(tmp_path / "run", [stage("mean_flow", 1)], model=model))
     with pytest.raises(ValueError, match="condition_dropout needs a negative condition to drop to"):
         train(config_of(tmp_path / "other", [stage("dcm", 1, condition_dropout=0.1)], guidance={}))
