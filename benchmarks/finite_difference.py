@@ -114,7 +114,7 @@ class Subject:
         self.student = make_student(teacher, dtype=dtype, lora=None, checkpoint_blocks=False).eval()
         self.start = copy.deepcopy(self.student.state_dict())
         dual = jvpgraph.transform(self.student, dynamic=False)
-        compiled = torch.compile(self.student, dynamic=False)
+        compiled = torch.compile(self.student, backend=jvpgraph.backend(), dynamic=False)
         self.ways: dict[str, nn.Module] = {
             "exact": dual,
             "central": Differences(compiled, eps, central=True),

@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
+from benchmarks import finite_difference
 from jvpgraph.rules import TABLE
 
 ROOT = Path(__file__).parents[1]
@@ -168,6 +169,13 @@ def test_figures_of_the_objectives():
             mean = [statistics.mean(run[of] for run in runs) for of in ("frechet_distance", "precision", "recall")]
             distance = f"{mean[0]:.1f}" if mean[0] < 9.95 else f"{mean[0]:.0f}"
             assert cell == f"{distance} / {mean[1]:.2f} / {mean[2]:.2f}"
+
+
+def test_figures_of_finite_differences():
+    found = measured("finite_difference.json")["figures"]
+    _, *rows = table("docs/results.md", "| objective, student | derivative")
+    _, _, *lines = finite_difference.table(found).splitlines()
+    assert rows == [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_figures_of_compile_time():

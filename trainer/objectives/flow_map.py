@@ -12,7 +12,7 @@ and each of two equations, with X = x_t at r = t, holds for the exact map alone:
     dX/dr = F_T(X, r)             lagrangian: the end moves with the teacher's velocity there
 
 Both move F by a target that has no gradient, as sCM does, of which eulerian with r = 0 is a case. `terminal` takes the
-square of lagrangian's residual, with the gradient of dX/dr (terminal velocity matching, 2025).
+square of lagrangian's residual, weighted to be as long, with the gradient of dX/dr (terminal velocity matching, 2025).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class FlowMap(TwoTimes):
     method: Literal["eulerian", "lagrangian", "terminal"] = "eulerian"  # terminal trains through the tangent
     velocity: Literal["teacher", "own"] = "teacher"  # own: no teacher, F at r = t and the data's there; Boffi 2025
     tangent_warmup: int = 0  # of eulerian: student updates until dF/dt counts in full; 0: none
-    tangent_floor: float = 0.1  # c in g / (||g|| + c) of the first two; sCM
+    tangent_floor: float = 0.1  # c in g / (||g|| + c), and in terminal's weight 1 / (||residual|| + c); sCM
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +69,7 @@ def flow_map_loss(
     *,
     iteration: int,
 ) -> Terms:
-    """Sum over the latent of (F - F_sg - g)^2, or of terminal's squared residual; float64.
+    """Sum over the latent of (F - F_sg - g)^2, or of terminal's weighted squared residual; float64.
 
     Args:
         student: the dual of a TrigFlow model whose network takes a second time.
@@ -98,8 +98,11 @@ def flow_map_loss(
     residual = along_end(F, F_r, x, t - r) - velocity(euler_step(F.detach(), x, t, r), r)
     if config.method == "lagrangian":
         return moved(F, F_r, -residual, config)
+    squares = residual.square().flatten(1).sum(1)
+    norm = squares.detach().sqrt()
     return {
-        "loss": residual.square().flatten(1).sum(1),
+        "loss": squares / (norm + config.tangent_floor),
+        "target_norm": norm,
         "tangent_norm": F_r.detach().flatten(1).norm(dim=1),
     }
 
