@@ -98,6 +98,11 @@ def test_accumulated_batches_of_a_part_beside_a_fake_score(tmp_path: Path, clock
     assert pace.line(5, 2.5)["samples_per_second"] == 8.0  # of the last line alone
 
 
+def test_a_critic_without_a_fake_score_counts_as_what_is_trained_beside_the_student() -> None:
+    known = Counted(400.0, 40.0, 16)
+    assert [known.of(name) for name in ("student", "fake", "critic")] == [400.0, 40.0, 40.0]
+
+
 def test_the_documentation_has_every_figure_with_its_unit() -> None:
     told = (Path(__file__).parents[1] / "docs" / "trainer.md").read_text(encoding="utf-8")
     for name, unit in UNITS.items():

@@ -38,3 +38,13 @@ def test_a_critic_learns_the_same_on_two_processes(
     assert_same_log(many, one, tolerance=1e-6)
     if not student:
         assert_same_content(many, one, tmp_path)
+
+
+@pytest.mark.matrix
+def test_the_expert_of_an_earlier_phase_is_split_too(tmp_path: Path) -> None:
+    dmd = {"name": "dmd", "fake_updates_per_step": 1, "simulation_steps": 2}
+    first = train(config_of(tmp_path / "first", [stage({**dmd, "end": 1.0}, 2)]))
+    stages = [stage({**dmd, "start": 1.0, "earlier": str(first)}, 3)]
+    one = train(config_of(tmp_path / "one", stages))
+    many = train_many(config_of(tmp_path / "many", stages, "FSDP2"), "FSDP2")
+    assert_same_log(many, one, tolerance=1e-6)

@@ -49,7 +49,7 @@ class WeightedTerms(Objective):
         if len(kinds) > 1:
             raise ValueError(
                 f"terms: {kinds[True]} needs a student with a second time, and {kinds[False]} asks it without one. "
-                f"Take {kinds[False]} out, or give it rollout: jumps if it is dmd"
+                f"Take {kinds[False]} out, or have it simulate by rollout: jumps"
             )
         for what in ("fake_score", "critic"):
             found = [(part.name, settings) for part in objectives if (settings := getattr(part, what)) is not None]

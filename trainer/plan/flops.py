@@ -61,6 +61,10 @@ class Counted(NamedTuple):
     fake: float
     tokens: int
 
+    def of(self, name: str) -> float:
+        """FLOPs of an update of the `student`, or of what is trained beside it."""
+        return self.student if name == "student" else self.fake
+
 
 class Counts:
     """Answers to queries, one after the other."""

@@ -107,7 +107,7 @@ class Pace:
         self.lost, self.stage_steps = 0.0, 0  # seconds of steps that do not count; number of those that do
 
     def saw(self, name: str, batch: Batch) -> None:
-        """A batch of an update of the `student` or the `fake` score."""
+        """A batch of an update of the `student`, or of the `fake` score or the `critic` beside it."""
         self.now.append((name, Query.of(self.stage, batch)))
         self.compiling.doing = f"the {NETWORKS.get(name, name)}'s graph for latents {list(batch.x0.shape)}"
 
@@ -167,7 +167,7 @@ class Pace:
         tokens = sum(known[query].tokens * query.size * n for query, n in students)
         if tokens:
             found["tokens_per_second"] = tokens * self.parts / self.seconds
-        flops = sum(getattr(known[query], name) * n for (name, query), n in self.batches.items()) / self.split
+        flops = sum(known[query].of(name) * n for (name, query), n in self.batches.items()) / self.split
         found["flops_per_second"] = flops / self.seconds
         if self.peak is not None:
             found["utilisation"] = found["flops_per_second"] / self.peak
