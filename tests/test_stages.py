@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.run.build import build_networks
 from jvpgraph.trainer.run.finished import load_run, sample_run
 from jvpgraph.trainer.run.log import RunLog
+from jvpgraph.trainer.run.origin import differences, read_origin
 from jvpgraph.trainer.run.parallel import joined
 from jvpgraph.trainer.train import train
 from jvpgraph.trainer.trigflow import SCALE, Guided
@@ -164,8 +166,11 @@ def test_a_run_with_a_teacher_of_its_own_keeps_to_both_networks(tmp_path: Path) 
         train(digits(out, longer, teacher={"model": other}))
     train(digits(out, longer, teacher={"model": other}), change=["teacher.model"])
     assert len(losses(out)) == 2
-    origin = json.loads((out / "origin.json").read_text())
-    assert origin["base"] != origin["teacher"]
+    origin = read_origin(out)
+    assert origin is not None
+    assert origin.base != origin.teacher
+    assert list(differences(origin, replace(origin, base="another"))) == ["model"]
+    assert list(differences(origin, replace(origin, teacher="another"))) == ["teacher.model"]
 
 
 @pytest.mark.slow
