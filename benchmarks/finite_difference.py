@@ -1,6 +1,6 @@
 """The exact derivative against finite differences, as other trainers of two-time networks take it, in the same loss.
 
-    python -m benchmarks.finite_difference [--steps 400] [--eps 0.005] [--out DIR] [--quick]
+    python -m benchmarks.finite_difference [--steps 300] [--eps 0.005] [--out DIR] [--quick]
 
 MeanFlow and flow_map (eulerian) from one teacher of the digits, with the student in float32 and in bfloat16 on float32
 masters. The derivative is jvpgraph's, or a central or a forward difference of the average velocity u between the points
@@ -217,7 +217,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=400, help="updates of each student")
+    parser.add_argument("--steps", type=int, default=300, help="updates of each student")
     parser.add_argument("--eps", type=float, default=0.005, help="step of the differences, of rectified-flow time")
     parser.add_argument("--teacher-steps", type=int, default=4000, help="as of make bench-quality, whose teacher it is")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="folder of the teacher and the runs")
