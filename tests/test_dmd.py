@@ -200,7 +200,8 @@ def test_terms_share_a_simulation_and_have_names_of_their_own() -> None:
     teacher = GuidedTo(images(4, seeded(24)), images(4, seeded(25)))
     terms = terms_loss(student, teacher, gaussian_batch(4, seeded(26)), seeded(27), both, iteration=4, fake=fake)
     assert len(student.times) == 1
-    assert set(terms) == {"loss", "dmd_1", "dmd_2", "score_gap_1", "score_gap_2"}
+    logged = ("score_gap", "score_error", "score_error_teacher")
+    assert set(terms) == {"loss", "dmd_1", "dmd_2", *(f"{name}_{i}" for name in logged for i in (1, 2))}
     torch.testing.assert_close(terms["loss"], terms["dmd_1"] + 0.5 * terms["dmd_2"])
     assert not both.needs_data
 

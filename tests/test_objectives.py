@@ -181,6 +181,8 @@ def test_dmd_gradient_is_the_normalised_difference_of_the_scores(steps: int) -> 
     terms["loss"].sum().backward()
     mean = (student.x0 - teacher.x0).abs().mean(dim=(1, 2, 3), keepdim=True)
     torch.testing.assert_close(student.x0.grad, (2 * (fake.x0 - teacher.x0) / mean).detach())
+    for name, model in (("score_error", fake), ("score_error_teacher", teacher)):
+        torch.testing.assert_close(terms[name], (model.x0 - student.x0).detach().square().mean((1, 2, 3)))
     assert student.had_gradient == [False] * (steps - 1) + [True]
     assert fake.x0.grad is None
     assert teacher.x0.grad is None

@@ -146,13 +146,12 @@ def dmd_loss(
     assert fake is not None, "DMD needs a fake score"
     samples = samples_of(student, batch, rng, config.simulation, iteration, shared, earlier)
     with torch.no_grad():
-        gradient, weight = matching_gradient(samples.x, fake, teacher, critic, batch, rng, config)
+        gradient, weight, told = matching_gradient(samples.x, fake, teacher, critic, batch, rng, config)
         if config.guidance_times is not None:
             gradient = gradient + guidance_gradient(samples, teacher, batch, rng, config)
         target = samples.x - expand_like(weight, gradient) * gradient
     loss = (samples.x - target).square().flatten(1).sum(1)
-    weights = {"weight": weight} if config.needs_critic else {}
-    return {"loss": loss, "score_gap": gradient.abs().flatten(1).mean(1), **weights}
+    return {"loss": loss, "score_gap": gradient.abs().flatten(1).mean(1), **told}
 
 
 def matching_gradient(
@@ -163,10 +162,11 @@ def matching_gradient(
     batch: Batch,
     rng: Random,
     config: DMD,
-) -> tuple[Tensor, Tensor]:
-    """The difference of the two scores at one time, and the divergence's weight [B] of it.
+) -> tuple[Tensor, Tensor, Terms]:
+    """The difference of the two scores at one time, the divergence's weight [B] of it, and what of both is logged.
 
-    The teacher's is with guidance, if that has no time of its own.
+    The teacher's is with guidance, if that has no time of its own. Of the student's samples with noise both say what is
+    below it: `score_error` and `score_error_teacher` are their mean squared errors.
     """
     t = draw_between(config.end, None, config.times, len(batch), rng)
     x = noise_from(x_end, config.end, noise_like(x_end, rng), t)
@@ -181,7 +181,12 @@ def matching_gradient(
     else:
         F_fake = fake(x, t, batch.cond)
     F_teacher = (teacher if config.guidance_times is None else without_guidance(teacher))(x, t, batch.cond)
-    return score_gradient(x_end, *(image_at(config.end, F, x, t) for F in (F_fake, F_teacher))), weight
+    x_fake, x_teacher = (image_at(config.end, F, x, t) for F in (F_fake, F_teacher))
+    errors = [(image - x_end).square().flatten(1).mean(1) for image in (x_fake, x_teacher)]
+    told = dict(zip(("score_error", "score_error_teacher"), errors))
+    if config.needs_critic:
+        told["weight"] = weight
+    return score_gradient(x_end, x_fake, x_teacher), weight, told
 
 
 def guidance_gradient(samples: Samples, teacher: nn.Module, batch: Batch, rng: Random, config: DMD) -> Tensor:
