@@ -114,7 +114,8 @@ def load_run(folder: Path, *, ema: float | None = None, step: int | None = None)
 
 def has_averages(folder: Path, config: RunConfig, step: int) -> bool:
     """Whether there are snapshots of a step."""
-    return any(s.step == step for s in snapshots(averages_of(folder, stage_of(config, step))))
+    stages = range(len(config.stages))
+    return any(snapshot.step == step for i in stages for snapshot in snapshots(averages_of(folder, i)))
 
 
 def stage_of(config: RunConfig, step: int) -> int:
