@@ -75,16 +75,42 @@ def alone(objective: dict, *settings: str) -> Recipe:
     return Recipe(((objective, 1.0),), settings)
 
 
+def terms(*of: dict) -> dict:
+    return {"name": "terms", "terms": list(of)}
+
+
+PAIRS = {"instant_share": 0.25, "clean_share": 0.25, "times": UNIFORM}  # of times, for networks that take two
+JUMPS = {**DMD, "rollout": "jumps", "fixed_times": [1.2490, 0.7854, 0.3217]}  # the grid of four steps
+CRITIC = {"name": "adversarial", "width": 64}
+JUDGED = {"objective": {**CRITIC, "features": "fake_score"}, "weight": 0.6}  # 0.01 of a mean over 64 pixels
+
 RECIPES = {
     **{f"rCM {weight:g}": alone(rcm(weight)) for weight in LAMBDAS},
     "sCM": alone(SCM),
+    "sCM, rf": alone({**SCM, "coordinates": "rf"}),
+    "sCT": alone({**SCM, "velocity": "data"}),
+    "TBCM": alone({**SCM, "points": "trajectory"}),
+    "sCM, critic": alone(terms({"objective": SCM}, {"objective": {**CRITIC, "loss": "hinge"}, "weight": 0.6})),
     "DMD": alone(DMD),
+    "DMD, fixed times": alone({**DMD, "fixed_times": [1.3, 1.0, 0.6]}),
+    "DMD, data": alone(terms({"objective": DMD}, {"objective": {"name": "data"}})),
+    "DMD2": alone(terms({"objective": DMD}, JUDGED)),
+    "f-distill": alone(terms({"objective": {**DMD, "divergence": "jensen_shannon"}}, JUDGED)),
     "dCM": alone({"name": "dcm"}),
+    "dCM, LCM": alone({"name": "dcm", "jitter": True, "target": "ema", "huber": 0.0043}),
     "MeanFlow": alone({"name": "mean_flow", "instant_share": 0.25, "times": UNIFORM}),
+    "MeanFlow, power 0.5": alone({"name": "mean_flow", **PAIRS, "power": 0.5}),
+    "MeanFlow, data": alone({"name": "mean_flow", **PAIRS, "power": 0.5, "velocity": "data", "own_direction": 1.0}),
+    "AlphaFlow": alone({"name": "mean_flow", **PAIRS, "power": 0.5, "discrete": {"begin": 100, "end": 300}}),
+    "flow map": alone({"name": "flow_map", **PAIRS, "tangent_warmup": 50}),
+    "flow map, lagrangian": alone({"name": "flow_map", **PAIRS, "method": "lagrangian"}),
+    "flow map, terminal": alone({"name": "flow_map", **PAIRS, "method": "terminal"}),
+    "FreeFlow": alone({"name": "free_flow"}, "sampling.steps=[1]"),
     "dCM, sCM, rCM": Recipe((({"name": "dcm"}, 0.2), (SCM, 0.3), (rcm(0.01), 0.5))),
+    "flow map, DMD": Recipe((({"name": "flow_map", **PAIRS, "tangent_warmup": 50}, 0.7), (JUMPS, 0.3))),
 }
 CHOSEN = "rCM 0.01"  # the paper's lambda
-STAGED = ("dCM, sCM, rCM",)
+STAGED = ("dCM, sCM, rCM", "flow map, DMD")
 
 Figures = dict[str, list[Quality]]  # sampler -> one Quality per seed
 
@@ -121,7 +147,7 @@ def student_run(name: str, seed: int, steps: int, out: Path, net: Path) -> tuple
         train(settings.load(RunConfig, ready("digits"), overrides))
         seconds = (time.process_time() - began) / steps
         run = load_run(folder)
-        samplers = samplers_of(run, STEPS)
+        samplers = samplers_of(run, run.config.sampling.steps)
         if name != CHOSEN:  # the teacher is slow to sample, and always the same
             samplers = {key: sampler for key, sampler in samplers.items() if key.startswith("student")}
         report = compare(run, samplers, seeds=(seed,))
@@ -222,7 +248,7 @@ def draw(figures: dict[str, Figures], path: Path) -> None:
             if metric == "frechet_distance":
                 axis.set_yscale("log")
         for name in shown:
-            bars(upper, STEPS, [figures[name][key] for key in figures[name]], metric, name)
+            bars(upper, [int(key.split()[0]) for key in figures[name]], list(figures[name].values()), metric, name)
         upper.set_xscale("log", base=2)
         upper.set_xticks(STEPS, [str(n) for n in STEPS])
         upper.set_xlabel("steps of the student")
