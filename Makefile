@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND := Agg
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo check test test-long test-all test-dist test-kernels test-scaling test-gpu-script mutants lint format gate fuzz kinds zoo zoo-exact reach opinfo opinfo-table bench precision bench-quality bench-differences scaling plan-table wheels gpu dump docs clean
+.PHONY: help demo check test test-long test-all test-dist test-kernels test-scaling test-gpu-script mutants lint format gate fuzz kinds zoo zoo-exact reach opinfo opinfo-table bench precision bench-quality bench-goes-wrong bench-differences scaling plan-table wheels gpu dump docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -116,6 +116,9 @@ precision: $(READY)  ## errors of tangents in bfloat16 by how they are computed,
 
 bench-quality: $(READY)  ## what every recipe gives on the digits, three seeds: three hours on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality --out $(OUT)/quality
+
+bench-goes-wrong: $(READY)  ## what the watch shows of runs that are made to go wrong, for docs/training_goes_wrong.md: half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.goes_wrong --jobs 2 --out $(OUT)/goes_wrong
 
 bench-differences: $(READY)  ## exact derivative and finite differences in MeanFlow and flow_map, on the teacher of bench-quality: half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.finite_difference --out $(OUT)/quality
