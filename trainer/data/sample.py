@@ -96,17 +96,28 @@ def commonest(dataset: Dataset) -> Sequence[int]:
     return max(buckets, key=len)
 
 
+def read_sample(dataset: Dataset, index: int) -> Sample | None:
+    """A sample; None for one that cannot be read, where the data set steps over those.
+
+    Raises:
+        BadShard: it says to stop then.
+    """
+    try:
+        return dataset[index]
+    except BadShard:
+        if getattr(dataset, "on_bad_shard", "stop") != "skip":
+            raise
+        return None
+
+
 def _readable(dataset: Dataset, members: Sequence[int], count: int) -> list[Sample]:
     """The first ones; those that cannot be read are stepped over where the data set skips them."""
     samples: list[Sample] = []
     for index in members:
         if len(samples) == count:
             break
-        try:
-            samples.append(dataset[index])
-        except BadShard:
-            if getattr(dataset, "on_bad_shard", "stop") != "skip":
-                raise
+        if (sample := read_sample(dataset, index)) is not None:
+            samples.append(sample)
     return samples
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.data.sample import BadShard, Dataset, Sample, collate, shorten
+from jvpgraph.trainer.data.sample import Dataset, Sample, collate, read_sample, shorten
 from jvpgraph.trainer.pictures import mp4_writer
 from jvpgraph.trainer.plug import Plug, PlugError
 
@@ -112,18 +112,9 @@ def samples_by_shape(dataset: Dataset) -> list[list[Sample]]:
     for members in chosen:
         count = min(len(members), max(2, LOOKED_AT // len(chosen)))
         places = {round(i * (len(members) - 1) / max(1, count - 1)) for i in range(count)}
-        samples = [_read(dataset, members[place]) for place in sorted(places)]
+        samples = [read_sample(dataset, members[place]) for place in sorted(places)]
         found.append([sample for sample in samples if sample is not None])
     return [samples for samples in found if samples]
-
-
-def _read(dataset: Dataset, index: int) -> Sample | None:
-    try:
-        return dataset[index]
-    except BadShard:
-        if getattr(dataset, "on_bad_shard", "stop") != "skip":
-            raise
-        return None
 
 
 def problems_of(sample: Sample) -> list[str]:

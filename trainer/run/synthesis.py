@@ -25,7 +25,7 @@ from tqdm import tqdm
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.prepared import CAPTIONS, CARD, INDEX, LATENTS
-from jvpgraph.trainer.data.sample import BadShard, Dataset, Sample, collate, first_samples, shorten
+from jvpgraph.trainer.data.sample import Dataset, collate, first_samples, read_sample, shorten
 from jvpgraph.trainer.evaluation.samplers import Sampler, sampler_of
 from jvpgraph.trainer.files import draft_of, write_whole
 from jvpgraph.trainer.model.networks import build_guided, build_teacher, check_teacher, device_of
@@ -181,16 +181,6 @@ def key_of(number: int) -> str:
     return f"{number:08d}"
 
 
-def read(dataset: Dataset, index: int) -> Sample | None:
-    """A sample; None for one that cannot be read, where the data set skips them."""
-    try:
-        return dataset[index]
-    except BadShard:
-        if getattr(dataset, "on_bad_shard", "stop") != "skip":
-            raise
-        return None
-
-
 @torch.no_grad()
 def write_part(out: Path, part: Part, dataset: Dataset, sample: Sampler, size: int, device: torch.device) -> None:
     """Makes a shard's latents, `size` at a time; first the file is put in place, then the record of it.
@@ -199,7 +189,7 @@ def write_part(out: Path, part: Part, dataset: Dataset, sample: Sampler, size: i
         FloatingPointError: the teacher gives NaN.
     """
     rng = torch.Generator(device).manual_seed(part.seed_of_noise)
-    known = {number: read(dataset, number % len(dataset)) for number in part.numbers}
+    known = {number: read_sample(dataset, number % len(dataset)) for number in part.numbers}
     there = [(number, one) for number, one in known.items() if one is not None]
     told = fields_of(dataset)
     shapes: dict[str, list[Any]] = {}
