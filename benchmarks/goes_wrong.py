@@ -23,7 +23,7 @@ from benchmarks.record import environment
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.configs import ready
-from jvpgraph.trainer.run.decay import PREFIX
+from jvpgraph.trainer.run.decay import PREFIX, signs
 from jvpgraph.trainer.run.log import series
 from jvpgraph.trainer.train import train
 
@@ -57,13 +57,23 @@ def run(name: str, steps: int, out: Path, net: Path) -> Path:
     return folder / "log.jsonl"
 
 
+def first_warning(of: dict[str, tuple[list[float], list[float]]]) -> str:
+    """What the first warning of a run says, with its step."""
+    figures = {key.removeprefix(PREFIX): values for key, values in of.items() if key.startswith(PREFIX)}
+    steps = figures["variance"][0]
+    looks = [{name: values[i] for name, (_, values) in figures.items()} for i in range(len(steps))]
+    found = ((step, wrong) for step, look in zip(steps, looks) if (wrong := signs(look, looks[0])))
+    step, wrong = next(found, (0, ["no warning"]))
+    return f"step {step:.0f}: {'; '.join(wrong)}" if step else wrong[0]
+
+
 def draw(curves: dict[str, dict[str, tuple[list[float], list[float]]]], path: Path) -> None:
     figure = Figure(figsize=(12, 9), dpi=110, layout="constrained")
     for axis, name in zip(figure.subplots(3, 3).flat, FIGURES):
-        for run_name, of in curves.items():
+        for i, (run_name, of) in enumerate(curves.items()):
             key = name if name in of else PREFIX + name
             if key in of:
-                axis.plot(*of[key], label=run_name, linewidth=1.2)
+                axis.plot(*of[key], color=f"C{i}", label=run_name, linewidth=1.2)
         axis.set_title(name)
         axis.set_xlabel("step")
         if name in ("loss", "fake_loss", "tangent_norm", "power_fine", "distance", "variance"):
@@ -95,6 +105,8 @@ def main() -> None:
     kept = {name: {key: of[key] for key in of if key.removeprefix(PREFIX) in FIGURES} for name, of in curves.items()}
     (record / "goes_wrong.json").write_text(json.dumps(environment() | {"steps": o.steps, "curves": kept}) + "\n")
     draw(curves, record / "goes_wrong.png")
+    for name, of in curves.items():
+        print(f"{name}: {first_warning(of)}")
     print(f"written to {record}/goes_wrong.json and goes_wrong.png")
 
 
