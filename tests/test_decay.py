@@ -10,9 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from jvpgraph.trainer.batch import Batch
+from jvpgraph.trainer.data.digits import digits
+from jvpgraph.trainer.data.sample import some_samples
 from jvpgraph.trainer.model.networks import with_weights
+from jvpgraph.trainer.model.quantize import quantize
 from jvpgraph.trainer.model.student import LoRA, make_student, merged
-from jvpgraph.trainer.run.decay import compared, moved, of_pictures, signs
+from jvpgraph.trainer.run.decay import Watch, compared, moved, of_pictures, signs
 from jvpgraph.trainer.run.finished import load_run
 from jvpgraph.trainer.run.log import computed, read_lines
 from jvpgraph.trainer.run.ranks import Ranks
@@ -102,7 +106,40 @@ def test_how_far_the_weights_are_from_the_start() -> None:
     change = sum((after[name] - before[name]).square().sum() for name in names)
     whole = sum(before[name].square().sum() for name in names)
     assert names
-    assert moved(adapted, teacher, Ranks()) == pytest.approx((change / whole).sqrt().item(), rel=1e-4)
+    right = pytest.approx((change / whole).sqrt().item(), rel=1e-4)
+    assert moved(adapted, teacher, Ranks()) == right
+    assert moved(adapted, teacher, TwoAlike()) == right
+
+
+class TwoAlike(Ranks):
+    """Two processes with copies of the same network, as dp_replicate has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 2
+
+    def gather(self, work: Any) -> list[Any]:
+        return [work(), work()]
+
+
+def test_how_far_they_are_from_a_teacher_in_bytes() -> None:
+    teacher = awake()
+    student = make_student(teacher, dtype=None, lora=None, checkpoint_blocks=False)
+    off = moved(student, quantize(teacher, "int8"), Ranks())
+    assert off is not None
+    assert 0 < off < 0.02  # what the bytes have rounded
+
+
+def test_a_figure_that_comes_with_a_decoder_after_a_stop_is_compared_with_its_own_first() -> None:
+    watch = Watch(config_of(Path("run"), [stage("dcm", 1)]), Ranks(), None, digits_batch(), {}, [0])
+    assert watch.judge(2, {"variance": 1.0}) == []
+    assert watch.judge(4, {"variance": 1.0, "diversity": 0.5}) == []
+    assert "become alike" in watch.judge(6, {"variance": 1.0, "diversity": 0.2})[0]
+    assert watch.good == [0, 2, 4]
+
+
+def digits_batch() -> Batch:
+    return some_samples(digits(), 2)
 
 
 def watched(out: Path, steps: int = 8, **more: Any) -> Any:

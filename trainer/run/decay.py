@@ -7,11 +7,13 @@ data's latents, or with the teacher's samples where the data has none. Nothing i
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
@@ -130,24 +132,34 @@ def moved(student: nn.Module, start: nn.Module | None, ranks: Ranks) -> float | 
     theirs = {} if start is None else dict(start.named_parameters())
     added = total = torch.zeros((), dtype=torch.float64)
 
-    def norm(x: Tensor) -> Tensor:
-        return x.double().square().sum().cpu()
+    def squares(x: Tensor, like: Tensor) -> Tensor:
+        """Of this process's part; those that several processes have count once in all."""
+        return x.double().square().sum().cpu() / (ranks.size / parts(like))
 
     adapted = adapted_layers(student)
     for _, layer in adapted:
         for name in layer.active_adapters:
             a, b = (gathered(part[name].weight).double() for part in (layer.lora_A, layer.lora_B))
             added = added + layer.scaling[name] ** 2 * ((b.mT @ b) * (a @ a.mT)).sum().cpu() / ranks.size
-        total = total + norm(local(widened(layer.base_layer.weight)))
+        weight = layer.base_layer.weight
+        total = total + squares(local(widened(weight)), weight)
     for name, p in student.named_parameters() if not adapted else ():
         q = theirs.get(name)
         if p.requires_grad and q is not None and local(p).shape == local(q).shape:
-            here = local(p)
-            added = added + norm(here - local(q).to(here))
-            total = total + norm(local(q))
+            here, there = local(p), widened(local(q)).to(local(p))
+            added = added + squares(here - there, p)
+            total = total + squares(there, p)
     sums = ranks.gather(lambda: (added.item(), total.item()))
     whole = sum(size for _, size in sums)
     return (sum(change for change, _ in sums) / whole) ** 0.5 if whole else None
+
+
+def parts(tensor: Tensor) -> int:
+    """Into how many a tensor is split; the rest of the processes have copies of them."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    split = [not placement.is_replicate() for placement in tensor.placements]
+    return math.prod(size for size, is_split in zip(tensor.device_mesh.shape, split) if is_split)
 
 
 @dataclass(frozen=True)
@@ -157,7 +169,7 @@ class Watch:
     Attributes:
         start: what the student is a copy of, if that is the teacher.
         batch: conditions on the device, with the data's latents for them or the teacher's.
-        first: figures of the first look.
+        first: figures of the first look that had them.
         good: steps of looks at which all was well, the newest last.
     """
 
@@ -217,8 +229,8 @@ class Watch:
 
     def judge(self, step: int, figures: Mapping[str, float]) -> list[str]:
         """What is wrong, and a note for the next look."""
-        if not self.first:
-            self.first.update(figures)
+        for name, value in figures.items():
+            self.first.setdefault(name, value)  # a decoder, or repeats, may have come after a stop
         if not (wrong := signs(figures, self.first)):
             self.good.append(step)
         return wrong
