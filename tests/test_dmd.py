@@ -210,6 +210,7 @@ def test_terms_share_a_simulation_and_have_names_of_their_own() -> None:
     ("objective", "says"),
     [
         ({"name": "terms", "terms": []}, "nothing trains the student"),
+        ({"name": "terms", "terms": [{"objective": "scm", "after": 50}]}, "in the first updates"),
         ({"name": "terms", "terms": [{"objective": "scm"}, {"objective": "mean_flow"}]}, "Take scm out"),
         ({"name": "terms", "terms": [{"objective": {"name": "terms", "terms": [{"objective": "scm"}]}}]}, "inside of"),
         (

@@ -42,6 +42,8 @@ class WeightedTerms(Objective):
         objectives = self.objectives
         if not any(term.weight for term in self.terms):
             raise ValueError("terms: none has a weight above 0, so that nothing trains the student")
+        if not any(term.weight and term.acts(1) for term in self.terms):
+            raise ValueError("terms: nothing trains the student in the first updates: set `after` of a term to 0")
         if nested := [part.name for part in objectives if isinstance(part, WeightedTerms)]:
             raise ValueError(f"terms: {nested[0]} inside of terms: list its terms beside the others")
         # flow matching asks for the velocity, which a network with a second time has too
