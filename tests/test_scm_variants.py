@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from jvpgraph.trainer.objectives import RCM, SCM
+from jvpgraph.trainer.objectives.dcm import walked
 from jvpgraph.trainer.objectives.mean_flow import to_flow
-from jvpgraph.trainer.objectives.scm import scm_loss, walked
+from jvpgraph.trainer.objectives.scm import scm_loss
 from jvpgraph.trainer.times import ShiftedUniform, flow_time, from_flow_time
 from jvpgraph.trainer.trigflow import add_noise, clean_image, expand_like
 from tests.gaussian import (
@@ -90,10 +91,11 @@ def test_points_of_the_trajectory_are_distributed_as_noised_data() -> None:
     t = torch.linspace(0.1, 1.5, 8, dtype=torch.float64)
     noise = images(8, seeded(7))
     exact = noise * expand_like(variance(t).sqrt(), noise)  # from t = pi/2, where V = 1
-    few, many = (walked(GaussianFlow(), noise, t, {}, steps) for steps in (8, 800))
+    start = torch.full_like(t, torch.pi / 2)
+    few, many = (walked(GaussianFlow(), noise, start, t, {}, steps) for steps in (8, 800))
     assert (many - exact).abs().max() < 0.01
     assert (few - exact).abs().max() > 0.02
-    assert torch.equal(walked(GaussianFlow(), noise, torch.full_like(t, torch.pi / 2), {}, 4), noise)
+    assert torch.equal(walked(GaussianFlow(), noise, start, start, {}, 4), noise)
 
 
 def test_points_of_the_trajectory_need_no_data() -> None:

@@ -334,28 +334,20 @@ class Stage:
                 fake, self.critic, *asked, batch, noise, self.objective, count=count, earlier=self.earlier
             )
 
-        values = self.update(step, "student", self.dual, student_loss, self.optimizer, self.settings.student)
+        student = Trained("student", self.dual, self.optimizer, self.settings.student)
+        values = self.update(step, [student], student_loss)
         networks.traffic.bytes += update_all(self.emas, self.optimizer.masters)
         if iteration == 1 and self.layout.first:
             warn_of_regions(self.dual, self.layout)
 
-        trained = self.beside()
-        updates = self.objective.fake_updates(iteration) if trained else 0
+        others = self.beside()
+        updates = self.objective.fake_updates(iteration) if others else 0
         rounds = [
-            self.update(
-                step,
-                trained[0].name,
-                trained[0].model,
-                partial(others_loss, count=iteration * updates + k),
-                trained[0].optimizer,
-                trained[0].settings,
-                since=self.fake_begins,
-                beside=trained[1:],
-            )
+            self.update(step, others, partial(others_loss, count=iteration * updates + k), since=self.fake_begins)
             for k in range(updates)
         ]
         for name in rounds[0] if rounds else ():
-            values[f"{trained[0].name}_{name}"] = torch.stack([each[name] for each in rounds]).mean()
+            values[f"{others[0].name}_{name}"] = torch.stack([each[name] for each in rounds]).mean()
         return values
 
     def beside(self) -> list[Trained]:
@@ -367,23 +359,15 @@ class Stage:
             found.append(Trained("critic", self.critic, self.critic_optimizer, self.settings.critic))
         return found
 
-    def update(
-        self,
-        step: int,
-        name: str,
-        model: nn.Module,
-        loss: Compute,
-        optimizer: MasterAdamW,
-        settings: OptimizerConfig,
-        since: int = 0,
-        beside: Sequence[Trained] = (),
-    ) -> dict[str, Tensor]:
-        """One update of `model` on `accumulate` batches; raises NotFinite and changes nothing if it would spoil it.
+    def update(self, step: int, trained: Sequence[Trained], loss: Compute, since: int = 0) -> dict[str, Tensor]:
+        """One update on `accumulate` batches; raises NotFinite and changes nothing if it would spoil it.
 
-        `since`: the iteration of the stage after which the learning rate's schedule begins. `beside`: what else the
-        loss trains.
+        Args:
+            trained: what the loss trains, by whose first the update is called.
+            loss: of that one and a batch.
+            since: the iteration of the stage after which the learning rate's schedule begins.
         """
-        trained = [Trained(name, model, optimizer, settings), *beside]
+        name, model = trained[0].name, trained[0].model
         batches = [self.draw() for _ in range(self.settings.accumulate)]
         before = self.rng.get_state()
         parts = []
@@ -411,7 +395,7 @@ class Stage:
         if not torch.isfinite(means["loss"] + sum(means[key] for key in norms)):
             self.rng.set_state(before)
             what = f"{name}, step {step}"
-            key = f"stages.{self.index}.{name}.lr={settings.lr:g}"
+            key = f"stages.{self.index}.{name}.lr={trained[0].settings.lr:g}"
             ranks, folder = self.layout.ranks, self.folder
             raise not_finite(what, terms, batches, self.trained(), name, loss, ranks, key, self.precision, folder)
         iteration, steps = step - self.begin - since, self.settings.steps - since

@@ -249,6 +249,11 @@ def add_noise(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return expand_like(t.cos(), x0) * x0 + expand_like(t.sin(), x0) * eps
 
 
+def velocity_of(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """dx_t/dt = cos(t) eps - sin(t) x0; x0 and eps [B, ...], t [B] radians."""
+    return expand_like(t.cos(), x0) * eps - expand_like(t.sin(), x0) * x0
+
+
 def clean_image(F: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """f(x_t, t) = cos(t) x_t - sin(t) F; F and x [B, ...], t [B] radians."""
     return expand_like(t.cos(), x) * x - expand_like(t.sin(), x) * F

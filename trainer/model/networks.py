@@ -172,7 +172,7 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
     for each in (sample, *others) if guided.keep_norm is not None else ():
         what = f"guidance.keep_norm={guided.keep_norm} is not for such latents: set it to null"
         try_network(what, guided, each.x0, each.cond)
-    for stage in config.stages:
+    for i, stage in enumerate(config.stages):
         if stage.objective.needs_data and not getattr(dataset, "has_latents", True):
             raise ValueError(
                 f"objective {stage.objective.name} learns from latents, and the data set holds prompts only: "
@@ -183,9 +183,8 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
         stage.objective.check_sampling({*config.sampling.steps, *looks}, config.sampling.shift)
         if (critic := stage.objective.critic) is not None:
             critic_on(guided.model if critic.features == "teacher" else student, critic, sample)
-        for steps in config.sampling.steps:
-            if config.sampler(config.stages.index(stage)) == "consistency":
-                few_step_times(steps, config.sampling)
+        for steps in config.sampling.steps if config.sampler(i) == "consistency" else ():
+            few_step_times(steps, config.sampling)
 
 
 def check_teacher(config: RunConfig, guided: Guided, sample: Batch) -> None:

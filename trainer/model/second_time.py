@@ -4,7 +4,7 @@
 
 e is the module that embeds the time, and d a copy of it whose last layer is zero: until that is trained the network is
 its teacher bit for bit, whatever r. That is the form of the digits' DiT and of AceStep, and AnyFlow's with a gate of a
-half, see trainer/export/anyflow.py. Without r it is t, and the network gives a velocity.
+half, see trainer/model/anyflow.py. Without r it is t, and the network gives a velocity.
 """
 
 from __future__ import annotations

@@ -15,7 +15,17 @@ from jvpgraph.trainer.prepare.families import FAMILIES
 from jvpgraph.trainer.trigflow import SCALE, Call, TrigFlow
 
 
-class WithConditions:
+class Around:
+    """A call around a network's own, which is known by what that is."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.name = getattr(call, "name", None)  # of an adapter
+        self.takes_r = getattr(call, "takes_r", None)
+        self.__signature__ = inspect.signature(call)
+
+
+class WithConditions(Around):
     """A network's call with conditions that are the same for all samples; those of a batch come first.
 
     Args:
@@ -23,29 +33,23 @@ class WithConditions:
     """
 
     def __init__(self, call: Call, constants: Mapping[str, Any]) -> None:
-        self.call = call
+        super().__init__(call)
         self.constants = dict(constants)
-        self.name = getattr(call, "name", None)  # of an adapter
-        self.takes_r = getattr(call, "takes_r", None)
-        self.__signature__ = inspect.signature(call)
 
     def __call__(self, net: nn.Module, x: Tensor, time: Tensor, cond: Condition, **second: Tensor) -> Tensor:
         constants = {name: filled(value, x.device)[None] for name, value in self.constants.items()}
         return self.call(net, x, time, {**expand_condition(constants, len(x)), **cond}, **second)
 
 
-class WithScale:
+class WithScale(Around):
     """A student's call with the guidance scale that its teacher had, as the condition `guidance` of the network.
 
     It is each sample's own where the trainer drew one (SCALE), or `usual`, as in sampling.
     """
 
     def __init__(self, call: Call, usual: float) -> None:
-        self.call = call
+        super().__init__(call)
         self.usual = usual
-        self.name = getattr(call, "name", None)
-        self.takes_r = getattr(call, "takes_r", None)
-        self.__signature__ = inspect.signature(call)
 
     def __call__(self, net: nn.Module, x: Tensor, time: Tensor, cond: Condition, **second: Tensor) -> Tensor:
         rest = {name: value for name, value in cond.items() if name != SCALE}

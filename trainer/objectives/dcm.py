@@ -132,19 +132,26 @@ def dcm_loss(
 def teacher_step(
     teacher: nn.Module, x: Tensor, t: Tensor, t_next: Tensor, cond: Condition, rng: Random, config: DCM
 ) -> Tensor:
-    """x_t -> x_t_next in `substeps` steps of the teacher, even in rectified-flow time."""
-    s, s_next = flow_time(t), flow_time(t_next)
-    now = t
-    for step in range(1, config.substeps + 1):
-        following = t_next
-        if step < config.substeps:
-            following = from_flow_time(torch.lerp(s, s_next, step / config.substeps))
-        F = teacher(x, now, cond)
-        if config.noise:
-            x = stochastic_step(F, x, now, following, noise_like(x, rng), config.noise)
-        else:
-            x = euler_step(F, x, now, following)
-        now = following
+    """x_t -> x_t_next in `substeps` steps of the teacher."""
+
+    def stochastic(F: Tensor, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        return stochastic_step(F, x, t, t_next, noise_like(x, rng), config.noise)
+
+    return walked(teacher, x, t, t_next, cond, config.substeps, stochastic if config.noise else euler_step)
+
+
+Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(F, x_t, t, t') -> x_t'."""
+
+
+def walked(
+    teacher: nn.Module, x: Tensor, t: Tensor, t_next: Tensor, cond: Condition, steps: int, step: Step = euler_step
+) -> Tensor:
+    """x_t -> x_t_next along the teacher's trajectory, in steps that are even in rectified-flow time; times [B]."""
+    s, s_next, now = flow_time(t), flow_time(t_next), t
+    for index in range(1, steps + 1):
+        following = from_flow_time(torch.lerp(s, s_next, index / steps)) if index < steps else t_next
+        x, now = step(teacher(x, now, cond), x, now, following), following
     return x
 
 

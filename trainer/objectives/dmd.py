@@ -31,7 +31,7 @@ from jvpgraph.trainer.objectives.simulation import (
 )
 from jvpgraph.trainer.ranges import positive
 from jvpgraph.trainer.times import ShiftedUniform, Times
-from jvpgraph.trainer.trigflow import HALF_PI, add_noise, clean_image, expand_like
+from jvpgraph.trainer.trigflow import HALF_PI, add_noise, clean_image, expand_like, velocity_of
 
 Divergence = Literal["reverse_kl", "softened_reverse_kl", "jensen_shannon", "hellinger", "jeffreys", "forward_kl"]
 WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
@@ -232,9 +232,8 @@ def velocity_error(model: Network, batch: Batch, times: Times, rng: Random) -> T
     x0 = batch.x0.double()
     t = times.draw(len(batch), rng)
     eps = noise_like(x0, rng)
-    v = expand_like(t.cos(), x0) * eps - expand_like(t.sin(), x0) * x0
     F = model(add_noise(x0, eps, t), t, batch.cond)
-    return (F - v).square().flatten(1).sum(1)
+    return (F - velocity_of(x0, eps, t)).square().flatten(1).sum(1)
 
 
 def velocity_error_from(low: float, model: Network, batch: Batch, times: Times, rng: Random) -> Tensor:

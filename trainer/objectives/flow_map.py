@@ -31,7 +31,7 @@ from jvpgraph.trainer.objectives.scm import moved, tangent_target, warmed
 from jvpgraph.trainer.objectives.two_times import TwoTimes, ordered_times
 from jvpgraph.trainer.ranges import not_negative, positive
 from jvpgraph.trainer.times import ShiftedUniform, Times
-from jvpgraph.trainer.trigflow import add_noise, along_trajectory, expand_like
+from jvpgraph.trainer.trigflow import add_noise, along_trajectory, expand_like, velocity_of
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ def flow_map_loss(
     def velocity(x: Tensor, t_: Tensor) -> Tensor:
         if config.velocity == "teacher":
             return teacher(x, t_, batch.cond)
-        of_data = expand_like(t.cos(), x0) * eps - expand_like(t.sin(), x0) * x0
-        return torch.where(expand_like(t == r, x0), of_data, student(x, t_, batch.cond, t_))
+        return torch.where(expand_like(t == r, x0), velocity_of(x0, eps, t), student(x, t_, batch.cond, t_))
 
     if config.method == "eulerian":
         F_T = velocity(x, t)

@@ -12,22 +12,21 @@ df/ds = (cos(t) + sin(t))^2 df/dt: the same zero, and another weight of the time
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from jvpgraph.trainer.batch import Batch, Condition
+from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.noise import Random, noise_like
-from jvpgraph.trainer.objectives.dcm import euler_step
+from jvpgraph.trainer.objectives.dcm import walked
 from jvpgraph.trainer.objectives.mean_flow import to_flow
 from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, objective
 from jvpgraph.trainer.objectives.simulation import Samples, Simulation
 from jvpgraph.trainer.ranges import not_negative, positive
-from jvpgraph.trainer.times import LogNormal, Times, flow_time, from_flow_time
-from jvpgraph.trainer.trigflow import add_noise, clean_image, expand_like
+from jvpgraph.trainer.times import LogNormal, Times
+from jvpgraph.trainer.trigflow import HALF_PI, add_noise, clean_image, expand_like, velocity_of
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,10 @@ def scm_loss(
     if config.points == "data":
         x = add_noise(x0, eps, t)
     else:
-        x = walked(teacher, eps, t, batch.cond, config.trajectory_steps)
+        with torch.no_grad():
+            x = walked(teacher, eps, torch.full_like(t, HALF_PI), t, batch.cond, config.trajectory_steps)
     if config.velocity == "data":
-        velocity = expand_like(t.cos(), x) * eps - expand_like(t.sin(), x) * x0
+        velocity = velocity_of(x0, eps, t)
     else:
         with torch.no_grad():
             velocity = teacher(x, t, batch.cond)
@@ -112,16 +112,6 @@ def scm_loss(
 
     g = tangent_target(F.detach(), F_dot, velocity, x, t, warmed(config, iteration), weight)
     return moved(F if config.coordinates == "trigflow" else to_flow(x, F, t)[1], F_dot, g, config)
-
-
-@torch.no_grad()
-def walked(teacher: nn.Module, noise: Tensor, t: Tensor, cond: Condition, steps: int) -> Tensor:
-    """x_t on the teacher's trajectory that begins at the noise, by Euler steps of rectified flow; t [B] radians."""
-    x, now = noise, torch.full_like(t, math.pi / 2)
-    for step in range(1, steps + 1):
-        following = from_flow_time(1 - (1 - flow_time(t)) * step / steps)
-        x, now = euler_step(teacher(x, now, cond), x, now, following), following
-    return x
 
 
 class Tangent(Protocol):
