@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from jvpgraph.trainer.run.finished import load_run, sample_run
 from jvpgraph.trainer.run.log import computed
 from jvpgraph.trainer.train import train
 from tests.recipes import RECIPES, STEPS
-from tests.test_train import SMALL, config_of, content, last_checkpoint
+from tests.test_train import SMALL, config_of, content, last_checkpoint, run_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,26 +37,53 @@ def killed(whole: Path, out: Path, step: int) -> None:
     assert Checkpoints(out / "checkpoints").latest() is not None
 
 
+def settings_of(name: str, kind: str) -> dict[str, Any]:
+    """Of a recipe's run, for a kind of student."""
+    dtype, student = STUDENTS[kind]
+    more = dict(RECIPES[name])
+    model = more.pop("model", SMALL["model"])
+    return {
+        **more,
+        "model": {**model, "options": {**model["options"], "dtype": dtype}},
+        "student": {**SMALL["student"], **more.get("student", {}), **student},
+        "checkpoint": {"every": 1, "keep": 99},
+    }
+
+
+def assert_same_end(whole: Path, again: Path, scratch: Path) -> None:
+    """The same log, and the same bits in the last checkpoint."""
+    assert computed(again / "log.jsonl") == computed(whole / "log.jsonl")
+    expected, found = (content(last_checkpoint(folder), scratch / "content.pt") for folder in (whole, again))
+    assert expected.keys() == found.keys()
+    assert [n for n in expected if not torch.equal(expected[n], found[n])] == []
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["float32", "adapters", pytest.param("bfloat16", marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, name: str, kind: str) -> None:
-    dtype, student = STUDENTS[kind]
-    more = dict(RECIPES[name])
-    model = more.pop("model", SMALL["model"])
-    model = {**model, "options": {**model["options"], "dtype": dtype}}
-    more["student"] = {**SMALL["student"], **more.get("student", {}), **student}
-    more["checkpoint"] = {"every": 1, "keep": 99}
-    whole = train(config_of(tmp_path / "whole", **more, model=model))
+    more = settings_of(name, kind)
+    whole = train(config_of(tmp_path / "whole", **more))
     lines = computed(whole / "log.jsonl")
     assert all(torch.isfinite(torch.tensor([*line.values()])).all() for line in lines)
     assert all(line["gradient_norm"] > 0 for line in lines)
 
     killed(whole, tmp_path / "killed", STEPS // 2)
-    again = train(config_of(tmp_path / "killed", **more, model=model))
-    assert computed(again / "log.jsonl") == lines
-    expected, found = (content(last_checkpoint(folder), tmp_path / "content.pt") for folder in (whole, again))
-    assert expected.keys() == found.keys()
-    assert [n for n in expected if not torch.equal(expected[n], found[n])] == []
+    again = train(config_of(tmp_path / "killed", **more))
+    assert_same_end(whole, again, tmp_path)
     steps = min(2, *load_run(again).config.sampling.steps)
     assert sample_run(again, steps=steps, count=2, ema=None, seed=0, out=tmp_path / "samples").is_file()
+
+
+@pytest.mark.long
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", STUDENTS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_sigkill_in_the_middle_of_a_run(tmp_path: Path, name: str, kind: str) -> None:
+    """A process of its own, killed wherever it is: in an update, or while a checkpoint is written."""
+    more = settings_of(name, kind)
+    more["stages"] = [{**stage, "steps": 5 * stage["steps"]} for stage in more["stages"]]
+    config = config_of(tmp_path / "killed", **more)
+    at_random = random.Random(f"{name} {kind}")
+    run_until(config, at_random.randint(3, 2 * STEPS), tmp_path, delay=at_random.uniform(0, 0.1))
+    assert_same_end(train(config_of(tmp_path / "whole", **more)), train(config), tmp_path)
