@@ -5,7 +5,8 @@
 Frechet distance, precision, recall and diversity in the features of a small classifier, 1797 samples against the 1797
 images, at 1, 2 and 4 steps, beside the teacher's 50. Then rCM over lambda, with lambda = 0 (sCM itself) for the limit.
 A seed is that of the training, of its data and of the samples. Runs that are in DIR already are not repeated.
-Prints tables and what becomes of the claims below; writes quality_digits.json, quality_digits.png.
+Prints tables, the one of docs/results.md among them, which recipes are closer to the data than rCM and sCM, and what
+becomes of the claims below; writes quality_digits.json, quality_digits.png.
 
 Claims (rCM, arXiv 2510.08431, in miniature), as means over the seeds:
   1. rCM in 4 steps is at or below the teacher's distance;
@@ -81,6 +82,7 @@ def terms(*of: dict) -> dict:
 
 PAIRS = {"instant_share": 0.25, "clean_share": 0.25, "times": UNIFORM}  # of times, for networks that take two
 JUMPS = {**DMD, "rollout": "jumps", "fixed_times": [1.2490, 0.7854, 0.3217]}  # the grid of four steps
+MAP = {"name": "flow_map", **PAIRS, "tangent_warmup": 50}
 CRITIC = {"name": "adversarial", "width": 64}
 JUDGED = {"objective": {**CRITIC, "features": "fake_score"}, "weight": 0.6}  # 0.01 of a mean over 64 pixels
 
@@ -98,19 +100,21 @@ RECIPES = {
     "f-distill": alone(terms({"objective": {**DMD, "divergence": "jensen_shannon"}}, JUDGED)),
     "dCM": alone({"name": "dcm"}),
     "dCM, LCM": alone({"name": "dcm", "jitter": True, "target": "ema", "huber": 0.0043}),
-    "MeanFlow": alone({"name": "mean_flow", "instant_share": 0.25, "times": UNIFORM}),
-    "MeanFlow, power 0.5": alone({"name": "mean_flow", **PAIRS, "power": 0.5}),
+    "MeanFlow": alone({"name": "mean_flow", **PAIRS}),
+    "MeanFlow, power 1": alone({"name": "mean_flow", "instant_share": 0.25, "times": UNIFORM, "power": 1.0}),
     "MeanFlow, data": alone({"name": "mean_flow", **PAIRS, "power": 0.5, "velocity": "data", "own_direction": 1.0}),
-    "AlphaFlow": alone({"name": "mean_flow", **PAIRS, "power": 0.5, "discrete": {"begin": 100, "end": 300}}),
-    "flow map": alone({"name": "flow_map", **PAIRS, "tangent_warmup": 50}),
+    "AlphaFlow": alone({"name": "mean_flow", **PAIRS, "discrete": {"begin": 100, "end": 300}}),
+    "flow map": alone(MAP),
     "flow map, lagrangian": alone({"name": "flow_map", **PAIRS, "method": "lagrangian"}),
     "flow map, terminal": alone({"name": "flow_map", **PAIRS, "method": "terminal"}),
     "FreeFlow": alone({"name": "free_flow"}, "sampling.steps=[1]"),
     "dCM, sCM, rCM": Recipe((({"name": "dcm"}, 0.2), (SCM, 0.3), (rcm(0.01), 0.5))),
-    "flow map, DMD": Recipe((({"name": "flow_map", **PAIRS, "tangent_warmup": 50}, 0.7), (JUMPS, 0.3))),
+    "flow map, DMD alone": Recipe(((MAP, 0.7), (JUMPS, 0.3))),
+    "flow map, DMD": Recipe(((MAP, 0.7), (terms({"objective": MAP}, {"objective": JUMPS, "weight": 0.01}), 0.3))),
 }
 CHOSEN = "rCM 0.01"  # the paper's lambda
 STAGED = ("dCM, sCM, rCM", "flow map, DMD")
+DRAWN = (CHOSEN, "sCM", "dCM", "DMD", "MeanFlow", "flow map", *STAGED)  # 26 lines are too many
 
 Figures = dict[str, list[Quality]]  # sampler -> one Quality per seed
 
@@ -142,6 +146,7 @@ def student_run(name: str, seed: int, steps: int, out: Path, net: Path) -> tuple
             f"model.options.path={net}",
             *RECIPES[name].overrides(steps),
             "threads=1",
+            "log.flops=false",
         )
         began = time.process_time()
         train(settings.load(RunConfig, ready("digits"), overrides))
@@ -175,6 +180,44 @@ def measure(
             else:
                 figures.setdefault("teacher", {}).setdefault(sampler.removeprefix("teacher, "), []).append(quality)
     return figures, seconds
+
+
+def page(figures: dict[str, Figures], seconds: dict[str, float]) -> str:
+    """The table of docs/results.md, a row per recipe: what `cell` says, and seconds of a core for each update."""
+    (teacher,) = figures["teacher"].values()
+    rows = [["", *map(by_count, STEPS), "s per update"], ["---"] * (2 + len(STEPS))]
+    rows.append(["teacher, 50 steps", *[""] * (len(STEPS) - 1), cell(teacher), ""])
+    for name, of in figures.items():
+        if name != "teacher":
+            cells = [cell(of[by_count(n)]) if by_count(n) in of else "" for n in STEPS]
+            rows.append([name, *cells, f"{seconds[name]:.2f}"])
+    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
+
+
+def cell(qualities: Sequence[Quality]) -> str:
+    """Distance / precision / recall / diversity, means over the seeds."""
+    distance = fmean(q.frechet_distance for q in qualities)
+    others = (fmean(getattr(q, of) for q in qualities) for of in ("precision", "recall", "diversity"))
+    return " / ".join([f"{distance:.{1 if distance < 9.95 else 0}f}", *(f"{value:.2f}" for value in others)])
+
+
+def by_count(steps: int) -> str:
+    """A column's name, as in the samplers' names."""
+    return f"{steps} step" if steps == 1 else f"{steps} steps"
+
+
+def closer(figures: dict[str, Figures], than: str) -> dict[str, list[str]]:
+    """Steps -> recipes whose distance is the smaller one with every seed."""
+    return {
+        steps: [
+            name
+            for name, of in figures.items()
+            if name not in (than, "teacher")
+            and steps in of
+            and all(a.frechet_distance < b.frechet_distance for a, b in zip(of[steps], theirs, strict=True))
+        ]
+        for steps, theirs in figures[than].items()
+    }
 
 
 def claims(figures: dict[str, Figures]) -> dict[str, tuple[bool, str]]:
@@ -234,11 +277,11 @@ def by_steps(found: dict[str, Spread]) -> str:
 
 
 def draw(figures: dict[str, Figures], path: Path) -> None:
-    """Upper row: each metric against the steps, a line per objective. Lower row: against lambda, a line per steps."""
+    """Upper row: each metric against the steps, for each of DRAWN. Lower row: against lambda, a line per steps."""
     metrics = [f.name for f in fields(Quality) if f.name != "accuracy"]
     figure = Figure(figsize=(4 * len(metrics), 7), dpi=110, layout="constrained")
     axes = figure.subplots(2, len(metrics))
-    shown = [name for name in figures if name != "teacher" and (not name.startswith("rCM") or name == CHOSEN)]
+    shown = [name for name in DRAWN if name in figures]
     (teacher,) = figures["teacher"].values()
     for metric, (upper, lower) in zip(metrics, axes.T):
         level = fmean(getattr(q, metric) for q in teacher)
@@ -287,9 +330,11 @@ def main() -> None:
     figures, seconds = measure(o.out, o.steps, o.teacher_steps, o.seeds, o.jobs, names)
     rows = {f"{name}, {sampler}": found for name, of in figures.items() for sampler, found in of.items()}
     verdicts = claims(figures)
-    print(f"\n{table(rows, digits=3)}\n")
-    for name, value in seconds.items():
-        print(f"{name}: {value:.2f} s of a core per update")
+    nearer = {than: closer(figures, than) for than in (CHOSEN, "sCM") if than in figures}
+    print(f"\n{table(rows, digits=3)}\n\n{page(figures, seconds)}\n")
+    for than, found in nearer.items():
+        for count, better in found.items():
+            print(f"closer to the data than {than} in {count}, with every seed: {', '.join(better) or 'none'}")
     for claim, (holds, figure) in verdicts.items():
         print(f"{'confirmed' if holds else 'refuted'}: {claim}: {figure}")
 
@@ -303,6 +348,7 @@ def main() -> None:
             "recipes": {name: asdict(RECIPES[name]) for name in names},
         },
         "claims": {claim: {"holds": holds, "figures": text} for claim, (holds, text) in verdicts.items()},
+        "closer": nearer,
         "seconds_per_update": seconds,
         "figures": {row: [asdict(quality) for quality in found] for row, found in rows.items()},
     }

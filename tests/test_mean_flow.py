@@ -30,6 +30,13 @@ class Scaled(nn.Module):
         return self.factor * self.model(*args)
 
 
+class Velocity(GaussianFlow):
+    """What a student is at first: the teacher, whatever r."""
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return super().forward(*args[:3])
+
+
 def slope(model: nn.Module, factor: float, config: MeanFlow, batch: Batch, teacher: nn.Module) -> float:
     student = Scaled(model, factor)
     mean_flow_loss(ExactDual(student), teacher, batch, seeded(2), config)["loss"].mean().backward()
@@ -99,6 +106,24 @@ def test_guidance_is_inside_of_the_target() -> None:
     assert abs(gradient(1.0)) < 0.03 * abs(gradient(1.1))
 
 
+def test_samples_count_alike_beside_a_teacher() -> None:
+    """By default: those with r = t, where a student begins with next to no error, do not outweigh the others."""
+    batch, teacher = gaussian_batch(256, seeded(11)), GaussianFlow()
+
+    def share(power: float | None) -> float:
+        """Of the samples with r = t in what pulls on the student."""
+        config = MeanFlow(times=PLAIN, instant_share=0.25, power=power, floor=1e-9)
+        student = Scaled(Velocity(), 1.001)
+        error = mean_flow_loss(ExactDual(student), teacher, batch, seeded(12), config)["error"]
+        t, r = ordered_times(len(batch), config, seeded(12))
+        pulls = error.sqrt() * (error + config.floor) ** -config.exponent
+        return (pulls[t == r].sum() / pulls.sum()).item()
+
+    assert share(None) == pytest.approx(0.25, abs=0.05)
+    assert share(1.0) > 0.9
+    assert MeanFlow(velocity="data").exponent == 1
+
+
 def test_differences_become_the_derivative() -> None:
     """AlphaFlow's target of the exact average velocity is off by O(alpha), and for alpha = 1 it is the velocity."""
     batch = gaussian_batch(64, seeded(7))
@@ -107,10 +132,6 @@ def test_differences_become_the_derivative() -> None:
         config = MeanFlow(times=PLAIN, instant_share=0.0, discrete=Curriculum(first=alpha, end=10))
         terms = mean_flow_loss(ExactDual(model), GaussianFlow(), batch, seeded(8), config, iteration=10)
         return terms["error"].mean().item()
-
-    class Velocity(GaussianFlow):
-        def forward(self, *args: Tensor) -> Tensor:
-            return super().forward(*args[:3])
 
     exact = GaussianAverage()
     assert error(1e-2, exact) / error(1e-3, exact) == pytest.approx(100, rel=0.1)

@@ -1,4 +1,4 @@
-"""Every recipe on two processes that share its weights and its batch is the run of one process."""
+"""Every recipe on two processes that share its weights, its batch or its tokens is the run of one process."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ def train_all(configs: list[RunConfig]) -> None:
 
 
 @pytest.mark.long
-def test_with_fsdp2_as_in_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "parallel", ["FSDP2", *(pytest.param(p, marks=pytest.mark.matrix) for p in ("TP", "Ulysses", "ring"))]
+)
+def test_as_in_one_process(tmp_path: Path, parallel: str) -> None:
     def config(name: str, parallel: str | None) -> RunConfig:
         more = {key: value for key, value in RECIPES[name].items() if key != "model"}
         return config_of(tmp_path / (parallel or "one") / name, parallel=parallel, **more)
 
     names = [name for name in RECIPES if name not in THROUGH_TANGENT]
-    run(2, train_all, [config(name, "FSDP2") for name in names], timeout=900)
+    run(2, train_all, [config(name, parallel) for name in names], timeout=900)
     for name in names:
-        one, many = train(config(name, None)), tmp_path / "FSDP2" / name
+        one, many = train(config(name, None)), tmp_path / parallel / name
         try:
             assert_same_log(many, one, tolerance=1e-7)
             assert_same_content(many, one, tmp_path)

@@ -62,7 +62,7 @@ class MeanFlow(TwoTimes):
     times: Times = field(default_factory=lambda: LogitNormal(mean=-0.4))  # of both ends; the paper's table 1
     instant_share: float = 0.75  # samples with r = s, plain flow matching; the paper's table 1
     clean_share: float = 0.0  # samples with r = 0; AnyFlow: 0.25 beside 0.5 with r = s
-    power: float = 1.0  # p of the weight 1 / (||error||^2 + c)^p; the paper's table 1. 0.5: gradients of one length
+    power: float | None = None  # p of the weight 1 / (||error||^2 + c)^p; null: 0.5, of data 1 as in the paper
     floor: float = 1e-3  # c of the weight; the paper
     discrete: Curriculum | None = None  # differences first, as AlphaFlow; null: the derivative from the start
     velocity: Literal["teacher", "data"] = "teacher"  # data: no teacher, eps - x0, as in the paper
@@ -85,6 +85,15 @@ class MeanFlow(TwoTimes):
                 "own_direction, guidance and guidance_mix are of velocity: data. A teacher's velocity has no noise to "
                 "take out, and its guidance is set under guidance"
             )
+
+    @property
+    def exponent(self) -> float:
+        """`power`, or what suits the velocity.
+
+        At r = s a student that begins as its teacher has next to no error: with 1 such samples would outweigh all,
+        with 0.5 all gradients are of one length. The noise of the data's velocity leaves no error small.
+        """
+        return (0.5 if self.velocity == "teacher" else 1.0) if self.power is None else self.power
 
     @property
     def guided(self) -> bool:
@@ -142,7 +151,7 @@ def mean_flow_loss(
         target = v - length * change
     change, target = change.detach(), target.detach()  # whatever the dual gives its tangents
     error = (u - target).square().flatten(1).sum(1)
-    weight = (error.detach() + config.floor) ** -config.power
+    weight = (error.detach() + config.floor) ** -config.exponent
     return {"loss": weight * error, "error": error.detach(), "tangent_norm": change.flatten(1).norm(dim=1)}
 
 
