@@ -1,13 +1,14 @@
 """The exact derivative against finite differences, as other trainers of two-time networks take it, in the same loss.
 
-    python -m benchmarks.finite_difference [--steps 300] [--eps 0.005] [--out DIR] [--quick]
+    python -m benchmarks.finite_difference [--steps 300] [--seeds 0 1 2] [--eps 0.005] [--out DIR] [--quick]
 
 MeanFlow and flow_map (eulerian) from one teacher of the digits, with the student in float32 and in bfloat16 on float32
 masters. The derivative is jvpgraph's, or a central or a forward difference of the average velocity u between the points
 z + eps v, s + eps and z - eps v, s - eps, or z, s itself; all compiled. Three figures of each: how far the target of
 the loss is from the one in float64, for a student that the exact derivative has trained; Frechet distances of samples
-after the same number of updates; and CPU seconds per update, by the clock of the process.
-Runs that are in DIR already are not repeated. Prints a table, writes finite_difference.json.
+after the same number of updates; and CPU seconds per update, by the clock of the process. A seed is that of batches,
+noise and samples; the table has means over the seeds. Runs that are in DIR already are not repeated. Prints a table,
+writes finite_difference.json.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -121,12 +123,12 @@ class Subject:
             "forward": Differences(compiled, eps, central=False),
         }
 
-    def train(self, way: str, guided: Guided, objective: Objective, data: Any, steps: int) -> dict[str, Any]:
+    def train(self, way: str, guided: Guided, objective: Objective, data: Any, steps: int, seed: int) -> dict[str, Any]:
         """Losses, distances and seconds; leaves the trained weights in the student."""
         self.student.load_state_dict(self.start)
         optimizer = MasterAdamW(trainable(self.student), lr=LR)
         ema = PowerEMA(optimizer.masters, 0.1)
-        rng = torch.Generator().manual_seed(0)
+        rng = torch.Generator().manual_seed(seed)
         loss, losses, seconds = loss_of(objective), [], []
         for iteration in range(1, steps + 1):
             index = torch.randint(len(data.labels), (BATCH,), generator=rng)
@@ -141,13 +143,17 @@ class Subject:
             losses.append(terms["error" if "error" in terms else "target_norm"].mean().item())
         return {
             "curve": [sum(losses[i : i + 20]) / len(losses[i : i + 20]) for i in range(0, steps, 20)],
-            "distance": distance_of(with_weights(self.student, ema.parameters), data),
+            "distance": distance_of(with_weights(self.student, ema.parameters), data, seed),
             "seconds": median(seconds[WARM:] or seconds),
         }
 
 
 def distance_of(
-    model: nn.Module, data: Any, sample: Callable[..., Tensor] = sample_mean_flow, several: Sequence[int] = STEPS
+    model: nn.Module,
+    data: Any,
+    seed: int,
+    sample: Callable[..., Tensor] = sample_mean_flow,
+    several: Sequence[int] = STEPS,
 ) -> dict[str, float]:
     """Frechet distance of as many samples as there are images, by steps."""
     space = digits_classifier()
@@ -156,7 +162,7 @@ def distance_of(
     found = {}
     for steps in several:
         grid = euler_grid(steps)
-        latents = draw(lambda batch, rng, grid=grid: sample(model, batch, grid, rng), real, 600, seed=0)
+        latents = draw(lambda batch, rng, grid=grid: sample(model, batch, grid, rng), real, 600, seed)
         found[str(steps)] = distances.frechet_distance(space(latents), real_features)
     return found
 
@@ -170,8 +176,10 @@ def errors(subject: Subject, guided: Guided, objective: TwoTimes, data: Any) -> 
     return {way: float((target - exact).norm() / exact.norm()) for way, target in found.items()}
 
 
-def trained(subject: Subject, way: str, guided: Guided, objective: TwoTimes, data: Any, steps: int) -> dict[str, Any]:
-    figures = subject.train(way, guided, objective, data, steps)
+def trained(
+    subject: Subject, way: str, guided: Guided, objective: TwoTimes, data: Any, steps: int, seed: int
+) -> dict[str, Any]:
+    figures = subject.train(way, guided, objective, data, steps, seed)
     return figures | ({"errors": errors(subject, guided, objective, data)} if way == "exact" else {})
 
 
@@ -186,38 +194,40 @@ def guided_of(teacher: TrigFlow) -> Guided:
     return Guided(teacher, 1.25, {"labels": torch.tensor([10])})  # of the ready settings
 
 
-def measure(teacher: TrigFlow, steps: int, eps: float, out: Path) -> dict[str, Any]:
-    """objective -> dtype -> derivative -> figures."""
+def measure(teacher: TrigFlow, steps: int, eps: float, seeds: Sequence[int], out: Path) -> dict[str, Any]:
+    """objective -> dtype -> derivative -> figures, a list of those of each seed."""
     guided = guided_of(teacher)
     data = digits()
-    found: dict[str, Any] = {}
-    for dtype in DTYPES:
-        subject = Subject(teacher, dtype, eps)
-        for name, objective in OBJECTIVES.items():
-            rows = found.setdefault(name, {}).setdefault(dtype, {})
-            for way in DERIVATIVES:
-                run = partial(trained, subject, way, guided, objective, data, steps)
-                rows[way] = kept(out / f"{name}-{dtype}-{way}-{steps}-{eps:g}.json", run)
-            for way, error in rows["exact"].pop("errors").items():
-                rows[way]["error"] = error
-            print(table({name: {dtype: rows}}), flush=True)
+    found: dict[str, Any] = {name: {dtype: {} for dtype in DTYPES} for name in OBJECTIVES}
+    subjects = {dtype: Subject(teacher, dtype, eps) for dtype in DTYPES}
+    for seed, dtype, (name, objective) in product(seeds, DTYPES, OBJECTIVES.items()):
+        runs = {}
+        for way in DERIVATIVES:
+            run = partial(trained, subjects[dtype], way, guided, objective, data, steps, seed)
+            runs[way] = kept(out / f"{name}-{dtype}-{way}-{steps}-{eps:g}-{seed}.json", run)
+        for way, error in runs["exact"].pop("errors").items():
+            found[name][dtype].setdefault(way, []).append(runs[way] | {"error": error})
+        print(table({name: {dtype: found[name][dtype]}}), flush=True)
     return found
 
 
 def table(found: dict[str, Any]) -> str:
+    """Means over the seeds."""
     lines = ["| objective, student | derivative | error of the target | distance in 1, 2, 4 steps | CPU s per update |"]
     lines.append("|---|---|---|---|---|")
     for name, dtypes in found.items():
         for dtype, rows in dtypes.items():
-            for way, row in rows.items():
-                distance = " / ".join(f"{row['distance'][str(n)]:.3g}" for n in STEPS)
-                lines.append(f"| {name}, {dtype} | {way} | {row['error']:.1e} | {distance} | {row['seconds']:.3f} |")
+            for way, runs in rows.items():
+                distance = " / ".join(f"{fmean(run['distance'][str(n)] for run in runs):.3g}" for n in STEPS)
+                error, seconds = (fmean(run[of] for run in runs) for of in ("error", "seconds"))
+                lines.append(f"| {name}, {dtype} | {way} | {error:.1e} | {distance} | {seconds:.3f} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=300, help="updates of each student")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--eps", type=float, default=0.005, help="step of the differences, of rectified-flow time")
     parser.add_argument("--teacher-steps", type=int, default=4000, help="as of make bench-quality, whose teacher it is")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="folder of the teacher and the runs")
@@ -225,20 +235,27 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps of each: shows that it runs")
     o = parser.parse_args()
     if o.quick:
-        o.steps, o.teacher_steps = 2, 10
+        o.steps, o.teacher_steps, o.seeds = 2, 10, [0, 1]
     teacher = dit(path=teacher_run(o.out, o.teacher_steps)).requires_grad_(False).eval()
     folder = o.out / "finite_difference"
-    found = measure(teacher, o.steps, o.eps, folder)
+    found = measure(teacher, o.steps, o.eps, o.seeds, folder)
     print(f"\n{table(found)}")
     of_teacher = kept(
         folder / f"teacher-{o.teacher_steps}.json",
-        lambda: distance_of(guided_of(teacher), digits(), sample_euler, (TEACHER_STEPS,)),
+        lambda: distance_of(guided_of(teacher), digits(), 0, sample_euler, (TEACHER_STEPS,)),
     )
     print(f"\nthe teacher: {of_teacher}")
     record = o.record or o.out
     record.mkdir(parents=True, exist_ok=True)
     summary = environment() | {
-        "settings": {"steps": o.steps, "eps": o.eps, "teacher_steps": o.teacher_steps, "batch": BATCH, "lr": LR},
+        "settings": {
+            "steps": o.steps,
+            "seeds": o.seeds,
+            "eps": o.eps,
+            "teacher_steps": o.teacher_steps,
+            "batch": BATCH,
+            "lr": LR,
+        },
         "objectives": {name: {**asdict(each), "times": asdict(each.times)} for name, each in OBJECTIVES.items()},
         "teacher": of_teacher,
         "figures": found,

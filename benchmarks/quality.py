@@ -1,6 +1,6 @@
 """What the recipes give on the digits: one teacher, every recipe with equal student steps, several seeds.
 
-    python -m benchmarks.quality [--steps 500] [--seeds 0 1 2] [--only NAME ...] [--jobs 2] [--out DIR] [--quick]
+    python -m benchmarks.quality [--steps 500] [--seeds 0 1 2] [--only NAME ...] [--there] [--out DIR] [--quick]
 
 Frechet distance, precision, recall and diversity in the features of a small classifier, 1797 samples against the 1797
 images, at 1, 2 and 4 steps, beside the teacher's 50. Then rCM over lambda, with lambda = 0 (sCM itself) for the limit.
@@ -83,6 +83,7 @@ def terms(*of: dict) -> dict:
 PAIRS = {"instant_share": 0.25, "clean_share": 0.25, "times": UNIFORM}  # of times, for networks that take two
 JUMPS = {**DMD, "rollout": "jumps", "fixed_times": [1.2490, 0.7854, 0.3217]}  # the grid of four steps
 MAP = {"name": "flow_map", **PAIRS, "tangent_warmup": 50}
+FAR = {**MAP, "instant_share": 0.0, "clean_share": 0.5}  # where r = t the student begins as its teacher, and stays
 CRITIC = {"name": "adversarial", "width": 64}
 JUDGED = {"objective": {**CRITIC, "features": "fake_score"}, "weight": 0.6}  # 0.01 of a mean over 64 pixels
 
@@ -110,7 +111,7 @@ RECIPES = {
     "FreeFlow": alone({"name": "free_flow"}, "sampling.steps=[1]"),
     "dCM, sCM, rCM": Recipe((({"name": "dcm"}, 0.2), (SCM, 0.3), (rcm(0.01), 0.5))),
     "flow map, DMD alone": Recipe(((MAP, 0.7), (JUMPS, 0.3))),
-    "flow map, DMD": Recipe(((MAP, 0.7), (terms({"objective": MAP}, {"objective": JUMPS, "weight": 0.01}), 0.3))),
+    "flow map, DMD": Recipe(((FAR, 0.7), (terms({"objective": FAR}, {"objective": JUMPS, "weight": 0.01}), 0.3))),
 }
 CHOSEN = "rCM 0.01"  # the paper's lambda
 STAGED = ("dCM, sCM, rCM", "flow map, DMD")
@@ -130,6 +131,10 @@ def teacher_run(out: Path, steps: int) -> Path:
     return net
 
 
+def figures_of(name: str, seed: int, steps: int, out: Path) -> Path:
+    return out / f"{name.replace(' ', '-')}-{steps}" / f"seed-{seed}" / "quality.json"
+
+
 def student_run(name: str, seed: int, steps: int, out: Path, net: Path) -> tuple[float, dict[str, Quality]]:
     """Trains one student unless it is there, and evaluates it; beside the chosen one, the teacher with this seed.
 
@@ -137,8 +142,8 @@ def student_run(name: str, seed: int, steps: int, out: Path, net: Path) -> tuple
         Seconds of a core for each update, graphs included; and the figures.
     """
     torch.set_num_threads(1)
-    folder = out / f"{name.replace(' ', '-')}-{steps}" / f"seed-{seed}"
-    done = folder / "quality.json"
+    done = figures_of(name, seed, steps, out)
+    folder = done.parent
     if not done.exists():
         overrides = (
             f"out={folder}",
@@ -163,15 +168,16 @@ def student_run(name: str, seed: int, steps: int, out: Path, net: Path) -> tuple
 
 
 def measure(
-    out: Path, steps: int, teacher_steps: int, seeds: Sequence[int], jobs: int, only: Sequence[str]
+    out: Path, steps: int, teacher_steps: int, seeds: Sequence[int], jobs: int, only: Sequence[str], there: bool
 ) -> tuple[dict[str, Figures], dict[str, float]]:
     """recipe -> sampler -> one Quality per seed, the teacher's under "teacher"; and recipe -> seconds per update."""
     net = teacher_run(out, teacher_steps)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        tasks = {(n, s): pool.submit(student_run, n, s, steps, out, net) for s in seeds for n in only}
+        wanted = [(n, s) for s in seeds for n in only if not there or figures_of(n, s, steps, out).exists()]
+        tasks = {(n, s): pool.submit(student_run, n, s, steps, out, net) for n, s in wanted}
         found = {task: future.result() for task, future in tqdm(tasks.items(), desc="students", unit="run")}
-    seconds = {name: median(found[name, s][0] for s in seeds) for name in only}
+    seconds = {name: median(found[n, s][0] for n, s in wanted if n == name) for name in dict(wanted)}
     figures: dict[str, Figures] = {}
     for (name, _), (_, rows) in found.items():
         for sampler, quality in rows.items():
@@ -190,7 +196,9 @@ def page(figures: dict[str, Figures], seconds: dict[str, float]) -> str:
     for name, of in figures.items():
         if name != "teacher":
             cells = [cell(of[by_count(n)]) if by_count(n) in of else "" for n in STEPS]
-            rows.append([name, *cells, f"{seconds[name]:.2f}"])
+            seeds = len(of[by_count(1)])
+            fewer = "" if seeds == len(teacher) else f" ({seeds} seed{'s'[: seeds > 1]})"
+            rows.append([name + fewer, *cells, f"{seconds[name]:.2f}"])
     return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
 
 
@@ -222,41 +230,38 @@ def closer(figures: dict[str, Figures], than: str) -> dict[str, list[str]]:
 
 def claims(figures: dict[str, Figures]) -> dict[str, tuple[bool, str]]:
     """Claim -> whether the means over the seeds bear it out, and the figures with the spread of the differences."""
-    if not figures.keys() >= {"sCM", "DMD", *(f"rCM {weight:g}" for weight in LAMBDAS)}:
-        return {}
     (teacher,) = figures["teacher"].values()
     level = fmean(q.frechet_distance for q in teacher)
     ours = distances(figures[CHOSEN])
-    recall = differences(figures[CHOSEN], figures["DMD"], "recall")
-
-    # lambda is chosen on the first seed and judged on the others: the best of several is flattered by its own figures
-    def gain(name: str, seeds: slice) -> float:
-        return min(s.mean for s in differences(figures[name], figures["sCM"], "precision", seeds).values())
-
-    best = max((name for name in figures if name.startswith("rCM")), key=lambda name: gain(name, slice(0, 1)))
-    others = slice(1, None)
-    precision = differences(figures[best], figures["sCM"], "precision", others)
-    return {
+    found = {
         "rCM in 4 steps at or below the teacher's distance": (ours[4] <= level, f"{ours[4]:.2f} against {level:.2f}"),
         "rCM in 1 step within 1.5 times of it": (
             ours[1] <= 1.5 * level,
             f"{ours[1]:.2f} against {level:.2f}, {ours[1] / level:.2f} times",
         ),
-        "rCM's recall above DMD's by 0.1": (min(s.mean for s in recall.values()) >= 0.1, by_steps(recall)),
-        f"rCM at least as precise as sCM; lambda {best[4:]}, the best on the first seed, on the others": (
-            min(s.mean for s in precision.values()) >= 0,
-            by_steps(precision),
-        ),
-        **{
-            f"{name} at or below rCM's distances in 1 and 2 steps": (
+    }
+    if "DMD" in figures:
+        recall = differences(figures[CHOSEN], figures["DMD"], "recall")
+        found["rCM's recall above DMD's by 0.1"] = (min(s.mean for s in recall.values()) >= 0.1, by_steps(recall))
+    if len(teacher) > 1 and figures.keys() >= {"sCM", *(f"rCM {weight:g}" for weight in LAMBDAS)}:
+
+        def gain(name: str) -> float:
+            chosen = differences(figures[name], figures["sCM"], "precision", slice(0, 1))
+            return min(s.mean for s in chosen.values())
+
+        # lambda is chosen on the first seed and judged on the others: the best of several is flattered by its figures
+        best = max((name for name in figures if name.startswith("rCM")), key=gain)
+        precision = differences(figures[best], figures["sCM"], "precision", slice(1, None))
+        claim = f"rCM at least as precise as sCM; lambda {best[4:]}, the best on the first seed, on the others"
+        found[claim] = (min(s.mean for s in precision.values()) >= 0, by_steps(precision))
+    for name in STAGED:
+        if name in figures:
+            theirs = distances(figures[name])
+            found[f"{name} at or below rCM's distances in 1 and 2 steps"] = (
                 all(theirs[n] <= ours[n] for n in (1, 2)),
                 ", ".join(f"{theirs[n]:.2f} against {ours[n]:.2f} in {n}" for n in (1, 2)),
             )
-            for name in STAGED
-            if name in figures
-            for theirs in [distances(figures[name])]
-        },
-    }
+    return found
 
 
 def distances(of: Figures) -> dict[int, float]:
@@ -321,16 +326,19 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="students at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="folder of the runs")
     parser.add_argument("--record", type=Path, help="folder of the figures; default: that of the runs")
+    parser.add_argument("--there", action="store_true", help="train none: the figures of those that are in DIR")
     parser.add_argument("--quick", action="store_true", help="a few steps of each: shows that it runs")
     o = parser.parse_args()
     if o.quick:
         o.steps, o.teacher_steps, o.seeds = 2, 10, [0, 1]
 
     names = [name for name in RECIPES if name in {CHOSEN, *o.only}]
-    figures, seconds = measure(o.out, o.steps, o.teacher_steps, o.seeds, o.jobs, names)
+    figures, seconds = measure(o.out, o.steps, o.teacher_steps, o.seeds, o.jobs, names, o.there)
     rows = {f"{name}, {sampler}": found for name, of in figures.items() for sampler, found in of.items()}
-    verdicts = claims(figures)
-    nearer = {than: closer(figures, than) for than in (CHOSEN, "sCM") if than in figures}
+    (teacher,) = figures["teacher"].values()
+    whole = {name: of for name, of in figures.items() if len(of[max(of)]) == len(teacher)}  # with every seed
+    verdicts = claims(whole)
+    nearer = {than: closer(whole, than) for than in (CHOSEN, "sCM") if than in whole}
     print(f"\n{table(rows, digits=3)}\n\n{page(figures, seconds)}\n")
     for than, found in nearer.items():
         for count, better in found.items():
