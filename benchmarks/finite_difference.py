@@ -4,7 +4,8 @@
 
 MeanFlow and flow_map (eulerian) from one teacher of the digits, with the student in float32 and in bfloat16 on float32
 masters. The derivative is jvpgraph's, or a central or a forward difference of the average velocity u between the points
-z + eps v, s + eps and z - eps v, s - eps, or z, s itself; all compiled. Three figures of each: how far the target of
+z + eps v, s + eps and z - eps v, s - eps, or z, s itself; all compiled. Central with this eps is what AnyFlow's code
+does, and FastGen's for Wan, there in float32. Three figures of each: how far the target of
 the loss is from the one in float64, for a student that the exact derivative has trained; Frechet distances of samples
 after the same number of updates; and CPU seconds per update, by the clock of the process. A seed is that of batches,
 noise and samples; the table has means over the seeds. Runs that are in DIR already are not repeated. Prints a table,

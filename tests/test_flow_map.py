@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 import jvpgraph
-from jvpgraph.trainer.batch import Batch
-from jvpgraph.trainer.objectives import FlowMap, FreeFlow
+from jvpgraph.trainer.batch import Batch, Condition
+from jvpgraph.trainer.objectives import DMD, FlowMap, FreeFlow, Term, WeightedTerms
 from jvpgraph.trainer.objectives.dcm import euler_step
 from jvpgraph.trainer.objectives.flow_map import flow_map_loss
 from jvpgraph.trainer.objectives.free_flow import free_flow_loss
+from jvpgraph.trainer.objectives.mean_flow import average_velocity
+from jvpgraph.trainer.objectives.terms import terms_loss
 from jvpgraph.trainer.objectives.two_times import ordered_times
-from jvpgraph.trainer.times import ShiftedUniform, flow_time
+from jvpgraph.trainer.times import LogitNormal, ShiftedUniform, flow_time
 from jvpgraph.trainer.trigflow import add_noise, expand_like
 from tests.gaussian import (
     STD,
@@ -297,3 +299,39 @@ def test_free_flow_moves_the_end_of_the_jump_as_the_teacher_would() -> None:
 
     g = GaussianFlow()(jump(r), r, {}) - (jump(r + h) - jump(r - h)) / (2 * h)
     torch.testing.assert_close(terms["target_norm"], g.flatten(1).norm(dim=1), rtol=1e-5, atol=1e-7)
+
+
+class Asked(nn.Module):
+    """A model, and the last x_t and t that it was asked at."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        self.x, self.t = x, t
+        return self.model(x, t, cond)
+
+
+def test_the_correction_of_free_flow_is_dmd_on_the_end_of_one_jump() -> None:
+    """FreeFlow moves the end by v_N - u, with v_N the velocity of the student's samples with noise; dmd by s (v_N - u).
+
+    The end is -F, so that the loss has the gradient 2 s (v_N - u) / mean |end - x0_teacher| in F.
+    """
+    correction = DMD(rollout="jumps", simulation_steps=1, times=LogitNormal(mean=0.8))
+    config = WeightedTerms((Term(FreeFlow()), Term(correction, weight=0.1)))
+    student, fake, size = Shifted(Scaled(1.2), 16), Asked(GaussianFlow(1.2 * STD)), 16
+    given = (ExactDual(student), GaussianFlow(), gaussian_batch(size, seeded(25)), seeded(26), config)
+    terms = terms_loss(*given, iteration=4, fake=fake)
+    torch.testing.assert_close(terms["loss"], terms["free_flow"] + 0.1 * terms["dmd"])
+    terms["dmd"].sum().backward()
+
+    rng = seeded(26)
+    images(size, rng), FreeFlow().times.draw(size, rng)  # what free_flow draws
+    end = 1.2 * STD * images(size, rng)
+    s, z = flow_time(fake.t), fake.x / expand_like(fake.t.cos() + fake.t.sin(), fake.x)
+    v_N, u = (average_velocity(flow, z, fake.t, None, {}) for flow in (fake.model, GaussianFlow()))
+    distance = (end - (z - expand_like(s, z) * u)).abs().flatten(1).mean(1)
+    torch.testing.assert_close(student.shift.grad, 2 * expand_like(s / distance, z) * (v_N - u))
+    assert not config.needs_data
+    assert config.sampler == "mean_flow"

@@ -82,7 +82,7 @@ SETTINGS = {
         ["dcm", "scm", "rcm"],
     ),
     "wan_1.3b_flow_map": Ready(
-        {"models/Wan2.1-T2V-1.3B-Diffusers/transformer": WAN}, (1.42, 1.42), 1422, ["flow_map", "dmd"]
+        {"models/Wan2.1-T2V-1.3B-Diffusers/transformer": WAN}, (1.42, 1.42), 1422, ["flow_map", "terms"]
     ),
     "sd3_flow_map": Ready({"models/stable-diffusion-3.5-medium/transformer": SD3}, (2.24, 2.24), 46, ["flow_map"]),
     "flux_lora_dmd": Ready(

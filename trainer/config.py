@@ -273,8 +273,8 @@ class LogConfig:
 class SamplingConfig:
     """How students and teachers are sampled; times in TrigFlow radians."""
 
-    sigma_max: float = 80.0  # the first time is atan(sigma_max); rCM
-    middle_times: tuple[float, ...] = (1.3, 1.0, 0.6)  # n steps use the first n - 1; rCM
+    sigma_max: float = 80.0  # the first time is atan(sigma_max); rCM, for its scores of Wan 1600
+    middle_times: tuple[float, ...] = (1.3, 1.0, 0.6)  # n steps use the first n - 1; rCM; its code: 1.5, 1.4, 1.0
     steps: tuple[int, ...] = (1, 2, 4)  # what `jvpgraph evaluate` looks at
     teacher_steps: int = 50  # Euler steps of the teacher
     shift: float = 1.0  # of the Euler steps in rectified-flow time; 5 for Wan at 720p, 3 at 480p

@@ -58,7 +58,7 @@ class LogNormal(Known):
     """tan(t) = exp(mean + std * normal): p_G of rCM, the proposal of EDM and sCM."""
 
     name: ClassVar[str] = "log_normal"
-    mean: float = -0.8  # of log tan(t); rCM: -0.8 for images, 0.7 for Wan2.1 1.3B video
+    mean: float = -0.8  # of log tan(t); rCM: -0.8 for images, + log(T) / 2 for T latent frames: 0.7 for Wan2.1
     std: float = 1.6  # of log tan(t); rCM
 
     def __post_init__(self) -> None:

@@ -1,8 +1,9 @@
 """A Wan student with a second time as diffusers' AnyFlowTransformer3DModel, whose pipeline samples by jumps, and back.
 
-AnyFlow embeds its times as (1 - gate) E(t) + gate D(t - r). With a gate of a half, E = 2 e and D = 2 d that is e + d,
-and doubling changes no digit. What remains is rounding: its blocks are those of an older Wan, and in narrow dtypes
-diffusers keeps D in the narrow one and rounds both embeddings before they are added.
+AnyFlow embeds its times as (1 - gate) E(t) + gate D(t - r), or D(r), as in its own training, with a gate of a quarter.
+With a gate of a half, E = 2 e and D = 2 d the former is e + d, and doubling changes no digit. What remains is rounding:
+its blocks are those of an older Wan, and in narrow dtypes diffusers keeps D in the narrow one and rounds both
+embeddings before they are added.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ class DCM(Objective):
     name: ClassVar[str] = "dcm"
     teacher_steps: int = 48  # steps from noise to data; rCM's code
     shift: float = 1.0  # of the grid in rectified-flow time, k s / (1 + (k - 1) s); 5 for Wan
-    substeps: int = 1  # Euler steps of the teacher in each
-    jitter: bool = False  # draw t between the points of the grid, too, and its neighbour a step below it
+    substeps: int = 1  # Euler steps of the teacher in each; SCott: 3
+    jitter: bool = False  # draw t between the points of the grid, too, and its neighbour a step below; rCM's code
     noise: float = 0.0  # share of a step's noise that is fresh: 0 is the ODE, 1 DDPM's chain (SCott)
     target: Literal["student", "ema"] = "student"  # whose answer; ema: of the first width in ema.sigma_rel (LCM)
     huber: float | None = None  # c of sqrt(|d|^2 + c^2) - c instead of |d|^2; iCT: 0.00054 sqrt(numbers of a latent)

@@ -58,7 +58,7 @@ class DMD(Objective):
     simulation_steps: int = 4  # backward simulation cycles through 1..simulation_steps steps; rCM
     fixed_times: tuple[float, ...] = ()  # of the simulation, else random; rCM: [1.5042, 1.3734, 1.0304]
     rollout: Literal["renoise", "jumps"] = "renoise"  # jumps t -> r need a network with a second time
-    guidance_times: Times | None = None  # of the guidance's part of the gradient; null: the same time as the rest
+    guidance_times: Times | None = None  # of the guidance's part, below the last step; null: the same time as the rest
     divergence: Divergence = "reverse_kl"  # of student and data: f-distill; any other needs a critic's ratio
     ratio_limit: float = 10.0  # of the densities data / student, and of its inverse, in the weights of f-distill
     start: float = HALF_PI  # radians where the simulation starts; below pi/2: in real latents with noise
@@ -192,7 +192,8 @@ def matching_gradient(
 def guidance_gradient(samples: Samples, teacher: nn.Module, batch: Batch, rng: Random, config: DMD) -> Tensor:
     """What guidance adds to the difference of the scores, at times of its own (Decoupled DMD, arXiv 2511.22677).
 
-    They are below the time where the student's last step began: what is noisier was settled before that step.
+    They are below the time where the student's last step began, tau_CA > t in the paper, whose time runs from noise, 0,
+    to data, 1: what is noisier was settled before that step. The matching's are any, tau_DM in [0, 1] there.
     """
     assert config.guidance_times is not None
     t = draw_between(config.end, samples.t, config.guidance_times, len(batch), rng)

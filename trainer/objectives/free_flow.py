@@ -1,10 +1,11 @@
-"""FreeFlow: the flow map from noise, without data (Tong et al. 2025).
+"""FreeFlow: the flow map from noise, without data (Tong et al. 2025, arXiv 2511.19428).
 
 Where the student's jump from noise ends, and how that end moves with r, are
 
     X(eps, r) = sin(r) eps - cos(r) F(eps, pi/2, r),    dX/dr = F_T(X, r)
 
-(flow_map.py with t = pi/2). What the trajectory passes through is predicted and never given: noise is all it takes.
+(flow_map.py with t = pi/2). What the trajectory passes through is predicted and never given: noise is all it takes. The
+paper's correction of the errors that this adds up is `dmd` on the end of one jump: see docs/trainer.md.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ trajectory dx_t/dt = F_T(x_t, t):
 The loss moves F by g = cos(t) df/dt. Its F_dot = cos(t) sin(t) dF/dt comes from the tangents
 cos(t) sin(t) F_T of x and cos(t) sin(t) of t. In rectified flow's coordinates it is u = eps - x0 that is moved, by
 df/ds = (cos(t) + sin(t))^2 df/dt: the same zero, and another weight of the times.
+
+While the tangent warms up, `tangent_target` is sCM's. rCM's algorithm 1 has cos(t) sqrt(1 - r^2 sin^2(t)) in the place
+of the first cos^2(t), which is the same at r = 1, and its authors find the warm-up not essential.
 """
 
 from __future__ import annotations
