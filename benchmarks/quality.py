@@ -199,7 +199,7 @@ def page(figures: dict[str, Figures], seconds: dict[str, float]) -> str:
             seeds = len(of[by_count(1)])
             fewer = "" if seeds == len(teacher) else f" ({seeds} seed{'s'[: seeds > 1]})"
             rows.append([name + fewer, *cells, f"{seconds[name]:.2f}"])
-    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def cell(qualities: Sequence[Quality]) -> str:

@@ -6,7 +6,6 @@ import doctest
 import itertools
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +15,9 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import finite_difference
+from benchmarks import finite_difference, quality
 from jvpgraph.rules import TABLE
+from jvpgraph.trainer.evaluation.distances import Quality
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,17 +158,15 @@ def test_figures_of_the_backward():
         assert cells == [f"{1000 * case['ways'][key]['seconds']:.1f}" for case in cases]
 
 
-def test_figures_of_the_objectives():
-    figures = measured("quality_digits.json")["figures"]
+def test_figures_of_the_recipes():
+    found = measured("quality_digits.json")
+    figures: dict[str, quality.Figures] = {}
+    for row, runs in found["figures"].items():
+        name, sampler = row.rsplit(", ", 1)
+        figures.setdefault(name, {})[sampler] = [Quality(**run) for run in runs]
+    _, _, *lines = quality.page(figures, found["seconds_per_update"]).splitlines()
     _, *rows = table("docs/results.md", "| | 1 step | 2 steps | 4 steps")
-    for what, *cells in rows:
-        name = {"rCM, lambda 0.01": "rCM 0.01", "teacher, 50 steps": "teacher"}.get(what, what)
-        steps = ["50 steps"] if name == "teacher" else ["1 step", "2 steps", "4 steps"]
-        for cell, count in zip([cell for cell in cells if cell], steps, strict=True):
-            runs = figures[f"{name}, {count}"]
-            mean = [statistics.mean(run[of] for run in runs) for of in ("frechet_distance", "precision", "recall")]
-            distance = f"{mean[0]:.1f}" if mean[0] < 9.95 else f"{mean[0]:.0f}"
-            assert cell == f"{distance} / {mean[1]:.2f} / {mean[2]:.2f}"
+    assert rows == [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_figures_of_finite_differences():
