@@ -11,6 +11,7 @@ the rest.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -277,6 +278,16 @@ def call_plainly(net: nn.Module, x: Tensor, time: Tensor, cond: Condition) -> Te
 def to_network(c: Tensor, dtype: torch.dtype) -> Tensor:
     """Embeddings in the network's dtype; labels, masks and one number per sample (a guidance scale) as they are."""
     return c.to(dtype) if c.is_floating_point() and c.dim() > 1 else c
+
+
+class Around:
+    """A call around a network's own, which is known by what that is."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.name = getattr(call, "name", None)  # of an adapter
+        self.takes_r = getattr(call, "takes_r", None)
+        self.__signature__ = inspect.signature(call)
 
 
 class TrigFlow(nn.Module):
