@@ -202,7 +202,6 @@ def test_one_place_is_enough_for_both() -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({}, r"DiT does not look at it\. Set student\.embed_scale=true, which gives it an input for that"),
         (
             {"model": {"load": "net.py:model"}, "student": {"embed_scale": {"embedder": "lin"}}},
             "student.embed_scale is for networks that take no guidance scale, and Net takes it .* to false",
@@ -216,7 +215,7 @@ def test_one_place_is_enough_for_both() -> None:
             "so is the fake score, which starts from the teacher's network, and that does not look at it. Set fake_sc",
         ),
     ],
-    ids=["no input", "an input of its own", "fake score"],
+    ids=["an input of its own", "fake score"],
 )
 def test_refused_before_the_first_step(tiny_folder: Path, more: dict[str, Any], said: str) -> None:
     Path("net.py").write_text(NET)

@@ -37,6 +37,8 @@ class WithScale(Around):
     It is each sample's own where the trainer drew one (SCALE), or `usual`, as in sampling.
     """
 
+    takes_scale = True
+
     def __init__(self, call: Call, usual: float) -> None:
         super().__init__(call)
         self.usual = usual
@@ -47,13 +49,6 @@ class WithScale(Around):
         if scale is None:
             scale = torch.full((len(x),), self.usual, device=x.device)
         return self.call(net, x, time, {**rest, "guidance": unit_of(net) * scale.float()}, **second)
-
-
-class WithoutScale(Around):
-    """The call of a teacher that samples are not to tell their guidance scale: that is what is done with its answer."""
-
-    def __call__(self, net: nn.Module, x: Tensor, time: Tensor, cond: Condition, **second: Tensor) -> Tensor:
-        return self.call(net, x, time, {name: value for name, value in cond.items() if name != SCALE}, **second)
 
 
 class Watched(Mapping[str, Tensor]):

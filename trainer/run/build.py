@@ -27,7 +27,6 @@ from jvpgraph.trainer.model.networks import (
 )
 from jvpgraph.trainer.model.offload import Traffic
 from jvpgraph.trainer.model.quantize import put_on_bytes, quantize
-from jvpgraph.trainer.model.told import WithoutScale
 from jvpgraph.trainer.objectives import Objective
 from jvpgraph.trainer.run.origin import Digests, digest_of
 from jvpgraph.trainer.run.parallel import Layout
@@ -88,8 +87,6 @@ def build_networks(config: RunConfig, layout: Layout, start: Path | None = None)
         teacher = build_teacher(config, workshop)
         of_teacher = digest_of(teacher) if layout.first else ""
     digests = Digests(of_teacher, of_base)
-    if config.told_scale is not None:
-        teacher.call = WithoutScale(teacher.call)
     rests = traffic if config.teacher.offload else None
     if config.teacher.quantization is not None:
         teacher = layout.keep(quantize(teacher, config.teacher.quantization), rests)
