@@ -21,7 +21,9 @@ ADD = {INTERVAL: add_second_time, EMBEDDED: embed_scale}
 def saved_with(net: Any) -> Any:
     """The network itself, which says in its config.json where it was given what."""
     if hasattr(net, "register_to_config"):
-        net.register_to_config(**{SAVED[name]: asdict(addition.place) for name, addition in added(net).items()})
+        given = {SAVED[name]: asdict(addition.place) for name, addition in added(net).items()}
+        gone = {key: None for key in SAVED.values() if key in net.config}
+        net.register_to_config(**{**gone, **given})
     return net
 
 
