@@ -32,7 +32,7 @@ from tests.distributed.test_train import assert_same_log, lines, train_many
 from tests.gaussian import GaussianFlow, seeded
 from tests.test_adapters import TABLE, build, latents, normal, times
 from tests.test_export import CONDITIONS, LATENTS, LORA, loaded, trained
-from tests.test_second_time import FAMILIES, minimise, of_wan, relative, scaling
+from tests.test_second_time import FAMILIES, Scaling, minimise, of_wan, relative, scaling
 from tests.test_stages import NET, digits, stage
 from tests.test_train import content, last_checkpoint
 
@@ -58,6 +58,17 @@ def with_scale(name: str, dtype: str = "float32", **more: Any) -> TrigFlow:
 
 def told(cond: Any, *scales: float) -> dict[str, Tensor]:
     return {**cond, "guidance": torch.tensor(scales)}
+
+
+class Listening(Scaling):
+    """It knows a condition `guidance`."""
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, guidance: Tensor | None = None) -> Tensor:
+        return super().forward(x, t) * (1 if guidance is None else guidance[:, None, None, None])
+
+
+def listening() -> TrigFlow:
+    return TrigFlow(Listening())
 
 
 # ---------------------------------------------------------------- what it is
@@ -203,8 +214,11 @@ def test_one_place_is_enough_for_both() -> None:
     ("more", "said"),
     [
         (
-            {"model": {"load": "net.py:model"}, "student": {"embed_scale": {"embedder": "lin"}}},
-            "student.embed_scale is for networks that take no guidance scale, and Net takes it .* to false",
+            {
+                "model": {"load": "tests.test_embedded_scale:listening"},
+                "student": {"embed_scale": {"embedder": "embed", "sinusoids": "waves"}},
+            },
+            "embed_scale is for networks that take no guidance scale, and Listening takes it .* to false",
         ),
         (
             {
@@ -235,7 +249,7 @@ def test_the_digits_are_told_their_scale_and_the_fake_score_is_too(tmp_path: Pat
     run = train(config)
     found = content(last_checkpoint(run), tmp_path / "scratch.pt")
     last = {key: value for key, value in found.items() if f"{EMBEDDED}.embedder.mlp.2.weight" in key}
-    assert {key.split(".")[0] for key in last} >= {"student", "fake"}, sorted(last)
+    assert {key.split(".")[1] for key in last} >= {"student", "fake"}, sorted(last)
     assert all(value.any() for value in last.values())
 
     stopped = digits(tmp_path / "stopped", [stage("rcm") | {"steps": 2}], guidance=SEVERAL, student=student)
