@@ -313,7 +313,7 @@ def test_plain_pipelines_sample_it_at_one_scale(name: str, more: tuple[str, ...]
         assert f"guidance_scale={scale:g}" not in text  # that of the pipeline would be on top
     out = export_run(run, tmp_path / "kept", keep_scale=True)
     kept = diffusers_model(out)
-    assert torch.equal(asked(kept, name, 2.5), student_at(run, name, 2.5))
+    assert relative(asked(kept, name, 2.5), student_at(run, name, 2.5)) < 1e-5
     assert "the condition `guidance` [B]" in (out / "README.md").read_text()
     with pytest.raises(ValueError, match=r"no pipeline of diffusers tells a .* scale of student.embed_scale"):
         export_run(run, tmp_path / "none", keep_scale=True, pipeline=tmp_path / "checkpoint")
