@@ -418,9 +418,7 @@ def test_other_networks_say_in_their_config_where_they_have_it(tmp_path: Path) -
         export_run(folder, tmp_path / "pipeline", pipeline=tmp_path / "checkpoint")
 
     diffusers.FluxTransformer2DModel.from_pretrained(out).save_pretrained(tmp_path / "again")
-    with pytest.raises(
-        ValueError, match=r"and 4 of its tensors are missing, such as interval\."
-    ):
+    with pytest.raises(ValueError, match=r"and 4 of its tensors are missing, such as interval\."):
         diffusers_model(tmp_path / "again")
 
 
