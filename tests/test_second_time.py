@@ -24,9 +24,11 @@ from jvpgraph.trainer.evaluation import samplers
 from jvpgraph.trainer.export import export_run
 from jvpgraph.trainer.export.prompts import sample_prompts
 from jvpgraph.trainer.model.adapters import diffusers_model
+from jvpgraph.trainer.model.additions import KNOWN, TimeInput, of_addition
 from jvpgraph.trainer.model.anyflow import as_anyflow, fits_anyflow, from_anyflow
+from jvpgraph.trainer.model.embedded_scale import embed_scale
 from jvpgraph.trainer.model.networks import build_student, check_stage
-from jvpgraph.trainer.model.second_time import KNOWN, SecondTime, add_second_time, of_interval, takes_r
+from jvpgraph.trainer.model.second_time import add_second_time, takes_r
 from jvpgraph.trainer.model.student import LoRA, make_student
 from jvpgraph.trainer.objectives import MeanFlow
 from jvpgraph.trainer.objectives.mean_flow import mean_flow_loss
@@ -51,7 +53,7 @@ def with_second_time(name: str, dtype: str = "float32", *, awake: bool = True, *
     """The zoo's network with a second time; awake: as if it were trained."""
     model = add_second_time(build(name, dtype, **more))
     for parameter, value in model.net.named_parameters():
-        if awake and of_interval(parameter):
+        if awake and of_addition(parameter):
             value.data = 0.2 * torch.randn(value.shape, generator=seeded(value.numel())).to(value.dtype)
     return model
 
@@ -70,9 +72,20 @@ def test_it_is_its_teacher_bit_for_bit_until_it_is_trained(name: str, dtype: str
     assert not takes_r(teacher)
     for r in (None, t, t / 2):
         assert torch.equal(student(x, t, cond, r), teacher(x, t, cond))
-    awake = with_second_time(name, dtype)
-    assert torch.equal(awake(x, t, cond), awake(x, t, cond, t))  # no r is t
-    assert (awake(x, t, cond, t / 2) - awake(x, t, cond)).norm() > 1e-3 * awake(x, t, cond).norm()
+    awake, told = with_second_time(name, dtype), cond
+    if "guidance" not in cond:  # else it is told that by itself
+        told = {**cond, "guidance": torch.tensor([2.0, 7.5])}
+        both = embed_scale(student)
+        assert takes_r(both)
+        assert torch.equal(both(x, t, told, t / 2), teacher(x, t, cond))
+        trained = embed_scale(awake)
+        for parameter in trained.net.guidance_scale.parameters():
+            parameter.data = parameter.data + 0.1
+        other = {**cond, "guidance": torch.tensor([2.0, 6.5])}
+        assert torch.equal(trained(x, t, told)[:1], trained(x, t, other)[:1])
+        assert not torch.equal(trained(x, t, told)[1:], trained(x, t, other)[1:])
+    assert torch.equal(awake(x, t, told), awake(x, t, told, t))  # no r is t
+    assert (awake(x, t, told, t / 2) - awake(x, t, told)).norm() > 1e-3 * awake(x, t, told).norm()
 
 
 def test_names_of_the_teacher_stay_and_copies_are_their_own() -> None:
@@ -80,7 +93,7 @@ def test_names_of_the_teacher_stay_and_copies_are_their_own() -> None:
     teacher, student = build(name, "float32"), with_second_time(name)
     new = student.net.state_dict().keys() - teacher.net.state_dict().keys()
     assert new
-    assert all(map(of_interval, new))
+    assert all(map(of_addition, new))
     assert teacher.net.state_dict().keys() <= student.net.state_dict().keys()
     other = copy.deepcopy(student)
     for parameter in other.parameters():
@@ -95,16 +108,16 @@ def test_adapters_are_beside_a_second_time_that_is_trained_whole() -> None:
     teacher = build(name, "bfloat16")
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     lora = LoRA(rank=2, alpha=2.0, targets=("to_q", "linear_1"))
-    student = make_student(teacher, dtype=None, lora=lora, checkpoint_blocks=False, second_time=SecondTime())
+    student = make_student(teacher, dtype=None, lora=lora, checkpoint_blocks=False, second_time=TimeInput())
     trained = [key for key, p in student.named_parameters() if p.requires_grad]
-    assert {key for key in trained if of_interval(key)} == {
-        key for key, _ in student.named_parameters() if of_interval(key)
+    assert {key for key in trained if of_addition(key)} == {
+        key for key, _ in student.named_parameters() if of_addition(key)
     }
-    assert all(of_interval(key) or ".lora_" in key for key in trained)
-    assert not any(of_interval(key) and ".lora_" in key for key in trained)
+    assert all(of_addition(key) or ".lora_" in key for key in trained)
+    assert not any(of_addition(key) and ".lora_" in key for key in trained)
     x, t, cond = latents(name), times(), TABLE[name].cond
     student(x, t, cond, t / 2).square().sum().backward()
-    assert all(p.grad is not None for key, p in student.named_parameters() if of_interval(key))
+    assert all(p.grad is not None for key, p in student.named_parameters() if of_addition(key))
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
@@ -160,27 +173,27 @@ def scaling(dtype: torch.dtype = torch.float32) -> TrigFlow:
         return TrigFlow(Scaling().to(dtype))
 
 
-WHERE = SecondTime("embed", "waves")
+WHERE = TimeInput("embed", "waves")
 
 
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        (SecondTime(), "not known where Scaling takes its time in\nName the module that embeds its time"),
-        (SecondTime("embedding"), "Scaling has no module embedding"),
-        (SecondTime("embed", "sinus"), "Scaling has no module sinus"),
-        (SecondTime("waves"), "waves has no linear layer"),
+        (TimeInput(), "not known where Scaling takes its time in\nName the module that embeds its time"),
+        (TimeInput("embedding"), "Scaling has no module embedding"),
+        (TimeInput("embed", "sinus"), "Scaling has no module sinus"),
+        (TimeInput("waves"), "waves has no linear layer"),
     ],
 )
-def test_places_that_are_not_there(where: SecondTime, message: str) -> None:
+def test_places_that_are_not_there(where: TimeInput, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         add_second_time(scaling(), where)
 
 
 def test_what_is_no_embedding_is_named() -> None:
     name = "PixArtTransformer2DModel"
-    model = add_second_time(build(name, "float32"), SecondTime("adaln_single"))
-    with pytest.raises(TypeError, match=r"a AdaLayerNormSingle gives a tuple, not an embedding \[B, C\]"):
+    model = add_second_time(build(name, "float32"), TimeInput("adaln_single"))
+    with pytest.raises(TypeError, match=r"AdaLayerNormSingle gives a tuple, not an embedding \[B, C\]"):
         model(latents(name), times(), TABLE[name].cond)
 
 
@@ -256,7 +269,7 @@ def test_tangents_of_x_t_and_r_on_the_default_backend(dtype: str) -> None:
         assert relative(F, wanted) < tolerance
         assert relative(F_dot, wanted_dot) < tolerance
     F.square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for key, p in model.named_parameters() if of_interval(key))
+    assert all(p.grad is not None and p.grad.any() for key, p in model.named_parameters() if of_addition(key))
 
     with torch.no_grad():  # the reference itself, along r alone
         step, fixed = 1e-4, {"r": ones}
@@ -289,10 +302,10 @@ def of_settings(**more: Any) -> RunConfig:
 
 def test_settings_say_yes_or_where() -> None:
     assert of_settings().student.added_time is None
-    assert of_settings(student={"second_time": True}).student.added_time == SecondTime()
+    assert of_settings(student={"second_time": True}).student.added_time == TimeInput()
     where = {"embedder": "embed", "sinusoids": "waves", "scale": 10.0}
     config = of_settings(student={"second_time": where})
-    assert config.student.added_time == SecondTime("embed", "waves", 10.0)
+    assert config.student.added_time == TimeInput("embed", "waves", 10.0)
     assert settings.to_dict(config)["student"]["second_time"] == where
     with pytest.raises(settings.SettingsError, match="those of an embedder: name that too"):
         of_settings(student={"second_time": {"sinusoids": "waves"}})
@@ -348,7 +361,7 @@ def test_a_wan_student_is_sampled_by_the_pipeline_of_anyflow(
     folder = trained("wan", tmp_path, *AVERAGE, f"model.options.dtype={dtype}", "sampling.shift=3", *more, steps=2)
     run = load_run(folder)
     assert run.sampler == "mean_flow"
-    learnt = [p for key, p in run.student.named_parameters() if of_interval(key) and "linear_2" in key]
+    learnt = [p for key, p in run.student.named_parameters() if of_addition(key) and "linear_2" in key]
     assert learnt
     assert all(p.any() for p in learnt)
     out = export_run(folder, tmp_path / "out")
@@ -405,7 +418,7 @@ def test_other_networks_say_in_their_config_where_they_have_it(tmp_path: Path) -
         export_run(folder, tmp_path / "pipeline", pipeline=tmp_path / "checkpoint")
 
     diffusers.FluxTransformer2DModel.from_pretrained(out).save_pretrained(tmp_path / "again")
-    with pytest.raises(ValueError, match=r"takes a second time, and 4 of its tensors are missing, such as interval\."):
+    with pytest.raises(ValueError, match=r"and 4 of its tensors are missing, such as interval\."):
         diffusers_model(tmp_path / "again")
 
 
@@ -515,6 +528,6 @@ def test_it_is_sharded_and_goes_on(tmp_path: Path, student: dict[str, Any]) -> N
     train(of_wan(tmp_path / "stopped", 2, **student))
     on = train(of_wan(tmp_path / "stopped", 4, **student))
     assert lines(on)[-1]["loss"] == lines(one)[-1]["loss"]
-    learnt = [p for key, p in load_run(many).student.named_parameters() if of_interval(key) and "linear_2" in key]
+    learnt = [p for key, p in load_run(many).student.named_parameters() if of_addition(key) and "linear_2" in key]
     assert learnt
     assert all(p.any() for p in learnt)

@@ -268,6 +268,23 @@ def test_a_student_is_told_the_scale_that_its_teacher_has(tiny_folder: Path) -> 
     assert all(torch.equal(x, torch.full((4,), 4.0)) for x in seen)  # the middle
 
 
+@pytest.mark.slow
+def test_the_teacher_alone_is_not_told_the_scale_of_its_guidance(tiny_folder: Path) -> None:
+    """`guidance_times` go past the guidance, to a network that refuses conditions which it does not know."""
+    Path("net.py").write_text(NET)
+    apart = {"name": "dmd", "fake_updates_per_step": 1, "guidance_times": {"name": "shifted_uniform"}}
+    told = {"scale": [2.0, 6.0], "negative": {"labels": 10}}
+    config = digits(
+        Path("run"),
+        [stage("dmd") | {"objective": apart}],
+        model={"load": "net.py:model"},
+        teacher={},
+        guidance=told,
+        student={"backend": "op_by_op"},
+    )
+    assert all(loss > 0 for loss in losses(train(config)))
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -277,7 +294,7 @@ def test_a_student_is_told_the_scale_that_its_teacher_has(tiny_folder: Path) -> 
         ),
         (
             {"guidance": {"scale": [2.0, 6.0], "negative": {"labels": 10}}},
-            "student is told its scale as the condition `guidance`, and it does not look at it. Give one number",
+            "as the condition `guidance`, and DiT does not look at it. Set student.embed_scale=true",
         ),
         (
             {"guidance": {}, "stages": [stage("scm", guidance={"scale": 4.0})]},

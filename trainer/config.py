@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jvpgraph.precision import Policy, Precision
-from jvpgraph.trainer.model.second_time import SecondTime
+from jvpgraph.trainer.model.additions import TimeInput
 from jvpgraph.trainer.model.student import LoRA
 from jvpgraph.trainer.objectives import RCM, Objective
 from jvpgraph.trainer.pictures import Film
@@ -32,19 +32,28 @@ class StudentConfig:
     checkpoint_blocks: bool = False  # save memory: recompute each block's primal in the backward pass
     backend: Literal["inductor", "eager", "op_by_op"] = "inductor"  # of jvpgraph.transform
     compile: bool = False  # torch.compile the teacher, the fake score and the student's calls without tangents too
-    second_time: bool | SecondTime = False  # take r beside t, for average velocities; where, if that is not known
+    second_time: bool | TimeInput = False  # take r beside t, for average velocities; where, if that is not known
+    embed_scale: bool | TimeInput = False  # take the guidance scale too; where, if that is not known
 
     @property
-    def added_time(self) -> SecondTime | None:
+    def added_time(self) -> TimeInput | None:
         """Where a second time is to be taken in; None: there is none."""
-        if isinstance(self.second_time, bool):
-            return SecondTime() if self.second_time else None
-        return self.second_time
+        return self._where(self.second_time)
+
+    @property
+    def added_scale(self) -> TimeInput | None:
+        """Where the guidance scale is to be taken in; None: it is not."""
+        return self._where(self.embed_scale)
+
+    def _where(self, setting: bool | TimeInput) -> TimeInput | None:
+        """One place is enough for both."""
+        named = [place for place in (setting, self.second_time, self.embed_scale) if isinstance(place, TimeInput)]
+        return (named or [TimeInput()])[0] if setting else None
 
     @property
     def fake_score(self) -> StudentConfig:
         """How the fake score is built, which gives the velocity of a score: it has one time."""
-        return replace(self, second_time=False)
+        return replace(self, second_time=False, embed_scale=self.added_scale or False)
 
 
 @dataclass(frozen=True)
@@ -447,8 +456,21 @@ class RunConfig:
                     yield (
                         f"{key} is for a teacher of its own, and there is no teacher.model: name one, or leave it out"
                     )
+        if self.student.embed_scale and self.told_scale is None:
+            yield (
+                "student.embed_scale tells a student its guidance scale, and guidance.scale is one number: give two, "
+                "between which it is drawn in training, or set student.embed_scale to false"
+            )
         if self.sampling.guidance is not None and self.told_scale is None:
             yield (
                 "sampling.guidance is for a student that is told its guidance scale, and guidance.scale is one number: "
                 "give two, between which it is drawn in training, or leave sampling.guidance out"
             )
+        if self.sampling.guidance is not None and self.told_scale is not None:
+            learnt = (self.guidance_in(index).scale for index in range(len(self.stages)))
+            ends = [end for scale in learnt for end in (scale if isinstance(scale, tuple) else (scale,))]
+            if not min(ends) <= self.sampling.guidance <= max(ends):
+                yield (
+                    f"sampling.guidance is {self.sampling.guidance:g}, and the student learns scales from "
+                    f"{min(ends):g} to {max(ends):g}: give one of these"
+                )

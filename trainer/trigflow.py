@@ -11,6 +11,7 @@ the rest.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -279,6 +280,20 @@ def to_network(c: Tensor, dtype: torch.dtype) -> Tensor:
     return c.to(dtype) if c.is_floating_point() and c.dim() > 1 else c
 
 
+SCALE = "guidance_scale"
+"""Condition of a batch: the guidance scale [B] that was drawn for each sample."""
+
+
+class Around:
+    """A call around a network's own, which is known by what that is."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.name = getattr(call, "name", None)  # of an adapter
+        self.takes_r = getattr(call, "takes_r", None)
+        self.__signature__ = inspect.signature(call)
+
+
 class TrigFlow(nn.Module):
     """A network in TrigFlow coordinates: x_t [B, ...], t [B] radians, its conditions -> F [B, ...], float64.
 
@@ -312,6 +327,9 @@ class TrigFlow(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition, r: Tensor | None = None) -> Tensor:
         """`r` [B] radians: the second time of an average-velocity network (MeanFlow)."""
+        # A batch has what its student is told; teachers and experts of earlier phases are asked with it too.
+        if SCALE in cond and not getattr(self.call, "takes_scale", False):
+            cond = {name: value for name, value in cond.items() if name != SCALE}
         x, t = x.double(), t.double()
         x_s = expand_like(self.c_in(t), x) * x
         second = {} if r is None else {"time_r": self.network_time(r.double())}
@@ -325,10 +343,6 @@ class TrigFlow(nn.Module):
 def radians(s: float) -> float:
     """Rectified-flow time -> TrigFlow's."""
     return math.atan2(s, 1 - s)
-
-
-SCALE = "guidance_scale"
-"""Condition of a batch: the guidance scale [B] that was drawn for each sample."""
 
 
 class Guided(nn.Module):

@@ -42,6 +42,17 @@ def add_pipeline(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    """The scale that a student is told."""
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="W",
+        help="guidance scale of a student that learnt several (default: sampling.guidance of its settings, or the "
+        "middle)",
+    )
+
+
 def device_named(name: str) -> torch.device:
     """`auto`: this process's GPU, if there is one. Raises ValueError."""
     if name == "auto":

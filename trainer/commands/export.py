@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jvpgraph.trainer.commands.arguments import add_pipeline, add_run, positive
+from jvpgraph.trainer.commands.arguments import add_guidance, add_pipeline, add_run, positive
 from jvpgraph.trainer.later import later
 
 if TYPE_CHECKING:
@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=positive, help="that the pipeline samples in (default: the most of sampling.steps)"
     )
+    add_guidance(parser)
+    parser.add_argument(
+        "--keep-scale",
+        action="store_true",
+        help="leave the scale that student.embed_scale gave a student an input, which diffusers itself does not know "
+        "(default: it is in the weights)",
+    )
     parser.add_argument("--rank", type=positive, help="of a LoRA that comes close to whole weights")
     parser.add_argument("--step", type=positive, help="checkpoint to take (default: the last)")
 
@@ -47,5 +54,7 @@ def run(args: argparse.Namespace) -> None:
             steps=args.steps,
             own_times=args.times == "run",
             rank=args.rank,
+            guidance=args.guidance,
+            keep_scale=args.keep_scale,
         )
     )

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jvpgraph.trainer.commands.arguments import add_pipeline, add_run, positive
+from jvpgraph.trainer.commands.arguments import add_guidance, add_pipeline, add_run, positive
 from jvpgraph.trainer.later import later
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, help="network passes per sample (default: 4)")
     parser.add_argument("--count", type=positive, default=16, help="samples (default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    add_guidance(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -61,7 +62,10 @@ def run(args: argparse.Namespace) -> None:
     if args.prompts is None:
         steps = args.steps or 4
         out = args.out or args.folder / f"samples-{steps}.png"
-        print(finished.sample_run(args.folder, steps=steps, count=args.count, ema=args.ema, seed=args.seed, out=out))
+        shown = finished.sample_run(
+            args.folder, steps=steps, count=args.count, ema=args.ema, seed=args.seed, out=out, guidance=args.guidance
+        )
+        print(shown)
         return
     files = prompts.sample_prompts(
         args.folder,
@@ -71,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
         steps=args.steps,
         own_times=args.times == "run",
         ema=args.ema,
+        guidance=args.guidance,
         seed=args.seed,
         images=args.images,
         film=args.film,

@@ -36,6 +36,8 @@ def export_run(
     steps: int | None = None,
     own_times: bool = False,
     rank: int | None = None,
+    guidance: float | None = None,
+    keep_scale: bool = False,
 ) -> Path:
     """The averaged student in a new folder, whole or not at all, with a card and the run's times in sampling.json.
 
@@ -49,6 +51,9 @@ def export_run(
         own_times: the scheduler keeps the run's times exactly, by a class that loads with trust_remote_code only,
             instead of even ones next to them (see schedulers.even_times) that diffusers' own can be told to use.
         rank: of a LoRA that is taken from the difference of whole weights.
+        guidance: scale of a student that learnt several; None: sampling.guidance, or the middle. One that was given it
+            by student.embed_scale has it in its weights then.
+        keep_scale: leave that an input instead, for `diffusers_model`.
 
     Raises:
         ValueError: the folder is taken; or the format does not fit the network, and why.
@@ -56,9 +61,11 @@ def export_run(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty\nChoose another folder.")
-    run = load_run(folder, ema=ema, step=step)
+    run = load_run(folder, ema=ema, step=step, guidance=guidance)
     found = pipeline_of(run.config.model.options) if pipeline is None else pipeline
-    task = Task(run, folder, found, steps, own_times, rank)
+    task = Task(run, folder, found, steps, own_times, rank, keep_scale)
+    if keep_scale and not task.has_scale:
+        raise ValueError("--keep-scale is for students of student.embed_scale, and this is none\nLeave it out.")
     if pipeline is None and found is not None and not task.goes_into_pipelines:
         task.pipeline = None
     if task.about_bytes:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.export.task import Task
+from jvpgraph.trainer.model.additions import EMBEDDED, INTERVAL, added
 from jvpgraph.trainer.model.schedulers import own_file
-from jvpgraph.trainer.model.second_time import WithSecondTime
 
 Kind = Literal["pipeline", "network", "plain", "lora", "comfyui"]
 
@@ -25,6 +25,7 @@ def write_card(task: Task, out: Path, kind: Kind, notes: str = "") -> None:
         + ".",
         notes,
         task.about_bytes,
+        f"Its guidance scale is {task.fixed_scale:g}, of those that it learnt." if task.fixed_scale else "",
         "## Use",
         USES[kind](task),
         times_of(task) if task.run.sampler == "consistency" else "",
@@ -59,14 +60,15 @@ def use_network(task: Task) -> str:
     code = [f"from diffusers import {cls}", "", f'net = {cls}.from_pretrained(".")']
     if task.by_jumps:
         return python(code) + f"\n\n{JUMPS}"
-    if isinstance(task.run.student.call, WithSecondTime):
+    if given := added(task.net):
         code = [
             "from jvpgraph.trainer.adapters import diffusers_model",
             "",
             'model = diffusers_model(".")',
-            "F = model(x_t, t, conditions, r)",
+            "F = model(x_t, t, conditions, r)" if INTERVAL in given else "F = model(x_t, t, conditions)",
         ]
-        return f"{python(code)}\n\n{AVERAGE}"
+        about = [UNKNOWN, AVERAGE if INTERVAL in given else F, SCALE if EMBEDDED in given else ""]
+        return f"{python(code)}\n\n{' '.join(filter(None, about))}"
     if task.fits and own_file(task.scheduler) is None:
         code.insert(0, "from diffusers import FlowMatchLCMScheduler")
         code += ['scheduler = FlowMatchLCMScheduler.from_pretrained(".", subfolder="scheduler")']
@@ -80,11 +82,18 @@ def use_plain(task: Task) -> str:
     options = ", ".join(f"{key}={value!r}" for key, value in plug.options.items())
     load = ["from safetensors.torch import load_model", f"from {module} import {name.partition('.')[0]}"]
     make = [f"model = {name}({options})"]
-    about = "`model(x_t, t, conditions)` is F of TrigFlow: t in radians, x0 = cos(t) x_t - sin(t) F."
-    if isinstance(call := task.run.student.call, WithSecondTime):
-        load.insert(0, "from jvpgraph.trainer.model.second_time import SecondTime, add_second_time")
-        make.append(f"add_second_time(model, {call.where})")
-        about = f"F is `model(x_t, t, conditions, r)`. {AVERAGE.partition('. ')[2]}"
+    about = f"F is `model(x_t, t, conditions)`. {F}"
+    given = added(task.net)
+    if given:
+        load.insert(0, "from jvpgraph.trainer.model.additions import TimeInput")
+    if INTERVAL in given:
+        load.insert(1, "from jvpgraph.trainer.model.second_time import add_second_time")
+        make.append(f"add_second_time(model, {given[INTERVAL].place})")
+        about = f"F is `model(x_t, t, conditions, r)`. {AVERAGE}"
+    if EMBEDDED in given:
+        load.insert(1, "from jvpgraph.trainer.model.embedded_scale import embed_scale")
+        make.append(f"embed_scale(model, {given[EMBEDDED].place})")
+        about = f"{about} {SCALE}"
     code = [*load, "", *make, 'load_model(model.net, "model.safetensors")']
     return f"{python(code)}\n\n{about}"
 
@@ -131,10 +140,10 @@ JUMPS = (
     "It takes two times, and `AnyFlowPipeline` samples it by jumps from one to the next, in as many steps as it is "
     "asked for, with the `FlowMapEulerDiscreteScheduler` in `scheduler/`."
 )
-AVERAGE = (
-    "It takes a second time, which diffusers' own class does not know: loaded by that it would give something else. "
-    "x_r = cos(t - r) x_t - sin(t - r) F, with t and r in radians of TrigFlow; no r is r = t, the velocity."
-)
+UNKNOWN = "It takes what diffusers' own class does not know: loaded by that it would give something else."
+F = "x0 = cos(t) x_t - sin(t) F, with t in radians of TrigFlow."
+AVERAGE = "x_r = cos(t - r) x_t - sin(t - r) F, with t and r in radians of TrigFlow; no r is r = t, the velocity."
+SCALE = "Its guidance scale is the condition `guidance` [B]."
 
 
 def python(code: list[str]) -> str:

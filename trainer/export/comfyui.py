@@ -17,7 +17,7 @@ def export_comfyui(task: Task, out: Path) -> None:
     Raises:
         ValueError: the original names of this network's weights are not known, or it takes a second time.
     """
-    task.check_one_time("ComfyUI tells")
+    task.check_inputs("ComfyUI tells")
     name = type(task.net).__name__
     tensors = to_original(task.net.state_dict(), name, getattr(task.net, "config", {}))
     file = out / f"{task.folder.resolve().name}.safetensors"

@@ -24,7 +24,12 @@ def export_lora(task: Task, out: Path) -> None:
     Raises:
         ValueError: the student has whole weights and no rank is given, or the network is not diffusers'.
     """
-    task.check_one_time("pipelines that load LoRA files tell")
+    task.check_inputs("pipelines that load LoRA files tell")
+    if task.has_scale:
+        raise ValueError(
+            "the student's guidance scale acts on the bias of its time embedding, and LoRA files hold no biases\n"
+            "Use --format diffusers."
+        )
     if not task.from_diffusers:
         raise ValueError(
             f"{type(task.net).__name__} is no network of diffusers, whose pipelines load LoRA files\n"

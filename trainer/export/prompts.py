@@ -28,6 +28,7 @@ def sample_prompts(
     steps: int | None = None,
     own_times: bool = False,
     ema: float | None = None,
+    guidance: float | None = None,
     seed: int = 0,
     images: Sequence[Path] = (),
     film: Film = "webp",
@@ -37,7 +38,7 @@ def sample_prompts(
 
     Args:
         images: pictures that videos begin with, one for each prompt, or one for all.
-        pipeline, steps, own_times, ema: as for export_run.
+        pipeline, steps, own_times, ema, guidance: as for export_run.
         more: further arguments of the pipeline's call, such as height and num_frames.
 
     Raises:
@@ -46,7 +47,7 @@ def sample_prompts(
     """
     if film == "mp4":
         mp4_writer()
-    run = load_run(folder, ema=ema)
+    run = load_run(folder, ema=ema, guidance=guidance)
     found = pipeline_of(run.config.model.options) if pipeline is None else pipeline
     task = Task(run, folder, found, steps, own_times)
     pictures = first_frames(task, len(prompts), images)

@@ -13,11 +13,13 @@ from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.evaluation.samplers import few_step_times
 from jvpgraph.trainer.files import read_json
 from jvpgraph.trainer.model.adapters import diffusers
+from jvpgraph.trainer.model.additions import EMBEDDED, INTERVAL, added
 from jvpgraph.trainer.model.anyflow import NAME as ANYFLOW
 from jvpgraph.trainer.model.anyflow import as_anyflow, fits_anyflow
+from jvpgraph.trainer.model.embedded_scale import fix
 from jvpgraph.trainer.model.pipelines import check_one_network, class_name
+from jvpgraph.trainer.model.saved_additions import saved_with
 from jvpgraph.trainer.model.schedulers import even_times, fits_pipelines, own_file, scheduler_for
-from jvpgraph.trainer.model.second_time import WithSecondTime, saved_with
 from jvpgraph.trainer.model.student import merged
 from jvpgraph.trainer.objectives import DCM
 from jvpgraph.trainer.prepare.families import FAMILIES
@@ -36,6 +38,7 @@ class Task:
         steps: that the scheduler makes; None: the most of sampling.steps.
         own_times: keep the run's times even where diffusers' own schedulers cannot.
         rank: of a LoRA taken from whole weights.
+        keep_scale: leave the guidance scale of student.embed_scale an input; else it is fixed, at that of samples.
     """
 
     run: Run
@@ -44,12 +47,32 @@ class Task:
     steps: int | None = None
     own_times: bool = False
     rank: int | None = None
+    keep_scale: bool = False
 
     @cached_property
     def net(self) -> Any:
         """The student's network, adapters added to the weights."""
         net = merged(self.run.student)
-        return as_anyflow(net) if fits_anyflow(net) else saved_with(self.run.student, net)
+        if self.fixed_scale is not None:
+            fix(net, self.fixed_scale)
+        return as_anyflow(net) if fits_anyflow(net) else saved_with(net)
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether the student was given its guidance scale as an input."""
+        return EMBEDDED in added(self.run.student.net)
+
+    @property
+    def fixed_scale(self) -> float | None:
+        """The guidance scale that the export has in its weights; None: it has none, or is told one."""
+        config = self.run.config
+        usual = config.conditions.get("guidance") if config.told_scale is None else config.told_scale
+        return usual if self.has_scale and not self.keep_scale else None
+
+    @property
+    def takes_scale(self) -> bool:
+        """Whether the export is told a guidance scale that its class does not know."""
+        return self.has_scale and self.fixed_scale is None
 
     @property
     def by_jumps(self) -> bool:
@@ -63,7 +86,7 @@ class Task:
 
     @property
     def has_second_time(self) -> bool:
-        return self.run.sampler == "mean_flow" or isinstance(self.run.student.call, WithSecondTime)
+        return self.run.sampler == "mean_flow" or INTERVAL in added(self.run.student.net)
 
     @property
     def about_bytes(self) -> str:
@@ -77,10 +100,12 @@ class Task:
     def from_diffusers(self) -> bool:
         return any(cls.__module__.startswith("diffusers.") for cls in type(self.net).__mro__)
 
-    def check_one_time(self, who: str) -> None:
-        """Raises ValueError for a student with a second time, which `who` tells none."""
+    def check_inputs(self, who: str) -> None:
+        """Raises ValueError for a student with a second time or a guidance scale, of which `who` tells it none."""
         if self.has_second_time:
             raise ValueError(f"the student takes two times, and {who} it one\nUse --format diffusers.")
+        if self.takes_scale:
+            raise ValueError(f"the student takes a guidance scale, and {who} it none\nLeave --keep-scale out.")
 
     @cached_property
     def count(self) -> int:
@@ -101,11 +126,13 @@ class Task:
     @property
     def fits(self) -> bool:
         """Whether a pipeline can sample the student in few steps."""
-        return self.run.sampler == "consistency" and self.from_diffusers and fits_pipelines(self.run.student)
+        known = self.from_diffusers and not self.takes_scale and fits_pipelines(self.run.student)
+        return self.run.sampler == "consistency" and known
 
     @property
     def goes_into_pipelines(self) -> bool:
-        return (self.run.sampler == "flow" and not self.has_second_time) or self.fits or self.by_jumps
+        flows = self.run.sampler == "flow" and not self.has_second_time and not self.takes_scale
+        return flows or self.fits or self.by_jumps
 
     @cached_property
     def scheduler(self) -> Any:
@@ -139,6 +166,11 @@ class Task:
                 f"{type(self.net).__name__}\nGive the pipeline that the teacher comes from."
             )
         check_one_network(self.pipeline, self.index)
+        if self.takes_scale:
+            raise ValueError(
+                f"no pipeline of diffusers tells a {type(self.net).__name__} the scale of student.embed_scale\n"
+                "Leave --keep-scale out: its scale is fixed then, at that of --guidance."
+            )
         if self.has_second_time and not self.goes_into_pipelines:
             raise ValueError(
                 f"no pipeline of diffusers tells a {type(self.net).__name__} a second time; AnyFlow's does, for Wan "
@@ -178,7 +210,7 @@ class Task:
         if "true_cfg_scale" in known:
             arguments["true_cfg_scale"] = 1.0
         arguments |= config.sampling.call  # as `prepare` wrote it down, for the guidance in the data's card
-        if (told := told_instead(config)) is not None and "guidance_scale" in known:
+        if not self.has_scale and (told := told_instead(config)) is not None and "guidance_scale" in known:
             arguments["guidance_scale"] = told
         return arguments
 

@@ -31,7 +31,7 @@ from jvpgraph.trainer.model.one_call import keep_time_exact, told
 from jvpgraph.trainer.model.packing import pack, positions, unpack
 from jvpgraph.trainer.model.padded_text import HidesText, at_full_length, take_padded
 from jvpgraph.trainer.model.pipelines import check_one_network, class_name
-from jvpgraph.trainer.model.second_time import load_second_time, without_complaint
+from jvpgraph.trainer.model.saved_additions import load_additions, without_complaint
 from jvpgraph.trainer.model.student import kept_in_float32
 from jvpgraph.trainer.model.two_times import ace_step, anyflow, anyflow_far, hunyuan, with_exact_times, with_two_times
 from jvpgraph.trainer.trigflow import (
@@ -411,7 +411,7 @@ def diffusers_model(
         noise = noise.predicting(predicts)
     model = TrigFlow(net, adapter, noise, time_scale=adapter.time_scale if time_scale is None else time_scale)
     if path is not None:
-        load_second_time(model, folder_of(Path(path)))
+        load_additions(model, folder_of(Path(path)))
     return model
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jvpgraph.trainer.model.adapters import diffusers
-from jvpgraph.trainer.model.second_time import INTERVAL, WAN
+from jvpgraph.trainer.model.additions import INTERVAL, WAN, added
 
 NAME = "AnyFlowTransformer3DModel"
 GATE = 0.5
@@ -25,11 +25,10 @@ SAME = {"qk_norm": "rms_norm_across_heads", "image_dim": None, "added_kv_proj_di
 
 
 def fits_anyflow(net: nn.Module) -> bool:
-    """Whether it is a Wan with a second time, and from text to video: AnyFlow has no other attention to pictures."""
+    """Whether it is a Wan with a second time alone, from text to video: AnyFlow has no other attention to pictures."""
     config: Any = getattr(net, "config", {})
     known = any(cls.__name__ == "WanTransformer3DModel" for cls in type(net).__mro__)
-    added = any(name.startswith(OURS) for name, _ in net.named_parameters())
-    return known and added and all(config.get(name) == value for name, value in SAME.items())
+    return known and [*added(net)] == [INTERVAL] and all(config.get(name) == value for name, value in SAME.items())
 
 
 def as_anyflow(net: Any) -> Any:

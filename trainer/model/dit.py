@@ -20,6 +20,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from jvpgraph.context_parallel import ContextParallel
 from jvpgraph.trainer.batch import Condition
 from jvpgraph.trainer.files import read_json
+from jvpgraph.trainer.model.additions import EMBEDDED, TimeInput, added
+from jvpgraph.trainer.model.embedded_scale import embed_scale
 from jvpgraph.trainer.settings import from_dict
 from jvpgraph.trainer.trigflow import Call, TrigFlow
 
@@ -37,6 +39,7 @@ class DiTConfig:
     classes: int = 10  # label `classes` (10) stands for "no label"
     max_frequency: float = 64.0  # rad per unit of s; low, so that dF/dt stays tame (sCM, section 4.1)
     second_time: bool = False  # without the other end of the interval that is t, and F a velocity
+    guidance_scale: bool = False  # it was given its guidance scale, see embed_scale
 
 
 def modulate(x_BNC: Tensor, shift_BC: Tensor, scale_BC: Tensor) -> Tensor:
@@ -100,6 +103,8 @@ class Block(nn.Module):
 
 class DiT(nn.Module):
     """Predicts one value per pixel from a noisy image, its time and its class."""
+
+    time_input = TimeInput("time")
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -172,9 +177,9 @@ class DiT(nn.Module):
 
     def save_pretrained(self, folder: Path | str) -> None:
         """config.json and model.safetensors, as `dit` reads them."""
-        folder = Path(folder)
+        folder, config = Path(folder), replace(self.config, guidance_scale=EMBEDDED in added(self))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         save_file({name: x.contiguous() for name, x in self.state_dict().items()}, folder / "model.safetensors")
 
 
@@ -203,12 +208,16 @@ def dit(path: Path | str | None = None, seed: int = 0, dtype: str = "float32", *
     if path is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = DiT(from_dict(DiTConfig, config, "model.options"))
-    else:
-        file = Path(path) / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist: `path` must be a folder written by save_pretrained")
-        net = DiT(DiTConfig(**read_json(file)))
-        net.load_state_dict(load_file(Path(path) / "model.safetensors"))
+            return called(DiT(from_dict(DiTConfig, config, "model.options")), dtype)
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: `path` must be a folder written by save_pretrained")
+    model = called(DiT(DiTConfig(**read_json(file))), dtype)
+    model.net.load_state_dict(load_file(Path(path) / "model.safetensors"))
+    return model
+
+
+def called(net: DiT, dtype: str) -> TrigFlow:
     call = call_with_second_time if net.config.second_time else call_dit
-    return TrigFlow(net.to(getattr(torch, dtype)), call)
+    model = TrigFlow(net.to(getattr(torch, dtype)), call)
+    return embed_scale(model) if net.config.guidance_scale else model

@@ -25,7 +25,7 @@ from jvpgraph.trainer.model.parts import gathered, in_bytes, local
 from jvpgraph.trainer.model.second_time import takes_r
 from jvpgraph.trainer.model.student import make_student
 from jvpgraph.trainer.model.told import WithConditions, WithScale, watched
-from jvpgraph.trainer.trigflow import SCALE, Guided, TrigFlow
+from jvpgraph.trainer.trigflow import Guided, TrigFlow
 
 
 def device_of(config: RunConfig, local_rank: int | None = None) -> torch.device:
@@ -151,6 +151,7 @@ def build_student(base: TrigFlow, config: StudentConfig, told_scale: float | Non
         lora=config.lora,
         checkpoint_blocks=config.checkpoint_blocks,
         second_time=config.added_time,
+        scale=config.added_scale,
     )
     if told_scale is not None:
         student.call = WithScale(student.call, told_scale)
@@ -161,9 +162,9 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
     """Raises ValueError for what would go wrong later: networks, data, negative condition and stages fit each other."""
     sample = first_samples(dataset, 1).to(device)
     check_teacher(config, guided, sample)
-    try_network("the student cannot run with a sample of the data", student, sample.x0, sample.cond)
     if config.told_scale is not None:
-        check_told(config.told_scale, student, sample)
+        check_told(config, student, guided, sample)
+    try_network("the student cannot run with a sample of the data", student, sample.x0, sample.cond)
     tried = commonest(dataset)
     shapes = [shape for shape in getattr(dataset, "buckets", []) if shape is not tried]
     others = [first_samples(dataset, 1, shape).to(device) for shape in shapes]
@@ -206,15 +207,39 @@ def check_teacher(config: RunConfig, guided: Guided, sample: Batch) -> None:
         try_network("the teacher cannot run with the negative condition", guided.model, sample.x0, negative)
 
 
-def check_told(scale: float, student: TrigFlow, sample: Batch) -> None:
-    """Raises ValueError if the student cannot be told its guidance scale, or does not listen."""
-    told = {**sample.cond, SCALE: torch.full((len(sample),), scale, device=sample.x0.device)}
-    what = "guidance.scale gives two numbers, so that the student is told its scale as the condition `guidance`, and it"
-    do = "Give one number, or a network that takes `guidance`"
-    with watched(student) as names:
-        try_network(f"{what} cannot run with it. {do}", student, sample.x0, told)
-    if "guidance" not in names:
-        raise ValueError(f"{what} does not look at it. {do}")
+def check_told(config: RunConfig, student: TrigFlow, guided: Guided, sample: Batch) -> None:
+    """Raises ValueError if the student, or a fake score of its teacher's network, cannot be told its guidance scale."""
+    name, why_not = type(student.net).__name__, untold(student, sample)
+    if config.student.embed_scale:
+        if why_not is None:
+            raise ValueError(
+                f"student.embed_scale is for networks that take no guidance scale, and {name} takes it as its "
+                "condition `guidance`, by which it is told: set student.embed_scale to false"
+            )
+        return
+    what = "guidance.scale gives two numbers, so that the student is told its scale as the condition `guidance`, and"
+    if why_not is not None:
+        raise ValueError(
+            f"{what} {name} {why_not}. Set student.embed_scale=true, which gives it an input for that, or give one "
+            "number"
+        )
+    scored = any(stage.objective.fake_score is not None for stage in config.stages)
+    if scored and config.fake_score.network == "teacher" and (why_not := untold(guided.model, sample)) is not None:
+        raise ValueError(
+            f"{what} so is the fake score, which starts from the teacher's network, and that {why_not}. Set "
+            "fake_score.network=student, or give one number"
+        )
+
+
+def untold(model: nn.Module, sample: Batch) -> str | None:
+    """Why a network itself, without what was added to it, takes no condition `guidance`; None: it does."""
+    more = {"guidance": torch.ones(len(sample), device=sample.x0.device)}
+    with torch.compiler.set_stance("force_eager"), watched(model, more) as names:
+        try:
+            try_network("cannot run with it", model, sample.x0, sample.cond)
+        except ValueError as error:
+            return str(error)
+    return None if "guidance" in names else "does not look at it"
 
 
 def check_conditions(config: RunConfig, sample: Batch) -> None:

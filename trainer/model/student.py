@@ -6,7 +6,7 @@ import copy
 import functools
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from jvpgraph.trainer.model.additions import EMBEDDED, INTERVAL, TimeInput, of_addition
+from jvpgraph.trainer.model.embedded_scale import embed_scale
 from jvpgraph.trainer.model.parts import in_bytes, widened
-from jvpgraph.trainer.model.second_time import SecondTime, add_second_time, of_interval
+from jvpgraph.trainer.model.second_time import add_second_time
 from jvpgraph.trainer.ranges import positive
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -38,7 +40,8 @@ def make_student(
     dtype: str | None,
     lora: LoRA | None,
     checkpoint_blocks: bool,
-    second_time: SecondTime | None = None,
+    second_time: TimeInput | None = None,
+    scale: TimeInput | None = None,
 ) -> TrigFlow:
     """A trainable copy of `teacher`, in its mode (training or evaluation) and on its devices.
 
@@ -51,17 +54,25 @@ def make_student(
             so that the student costs no more than its adapters.
         checkpoint_blocks: compute the activations of repeated blocks again in the backward instead of keeping them.
             Names in the state_dict stay. jvpgraph.transform captures it, and recomputes no tangent.
-        second_time: let it take a second time; what is new is trained whole beside adapters.
+        second_time, scale: let it take a second time, and its guidance scale; what is new is trained whole beside
+            adapters.
 
     Raises:
         ValueError: no such dtype; a LoRA student of another dtype than its teacher; targets that match no linear
-            layer; no repeated blocks; or no place for a second time.
+            layer; no repeated blocks; or no place for what is to be added.
         ModuleNotFoundError: LoRA without peft.
     """
-    if lora is None:
-        student = copy.deepcopy(teacher)
+    new = [name for name, place in ((INTERVAL, second_time), (EMBEDDED, scale)) if place is not None]
+
+    def with_additions(student: TrigFlow) -> TrigFlow:
         if second_time is not None:
             add_second_time(student, second_time)
+        if scale is not None:
+            embed_scale(student, scale)
+        return student
+
+    if lora is None:
+        student = with_additions(copy.deepcopy(teacher))
         if dtype is not None:
             _cast_parameters(student.net, _dtype(dtype))
         for parameter in student.parameters():
@@ -72,10 +83,8 @@ def make_student(
                 f"a LoRA student shares its teacher's weights and so their dtype, which is not {dtype} throughout: "
                 "pass dtype=None, or convert the teacher"
             )
-        student = copy.deepcopy(teacher, shared(teacher))
-        if second_time is not None:
-            add_second_time(student, second_time)
-        _add_adapters(student, lora, whole=second_time is not None)
+        student = with_additions(copy.deepcopy(teacher, shared(teacher)))
+        _add_adapters(student, lora, whole=new)
     if checkpoint_blocks:
         _checkpoint(student.net)
     return student
@@ -131,11 +140,11 @@ def _cast_parameters(net: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32) if wide else dtype)
 
 
-def _add_adapters(student: TrigFlow, lora: LoRA, *, whole: bool) -> None:
-    """`whole`: train what a second time brought as it is."""
+def _add_adapters(student: TrigFlow, lora: LoRA, *, whole: Sequence[str]) -> None:
+    """`whole`: additions that are trained as they are."""
     net = student.net
     linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
-    linear = [name for name in linear if not (whole and of_interval(name))]
+    linear = [name for name in linear if not of_addition(name, whole)]
     matches = {target: [n for n in linear if f".{n}".endswith(f".{target}")] for target in lora.targets}
     unmatched = [target for target, found in matches.items() if not found]
     if unmatched or not matches:
@@ -164,7 +173,7 @@ def _add_adapters(student: TrigFlow, lora: LoRA, *, whole: bool) -> None:
             adapters.float()
             adapters.requires_grad_(True)
     for name, parameter in net.named_parameters():
-        if whole and of_interval(name):
+        if of_addition(name, whole):
             parameter.requires_grad_(True)  # peft takes everything else for frozen
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,18 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Condition, expand_condition
+from jvpgraph.trainer.model.additions import EMBEDDED, added
 from jvpgraph.trainer.prepare.families import FAMILIES
-from jvpgraph.trainer.trigflow import SCALE, Call, TrigFlow
-
-
-class Around:
-    """A call around a network's own, which is known by what that is."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.name = getattr(call, "name", None)  # of an adapter
-        self.takes_r = getattr(call, "takes_r", None)
-        self.__signature__ = inspect.signature(call)
+from jvpgraph.trainer.trigflow import SCALE, Around, Call
 
 
 class WithConditions(Around):
@@ -46,6 +36,8 @@ class WithScale(Around):
 
     It is each sample's own where the trainer drew one (SCALE), or `usual`, as in sampling.
     """
+
+    takes_scale = True
 
     def __init__(self, call: Call, usual: float) -> None:
         super().__init__(call)
@@ -77,13 +69,15 @@ class Watched(Mapping[str, Tensor]):
 
 
 @contextmanager
-def watched(model: TrigFlow) -> Iterator[set[str]]:
-    """The names of the conditions that the network's own call reads."""
+def watched(model: nn.Module, more: Condition | None = None) -> Iterator[set[str]]:
+    """The names of the conditions that the network's own call reads, of what it is given and `more`."""
     holder: Any = model
     while hasattr(holder.call, "call"):
         holder = holder.call
     inner, names = holder.call, set[str]()
-    holder.call = lambda net, x, time, cond, **second: inner(net, x, time, Watched(cond, names), **second)
+    holder.call = lambda net, x, time, cond, **second: inner(
+        net, x, time, Watched({**cond, **(more or {})}, names), **second
+    )
     try:
         yield names
     finally:
@@ -91,7 +85,9 @@ def watched(model: TrigFlow) -> Iterator[set[str]]:
 
 
 def unit_of(net: nn.Module) -> float:
-    """What the network's `guidance` is for a scale of 1: HunyuanVideo counts in thousandths."""
+    """What the network's `guidance` is for a scale of 1: HunyuanVideo, by itself, counts in thousandths."""
+    if EMBEDDED in added(net):
+        return 1.0
     names = {cls.__name__ for cls in type(net).__mro__}  # FSDP makes a subclass
     return next((family.guidance_scale for family in FAMILIES if family.network in names), 1.0)
 

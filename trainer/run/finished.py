@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -68,20 +68,27 @@ class Run:
         self.config.stages[self.stage].objective.check_sampling(steps, self.config.sampling.shift)
 
 
-def load_run(folder: Path, *, ema: float | None = None, step: int | None = None) -> Run:
+def load_run(folder: Path, *, ema: float | None = None, step: int | None = None, guidance: float | None = None) -> Run:
     """The student of a run, averaged with relative width `ema` (default: the first of ema.sigma_rel).
 
     A width that was not tracked is put together from the snapshots of those that were; so is a step whose checkpoint
     was not kept.
 
+    Args:
+        guidance: the scale that it is told, instead of sampling.guidance.
+
     Raises:
         FileNotFoundError: the folder holds no run, or neither checkpoint nor snapshots of that step.
-        ValueError: there are no snapshots that could give this width.
+        ValueError: there are no snapshots that could give this width; or the student is told no scale, or not this one.
     """
     file = folder / "config.yaml"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: the folder of a run, the `out` of its settings, has one")
     config = settings.load(RunConfig, file)
+    if guidance is not None:
+        if config.told_scale is None:
+            raise ValueError("--guidance: the student of this run learnt one guidance scale\nLeave it out.")
+        config = replace(config, sampling=replace(config.sampling, guidance=guidance))
     device = device_of(config)
     checkpoints = Checkpoints(folder / "checkpoints")
     gone = step is not None and not checkpoints.has(step) and has_averages(folder, config, step)
@@ -128,9 +135,11 @@ def stage_of(config: RunConfig, step: int) -> int:
     raise ValueError(f"step {step} is beyond the {end} steps of this run's settings")
 
 
-def sample_run(folder: Path, *, steps: int, count: int, ema: float | None, seed: int, out: Path) -> Path:
+def sample_run(
+    folder: Path, *, steps: int, count: int, ema: float | None, seed: int, out: Path, guidance: float | None = None
+) -> Path:
     """Latents for the first `count` conditions of the run's data, as OUT.safetensors, and as a picture OUT.png."""
-    run = load_run(folder, ema=ema)
+    run = load_run(folder, ema=ema, guidance=guidance)
     config = run.config
     batch = first_samples(config.data.source.build(), count).to(device_of(config))
     run.check_sampling(steps)

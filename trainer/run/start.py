@@ -14,10 +14,10 @@ from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import shorten
 from jvpgraph.trainer.files import read_json
+from jvpgraph.trainer.model.additions import NAMES, of_addition
 from jvpgraph.trainer.model.anyflow import NAME, OURS, from_anyflow
 from jvpgraph.trainer.model.ema import PowerEMA
 from jvpgraph.trainer.model.networks import moving, set_weights, trainable
-from jvpgraph.trainer.model.second_time import of_interval
 from jvpgraph.trainer.run.checkpoint import Checkpoints
 from jvpgraph.trainer.trigflow import TrigFlow
 
@@ -87,8 +87,8 @@ def in_names_of(student: TrigFlow, source: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def take_tensors(student: TrigFlow, values: Mapping[str, Tensor], source: Path) -> None:
     own = student.net.state_dict()
-    begins = not any(map(of_interval, values))  # the second time of a student whose earlier weights know one time
-    wrong = [f"{name} is missing" for name in own if name not in values and not (begins and of_interval(name))]
+    new = [each for each in NAMES if not any(of_addition(name, [each]) for name in values)]  # begin as additions do
+    wrong = [f"{name} is missing" for name in own if name not in values and not of_addition(name, new)]
     wrong += [f"{name} is of no use" for name in values if name not in own]
     wrong += [
         f"{name} is {list(values[name].shape)}, and {list(own[name].shape)} here"
