@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jvpgraph.trainer import settings
+from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.export.task import Task
 from jvpgraph.trainer.model.schedulers import own_file
 from jvpgraph.trainer.model.second_time import WithSecondTime
@@ -25,13 +26,23 @@ def write_card(task: Task, out: Path, kind: Kind, notes: str = "") -> None:
         + ".",
         notes,
         task.about_bytes,
+        task.about_part,
         "## Use",
         USES[kind](task),
-        times_of(task) if task.run.sampler == "consistency" else "",
+        times_of(task) if task.run.sampler == "consistency" and task.whole else "",
         evaluation_of(task),
-        f"## Settings\n\n```yaml\n{settings.text(task.run.config).strip()}\n```",
+        *(
+            f"## Settings{whose}\n\n```yaml\n{settings.text(config).strip()}\n```"
+            for whose, config in configs(task).items()
+        ),
     ]
     (out / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def configs(task: Task) -> dict[str, RunConfig]:
+    """The settings of the run, and of those before it that its samples go through, by the end of their heading."""
+    found = {"": task.run.config}
+    return found | {f" of {part.folders[-1]}": part.config for part in task.run.parts if part.folders}
 
 
 # ---------------------------------------------------------------- code that loads it; `.` is the folder of the card
@@ -96,7 +107,7 @@ def use_lora(task: Task) -> str:
         *(["from PIL import Image"] if task.pipeline and task.first_frame else []),
         "",
         f'pipe = DiffusionPipeline.from_pretrained("{task.pipeline or "the teacher"}")',
-        'pipe.load_lora_weights(".")',
+        f'pipe.load_lora_weights("."{", load_into_transformer_2=True" if task.run.parts[0].folders else ""})',
     ]
     if task.fits:
         code.append('pipe.scheduler = FlowMatchLCMScheduler.from_pretrained(".", subfolder="scheduler")')

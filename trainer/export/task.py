@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.evaluation.samplers import few_step_times
+from jvpgraph.trainer.evaluation.phases import check_from_noise, folders_of, is_whole, level, said, times_of
 from jvpgraph.trainer.files import read_json
 from jvpgraph.trainer.model.adapters import diffusers
 from jvpgraph.trainer.model.anyflow import NAME as ANYFLOW
@@ -22,8 +22,11 @@ from jvpgraph.trainer.model.student import merged
 from jvpgraph.trainer.objectives import DCM
 from jvpgraph.trainer.prepare.families import FAMILIES
 from jvpgraph.trainer.run.finished import Run
+from jvpgraph.trainer.trigflow import HALF_PI
 
 NETWORK = "transformer"  # the part of a pipeline that is distilled
+SECOND = "transformer_2"  # the network for low noise, where a pipeline has two
+MARGIN = 1e-5  # of rectified-flow time, by which a pipeline changes networks before the time where the second begins
 
 
 @dataclass
@@ -50,6 +53,59 @@ class Task:
         """The student's network, adapters added to the weights."""
         net = merged(self.run.student)
         return as_anyflow(net) if fits_anyflow(net) else saved_with(self.run.student, net)
+
+    @cached_property
+    def networks(self) -> dict[str, Any]:
+        """What takes the place of the teacher's in a pipeline, by the names of its parts."""
+        students = self.run.students
+        if len(students) == 1:
+            return {NETWORK: self.net}
+        low, high = students[:2]
+        if len(students) > 2:
+            raise ValueError(
+                f"{len(students)} students take part in this run's samples, and a pipeline of diffusers has places for "
+                "two\nExport each network alone (without --pipeline), and sample them with jvpgraph sample RUN."
+            )
+        if (type(high.net), high.schedule, high.time_scale) != (type(low.net), low.schedule, low.time_scale):
+            raise ValueError(
+                f"the students of this run and of {folders_of(self.run.parts)[0]} are no pair for a pipeline: a "
+                f"{type(low.net).__name__} of {low.schedule.name} and a {type(high.net).__name__} of "
+                f"{high.schedule.name}\nTrain both from the networks of one pipeline."
+            )
+        return {NETWORK: merged(high), SECOND: self.net}
+
+    @property
+    def kinds(self) -> str:
+        """How it is sampled; of several students, all ways."""
+        return " and ".join(sorted({part.kind for part in self.run.parts}))
+
+    @property
+    def whole(self) -> bool:
+        """Whether its samples go from noise to data."""
+        return self.run.parts[0].start == HALF_PI and self.run.parts[-1].end == 0
+
+    @cached_property
+    def boundary(self) -> float | None:
+        """Rectified-flow time from which on a pipeline asks the first of two networks.
+
+        It asks that one at the time itself, where the second begins: so it lies above.
+        """
+        if not folders_of(self.run.parts):
+            return None
+        meet = next(part.start for part in self.run.parts if not part.folders)
+        first, second = level(min(t for t in self.times if t > meet)), level(meet)
+        return min(second + MARGIN, (first + second) / 2)
+
+    @property
+    def about_part(self) -> str:
+        """What has to be said of a student that does not go all the way from noise to data."""
+        if is_whole(self.run.parts):
+            return ""
+        own = [part for part in self.run.parts if not part.folders]
+        text = f"This student was trained from rectified-flow time {said(own[0].start)} down to {said(own[-1].end)}"
+        if folders := folders_of(self.run.parts):
+            return f"{text}; above that, its samples are made by the one in {folders[0]}."
+        return f"{text}." if self.whole else f"{text}, and is of use beside one for the other times only."
 
     @property
     def by_jumps(self) -> bool:
@@ -88,24 +144,31 @@ class Task:
 
     @cached_property
     def times(self) -> list[float]:
-        """Radians at which the scheduler samples: the run's own, or the even ones next to them."""
-        times = self.run_times
-        if self.own_times or not self.fits or own_file(scheduler_for(self.run.student, times).scheduler) is None:
+        """Radians at which the scheduler samples: the run's own, or the even ones next to them. Of several students,
+        which meet at one of these times, always the run's own."""
+        times, alone = self.run_times, is_whole(self.run.parts)
+        if (
+            self.own_times
+            or not alone
+            or not self.fits
+            or own_file(scheduler_for(self.run.student, times).scheduler) is None
+        ):
             return times
         return even_times(times)
 
     @property
     def run_times(self) -> list[float]:
-        return few_step_times(self.count, self.run.config.sampling)
+        return times_of(self.run.config, self.run.stage, self.count)
 
     @property
     def fits(self) -> bool:
         """Whether a pipeline can sample the student in few steps."""
-        return self.run.sampler == "consistency" and self.from_diffusers and fits_pipelines(self.run.student)
+        return self.kinds == "consistency" and self.whole and self.from_diffusers and fits_pipelines(self.run.student)
 
     @property
     def goes_into_pipelines(self) -> bool:
-        return (self.run.sampler == "flow" and not self.has_second_time) or self.fits or self.by_jumps
+        by_flow = self.kinds == "flow" and self.whole and not self.has_second_time
+        return by_flow or self.fits or (self.by_jumps and is_whole(self.run.parts))
 
     @cached_property
     def scheduler(self) -> Any:
@@ -138,7 +201,19 @@ class Task:
                 f"{self.pipeline} has a {own or 'pipeline without a ' + NETWORK}, and the student is a "
                 f"{type(self.net).__name__}\nGive the pipeline that the teacher comes from."
             )
-        check_one_network(self.pipeline, self.index)
+        check_from_noise(self.run.parts)
+        if self.run.parts[-1].end:
+            raise ValueError(
+                f"{self.about_part}\nExport the run of the next phase, which names this one as dmd.earlier, or the "
+                "network alone (without --pipeline)."
+            )
+        if len(self.networks) == 1:
+            check_one_network(self.pipeline, self.index)
+        elif {SECOND, "boundary_ratio"} - inspect.signature(self.pipeline_class().__init__).parameters.keys():
+            raise ValueError(
+                f"a {self.index['_class_name']} has a place for one network, and two students take part in this run's "
+                "samples\nExport each alone (without --pipeline), and sample them with jvpgraph sample RUN."
+            )
         if self.has_second_time and not self.goes_into_pipelines:
             raise ValueError(
                 f"no pipeline of diffusers tells a {type(self.net).__name__} a second time; AnyFlow's does, for Wan "
@@ -147,7 +222,7 @@ class Task:
             )
         if not self.goes_into_pipelines:
             raise ValueError(
-                f"no scheduler of diffusers lets a pipeline sample this student: it is of {self.run.sampler} in "
+                f"no scheduler of diffusers lets a pipeline sample this student: it is of {self.kinds} in "
                 f"{self.run.student.schedule.name} coordinates, and pipelines step rectified flows\n"
                 "Export the network alone (without --pipeline), and sample it with jvpgraph sample RUN."
             )
