@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import replace
+import re
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from jvpgraph.trainer import settings
@@ -20,15 +18,19 @@ from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.cli import main
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.evaluation import phases
-from jvpgraph.trainer.evaluation.phases import Leg, level, legs_of, parts_of, sample_in_legs, times_of
+from jvpgraph.trainer.evaluation.phases import Leg, legs_of, level, parts_of, sample_in_legs, times_of
 from jvpgraph.trainer.evaluation.samplers import few_step_times, sample_consistency, sample_euler
 from jvpgraph.trainer.export import export_run
 from jvpgraph.trainer.model.dit import dit
 from jvpgraph.trainer.model.experts import experts
+from jvpgraph.trainer.model.networks import build_student
+from jvpgraph.trainer.plan.plan import plan_run
 from jvpgraph.trainer.run.finished import load_run
+from jvpgraph.trainer.run.start import values_in
 from jvpgraph.trainer.train import train
 from jvpgraph.trainer.trigflow import radians
 from tests.gaussian import GaussianConsistency, GaussianFlow, gaussian_batch, seeded
+from tests.test_plan import TINY, measured
 from tests.test_train import SMALL
 from tests.tiny_pipelines import make
 
@@ -237,3 +239,185 @@ def test_two_students_in_one_pipeline(
     assert f"made by the one in {high}" in card
     assert ("trust_remote_code=True" in card) == (steps == 4)
     assert list((low / "samples").glob("step-*.png"))  # a preview, which both had made
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_students_by_inductor(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As adapters, in a pipeline of one network, which takes the second in."""
+    lora = {"rank": 2, "alpha": 4, "targets": ["to_q", "to_v"]}
+    more = {"student": {"backend": "inductor", "lora": lora}, "teacher": {}, "dtype": dtype}
+    make("WanPipeline").save_pretrained(tmp_path / "checkpoint")
+    high = train(of_wan(tmp_path, "transformer", ABOVE, "high", **more))
+    low = train(of_wan(tmp_path, "transformer", below(high), "low", sampling={"steps": [4]}, **more))
+    out = export_run(low, tmp_path / "out")
+    same_samples(low, out, 4, monkeypatch, 1e-4 if dtype == "float32" else 0.1)
+    ends = {
+        name: diffusers.WanTransformer3DModel.from_pretrained(out / name).state_dict()["blocks.0.attn1.to_q.weight"]
+        for name in ("transformer", "transformer_2")
+    }
+    assert not torch.equal(*ends.values())
+
+
+# ---------------------------------------------------------------- what is said of one alone
+
+
+@pytest.mark.slow
+def test_the_commands_sample_with_both(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    high, low = pair
+    asked = []
+    original = phases.sample_in_legs
+    monkeypatch.setattr(phases, "sample_in_legs", lambda *given: asked.append(given[1]) or original(*given))
+    picture = ["--count", "1", "--out", str(tmp_path / "made.png")]
+    assert main(["sample", str(low), "--steps", "4", *picture]) == 0
+    assert [leg.owner for leg in asked[0]] == [1, 0]
+    assert main(["sample", str(low), "--steps", "1", *picture]) == 1
+    assert "take 2 to 4" in capsys.readouterr().err
+    call = [
+        "--call",
+        "height=16",
+        "width=16",
+        "num_frames=5",
+        "max_sequence_length=16",
+        "--out",
+        str(tmp_path / "made"),
+    ]
+    assert main(["sample", str(low), "--prompts", "a cat", "--steps", "2", *call]) == 0
+    assert (tmp_path / "made" / "0000.webp").is_file()
+    assert main(["export", str(high), "--out", str(tmp_path / "high")]) == 0  # the network alone, which is said
+    assert "was trained from rectified-flow time 1 down to 0.875" in capsys.readouterr().out
+    assert not (tmp_path / "high" / "scheduler").exists()
+    assert (
+        main(["export", str(high), "--out", str(tmp_path / "no"), "--pipeline", str(high.parent / "checkpoint")]) == 1
+    )
+    assert "Export the run of the next phase" in capsys.readouterr().err
+    assert main(["export", str(low), "--out", str(tmp_path / "lora"), "--format", "lora", "--rank", "1"]) == 0
+    assert 'load_lora_weights(".", load_into_transformer_2=True)' in (tmp_path / "lora" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_lower_one_alone_makes_no_samples(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pair[0].parent
+    alone = {**DMD, "start": MEET, "fixed_times": [LOW]}
+    config = of_wan(folder, "transformer_2", alone, "alone")
+    with pytest.raises(ValueError, match=r"begins at 1\.428.* time 0\.875.*makes none from noise"):
+        train(of_wan(folder, "transformer_2", alone, "seen", log={"preview_every": 1}))
+    assert not (folder / "seen").exists()
+    train(config)  # from real latents, and nobody looks
+    for command in (["sample"], ["export", "--pipeline", str(folder / "checkpoint"), "--out", str(tmp_path / "out")]):
+        assert main([command[0], str(config.out), *command[1:]]) == 1
+        assert "sampling.earlier" in capsys.readouterr().err
+    file = config.out / "config.yaml"  # where what samples are made with may be changed
+    settings.save(
+        of_wan(folder, "transformer_2", alone, "alone", sampling={"steps": [4], "earlier": str(pair[0])}), file
+    )
+    index = export_run(config.out, tmp_path / "out") / "model_index.json"
+    assert json.loads(index.read_text())["boundary_ratio"] == pytest.approx(0.875, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_upper_one_has_to_stay_as_it_was(tmp_path: Path) -> None:
+    first = train(run_of(tmp_path, {**DMD, "end": 1.0}, "first", 1))
+    second = train(run_of(tmp_path, {**DMD, "start": 1.0, "earlier": str(first)}, "second", 1))
+    assert load_run(second).sample(2) is not None
+    train(run_of(tmp_path, {**DMD, "end": 1.0}, "first", 2))
+    with pytest.raises(ValueError, match="other weights than when this run began"):
+        load_run(second).sample(2)
+
+
+def run_of(folder: Path, objective: Any, name: str, steps: int, **more: Any) -> RunConfig:
+    stages = [{"objective": objective, "steps": steps, "batch": 4, "student": {"lr": 1e-3}}]
+    given = {**SMALL, "out": str(folder / name), "stages": stages, "sampling": {"steps": [2]}, **more}
+    return settings.from_dict(RunConfig, given)
+
+
+def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    high = settings_in(tmp_path, {**DMD, "end": 1.0}, "high").out
+    prompts = {
+        "load": "jvpgraph.trainer.data.prompts:listed",
+        "options": {"shape": [1, 8, 8], "values": {"labels": [0]}},
+    }
+    from_latents = settings_in(tmp_path, {**DMD, "start": 1.2, "end": 1.0}, "from_latents").out
+    for objective, more, says in (
+        ({**DMD, "start": 0.9, "earlier": str(high)}, {}, "ends its phase at 1 radians"),
+        (
+            {**DMD, "start": 1.0, "earlier": str(tmp_path / "none")},
+            {},
+            "dmd.earlier: .*none/config.yaml does not exist",
+        ),
+        (
+            {**DMD, "start": 1.0, "earlier": str(from_latents)},
+            {"data": {"source": prompts}},
+            "starts from real latents",
+        ),
+        ({**DMD, "start": 1.0, "earlier": str(high)}, {"sampling": {"steps": [1]}}, "1 step: .*take 2 to"),
+        ("scm", {"sampling": {"earlier": str(high)}}, "makes samples from noise by itself"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=says):
+            train(run_of(tmp_path, objective, "run", 1, **more))
+        assert not (tmp_path / "run").exists()
+    times = {"name": "shifted_uniform", "between": [0.875, 1.0]}
+    with pytest.raises(settings.SettingsError, match=r"times\.between begins above 0"):
+        run_of(tmp_path, {"name": "scm", "times": times}, "run", 1)
+    terms = [{"objective": {**DMD, "start": 1.0, "earlier": name}} for name in ("a", "b")]
+    with pytest.raises(settings.SettingsError, match="name one run as `earlier`"):
+        run_of(tmp_path, {"name": "terms", "terms": terms}, "run", 1)
+    (tmp_path / "two" / "transformer_2").mkdir(parents=True)
+    with pytest.raises(ValueError, match="a pipeline of two networks, and a student is one"):
+        values_in(tmp_path / "two")
+
+
+# ---------------------------------------------------------------- memory
+
+
+def with_earlier(folder: Path) -> list[str]:
+    high = settings_in(folder, {**DMD, "end": 1.0}, "high", model=TINY["model"])
+    phase = f"{{name: dmd, simulation_steps: 2, fake_updates_per_step: 1, start: 1.0, earlier: {high.out}}}"
+    return [f"stages.0.objective={phase}"]
+
+
+@pytest.mark.slow
+def test_plan_counts_the_student_of_the_phase_before(tmp_path: Path) -> None:
+    """Which is there, and makes all steps of its simulation for each update."""
+    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
+    (override,) = with_earlier(tmp_path)
+    both = settings.load(RunConfig, tmp_path / "tiny.yaml", [override])
+    alone = settings.load(RunConfig, tmp_path / "tiny.yaml", [override.replace("earlier:", "rollout: renoise}#")])
+    [one], [other] = (plan_run(config, processes=1, on_gpu=False) for config in (both, alone))
+    student = build_student(dit(**TINY["model"]["options"]), both.student)
+    size = sum(x.nbytes for x in (*student.parameters(), *student.buffers()))
+    assert one.resident["students of earlier phases"] == size
+    assert not other.resident["students of earlier phases"]
+    assert one.peak == pytest.approx(other.peak + size, rel=0.02)
+    assert one.flops - other.flops == pytest.approx(2 * 2 * one.costs.plain, rel=0.01)  # for student and fake score
+
+
+@pytest.mark.long
+def test_the_peak_of_a_run_with_a_phase_before_within_a_tenth(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
+    overrides = [*with_earlier(tmp_path), "sampling.steps=[2]"]
+    train(settings.load(RunConfig, tmp_path / "high" / "config.yaml", ["sampling.steps=[2]"]))
+    [plan] = plan_run(settings.load(RunConfig, tmp_path / "tiny.yaml", overrides), processes=1, on_gpu=False)
+    held = 1797 * 64 * 4  # the digits themselves
+    assert plan.peak + held == pytest.approx(measured(tmp_path, overrides, 1), rel=0.1)
+
+
+def test_the_recipe_is_sampled_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "trainer.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    configs = {}
+    for name in ("wan_high", "wan_low"):
+        (block,) = re.findall(f"```yaml\n# {name}.yaml\n(.*?)```", page, re.DOTALL)
+        Path(f"{name}.yaml").write_text(block)
+        configs[name] = settings.load(RunConfig, Path(f"{name}.yaml"))
+        settings.save(configs[name], tmp_path / configs[name].out / "config.yaml")
+    said = re.search(r"4 steps are at ([\d., and]+) radians", page)
+    assert said is not None
+    times = [float(time) for time in re.findall(r"\d\.\d+", said[1])]
+    assert times_of(configs["wan_low"], 0, 4) == pytest.approx(times, abs=1e-4)
+    assert [len(legs(configs["wan_low"], steps)) for steps in configs["wan_low"].sampling.steps] == [2, 2]
+    assert [len(legs(configs["wan_high"], steps)) for steps in configs["wan_high"].sampling.steps] == [1, 1]

@@ -112,6 +112,15 @@ def folders_of(parts: Iterable[Part]) -> tuple[Path, ...]:
     return max((part.folders for part in parts), key=len)
 
 
+def folders_held(config: RunConfig, stage: int) -> tuple[Path, ...]:
+    """Of the runs whose students are there in a stage: what it starts from, and whom its samples go through."""
+    found, samples = list[Path](), config.stages[stage].objective.samples
+    while samples is not None and samples.earlier is not None:
+        found.append(samples.earlier)
+        samples = settings_of(samples.earlier).stages[-1].objective.samples
+    return folders_of(parts_of(config, stage)) if config.looked_at else tuple(found)
+
+
 def settings_of(folder: Path, key: str = "earlier") -> RunConfig:
     """Of a run that was begun. Raises FileNotFoundError."""
     file = folder / "config.yaml"

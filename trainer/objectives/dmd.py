@@ -91,7 +91,7 @@ class DMD(Objective):
 
     @property
     def span(self) -> tuple[float, float]:
-        return self.start, self.end
+        return self.start, self.end if self.fixed_times else max(self.end, super().span[1])
 
     @property
     def fake_score(self) -> DMD:

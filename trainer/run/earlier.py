@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.evaluation.phases import folders_of, parts_of, settings_of
+from jvpgraph.trainer.evaluation.phases import folders_held, settings_of
 from jvpgraph.trainer.model.networks import try_network
 from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives import Objective
@@ -30,7 +30,7 @@ class Expert:
     """
 
     def __init__(
-        self, path: Path, student: TrigFlow, digest: str, simulation: Simulation, before: Expert | None
+        self, path: Path, student: nn.Module, digest: str, simulation: Simulation, before: Expert | None
     ) -> None:
         self.path, self.student, self.digest, self.simulation, self.before = path, student, digest, simulation, before
 
@@ -40,7 +40,7 @@ class Expert:
         return simulate_backward(self.student, batch, simulation.steps, rng, simulation, self.before).x
 
     @property
-    def students(self) -> list[TrigFlow]:
+    def students(self) -> list[nn.Module]:
         """Its own, and those of the experts before it."""
         return [self.student, *([] if self.before is None else self.before.students)]
 
@@ -95,15 +95,15 @@ def expert_of(objective: Objective, layout: Layout, sample: Batch) -> Expert | N
 
 def students_of(
     config: RunConfig, stage: int, student: TrigFlow, expert: Expert | None, layout: Layout, sample: Batch
-) -> list[TrigFlow]:
+) -> list[nn.Module]:
     """Whom samples of a stage go through: its student, and those of the runs before, as far as samples are made.
 
     Args:
         expert: of the stage, whose networks are there already.
     """
     found = [student, *([] if expert is None else expert.students)]
-    folders = folders_of(parts_of(config, stage)) if config.looked_at else ()
-    return [*found, *(earlier_student(folder, layout, sample)[0] for folder in folders[len(found) - 1 :])]
+    rest = folders_held(config, stage)[len(found) - 1 :]
+    return [*found, *(earlier_student(folder, layout, sample)[0] for folder in rest)]
 
 
 def earlier_student(path: Path, layout: Layout, sample: Batch) -> tuple[TrigFlow, str]:
