@@ -159,6 +159,7 @@ def of_wan(folder: Path, network: str, objective: dict[str, Any], name: str, **m
         "model": {"load": f"{load}:diffusers_model", "options": options},
         "teacher": {"model": {"load": f"{load}:experts", "options": {**options, "path": str(checkpoint)}}},
         "student": {"backend": "eager"},
+        "guidance": {"scale": 3.0, "negative": {"encoder_hidden_states": [[0.0] * 10] * 5}},
         "data": {"source": {"load": "tests.test_export:Noise", "options": data}},
         "stages": [{"objective": objective, "steps": 1, "batch": 2, "student": {"lr": 1e-2}}],
         "sampling": {"steps": [2]},
@@ -308,7 +309,10 @@ def test_the_lower_one_alone_makes_no_samples(
         train(of_wan(folder, "transformer_2", alone, "seen", log={"preview_every": 1}))
     assert not (folder / "seen").exists()
     train(config)  # from real latents, and nobody looks
-    for command in (["sample"], ["export", "--pipeline", str(folder / "checkpoint"), "--out", str(tmp_path / "out")]):
+    for command in (
+        ["sample", "--count", "1"],
+        ["export", "--pipeline", str(folder / "checkpoint"), "--out", str(tmp_path / "out")],
+    ):
         assert main([command[0], str(config.out), *command[1:]]) == 1
         assert "sampling.earlier" in capsys.readouterr().err
     file = config.out / "config.yaml"  # where what samples are made with may be changed
@@ -319,7 +323,7 @@ def test_the_lower_one_alone_makes_no_samples(
     assert json.loads(index.read_text())["boundary_ratio"] == pytest.approx(0.875, abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_upper_one_has_to_stay_as_it_was(tmp_path: Path) -> None:
     first = train(run_of(tmp_path, {**DMD, "end": 1.0}, "first", 1))
     second = train(run_of(tmp_path, {**DMD, "start": 1.0, "earlier": str(first)}, "second", 1))
@@ -339,7 +343,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path: Path) -> N
     high = settings_in(tmp_path, {**DMD, "end": 1.0}, "high").out
     prompts = {
         "load": "jvpgraph.trainer.data.prompts:listed",
-        "options": {"shape": [1, 8, 8], "values": {"labels": [0]}},
+        "options": {"shape": [1, 8, 8], "values": {"labels": [0, 1, 2, 3]}},
     }
     from_latents = settings_in(tmp_path, {**DMD, "start": 1.2, "end": 1.0}, "from_latents").out
     for objective, more, says in (
@@ -380,7 +384,7 @@ def with_earlier(folder: Path) -> list[str]:
     return [f"stages.0.objective={phase}"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_plan_counts_the_student_of_the_phase_before(tmp_path: Path) -> None:
     """Which is there, and makes all steps of its simulation for each update."""
     (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
@@ -414,7 +418,8 @@ def test_the_recipe_is_sampled_as_it_says(tmp_path: Path, monkeypatch: pytest.Mo
         (block,) = re.findall(f"```yaml\n# {name}.yaml\n(.*?)```", page, re.DOTALL)
         Path(f"{name}.yaml").write_text(block)
         configs[name] = settings.load(RunConfig, Path(f"{name}.yaml"))
-        settings.save(configs[name], tmp_path / configs[name].out / "config.yaml")
+        configs[name].out.mkdir(parents=True)
+        settings.save(configs[name], configs[name].out / "config.yaml")
     said = re.search(r"4 steps are at ([\d., and]+) radians", page)
     assert said is not None
     times = [float(time) for time in re.findall(r"\d\.\d+", said[1])]

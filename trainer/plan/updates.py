@@ -22,12 +22,13 @@ from jvpgraph.trainer.evaluation.phases import settings_of
 from jvpgraph.trainer.model.critic import BLOCKS, Critic, critic_on
 from jvpgraph.trainer.model.networks import trainable
 from jvpgraph.trainer.model.student import repeated_blocks
+from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives import Adversarial, Objective, Terms, loss_of
 from jvpgraph.trainer.objectives.adversarial import beside_loss
+from jvpgraph.trainer.objectives.simulation import Earlier, simulate_backward
 from jvpgraph.trainer.plan.layout import nbytes
 from jvpgraph.trainer.plan.meter import Meter, fused_attention
 from jvpgraph.trainer.plan.subject import NoNoise, Origins, Plainly, Subject, larger, subject_of
-from jvpgraph.trainer.run.earlier import Expert
 
 WHOLE = 4  # blocks in a list up to which a network is measured as it is
 FEW = 2
@@ -142,13 +143,18 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch, on_gpu: bool) ->
     return Costs(of_student, of_fake, rate, meter.flops, *calls, nbytes(heads))
 
 
-def expert_in(objective: Objective, students: Sequence[nn.Module]) -> Expert | None:
+def expert_in(objective: Objective, students: Sequence[nn.Module]) -> Earlier | None:
     """As `expert_of` in a run, of students of earlier phases, the nearest first."""
     if objective.samples is None or objective.samples.earlier is None:
         return None
-    path, (student, *others) = objective.samples.earlier, students
-    own = settings_of(path).stages[-1].objective
-    return Expert(path, student, "", own.samples, expert_in(own, others))
+    own = settings_of(objective.samples.earlier).stages[-1].objective
+    student, before = students[0], expert_in(own, students[1:])
+
+    @torch.no_grad()
+    def make(batch: Batch, rng: Random) -> Tensor:
+        return simulate_backward(student, batch, own.samples.steps, rng, own.samples, before).x
+
+    return make
 
 
 def critic_of(settings: Adversarial, fake: Plainly | None, subject: Subject, batch: Batch) -> Critic:

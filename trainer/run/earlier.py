@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
@@ -30,7 +30,7 @@ class Expert:
     """
 
     def __init__(
-        self, path: Path, student: nn.Module, digest: str, simulation: Simulation, before: Expert | None
+        self, path: Path, student: TrigFlow, digest: str, simulation: Simulation, before: Expert | None
     ) -> None:
         self.path, self.student, self.digest, self.simulation, self.before = path, student, digest, simulation, before
 
@@ -40,7 +40,7 @@ class Expert:
         return simulate_backward(self.student, batch, simulation.steps, rng, simulation, self.before).x
 
     @property
-    def students(self) -> list[nn.Module]:
+    def students(self) -> list[TrigFlow]:
         """Its own, and those of the experts before it."""
         return [self.student, *([] if self.before is None else self.before.students)]
 
@@ -95,7 +95,7 @@ def expert_of(objective: Objective, layout: Layout, sample: Batch) -> Expert | N
 
 def students_of(
     config: RunConfig, stage: int, student: TrigFlow, expert: Expert | None, layout: Layout, sample: Batch
-) -> list[nn.Module]:
+) -> list[TrigFlow]:
     """Whom samples of a stage go through: its student, and those of the runs before, as far as samples are made.
 
     Args:
