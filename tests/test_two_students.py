@@ -265,7 +265,11 @@ def test_two_students_by_inductor(dtype: str, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_the_commands_sample_with_both(
-    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     high, low = pair
     asked = []
@@ -287,6 +291,8 @@ def test_the_commands_sample_with_both(
     ]
     assert main(["sample", str(low), "--prompts", "a cat", "--steps", "2", *call]) == 0
     assert (tmp_path / "made" / "0000.webp").is_file()
+    assert main(["sample", str(high), "--steps", "2", *picture]) == 0
+    assert "clean images whose details are for the phase after" in caplog.text
     assert main(["export", str(high), "--out", str(tmp_path / "high")]) == 0  # the network alone, which is said
     assert "was trained from rectified-flow time 1 down to 0.875" in capsys.readouterr().out
     assert not (tmp_path / "high" / "scheduler").exists()

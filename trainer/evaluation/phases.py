@@ -134,6 +134,16 @@ def is_whole(parts: Sequence[Part]) -> bool:
     return len(parts) == 1 and (parts[0].start, parts[0].end) == (HALF_PI, 0)
 
 
+def note_of(parts: Sequence[Part]) -> str:
+    """What has to be said of samples by these; empty: nothing."""
+    if not parts[-1].end:
+        return ""
+    return (
+        f"the samples are what the student implies at rectified-flow time {said(parts[-1].end)}, where its phase ends: "
+        "clean images whose details are for the phase after it to make"
+    )
+
+
 def check_from_noise(parts: Sequence[Part]) -> None:
     """Raises ValueError if samples could not begin with noise, or would meet times that nobody was trained for."""
     if parts[0].start < HALF_PI:

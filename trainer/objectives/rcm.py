@@ -53,7 +53,8 @@ class RCM(Objective):
 
     @property
     def span(self) -> tuple[float, float]:
-        return self.scm.span
+        start, end = self.scm.span
+        return max(start, self.dmd.start) if self.weight else start, end
 
     def fake_updates(self, iteration: int) -> int:
         return self.dmd.fake_updates_per_step if self.regularises(iteration) else 0

@@ -88,7 +88,8 @@ class WeightedTerms(Objective):
 
     @property
     def span(self) -> tuple[float, float]:
-        return self.objectives[0].span
+        start, end = self.objectives[0].span
+        return start if self.fake_score is None else max(start, self.fake_score.start), end
 
     @property
     def second_time(self) -> bool:  # type: ignore[override]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.evaluation.phases import folders_held, settings_of
+from jvpgraph.trainer.evaluation.phases import folders_held, note_of, parts_of, settings_of
 from jvpgraph.trainer.model.networks import try_network
 from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives import Objective
@@ -20,6 +21,8 @@ from jvpgraph.trainer.run.finished import load_earlier
 from jvpgraph.trainer.run.origin import digest_of
 from jvpgraph.trainer.run.parallel import Layout
 from jvpgraph.trainer.trigflow import TrigFlow
+
+log = logging.getLogger(__name__)
 
 
 class Expert:
@@ -101,6 +104,8 @@ def students_of(
     Args:
         expert: of the stage, whose networks are there already.
     """
+    if config.looked_at and layout.first and (note := note_of(parts_of(config, stage))):
+        log.warning("stage %d: %s", stage, note)
     found = [student, *([] if expert is None else expert.students)]
     rest = folders_held(config, stage)[len(found) - 1 :]
     return [*found, *(earlier_student(folder, layout, sample)[0] for folder in rest)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import first_samples, some_samples
 from jvpgraph.trainer.evaluation import distances
 from jvpgraph.trainer.evaluation.distances import Quality, table
-from jvpgraph.trainer.evaluation.phases import Part, folders_of, parts_of, student_sampler
+from jvpgraph.trainer.evaluation.phases import Part, folders_of, note_of, parts_of, student_sampler
 from jvpgraph.trainer.evaluation.samplers import Sampler, draw, sampler_of
 from jvpgraph.trainer.files import naming
 from jvpgraph.trainer.model.ema import PowerEMA, averages_of, reconstruct, snapshots
@@ -39,6 +40,8 @@ from jvpgraph.trainer.run.log import grid
 from jvpgraph.trainer.run.origin import digest_of
 from jvpgraph.trainer.run.preview import decoder_of, picture_of
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,9 @@ class Run:
         return found
 
     def sample(self, steps: int) -> Sampler:
+        """Samples of the student, and of those before it. Raises ValueError as `student_sampler`."""
+        if note := note_of(self.parts):
+            log.warning("%s", note)
         return student_sampler(self.config, self.stage, self.students, steps)
 
     def check_sampling(self, *steps: int) -> None:
