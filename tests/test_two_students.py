@@ -301,7 +301,9 @@ def test_the_commands_sample_with_both(
     )
     assert "Export the run of the next phase" in capsys.readouterr().err
     assert main(["export", str(low), "--out", str(tmp_path / "lora"), "--format", "lora", "--rank", "1"]) == 0
-    assert 'load_lora_weights(".", load_into_transformer_2=True)' in (tmp_path / "lora" / "README.md").read_text()
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert 'load_lora_weights(".", load_into_transformer_2=True)' in card
+    assert "from few_step_scheduler import FewStepScheduler" in card  # four times that diffusers' own cannot be told
 
 
 @pytest.mark.slow

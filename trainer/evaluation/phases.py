@@ -51,7 +51,7 @@ class Part:
     @property
     def simulation(self) -> Simulation | None:
         """Of the steps that it learnt to make, if it did."""
-        samples: Simulation | None = self.config.stages[self.stage].objective.samples
+        samples: Simulation | None = self.config.stages[self.stage].objective.simulated
         return None if samples is None or samples.rollout == "once" else samples
 
     @property
@@ -88,9 +88,9 @@ def parts_of(config: RunConfig, stage: int, folders: tuple[Path, ...] = ()) -> l
     """
     objective, sampling = config.stages[stage].objective, config.sampling
     start, end = objective.span
-    named = None if objective.samples is None else objective.samples.earlier
+    named = None if objective.simulated is None else objective.simulated.earlier
     if named is not None:
-        start = objective.samples.start
+        start = objective.simulated.start
     # what samples begin with is noise enough, and the noise that is left of them data
     start = HALF_PI if named is None and start >= math.atan(sampling.sigma_max) else start
     end = 0.0 if end <= math.atan(1 / sampling.sigma_max) else end
@@ -114,10 +114,10 @@ def folders_of(parts: Iterable[Part]) -> tuple[Path, ...]:
 
 def folders_held(config: RunConfig, stage: int) -> tuple[Path, ...]:
     """Of the runs whose students are there in a stage: what it starts from, and whom its samples go through."""
-    found, samples = list[Path](), config.stages[stage].objective.samples
+    found, samples = list[Path](), config.stages[stage].objective.simulated
     while samples is not None and samples.earlier is not None:
         found.append(samples.earlier)
-        samples = settings_of(samples.earlier).stages[-1].objective.samples
+        samples = settings_of(samples.earlier).stages[-1].objective.simulated
     return folders_of(parts_of(config, stage)) if config.looked_at else tuple(found)
 
 
@@ -239,8 +239,10 @@ def times_of(config: RunConfig, stage: int, steps: int) -> list[float]:
 
 
 def check_steps(config: RunConfig, stage: int, counts: Iterable[int]) -> None:
-    """Raises ValueError if the run's samples in so many steps cannot be made; of one that nobody looks at, and that
-    goes without, if they could be made in another number of steps only."""
+    """Raises ValueError if the run's samples in so many steps cannot be made.
+
+    A student that begins below pure noise may go without, if nobody looks at it while it is trained.
+    """
     parts = parts_of(config, stage)
     if config.sampling.earlier is not None and stage == len(config.stages) - 1 and not any(p.folders for p in parts):
         raise ValueError(

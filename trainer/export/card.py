@@ -109,8 +109,17 @@ def use_lora(task: Task) -> str:
         f'pipe = DiffusionPipeline.from_pretrained("{task.pipeline or "the teacher"}")',
         f'pipe.load_lora_weights("."{", load_into_transformer_2=True" if task.run.parts[0].folders else ""})',
     ]
-    if task.fits:
+    if task.run.parts[0].folders:
+        code.append(f"pipe.register_to_config(boundary_ratio={task.boundary})  # where the students meet")
+    if task.fits and own_file(task.scheduler) is None:
         code.append('pipe.scheduler = FlowMatchLCMScheduler.from_pretrained(".", subfolder="scheduler")')
+    elif task.fits:
+        code += [
+            'sys.path.insert(0, "scheduler")',
+            f"from few_step_scheduler import {type(task.scheduler).__name__}",
+            f'pipe.scheduler = {type(task.scheduler).__name__}.from_pretrained("scheduler")',
+        ]
+        code.insert(0, "import sys")
     arguments = f"num_inference_steps={task.count}"
     if task.pipeline:
         arguments = first_frame(task) + call_of(task.arguments())

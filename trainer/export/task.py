@@ -167,8 +167,17 @@ class Task:
 
     @property
     def goes_into_pipelines(self) -> bool:
+        if folders_of(self.run.parts) and not self.takes_two:
+            return False
         by_flow = self.kinds == "flow" and self.whole and not self.has_second_time
         return by_flow or self.fits or (self.by_jumps and is_whole(self.run.parts))
+
+    @property
+    def takes_two(self) -> bool:
+        """Whether there are two students, and the pipeline has places for them."""
+        if self.pipeline is None or len(folders_of(self.run.parts)) != 1:
+            return False
+        return {SECOND, "boundary_ratio"} <= inspect.signature(self.pipeline_class().__init__).parameters.keys()
 
     @cached_property
     def scheduler(self) -> Any:
@@ -209,7 +218,7 @@ class Task:
             )
         if len(self.networks) == 1:
             check_one_network(self.pipeline, self.index)
-        elif {SECOND, "boundary_ratio"} - inspect.signature(self.pipeline_class().__init__).parameters.keys():
+        elif not self.takes_two:
             raise ValueError(
                 f"a {self.index['_class_name']} has a place for one network, and two students take part in this run's "
                 "samples\nExport each alone (without --pipeline), and sample them with jvpgraph sample RUN."

@@ -66,14 +66,14 @@ class Objective(Variants):
         return False
 
     @property
-    def samples(self) -> Any:
+    def simulated(self) -> Any:
         """Settings (Simulation) of the samples that dmd or a critic looks at, or None."""
         return self.simulation if self.fake_score is None else self.fake_score.simulation
 
     @property
     def phase(self) -> tuple[float, float] | None:
         """Where those samples start and end, in radians; None: there are none."""
-        return None if self.samples is None else (self.samples.start, self.samples.end)
+        return None if self.simulated is None else (self.simulated.start, self.simulated.end)
 
     @property
     def span(self) -> tuple[float, float]:

@@ -53,7 +53,7 @@ class WeightedTerms(Objective):
                 f"terms: {kinds[True]} needs a student with a second time, and {kinds[False]} asks it without one. "
                 f"Take {kinds[False]} out, or have it simulate by rollout: jumps"
             )
-        earlier = {part.samples.earlier for part in objectives if part.samples is not None} - {None}
+        earlier = {part.simulated.earlier for part in objectives if part.simulated is not None} - {None}
         if len(earlier) > 1:
             raise ValueError(
                 f"terms: samples start from those of {' and of '.join(sorted(map(str, earlier)))}: name one run as "
@@ -136,8 +136,8 @@ class WeightedTerms(Objective):
         return next((part.simulation for part in self.objectives if part.simulation is not None), None)
 
     @property
-    def samples(self) -> Any:
-        found = [part.samples for part in self.objectives if part.samples is not None]
+    def simulated(self) -> Any:
+        found = [part.simulated for part in self.objectives if part.simulated is not None]
         return next((each for each in found if each.earlier is not None), found[0] if found else None)
 
     def fake_updates(self, iteration: int) -> int:

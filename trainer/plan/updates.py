@@ -145,14 +145,14 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch, on_gpu: bool) ->
 
 def expert_in(objective: Objective, students: Sequence[nn.Module]) -> Earlier | None:
     """As `expert_of` in a run, of students of earlier phases, the nearest first."""
-    if objective.samples is None or objective.samples.earlier is None:
+    if objective.simulated is None or objective.simulated.earlier is None:
         return None
-    own = settings_of(objective.samples.earlier).stages[-1].objective
+    own = settings_of(objective.simulated.earlier).stages[-1].objective
     student, before = students[0], expert_in(own, students[1:])
 
     @torch.no_grad()
     def make(batch: Batch, rng: Random) -> Tensor:
-        return simulate_backward(student, batch, own.samples.steps, rng, own.samples, before).x
+        return simulate_backward(student, batch, own.simulated.steps, rng, own.simulated, before).x
 
     return make
 

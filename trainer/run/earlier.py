@@ -64,7 +64,7 @@ def check_earlier(objective: Objective, *, has_latents: bool) -> None:
     Args:
         has_latents: whether the data has some, with whose noise a phase may start.
     """
-    samples = objective.samples
+    samples = objective.simulated
     if samples is None or samples.earlier is None:
         return
     before = settings_of(samples.earlier, "dmd.earlier").stages[-1].objective
@@ -74,7 +74,7 @@ def check_earlier(objective: Objective, *, has_latents: bool) -> None:
             f"dmd.earlier: {samples.earlier} {where}, and this one starts at {samples.start:.6g}, so that nobody "
             "learns the times between. Make them one"
         )
-    if before.samples.needs_data and not has_latents:
+    if before.simulated.needs_data and not has_latents:
         raise ValueError(
             f"dmd.earlier: the last stage of {samples.earlier} starts from real latents, and the data set holds "
             "prompts only: name a run that starts from noise, or has an `earlier` itself"
@@ -88,12 +88,12 @@ def expert_of(objective: Objective, layout: Layout, sample: Batch) -> Expert | N
     Raises:
         FileNotFoundError, ValueError: there is no such run, its phase ends elsewhere, or it has other latents.
     """
-    if objective.samples is None or objective.samples.earlier is None:
+    if objective.simulated is None or objective.simulated.earlier is None:
         return None
-    path = objective.samples.earlier
+    path = objective.simulated.earlier
     student, digest = earlier_student(path, layout, sample)
     own = settings_of(path).stages[-1].objective
-    return Expert(path, student, digest, own.samples, expert_of(own, layout, sample))
+    return Expert(path, student, digest, own.simulated, expert_of(own, layout, sample))
 
 
 def students_of(

@@ -160,7 +160,7 @@ def load_run(
     else:
         weights = reconstruct(averages_of(folder, stage), ema, step=step)
     noted = Noted()
-    samples = config.stages[stage].objective.samples
+    samples = config.stages[stage].objective.simulated
     if samples is not None and samples.earlier is not None and checkpoints.has(step):
         checkpoints.load({"earlier": OnePiece(noted)}, checkpoints.at(step), partial=True)
     return Run(config, step, stage, base, with_weights(student, weights), noted.digest)
