@@ -318,7 +318,7 @@ def test_a_killed_run_with_a_critic_ends_with_the_same_bits(tmp_path: Path) -> N
 def test_a_phase_starts_from_what_the_expert_before_it_makes(tmp_path: Path) -> None:
     """Also after a stop; and not with another expert than it began with."""
     dmd = {"name": "dmd", "fake_updates_per_step": 1, "simulation_steps": 2}
-    more = {"model": model("float32")}
+    more = {"model": model("float32"), "sampling": {"steps": [2]}}
     first = train(run_of(tmp_path / "first", {**dmd, "end": 1.0}, steps=1, **more))
     after = {**dmd, "start": 1.0, "earlier": str(first)}
     whole = train(run_of(tmp_path / "whole", after, steps=2, **more))

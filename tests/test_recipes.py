@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, name: str, kind: s
     again = train(config_of(tmp_path / "killed", **more))
     assert_same_end(whole, again, tmp_path)
     steps = min(2, *load_run(again).config.sampling.steps)
-    assert sample_run(again, steps=steps, count=2, ema=None, seed=0, out=tmp_path / "samples").is_file()
+    begins = pytest.raises(ValueError, match="makes none from noise") if name == "dmd, a phase" else nullcontext()
+    with begins:
+        assert sample_run(again, steps=steps, count=2, ema=None, seed=0, out=tmp_path / "samples").is_file()
 
 
 @pytest.mark.long

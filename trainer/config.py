@@ -288,6 +288,7 @@ class SamplingConfig:
     teacher_steps: int = 50  # Euler steps of the teacher
     shift: float = 1.0  # of the Euler steps in rectified-flow time; 5 for Wan at 720p, 3 at 480p
     guidance: float | None = None  # where guidance.scale is two: of samples; null: the middle
+    earlier: Path | None = None  # folder of a run whose student makes what this one begins from, below pure noise
     batch: int = 64  # samples at a time
     decode: Plug | None = None  # a function from latents [B, ...] to images in [0, 1]
     call: dict[str, Any] = field(default_factory=dict)  # of the pipeline that samples prompts: height, width, ...
@@ -416,6 +417,11 @@ class RunConfig:
         if several is None:
             return None
         return sum(several) / 2 if self.sampling.guidance is None else self.sampling.guidance
+
+    @property
+    def looked_at(self) -> bool:
+        """Whether samples are made while it runs."""
+        return any((self.log.preview_every, self.validation.every, self.watch.every))
 
     def sampler(self, stage: int) -> str:
         """How the student of a stage is sampled: consistency, mean_flow or flow."""

@@ -25,6 +25,7 @@ from jvpgraph.trainer.batch import Batch, drop_condition
 from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
 from jvpgraph.trainer.data.sample import Dataset, first_samples
+from jvpgraph.trainer.evaluation.phases import student_sampler
 from jvpgraph.trainer.model.critic import Critic, critic_on
 from jvpgraph.trainer.model.ema import PowerEMA, averages_of, save_snapshot, update_all
 from jvpgraph.trainer.model.networks import averaged, check_run, moving, trainable, try_network
@@ -38,7 +39,7 @@ from jvpgraph.trainer.run.changes import covered
 from jvpgraph.trainer.run.checkpoint import CheckpointError, Checkpoints, OnePiece
 from jvpgraph.trainer.run.decay import Watch
 from jvpgraph.trainer.run.diagnosis import Probe
-from jvpgraph.trainer.run.earlier import check_earlier, expert_of
+from jvpgraph.trainer.run.earlier import check_earlier, expert_of, students_of
 from jvpgraph.trainer.run.folder import check_folder, check_free, checkpoint_step, claimed, newest_step
 from jvpgraph.trainer.run.kept import Means, RandomState
 from jvpgraph.trainer.run.log import RunLog, read_lines
@@ -112,9 +113,9 @@ def train_here(
             dataset, origin, others = resumed(config, networks.digests, dataset, start, change, ranks)
             changes += others
         validation = Validation.of(config, dataset, ranks, layout.device, networks.digests.teacher)
-        check_run(config, networks.student, networks.guided, dataset, layout.device)
         for each in config.stages:
-            check_earlier(each.objective)
+            check_earlier(each.objective, has_latents=getattr(dataset, "has_latents", True))
+        check_run(config, networks.student, networks.guided, dataset, layout.device)
         for batch in extremes:
             one = batch.to(layout.device)
             try_network(f"the teacher cannot run with {shown(batch)}", networks.guided.model, one.x0, one.cond)
@@ -183,11 +184,11 @@ def train_here(
                     moved = networks.traffic.take()
                     if validation is not None and beside is not None and validated:
                         average = stage.emas[0].parameters
-                        means |= validation.of_student(index, networks.student, average, beside.figures)
+                        means |= validation.of_student(networks.student, stage.sampler, average, beside.figures)
                     if probe is not None and probed:
                         means |= probe.look(step, index, networks.student)
                     if watch is not None and watched:
-                        means |= watch.look(step, index, networks.student, stage.emas[0].parameters)
+                        means |= watch.look(step, index, networks.student, stage.sampler, stage.emas[0].parameters)
                     if log is not None:
                         log.add(step, means, pace.line(step, memory, moved))
                 if config.ema.snapshot_every and (last_step or due(step, config.ema.snapshot_every)):
@@ -200,7 +201,7 @@ def train_here(
                     checkpoints.wait()
                     raise stop.stopped(step)
                 if due(step, config.log.preview_every):
-                    previews.draw(index, stage.emas[0].parameters, step)
+                    previews.draw(stage.sampler, stage.emas[0].parameters, step)
             done = max(done, end)
             del stage  # before the next one takes its memory
         if log is not None:
@@ -286,6 +287,8 @@ class Stage:
             self.fake_optimizer = adamw(self.fake, settings.fake)
         sample = first_samples(dataset, 1).to(layout.device)
         self.earlier = expert_of(self.objective, layout, sample)
+        students = students_of(config, index, networks.student, self.earlier, layout, sample)
+        self.sampler = partial(student_sampler, config, index, students)
         self.critic: Critic | None = None
         if self.objective.critic is not None:
             host = networks.teacher if self.objective.critic.features == "teacher" else self.fake

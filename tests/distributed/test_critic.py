@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from jvpgraph.trainer.train import train
 from tests.distributed.test_train import assert_same_content, assert_same_log, config_of, train_many
@@ -42,9 +44,13 @@ def test_a_critic_learns_the_same_on_two_processes(
 
 @pytest.mark.matrix
 def test_the_expert_of_an_earlier_phase_is_split_too(tmp_path: Path) -> None:
+    """And makes previews with the next one."""
     dmd = {"name": "dmd", "fake_updates_per_step": 1, "simulation_steps": 2}
-    first = train(config_of(tmp_path / "first", [stage({**dmd, "end": 1.0}, 2)]))
+    more = {"sampling": {"steps": [2]}, "log": {"every": 1, "preview_every": 3, "preview_count": 4}}
+    first = train(config_of(tmp_path / "first", [stage({**dmd, "end": 1.0}, 2)], **more))
     stages = [stage({**dmd, "start": 1.0, "earlier": str(first)}, 3)]
-    one = train(config_of(tmp_path / "one", stages))
-    many = train_many(config_of(tmp_path / "many", stages, "FSDP2"), "FSDP2")
+    one = train(config_of(tmp_path / "one", stages, **more))
+    many = train_many(config_of(tmp_path / "many", stages, "FSDP2", **more), "FSDP2")
     assert_same_log(many, one, tolerance=1e-6)
+    pictures = [np.asarray(Image.open(run / "samples" / "step-00000003.png")).astype(int) for run in (one, many)]
+    assert abs(pictures[0] - pictures[1]).max() <= 1

@@ -1,1 +1,1 @@
-"""Samplers, and distances between what they draw and real data."""
+"""Samplers, who takes part in samples of several students, and distances between what is drawn and real data."""

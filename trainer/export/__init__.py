@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from jvpgraph.trainer.evaluation.samplers import few_step_times
+from jvpgraph.trainer.evaluation.phases import times_of
 from jvpgraph.trainer.export.comfyui import export_comfyui
 from jvpgraph.trainer.export.lora import export_lora
 from jvpgraph.trainer.export.network import export_network
@@ -68,12 +68,14 @@ def export_run(
         raise ValueError("--keep-scale is for students of student.embed_scale, and this is none\nLeave it out.")
     if pipeline is None and found is not None and not task.goes_into_pipelines:
         task.pipeline = None
+        if task.about_part:
+            print(f"{task.about_part} Exported is the network alone.")
     if task.about_bytes:
         how = "on the checkpoint's own weights they act a little differently" if format == "lora" else ADDED
         print(f"{task.about_bytes[:-1]}; {how}.")
     with draft_folder_of(out) as draft:
         FORMATS[format](task, draft)
-        if run.sampler == "consistency":
-            times = {n: few_step_times(n, run.config.sampling) for n in run.config.sampling.steps}
+        if run.sampler == "consistency" and task.whole:
+            times = {n: times_of(run.config, run.stage, n) for n in run.config.sampling.steps}
             (draft / "sampling.json").write_text(json.dumps({"times": times}, indent=2) + "\n")
     return out

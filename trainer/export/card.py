@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jvpgraph.trainer import settings
+from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.export.task import Task
 from jvpgraph.trainer.model.additions import EMBEDDED, INTERVAL, added
 from jvpgraph.trainer.model.schedulers import own_file
@@ -26,13 +27,23 @@ def write_card(task: Task, out: Path, kind: Kind, notes: str = "") -> None:
         notes,
         task.about_bytes,
         f"Its guidance scale is {task.fixed_scale:g}, of those that it learnt." if task.fixed_scale else "",
+        task.about_part,
         "## Use",
         USES[kind](task),
-        times_of(task) if task.run.sampler == "consistency" else "",
+        times_of(task) if task.run.sampler == "consistency" and task.whole else "",
         evaluation_of(task),
-        f"## Settings\n\n```yaml\n{settings.text(task.run.config).strip()}\n```",
+        *(
+            f"## Settings{whose}\n\n```yaml\n{settings.text(config).strip()}\n```"
+            for whose, config in configs(task).items()
+        ),
     ]
     (out / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def configs(task: Task) -> dict[str, RunConfig]:
+    """The settings of the run, and of those before it that its samples go through, by the end of their heading."""
+    found = {"": task.run.config}
+    return found | {f" of {part.folders[-1]}": part.config for part in task.run.parts if part.folders}
 
 
 # ---------------------------------------------------------------- code that loads it; `.` is the folder of the card
@@ -105,10 +116,19 @@ def use_lora(task: Task) -> str:
         *(["from PIL import Image"] if task.pipeline and task.first_frame else []),
         "",
         f'pipe = DiffusionPipeline.from_pretrained("{task.pipeline or "the teacher"}")',
-        'pipe.load_lora_weights(".")',
+        f'pipe.load_lora_weights("."{", load_into_transformer_2=True" if task.run.parts[0].folders else ""})',
     ]
-    if task.fits:
+    if task.run.parts[0].folders:
+        code.append(f"pipe.register_to_config(boundary_ratio={task.boundary})  # where the students meet")
+    if task.fits and own_file(task.scheduler) is None:
         code.append('pipe.scheduler = FlowMatchLCMScheduler.from_pretrained(".", subfolder="scheduler")')
+    elif task.fits:
+        code += [
+            'sys.path.insert(0, "scheduler")',
+            f"from few_step_scheduler import {type(task.scheduler).__name__}",
+            f'pipe.scheduler = {type(task.scheduler).__name__}.from_pretrained("scheduler")',
+        ]
+        code.insert(0, "import sys")
     arguments = f"num_inference_steps={task.count}"
     if task.pipeline:
         arguments = first_frame(task) + call_of(task.arguments())

@@ -9,8 +9,9 @@ from pathlib import Path
 from safetensors.torch import save_model
 
 from jvpgraph.trainer import settings
+from jvpgraph.trainer.evaluation.phases import is_whole
 from jvpgraph.trainer.export.card import write_card
-from jvpgraph.trainer.export.task import NETWORK, Task
+from jvpgraph.trainer.export.task import Task
 
 BESIDE = ("tokenizer", "text_encoder", "vae")  # what AnyFlow's pipeline has of Wan's
 
@@ -22,7 +23,7 @@ def export_network(task: Task, out: Path) -> None:
         write_card(task, out, "pipeline")
     elif hasattr(task.net, "save_pretrained"):
         task.net.save_pretrained(out)
-        if task.fits or task.by_jumps:
+        if is_whole(task.run.parts) and (task.fits or task.by_jumps):
             task.save_scheduler(out / "scheduler")
         write_card(task, out, "network")
     else:
@@ -42,10 +43,13 @@ def write_pipeline(task: Task, out: Path) -> None:
         index |= {name: task.index[name] for name in BESIDE if name in kept}
         kept = [*BESIDE]
     for name in kept:
-        if name not in (NETWORK, "scheduler") and (folder / name).is_dir():
+        if name not in (*task.networks, "scheduler") and (folder / name).is_dir():
             shutil.copytree(folder / name, out / name)
-    task.net.save_pretrained(out / NETWORK)
-    index[NETWORK] = ["diffusers", type(task.net).__name__]  # which an old checkpoint calls otherwise
+    for name, net in task.networks.items():
+        net.save_pretrained(out / name)
+        index[name] = ["diffusers", type(net).__name__]  # which an old checkpoint calls otherwise
+    if task.boundary is not None:
+        index["boundary_ratio"] = task.boundary
     if task.own_scheduler:
         index["scheduler"] = task.save_scheduler(out / "scheduler")
     else:

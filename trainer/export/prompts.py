@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from jvpgraph.trainer.export.task import NETWORK, Task
+from jvpgraph.trainer.export.task import Task
 from jvpgraph.trainer.model.adapters import computing_dtype
 from jvpgraph.trainer.model.pipelines import load_pipeline
 from jvpgraph.trainer.pictures import Film, mp4_writer, save_frames
@@ -87,10 +87,13 @@ def first_frames(task: Task, count: int, images: Sequence[Path]) -> list[dict[st
 def assemble(task: Task) -> Any:
     """The pipeline with the student and its scheduler, in the student's dtype and on its device."""
     folder = task.check_pipeline()
-    parts = {NETWORK: task.net}
+    parts = {name: net for name, net in task.networks.items() if name in task.index}
     if task.own_scheduler:
         parts["scheduler"] = task.scheduler
     pipe = load_pipeline(task.pipeline_class(), folder, computing_dtype(task.net), **parts)
+    if task.boundary is not None:
+        pipe.register_modules(**task.networks)  # a pipeline of one network takes another in
+        pipe.register_to_config(boundary_ratio=task.boundary)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(next(task.net.parameters()).device)
 

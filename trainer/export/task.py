@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.evaluation.samplers import few_step_times
+from jvpgraph.trainer.evaluation.phases import check_from_noise, folders_of, is_whole, level, said, times_of
 from jvpgraph.trainer.files import read_json
 from jvpgraph.trainer.model.adapters import diffusers
 from jvpgraph.trainer.model.additions import EMBEDDED, INTERVAL, added
@@ -21,11 +21,15 @@ from jvpgraph.trainer.model.pipelines import check_one_network, class_name
 from jvpgraph.trainer.model.saved_additions import saved_with
 from jvpgraph.trainer.model.schedulers import even_times, fits_pipelines, own_file, scheduler_for
 from jvpgraph.trainer.model.student import merged
+from jvpgraph.trainer.model.told import WithScale
 from jvpgraph.trainer.objectives import DCM
 from jvpgraph.trainer.prepare.families import FAMILIES
 from jvpgraph.trainer.run.finished import Run
+from jvpgraph.trainer.trigflow import HALF_PI, TrigFlow
 
 NETWORK = "transformer"  # the part of a pipeline that is distilled
+SECOND = "transformer_2"  # the network for low noise, where a pipeline has two
+MARGIN = 1e-5  # of rectified-flow time, by which a pipeline changes networks before the time where the second begins
 
 
 @dataclass
@@ -52,10 +56,21 @@ class Task:
     @cached_property
     def net(self) -> Any:
         """The student's network, adapters added to the weights."""
-        net = merged(self.run.student)
-        if self.fixed_scale is not None:
-            fix(net, self.fixed_scale)
+        net = self.plain(self.run.student)
         return as_anyflow(net) if fits_anyflow(net) else saved_with(net)
+
+    def plain(self, student: TrigFlow) -> Any:
+        """The network of a student, adapters and the scale of student.embed_scale in its weights."""
+        net, scale = merged(student), self.scale_of(student)
+        if scale is not None:
+            fix(net, scale)
+        return net
+
+    def scale_of(self, student: TrigFlow) -> float | None:
+        """The guidance scale that an export of the student has in its weights; None: it has none, or is told one."""
+        if self.keep_scale or EMBEDDED not in added(student.net):
+            return None
+        return student.call.usual if isinstance(student.call, WithScale) else self.run.config.conditions.get("guidance")
 
     @property
     def has_scale(self) -> bool:
@@ -64,15 +79,65 @@ class Task:
 
     @property
     def fixed_scale(self) -> float | None:
-        """The guidance scale that the export has in its weights; None: it has none, or is told one."""
-        config = self.run.config
-        usual = config.conditions.get("guidance") if config.told_scale is None else config.told_scale
-        return usual if self.has_scale and not self.keep_scale else None
+        return self.scale_of(self.run.student)
 
     @property
     def takes_scale(self) -> bool:
         """Whether the export is told a guidance scale that its class does not know."""
         return self.has_scale and self.fixed_scale is None
+
+    @cached_property
+    def networks(self) -> dict[str, Any]:
+        """What takes the place of the teacher's in a pipeline, by the names of its parts."""
+        students = self.run.students
+        if len(students) == 1:
+            return {NETWORK: self.net}
+        low, high = students[:2]
+        if len(students) > 2:
+            raise ValueError(
+                f"{len(students)} students take part in this run's samples, and a pipeline of diffusers has places for "
+                "two\nExport each network alone (without --pipeline), and sample them with jvpgraph sample RUN."
+            )
+        if (type(high.net), high.schedule, high.time_scale) != (type(low.net), low.schedule, low.time_scale):
+            raise ValueError(
+                f"the students of this run and of {folders_of(self.run.parts)[0]} are no pair for a pipeline: a "
+                f"{type(low.net).__name__} of {low.schedule.name} and a {type(high.net).__name__} of "
+                f"{high.schedule.name}\nTrain both from the networks of one pipeline."
+            )
+        return {NETWORK: self.plain(high), SECOND: self.net}
+
+    @property
+    def kinds(self) -> str:
+        """How it is sampled; of several students, all ways."""
+        return " and ".join(sorted({part.kind for part in self.run.parts}))
+
+    @property
+    def whole(self) -> bool:
+        """Whether its samples go from noise to data."""
+        return self.run.parts[0].start == HALF_PI and self.run.parts[-1].end == 0
+
+    @cached_property
+    def boundary(self) -> float | None:
+        """Rectified-flow time from which on a pipeline asks the first of two networks.
+
+        It asks that one at the time itself, where the second begins: so it lies above.
+        """
+        if not folders_of(self.run.parts):
+            return None
+        meet = next(part.start for part in self.run.parts if not part.folders)
+        first, second = level(min(t for t in self.times if t > meet)), level(meet)
+        return min(second + MARGIN, (first + second) / 2)
+
+    @property
+    def about_part(self) -> str:
+        """What has to be said of a student that does not go all the way from noise to data."""
+        if is_whole(self.run.parts):
+            return ""
+        own = [part for part in self.run.parts if not part.folders]
+        text = f"This student was trained from rectified-flow time {said(own[0].start)} down to {said(own[-1].end)}"
+        if folders := folders_of(self.run.parts):
+            return f"{text}; above that, its samples are made by the one in {folders[0]}."
+        return f"{text}." if self.whole else f"{text}, and is of use beside one for the other times only."
 
     @property
     def by_jumps(self) -> bool:
@@ -113,26 +178,41 @@ class Task:
 
     @cached_property
     def times(self) -> list[float]:
-        """Radians at which the scheduler samples: the run's own, or the even ones next to them."""
-        times = self.run_times
-        if self.own_times or not self.fits or own_file(scheduler_for(self.run.student, times).scheduler) is None:
+        """Radians at which the scheduler samples: the run's own, or the even ones next to them. Of several students,
+        which meet at one of these times, always the run's own."""
+        times, alone = self.run_times, is_whole(self.run.parts)
+        if (
+            self.own_times
+            or not alone
+            or not self.fits
+            or own_file(scheduler_for(self.run.student, times).scheduler) is None
+        ):
             return times
         return even_times(times)
 
     @property
     def run_times(self) -> list[float]:
-        return few_step_times(self.count, self.run.config.sampling)
+        return times_of(self.run.config, self.run.stage, self.count)
 
     @property
     def fits(self) -> bool:
         """Whether a pipeline can sample the student in few steps."""
         known = self.from_diffusers and not self.takes_scale and fits_pipelines(self.run.student)
-        return self.run.sampler == "consistency" and known
+        return self.kinds == "consistency" and self.whole and known
 
     @property
     def goes_into_pipelines(self) -> bool:
-        flows = self.run.sampler == "flow" and not self.has_second_time and not self.takes_scale
-        return flows or self.fits or self.by_jumps
+        if folders_of(self.run.parts) and not self.takes_two:
+            return False
+        by_flow = self.kinds == "flow" and self.whole and not self.has_second_time and not self.takes_scale
+        return by_flow or self.fits or (self.by_jumps and is_whole(self.run.parts))
+
+    @property
+    def takes_two(self) -> bool:
+        """Whether there are two students, and the pipeline has places for them."""
+        if self.pipeline is None or len(folders_of(self.run.parts)) != 1:
+            return False
+        return {SECOND, "boundary_ratio"} <= inspect.signature(self.pipeline_class().__init__).parameters.keys()
 
     @cached_property
     def scheduler(self) -> Any:
@@ -165,7 +245,19 @@ class Task:
                 f"{self.pipeline} has a {own or 'pipeline without a ' + NETWORK}, and the student is a "
                 f"{type(self.net).__name__}\nGive the pipeline that the teacher comes from."
             )
-        check_one_network(self.pipeline, self.index)
+        check_from_noise(self.run.parts)
+        if self.run.parts[-1].end:
+            raise ValueError(
+                f"{self.about_part}\nExport the run of the next phase, which names this one as dmd.earlier, or the "
+                "network alone (without --pipeline)."
+            )
+        if len(self.networks) == 1:
+            check_one_network(self.pipeline, self.index)
+        elif not self.takes_two:
+            raise ValueError(
+                f"a {self.index['_class_name']} has a place for one network, and two students take part in this run's "
+                "samples\nExport each alone (without --pipeline), and sample them with jvpgraph sample RUN."
+            )
         if self.takes_scale:
             raise ValueError(
                 f"no pipeline of diffusers tells a {type(self.net).__name__} the scale of student.embed_scale\n"
@@ -179,7 +271,7 @@ class Task:
             )
         if not self.goes_into_pipelines:
             raise ValueError(
-                f"no scheduler of diffusers lets a pipeline sample this student: it is of {self.run.sampler} in "
+                f"no scheduler of diffusers lets a pipeline sample this student: it is of {self.kinds} in "
                 f"{self.run.student.schedule.name} coordinates, and pipelines step rectified flows\n"
                 "Export the network alone (without --pipeline), and sample it with jvpgraph sample RUN."
             )

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.config import GuidanceConfig, NetworkKey, RunConfig, StageConfig, StudentConfig
 from jvpgraph.trainer.data.sample import Dataset, commonest, first_samples, shorten
-from jvpgraph.trainer.evaluation.samplers import few_step_times
+from jvpgraph.trainer.evaluation.phases import check_steps
 from jvpgraph.trainer.model.adamw_8bit import check_float32
 from jvpgraph.trainer.model.critic import critic_on
 from jvpgraph.trainer.model.experts import Experts
@@ -182,10 +182,9 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
         check_stage(stage, student, guided.negative, sample, second_time=config.student.added_time is not None)
         looks = [part.steps for part in (config.validation, config.watch) if part.every is not None and part.steps]
         stage.objective.check_sampling({*config.sampling.steps, *looks}, config.sampling.shift)
+        check_steps(config, i, {*config.sampling.steps, *looks})
         if (critic := stage.objective.critic) is not None:
             critic_on(guided.model if critic.features == "teacher" else student, critic, sample)
-        for steps in config.sampling.steps if config.sampler(i) == "consistency" else ():
-            few_step_times(steps, config.sampling)
 
 
 def check_teacher(config: RunConfig, guided: Guided, sample: Batch) -> None:

@@ -58,6 +58,10 @@ class Adversarial(Objective):
         return self.made_by.sampler
 
     @property
+    def span(self) -> tuple[float, float]:
+        return self.made_by.start, self.made_by.end
+
+    @property
     def critic(self) -> Adversarial:
         return self
 

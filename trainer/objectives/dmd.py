@@ -90,6 +90,10 @@ class DMD(Objective):
         return self.simulation.sampler
 
     @property
+    def span(self) -> tuple[float, float]:
+        return self.start, self.end if self.fixed_times else max(self.end, super().span[1])
+
+    @property
     def fake_score(self) -> DMD:
         return self
 

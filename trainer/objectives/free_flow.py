@@ -26,6 +26,7 @@ from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
 from jvpgraph.trainer.objectives.scm import moved
 from jvpgraph.trainer.ranges import positive
 from jvpgraph.trainer.times import ShiftedUniform, Times
+from jvpgraph.trainer.trigflow import HALF_PI
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class FreeFlow(Objective):
 
     def __post_init__(self) -> None:
         positive(self, "tangent_floor")
+
+    @property
+    def span(self) -> tuple[float, float]:
+        return HALF_PI, super().span[1]
 
     def check_sampling(self, steps: Collection[int], shift: float) -> None:
         if set(steps) != {1}:

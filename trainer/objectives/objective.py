@@ -20,6 +20,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 from torch import Tensor
 
 from jvpgraph.trainer.settings import Variants
+from jvpgraph.trainer.trigflow import radians
 
 Terms = dict[str, Tensor]
 """Per sample [B]: `loss`, whose mean is minimised, and whatever else is worth logging."""
@@ -65,9 +66,20 @@ class Objective(Variants):
         return False
 
     @property
+    def simulated(self) -> Any:
+        """Settings (Simulation) of the samples that dmd or a critic looks at, or None."""
+        return self.simulation if self.fake_score is None else self.fake_score.simulation
+
+    @property
     def phase(self) -> tuple[float, float] | None:
-        """Where the simulation of dmd starts and ends, in radians; None without it."""
-        return None if self.fake_score is None else (self.fake_score.start, self.fake_score.end)
+        """Where those samples start and end, in radians; None: there are none."""
+        return None if self.simulated is None else (self.simulated.start, self.simulated.end)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The times of the student that it trains, in radians: from where down to where."""
+        low, high = getattr(getattr(self, "times", None), "between", (0.0, 1.0))
+        return radians(high), radians(low)
 
     @property
     def guided_apart(self) -> bool:

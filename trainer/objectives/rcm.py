@@ -51,6 +51,11 @@ class RCM(Objective):
     def simulation(self) -> Simulation:
         return self.dmd.simulation if self.weight else self.scm.simulation
 
+    @property
+    def span(self) -> tuple[float, float]:
+        start, end = self.scm.span
+        return max(start, self.dmd.start) if self.weight else start, end
+
     def fake_updates(self, iteration: int) -> int:
         return self.dmd.fake_updates_per_step if self.regularises(iteration) else 0
 

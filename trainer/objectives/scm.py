@@ -48,6 +48,11 @@ class SCM(Objective):
     def __post_init__(self) -> None:
         not_negative(self, "tangent_warmup")
         positive(self, "tangent_floor", "trajectory_steps")
+        if self.span[1]:
+            raise ValueError(
+                "times.between begins above 0, and only at 0 is a consistency function tied to the data: begin it "
+                "there. A student for high noise alone is trained by dmd, with `end`, or by flow_map"
+            )
         if self.velocity == "data" and self.points == "trajectory":
             raise ValueError("velocity: data has none at points of the teacher's trajectory: set points to data")
 

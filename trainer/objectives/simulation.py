@@ -133,6 +133,7 @@ def samples_of(
     shared = {} if shared is None else shared
     if simulation not in shared:
         steps = simulation.steps_at(count)
+        earlier = None if simulation.earlier is None else earlier
         shared[simulation] = simulate_backward(student, batch, steps, rng, simulation, earlier)
     found: Samples = shared[simulation]
     return found

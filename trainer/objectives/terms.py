@@ -53,6 +53,12 @@ class WeightedTerms(Objective):
                 f"terms: {kinds[True]} needs a student with a second time, and {kinds[False]} asks it without one. "
                 f"Take {kinds[False]} out, or have it simulate by rollout: jumps"
             )
+        earlier = {part.simulated.earlier for part in objectives if part.simulated is not None} - {None}
+        if len(earlier) > 1:
+            raise ValueError(
+                f"terms: samples start from those of {' and of '.join(sorted(map(str, earlier)))}: name one run as "
+                "`earlier`"
+            )
         for what in ("fake_score", "critic"):
             found = [(part.name, settings) for part in objectives if (settings := getattr(part, what)) is not None]
             for name, settings in found[1:]:
@@ -79,6 +85,11 @@ class WeightedTerms(Objective):
     @property
     def sampler(self) -> str:  # type: ignore[override]
         return self.objectives[0].sampler
+
+    @property
+    def span(self) -> tuple[float, float]:
+        start, end = self.objectives[0].span
+        return start if self.fake_score is None else max(start, self.fake_score.start), end
 
     @property
     def second_time(self) -> bool:  # type: ignore[override]
@@ -123,6 +134,11 @@ class WeightedTerms(Objective):
     @property
     def simulation(self) -> Any:
         return next((part.simulation for part in self.objectives if part.simulation is not None), None)
+
+    @property
+    def simulated(self) -> Any:
+        found = [part.simulated for part in self.objectives if part.simulated is not None]
+        return next((each for each in found if each.earlier is not None), found[0] if found else None)
 
     def fake_updates(self, iteration: int) -> int:
         acting = (term.objective for term in self.terms if term.acts(iteration))

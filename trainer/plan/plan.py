@@ -138,6 +138,8 @@ def plan_stage(
         (host if away.get(whose) else held_here)[what] = size
 
     keep("teacher", teacher_bytes(config, teacher, parts["teacher"]), "teacher")
+    before = origins.in_stage(config, index).before
+    keep("students of earlier phases", sum(resident_bytes(n, held(n, spread), set()) for n in before), "")
     # Without adapters nothing is shared: a student is a copy.
     seen = {id(tensor) for tensor in tensors_of(teacher)}
     trained = {}

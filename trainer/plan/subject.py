@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import jvpgraph
 from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.config import GuidanceConfig, NetworkKey, RunConfig, StudentConfig
 from jvpgraph.trainer.data.sample import first_samples
+from jvpgraph.trainer.evaluation.phases import folders_held, settings_of
 from jvpgraph.trainer.model.networks import build_student, new_network, try_network
 from jvpgraph.trainer.model.parts import parts_of
 from jvpgraph.trainer.model.quantize import put_on_bytes
@@ -133,11 +135,12 @@ class Subject:
     fake: TrigFlow | None
     dual: Plainly
     guided: Guided
+    before: tuple[TrigFlow, ...]  # students of earlier phases, the nearest first
 
     @property
     def known(self) -> list[Tensor]:
         """Parameters, buffers and the negative condition."""
-        networks = [network for network in (self.teacher, self.student, self.fake) if network is not None]
+        networks = [each for each in (self.teacher, self.student, self.fake, *self.before) if each is not None]
         held = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
         return [*(part for tensor in held for part in parts_of(tensor)), *self.guided.negative.values()]
 
@@ -148,6 +151,7 @@ class Origins:
 
     teacher: TrigFlow
     base: TrigFlow  # of the student; the same one if the teacher is no other
+    before: tuple[TrigFlow, ...] = ()  # students of earlier phases, the nearest first; of one stage
 
     @classmethod
     def of(cls, config: RunConfig) -> Origins:
@@ -157,17 +161,37 @@ class Origins:
     def of_fake(self, config: RunConfig) -> TrigFlow:
         return self.base if config.fake_score.network == "student" else self.teacher
 
+    def in_stage(self, config: RunConfig, stage: int) -> Origins:
+        """With the students of the runs that a stage builds on."""
+        return replace(self, before=tuple(before_of(folder) for folder in folders_held(config, stage)))
+
     @property
-    def lists(self) -> list[tuple[str, int]]:
-        """How many blocks each list of repeated ones has, of both networks."""
-        teachers = [] if self.teacher is self.base else [("teacher", n) for n in depths(self.teacher)]
-        return [*(("base", n) for n in depths(self.base)), *teachers]
+    def networks(self) -> list[TrigFlow]:
+        """Each once."""
+        return [self.base, *([] if self.teacher is self.base else [self.teacher]), *self.before]
+
+    @property
+    def lists(self) -> list[int]:
+        """How many blocks each list of repeated ones has, of all networks."""
+        return [count for network in self.networks for count in depths(network)]
 
     def shortened(self, counts: Sequence[int]) -> Origins:
         """With so many blocks in each list of `lists`."""
-        here = len(depths(self.base))
-        base = shortened(self.base, counts[:here])
-        return Origins(base if self.teacher is self.base else shortened(self.teacher, counts[here:]), base)
+        left, made = list(counts), []
+        for network in self.networks:
+            here = len(depths(network))
+            made.append(shortened(network, left[:here]))
+            del left[:here]
+        base, *others = made
+        teacher = base if self.teacher is self.base else others.pop(0)
+        return Origins(teacher, base, tuple(others))
+
+
+def before_of(folder: Path) -> TrigFlow:
+    """The student of another run, which is only asked."""
+    config = settings_of(folder)
+    student = student_of(config, config.student, network_of(config, "model"))
+    return student.requires_grad_(False)
 
 
 def student_of(config: RunConfig, settings: StudentConfig, base: TrigFlow) -> TrigFlow:
@@ -219,4 +243,5 @@ def subject_of(
         student_of(config, config.student.fake_score, origins.of_fake(config)) if fake else None,
         Plainly(dual),
         Guided(Plainly(origins.teacher), scale, negative, guidance.keep_norm, (), guidance.interval, guidance.below),
+        origins.before,
     )

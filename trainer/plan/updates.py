@@ -18,11 +18,14 @@ from torch import _dynamo as dynamo
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig, StageConfig
+from jvpgraph.trainer.evaluation.phases import settings_of
 from jvpgraph.trainer.model.critic import BLOCKS, Critic, critic_on
 from jvpgraph.trainer.model.networks import trainable
 from jvpgraph.trainer.model.student import repeated_blocks
-from jvpgraph.trainer.objectives import Adversarial, Terms, loss_of
+from jvpgraph.trainer.noise import Random
+from jvpgraph.trainer.objectives import Adversarial, Objective, Terms, loss_of
 from jvpgraph.trainer.objectives.adversarial import beside_loss
+from jvpgraph.trainer.objectives.simulation import Earlier, simulate_backward
 from jvpgraph.trainer.plan.layout import nbytes
 from jvpgraph.trainer.plan.meter import Meter, fused_attention
 from jvpgraph.trainer.plan.subject import NoNoise, Origins, Plainly, Subject, larger, subject_of
@@ -72,7 +75,8 @@ def costs_of(
 ) -> Costs:
     """What the most expensive updates of a stage, by its index, need for `size` samples on this process."""
     stage = config.stages[index]
-    counts = [n for _, n in origins.lists]
+    origins = origins.in_stage(config, index)
+    counts = origins.lists
     few = [n if n <= WHOLE else FEW for n in counts]
 
     def measured(blocks: Sequence[int]) -> Costs:
@@ -112,10 +116,11 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch, on_gpu: bool) ->
     critic = None if objective.critic is None else critic_of(objective.critic, fake, subject, batch)
     heads = [] if critic is None else list(critic.parameters())
     known = [*subject.known, *heads, batch.x0, *batch.cond.values()]
+    earlier = expert_in(objective, [Plainly(student) for student in subject.before])
     run = partial(costs, known=known, again=stage.accumulate > 1, on_gpu=on_gpu)
 
     def student_loss(iteration: int) -> Terms:
-        more = {"iteration": iteration, "fake": fake, "critic": critic, "averaged": nullcontext}
+        more = {"iteration": iteration, "fake": fake, "critic": critic, "averaged": nullcontext, "earlier": earlier}
         return loss(subject.dual, subject.guided, batch, noise, objective, **more)
 
     with calls_of(subject.teacher) as teacher_calls, calls_of(subject.fake) as fake_calls:
@@ -127,7 +132,8 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch, on_gpu: bool) ->
     if len(trained):
 
         def others_loss(count: int) -> Terms:
-            return beside_loss(fake, critic, subject.dual, subject.guided, batch, noise, objective, count=count)
+            asked = subject.dual, subject.guided
+            return beside_loss(fake, critic, *asked, batch, noise, objective, count=count, earlier=earlier)
 
         of_fake = run(trained, fake or trained, [partial(others_loss, count) for count in range(cycle)])
     with Meter(known) as meter:
@@ -135,6 +141,20 @@ def measure(subject: Subject, stage: StageConfig, batch: Batch, on_gpu: bool) ->
     rate = sum(updates) / len(updates)
     calls = len(teacher_calls) / runs, len(fake_calls) / runs
     return Costs(of_student, of_fake, rate, meter.flops, *calls, nbytes(heads))
+
+
+def expert_in(objective: Objective, students: Sequence[nn.Module]) -> Earlier | None:
+    """As `expert_of` in a run, of students of earlier phases, the nearest first."""
+    if objective.simulated is None or objective.simulated.earlier is None:
+        return None
+    own = settings_of(objective.simulated.earlier).stages[-1].objective
+    student, before = students[0], expert_in(own, students[1:])
+
+    @torch.no_grad()
+    def make(batch: Batch, rng: Random) -> Tensor:
+        return simulate_backward(student, batch, own.simulated.steps, rng, own.simulated, before).x
+
+    return make
 
 
 def critic_of(settings: Adversarial, fake: Plainly | None, subject: Subject, batch: Batch) -> Critic:

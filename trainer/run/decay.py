@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import Dataset, some_samples
-from jvpgraph.trainer.evaluation.samplers import draw, sampler_of
+from jvpgraph.trainer.evaluation.samplers import Sampler, draw, sampler_of
 from jvpgraph.trainer.model.ema import averages_of, snapshots
 from jvpgraph.trainer.model.networks import averaged
 from jvpgraph.trainer.model.parts import gathered, local, widened
@@ -201,13 +201,23 @@ class Watch:
             if found:
                 self.judge(int(line["step"]), found)
 
-    def look(self, step: int, stage: int, student: TrigFlow, average: Mapping[str, Tensor]) -> dict[str, float]:
+    def look(
+        self,
+        step: int,
+        stage: int,
+        student: TrigFlow,
+        sampler: Callable[[int], Sampler],
+        average: Mapping[str, Tensor],
+    ) -> dict[str, float]:
         """Figures for the log, and a warning of what is wrong with them. A collective; on the first process alone they
-        are more than nothing."""
+        are more than nothing.
+
+        Args:
+            sampler: of the student, in a number of steps.
+        """
         config, wanted = self.config, self.config.watch
-        kind, steps = config.sampler(stage), wanted.steps or max(config.sampling.steps)
         with averaged(student, average):
-            sample = sampler_of(kind, student, steps, config.sampling)
+            sample = sampler(wanted.steps or max(config.sampling.steps))
             latents = draw(sample, repeated(self.batch, wanted.repeats), config.sampling.batch, wanted.seed)
             distance = moved(student, self.start, self.ranks)
         if not self.ranks.first:

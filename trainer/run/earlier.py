@@ -1,7 +1,8 @@
-"""The expert of an earlier phase: a run whose student makes what the next phase of dmd starts from."""
+"""Students of other runs that a run builds on: what the next phase of dmd starts from, and whom samples go through."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jvpgraph.trainer import settings
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.evaluation.phases import folders_held, note_of, parts_of, settings_of
 from jvpgraph.trainer.model.networks import try_network
 from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives import Objective
 from jvpgraph.trainer.objectives.simulation import Simulation, simulate_backward
-from jvpgraph.trainer.run.finished import load_run
+from jvpgraph.trainer.run.finished import load_earlier
 from jvpgraph.trainer.run.origin import digest_of
 from jvpgraph.trainer.run.parallel import Layout
 from jvpgraph.trainer.trigflow import TrigFlow
+
+log = logging.getLogger(__name__)
 
 
 class Expert:
@@ -29,14 +32,20 @@ class Expert:
     goes on with another expert would learn from other samples.
     """
 
-    def __init__(self, path: Path, student: TrigFlow, simulation: Simulation, before: Expert | None) -> None:
-        self.path, self.student, self.simulation, self.before = path, student, simulation, before
-        self.digest = digest_of(student)
+    def __init__(
+        self, path: Path, student: TrigFlow, digest: str, simulation: Simulation, before: Expert | None
+    ) -> None:
+        self.path, self.student, self.digest, self.simulation, self.before = path, student, digest, simulation, before
 
     @torch.no_grad()
     def __call__(self, batch: Batch, rng: Random) -> Tensor:
         simulation = self.simulation
         return simulate_backward(self.student, batch, simulation.steps, rng, simulation, self.before).x
+
+    @property
+    def students(self) -> list[TrigFlow]:
+        """Its own, and those of the experts before it."""
+        return [self.student, *([] if self.before is None else self.before.students)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"digest": self.digest}
@@ -49,21 +58,28 @@ class Expert:
             )
 
 
-def check_earlier(objective: Objective) -> None:
-    """Raises FileNotFoundError or ValueError if the run of the phase before is none, or ends where none begins."""
-    score = objective.fake_score
-    if score is None or score.earlier is None:
+def check_earlier(objective: Objective, *, has_latents: bool) -> None:
+    """Raises FileNotFoundError or ValueError if the run of the phase before is none, or ends where none begins.
+
+    Args:
+        has_latents: whether the data has some, with whose noise a phase may start.
+    """
+    samples = objective.simulated
+    if samples is None or samples.earlier is None:
         return
-    file = score.earlier / "config.yaml"
-    if not file.is_file():
-        raise FileNotFoundError(f"dmd.earlier: {file} does not exist: the folder of a run, the `out` of its settings")
-    phase = settings.load(RunConfig, file).stages[-1].objective.phase
-    if phase is None or phase[1] != score.start:
-        where = "has no phase of dmd" if phase is None else f"ends its phase at {phase[1]:.6g} radians"
+    before = settings_of(samples.earlier, "dmd.earlier").stages[-1].objective
+    if before.phase is None or before.phase[1] != samples.start:
+        where = "has no phase of dmd" if before.phase is None else f"ends its phase at {before.phase[1]:.6g} radians"
         raise ValueError(
-            f"dmd.earlier: {score.earlier} {where}, and this one starts at {score.start:.6g}, so that nobody learns "
-            "the times between. Make them one"
+            f"dmd.earlier: {samples.earlier} {where}, and this one starts at {samples.start:.6g}, so that nobody "
+            "learns the times between. Make them one"
         )
+    if before.simulated.needs_data and not has_latents:
+        raise ValueError(
+            f"dmd.earlier: the last stage of {samples.earlier} starts from real latents, and the data set holds "
+            "prompts only: name a run that starts from noise, or has an `earlier` itself"
+        )
+    check_earlier(before, has_latents=has_latents)
 
 
 def expert_of(objective: Objective, layout: Layout, sample: Batch) -> Expert | None:
@@ -72,15 +88,33 @@ def expert_of(objective: Objective, layout: Layout, sample: Batch) -> Expert | N
     Raises:
         FileNotFoundError, ValueError: there is no such run, its phase ends elsewhere, or it has other latents.
     """
-    score = objective.fake_score
-    if score is None or score.earlier is None:
+    if objective.simulated is None or objective.simulated.earlier is None:
         return None
-    check_earlier(objective)
-    run = load_run(score.earlier)
-    own = run.config.stages[-1].objective
-    if run.stage != len(run.config.stages) - 1:
-        raise ValueError(f"dmd.earlier: {score.earlier} has not begun its last stage: let it end first")
-    expert = Expert(score.earlier, run.student, own.fake_score.simulation, expert_of(own, layout, sample))
-    layout.spread(run.student)
-    try_network(f"the student in {score.earlier} cannot run with a sample", run.student, sample.x0, sample.cond)
-    return expert
+    path = objective.simulated.earlier
+    student, digest = earlier_student(path, layout, sample)
+    own = settings_of(path).stages[-1].objective
+    return Expert(path, student, digest, own.simulated, expert_of(own, layout, sample))
+
+
+def students_of(
+    config: RunConfig, stage: int, student: TrigFlow, expert: Expert | None, layout: Layout, sample: Batch
+) -> list[TrigFlow]:
+    """Whom samples of a stage go through: its student, and those of the runs before, as far as samples are made.
+
+    Args:
+        expert: of the stage, whose networks are there already.
+    """
+    if config.looked_at and layout.first and (note := note_of(parts_of(config, stage))):
+        log.warning("stage %d: %s", stage, note)
+    found = [student, *([] if expert is None else expert.students)]
+    rest = folders_held(config, stage)[len(found) - 1 :]
+    return [*found, *(earlier_student(folder, layout, sample)[0] for folder in rest)]
+
+
+def earlier_student(path: Path, layout: Layout, sample: Batch) -> tuple[TrigFlow, str]:
+    """The student of another run, spread over the processes, and the digest of its weights. Raises as `expert_of`."""
+    student = load_earlier(path, torch.device("cpu")).student  # where there is room for what it is made from
+    digest = digest_of(student)
+    student = layout.spread(student)
+    try_network(f"earlier: the student in {path} cannot run with a sample", student, sample.x0, sample.cond)
+    return student, digest

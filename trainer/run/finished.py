@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,6 +20,7 @@ from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import first_samples, some_samples
 from jvpgraph.trainer.evaluation import distances
 from jvpgraph.trainer.evaluation.distances import Quality, table
+from jvpgraph.trainer.evaluation.phases import Part, folders_of, note_of, parts_of, student_sampler
 from jvpgraph.trainer.evaluation.samplers import Sampler, draw, sampler_of
 from jvpgraph.trainer.files import naming
 from jvpgraph.trainer.model.ema import PowerEMA, averages_of, reconstruct, snapshots
@@ -32,10 +35,13 @@ from jvpgraph.trainer.model.networks import (
     with_weights,
 )
 from jvpgraph.trainer.model.quantize import put_on_bytes
-from jvpgraph.trainer.run.checkpoint import Checkpoints
+from jvpgraph.trainer.run.checkpoint import Checkpoints, OnePiece
 from jvpgraph.trainer.run.log import grid
+from jvpgraph.trainer.run.origin import digest_of
 from jvpgraph.trainer.run.preview import decoder_of, picture_of
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Run:
     stage: int  # the last one begun
     base: TrigFlow  # what the student was at first
     student: TrigFlow  # frozen, with the averaged weights
+    made_from: str | None = None  # digest of the student whose samples the last phase of dmd began from
 
     @cached_property
     def teacher(self) -> TrigFlow:
@@ -63,13 +70,64 @@ class Run:
     def sampler(self) -> str:
         return self.config.sampler(self.stage)
 
+    @cached_property
+    def parts(self) -> list[Part]:
+        """Who takes part in its samples, from the noisiest down."""
+        return parts_of(self.config, self.stage)
+
+    @cached_property
+    def students(self) -> list[TrigFlow]:
+        """The run's own, then those of the runs before it that samples go through.
+
+        Raises:
+            FileNotFoundError, ValueError: such a run is not there, not done, or has other weights than it had.
+        """
+        found = [self.student]
+        for folder in folders_of(self.parts):
+            device = next(self.student.parameters()).device
+            found.append(load_earlier(folder, device, guidance=self.config.told_scale).student)
+            if len(found) == 2 and self.made_from not in (None, digest_of(found[1])):
+                raise ValueError(
+                    f"earlier: the student in {folder} has other weights than when this run began with its samples\n"
+                    "Give the run as it was: dmd.earlier in config.yaml."
+                )
+        return found
+
+    def sample(self, steps: int) -> Sampler:
+        """Samples of the student, and of those before it. Raises ValueError as `student_sampler`."""
+        if note := note_of(self.parts):
+            log.warning("%s", note)
+        return student_sampler(self.config, self.stage, self.students, steps)
+
     def check_sampling(self, *steps: int) -> None:
         """Raises ValueError for steps in which samples of the student would be wrong."""
         self.config.stages[self.stage].objective.check_sampling(steps, self.config.sampling.shift)
 
 
-def load_run(folder: Path, *, ema: float | None = None, step: int | None = None, guidance: float | None = None) -> Run:
-    """The student of a run, averaged with relative width `ema` (default: the first of ema.sigma_rel).
+def load_earlier(folder: Path, device: torch.device, *, guidance: float | None = None) -> Run:
+    """A run that another one builds on, with the average that is sampled; told that one's guidance scale, if any.
+
+    Raises:
+        FileNotFoundError, ValueError: as load_run; or it is not so far.
+    """
+    file = folder / "config.yaml"
+    told = file.is_file() and settings.load(RunConfig, file).told_scale is not None
+    run = load_run(folder, guidance=guidance if told else None, device=device)
+    if run.stage != len(run.config.stages) - 1:
+        raise ValueError(f"earlier: {folder} has not begun its last stage: let it end first")
+    return run
+
+
+def load_run(
+    folder: Path,
+    *,
+    ema: float | None = None,
+    step: int | None = None,
+    guidance: float | None = None,
+    device: torch.device | None = None,
+) -> Run:
+    """The student of a run, averaged with relative width `ema` (default: the first of ema.sigma_rel), on a device
+    (default: the one of its settings).
 
     A width that was not tracked is put together from the snapshots of those that were; so is a step whose checkpoint
     was not kept.
@@ -89,7 +147,7 @@ def load_run(folder: Path, *, ema: float | None = None, step: int | None = None,
         if config.told_scale is None:
             raise ValueError("--guidance: the student of this run learnt one guidance scale\nLeave it out.")
         config = replace(config, sampling=replace(config.sampling, guidance=guidance))
-    device = device_of(config)
+    device = device_of(config) if device is None else device
     checkpoints = Checkpoints(folder / "checkpoints")
     gone = step is not None and not checkpoints.has(step) and has_averages(folder, config, step)
     path = None if step is None or gone else checkpoints.at(step)
@@ -116,7 +174,23 @@ def load_run(folder: Path, *, ema: float | None = None, step: int | None = None,
         weights = average.parameters
     else:
         weights = reconstruct(averages_of(folder, stage), ema, step=step)
-    return Run(config, step, stage, base, with_weights(student, weights))
+    noted = Noted()
+    samples = config.stages[stage].objective.simulated
+    if samples is not None and samples.earlier is not None and checkpoints.has(step):
+        checkpoints.load({"earlier": OnePiece(noted)}, checkpoints.at(step), partial=True)
+    return Run(config, step, stage, base, with_weights(student, weights), noted.digest)
+
+
+class Noted:
+    """What a checkpoint says of the expert of the phase before."""
+
+    digest: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"digest": self.digest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.digest = state["digest"]
 
 
 def has_averages(folder: Path, config: RunConfig, step: int) -> bool:
@@ -143,8 +217,7 @@ def sample_run(
     config = run.config
     batch = first_samples(config.data.source.build(), count).to(device_of(config))
     run.check_sampling(steps)
-    sample = sampler_of(run.sampler, run.student, steps, config.sampling)
-    latents = draw(sample, batch, config.sampling.batch, seed)
+    latents = draw(run.sample(steps), batch, config.sampling.batch, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({"latents": latents.float().cpu(), **dict(batch.cond)}, out.with_suffix(".safetensors"))
     picture = out.with_suffix(".png")
@@ -189,9 +262,7 @@ def samplers_of(run: Run, steps: Sequence[int]) -> dict[str, Sampler]:
     config = run.config
     many = config.sampling.teacher_steps
     run.check_sampling(*steps)
-    students = {
-        f"student, {n} step{'s' * (n > 1)}": sampler_of(run.sampler, run.student, n, config.sampling) for n in steps
-    }
+    students = {f"student, {n} step{'s' * (n > 1)}": run.sample(n) for n in steps}
     return {f"teacher, {many} steps": sampler_of("flow", run.guided, many, config.sampling), **students}
 
 

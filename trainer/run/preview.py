@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jvpgraph.trainer.config import RunConfig, SamplingConfig
 from jvpgraph.trainer.data.sample import Dataset, first_samples, some_samples
-from jvpgraph.trainer.evaluation.samplers import draw, sampler_of
+from jvpgraph.trainer.evaluation.samplers import Sampler, draw
 from jvpgraph.trainer.files import naming
 from jvpgraph.trainer.model.networks import averaged
 from jvpgraph.trainer.pictures import frames_of, save_frames
@@ -33,16 +33,18 @@ class Previews:
     prompted: Prompted | None
     log: RunLog | None  # the first process's
 
-    def draw(self, stage: int, average: Mapping[str, Tensor], step: int) -> None:
+    def draw(self, sampler: Callable[[int], Sampler], average: Mapping[str, Tensor], step: int) -> None:
         """Samples of the averaged student: OUT/samples/step-N.png for the data set's first conditions, and a file in
         the folder step-N for each prompt and each video.
 
         Where the student is spread over processes all of them call this, and the first one writes.
+
+        Args:
+            sampler: of the student, in a number of steps.
         """
         config = self.config
         device = next(self.student.parameters()).device
-        steps = max(config.sampling.steps)
-        sample = sampler_of(config.sampler(stage), self.student, steps, config.sampling)
+        sample = sampler(max(config.sampling.steps))
         own = None if self.prompted is None else self.prompted.batch
         with averaged(self.student, average):
             latents = [

@@ -56,6 +56,11 @@ def take_run(student: TrigFlow, source: Path) -> None:
 def values_in(source: Path) -> dict[str, Tensor]:
     """The tensors of a folder of safetensors, or of a pipeline's `transformer`."""
     folders = (source, source / "transformer")
+    if (source / "transformer_2").is_dir():
+        raise ValueError(
+            f"--from {source}: a pipeline of two networks, and a student is one. Give {folders[1]}, the one for high "
+            "noise, or transformer_2 beside it."
+        )
     files = next((found for folder in folders if (found := sorted(folder.glob("*.safetensors")))), [])
     if not files:
         raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,19 +105,23 @@ class Validation:
         return cls(config, ranks, batch.to(device), made, texts, digest)
 
     def of_student(
-        self, stage: int, student: TrigFlow, average: Mapping[str, Tensor], teacher: Mapping[str, float]
+        self,
+        student: TrigFlow,
+        sampler: Callable[[int], Sampler],
+        average: Mapping[str, Tensor],
+        teacher: Mapping[str, float],
     ) -> dict[str, float]:
         """Figures of student and teacher by their names in the log. A collective; on the first process alone they are
         more than nothing.
 
         Args:
+            sampler: of the student, in a number of steps.
             teacher: its figures.
         """
         config = self.config
         steps = config.validation.steps or max(config.sampling.steps)
-        kind = config.sampler(stage)
         with averaged(student, average):
-            latents = self.drawn(sampler_of(kind, student, steps, config.sampling))
+            latents = self.drawn(sampler(steps))
         found = self.ranks.on_first(lambda: self.measured(latents))
         if self.ranks.first:
             words = [f"{name} {x:.4g} (teacher {teacher.get(name, float('nan')):.4g})" for name, x in found.items()]
