@@ -65,7 +65,7 @@ class Recipe:
     settings: tuple[str, ...] = ()
 
     def overrides(self, steps: int) -> list[str]:
-        own = {"batch": 64, "student": {"lr": 3e-4}, "fake": {"lr": 3e-4}}
+        own = {"batch": 64, "student": {"lr": 3e-4}, "fake": {"lr": 3e-4}, "critic": {"lr": 3e-3}}
         stages = [
             {**own, "objective": objective, "steps": max(1, round(share * steps))} for objective, share in self.stages
         ]
@@ -191,7 +191,7 @@ def measure(
 def page(figures: dict[str, Figures], seconds: dict[str, float]) -> str:
     """The table of docs/results.md, a row per recipe: what `cell` says, and seconds of a core for each update."""
     (teacher,) = figures["teacher"].values()
-    rows = [["", *map(by_count, STEPS), "s per update"], ["---"] * (2 + len(STEPS))]
+    rows = [["recipe", *map(by_count, STEPS), "s per update"]]
     rows.append(["teacher, 50 steps", *[""] * (len(STEPS) - 1), cell(teacher), ""])
     for name, of in figures.items():
         if name != "teacher":
@@ -199,7 +199,8 @@ def page(figures: dict[str, Figures], seconds: dict[str, float]) -> str:
             seeds = len(of[by_count(1)])
             fewer = "" if seeds == len(teacher) else f" ({seeds} seed{'s'[: seeds > 1]})"
             rows.append([name + fewer, *cells, f"{seconds[name]:.2f}"])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    head, *lines = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *lines])
 
 
 def cell(qualities: Sequence[Quality]) -> str:
