@@ -115,6 +115,15 @@ def test_students_that_were_trained_apart_meet_where_the_times_of_the_lower_end(
     assert [len(leg.times) for leg in legs(low, 16)] == [2, 14]  # 1 and 15/16, as a pipeline of two networks has it
 
 
+@pytest.mark.parametrize("name", ["scm", "rcm", "dmd", "flow_matching"])
+def test_times_cut_a_little_short_of_both_ends_are_all_times(tmp_path: Path, name: str) -> None:
+    cut = {"times": {"name": "shifted_uniform", "between": [0.02, 0.98]}}
+    objective = {"name": name, **({"scm": cut, "dmd": cut} if name == "rcm" else cut)}
+    config = settings_in(tmp_path, objective)
+    assert phases.is_whole(parts_of(config, 0))
+    assert times_of(config, 0, 2) == few_step_times(2, config.sampling)
+
+
 def test_samples_in_legs_are_those_of_one_student() -> None:
     batch, times = gaussian_batch(8, seeded(1)), few_step_times(4, SAMPLING)
     whole = sample_consistency(GaussianConsistency(), batch, times, seeded(2))
