@@ -107,17 +107,18 @@ def test_the_other_commands_pass_their_arguments_on(monkeypatch, capsys):
     for module, name in ((finished, "sample_run"), (finished, "evaluate_run"), (export, "export_run")):
         monkeypatch.setattr(module, name, lambda *args, _name=name, **options: calls.append((_name, args, options)))
     folder, out = Path("run"), Path("x")
-    sample = {"steps": 4, "count": 16, "ema": None, "seed": 0, "out": folder / "samples-4.png"}
-    other = {"steps": 2, "count": 3, "ema": 0.2, "seed": 5, "out": out}
-    nothing = dict.fromkeys(("ema", "step", "pipeline", "steps", "rank"))
-    plain: dict[str, Any] = {"format": "diffusers", "own_times": False, **nothing}
+    sample = {"steps": 4, "count": 16, "ema": None, "seed": 0, "out": folder / "samples-4.png", "guidance": None}
+    other = {"steps": 2, "count": 3, "ema": 0.2, "seed": 5, "out": out, "guidance": 3.5}
+    nothing = dict.fromkeys(("ema", "step", "pipeline", "steps", "rank", "guidance"))
+    plain: dict[str, Any] = {"format": "diffusers", "own_times": False, "keep_scale": False, **nothing}
     measure = {"steps": (1, 2), "seeds": (0, 7), "ema": 0.1}
     for argv, expected in {
         "sample run": ("sample_run", (folder,), sample),
-        "sample run --steps 2 --count 3 --ema 0.2 --seed 5 --out x": ("sample_run", (folder,), other),
+        "sample run --steps 2 --count 3 --ema 0.2 --seed 5 --guidance 3.5 --out x": ("sample_run", (folder,), other),
         "evaluate run": ("evaluate_run", (folder,), {"steps": (), "seeds": (), "ema": None}),
         "evaluate run --steps 1 2 --seeds 0 7 --ema 0.1": ("evaluate_run", (folder,), measure),
         "export run --out x": ("export_run", (folder, out), plain),
+        "export run --out x --keep-scale": ("export_run", (folder, out), plain | {"keep_scale": True}),
         "export run --out x --step 3 --ema 0.1": ("export_run", (folder, out), plain | {"ema": 0.1, "step": 3}),
         "export run --out x --format lora --rank 8 --pipeline p --times run --steps 2": (
             "export_run",

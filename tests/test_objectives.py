@@ -348,7 +348,7 @@ def test_mean_flow_vanishes_only_at_the_exact_average_velocity() -> None:
 
 
 def test_mean_flow_is_flow_matching_to_the_teacher_where_the_interval_is_empty() -> None:
-    config, batch = MeanFlow(instant_share=1.0), gaussian_batch(8, seeded(31))
+    config, batch = MeanFlow(instant_share=1.0, power=1.0), gaussian_batch(8, seeded(31))
     student = Shifted(GaussianAverage(), 8)
     terms = mean_flow_loss(ExactDual(student), GaussianFlow(), batch, seeded(32), config)
     assert terms["error"].max() < 1e-20
