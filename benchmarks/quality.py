@@ -337,7 +337,8 @@ def main() -> None:
     figures, seconds = measure(o.out, o.steps, o.teacher_steps, o.seeds, o.jobs, names, o.there)
     rows = {f"{name}, {sampler}": found for name, of in figures.items() for sampler, found in of.items()}
     (teacher,) = figures["teacher"].values()
-    whole = {name: of for name, of in figures.items() if len(of[max(of)]) == len(teacher)}  # with every seed
+    # those with every seed
+    whole = {name: of for name, of in figures.items() if len(next(iter(of.values()))) == len(teacher)}
     verdicts = claims(whole)
     nearer = {than: closer(whole, than) for than in (CHOSEN, "sCM") if than in whole}
     print(f"\n{table(rows, digits=3)}\n\n{page(figures, seconds)}\n")

@@ -350,6 +350,18 @@ def test_the_upper_one_has_to_stay_as_it_was(tmp_path: Path) -> None:
         load_run(second).sample(2)
 
 
+@pytest.mark.long
+def test_both_are_told_the_guidance_scale_that_is_asked_for(tmp_path: Path) -> None:
+    told = {
+        "student": {**SMALL["student"], "embed_scale": True},
+        "guidance": {"scale": [2.0, 6.0], "negative": {"labels": 10}},
+    }
+    high = train(run_of(tmp_path, {**DMD, "end": 1.0}, "high", 1, **told))
+    low = train(run_of(tmp_path, {**DMD, "start": 1.0, "earlier": str(high)}, "low", 1, **told))
+    assert [student.call.usual for student in load_run(low).students] == [4.0, 4.0]
+    assert [student.call.usual for student in load_run(low, guidance=2.5).students] == [2.5, 2.5]
+
+
 def run_of(folder: Path, objective: Any, name: str, steps: int, **more: Any) -> RunConfig:
     stages = [{"objective": objective, "steps": steps, "batch": 4, "student": {"lr": 1e-3}}]
     given = {**SMALL, "out": str(folder / name), "stages": stages, "sampling": {"steps": [2]}, **more}

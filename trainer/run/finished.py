@@ -20,7 +20,7 @@ from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import first_samples, some_samples
 from jvpgraph.trainer.evaluation import distances
 from jvpgraph.trainer.evaluation.distances import Quality, table
-from jvpgraph.trainer.evaluation.phases import Part, folders_of, note_of, parts_of, student_sampler
+from jvpgraph.trainer.evaluation.phases import Part, folders_of, note_of, parts_of, settings_of, student_sampler
 from jvpgraph.trainer.evaluation.samplers import Sampler, draw, sampler_of
 from jvpgraph.trainer.files import naming
 from jvpgraph.trainer.model.ema import PowerEMA, averages_of, reconstruct, snapshots
@@ -110,8 +110,7 @@ def load_earlier(folder: Path, device: torch.device, *, guidance: float | None =
     Raises:
         FileNotFoundError, ValueError: as load_run; or it is not so far.
     """
-    file = folder / "config.yaml"
-    told = file.is_file() and settings.load(RunConfig, file).told_scale is not None
+    told = settings_of(folder).told_scale is not None
     run = load_run(folder, guidance=guidance if told else None, device=device)
     if run.stage != len(run.config.stages) - 1:
         raise ValueError(f"earlier: {folder} has not begun its last stage: let it end first")
