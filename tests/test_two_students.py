@@ -351,14 +351,18 @@ def test_the_upper_one_has_to_stay_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_both_are_told_the_guidance_scale_that_is_asked_for(tmp_path: Path) -> None:
+def test_both_are_told_the_guidance_scale_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = {
         "student": {**SMALL["student"], "embed_scale": True},
         "guidance": {"scale": [2.0, 6.0], "negative": {"labels": 10}},
     }
     high = train(run_of(tmp_path, {**DMD, "end": 1.0}, "high", 1, **told))
+    asked, original = [], phases.sample_in_legs
+    monkeypatch.setattr(phases, "sample_in_legs", lambda *given: asked.append(given[0]) or original(*given))
+    told |= {"log": {"preview_every": 1, "preview_count": 1}, "sampling": {"steps": [2], "guidance": 3.0}}
     low = train(run_of(tmp_path, {**DMD, "start": 1.0, "earlier": str(high)}, "low", 1, **told))
-    assert [student.call.usual for student in load_run(low).students] == [4.0, 4.0]
+    assert [student.call.usual for student in asked[0]] == [3.0, 3.0]
+    assert [student.call.usual for student in load_run(low).students] == [3.0, 3.0]
     assert [student.call.usual for student in load_run(low, guidance=2.5).students] == [2.5, 2.5]
 
 

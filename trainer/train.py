@@ -286,7 +286,7 @@ class Stage:
             self.fake = networks.new_student()
             self.fake_optimizer = adamw(self.fake, settings.fake)
         sample = first_samples(dataset, 1).to(layout.device)
-        self.earlier = expert_of(self.objective, layout, sample)
+        self.earlier = expert_of(self.objective, layout, sample, config.told_scale)
         students = students_of(config, index, networks.student, self.earlier, layout, sample)
         self.sampler = partial(student_sampler, config, index, students)
         self.critic: Critic | None = None

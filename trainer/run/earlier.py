@@ -82,8 +82,11 @@ def check_earlier(objective: Objective, *, has_latents: bool) -> None:
     check_earlier(before, has_latents=has_latents)
 
 
-def expert_of(objective: Objective, layout: Layout, sample: Batch) -> Expert | None:
+def expert_of(objective: Objective, layout: Layout, sample: Batch, guidance: float | None) -> Expert | None:
     """The expert that the settings name, with those before it; None: they name none.
+
+    Args:
+        guidance: scale that they are told in samples, if they are told any.
 
     Raises:
         FileNotFoundError, ValueError: there is no such run, its phase ends elsewhere, or it has other latents.
@@ -91,9 +94,9 @@ def expert_of(objective: Objective, layout: Layout, sample: Batch) -> Expert | N
     if objective.simulated is None or objective.simulated.earlier is None:
         return None
     path = objective.simulated.earlier
-    student, digest = earlier_student(path, layout, sample)
+    student, digest = earlier_student(path, layout, sample, guidance)
     own = settings_of(path).stages[-1].objective
-    return Expert(path, student, digest, own.simulated, expert_of(own, layout, sample))
+    return Expert(path, student, digest, own.simulated, expert_of(own, layout, sample, guidance))
 
 
 def students_of(
@@ -108,12 +111,14 @@ def students_of(
         log.warning("stage %d: %s", stage, note)
     found = [student, *([] if expert is None else expert.students)]
     rest = folders_held(config, stage)[len(found) - 1 :]
-    return [*found, *(earlier_student(folder, layout, sample)[0] for folder in rest)]
+    return [*found, *(earlier_student(folder, layout, sample, config.told_scale)[0] for folder in rest)]
 
 
-def earlier_student(path: Path, layout: Layout, sample: Batch) -> tuple[TrigFlow, str]:
+def earlier_student(path: Path, layout: Layout, sample: Batch, guidance: float | None) -> tuple[TrigFlow, str]:
     """The student of another run, spread over the processes, and the digest of its weights. Raises as `expert_of`."""
-    student = load_earlier(path, torch.device("cpu")).student  # where there is room for what it is made from
+    student = load_earlier(
+        path, torch.device("cpu"), guidance=guidance
+    ).student  # where there is room for what it is made from
     digest = digest_of(student)
     student = layout.spread(student)
     try_network(f"earlier: the student in {path} cannot run with a sample", student, sample.x0, sample.cond)
