@@ -52,14 +52,17 @@ SMALL: dict[str, Any] = {
 }
 
 
-def awake(dtype: str = "float32", **config: int) -> TrigFlow:
-    """A DiT at random whose gates and last layer are not zero: every parameter gets a gradient."""
+def awake(dtype: str = "float32", rounded: str = "float32", **config: int) -> TrigFlow:
+    """A DiT at random whose gates and last layer are not zero: every parameter gets a gradient.
+
+    In `dtype`, with weights that `rounded` can hold.
+    """
     model = dit(**config)
     rng = torch.Generator().manual_seed(1)
     for parameter in model.net.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1, generator=rng)
-    return TrigFlow(model.net.to(getattr(torch, dtype)), call_dit)
+    return TrigFlow(model.net.to(getattr(torch, rounded)).to(getattr(torch, dtype)), call_dit)
 
 
 RCM = {"name": "rcm", "weight": 0.1, "scm": {"tangent_warmup": 2}, "dmd": {"fake_updates_per_step": 2}}
