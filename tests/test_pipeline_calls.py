@@ -16,9 +16,10 @@ from torch import Tensor
 
 from jvpgraph.trainer.adapters import diffusers_model
 from jvpgraph.trainer.model.adapters import unpack
+from jvpgraph.trainer.model.schedulers import even_times, fits_pipelines, scheduler_for
 from jvpgraph.trainer.prepare.checkpoint import Encoder
 from jvpgraph.trainer.times import from_flow_time
-from jvpgraph.trainer.trigflow import RECTIFIED_FLOW, Guided
+from jvpgraph.trainer.trigflow import RECTIFIED_FLOW, Guided, TrigFlow
 from tests.tiny_pipelines import FRAMES, MAKERS, call, conditions, encoder_of, size_of
 
 pytestmark = [
@@ -84,14 +85,6 @@ def test_the_network_is_asked_as_by_its_pipeline(name: str, encoders: Callable[[
     encoder = encoders(name)
     folder: Path = encoder.checkpoint.path
     found = record(getattr(diffusers, encoder.checkpoint.pipeline).from_pretrained(folder))
-    size = size_of(encoder)
-    shape = encoder.latent_shape(FRAMES, *size)
-    rate = 25.0 if encoder.family.rate == "frame_rate" else encoder.family.fps
-    more = {**encoder.constants(None, rate), **encoder.checkpoint.sizes(*size)}
-    more = {key: torch.tensor(value, dtype=torch.float32)[None] for key, value in more.items()}
-    positive, negative = ({key: value[None] for key, value in cond.items()} for cond in conditions(name, encoder))
-    positive |= more
-    shared = [*encoder.checkpoint.first_frame, *more]
     model = diffusers_model(folder)
     mine: list[dict[str, Any]] = []
     model.net.register_forward_pre_hook(
@@ -99,20 +92,65 @@ def test_the_network_is_asked_as_by_its_pipeline(name: str, encoders: Callable[[
     )
     scale = encoder.negative_scale
     assert (scale == 1) == (len(found.network) == len(found.steps) and samples(found.network[0]) == 1)
-    guided = Guided(model, scale, negative, encoder.family.keep_norm, shared)
-    for recorded in found.steps:
-        prediction, s, latents = OWN_WAYS.get(name, usually)(*recorded)
-        x = as_latents(name, latents, shape)
-        assert list(x.shape[1:]) == shape
-        with torch.no_grad():
-            u = velocity(guided, x, s, positive)
-        close = 5e-3 if name.startswith("Cosmos") else 1e-4  # noise of 0.002 and 80 in float32
-        torch.testing.assert_close(u, as_latents(name, prediction, shape).double(), rtol=close, atol=close)
+    ask = asked(name, encoder, model)
+    for prediction, time, latents in found.steps:
+        check_step(name, ask, *OWN_WAYS.get(name, usually)(prediction, time, latents))
 
     mine = mine[: 1 + (scale != 1)]
     theirs = rows(found.network, len(mine))
-    for asked in mine:
-        assert any(not (difference := differences(asked, other)) for other in theirs), difference
+    for one in mine:
+        assert any(not (difference := differences(one, other)) for other in theirs), difference
+
+
+NOT_BY_FLOW = ("CosmosTextToWorldPipeline", "Cosmos2TextToImagePipeline", "DiTPipeline", "MochiPipeline")
+
+
+@pytest.mark.parametrize("name", sorted(set(MAKERS) - {*NOT_BY_FLOW, "PixArtAlphaPipeline"}))
+def test_the_network_is_told_the_levels_of_a_student_s_scheduler(name: str, encoders: Callable[[str], Encoder]) -> None:
+    """Whatever times the pipeline asks the scheduler for."""
+    encoder = encoders(name)
+    folder: Path = encoder.checkpoint.path
+    model, pipe = diffusers_model(folder), getattr(diffusers, encoder.checkpoint.pipeline).from_pretrained(folder)
+    assert fits_pipelines(model)
+    ask = asked(name, encoder, model)
+    for times in ([1.4], [1.55, 1.0], even_times([1.57, 1.3, 0.6]), [1.55, 1.3, 0.6]):
+        pipe.scheduler = scheduler_for(model, times).scheduler
+        found = record(pipe, num_inference_steps=len(times))
+        levels = model.s_of_t(torch.tensor(times, dtype=torch.float64))
+        told = torch.stack([time for _, time, _ in found.steps]).double()
+        torch.testing.assert_close(told, 1000 * levels, rtol=1e-6, atol=0)
+        for level, (prediction, _, latents) in zip(levels, found.steps, strict=True):
+            check_step(name, ask, prediction, level, latents)
+
+
+Velocity = Callable[[Tensor, Tensor], tuple[Tensor, list[int]]]
+"""(x_s, s) -> the network's own prediction with the pipeline's guidance, and the shape of latents."""
+
+
+def asked(name: str, encoder: Encoder, model: TrigFlow) -> Velocity:
+    """The trainer's network, asked for what `call` asks its pipeline for."""
+    size = size_of(encoder)
+    rate = 25.0 if encoder.family.rate == "frame_rate" else encoder.family.fps
+    more = {**encoder.constants(None, rate), **encoder.checkpoint.sizes(*size)}
+    more = {key: torch.tensor(value, dtype=torch.float32)[None] for key, value in more.items()}
+    positive, negative = ({key: value[None] for key, value in cond.items()} for cond in conditions(name, encoder))
+    shared = [*encoder.checkpoint.first_frame, *more]
+    guided = Guided(model, encoder.negative_scale, negative, encoder.family.keep_norm, shared)
+    shape = encoder.latent_shape(FRAMES, *size)
+
+    def ask(x_s: Tensor, s: Tensor) -> tuple[Tensor, list[int]]:
+        x = as_latents(name, x_s, shape)
+        assert list(x.shape[1:]) == shape
+        with torch.no_grad():
+            return velocity(guided, x, s, positive | more), shape
+
+    return ask
+
+
+def check_step(name: str, ask: Velocity, prediction: Tensor, s: Tensor, latents: Tensor) -> None:
+    u, shape = ask(latents, s)
+    close = 5e-3 if name.startswith("Cosmos") else 1e-3  # noise of 0.002 and 80 in float32
+    torch.testing.assert_close(u, as_latents(name, prediction, shape).double(), rtol=close, atol=close)
 
 
 Step = tuple[Tensor, Tensor, Tensor]

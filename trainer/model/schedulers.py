@@ -18,6 +18,8 @@ from jvpgraph.trainer.trigflow import RECTIFIED_FLOW, TrigFlow
 
 # Mochi's pipeline turns noise levels upside down, Cosmos 2's works on x0 + sigma eps
 OWN_NOISE_LEVELS = ("MochiTransformer3DModel", "CosmosTransformer3DModel")
+# whose pipeline gives a scheduler timesteps of its own beside sigmas, and diffusers' keep those that they are given
+OWN_TIMESTEPS = ("CogView4Transformer2DModel",)
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ def scheduler_for(model: TrigFlow, times: Sequence[float]) -> Sampling:
     call the pipeline with num_inference_steps = len(times), and with latents = noise_scale * noise if the last 1 %
     matters (a pipeline starts at deviation 1, which is right for t = pi / 2). Its configuration holds the times, so
     that pipeline.save_pretrained keeps them. It is a FlowMatchLCMScheduler if that can be told to use them: one or two
-    times, or those of `even_times`. For other times it is our FewStepScheduler, and from_pretrained wants
-    `import jvpgraph.trainer.model.few_step_scheduler` first, else it says so.
+    times, or those of `even_times`. For other times, and for CogView4, it is our FewStepScheduler, and from_pretrained
+    wants `import jvpgraph.trainer.model.few_step_scheduler` first, else it says so.
 
     Any other student, and those whose pipelines count noise in ways of their own, get the SCMScheduler, which steps
     F itself: call the TrigFlow model at the scheduler's timesteps. It cannot keep times and refuses to be saved.
@@ -56,7 +58,8 @@ def scheduler_for(model: TrigFlow, times: Sequence[float]) -> Sampling:
         raise ValueError(f"times are radians that fall from at most pi / 2 and stay above 0, not {list(times)}")
     if fits_pipelines(model):
         levels = model.s_of_t(radians).tolist()
-        return Sampling(flow_scheduler(levels), {"sigmas": levels}, model.c_in(radians[:1]).item())
+        make = few_step_scheduler if getattr(model.call, "name", None) in OWN_TIMESTEPS else flow_scheduler
+        return Sampling(make(levels), {"sigmas": levels}, model.c_in(radians[:1]).item())
     arguments = {
         "num_inference_steps": len(radians),
         "timesteps": [*radians.tolist(), 0.0],
@@ -92,6 +95,10 @@ def flow_scheduler(levels: Sequence[float]) -> Any:
         scheduler = library.FlowMatchLCMScheduler(use_karras_sigmas=True)
         scheduler.register_to_config(**ends)
         return at(scheduler, steps)
+    return few_step_scheduler(levels)
+
+
+def few_step_scheduler(levels: Sequence[float]) -> Any:
     return importlib.import_module("jvpgraph.trainer.model.few_step_scheduler").FewStepScheduler(tuple(levels))
 
 
