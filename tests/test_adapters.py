@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,9 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jvpgraph
 from jvpgraph.trainer.model import adapters
-from jvpgraph.trainer.model.adapters import ADAPTERS, adapter_of, diffusers_model
+from jvpgraph.trainer.model.adapters import ADAPTERS, adapter_of, diffusers_model, qwen_image
 from jvpgraph.trainer.model.schedulers import scheduler_for
 from jvpgraph.trainer.model.second_time import takes_r
+from jvpgraph.trainer.model.told import unit_of
 from jvpgraph.trainer.trigflow import EDM_NETWORK, RECTIFIED_FLOW, TrigFlow, add_noise, clean_image, expand_like
 from tests.zoo.base import QUIET, padding, randomise
 from tests.zoo.cases import CASES
@@ -683,3 +684,47 @@ def test_a_scheduler_refuses_other_steps_and_impossible_times() -> None:
     for wrong in ([], [1.0, 1.5], [1.6], [1.0, 0.0]):
         with pytest.raises(ValueError, match="times are radians"):
             scheduler_for(model, wrong)
+
+
+@torch.no_grad()
+def test_clean_pictures_of_qwen_image_have_their_own_time() -> None:
+    name = "QwenImageTransformer2DModel"
+    model = build(name, config={"zero_cond_t": True}).double()
+    x, t = latents(name), times()
+    cond = {key: value.double() if value.is_floating_point() else value for key, value in TABLE[name].cond.items()}
+    x_s = model.c_in(t).reshape(-1, *[1] * (x.dim() - 1)) * x
+    u = model.call(model.net, x_s, model.network_time(t), cond)
+    torch.testing.assert_close(u, qwen_by_hand(model.net, x_s, model.s_of_t(t), cond).reshape(x.shape))
+
+
+def test_times_of_another_shape_than_the_network_asks_for_are_refused() -> None:
+    name = "QwenImageTransformer2DModel"
+    model = build(name, "float32")
+    model.net.zero_cond_t = True
+    model.call = replace(model.call, function=lambda net, x, time, cond: qwen_image(Without(net), x, time, cond))
+    with pytest.raises(ValueError, match=r"asks for times of shape \[4\], and is told \[2\]"):
+        model(latents(name), times(), TABLE[name].cond)
+
+
+class Without:
+    """A network that says it has one time for all."""
+
+    zero_cond_t = False
+
+    def __init__(self, net: Any) -> None:
+        self.net, self.time_text_embed = net, net.time_text_embed
+
+    def __call__(self, **asked: Any) -> Any:
+        return self.net(**asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        ("HunyuanImageTransformer2DModel", 1000.0),
+        ("HunyuanVideoTransformer3DModel", 1000.0),
+        ("FluxTransformer2DModel", 1.0),
+    ],
+)
+def test_a_scale_is_told_in_the_network_s_own_unit(name: str, unit: float) -> None:
+    assert unit_of(build(name, "float32").net) == unit

@@ -23,6 +23,7 @@ from jvpgraph.trainer.model.additions import EMBEDDED, TimeInput, added, fold, o
 from jvpgraph.trainer.model.embedded_scale import embed_scale
 from jvpgraph.trainer.model.networks import build_student
 from jvpgraph.trainer.model.second_time import add_second_time
+from jvpgraph.trainer.model.student import make_student
 from jvpgraph.trainer.model.told import WithScale
 from jvpgraph.trainer.run.finished import load_run
 from jvpgraph.trainer.run.start import start_from
@@ -115,6 +116,37 @@ def test_an_embedder_without_a_last_bias_cannot_hold_it() -> None:
     embed_scale(model, WHERE)
     with pytest.raises(ValueError, match="embed of Scaling does not end with a linear layer that has a bias"):
         fold(model.net, EMBEDDED, 2.0)
+
+
+@torch.no_grad()
+def test_a_linear_layer_alone_can_hold_it() -> None:
+    model = scaling()
+    model.net.embed = nn.Linear(16, 64)
+    awake(embed_scale(model, WHERE))
+    x, t = normal(2, 1, 4, 4), times()
+    wanted = model(x, t, told({}, 3.0, 3.0))
+    fold(model.net, EMBEDDED, 3.0)
+    assert relative(TrigFlow(model.net)(x, t, {}), wanted) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_added_is_kept_in_float32_where_the_embedder_is(dtype: str) -> None:
+    name = "WanTransformer3DModel"
+    student = make_student(
+        build(name, dtype),
+        dtype="bfloat16",
+        lora=None,
+        checkpoint_blocks=False,
+        second_time=TimeInput(),
+        scale=TimeInput(),
+    )
+    assert {p.dtype for key, p in awake(student).net.named_parameters() if of_addition(key)} == {torch.float32}
+    x, t, cond = latents(name), times(), TABLE[name].cond
+    wanted = student(x, t, told(cond, 3.0, 3.0), t / 2)
+    fold(student.net, EMBEDDED, 3.0)
+    student.call = add_second_time(build(name, dtype)).call
+    assert relative(student(x, t, cond, t / 2), wanted) < 2e-2
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from jvpgraph.trainer.model.embedded_scale import embed_scale
 from jvpgraph.trainer.model.networks import build_student, check_stage
 from jvpgraph.trainer.model.second_time import add_second_time, takes_r
 from jvpgraph.trainer.model.student import LoRA, make_student
+from jvpgraph.trainer.model.told import WithConditions
 from jvpgraph.trainer.objectives import MeanFlow
 from jvpgraph.trainer.objectives.mean_flow import mean_flow_loss
 from jvpgraph.trainer.run.finished import load_run
@@ -190,11 +192,77 @@ def test_places_that_are_not_there(where: TimeInput, message: str) -> None:
         add_second_time(scaling(), where)
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(nn.functional.silu(self.inner(x)))
+
+
+TAILS: dict[str, Callable[[], nn.Module]] = {
+    "a norm": lambda: nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 64), nn.LayerNorm(64)),
+    "a sigmoid": lambda: nn.Sequential(nn.Linear(16, 64), nn.Sigmoid()),
+    "a sum": lambda: nn.Sequential(Residual(), nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("give", [add_second_time, embed_scale])
+@pytest.mark.parametrize("tail", TAILS)
+def test_what_does_not_begin_as_nothing_is_refused(tail: str, give: Any) -> None:
+    model = scaling()
+    model.net.embed = TAILS[tail]()
+    nn.init.constant_(list(model.net.embed.parameters())[-1], 0.1)
+    if tail == "a sum":
+        model.net.head[1] = nn.Linear(16, 64)
+    before = list(model.net.state_dict())
+    with pytest.raises(ValueError, match="embed does not end with its last linear layer, so that it cannot be copied"):
+        give(model, WHERE)
+    assert list(model.net.state_dict()) == before
+    model(normal(2, 1, 4, 4), times(), {})
+    model = scaling()
+    with pytest.raises(
+        ValueError, match=r"(?s)embed makes no embedding \[1, C\] of a time \[1\], float32, but.*sinusoids"
+    ):
+        give(model, TimeInput("embed"))
+
+
+@pytest.mark.parametrize("r", [None, 0.3])
+def test_an_embedder_that_the_backward_runs_again_is_refused(r: float | None) -> None:
+    """Its number is gone by then: another gradient came out, and no word."""
+    name, parent = "DiTTransformer2DModel", "transformer_blocks.0.norm1.emb"
+    where = TimeInput(f"{parent}.timestep_embedder", f"{parent}.time_proj")
+    student = make_student(build(name, "float32"), dtype=None, lora=None, checkpoint_blocks=True, second_time=where)
+    t = times()
+    answer = student(latents(name), t, TABLE[name].cond, None if r is None else r * t)
+    with pytest.raises(ValueError, match=r"computed again in the backward.*\n.*checkpoint_blocks"):
+        answer.square().sum().backward()
+
+
+def test_conditions_that_are_the_same_for_all_stay_with_a_second_time() -> None:
+    teacher, x, t = dit(width=16, depth=1, heads=2), normal(2, 1, 8, 8), times()
+    for parameter in teacher.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    teacher.call = WithConditions(teacher.call, {"labels": 3})
+    student = build_student(teacher, StudentConfig(second_time=True))
+    assert takes_r(student)
+    with torch.no_grad():
+        wanted = teacher(x, t, {"labels": torch.tensor([3, 3])}, t)
+        assert torch.equal(student(x, t, {}, t), wanted)
+        assert not torch.equal(student(x, t, {"labels": torch.tensor([4, 4])}, t), wanted)
+
+
 def test_what_is_no_embedding_is_named() -> None:
     name = "PixArtTransformer2DModel"
-    model = add_second_time(build(name, "float32"), TimeInput("adaln_single"))
-    with pytest.raises(TypeError, match=r"AdaLayerNormSingle gives a tuple, not an embedding \[B, C\]"):
-        model(latents(name), times(), TABLE[name].cond)
+    with pytest.raises(ValueError, match=r"adaln_single makes no embedding \[1, C\] of a time"):
+        add_second_time(build(name, "float32"), TimeInput("adaln_single"))
+    model = scaling().to("meta")  # where nothing is tried
+    model.net.embed.register_forward_hook(lambda module, args, out: (out, out))
+    add_second_time(model, WHERE)
+    with pytest.raises(TypeError, match=r"Sequential gives a tuple, not an embedding \[B, C\]"):
+        model(normal(2, 1, 4, 4).to("meta"), times().to("meta"), {})
 
 
 def minimise(model: nn.Module, loss: Any, steps: int) -> None:

@@ -209,7 +209,8 @@ def qwen_image(net: Any, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
     """Latents [B, C, H, W], or [B, C, 1, H, W] as its VAE makes them."""
     B, H, W = len(x), *x.shape[-2:]
     image = x.squeeze(2) if x.dim() == 5 else x
-    with told(net.time_text_embed.time_proj, "exact_time", time):
+    times = torch.cat([time, 0 * time]) if net.zero_cond_t else time  # of clean pictures beside the noisy one, too
+    with told(net.time_text_embed.time_proj, "exact_time", times):
         u = plainly(net, pack(image), time, {**cond, "img_shapes": [[(1, H // 2, W // 2)]] * B})  # type: ignore[dict-item]
     return unpack(u, H, W).reshape(x.shape)
 

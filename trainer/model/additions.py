@@ -92,6 +92,12 @@ class Addition(nn.Module):
         """What is added to a time's embedding [B, C]. Raises ValueError if it was not told a number and needs one."""
         value = self.value
         if value is None:
+            if in_backward():
+                raise ValueError(
+                    f"{self.place.embedder} is computed again in the backward, when its number is no longer there\n"
+                    "Leave the module that holds it out of activation checkpointing (student.checkpoint_blocks, or "
+                    "the network's own)."
+                )
             if self.absent is None:
                 raise ValueError(f"{self.place.embedder} is added to, and its network is called without the number")
             value = torch.full((len(embedding),), self.absent, dtype=torch.float32, device=embedding.device)
@@ -129,10 +135,39 @@ def add(
     embedder: Any = net.get_submodule(place.embedder or "")
     sinusoids = None if place.sinusoids is None else net.get_submodule(place.sinusoids)
     addition = Addition(embedder, sinusoids, place, times * place.scale, absent)
+    check_nothing(addition, setting)
     net.add_module(name, addition)
     embedder.additions = (*getattr(embedder, "additions", ()), addition)  # hidden from what goes through its children
     if add_all not in embedder._forward_hooks.values():
         embedder.register_forward_hook(add_all)
+
+
+@torch.no_grad()
+def check_nothing(addition: Addition, setting: str) -> None:
+    """Raises ValueError if it is not nothing yet: the network would not begin as its teacher."""
+    device, name = next(addition.embedder.parameters()).device, addition.place.embedder
+    if device.type == "meta":
+        return
+    why, part = "", None
+    try:
+        part = addition.of(torch.ones(1, device=device))
+    except (AttributeError, RuntimeError, TypeError) as error:
+        why = f", but fails: {error}"
+    if not isinstance(part, Tensor):
+        raise ValueError(
+            f"{setting}: {name} makes no embedding [1, C] of a time [1], float32{why}\nName the module that does, and "
+            "as `sinusoids` the one before it, if the time goes through that."
+        )
+    if part.any():
+        raise ValueError(
+            f"{setting}: {name} does not end with its last linear layer, so that it cannot be copied as a zero\n"
+            "Name the module within it that does."
+        )
+
+
+def in_backward() -> bool:
+    """Whether a checkpointed module is run again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def add_all(embedder: Any, _: Any, embedding: Tensor) -> Tensor:
@@ -205,9 +240,12 @@ def fold(net: nn.Module, name: str, value: float) -> None:
     last, ends = last_linear(embedder), list[Tensor]()
     number = torch.full((1,), value, dtype=torch.float32, device=next(embedder.parameters()).device)
     handle = last.register_forward_hook(lambda module, args, out: ends.append(out))
-    whole = embedder.forward(addition.input_of(number))  # without the hook that adds
+    told = addition.input_of(number)
+    if addition.sinusoids is not None:
+        told = told.to(last.weight.dtype)
+    whole = embedder.forward(told)  # without the hook that adds
     handle.remove()
-    if last.bias is None or not torch.equal(whole, ends[-1]):
+    if last.bias is None or not (last is embedder or torch.equal(whole, ends[-1])):
         raise ValueError(
             f"{addition.place.embedder} of {type(net).__name__} does not end with a linear layer that has a bias, "
             "which could hold what a number adds"

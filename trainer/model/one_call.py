@@ -35,4 +35,11 @@ def keep_time_exact(sinusoids: nn.Module) -> None:
 def use_exact_time(sinusoids: Any, rounded: tuple[Tensor]) -> tuple[Tensor]:
     """A hook without a closure, so that copies of a network have their own."""
     exact, sinusoids.exact_time = sinusoids.exact_time, None
-    return rounded if exact is None else (exact,)
+    if exact is None:
+        return rounded
+    if exact.shape != rounded[0].shape:
+        raise ValueError(
+            f"the network asks for times of shape {list(rounded[0].shape)}, and is told {list(exact.shape)}: its "
+            "configuration makes more of a time than its adapter knows"
+        )
+    return (exact,)

@@ -8,15 +8,17 @@ half, see anyflow.py. Without r it is t, and the network gives a velocity.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Condition
 from jvpgraph.trainer.model.additions import INTERVAL, TimeInput, add
 from jvpgraph.trainer.model.one_call import told
-from jvpgraph.trainer.trigflow import Call, TrigFlow
+from jvpgraph.trainer.trigflow import Around, Call, TrigFlow
 
 
 def takes_r(model: nn.Module) -> bool:
@@ -42,11 +44,20 @@ def add_second_time(model: TrigFlow, where: TimeInput | None = None) -> TrigFlow
     """
     own: Any = getattr(model.net, "with_second_time", None)
     if own is not None:
-        model.call = own()
+        model.call = around(model.call, own())
     elif not takes_r(model):
         add(model.net, INTERVAL, where or TimeInput(), "student.second_time", absent=0.0)
         model.call = WithSecondTime(model.call)
     return model
+
+
+def around(call: Call, innermost: Call) -> Call:
+    """What is around a network's call, around another one."""
+    if not isinstance(call, Around):
+        return innermost
+    again = copy.copy(call)
+    Around.__init__(again, around(call.call, innermost))
+    return again
 
 
 class WithSecondTime:
@@ -61,7 +72,6 @@ class WithSecondTime:
     def __call__(
         self, net: nn.Module, x: Tensor, time: Tensor, cond: Condition, time_r: Tensor | None = None
     ) -> Tensor:
-        if time_r is None:
-            return self.call(net, x, time, cond)
-        with told(net.get_submodule(INTERVAL), "value", time - time_r):
+        apart = torch.zeros_like(time) if time_r is None else time - time_r
+        with told(net.get_submodule(INTERVAL), "value", apart):
             return self.call(net, x, time, cond)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from jvpgraph.trainer.model.additions import EMBEDDED, INTERVAL, TimeInput, of_addition
+from jvpgraph.trainer.model.additions import EMBEDDED, INTERVAL, TimeInput, added, of_addition
 from jvpgraph.trainer.model.embedded_scale import embed_scale
 from jvpgraph.trainer.model.parts import in_bytes, widened
 from jvpgraph.trainer.model.second_time import add_second_time
@@ -127,7 +127,12 @@ def shared(module: nn.Module) -> dict[int, Any]:
 
 
 def kept_in_float32(net: nn.Module, parameter: str) -> bool:
-    """Whether diffusers keeps this parameter in float32 when the network is loaded in a narrower dtype."""
+    """Whether diffusers keeps this parameter in float32 when the network is loaded in a narrower dtype.
+
+    An addition is kept where what it is a copy of is kept.
+    """
+    if (addition := added(net).get(parameter.partition(".")[0])) is not None:
+        parameter = f"{addition.place.embedder}.{parameter}"
     kept = getattr(net, "_keep_in_fp32_modules", None) or ()
     return any(part in parameter.split(".") for part in kept)
 

@@ -85,10 +85,12 @@ def watched(model: nn.Module, more: Condition | None = None) -> Iterator[set[str
 
 
 def unit_of(net: nn.Module) -> float:
-    """What the network's `guidance` is for a scale of 1: HunyuanVideo, by itself, counts in thousandths."""
+    """What the network's `guidance` is for a scale of 1: Hunyuan's, by themselves, count in thousandths."""
     if EMBEDDED in added(net):
         return 1.0
     names = {cls.__name__ for cls in type(net).__mro__}  # FSDP makes a subclass
+    if "HunyuanImageTransformer2DModel" in names:  # `prepare` knows no such family
+        return 1000.0
     return next((family.guidance_scale for family in FAMILIES if family.network in names), 1.0)
 
 
