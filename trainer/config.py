@@ -195,6 +195,11 @@ class StageConfig:
             )
         if critic is not None and self.objective.needs_critic and critic.loss != "softplus":
             raise ValueError("dmd.divergence needs a critic with loss softplus: that of hinge is no ratio of densities")
+        if self.objective.needs_critic and critic.made_by != self.objective.fake_score.simulation:
+            raise ValueError(
+                "dmd.divergence weighs by the ratio of dmd's samples, and adversarial.simulation makes other ones for "
+                "the critic: leave it out"
+            )
         if critic is not None and critic.features == "fake_score" and self.objective.fake_score is None:
             raise ValueError(
                 "adversarial.features: no term trains a fake score. Put dmd beside it in terms, or set features to "
@@ -244,6 +249,8 @@ class EMAConfig:
         positive(self, "snapshot_every")
         if not self.sigma_rel or not all(0 < sigma < 0.29 for sigma in self.sigma_rel):
             raise ValueError(f"sigma_rel is {self.sigma_rel}: one or more widths between 0 and 0.28")
+        if len({f"{sigma:g}" for sigma in self.sigma_rel}) < len(self.sigma_rel):
+            raise ValueError(f"sigma_rel is {self.sigma_rel}: each width once")
 
 
 @dataclass(frozen=True)
@@ -412,11 +419,13 @@ class RunConfig:
     @property
     def told_scale(self) -> float | None:
         """The guidance scale that a student is told when it is sampled, if it learns more than one."""
-        scales = [self.guidance.scale, *(stage.guidance.scale for stage in self.stages)]
-        several = next((scale for scale in scales if isinstance(scale, tuple)), None)
-        if several is None:
+        scales = [self.guidance_in(index).scale for index in range(len(self.stages))]
+        if not any(isinstance(scale, tuple) for scale in (self.guidance.scale, *scales)):
             return None
-        return sum(several) / 2 if self.sampling.guidance is None else self.sampling.guidance
+        if self.sampling.guidance is not None:
+            return self.sampling.guidance
+        learnt = scales[-1]
+        return sum(learnt) / 2 if isinstance(learnt, tuple) else learnt
 
     @property
     def looked_at(self) -> bool:
@@ -473,10 +482,10 @@ class RunConfig:
                 "give two, between which it is drawn in training, or leave sampling.guidance out"
             )
         if self.sampling.guidance is not None and self.told_scale is not None:
-            learnt = (self.guidance_in(index).scale for index in range(len(self.stages)))
-            ends = [end for scale in learnt for end in (scale if isinstance(scale, tuple) else (scale,))]
-            if not min(ends) <= self.sampling.guidance <= max(ends):
+            learnt = self.guidance_in(len(self.stages) - 1).scale
+            low, high = learnt if isinstance(learnt, tuple) else (learnt, learnt)
+            if not low <= self.sampling.guidance <= high:
                 yield (
                     f"sampling.guidance is {self.sampling.guidance:g}, and the student learns scales from "
-                    f"{min(ends):g} to {max(ends):g}: give one of these"
+                    f"{low:g} to {high:g}{' in its last stage' * (len(self.stages) > 1)}: give one of these"
                 )

@@ -25,6 +25,7 @@ from jvpgraph.trainer.objectives.simulation import Simulation
 from jvpgraph.trainer.times import flow_time, from_flow_time
 from jvpgraph.trainer.trigflow import HALF_PI, add_noise, clean_image
 
+ROUNDING = 1e-4  # of rectified-flow time, within which two places are one
 RUNS = 8  # that may follow one another
 
 
@@ -57,6 +58,16 @@ class Part:
     @property
     def has_fixed_times(self) -> bool:
         return self.simulation is not None and bool(self.simulation.fixed_times)
+
+    @property
+    def asked_there_alone(self) -> bool:
+        """Whether it was trained at the times of its simulation alone, and those are few.
+
+        Jumps from other times may have been learnt in a stage before.
+        """
+        few = self.simulation is not None and (self.simulation.steps == 1 or self.has_fixed_times)
+        alone = self.config.stages[self.stage].objective.only_simulated
+        return few and alone and (self.kind == "consistency" or self.stage == 0)
 
     @property
     def times(self) -> list[float]:
@@ -134,6 +145,11 @@ def is_whole(parts: Sequence[Part]) -> bool:
     return len(parts) == 1 and (parts[0].start, parts[0].end) == (HALF_PI, 0)
 
 
+def knows_all_times(parts: Sequence[Part]) -> bool:
+    """Whether samples may be made in any number of steps, at any times."""
+    return is_whole(parts) and not parts[0].asked_there_alone
+
+
 def note_of(parts: Sequence[Part]) -> str:
     """What has to be said of samples by these; empty: nothing."""
     if not parts[-1].end:
@@ -153,7 +169,7 @@ def check_from_noise(parts: Sequence[Part]) -> None:
             "it begins from: dmd.earlier; or, if they were trained apart, sampling.earlier."
         )
     for one, other in pairwise(parts):
-        if one.end != other.start:
+        if abs(level(one.end) - level(other.start)) > ROUNDING:
             raise ValueError(
                 f"nobody was trained between {one.end:.6g} radians (rectified-flow time {said(one.end)}), where "
                 f"{named(one)} ends, and {other.start:.6g} ({said(other.start)}), where {named(other)} begins\n"
@@ -233,7 +249,7 @@ def times_of(config: RunConfig, stage: int, steps: int) -> list[float]:
         ValueError: there are not so many.
     """
     parts = parts_of(config, stage)
-    if is_whole(parts):
+    if knows_all_times(parts):
         return few_step_times(steps, config.sampling)
     return [t for leg in legs_of(parts, steps) for t in leg.times]
 
@@ -252,7 +268,7 @@ def check_steps(config: RunConfig, stage: int, counts: Iterable[int]) -> None:
     if parts[0].start < HALF_PI and not config.looked_at:
         return
     for steps in sorted(counts):
-        if not is_whole(parts):
+        if not knows_all_times(parts):
             legs_of(parts, steps)
         elif config.sampler(stage) == "consistency":
             few_step_times(steps, config.sampling)
@@ -268,7 +284,7 @@ def student_sampler(config: RunConfig, stage: int, students: Sequence[nn.Module]
         ValueError: such samples cannot be made.
     """
     parts = parts_of(config, stage)
-    if is_whole(parts):
+    if knows_all_times(parts):
         return sampler_of(config.sampler(stage), students[0], steps, config.sampling)
     legs = legs_of(parts, steps)
 

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.evaluation.phases import check_from_noise, folders_of, is_whole, level, said, times_of
+from jvpgraph.trainer.evaluation.phases import (
+    check_from_noise,
+    folders_of,
+    is_whole,
+    knows_all_times,
+    level,
+    said,
+    settings_of,
+    times_of,
+)
 from jvpgraph.trainer.files import read_json
 from jvpgraph.trainer.model.adapters import diffusers
 from jvpgraph.trainer.model.additions import EMBEDDED, INTERVAL, added
@@ -20,8 +29,9 @@ from jvpgraph.trainer.model.embedded_scale import fix
 from jvpgraph.trainer.model.pipelines import check_one_network, class_name
 from jvpgraph.trainer.model.saved_additions import saved_with
 from jvpgraph.trainer.model.schedulers import even_times, fits_pipelines, own_file, scheduler_for
+from jvpgraph.trainer.model.second_time import takes_r
 from jvpgraph.trainer.model.student import merged
-from jvpgraph.trainer.model.told import WithScale
+from jvpgraph.trainer.model.told import WithScale, unit_of
 from jvpgraph.trainer.objectives import DCM
 from jvpgraph.trainer.prepare.families import FAMILIES
 from jvpgraph.trainer.run.finished import Run
@@ -29,6 +39,7 @@ from jvpgraph.trainer.trigflow import HALF_PI, TrigFlow
 
 NETWORK = "transformer"  # the part of a pipeline that is distilled
 SECOND = "transformer_2"  # the network for low noise, where a pipeline has two
+PIPELINES_WITH_R_AT_T = ("AceStepTransformer1DModel",)
 MARGIN = 1e-5  # of rectified-flow time, by which a pipeline changes networks before the time where the second begins
 
 
@@ -70,7 +81,11 @@ class Task:
         """The guidance scale that an export of the student has in its weights; None: it has none, or is told one."""
         if self.keep_scale or EMBEDDED not in added(student.net):
             return None
-        return student.call.usual if isinstance(student.call, WithScale) else self.run.config.conditions.get("guidance")
+        if isinstance(student.call, WithScale):
+            return student.call.usual
+        own = student is self.run.student
+        config = self.run.config if own else settings_of(folders_of(self.run.parts)[0])
+        return config.conditions.get("guidance")
 
     @property
     def has_scale(self) -> bool:
@@ -104,7 +119,13 @@ class Task:
                 f"{type(low.net).__name__} of {low.schedule.name} and a {type(high.net).__name__} of "
                 f"{high.schedule.name}\nTrain both from the networks of one pipeline."
             )
-        return {NETWORK: self.plain(high), SECOND: self.net}
+        plain = self.plain(high)
+        if EMBEDDED in added(plain):
+            raise ValueError(
+                f"the student of {folders_of(self.run.parts)[0]} takes a guidance scale, which no pipeline tells it\n"
+                "Leave --keep-scale out; or, if the scale is in its data, export each network alone."
+            )
+        return {NETWORK: plain, SECOND: self.net}
 
     @property
     def kinds(self) -> str:
@@ -180,15 +201,12 @@ class Task:
     def times(self) -> list[float]:
         """Radians at which the scheduler samples: the run's own, or the even ones next to them. Of several students,
         which meet at one of these times, always the run's own."""
-        times, alone = self.run_times, is_whole(self.run.parts)
-        if (
-            self.own_times
-            or not alone
-            or not self.fits
-            or own_file(scheduler_for(self.run.student, times).scheduler) is None
-        ):
+        times = self.run_times
+        if self.own_times or not knows_all_times(self.run.parts) or not self.fits:
             return times
-        return even_times(times)
+        even = even_times(times)
+        theirs, evenly = (own_file(scheduler_for(self.run.student, each).scheduler) is None for each in (times, even))
+        return even if evenly and not theirs else times
 
     @property
     def run_times(self) -> list[float]:
@@ -197,15 +215,27 @@ class Task:
     @property
     def fits(self) -> bool:
         """Whether a pipeline can sample the student in few steps."""
-        known = self.from_diffusers and not self.takes_scale and fits_pipelines(self.run.student)
+        known = self.from_diffusers and not self.told_else and fits_pipelines(self.run.student)
         return self.kinds == "consistency" and self.whole and known
+
+    @property
+    def told_else(self) -> bool:
+        """Whether a pipeline would not tell it what it was told in training: its guidance scale, or r = t."""
+        return self.takes_scale or self.told_next
+
+    @property
+    def told_next(self) -> bool:
+        """Whether it was trained with r = t, and pipelines of its class tell it where the step ends, or nothing."""
+        student = self.run.student
+        at_t = self.run.sampler != "mean_flow" and INTERVAL not in added(student.net) and takes_r(student)
+        return at_t and getattr(student.call, "name", None) not in PIPELINES_WITH_R_AT_T
 
     @property
     def goes_into_pipelines(self) -> bool:
         if folders_of(self.run.parts) and not self.takes_two:
             return False
-        by_flow = self.kinds == "flow" and self.whole and not self.has_second_time and not self.takes_scale
-        return by_flow or self.fits or (self.by_jumps and is_whole(self.run.parts))
+        by_flow = self.kinds == "flow" and self.whole and not self.has_second_time and not self.told_else
+        return by_flow or self.fits or (self.by_jumps and knows_all_times(self.run.parts))
 
     @property
     def takes_two(self) -> bool:
@@ -263,6 +293,12 @@ class Task:
                 f"no pipeline of diffusers tells a {type(self.net).__name__} the scale of student.embed_scale\n"
                 "Leave --keep-scale out: its scale is fixed then, at that of --guidance."
             )
+        if self.told_next:
+            raise ValueError(
+                f"pipelines of a {type(self.net).__name__} do not tell it r = t, as this run did\n"
+                "Export the network alone (without --pipeline), and sample it with jvpgraph sample RUN; or train it by "
+                "mean_flow or flow_map."
+            )
         if self.has_second_time and not self.goes_into_pipelines:
             raise ValueError(
                 f"no pipeline of diffusers tells a {type(self.net).__name__} a second time; AnyFlow's does, for Wan "
@@ -294,9 +330,9 @@ class Task:
         arguments: dict[str, Any] = {"num_inference_steps": config.sampling.teacher_steps if many else self.count}
         scale = config.conditions.get("guidance")
         if getattr(self.net.config, "guidance_embeds", False):  # the network is told the scale
-            if isinstance(scale, int | float) and "guidance_scale" in known:
-                thousandfold = type(self.net).__name__ == "HunyuanVideoTransformer3DModel"
-                arguments["guidance_scale"] = scale / 1000 if thousandfold else scale
+            name = next((name for name in ("distilled_guidance_scale", "guidance_scale") if name in known), None)
+            if isinstance(scale, int | float) and name is not None:
+                arguments[name] = scale / unit_of(self.net)
         elif "guidance_scale" in known and "true_cfg_scale" not in known:
             arguments["guidance_scale"] = self.unguided
         if "true_cfg_scale" in known:

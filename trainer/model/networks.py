@@ -181,10 +181,21 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
             )
         check_stage(stage, student, guided.negative, sample, second_time=config.student.added_time is not None)
         looks = [part.steps for part in (config.validation, config.watch) if part.every is not None and part.steps]
-        stage.objective.check_sampling({*config.sampling.steps, *looks}, config.sampling.shift)
-        check_steps(config, i, {*config.sampling.steps, *looks})
+        last = i == len(config.stages) - 1
+        if last or config.looked_at:
+            try:
+                stage.objective.check_sampling({*config.sampling.steps, *looks}, config.sampling.shift)
+                check_steps(config, i, {*config.sampling.steps, *looks})
+            except ValueError as error:
+                if last:
+                    raise
+                raise ValueError(
+                    f"{error}\nThese are the samples of stages.{i} while it is trained: without log.preview_every, "
+                    "validation.every and watch.every there are none, and those of the last stage count."
+                ) from error
         if (critic := stage.objective.critic) is not None:
-            critic_on(guided.model if critic.features == "teacher" else student, critic, sample)
+            of_teacher = critic.features == "teacher" or config.fake_score.network == "teacher"
+            critic_on(guided.model if of_teacher else student, critic, sample)
 
 
 def check_teacher(config: RunConfig, guided: Guided, sample: Batch) -> None:

@@ -50,6 +50,10 @@ class Adversarial(Objective):
         return self.simulation or Simulation()
 
     @property
+    def only_simulated(self) -> bool:  # type: ignore[override]
+        return self.made_by.rollout != "once"
+
+    @property
     def second_time(self) -> bool:  # type: ignore[override]
         return self.made_by.rollout == "jumps"
 

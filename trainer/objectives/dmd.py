@@ -53,6 +53,7 @@ class DMD(Objective):
     """Distribution matching; also the settings of rCM's regulariser and its fake score."""
 
     name: ClassVar[str] = "dmd"
+    only_simulated: ClassVar[bool] = True
     times: Times = field(default_factory=ShiftedUniform)  # p_D, also of the fake score and the simulation
     fake_updates_per_step: int = 4  # after each student update; rCM: 4 at 1.3B, 9 at 14B
     simulation_steps: int = 4  # backward simulation cycles through 1..simulation_steps steps; rCM
@@ -91,7 +92,7 @@ class DMD(Objective):
 
     @property
     def span(self) -> tuple[float, float]:
-        return self.start, self.end if self.fixed_times else max(self.end, super().span[1])
+        return self.start, self.end
 
     @property
     def fake_score(self) -> DMD:

@@ -42,6 +42,7 @@ class Objective(Variants):
     second_time: ClassVar[bool] = False  # whether the network takes a second time
     needs_data: ClassVar[bool] = True  # whether it reads the latents: prompts alone will not do
     needs_negative: ClassVar[bool] = False  # whether it asks for a negative condition beside the teacher's guidance
+    only_simulated: ClassVar[bool] = False  # whether it asks the student at the times of a simulation alone
     through_tangent: ClassVar[bool] = False  # whether its loss has a gradient through the tangent: needs one graph
 
     @property

@@ -33,7 +33,7 @@ class RCM(Objective):
 
     @property
     def needs_data(self) -> bool:  # type: ignore[override]
-        return self.scm.needs_data
+        return self.scm.needs_data or bool(self.weight and self.dmd.needs_data)
 
     @property
     def fake_score(self) -> DMD | None:
@@ -41,11 +41,11 @@ class RCM(Objective):
 
     @property
     def guided_apart(self) -> bool:
-        return self.dmd.guided_apart
+        return bool(self.weight) and self.dmd.guided_apart
 
     @property
     def needs_critic(self) -> bool:
-        return self.dmd.needs_critic
+        return bool(self.weight) and self.dmd.needs_critic
 
     @property
     def simulation(self) -> Simulation:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives.adversarial import Adversarial
+from jvpgraph.trainer.objectives.data import Data
 from jvpgraph.trainer.objectives.flow import FlowMatching
 from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, loss_of, objective
 from jvpgraph.trainer.ranges import not_negative
@@ -36,7 +37,7 @@ class WeightedTerms(Objective):
     """A weighted sum of other objectives."""
 
     name: ClassVar[str] = "terms"
-    terms: tuple[Term, ...]  # [{objective: scm}, {objective: dmd, weight: 0.01, after: 50}]; the first says the sampler
+    terms: tuple[Term, ...]  # [{objective: scm}, {objective: dmd, weight: 0.01, after: 50}]
 
     def __post_init__(self) -> None:
         objectives = self.objectives
@@ -47,18 +48,29 @@ class WeightedTerms(Objective):
         if nested := [part.name for part in objectives if isinstance(part, WeightedTerms)]:
             raise ValueError(f"terms: {nested[0]} inside of terms: list its terms beside the others")
         # flow matching asks for the velocity, which a network with a second time has too
-        kinds = {part.second_time: part.name for part in objectives if not isinstance(part, FlowMatching)}
+        others = [part for part in objectives if not isinstance(part, FlowMatching)]
+        kinds = {part.second_time: part.name for part in others}
         if len(kinds) > 1:
             raise ValueError(
                 f"terms: {kinds[True]} needs a student with a second time, and {kinds[False]} asks it without one. "
                 f"Take {kinds[False]} out, or have it simulate by rollout: jumps"
             )
-        earlier = {part.simulated.earlier for part in objectives if part.simulated is not None} - {None}
-        if len(earlier) > 1:
+        if others and len(others) < len(objectives) and not others[0].second_time:
             raise ValueError(
-                f"terms: samples start from those of {' and of '.join(sorted(map(str, earlier)))}: name one run as "
-                "`earlier`"
+                f"terms: flow_matching asks the student for its velocity where {others[0].name} asks it for a clean "
+                "image, and without a second time it gives one of them: take data in its place, or flow_matching out"
             )
+        ways = {part.sampler: part.name for part in self.leading}
+        if len(ways) > 1:
+            one, other = list(ways.items())[:2]
+            raise ValueError(
+                f"terms: the student of {one[1]} is sampled by {one[0]} and that of {other[1]} by {other[0]}: take one "
+                "of them out"
+            )
+        started = [part.simulated for part in objectives if part.simulated is not None and part.simulated.earlier]
+        if len({(each.earlier, each.start) for each in started}) > 1:
+            places = " and of ".join(f"{each.earlier} at {each.start:.6g}" for each in started)
+            raise ValueError(f"terms: samples start from those of {places}: name one run as `earlier`, and one `start`")
         for what in ("fake_score", "critic"):
             found = [(part.name, settings) for part in objectives if (settings := getattr(part, what)) is not None]
             for name, settings in found[1:]:
@@ -73,6 +85,7 @@ class WeightedTerms(Objective):
         """Those of the terms; an adversarial one with what its settings leave to the others."""
         given = [term.objective for term in self.terms]
         others = [part for part in given if not isinstance(part, Adversarial)]
+        others.sort(key=lambda part: not part.needs_critic)  # whose samples the critic has to know
         simulation = next((part.simulation for part in others if part.simulation is not None), None)
         score = next((part.fake_score for part in others if part.fake_score is not None), None)
 
@@ -83,12 +96,23 @@ class WeightedTerms(Objective):
         return tuple(completed(part) if isinstance(part, Adversarial) else part for part in given)
 
     @property
+    def leading(self) -> list[Objective]:
+        """Those that say what the student is: not what trains others, or only holds it near the data."""
+        weighed = [part for term, part in zip(self.terms, self.objectives) if term.weight]
+        leading = [part for part in weighed if not isinstance(part, Data | FlowMatching)]
+        return leading or weighed
+
+    @property
     def sampler(self) -> str:  # type: ignore[override]
-        return self.objectives[0].sampler
+        return self.leading[0].sampler
+
+    @property
+    def only_simulated(self) -> bool:  # type: ignore[override]
+        return all(part.only_simulated for part in self.leading)
 
     @property
     def span(self) -> tuple[float, float]:
-        start, end = self.objectives[0].span
+        start, end = self.leading[0].span
         return start if self.fake_score is None else max(start, self.fake_score.start), end
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.evaluation.phases import folders_held, note_of, parts_of, settings_of
+from jvpgraph.trainer.evaluation.phases import ROUNDING, folders_held, level, note_of, parts_of, settings_of
 from jvpgraph.trainer.model.networks import try_network
 from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives import Objective
@@ -68,7 +68,7 @@ def check_earlier(objective: Objective, *, has_latents: bool) -> None:
     if samples is None or samples.earlier is None:
         return
     before = settings_of(samples.earlier, "dmd.earlier").stages[-1].objective
-    if before.phase is None or before.phase[1] != samples.start:
+    if before.phase is None or abs(level(before.phase[1]) - level(samples.start)) > ROUNDING:
         where = "has no phase of dmd" if before.phase is None else f"ends its phase at {before.phase[1]:.6g} radians"
         raise ValueError(
             f"dmd.earlier: {samples.earlier} {where}, and this one starts at {samples.start:.6g}, so that nobody "

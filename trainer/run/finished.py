@@ -270,9 +270,14 @@ def compare(run: Run, samplers: Mapping[str, Sampler], seeds: Sequence[int]) -> 
     config = run.config
     if config.evaluation.features is None:
         raise ValueError("evaluation.features is not set: name a feature space, see jvpgraph.trainer.features")
+    data = config.data.source.build()
+    if not getattr(data, "has_latents", True):
+        raise ValueError(
+            "the data set holds prompts only, and samples are compared with real ones: name another source of data, "
+            "data.source, with pictures or clips"
+        )
     space = config.evaluation.features.build()
     decode = decoder_of(config.sampling)
-    data = config.data.source.build()
     real = some_samples(data, config.evaluation.count)
     labels = real.cond.get("labels")
 

@@ -1,0 +1,209 @@
+"""Settings that do not go together are refused, and those that do are not; students are sampled where they learnt."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from jvpgraph.trainer import settings
+from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.evaluation.phases import parts_of, times_of
+from jvpgraph.trainer.export.task import Task
+from jvpgraph.trainer.run.finished import Run, evaluate_run
+from jvpgraph.trainer.settings import SettingsError
+from jvpgraph.trainer.train import train
+from tests.recipes import CRITIC, SEGMENTS, alone, of_terms
+from tests.test_adapters import build
+from tests.test_train import SMALL, config_of, stage
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FIRST = math.atan(80.0)
+DMD: dict[str, Any] = {"name": "dmd", "fake_updates_per_step": 1}
+TWO_TIMES = {"student": {"backend": "eager", "second_time": True}}
+SEVERAL = {"scale": [2.0, 6.0], "negative": {"labels": 10}}
+PROMPTS = {
+    "source": {
+        "load": "jvpgraph.trainer.data.prompts:listed",
+        "options": {"shape": [1, 8, 8], "values": {"labels": [*range(10)]}},
+    }
+}
+SILENT = {"log": {"every": 1, "preview_every": None}}
+
+
+def beside(*objectives: Any, weights: Any = ()) -> dict[str, Any]:
+    pairs = zip(objectives, weights or [1.0] * len(objectives), strict=True)
+    return of_terms(*({"objective": each, "weight": weight} for each, weight in pairs))
+
+
+# ---------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        (beside(DMD, SEGMENTS), "student of dmd is sampled by consistency and that of dcm by flow"),
+        (beside({"name": "scm"}, {"name": "flow_matching"}), "scm asks it for a clean image.*take data in its place"),
+        (
+            beside(
+                {**DMD, "start": 1.2, "earlier": "a"},
+                {**CRITIC, "features": "teacher", "simulation": {"start": 0.9, "earlier": "a", "steps": 2}},
+            ),
+            "start from those of a at 1.2 and of a at 0.9: name one run .* and one `start`",
+        ),
+        (
+            beside({**DMD, "divergence": "forward_kl"}, {**CRITIC, "simulation": {"steps": 2}}, weights=(1.0, 0.0)),
+            "weighs by the ratio of dmd's samples, and adversarial.simulation makes other ones",
+        ),
+    ],
+    ids=["two samplers", "a velocity and a clean image", "two starts", "the ratio of other samples"],
+)
+def test_terms_that_want_different_students(tmp_path: Path, objective: Any, said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        config_of(tmp_path, **alone(objective))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"ema": {"sigma_rel": [0.05, 0.05]}}, r"sigma_rel is \(0.05, 0.05\): each width once"),
+        (
+            {
+                "stages": [stage("dcm", 1, guidance={"scale": each}) for each in ([2.0, 4.0], [6.0, 8.0])],
+                "guidance": SEVERAL,
+                "sampling": {"guidance": 3.0},
+            },
+            "guidance is 3, and the student learns scales from 6 to 8 in its last stage",
+        ),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path: Path, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        config_of(tmp_path, **{**alone("dcm"), **more})
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            {**alone({"name": "rcm", "weight": 0.1, "scm": {"points": "trajectory"}, "dmd": {"start": 1.2}})},
+            "objective rcm learns from latents, and the data set holds prompts only",
+        ),
+        (
+            {**alone({**DMD, "simulation_steps": 1})},
+            r"2 steps: this run's samples take 1 to 1 .* Change sampling.steps; or give more times",
+        ),
+    ],
+)
+def test_refused_before_the_first_step(tmp_path: Path, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        train(config_of(tmp_path / "run", **more, data=PROMPTS if "rcm" in said else {}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_are_not_compared_with_prompts(tmp_path: Path) -> None:
+    features = {"features": {"load": "jvpgraph.trainer.features:digits_classifier"}, "count": 4}
+    run = train(config_of(tmp_path / "run", **alone({**DMD}), data=PROMPTS, evaluation=features, **SILENT))
+    with pytest.raises(ValueError, match="holds prompts only, and samples are compared with real ones"):
+        evaluate_run(run)
+
+
+# ---------------------------------------------------------------- taken
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [{**SEGMENTS, "segments": 4}, SEGMENTS],
+        [{**DMD, "end": 0.9, "simulation_steps": 1}, {**DMD, "start": 0.9, "simulation_steps": 1}],
+    ],
+    ids=["segments", "phases"],
+)
+def test_the_last_stage_says_how_many_steps_where_nobody_looks_before(tmp_path: Path, stages: list[Any]) -> None:
+    more = {"stages": [stage(each, 1) for each in stages], "sampling": {"steps": [2]}}
+    run = train(config_of(tmp_path / "run", **more, **SILENT))
+    assert (run / "checkpoints").is_dir()
+    with pytest.raises(ValueError, match=r"stages.0 while it is trained: without log.preview_every"):
+        train(config_of(tmp_path / "seen", **more, log={"every": 1, "preview_every": 1}))
+
+
+def test_a_regulariser_may_come_first() -> None:
+    def parsed(objective: Any) -> Any:
+        return settings.from_dict(RunConfig, {**SMALL, "out": "x", **alone(objective)}).stages[0].objective
+
+    jumps = {**DMD, "rollout": "jumps"}
+    assert parsed(beside({"name": "data"}, SEGMENTS, weights=(0.1, 1.0))).sampler == "flow"
+    assert parsed(beside({"name": "flow_matching"}, jumps, weights=(0.1, 1.0))).sampler == "mean_flow"
+    assert parsed(beside({"name": "data"}, {**DMD, "end": 0.8}, weights=(0.1, 1.0))).span == (math.pi / 2, 0.8)
+    judged = beside({"name": "scm"}, {**DMD, "divergence": "forward_kl"}, CRITIC, weights=(1.0, 0.01, 0.0))
+    assert parsed(judged).critic.made_by == parsed(judged).fake_score.simulation
+    assert not parsed({"name": "rcm", "weight": 0, "dmd": {"divergence": "forward_kl"}}).needs_critic
+    low = {"name": "shifted_uniform", "between": [0.1, 1.0]}
+    assert parsed({**DMD, "times": low}).span == (math.pi / 2, 0)
+
+
+@pytest.mark.slow
+def test_places_that_are_rounded_meet(tmp_path: Path) -> None:
+    """1.4289 radians are rectified-flow time 0.875 to four digits."""
+    first = {**DMD, "end": 1.4289, "simulation_steps": 1}
+    high = config_of(tmp_path / "high", **alone(first), sampling={"steps": [1]}, **SILENT)
+    train(high)
+    times = {"name": "shifted_uniform", "between": [0.0, 0.875]}
+    for low in (
+        alone({**DMD, "start": math.atan(7), "earlier": str(high.out)}),
+        alone({"name": "scm", "times": times}),
+    ):
+        earlier = {} if "earlier" in str(low) else {"earlier": str(high.out)}
+        assert train(config_of(tmp_path / str(len(earlier)), **low, sampling={"steps": [2], **earlier})).is_dir()
+
+
+# ---------------------------------------------------------------- where students are asked
+
+
+@pytest.mark.parametrize("others", [(), ({"name": "data"},)], ids=["alone", "beside data"])
+def test_dmd_is_sampled_where_its_simulation_stopped(tmp_path: Path, others: tuple[Any, ...]) -> None:
+    fixed = {**DMD, "fixed_times": [1.5042, 1.3734, 1.0304]}
+    config = config_of(tmp_path, **alone(beside(*others, fixed) if others else fixed))
+    assert times_of(config, 0, 4) == [FIRST, 1.5042, 1.3734, 1.0304]
+    assert times_of(config, 0, 2) == [FIRST, 1.5042]
+    several = config_of(tmp_path, **alone(beside({"name": "scm"}, fixed)))
+    assert times_of(several, 0, 4) == [FIRST, 1.3, 1.0, 0.6]
+    jumps = {**fixed, "rollout": "jumps"}
+    [part] = parts_of(config_of(tmp_path, **alone(jumps), **TWO_TIMES), 0)
+    assert part.asked_there_alone
+    after = {"stages": [stage("flow_map", 1), stage(jumps, 1)]}
+    [part] = parts_of(config_of(tmp_path, **after, **TWO_TIMES), 1)
+    assert not part.asked_there_alone
+
+
+def test_the_scale_of_samples_is_one_of_the_last_stage(tmp_path: Path) -> None:
+    def told(*scales: Any) -> float | None:
+        stages = [stage("dcm", 1, guidance={"scale": scale}) for scale in scales]
+        return config_of(tmp_path, stages=stages, guidance={**SEVERAL, "scale": 5.0}).told_scale
+
+    assert told([2.0, 4.0], [6.0, 8.0]) == 7.0
+    assert told([2.0, 6.0], 9.0) == 9.0
+    assert told(2.0, 9.0) is None
+
+
+def test_networks_of_two_times_that_learnt_one_go_into_no_pipeline(tmp_path: Path) -> None:
+    """AnyFlow's pipeline tells them where each step ends; ACE-Step's that it ends nowhere, as in training."""
+    for name, objective, fits in (
+        ("AnyFlowTransformer3DModel", "dcm", False),
+        ("AnyFlowTransformer3DModel", "flow_matching", False),
+        ("AceStepTransformer1DModel", "dcm", True),
+    ):
+        task = Task(asked_for(config_of(tmp_path, **alone(objective)), name), tmp_path)
+        assert task.goes_into_pipelines == fits
+
+
+def asked_for(config: RunConfig, name: str) -> Run:
+    """A stub: networks of both kinds are too much to train here."""
+    model, stub = build(name, "float32"), Mock(spec=Run)
+    stub.configure_mock(config=config, stage=0, student=model, students=[model])
+    stub.sampler, stub.parts = config.sampler(0), parts_of(config, 0)
+    return stub
