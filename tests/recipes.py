@@ -44,7 +44,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mean_flow, data": alone({"name": "mean_flow", "velocity": "data", "own_direction": 1.0, "guidance": 1.5}),
     "alphaflow": alone({"name": "mean_flow", "discrete": {"end": 3, "first": 0.5}, "clean_share": 0.2}),
     "flow_map, eulerian": alone({"name": "flow_map", "tangent_warmup": 2}),
-    "flow_map, lagrangian": alone({"name": "flow_map", "method": "lagrangian", "longest": 0.5, "clean_share": 0.0}),
+    "flow_map, lagrangian": alone(
+        {"name": "flow_map", "method": "lagrangian", "longest": 0.5, "clean_share": 0.0}, sampling={"steps": [2]}
+    ),
     "flow_map, terminal": alone({"name": "flow_map", "method": "terminal"}),
     "flow_map, own": alone({"name": "flow_map", "velocity": "own"}),
     "free_flow": alone("free_flow", sampling={"steps": [1]}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -207,3 +208,29 @@ def asked_for(config: RunConfig, name: str) -> Run:
     stub.configure_mock(config=config, stage=0, student=model, students=[model])
     stub.sampler, stub.parts = config.sampler(0), parts_of(config, 0)
     return stub
+
+
+@pytest.mark.parametrize(
+    ("objective", "steps", "said"),
+    [
+        ({"name": "flow_map", "longest": 0.25, "clean_share": 0.0}, [1, 4], "samples in 1 steps jump 1 of"),
+        ({"name": "flow_map", "longest": 0.25, "clean_share": 0.0}, [4], None),
+        ({"name": "mean_flow", "instant_share": 0.5, "clean_share": 0.5}, [1, 2], "those to r = 0 alone are trained"),
+        ({"name": "mean_flow", "instant_share": 0.5, "clean_share": 0.5}, [1], None),
+        ({"name": "mean_flow", "instant_share": 1.0}, [1], "of all jumps none are trained"),
+    ],
+)
+def test_jumps_that_nobody_trained(objective: Any, steps: list[int], said: str | None) -> None:
+    more = {"sampling": {"steps": steps}, **TWO_TIMES}
+    [each] = settings.from_dict(RunConfig, {**SMALL, "out": "x", **alone(objective), **more}).stages
+    with nullcontext() if said is None else pytest.raises(ValueError, match=said):
+        each.objective.check_sampling(steps, 1.0)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [{"name": "scm", "velocity": "data"}, "flow_matching", {"name": "mean_flow", "velocity": "data"}],
+)
+def test_a_scale_that_nobody_teaches(tmp_path: Path, objective: Any) -> None:
+    with pytest.raises(SettingsError, match=r"no teacher here, and .* gives two numbers"):
+        config_of(tmp_path, **alone(objective), guidance=SEVERAL)

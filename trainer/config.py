@@ -454,6 +454,11 @@ class RunConfig:
                     f"{key}: a critic looks into the blocks of a network, and student.compile makes them one piece. "
                     "Set it to false"
                 )
+            if isinstance(self.guidance_in(index).scale, tuple) and not objective.asks_teacher:
+                yield (
+                    f"{key}: {objective.name} has no teacher here, and guidance.scale gives two numbers: the student "
+                    "would be told a scale that changes nothing. Give one number"
+                )
             if objective.guided_apart and not self.guidance_in(index).on:
                 yield f"{key}: dmd.guidance_times are for guidance, and guidance.scale is 1: set one of them"
         for index, (before, after) in enumerate(pairwise(stage.objective.phase for stage in self.stages)):

@@ -21,6 +21,10 @@ class Data(Objective):
     name: ClassVar[str] = "data"
     times: Times = field(default_factory=lambda: LogNormal(mean=-2.0, std=1.0))  # low: far from the data, a mean blurs
 
+    @property
+    def asks_teacher(self) -> bool:
+        return False
+
 
 @objective
 def data_loss(

@@ -26,6 +26,10 @@ class FlowMatching(Objective):
     def knows_second_time(self) -> bool:
         return True  # r = t is what its sampler takes
 
+    @property
+    def asks_teacher(self) -> bool:
+        return False
+
 
 @objective
 def flow_loss(

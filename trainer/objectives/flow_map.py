@@ -55,6 +55,10 @@ class FlowMap(TwoTimes):
             raise ValueError("velocity: own is learned from the data where r = t: set instant_share above 0")
 
     @property
+    def asks_teacher(self) -> bool:
+        return self.velocity == "teacher"
+
+    @property
     def through_tangent(self) -> bool:  # type: ignore[override]
         return self.method == "terminal"
 

@@ -96,6 +96,10 @@ class MeanFlow(TwoTimes):
         return (0.5 if self.velocity == "teacher" else 1.0) if self.power is None else self.power
 
     @property
+    def asks_teacher(self) -> bool:
+        return self.velocity == "teacher"
+
+    @property
     def guided(self) -> bool:
         return (self.guidance, self.guidance_mix) != (1, 0)
 

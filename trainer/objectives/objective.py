@@ -50,6 +50,11 @@ class Objective(Variants):
         """Whether it can train a student that has one."""
         return self.second_time
 
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether it learns from a teacher, whose guidance has a scale."""
+        return True
+
     def check_sampling(self, steps: Collection[int], shift: float) -> None:
         """Raises ValueError where samples in so many steps, on a grid of this shift, would be wrong."""
 

@@ -40,6 +40,10 @@ class RCM(Objective):
         return self.dmd if self.weight else None
 
     @property
+    def asks_teacher(self) -> bool:
+        return bool(self.weight) or self.scm.asks_teacher
+
+    @property
     def guided_apart(self) -> bool:
         return bool(self.weight) and self.dmd.guided_apart
 

@@ -61,6 +61,10 @@ class SCM(Objective):
         return self.points == "data"
 
     @property
+    def asks_teacher(self) -> bool:
+        return self.velocity == "teacher"
+
+    @property
     def simulation(self) -> Simulation:
         return Simulation(self.times, steps=1, rollout="once")
 

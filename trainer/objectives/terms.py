@@ -124,6 +124,10 @@ class WeightedTerms(Objective):
         return all(part.knows_second_time for part in self.objectives)
 
     @property
+    def asks_teacher(self) -> bool:
+        return any(part.asks_teacher for part in self.objectives)
+
+    @property
     def needs_negative(self) -> bool:  # type: ignore[override]
         return any(part.needs_negative for part in self.objectives)
 

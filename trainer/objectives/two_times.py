@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -40,6 +41,27 @@ class TwoTimes(Objective):
                 f"clean_share is {self.clean_share}, of intervals that reach to the data, and longest {self.longest}: "
                 "set clean_share to 0, or longest to 1"
             )
+
+    def check_sampling(self, steps: Collection[int], shift: float) -> None:
+        trained = "none" if self.instant_share == 1 else "those to r = 0 alone"
+        if self.instant_share + self.clean_share == 1 and (set(steps) != {1} or not self.clean_share):
+            raise ValueError(
+                f"instant_share is {self.instant_share:g} and clean_share {self.clean_share:g}, so that of all jumps "
+                f"{trained} are trained, and samples in {said(steps)} steps make others: leave a share for these"
+            )
+        places = [torch.linspace(0, 1, count + 1, dtype=torch.float64) for count in steps]
+        lengths = [float((shift * p / (1 + (shift - 1) * p)).diff().max()) for p in places]
+        short = [count for count, length in zip(steps, lengths) if length > self.longest + 1e-6]
+        if short:
+            raise ValueError(
+                f"longest is {self.longest:g}, and samples in {said(short)} steps jump {max(lengths):.3g} of "
+                "rectified-flow time at once: take more steps (sampling.steps), or train a stage with longest 1 after "
+                "it"
+            )
+
+
+def said(counts: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(counts)))
 
 
 def ordered_times(size: int, config: TwoTimes, rng: Random) -> tuple[Tensor, Tensor]:
