@@ -90,6 +90,8 @@ def det(outs, a, *, a_dot):
     identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     regular = torch.where(singular[..., None, None], a + step * identity, a)
     lu, pivots, _ = aten.linalg_lu_factor_ex(regular)
+    left = lu.diagonal(0, -2, -1) == 0  # where the step has only turned what is missing
+    lu = lu + torch.diag_embed(torch.where(left, step[..., 0], 0))
     swaps = (pivots != torch.arange(1, a.shape[-1] + 1, device=a.device)).sum(-1)
     value = lu.diagonal(0, -2, -1).prod(-1) * (1 - 2 * (swaps % 2))
     return value * aten.linalg_lu_solve(lu, pivots, a_dot).diagonal(0, -2, -1).sum(-1), FACTORS, None
