@@ -106,6 +106,11 @@ def test_refused_before_the_first_step(tmp_path: Path, more: dict[str, Any], sai
     assert not (tmp_path / "run").exists()
 
 
+def test_a_negative_condition_of_letters(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"guidance.negative.labels is '10': give a number, .* without quotes"):
+        train(config_of(tmp_path / "run", **alone("dcm"), guidance={"scale": 2.0, "negative": {"labels": "10"}}))
+
+
 def test_samples_are_not_compared_with_prompts(tmp_path: Path) -> None:
     features = {"features": {"load": "jvpgraph.trainer.features:digits_classifier"}, "count": 4}
     run = train(config_of(tmp_path / "run", **alone({**DMD}), data=PROMPTS, evaluation=features, **SILENT))

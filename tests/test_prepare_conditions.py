@@ -39,7 +39,7 @@ pytestmark = [
 QUICK = ["threads=1", "device=cpu", "student.backend=op_by_op", "stages.0.steps=2", "stages.0.accumulate=1"]
 QUICK += ["student.lora=null", "student.checkpoint_blocks=false", "stages.0.objective={name: dcm}", "stages.0.batch=2"]
 
-DMD = "stages.0.objective={name: dmd, simulation_steps: 1, fake_updates_per_step: 1}"
+DMD = "stages.0.objective={name: dmd, simulation_steps: 2, fake_updates_per_step: 1}"
 
 
 def run(*arguments: object) -> int:

@@ -73,7 +73,7 @@ def test_prompts_are_the_conditions_of_shards_as_they_are(tmp_path: Path) -> Non
 def test_what_learns_from_latents_is_refused_and_dmd_is_not(tiny_folder: Path) -> None:
     with pytest.raises(ValueError, match="objective dcm learns from latents"):
         train(configuration(stages=[{"steps": 1, "batch": 2, "objective": {"name": "dcm"}}]))
-    dmd = {"name": "dmd", "fake_updates_per_step": 1, "simulation_steps": 1}
+    dmd = {"name": "dmd", "fake_updates_per_step": 1, "simulation_steps": 2}
     folder = train(configuration(stages=[{"steps": 1, "batch": 2, "objective": dmd}]))
     assert (folder / "checkpoints").is_dir()
 

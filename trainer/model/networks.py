@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -110,7 +111,7 @@ def build_guided(
     Raises:
         ValueError: there is no negative condition.
     """
-    negative = {name: torch.as_tensor(value)[None].to(device) for name, value in config.negative.items()}
+    negative = {name: as_tensor(name, value)[None].to(device) for name, value in config.negative.items()}
     if config.negative_file is not None:
         negative |= {name: x[None].to(device) for name, x in load_condition(config.negative_file).items()}
     if config.on and not negative:
@@ -126,6 +127,17 @@ def build_guided(
     else:
         assert scale is not None, "a scale to sample with"
     return Guided(teacher, used, negative, config.keep_norm, config.shared, config.interval, config.below)
+
+
+def as_tensor(name: str, value: Any) -> Tensor:
+    """A condition of the settings. Raises ValueError for what is no number, nor a list of them."""
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"guidance.negative.{name} is {value!r}: give a number, or a list of them as the network takes it, without "
+            "quotes"
+        ) from error
 
 
 def load_condition(path: Path) -> dict[str, Tensor]:
