@@ -120,7 +120,7 @@ def test_the_network_is_told_the_levels_of_a_student_s_scheduler(name: str, enco
         told = torch.stack([time for _, time, _ in found.steps]).double()
         torch.testing.assert_close(told, 1000 * levels, rtol=1e-6, atol=0)
         for level, (prediction, _, latents) in zip(levels, found.steps, strict=True):
-            check_step(name, ask, prediction, level, latents)
+            check_step(name, ask, prediction, level, latents, close=1e-3)  # Z-Image's guidance of 5, in float32
 
 
 Velocity = Callable[[Tensor, Tensor], tuple[Tensor, list[int]]]
@@ -147,9 +147,9 @@ def asked(name: str, encoder: Encoder, model: TrigFlow) -> Velocity:
     return ask
 
 
-def check_step(name: str, ask: Velocity, prediction: Tensor, s: Tensor, latents: Tensor) -> None:
+def check_step(name: str, ask: Velocity, prediction: Tensor, s: Tensor, latents: Tensor, close: float = 1e-4) -> None:
     u, shape = ask(latents, s)
-    close = 5e-3 if name.startswith("Cosmos") else 1e-3  # noise of 0.002 and 80 in float32
+    close = 5e-3 if name.startswith("Cosmos") else close  # noise of 0.002 and 80 in float32
     torch.testing.assert_close(u, as_latents(name, prediction, shape).double(), rtol=close, atol=close)
 
 

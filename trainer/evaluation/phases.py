@@ -169,7 +169,7 @@ def check_from_noise(parts: Sequence[Part]) -> None:
             "it begins from: dmd.earlier; or, if they were trained apart, sampling.earlier."
         )
     for one, other in pairwise(parts):
-        if abs(level(one.end) - level(other.start)) > ROUNDING:
+        if not meet(one.end, other.start):
             raise ValueError(
                 f"nobody was trained between {one.end:.6g} radians (rectified-flow time {said(one.end)}), where "
                 f"{named(one)} ends, and {other.start:.6g} ({said(other.start)}), where {named(other)} begins\n"
@@ -180,6 +180,11 @@ def check_from_noise(parts: Sequence[Part]) -> None:
 def level(t: float) -> float:
     """The rectified-flow time of radians."""
     return math.sin(t) / (math.sin(t) + math.cos(t))
+
+
+def meet(a: float, b: float) -> bool:
+    """Whether two times in radians are one, but for the digits that settings give."""
+    return abs(level(a) - level(b)) <= ROUNDING
 
 
 def said(t: float) -> str:

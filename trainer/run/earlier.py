@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.evaluation.phases import ROUNDING, folders_held, level, note_of, parts_of, settings_of
+from jvpgraph.trainer.evaluation.phases import folders_held, meet, note_of, parts_of, settings_of
 from jvpgraph.trainer.model.networks import try_network
 from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives import Objective
@@ -68,7 +68,7 @@ def check_earlier(objective: Objective, *, has_latents: bool) -> None:
     if samples is None or samples.earlier is None:
         return
     before = settings_of(samples.earlier, "dmd.earlier").stages[-1].objective
-    if before.phase is None or abs(level(before.phase[1]) - level(samples.start)) > ROUNDING:
+    if before.phase is None or not meet(before.phase[1], samples.start):
         where = "has no phase of dmd" if before.phase is None else f"ends its phase at {before.phase[1]:.6g} radians"
         raise ValueError(
             f"dmd.earlier: {samples.earlier} {where}, and this one starts at {samples.start:.6g}, so that nobody "
@@ -116,9 +116,8 @@ def students_of(
 
 def earlier_student(path: Path, layout: Layout, sample: Batch, guidance: float | None) -> tuple[TrigFlow, str]:
     """The student of another run, spread over the processes, and the digest of its weights. Raises as `expert_of`."""
-    student = load_earlier(
-        path, torch.device("cpu"), guidance=guidance
-    ).student  # where there is room for what it is made from
+    # on the CPU, where there is room for what it is made from
+    student = load_earlier(path, torch.device("cpu"), guidance=guidance).student
     digest = digest_of(student)
     student = layout.spread(student)
     try_network(f"earlier: the student in {path} cannot run with a sample", student, sample.x0, sample.cond)
