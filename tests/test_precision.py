@@ -149,7 +149,8 @@ def test_more_rows_than_a_thin_product_has_on_the_default_backend():
         want, want_dot, want_grads = step(exact, {name: x.double() for name, x in given.items()})
         (y, y_dot, grads), (y_wide, wide_dot, grads_wide) = step(plain, given), step(wide, given)
         assert error(wide_dot, want_dot) < 0.8 * error(y_dot, want_dot)
-        assert error(wide_dot, want_dot) < 1.1 * error(step(late, given)[1], want_dot)
+        # 1.01 to 1.16 where it is right, 2 where every product rounds.
+        assert error(wide_dot, want_dot) < 1.3 * error(step(late, given)[1], want_dot)
         assert error(y_wide, want) < 1.5 * error(y, want) + 1e-4
         assert error(grads_wide, want_grads) < 1.5 * error(grads, want_grads) + 1e-4
 
