@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from jvpgraph.trainer import cli
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.run.changes import ASKED, FREE, NEVER, RULES, rule, table
+from jvpgraph.trainer.run.changes import ASKED, FREE, NEVER, RULES, check_changes, rule, table
 from jvpgraph.trainer.run.finished import load_run
-from jvpgraph.trainer.settings import load
+from jvpgraph.trainer.settings import from_dict, load
 from jvpgraph.trainer.train import RandomState
 from tests.test_cli import SHARDS, checkpoints, write_shard
 
@@ -43,6 +43,10 @@ def teacher(path=None):
         net.load_state_dict(torch.load(path))
     return TrigFlow(net)
 """
+
+
+def terms_of(*objectives: Any) -> dict[str, Any]:
+    return {"name": "terms", "terms": [{"objective": each} for each in objectives]}
 
 
 def trained(*more: str) -> int:
@@ -78,13 +82,60 @@ def test_every_setting_has_a_rule() -> None:
     assert rule("stages.0.objective.terms.2") == NEVER  # one more or one less
     assert rule("stages.0.objective.terms.2.weight") == ASKED
     assert rule("stages.0.objective.terms.2.objective.times.mean") == ASKED
-    assert rule("stages.0.objective.terms.2.objective.width") == NEVER
     assert rule("ema.sigma_rel") == NEVER
     documented = (Path(__file__).parents[1] / "docs" / "trainer.md").read_text()
     for key, answer in RULES.items():
         assert key in table()
         if answer != NEVER and "*" not in key and key not in ("student.compile", "student.checkpoint_blocks"):
             assert f"`{key}`" in documented or key == "data.source", key
+
+
+PHASE: dict[str, Any] = {"name": "dmd", "start": 1.2}
+CRITIC: dict[str, Any] = {"name": "adversarial", "width": 8}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"name": "rcm", "weight": 0.1}, {"name": "rcm", "weight": 0.0}),
+        (PHASE, {**PHASE, "earlier": "high"}),
+        (CRITIC, {**CRITIC, "width": 16}),
+        (CRITIC, {**CRITIC, "blocks": [0]}),
+        (terms_of(CRITIC, PHASE), terms_of({**CRITIC, "features": "fake_score"}, PHASE)),
+        (terms_of({"name": "rcm"}, CRITIC), terms_of({"name": "rcm", "weight": 0.0}, CRITIC)),
+    ],
+    ids=["fake score", "expert", "heads", "blocks", "whose features", "fake score of a term"],
+)
+def test_what_a_checkpoint_holds_neither_comes_nor_goes(old: Any, new: Any) -> None:
+    """Only in stages that have not begun."""
+
+    def config(first: Any, last: Any) -> RunConfig:
+        stages = [{"objective": each, "steps": 2} for each in (first, last)]
+        return from_dict(RunConfig, {"out": "run", "model": {"load": "a:b"}, "stages": stages})
+
+    for a, b in ((old, new), (new, old)):
+        with pytest.raises(ValueError, match="cannot change within a run"):
+            check_changes(config(a, "scm"), config(b, "scm"), ["stages"], 1)
+        with pytest.raises(ValueError, match="cannot change within a run"):
+            check_changes(config("scm", a), config("scm", b), ["stages"], 3)
+        assert check_changes(config("scm", a), config("scm", b), ["stages"], 2)
+    assert check_changes(config("scm", "dcm"), config("scm", old), ["stages"], 2)
+    with pytest.raises(ValueError, match=r"Add --change stages\.1\.objective to go on"):
+        check_changes(config("scm", "dcm"), config("scm", old), [], 2)
+
+
+@pytest.mark.slow
+def test_a_stage_that_has_not_begun_may_be_another() -> None:
+    def stages(last: str) -> str:
+        return f"stages=[{{objective: scm, steps: 2, batch: 4}}, {{objective: {last}, steps: 2, batch: 4}}]"
+
+    assert trained(stages("dcm")) == 0
+    for name in checkpoints()[checkpoints().index("step-00000002") + 1 :]:
+        shutil.rmtree(Path("run/checkpoints") / name)
+    assert trained(stages("rcm"), "--change", "stages.1.objective") == 0
+    [(step, (line,))] = changed()
+    assert step == 2
+    assert line.startswith("stages.1.objective: {name: dcm")
 
 
 @pytest.mark.slow

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.evaluation.phases import parts_of, times_of
 from jvpgraph.trainer.export.task import Task
+from jvpgraph.trainer.plug import Plug
+from jvpgraph.trainer.run.beforehand import warn_of_settings
 from jvpgraph.trainer.run.finished import Run, evaluate_run
 from jvpgraph.trainer.settings import SettingsError
 from jvpgraph.trainer.train import train
@@ -33,6 +37,8 @@ PROMPTS = {
         "options": {"shape": [1, 8, 8], "values": {"labels": [*range(10)]}},
     }
 }
+ONE_SCALE = {"scale": 5.0, "negative": {"labels": 10}}
+SCM_LOW = {"name": "scm", "times": {"name": "log_normal", "between": [0.0, 0.5]}}
 SILENT = {"log": {"every": 1, "preview_every": None}}
 
 
@@ -80,6 +86,29 @@ def test_terms_that_want_different_students(tmp_path: Path, objective: Any, said
             },
             "guidance is 3, and the student learns scales from 6 to 8 in its last stage",
         ),
+        (
+            {"stages": [stage("flow_matching", 1), stage("rcm", 1)]},
+            "stages.1 learns from `model` as it is loaded, not from what flow_matching makes of it in stages.0",
+        ),
+        (
+            {**alone({**DMD, "end": 1.2}), "guidance": {**ONE_SCALE, "interval": [0.1, 0.6]}},
+            "stages.0: guidance is on between 0.1 and 0.6 .*asked between 0.72.. and 1, where there is none",
+        ),
+        (
+            {
+                **alone({**DMD, "guidance_times": {"name": "shifted_uniform", "between": [0.0, 0.3]}}),
+                "guidance": {**ONE_SCALE, "interval": [0.4, 1.0]},
+            },
+            "guidance is on between 0.4 and 1 .*asked between 0 and 0.3",
+        ),
+        (
+            {**alone("dcm"), "guidance": {**ONE_SCALE, "interval": [0.9, 1.0], "below": [0.875, 3.0]}},
+            "guidance.below begins at 0.875, and guidance is on between 0.9 and 1 only",
+        ),
+        (
+            {"stages": [stage(SCM_LOW, 1, guidance={"interval": [0.6, 1.0]})], "guidance": ONE_SCALE},
+            "asked between 0 and 0.5, where there is none",
+        ),
     ],
 )
 def test_settings_that_cannot_be(tmp_path: Path, more: dict[str, Any], said: str) -> None:
@@ -118,7 +147,63 @@ def test_samples_are_not_compared_with_prompts(tmp_path: Path) -> None:
         evaluate_run(run)
 
 
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        (
+            [stage({"name": "rcm", "scm": {"tangent_warmup": 3}}, 2)],
+            ["its tangent counts in full after 3", "dmd begins after 3"],
+        ),
+        (
+            [stage(of_terms({"objective": {"name": "scm"}}, {"objective": DMD, "after": 2}), 2)],
+            ["dmd begins after 2 updates, and the stage has 2 steps"],
+        ),
+        ([stage({"name": "mean_flow", "discrete": {"end": 9}}, 2)], ["takes the place of differences after 9"]),
+        ([stage(DMD, 2, fake={"lr": 1e-3, "warmup": 5})], ["fake.lr is reached after 5"]),
+        ([stage({"name": "mean_flow", "velocity": "data", "guidance": 1.5}, 2)], ["condition_dropout 0 never trains"]),
+        ([stage({"name": "rcm", "scm": {"tangent_warmup": 1}}, 2)], []),
+    ],
+)
+def test_what_stages_end_before_is_said(tmp_path: Path, caplog: Any, stages: Any, said: list[str]) -> None:
+    warn_of_settings(config_of(tmp_path, stages, **SILENT))
+    assert len(caplog.messages) == len(said), caplog.messages
+    assert all(each in message for each, message in zip(said, caplog.messages, strict=True))
+
+
+def test_later_stages_are_tried_before_the_first_step(tmp_path: Path) -> None:
+    """A fake score whose network is another each time; an expert that has no checkpoint."""
+    wild = {"load": f"{__name__}:wild"}
+    stages = [stage("dcm", 1), stage(DMD, 1)]
+    with pytest.raises(ValueError, match=r"model: .*wild builds another network each time"):
+        train(config_of(tmp_path / "run", stages, model=wild, teacher={"model": SMALL["model"]}))
+    high = config_of(tmp_path / "high", **alone({**DMD, "end": 1.2}), **SILENT)
+    high.out.mkdir()
+    settings.save(high, high.out / "config.yaml")
+    stages = [stage("dcm", 1), stage({**DMD, "start": 1.2, "earlier": str(high.out)}, 1)]
+    with pytest.raises(FileNotFoundError, match="high/checkpoints holds no complete checkpoint"):
+        train(config_of(tmp_path / "run", stages, sampling={"steps": [2]}, **SILENT))
+    assert not (tmp_path / "run").exists()
+
+
+def wild() -> Any:
+    network = Plug(**SMALL["model"]).build()
+    with torch.no_grad():
+        network.net.patch_in.bias.copy_(torch.tensor(list(os.urandom(len(network.net.patch_in.bias)))))
+    return network
+
+
+def test_labels_are_tried_on_the_student_too(tmp_path: Path) -> None:
+    few = {**SMALL["model"], "options": {**SMALL["model"]["options"], "classes": 5}}
+    with pytest.raises(ValueError, match=r"the student cannot run with sample .*labels \[9\]"):
+        train(config_of(tmp_path / "run", **alone("dcm"), model=few, teacher={"model": SMALL["model"]}))
+
+
 # ---------------------------------------------------------------- taken
+
+
+def test_a_teacher_that_is_named_may_follow_flow_matching(tmp_path: Path) -> None:
+    config_of(tmp_path, [stage("flow_matching", 1), stage("rcm", 1)], teacher={"model": SMALL["model"]})
+    config_of(tmp_path, [stage("rcm", 1), stage("flow_matching", 1)])
 
 
 @pytest.mark.parametrize(

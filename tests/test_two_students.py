@@ -352,10 +352,7 @@ def test_the_upper_one_has_to_stay_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_both_are_told_the_guidance_scale_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {
-        "student": {**SMALL["student"], "embed_scale": True},
-        "guidance": {"scale": [2.0, 6.0], "negative": {"labels": 10}},
-    }
+    told = several(2.0, 6.0)
     high = train(run_of(tmp_path, {**DMD, "end": 1.0}, "high", 1, **told))
     asked, original = [], phases.sample_in_legs
     monkeypatch.setattr(phases, "sample_in_legs", lambda *given: asked.append(given[0]) or original(*given))
@@ -364,6 +361,14 @@ def test_both_are_told_the_guidance_scale_that_is_asked_for(tmp_path: Path, monk
     assert [student.call.usual for student in asked[0]] == [3.0, 3.0]
     assert [student.call.usual for student in load_run(low).students] == [3.0, 3.0]
     assert [student.call.usual for student in load_run(low, guidance=2.5).students] == [2.5, 2.5]
+
+
+def several(low: float, high: float) -> dict[str, Any]:
+    """Guidance scales of which a student is told one."""
+    return {
+        "student": {**SMALL["student"], "embed_scale": True},
+        "guidance": {"scale": [low, high], "negative": {"labels": 10}},
+    }
 
 
 def run_of(folder: Path, objective: Any, name: str, steps: int, **more: Any) -> RunConfig:
@@ -379,6 +384,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path: Path) -> N
         "options": {"shape": [1, 8, 8], "values": {"labels": [0, 1, 2, 3]}},
     }
     from_latents = settings_in(tmp_path, {**DMD, "start": 1.2, "end": 1.0}, "from_latents").out
+    told = settings_in(tmp_path, {**DMD, "end": 1.0}, "told", **several(2.0, 6.0)).out
     for objective, more, says in (
         ({**DMD, "start": 0.9, "earlier": str(high)}, {}, "ends its phase at 1 radians"),
         (
@@ -393,6 +399,11 @@ def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path: Path) -> N
         ),
         ({**DMD, "start": 1.0, "earlier": str(high)}, {"sampling": {"steps": [1]}}, "1 step: .*take 2 to"),
         ("scm", {"sampling": {"earlier": str(high)}}, "makes samples from noise by itself"),
+        (
+            {**DMD, "start": 1.0, "earlier": str(told)},
+            {**several(1.5, 6.0), "sampling": {"steps": [2]}},
+            "learnt guidance scales from 2 to 6 in its last stage, and is asked for 1.5 to 6 here",
+        ),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=says):
             train(run_of(tmp_path, objective, "run", 1, **more))

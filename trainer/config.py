@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jvpgraph.precision import Policy, Precision
+from jvpgraph.trainer.guidance import GuidanceConfig, StageGuidance
 from jvpgraph.trainer.model.additions import TimeInput
 from jvpgraph.trainer.model.student import LoRA
-from jvpgraph.trainer.objectives import RCM, Objective
+from jvpgraph.trainer.objectives import RCM, FlowMatching, Objective
 from jvpgraph.trainer.pictures import Film
 from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.ranges import not_negative, positive
@@ -89,66 +90,6 @@ class FakeScoreConfig:
 
     network: Literal["student", "teacher"] = "student"  # starts from `model`, or as DMD2 from teacher.model
     offload: bool = False  # rest on the CPU, with its gradients and its optimiser, which steps there
-
-
-@dataclass(frozen=True)
-class GuidanceConfig:
-    """The teacher's classifier-free guidance: F_negative + scale (F - F_negative)."""
-
-    scale: float | tuple[float, float] = 1.0  # 1: none; rCM uses 5 for Wan. Two: see docs/trainer.md
-    below: tuple[float, float] | None = None  # a rectified-flow time, 1 is noise, and the scale below it
-    interval: tuple[float, float] = (0.0, 1.0)  # rectified-flow times between which it is on
-    negative: dict[str, Any] = field(default_factory=dict)  # an empty or negative prompt: numbers or lists by condition
-    negative_file: Path | None = None  # the same as a safetensors file of tensors without a batch dim
-    shared: tuple[str, ...] = ()  # conditions that the negative prompt has from the sample: sizes, a first frame
-    keep_norm: Literal["token", "row"] | None = None  # as Qwen-Image's or Lumina 2's pipeline: see docs/trainer.md
-
-    def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_below(self.scale, self.below)
-        check_interval(self.interval)
-
-    @property
-    def on(self) -> bool:
-        """Whether there is any."""
-        return self.scale != 1 or self.below is not None
-
-
-@dataclass(frozen=True)
-class StageGuidance:
-    """Where a stage's guidance is another than the run's."""
-
-    scale: float | tuple[float, float] | None = None  # as guidance.scale; null: the same, and the same below a time
-    below: tuple[float, float] | None = None  # as guidance.below
-    interval: tuple[float, float] | None = None  # as guidance.interval; null: the same
-
-    def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_below(self.scale, self.below)
-        check_interval(self.interval)
-
-
-def check_below(scale: float | tuple[float, float] | None, below: tuple[float, float] | None) -> None:
-    """Raises ValueError."""
-    if below is None:
-        return
-    if not (0 < below[0] < 1 and 0 < below[1] < math.inf):
-        raise ValueError(f"below is {below}: a time between 0 (data) and 1 (noise), and a scale above 0")
-    if isinstance(scale, tuple):
-        raise ValueError("below goes with one scale, not with two: leave one of them out")
-
-
-def check_scale(scale: float | tuple[float, float] | None) -> None:
-    """Raises ValueError; 0 would be the negative condition alone."""
-    low, high = scale if isinstance(scale, tuple) else (scale, math.inf)
-    if low is not None and not 0 < low < high:
-        raise ValueError(f"scale is {scale} and must be above 0, or two numbers that rise, between which it is drawn")
-
-
-def check_interval(interval: tuple[float, float] | None) -> None:
-    """Raises ValueError."""
-    if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
-        raise ValueError(f"interval is {interval}: two times that rise, from 0 (data) to 1 (noise)")
 
 
 @dataclass(frozen=True)
@@ -408,13 +349,14 @@ class RunConfig:
 
     def guidance_in(self, stage: int) -> GuidanceConfig:
         """The teacher's guidance in a stage."""
-        other = self.stages[stage].guidance
-        return replace(
-            self.guidance,
-            scale=self.guidance.scale if other.scale is None else other.scale,
-            below=self.guidance.below if other.scale is None and other.below is None else other.below,
-            interval=self.guidance.interval if other.interval is None else other.interval,
-        )
+        return self.guidance.in_stage(self.stages[stage].guidance)
+
+    def scales_in(self, stage: int) -> tuple[float, float] | None:
+        """The lowest and the highest guidance scale that the student is told in a stage; None: it is told none."""
+        if self.told_scale is None:
+            return None
+        scale = self.guidance_in(stage).scale
+        return scale if isinstance(scale, tuple) else (scale, scale)
 
     @property
     def told_scale(self) -> float | None:
@@ -461,6 +403,16 @@ class RunConfig:
                 )
             if objective.guided_apart and not self.guidance_in(index).on:
                 yield f"{key}: dmd.guidance_times are for guidance, and guidance.scale is 1: set one of them"
+            if objective.asks_teacher and (idle := self.guidance_in(index).idle(*objective.asked)) is not None:
+                yield f"stages.{index}: {idle} (rectified-flow times, 1 is noise). Change one of them"
+        teachers = [i for i, stage in enumerate(self.stages) if isinstance(stage.objective, FlowMatching)]
+        learning = [i for i, stage in enumerate(self.stages) if stage.objective.asks_teacher]
+        if self.teacher.model is None and teachers and learning and teachers[0] < learning[-1]:
+            yield (
+                f"stages.{learning[-1]} learns from `model` as it is loaded, not from what flow_matching makes of it "
+                f"in stages.{teachers[0]}: train that in a run of its own, and name what `jvpgraph export` writes as "
+                "`model`; or name teacher.model, if it is another or the loaded one that you mean"
+            )
         for index, (before, after) in enumerate(pairwise(stage.objective.phase for stage in self.stages)):
             if before is not None and after is not None and after[0] < before[1]:
                 yield (
@@ -486,9 +438,9 @@ class RunConfig:
                 "sampling.guidance is for a student that is told its guidance scale, and guidance.scale is one number: "
                 "give two, between which it is drawn in training, or leave sampling.guidance out"
             )
-        if self.sampling.guidance is not None and self.told_scale is not None:
-            learnt = self.guidance_in(len(self.stages) - 1).scale
-            low, high = learnt if isinstance(learnt, tuple) else (learnt, learnt)
+        learnt = self.scales_in(len(self.stages) - 1)
+        if self.sampling.guidance is not None and learnt is not None:
+            low, high = learnt
             if not low <= self.sampling.guidance <= high:
                 yield (
                     f"sampling.guidance is {self.sampling.guidance:g}, and the student learns scales from "

@@ -121,6 +121,16 @@ class LogitNormal(Known):
         return from_flow_time(torch.sigmoid(self.mean + self.std * torch.special.ndtri(share)))
 
 
+def shifted(s: Tensor, shift: float) -> Tensor:
+    """Rectified-flow times nearer to noise: k s / (1 + (k - 1) s), k the shift (SD3, arXiv 2403.03206, equation 23)."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def equal_steps(steps: int, shift: float = 1.0) -> Tensor:
+    """s [steps + 1], rising from 0 to 1: equal steps of rectified-flow time, shifted; float64."""
+    return shifted(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)
+
+
 def from_flow_time(s: Tensor) -> Tensor:
     """Rectified-flow time s in [0, 1] -> TrigFlow t with the same noise-to-signal ratio, s / (1 - s)."""
     return torch.atan2(s, 1 - s)

@@ -33,13 +33,13 @@ from jvpgraph.trainer.model.optimizer import MasterAdamW, learning_rate
 from jvpgraph.trainer.noise import Random, uniform
 from jvpgraph.trainer.objectives import Terms, loss_of
 from jvpgraph.trainer.objectives.adversarial import beside_loss
-from jvpgraph.trainer.run.beforehand import data_of, look, shown
+from jvpgraph.trainer.run.beforehand import data_of, look, shown, warn_of_settings
 from jvpgraph.trainer.run.build import Networks, build_networks
 from jvpgraph.trainer.run.changes import covered
 from jvpgraph.trainer.run.checkpoint import CheckpointError, Checkpoints, OnePiece
 from jvpgraph.trainer.run.decay import Watch
 from jvpgraph.trainer.run.diagnosis import Probe
-from jvpgraph.trainer.run.earlier import check_earlier, expert_of, students_of
+from jvpgraph.trainer.run.earlier import check_earlier, expert_of, students_of, try_later
 from jvpgraph.trainer.run.folder import check_folder, check_free, checkpoint_step, claimed, newest_step
 from jvpgraph.trainer.run.kept import Means, RandomState
 from jvpgraph.trainer.run.log import RunLog, read_lines
@@ -113,12 +113,16 @@ def train_here(
             dataset, origin, others = resumed(config, networks.digests, dataset, start, change, ranks)
             changes += others
         validation = Validation.of(config, dataset, ranks, layout.device, networks.digests.teacher)
-        for each in config.stages:
-            check_earlier(each.objective, has_latents=getattr(dataset, "has_latents", True))
+        for index, each in enumerate(config.stages):
+            check_earlier(each.objective, config.scales_in(index), has_latents=getattr(dataset, "has_latents", True))
         check_run(config, networks.student, networks.guided, dataset, layout.device)
+        ranks.on_first(lambda: warn_of_settings(config))
+        if begun is None:
+            try_later(config, layout, networks, first_samples(dataset, 1).to(layout.device))
         for batch in extremes:
             one = batch.to(layout.device)
-            try_network(f"the teacher cannot run with {shown(batch)}", networks.guided.model, one.x0, one.cond)
+            for who, network in (("teacher", networks.guided.model), ("student", networks.student)):
+                try_network(f"the {who} cannot run with {shown(batch)}", network, one.x0, one.cond)
         if prompted is not None:
             one = next(prompted.batch.split(1)).to(layout.device)
             try_network("the student cannot run with a prompt of log.prompts", networks.student, one.x0, one.cond)
@@ -259,7 +263,7 @@ class Stage:
         self.objective, self.loss = settings.objective, loss_of(settings.objective)
         self.dual = networks.dual_for(settings.objective)
         self.guided = networks.guided_in[index]
-        self.scale = None if config.told_scale is None else config.guidance_in(index).scale  # that samples are told
+        self.scales = config.scales_in(index)  # that samples are told
         self.begin = sum(stage.steps for stage in config.stages[:index])
         self.precision, self.folder = config.precision.of_tangents, config.out
         self.loader = loader(
@@ -424,8 +428,8 @@ class Stage:
         if share:
             cond = drop_condition(batch.cond, self.networks.guided.negative, share, self.noise)
             batch = replace(batch, cond=cond)
-        if self.scale is not None:
-            batch = replace(batch, cond={**batch.cond, SCALE: scales(len(batch), self.scale, self.noise)})
+        if self.scales is not None:
+            batch = replace(batch, cond={**batch.cond, SCALE: drawn_scales(len(batch), *self.scales, self.noise)})
         return batch
 
     def trained(self) -> dict[str, nn.Module]:
@@ -451,9 +455,8 @@ class Trained(NamedTuple):
         return "gradient_norm" if self.name == first else f"{self.name}_gradient_norm"
 
 
-def scales(size: int, scale: float | tuple[float, float], rng: Random) -> Tensor:
-    """Guidance scales [B], float32: the one, or drawn between the two."""
-    low, high = scale if isinstance(scale, tuple) else (scale, scale)
+def drawn_scales(size: int, low: float, high: float, rng: Random) -> Tensor:
+    """Guidance scales [B], float32, drawn between the two, which may be one."""
     share = uniform(size, rng, torch.float32) if high > low else torch.zeros(size, device=rng.device)
     return low + (high - low) * share
 

@@ -345,6 +345,11 @@ def radians(s: float) -> float:
     return math.atan2(s, 1 - s)
 
 
+def level(t: float) -> float:
+    """The rectified-flow time of radians: the inverse of `radians`."""
+    return math.sin(t) / (math.sin(t) + math.cos(t))
+
+
 class Guided(nn.Module):
     """Classifier-free guidance: F_negative + scale (F - F_negative); a scale of 1 costs one pass only.
 

@@ -23,7 +23,7 @@ from jvpgraph.trainer.noise import noise_like
 from jvpgraph.trainer.objectives.dcm import euler_step
 from jvpgraph.trainer.objectives.simulation import Simulation
 from jvpgraph.trainer.times import flow_time, from_flow_time
-from jvpgraph.trainer.trigflow import HALF_PI, add_noise, clean_image
+from jvpgraph.trainer.trigflow import HALF_PI, add_noise, clean_image, level
 
 ROUNDING = 1e-4  # of rectified-flow time, within which two places are one
 RUNS = 8  # that may follow one another
@@ -175,11 +175,6 @@ def check_from_noise(parts: Sequence[Part]) -> None:
                 f"{named(one)} ends, and {other.start:.6g} ({said(other.start)}), where {named(other)} begins\n"
                 "Make them one."
             )
-
-
-def level(t: float) -> float:
-    """The rectified-flow time of radians."""
-    return math.sin(t) / (math.sin(t) + math.cos(t))
 
 
 def meet(a: float, b: float) -> bool:

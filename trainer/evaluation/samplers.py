@@ -14,7 +14,7 @@ from jvpgraph.trainer.config import SamplingConfig
 from jvpgraph.trainer.noise import noise_like
 from jvpgraph.trainer.objectives.dcm import euler_step
 from jvpgraph.trainer.objectives.mean_flow import to_flow
-from jvpgraph.trainer.times import from_flow_time
+from jvpgraph.trainer.times import equal_steps, from_flow_time
 from jvpgraph.trainer.trigflow import add_noise, clean_image, expand_like
 
 Sampler = Callable[[Batch, torch.Generator], Tensor]
@@ -53,8 +53,7 @@ def few_step_times(steps: int, config: SamplingConfig) -> list[float]:
 
 def euler_grid(steps: int, shift: float = 1.0) -> Tensor:
     """t [steps + 1] radians, falling from pi/2 to 0: equal steps of rectified-flow time, shifted."""
-    s = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return from_flow_time(shift * s / (1 + (shift - 1) * s))
+    return from_flow_time(equal_steps(steps, shift).flip(0))
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from jvpgraph.trainer.evaluation.phases import (
     folders_of,
     is_whole,
     knows_all_times,
-    level,
     said,
     settings_of,
     times_of,
@@ -35,7 +34,7 @@ from jvpgraph.trainer.model.told import WithScale, unit_of
 from jvpgraph.trainer.objectives import DCM
 from jvpgraph.trainer.prepare.families import FAMILIES
 from jvpgraph.trainer.run.finished import Run
-from jvpgraph.trainer.trigflow import HALF_PI, TrigFlow
+from jvpgraph.trainer.trigflow import HALF_PI, TrigFlow, level
 
 NETWORK = "transformer"  # the part of a pipeline that is distilled
 SECOND = "transformer_2"  # the network for low noise, where a pipeline has two

@@ -66,6 +66,10 @@ class Adversarial(Objective):
         return self.made_by.start, self.made_by.end
 
     @property
+    def asks_teacher(self) -> bool:
+        return False  # whose features have no guidance
+
+    @property
     def critic(self) -> Adversarial:
         return self
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.noise import Random, integers, noise_like, uniform
-from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
+from jvpgraph.trainer.objectives.objective import Objective, Terms, listed, objective
 from jvpgraph.trainer.ranges import not_negative, positive
-from jvpgraph.trainer.times import flow_time, from_flow_time
+from jvpgraph.trainer.times import equal_steps, flow_time, from_flow_time, shifted
 from jvpgraph.trainer.trigflow import add_noise, clean_image, expand_like
 
 
@@ -53,20 +53,19 @@ class DCM(Objective):
 
     def check_sampling(self, steps: Collection[int], shift: float) -> None:
         if self.segments > 1 and (set(steps) != {self.segments} or shift != self.shift):
-            given = ", ".join(map(str, sorted(steps)))
             raise ValueError(
                 f"dcm with {self.segments} segments is sampled in {self.segments} steps, from end to end, with shift "
-                f"{self.shift:g}; not in {given} with shift {shift:g}: set sampling.steps to [{self.segments}] and "
-                f"sampling.shift to {self.shift:g}"
+                f"{self.shift:g}; not in {listed(steps)} with shift {shift:g}: set sampling.steps to "
+                f"[{self.segments}] and sampling.shift to {self.shift:g}"
             )
 
     def grid(self, device: torch.device) -> Tensor:
         """t [teacher_steps + 1] radians, rising from 0 to pi/2."""
-        return self.at(torch.linspace(0, 1, self.teacher_steps + 1, dtype=torch.float64, device=device))
+        return from_flow_time(equal_steps(self.teacher_steps, self.shift).to(device))
 
     def at(self, place: Tensor) -> Tensor:
         """Radians of places on the grid in [0, 1]."""
-        return from_flow_time(self.shift * place / (1 + (self.shift - 1) * place))
+        return from_flow_time(shifted(place, self.shift))
 
     def draw(self, size: int, rng: Random) -> tuple[Tensor, Tensor, Tensor]:
         """t, its neighbour below, and the end of their segment, each [B] radians."""

@@ -31,7 +31,7 @@ from jvpgraph.trainer.objectives.simulation import (
 )
 from jvpgraph.trainer.ranges import positive
 from jvpgraph.trainer.times import ShiftedUniform, Times
-from jvpgraph.trainer.trigflow import HALF_PI, add_noise, clean_image, expand_like, velocity_of
+from jvpgraph.trainer.trigflow import HALF_PI, add_noise, clean_image, expand_like, level, velocity_of
 
 Divergence = Literal["reverse_kl", "softened_reverse_kl", "jensen_shannon", "hellinger", "jeffreys", "forward_kl"]
 WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
@@ -93,6 +93,12 @@ class DMD(Objective):
     @property
     def span(self) -> tuple[float, float]:
         return self.start, self.end
+
+    @property
+    def asked(self) -> tuple[float, float]:
+        times, high = (self.times, 1.0) if self.guidance_times is None else (self.guidance_times, level(self.start))
+        low, (first, last) = level(self.end), getattr(times, "between", (0.0, 1.0))
+        return low if self.guided_apart else low + first * (high - low), low + last * (high - low)
 
     @property
     def fake_score(self) -> DMD:

@@ -59,6 +59,10 @@ class FlowMap(TwoTimes):
         return self.velocity == "teacher"
 
     @property
+    def waits(self) -> dict[str, int]:
+        return {"its tangent counts in full": self.tangent_warmup}
+
+    @property
     def through_tangent(self) -> bool:  # type: ignore[override]
         return self.method == "terminal"
 

@@ -22,7 +22,7 @@ from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.noise import Random, noise_like
 from jvpgraph.trainer.objectives.dcm import euler_step
 from jvpgraph.trainer.objectives.flow_map import along_end
-from jvpgraph.trainer.objectives.objective import Objective, Terms, objective
+from jvpgraph.trainer.objectives.objective import Objective, Terms, listed, objective
 from jvpgraph.trainer.objectives.scm import moved
 from jvpgraph.trainer.ranges import positive
 from jvpgraph.trainer.times import ShiftedUniform, Times
@@ -50,10 +50,9 @@ class FreeFlow(Objective):
 
     def check_sampling(self, steps: Collection[int], shift: float) -> None:
         if set(steps) != {1}:
-            given = ", ".join(map(str, sorted(steps)))
             raise ValueError(
-                f"free_flow trains jumps from noise alone, which samples are one of; not {given}: set sampling.steps "
-                "to [1], or take flow_map"
+                f"free_flow trains jumps from noise alone, which samples are one of; not {listed(steps)}: set "
+                "sampling.steps to [1], or take flow_map"
             )
 
 

@@ -100,6 +100,10 @@ class MeanFlow(TwoTimes):
         return self.velocity == "teacher"
 
     @property
+    def waits(self) -> dict[str, int]:
+        return {} if self.discrete is None else {"its derivative takes the place of differences": self.discrete.end}
+
+    @property
     def guided(self) -> bool:
         return (self.guidance, self.guidance_mix) != (1, 0)
 

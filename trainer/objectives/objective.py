@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from torch import Tensor
 
 from jvpgraph.trainer.settings import Variants
-from jvpgraph.trainer.trigflow import radians
+from jvpgraph.trainer.trigflow import level, radians
 
 CUT = 0.05  # of rectified-flow time
 
@@ -54,6 +54,11 @@ class Objective(Variants):
     def asks_teacher(self) -> bool:
         """Whether it learns from a teacher, whose guidance has a scale."""
         return True
+
+    @property
+    def waits(self) -> dict[str, int]:
+        """What comes only after some student updates of the stage, and after how many."""
+        return {}
 
     def check_sampling(self, steps: Collection[int], shift: float) -> None:
         """Raises ValueError where samples in so many steps, on a grid of this shift, would be wrong."""
@@ -93,6 +98,12 @@ class Objective(Variants):
         return radians(high if high < 1 - CUT else 1.0), radians(low if low > CUT else 0.0)
 
     @property
+    def asked(self) -> tuple[float, float]:
+        """Rectified-flow times between which it asks the teacher with its guidance."""
+        start, end = self.span
+        return level(end), level(start)
+
+    @property
     def guided_apart(self) -> bool:
         """Whether it asks for the teacher's guidance by itself."""
         return False
@@ -105,6 +116,17 @@ class Objective(Variants):
     def fake_updates(self, iteration: int) -> int:
         """Updates of fake score and critic that follow student update `iteration`, counted from 1."""
         return 0
+
+
+def listed(steps: Collection[int]) -> str:
+    """Numbers of steps, for errors."""
+    return ", ".join(map(str, sorted(steps)))
+
+
+def covering(ranges: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """The range from the lowest to the highest of several."""
+    lows, highs = zip(*ranges)
+    return min(lows), max(highs)
 
 
 LOSSES: dict[type[Objective], Loss] = {}

@@ -11,7 +11,7 @@ from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives.dmd import DMD, dmd_loss
 from jvpgraph.trainer.objectives.judge import Judge
-from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, objective
+from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, covering, objective
 from jvpgraph.trainer.objectives.scm import SCM, scm_loss
 from jvpgraph.trainer.objectives.simulation import Earlier, Simulation
 from jvpgraph.trainer.ranges import not_negative
@@ -42,6 +42,15 @@ class RCM(Objective):
     @property
     def asks_teacher(self) -> bool:
         return bool(self.weight) or self.scm.asks_teacher
+
+    @property
+    def asked(self) -> tuple[float, float]:
+        asking = [*([self.scm] if self.scm.asks_teacher else []), *([self.dmd] if self.weight else [])]
+        return covering(part.asked for part in asking)
+
+    @property
+    def waits(self) -> dict[str, int]:
+        return {**self.scm.waits, **({"dmd begins": self.scm.tangent_warmup} if self.weight else {})}
 
     @property
     def guided_apart(self) -> bool:

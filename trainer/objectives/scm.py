@@ -65,6 +65,15 @@ class SCM(Objective):
         return self.velocity == "teacher"
 
     @property
+    def waits(self) -> dict[str, int]:
+        return {"its tangent counts in full": self.tangent_warmup}
+
+    @property
+    def asked(self) -> tuple[float, float]:
+        low, high = super().asked
+        return low, high if self.points == "data" else 1.0
+
+    @property
     def simulation(self) -> Simulation:
         return Simulation(self.times, steps=1, rollout="once")
 

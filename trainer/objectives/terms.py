@@ -13,7 +13,7 @@ from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives.adversarial import Adversarial
 from jvpgraph.trainer.objectives.data import Data
 from jvpgraph.trainer.objectives.flow import FlowMatching
-from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, loss_of, objective
+from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, covering, loss_of, objective
 from jvpgraph.trainer.ranges import not_negative
 
 
@@ -116,6 +116,10 @@ class WeightedTerms(Objective):
         return start if self.fake_score is None else max(start, self.fake_score.start), end
 
     @property
+    def asked(self) -> tuple[float, float]:
+        return covering(part.asked for part in self.objectives if part.asks_teacher)
+
+    @property
     def second_time(self) -> bool:  # type: ignore[override]
         return any(part.second_time for part in self.objectives)
 
@@ -126,6 +130,13 @@ class WeightedTerms(Objective):
     @property
     def asks_teacher(self) -> bool:
         return any(part.asks_teacher for part in self.objectives)
+
+    @property
+    def waits(self) -> dict[str, int]:
+        begins = {f"{name} begins": term.after for name, term in self.named()}
+        return begins | {
+            f"{name}: {what}": n for name, term in self.named() for what, n in term.objective.waits.items()
+        }
 
     @property
     def needs_negative(self) -> bool:  # type: ignore[override]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from jvpgraph.trainer.noise import Random, uniform
-from jvpgraph.trainer.objectives.objective import Objective
+from jvpgraph.trainer.objectives.objective import Objective, listed
 from jvpgraph.trainer.ranges import not_negative
-from jvpgraph.trainer.times import LogitNormal, Times, flow_time, from_flow_time
+from jvpgraph.trainer.times import LogitNormal, Times, equal_steps, flow_time, from_flow_time
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,16 @@ class TwoTimes(Objective):
         if self.instant_share + self.clean_share == 1 and (set(steps) != {1} or not self.clean_share):
             raise ValueError(
                 f"instant_share is {self.instant_share:g} and clean_share {self.clean_share:g}, so that of all jumps "
-                f"{trained} are trained, and samples in {said(steps)} steps make others: leave a share for these"
+                f"{trained} are trained, and samples in {listed(steps)} steps make others: leave a share for these"
             )
-        places = [torch.linspace(0, 1, count + 1, dtype=torch.float64) for count in steps]
-        lengths = [float((shift * p / (1 + (shift - 1) * p)).diff().max()) for p in places]
+        lengths = [float(equal_steps(count, shift).diff().max()) for count in steps]
         short = [count for count, length in zip(steps, lengths) if length > self.longest + 1e-6]
         if short:
             raise ValueError(
-                f"longest is {self.longest:g}, and samples in {said(short)} steps jump {max(lengths):.3g} of "
+                f"longest is {self.longest:g}, and samples in {listed(short)} steps jump {max(lengths):.3g} of "
                 "rectified-flow time at once: take more steps (sampling.steps), or train a stage with longest 1 after "
                 "it"
             )
-
-
-def said(counts: Collection[int]) -> str:
-    return ", ".join(map(str, sorted(counts)))
 
 
 def ordered_times(size: int, config: TwoTimes, rng: Random) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import Dataset, Sample, collate, read_sample, shorten
+from jvpgraph.trainer.evaluation.phases import note_of, parts_of
 from jvpgraph.trainer.pictures import mp4_writer
 from jvpgraph.trainer.plug import Plug, PlugError
 
@@ -102,6 +103,29 @@ def look(config: RunConfig, dataset: Dataset) -> list[Batch]:
     if getattr(dataset, "has_latents", True):
         warn_of_scale(config, seen)
     return extremes(seen)
+
+
+def warn_of_settings(config: RunConfig) -> None:
+    """What stages end before, what a student may unlearn, and what is not to be expected of samples."""
+    for index, stage in enumerate(config.stages):
+        trained = {"student": stage.student}
+        trained |= {} if stage.objective.fake_score is None else {"fake": stage.fake}
+        trained |= {} if stage.objective.critic is None else {"critic": stage.critic}
+        waits = {f"{name}.lr is reached": settings.warmup for name, settings in trained.items()}
+        for what, updates in {**stage.objective.waits, **waits}.items():
+            if updates >= stage.steps:
+                log.warning(
+                    "stages.%d: %s after %d updates, and the stage has %d steps", index, what, updates, stage.steps
+                )
+        if stage.objective.needs_negative and not stage.condition_dropout:
+            log.warning(
+                "stages.%d: %s takes guidance from the student's own answer to the negative condition, which "
+                "condition_dropout 0 never trains: 0.1 is usual",
+                index,
+                stage.objective.name,
+            )
+        if config.looked_at and (note := note_of(parts_of(config, index))):
+            log.warning("stages.%d: %s", index, note)
 
 
 def samples_by_shape(dataset: Dataset) -> list[list[Sample]]:

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.files import naming
+from jvpgraph.trainer.objectives import Objective
 
 CHANGES = "changes.jsonl"
 
@@ -49,12 +51,7 @@ RULES = {
     "guidance": ASKED,
     "conditions": ASKED,
     "stages": ASKED,
-    "stages.*.objective.name": NEVER,  # another objective keeps other things in a checkpoint
-    **{
-        f"stages.*.objective.{inside}{key}": NEVER  # other parameters of the critic
-        for inside in ("", "terms.*.objective.")
-        for key in ("features", "blocks", "width")
-    },
+    "stages.*.objective.name": NEVER,  # another objective keeps other things in a checkpoint: see also `kept_for`
     "stages.*.objective.terms": NEVER,
     "stages.*.objective.terms.*.weight": ASKED,
     "stages.*.objective.terms.*.after": ASKED,
@@ -66,7 +63,17 @@ RULES = {
     "student": NEVER,  # other parameters
     "ema": NEVER,  # averages cannot begin in the middle
 }
-"""By key, for all below it; the longest key counts. Whatever may change may change the last bits."""
+"""By key, for all below it; the longest key counts. Whatever may change may change the last bits.
+
+Of a stage that has not begun all may change when asked for: no checkpoint has anything of it.
+"""
+
+
+def kept_for(objective: Objective) -> tuple[Any, ...]:
+    """What a checkpoint holds for an objective beside the student, which neither comes nor goes in the middle."""
+    critic, samples = objective.critic, objective.simulated
+    heads = None if critic is None else (critic.features, critic.blocks, critic.width)
+    return objective.fake_score is not None, heads, samples is not None and samples.earlier is not None
 
 
 def rule(key: str) -> str:
@@ -126,10 +133,17 @@ def advice(refused: dict[str, str], new: RunConfig) -> str:
 
 
 def _kind_of(line: str, old: RunConfig, new: RunConfig, done: int) -> str:
-    key = key_of(line)
+    key, now = key_of(line), place_of(old, done)
+    of_stage = re.match(r"stages\.(\d+)\.", key)
+    if of_stage and now is not None and int(of_stage[1]) > now[0]:
+        return ASKED
+    if of_stage and kept_for(old.stages[int(of_stage[1])].objective) != kept_for(
+        new.stages[int(of_stage[1])].objective
+    ):
+        return NEVER
     if re.fullmatch(r"stages\.\d+\.objective(\.terms\.\d+\.objective)?", key):
         return NEVER  # where the names differ, there is one line for all
-    if re.fullmatch(r"stages(\.\d+(\.steps)?)?", key) and place_of(old, done) != place_of(new, done):
+    if re.fullmatch(r"stages(\.\d+(\.steps)?)?", key) and now != place_of(new, done):
         return NEVER  # the step would belong to another stage, or to none
     return rule(key)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,16 @@ from torch import Tensor
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.evaluation.phases import folders_held, meet, note_of, parts_of, settings_of
+from jvpgraph.trainer.evaluation.phases import folders_held, meet, settings_of
 from jvpgraph.trainer.model.networks import try_network
 from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives import Objective
 from jvpgraph.trainer.objectives.simulation import Simulation, simulate_backward
+from jvpgraph.trainer.run.build import Networks
 from jvpgraph.trainer.run.finished import load_earlier
 from jvpgraph.trainer.run.origin import digest_of
 from jvpgraph.trainer.run.parallel import Layout
 from jvpgraph.trainer.trigflow import TrigFlow
-
-log = logging.getLogger(__name__)
 
 
 class Expert:
@@ -58,16 +56,18 @@ class Expert:
             )
 
 
-def check_earlier(objective: Objective, *, has_latents: bool) -> None:
+def check_earlier(objective: Objective, scales: tuple[float, float] | None = None, *, has_latents: bool) -> None:
     """Raises FileNotFoundError or ValueError if the run of the phase before is none, or ends where none begins.
 
     Args:
+        scales: of guidance, from the lowest to the highest that samples are told; None: they are told none.
         has_latents: whether the data has some, with whose noise a phase may start.
     """
     samples = objective.simulated
     if samples is None or samples.earlier is None:
         return
-    before = settings_of(samples.earlier, "dmd.earlier").stages[-1].objective
+    run = settings_of(samples.earlier, "dmd.earlier")
+    before, learnt = run.stages[-1].objective, run.scales_in(len(run.stages) - 1)
     if before.phase is None or not meet(before.phase[1], samples.start):
         where = "has no phase of dmd" if before.phase is None else f"ends its phase at {before.phase[1]:.6g} radians"
         raise ValueError(
@@ -79,7 +79,12 @@ def check_earlier(objective: Objective, *, has_latents: bool) -> None:
             f"dmd.earlier: the last stage of {samples.earlier} starts from real latents, and the data set holds "
             "prompts only: name a run that starts from noise, or has an `earlier` itself"
         )
-    check_earlier(before, has_latents=has_latents)
+    if scales is not None and learnt is not None and not learnt[0] <= scales[0] <= scales[1] <= learnt[1]:
+        raise ValueError(
+            f"dmd.earlier: the student of {samples.earlier} learnt guidance scales from {learnt[0]:g} to {learnt[1]:g} "
+            f"in its last stage, and is asked for {scales[0]:g} to {scales[1]:g} here: give guidance.scale within these"
+        )
+    check_earlier(before, scales, has_latents=has_latents)
 
 
 def expert_of(objective: Objective, layout: Layout, sample: Batch, guidance: float | None) -> Expert | None:
@@ -107,11 +112,23 @@ def students_of(
     Args:
         expert: of the stage, whose networks are there already.
     """
-    if config.looked_at and layout.first and (note := note_of(parts_of(config, stage))):
-        log.warning("stage %d: %s", stage, note)
     found = [student, *([] if expert is None else expert.students)]
     rest = folders_held(config, stage)[len(found) - 1 :]
     return [*found, *(earlier_student(folder, layout, sample, config.told_scale)[0] for folder in rest)]
+
+
+def try_later(config: RunConfig, layout: Layout, networks: Networks, sample: Batch) -> None:
+    """Builds what stages after the first begin with and drops it again, so that no run fails for it after hours.
+
+    Raises:
+        FileNotFoundError, ValueError: one of them could not begin.
+    """
+    scored = [stage.objective.fake_score is not None for stage in config.stages]
+    if any(scored) and not scored[0]:
+        networks.new_student()
+    for index, stage in enumerate(config.stages[1:], 1):
+        expert = expert_of(stage.objective, layout, sample, config.told_scale)
+        students_of(config, index, networks.student, expert, layout, sample)
 
 
 def earlier_student(path: Path, layout: Layout, sample: Batch, guidance: float | None) -> tuple[TrigFlow, str]:
