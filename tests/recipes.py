@@ -25,6 +25,11 @@ LCM = {"name": "dcm", "jitter": True, "substeps": 2, "noise": 0.5, "target": "em
 
 RECIPES: dict[str, dict[str, Any]] = {
     "rcm": alone(RCM),
+    "rcm, several scales": alone(
+        RCM,
+        guidance={"scale": [1.5, 3.0], "negative": {"labels": 10}},
+        student={"backend": "eager", "embed_scale": True},
+    ),
     "scm": alone("scm"),
     "scm, rf": alone({"name": "scm", "coordinates": "rf", "tangent_warmup": 2}),
     "sct": alone({"name": "scm", "velocity": "data"}),
