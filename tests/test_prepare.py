@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +12,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -20,14 +21,17 @@ from safetensors.torch import load_file
 
 from jvpgraph.trainer import cli, settings
 from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.evaluation.phases import times_of
 from jvpgraph.trainer.model.adapters import diffusers_model
+from jvpgraph.trainer.model.experts import experts
 from jvpgraph.trainer.prepare import prepared
 from jvpgraph.trainer.prepare.buckets import check_lengths, resolutions
 from jvpgraph.trainer.prepare.captions import find, prompts_of
 from jvpgraph.trainer.prepare.media import BadFile, as_rgb, look_at, read
 from jvpgraph.trainer.train import train
+from jvpgraph.trainer.trigflow import level
 from tests.media_files import clip, picture, turned
-from tests.tiny_pipelines import save_tiny
+from tests.tiny_pipelines import pair_of_networks, save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -287,16 +291,43 @@ def gone(file: Path) -> Path:
     return file.parents[1]
 
 
-def test_two_networks_in_one_pipeline_are_refused(wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_two_networks_in_one_pipeline_are_no_student(tmp_path: Path) -> None:
     """Wan 2.2's 14B: a student would have been one of them, and its teacher the other for the rest of the noise."""
-    both = Path(shutil.copytree(wan, tmp_path / "both"))
-    index = json.loads((both / "model_index.json").read_text())
-    index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
-    (both / "model_index.json").write_text(json.dumps(index))
-    assert cli.main(["prepare", str(both), str(pictures(tmp_path / "files", 1)), "--out", str(tmp_path / "out")]) == 1
-    assert "has two networks, one above and one below 0.875 of the noise" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"two networks.*\nGive a checkpoint with one"):
+    both = pair_of_networks(tmp_path / "both")
+    with pytest.raises(ValueError, match=r"two networks, one above and one below 0\.875.*\nGive one of the two"):
         diffusers_model(path=str(both))
+
+
+@pytest.mark.long
+def test_two_networks_become_two_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a folder of clips to a pipeline of four steps, by what was written."""
+    monkeypatch.chdir(tmp_path)
+    both, source, data = pair_of_networks(tmp_path / "both"), tmp_path / "in", tmp_path / "data"
+    for i in range(3):
+        clip(source / f"{i}.mp4", 16, 16, 5, fps=16)
+    options = ("--size", "16x16", "--aspects", "--frames", 5, "--text-length", 16)
+    assert run("prepare", both, source, "--out", data, *options) == 0
+    quick = ["stages.0.steps=1", "stages.0.accumulate=1", "threads=1", "device=cpu", "student.backend=eager"]
+    quick += ["student.lora.rank=2", "log.preview_every=1", "log.preview_count=1", "log.prompts=[a cat]"]
+    for name in ("run", "run_low"):
+        assert run("train", data / f"{name}.yaml", *quick) == 0
+    high, low = (settings.load(RunConfig, Path(f"out/data-{name}/config.yaml")) for name in ("high", "low"))
+    assert [Path(each.model.options["path"]).name for each in (high, low)] == ["transformer", "transformer_2"]
+    assert high.teacher == low.teacher
+    assert high.teacher.offload
+    assert level(high.stages[0].objective.end) == pytest.approx(0.875, abs=1e-5)
+    levels = [level(t) for t in times_of(low, 0, 4)]
+    assert levels == pytest.approx([level(math.atan(80)), 15 / 16, 7 / 8, 5 / 8], abs=1e-5)
+    assert run("sample", "out/data-low", "--steps", 4, "--count", 1) == 0
+    assert run("export", "out/data-low", "--out", "made", "--format", "diffusers") == 0
+    pipe = diffusers.DiffusionPipeline.from_pretrained("made", trust_remote_code=True)
+    assert pipe.config.boundary_ratio == pytest.approx(0.875, abs=1e-4)
+    assert pipe.transformer_2 is not None
+    assert experts(path="made").net.low is not None
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16}
+    frames = pipe("a cat", num_inference_steps=4, guidance_scale=1.0, output_type="np", **size).frames[0]
+    assert np.isfinite(frames).all()
 
 
 def test_what_goes_on_and_what_is_refused(sana: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

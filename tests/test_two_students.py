@@ -32,7 +32,7 @@ from jvpgraph.trainer.trigflow import radians
 from tests.gaussian import GaussianConsistency, GaussianFlow, gaussian_batch, seeded
 from tests.test_plan import TINY, measured
 from tests.test_train import SMALL
-from tests.tiny_pipelines import make
+from tests.tiny_pipelines import make, pair_of_networks
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -143,18 +143,6 @@ SAMPLING = settings.from_dict(RunConfig, {**SMALL, "out": "run", "stages": [{"st
 # ---------------------------------------------------------------- two networks of Wan
 
 LATENTS, TEXT = [4, 2, 2, 2], [5, 10]
-
-
-def pair_of_networks(folder: Path, dtype: str = "float32") -> Path:
-    """A pipeline as Wan 2.2's of 14B."""
-    pipe = make("WanPipeline")
-    torch.manual_seed(1)
-    second = diffusers.WanTransformer3DModel(**{k: v for k, v in pipe.transformer.config.items() if k[0] != "_"})
-    pipe.register_modules(transformer_2=second.to(getattr(torch, dtype)))
-    pipe.transformer.to(getattr(torch, dtype))
-    pipe.register_to_config(boundary_ratio=0.875)
-    pipe.save_pretrained(folder)
-    return folder
 
 
 def of_wan(folder: Path, network: str, objective: dict[str, Any], name: str, **more: Any) -> RunConfig:

@@ -40,6 +40,18 @@ def save_tiny(pipeline: str, folder: Path) -> Path:
     return folder
 
 
+def pair_of_networks(folder: Path, dtype: str = "float32") -> Path:
+    """A pipeline as Wan 2.2's of 14B."""
+    pipe = make("WanPipeline")
+    torch.manual_seed(1)
+    second = diffusers.WanTransformer3DModel(**{k: v for k, v in pipe.transformer.config.items() if k[0] != "_"})
+    pipe.register_modules(transformer_2=second.to(getattr(torch, dtype)))
+    pipe.transformer.to(getattr(torch, dtype))
+    pipe.register_to_config(boundary_ratio=0.875)
+    pipe.save_pretrained(folder)
+    return folder
+
+
 SIZE, FRAMES = (32, 64), 9  # height, width
 PROMPT, NEGATIVE = "a red thing moves over", "blue"
 NO_NEGATIVE = ("Flux2KleinPipeline", "DiTPipeline")  # none but an empty one

@@ -21,13 +21,19 @@ def class_name(config: Mapping[str, Any]) -> str:
     return FORMERLY_ONE.get(config.get("norm_type", ""), name) if name == "Transformer2DModel" else name
 
 
+def boundary_of(index: Mapping[str, Any]) -> float | None:
+    """The rectified-flow time at which a pipeline, by its model_index.json, changes networks; None: it has one."""
+    two = (index.get("transformer_2") or [None])[0] is not None and index.get("boundary_ratio") is not None
+    return float(index["boundary_ratio"]) if two else None
+
+
 def check_one_network(path: Path, index: Mapping[str, Any]) -> None:
     """Raises ValueError for a pipeline, by its model_index.json, that changes networks on its way."""
-    if (index.get("transformer_2") or [None])[0] is not None and index.get("boundary_ratio") is not None:
+    if (boundary := boundary_of(index)) is not None:
         raise ValueError(
-            f"{path} has two networks, one above and one below {index['boundary_ratio']:g} of the noise, and a student "
-            "is one network for all of it.\nGive a checkpoint with one: Wan2.1, or Wan2.2's of 5B. Both can be its "
-            "teacher: teacher.model={load: jvpgraph.trainer.adapters:experts}."
+            f"{path} has two networks, one above and one below {boundary:g} of the noise, and a student is one network "
+            f"for all of it.\nGive one of the two, such as {path / 'transformer'}. Both can be its teacher: "
+            "teacher.model={load: jvpgraph.trainer.adapters:experts}. Or give a checkpoint with one."
         )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jvpgraph.trainer.data.shards import PerChannel
 from jvpgraph.trainer.model.adapters import FRAMED, diffusers
-from jvpgraph.trainer.model.pipelines import check_one_network, class_name, load_pipeline
+from jvpgraph.trainer.model.pipelines import boundary_of, class_name, load_pipeline
 from jvpgraph.trainer.prepare.families import Family, encode_text, family_of, text_length
 from jvpgraph.trainer.prepare.latents import encode, load_vae, normalisation
 from jvpgraph.trainer.prepare.media import BadFile
@@ -38,6 +38,7 @@ class Checkpoint:
     pipeline: str
     family: Family
     network: dict[str, Any]  # the transformer's config.json
+    boundary: float | None = None  # rectified-flow time below which transformer_2 takes over, where there are two
 
     @property
     def told_guidance(self) -> bool:
@@ -92,7 +93,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{index} is damaged: {error}. Download the checkpoint again.") from error
     family = family_of(str(pipeline))
-    check_one_network(path, parts)
     for part in ("vae", "transformer"):
         if not (path / part / "config.json").is_file():
             raise ValueError(f"{path} is not complete: {part}/config.json does not exist. {whole}.")
@@ -106,7 +106,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path} is image to video with a clean first frame among the noisy ones, each with a time of its own, and "
             "a student has one time.\nPrepare it as the WanPipeline that it also is (_class_name in model_index.json)."
         )
-    return Checkpoint(path, str(pipeline), family, network)
+    return Checkpoint(path, str(pipeline), family, network, boundary_of(parts))
 
 
 class Encoder:

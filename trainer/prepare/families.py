@@ -6,8 +6,8 @@ encoded as any other. Everything else is asked of the pipeline itself: its defau
 Sources: diffusers.pipelines, version 0.42.
 
 Not here, as they ask their network what no adapter asks: image to video of LTX, HunyuanVideo, Cosmos 2 and Wan 2.2's
-5B (clean frames among the noisy ones, with times of their own), and Wan 2.2's pairs of networks. Nor are those of
-AnyFlow, whose data is Wan's, of HunyuanImage and HunyuanVideo 1.5, which have two texts, and of ACE-Step, for sound.
+5B (clean frames among the noisy ones, with times of their own). Nor are those of AnyFlow, whose data is Wan's, of
+HunyuanImage and HunyuanVideo 1.5, which have two texts, and of ACE-Step, for sound.
 """
 
 from __future__ import annotations
