@@ -30,8 +30,8 @@ WAYS = {
 LONGER = {
     "sizes": {"backend": "eager", "dynamic": True},
     "gradients": {"backend": "eager", "differentiable_tangent": True},
-    "Inductor": {"backend": "inductor"},
     "Inductor, sizes": {"backend": "inductor", "dynamic": True},
+    "Inductor": {"backend": "inductor"},
     "Inductor, regions": {"backend": "inductor", "regions": Block},
 }
 CASES = [
@@ -64,7 +64,6 @@ def step(dual: jvpgraph.DualModule, given: dict[str, Tensor]) -> tuple[Tensor, T
 
 
 @pytest.mark.long
-@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("dtype", "kind", "how"), CASES)
 def test_it_is_nearer_to_the_truth_and_values_stay(dtype, kind, how):
     """At two sizes, with the gradients of the values."""

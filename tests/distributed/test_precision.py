@@ -68,7 +68,6 @@ def compare(layout: str) -> tuple[dict[str, float], dict[str, float], dict[str, 
 
 
 @pytest.mark.long
-@pytest.mark.sampled(1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_as_on_one_rank(layout):
     for alone, found, paired in run(2, compare, layout):
