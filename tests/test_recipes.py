@@ -12,9 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from jvpgraph.trainer.model.networks import trainable
+from jvpgraph.trainer.run.build import build_networks
 from jvpgraph.trainer.run.checkpoint import Checkpoints
 from jvpgraph.trainer.run.finished import load_run, sample_run
 from jvpgraph.trainer.run.log import computed
+from jvpgraph.trainer.run.parallel import Layout
+from jvpgraph.trainer.run.ranks import Ranks
 from jvpgraph.trainer.train import train
 from tests.recipes import RECIPES, STEPS
 from tests.test_train import SMALL, config_of, content, last_checkpoint, run_until
@@ -60,6 +64,28 @@ def assert_same_end(whole: Path, again: Path, scratch: Path) -> None:
     expected, found = (content(last_checkpoint(folder), scratch / "content.pt") for folder in (whole, again))
     assert expected.keys() == found.keys()
     assert [n for n in expected if not torch.equal(expected[n], found[n])] == []
+
+
+@pytest.mark.parametrize("taught_by", ["itself", "another"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_whoever_is_trained_is_trained_alone(tmp_path: Path, name: str, taught_by: str) -> None:
+    """Adapters on shared weights: what one of them trains no other has, and a fake score changes nothing of that."""
+    more = settings_of(name, "adapters")
+    if taught_by == "another":
+        more["teacher"] = {"model": more["model"]}
+    networks = build_networks(config_of(tmp_path, **more), Layout(torch.device("cpu"), {}, None, Ranks()))
+    before = trainable(networks.student)
+    fake = networks.new_student()
+    assert [*before] == [*trainable(networks.student)]
+    own, theirs = ({id(p) for p in trainable(network).values()} for network in (networks.student, fake))
+    assert own
+    assert theirs
+    assert not own & {id(p) for network in (fake, networks.teacher) for p in network.parameters()}
+    assert not theirs & {id(p) for network in (networks.student, networks.teacher) for p in network.parameters()}
+    assert not any(p.requires_grad for p in networks.teacher.parameters())
+    frozen = {id(p) for p in networks.student.parameters()} - own
+    shared = frozen & {id(p) for p in fake.parameters()}
+    assert len(shared) > 0.8 * len(frozen)  # and the rest is there once
 
 
 @pytest.mark.long

@@ -342,7 +342,7 @@ def take_values(student: TrigFlow, teacher: TrigFlow) -> None:
 
 @torch.no_grad()
 def share_frozen(student: TrigFlow, teacher: TrigFlow) -> None:
-    """Puts the teacher's parameters in the place of those that a LoRA student does not train, and frees its own.
+    """Puts the teacher's parameters in the place of those that neither trains, and frees a LoRA student's own.
 
     They may be those of another student of the same network, too. In one process they are the same anyway. FSDP2 splits
     each network by itself, and here the parts become one; but it leaves weights in bytes alone, and what else their
@@ -354,7 +354,7 @@ def share_frozen(student: TrigFlow, teacher: TrigFlow) -> None:
     for path, module in student.named_modules():
         for name, own in module._parameters.items():
             source = theirs.get(f"{path}.{name}".replace(".base_layer.", "."))
-            if own is None or own.requires_grad or source is None:
+            if own is None or own.requires_grad or source is None or source.requires_grad:
                 continue
             if spread_over(source) != spread_over(own):
                 assert bytewise, f"{path}.{name} is spread in another way"

@@ -83,7 +83,8 @@ def make_student(
                 f"a LoRA student shares its teacher's weights and so their dtype, which is not {dtype} throughout: "
                 "pass dtype=None, or convert the teacher"
             )
-        student = with_additions(copy.deepcopy(teacher, shared(teacher)))
+        # a network may have its second time already, silent: that is the student's own from now on
+        student = with_additions(copy.deepcopy(teacher, shared(teacher, but=new)))
         _add_adapters(student, lora, whole=new)
     if checkpoint_blocks:
         _checkpoint(student.net)
@@ -121,9 +122,10 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def shared(module: nn.Module) -> dict[int, Any]:
-    """A memo with which copy.deepcopy keeps parameters and buffers."""
-    return {id(t): t for t in (*module.parameters(), *module.buffers())}
+def shared(module: nn.Module, but: Sequence[str] = ()) -> dict[int, Any]:
+    """A memo with which copy.deepcopy keeps parameters and buffers, those of some additions aside."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return {id(tensor): tensor for name, tensor in named if not of_addition(name, but)}
 
 
 def kept_in_float32(net: nn.Module, parameter: str) -> bool:

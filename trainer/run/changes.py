@@ -134,13 +134,12 @@ def advice(refused: dict[str, str], new: RunConfig) -> str:
 
 def _kind_of(line: str, old: RunConfig, new: RunConfig, done: int) -> str:
     key, now = key_of(line), place_of(old, done)
-    of_stage = re.match(r"stages\.(\d+)\.", key)
-    if of_stage and now is not None and int(of_stage[1]) > now[0]:
-        return ASKED
-    if of_stage and kept_for(old.stages[int(of_stage[1])].objective) != kept_for(
-        new.stages[int(of_stage[1])].objective
-    ):
-        return NEVER
+    if found := re.match(r"stages\.(\d+)\.(objective)?", key):
+        index = int(found[1])
+        if now is not None and index > now[0]:
+            return ASKED
+        if found[2] and kept_for(old.stages[index].objective) != kept_for(new.stages[index].objective):
+            return NEVER
     if re.fullmatch(r"stages\.\d+\.objective(\.terms\.\d+\.objective)?", key):
         return NEVER  # where the names differ, there is one line for all
     if re.fullmatch(r"stages(\.\d+(\.steps)?)?", key) and now != place_of(new, done):
