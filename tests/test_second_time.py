@@ -144,6 +144,19 @@ def test_the_digits_network_is_asked_at_t_where_there_is_no_r() -> None:
     assert not teacher.net.config.second_time
 
 
+def test_adapters_alone_cannot_learn_a_second_time() -> None:
+    teacher, lora = dit(width=16, depth=1, heads=2), LoRA(rank=2, alpha=2.0, targets=("qkv",))
+    how: Any = {"dtype": None, "lora": lora, "checkpoint_blocks": False, "second_time": TimeInput()}
+    student = make_student(teacher, **how)
+    assert all(p.requires_grad for p in student.net.interval.parameters())
+    assert not {*student.net.interval.parameters()} & {*teacher.net.parameters()}
+    teacher.net.apart = teacher.net.interval
+    del teacher.net.interval
+    with pytest.raises(ValueError, match=r"DiT brings its second time itself.*call the module .* `interval`"):
+        make_student(teacher, **how)
+    make_student(teacher, **{**how, "lora": None})
+
+
 # ---------------------------------------------------------------- networks of one's own
 
 

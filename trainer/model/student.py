@@ -170,6 +170,12 @@ def _add_adapters(student: TrigFlow, lora: LoRA, *, whole: Sequence[str]) -> Non
         lora_alpha=lora.alpha,
         target_modules="|".join(map(re.escape, names)),  # a pattern, for names in a list match the ends of others too
     )
+    own = INTERVAL in whole and hasattr(net, "with_second_time")
+    if own and not any(of_addition(name, [INTERVAL]) for name, _ in net.named_parameters()):
+        raise ValueError(
+            f"student.lora: {type(net).__name__} brings its second time itself, and adapters would be all that is "
+            f"trained: call the module that embeds t - r `{INTERVAL}`, which is trained whole; or train without lora"
+        )
     net.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         # A fixed seed: all ranks of a sharded or replicated student start from the same adapters.
