@@ -294,6 +294,16 @@ def test_a_student_starts_from_a_run_or_an_export(refused: Any) -> None:
     assert "has begun already, from run" in refused(*few, "--from", "net")[0]
     assert trained(*few) == 0
 
+    Path("my_model.py").write_text(MODEL)
+    own = ["model={load: my_model.py:teacher}", "guidance={}"]
+    assert trained(*own, "stages.0.steps=1", "out=mine") == 0
+    assert cli.main(["export", "mine", "--out", "my_net"]) == 0
+    assert Path("my_net/config.yaml").is_file()
+    assert trained(*own, "stages.0.steps=1", "out=again", "--from", "my_net") == 0
+    exported = load_file("my_net/model.safetensors")
+    again = load_run(Path("again"), step=0).student.net.state_dict()
+    assert all(torch.equal(again[name], value) for name, value in exported.items())
+
     wider = "model.options={width: 32, depth: 1, heads: 2}"
     assert "export it, and start from the exported folder" in refused(wider, "out=four", "--from", "run")[0]
     assert cli.main(["export", "run", "--out", "net"]) == 0
@@ -303,6 +313,55 @@ def test_a_student_starts_from_a_run_or_an_export(refused: Any) -> None:
     Path("net/model.safetensors").write_bytes(Path("net/model.safetensors").read_bytes()[:-2])
     assert "net/model.safetensors is damaged" in refused("out=four", "--from", "net")[0]
     assert not Path("four").exists()
+
+
+LORA = "student.lora={rank: 2, alpha: 2, targets: [qkv]}"
+SEVERAL = "guidance={scale: [2, 6], negative: {labels: 10}}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        (
+            [LORA],
+            [LORA.replace("alpha: 2", "alpha: 64")],
+            "its adapters act with alpha 2, and student.lora.alpha is 64",
+        ),
+        ([LORA], [LORA, "seed=5"], "its adapters were trained on other weights than those of `model`"),
+        (["student.second_time=true"], [], "its student.second_time is set, and what that has learnt would be lost"),
+        ([SEVERAL, "student.embed_scale=true"], [], "its student.embed_scale is set"),
+        (
+            [SEVERAL, "student.embed_scale={embedder: time, scale: 2}"],
+            [SEVERAL, "student.embed_scale={embedder: time, scale: 3}"],
+            "the same weights would be another network",
+        ),
+    ],
+    ids=["alpha", "base", "second time", "scale", "place"],
+)
+def test_weights_that_would_be_another_network_are_refused(
+    refused: Any, then: list[str], now: list[str], said: str
+) -> None:
+    """A run's student is more than its weights."""
+    objective = "stages.0.objective=mean_flow" if "second_time" in str(then) else "stages.0.objective=dcm"
+    assert trained("stages.0.steps=1", objective, *then) == 0
+    assert said in refused("stages.0.steps=1", "stages.0.objective=dcm", *now, "out=other", "--from", "run")[0]
+    assert not Path("other").exists()
+    assert trained("stages.0.steps=1", objective, *then, "out=other", "--from", "run") == 0
+
+
+@pytest.mark.slow
+def test_a_change_that_the_checkpoint_does_not_fit_leaves_the_folder(refused: Any) -> None:
+    before_all = ["stages.0.steps=1", "stages.0.objective={name: adversarial, width: 8, blocks: [0]}"]
+    named = "teacher.model={load: jvpgraph.trainer.dit:dit, options: {width: %d, depth: 1, heads: 2}}"
+    assert trained(*before_all, named % 16) == 0
+    files = [Path("run") / name for name in ("config.yaml", "origin.json")]
+    before = [file.read_bytes() for file in files]
+    said, _ = refused(*before_all, named % 32, "--change", "teacher")
+    assert "is of another state" in said
+    assert [file.read_bytes() for file in files] == before
+    assert not Path("run/changes.jsonl").exists()
+    assert trained(*before_all, named % 16) == 0
 
 
 def test_samples_of_a_random_teacher_are_those_of_its_run() -> None:

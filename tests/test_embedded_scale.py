@@ -129,6 +129,17 @@ def test_a_linear_layer_alone_can_hold_it() -> None:
     assert relative(TrigFlow(model.net)(x, t, {}), wanted) < 1e-6
 
 
+@pytest.mark.parametrize("how", ["called twice", "tied"])
+def test_a_last_layer_that_others_use_cannot_hold_it(how: str) -> None:
+    model, last = scaling(), nn.Linear(64, 64)
+    model.net.embed = nn.Sequential(nn.Linear(16, 64), nn.SiLU(), last, *([nn.SiLU(), last] * (how == "called twice")))
+    if how == "tied":
+        model.net.head[1].bias = last.bias
+    embed_scale(model, WHERE)
+    with pytest.raises(ValueError, match="a linear layer that has a bias of its own and is called once"):
+        fold(model.net, EMBEDDED, 2.0)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_added_is_kept_in_float32_where_the_embedder_is(dtype: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import jvpgraph
 from jvpgraph.trainer import settings
@@ -43,6 +44,7 @@ from tests.distributed.test_train import WAN, assert_same_log, config_of, lines,
 from tests.gaussian import STD, ExactDual, GaussianAverage, GaussianFlow, gaussian_batch, seeded
 from tests.test_adapters import TABLE, build, latents, normal, times
 from tests.test_export import ARGUMENTS, CONDITIONS, LATENTS, LORA, loaded, trained
+from tests.test_train import config_of as digits_config
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:diffusers")
@@ -158,6 +160,87 @@ def test_adapters_alone_cannot_learn_a_second_time() -> None:
 
 
 # ---------------------------------------------------------------- networks of one's own
+
+
+class Parts(nn.Module):
+    """Of the digits, with an embedding of the time that is made in one way or another."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.waves = how, Waves()
+        self.embed = nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 32))
+        if how == "compiled":
+            self.embed = torch.compile(self.embed, backend="eager")
+        self.first, self.last = nn.Linear(64, 32), nn.Linear(32, 64)
+
+    def embedded(self, t: Tensor) -> Tensor:
+        h = self.waves(t).to(self.first.weight.dtype)
+        if self.how == "layer by layer":
+            for layer in self.embed:
+                h = layer(h)
+            return h
+        return self.embed.forward(h) if self.how == "by a method" else self.embed(h)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        kept = self.how == "checkpointed" and torch.is_grad_enabled()
+        e = checkpoint(self.embedded, t, use_reentrant=False) if kept else self.embedded(t)
+        return self.last((self.first(x.flatten(1)) + e).tanh()).unflatten(1, x.shape[1:])
+
+
+def parts(how: str) -> TrigFlow:
+    return TrigFlow(Parts(how))
+
+
+PLACE = {"embedder": "embed", "sinusoids": "waves"}
+JUMPS = {"name": "dmd", "rollout": "jumps", "fake_updates_per_step": 1}
+
+
+def of_parts(out: Path, how: str, stages: list[Any], student: dict[str, Any], **more: Any) -> RunConfig:
+    model = {"load": f"{__name__}:parts", "options": {"how": how}}
+    return digits_config(out, stages, model=model, student={"backend": "eager", **student}, **more)
+
+
+@pytest.mark.parametrize("setting", ["second_time", "embed_scale"])
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("layer by layer", "embed is not called as a module in Parts, so that what is added .* is passed by"),
+        ("by a method", "embed is not called as a module in Parts"),
+        ("compiled", r"embed of Parts is compiled by torch.compile\(module\).*\nCompile it in place"),
+        ("checkpointed", "embed is computed again in the backward"),
+    ],
+    ids=["layer by layer", "by a method", "compiled", "checkpointed"],
+)
+def test_what_passes_the_addition_by_is_refused_before_the_first_step(
+    tmp_path: Path, how: str, said: str, setting: str
+) -> None:
+    """It trained to the end, and neither r nor the scale changed anything."""
+    stages = [stage("flow_map", 1), stage(JUMPS, 1)] if setting == "second_time" else [stage("dcm", 1)]
+    several = {"scale": [2.0, 6.0], "negative": {"labels": 10}}
+    more = {"guidance": several} if setting == "embed_scale" else {}
+    with pytest.raises(ValueError, match=said):
+        train(of_parts(tmp_path / "run", how, stages, {setting: PLACE}, **more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpointed_embedder_trains_where_graphs_alone_do(tmp_path: Path) -> None:
+    lines_of = [
+        lines(train(of_parts(tmp_path / how, how, [stage("flow_map", 2)], {"second_time": PLACE})))
+        for how in ("checkpointed", "whole")
+    ]
+    assert lines_of[0] == lines_of[1]
+
+
+def test_a_module_that_is_called_as_ours_is_none(tmp_path: Path) -> None:
+    model = parts("whole")
+    model.net.time_input = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="it is not known where Parts takes its time in"):
+        add_second_time(model)
+    model.net.block = nn.ModuleDict({"interval": nn.Linear(32, 32)})
+    lora = LoRA(rank=2, alpha=2.0, targets=("first",))
+    student = make_student(model, dtype=None, lora=lora, checkpoint_blocks=False, second_time=TimeInput(**PLACE))
+    assert not student.net.block["interval"].weight.requires_grad
+    assert all(p.requires_grad for p in student.net.interval.parameters())
 
 
 class Waves(nn.Module):
@@ -529,6 +612,12 @@ def test_a_student_starts_from_earlier_weights(tmp_path: Path) -> None:
 def asked_velocity(model: TrigFlow, name: str) -> Tensor:
     """As `asked`, of a network with one time."""
     return asked(add_second_time(copy.deepcopy(model)), name)[1]
+
+
+def test_an_interval_of_another_unit_is_no_anyflow() -> None:
+    place = TimeInput("condition_embedder.time_embedder", "condition_embedder.timesteps_proj", 0.1)
+    assert fits_anyflow(add_second_time(diffusers_model(**WAN)).net)
+    assert not fits_anyflow(add_second_time(diffusers_model(**WAN), place).net)
 
 
 @pytest.mark.parametrize(("gate", "kind"), [(0.5, "t-r"), (0.25, "t-r"), (0.25, "r")])

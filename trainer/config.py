@@ -20,6 +20,7 @@ from jvpgraph.trainer.objectives import RCM, FlowMatching, Objective
 from jvpgraph.trainer.pictures import Film
 from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.ranges import not_negative, positive
+from jvpgraph.trainer.trigflow import level
 
 NetworkKey = Literal["model", "teacher.model"]
 
@@ -125,6 +126,12 @@ class StageConfig:
     fake: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=4e-7))  # of the fake score
     critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))  # of the heads of adversarial
     guidance: StageGuidance = field(default_factory=StageGuidance)  # of the teacher, in this stage
+
+    @property
+    def fake_begins(self) -> int:
+        """Student updates before the first one that fake score and critic follow."""
+        first = (i for i in range(1, self.steps + 1) if self.objective.fake_updates(i))
+        return next(first, 1) - 1
 
     def __post_init__(self) -> None:
         positive(self, "steps", "batch", "accumulate")
@@ -391,6 +398,10 @@ class RunConfig:
         """What does not go together."""
         for index, stage in enumerate(self.stages):
             objective, key = stage.objective, f"stages.{index}.objective"
+            try:
+                self.guidance_in(index)
+            except ValueError as error:
+                yield f"stages.{index}.guidance: {error}"
             if objective.critic is not None and self.student.compile:
                 yield (
                     f"{key}: a critic looks into the blocks of a network, and student.compile makes them one piece. "
@@ -413,12 +424,16 @@ class RunConfig:
                 f"in stages.{teachers[0]}: train that in a run of its own, and name what `jvpgraph export` writes as "
                 "`model`; or name teacher.model, if it is another or the loaded one that you mean"
             )
-        for index, (before, after) in enumerate(pairwise(stage.objective.phase for stage in self.stages)):
-            if before is not None and after is not None and after[0] < before[1]:
+        lowest = self.stages[0].objective.span[1]
+        for index, stage in enumerate(self.stages[1:], 1):
+            (start, end), samples = stage.objective.span, stage.objective.simulated
+            apart = level(lowest) - level(start) > 1e-4  # more than settings round to
+            if apart and (samples is None or samples.earlier is None):
                 yield (
-                    f"stages.{index + 1}.objective: the phase of dmd starts at {after[0]:.6g} radians, and that of "
-                    f"stages.{index} ends at {before[1]:.6g}, so that nobody learns the times between. Make them one"
+                    f"stages.{index}.objective starts at {start:.6g} radians, and the stages before it end at "
+                    f"{lowest:.6g}, so that nobody learns the times between. Make them one"
                 )
+            lowest = min(lowest, end)
         if self.teacher.model is None:
             for key, needless in (
                 ("teacher.conditions", self.teacher.conditions is not None),

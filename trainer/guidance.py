@@ -46,9 +46,14 @@ class GuidanceConfig:
             return None
         if self.below is not None and not first < self.below[0] < last:
             return f"guidance.below begins at {self.below[0]:g}, and guidance is on between {first:g} and {last:g} only"
-        if last <= low or first >= high:
+        parts = [(first, last, self.scale)]
+        if self.below is not None:
+            parts = [(first, self.below[0], self.below[1]), (self.below[0], last, self.scale)]
+        acting = [(start, end) for start, end, scale in parts if scale != 1]
+        if not any((start < high and end > low) or start == low or end == high for start, end in acting):
+            where = " and ".join(f"{start:g} and {end:g}" for start, end in acting)
             return (
-                f"guidance is on between {first:g} and {last:g} (guidance.interval), and the teacher is asked between "
+                f"guidance is on between {where} (guidance.interval, .below), and the teacher is asked between "
                 f"{low:.4g} and {high:.4g}, where there is none"
             )
         return None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import jvpgraph
 from jvpgraph.passes.context import Report
+from jvpgraph.trainer import settings
 from jvpgraph.trainer.batch import Batch, drop_condition
 from jvpgraph.trainer.config import OptimizerConfig, RunConfig
 from jvpgraph.trainer.data.loader import loader
@@ -39,7 +40,7 @@ from jvpgraph.trainer.run.changes import covered
 from jvpgraph.trainer.run.checkpoint import CheckpointError, Checkpoints, OnePiece
 from jvpgraph.trainer.run.decay import Watch
 from jvpgraph.trainer.run.diagnosis import Probe
-from jvpgraph.trainer.run.earlier import check_earlier, expert_of, students_of, try_later
+from jvpgraph.trainer.run.earlier import check_earlier, expert_of, scale_told, students_of, try_stages
 from jvpgraph.trainer.run.folder import check_folder, check_free, checkpoint_step, claimed, newest_step
 from jvpgraph.trainer.run.kept import Means, RandomState
 from jvpgraph.trainer.run.log import RunLog, read_lines
@@ -113,12 +114,11 @@ def train_here(
             dataset, origin, others = resumed(config, networks.digests, dataset, start, change, ranks)
             changes += others
         validation = Validation.of(config, dataset, ranks, layout.device, networks.digests.teacher)
-        for index, each in enumerate(config.stages):
-            check_earlier(each.objective, config.scales_in(index), has_latents=getattr(dataset, "has_latents", True))
+        check_earlier(config, has_latents=getattr(dataset, "has_latents", True))
         check_run(config, networks.student, networks.guided, dataset, layout.device)
         ranks.on_first(lambda: warn_of_settings(config))
-        if begun is None:
-            try_later(config, layout, networks, first_samples(dataset, 1).to(layout.device))
+        ahead = 0 if begun is None else 1 + next(i for i, end in enumerate(ends) if begun <= end)
+        try_stages(config, ahead, layout, networks, first_samples(dataset, 1).to(layout.device))
         for batch in extremes:
             one = batch.to(layout.device)
             for who, network in (("teacher", networks.guided.model), ("student", networks.student)):
@@ -144,7 +144,13 @@ def train_here(
         if last is not None:
             done = checkpoint_step(last)
             checkpoints.trim(last)
-        ranks.on_first(lambda: write_origin(folder, origin, done, changes))
+
+        def settle() -> None:
+            settings.save(config, folder / "config.yaml")
+            write_origin(folder, origin, done, changes)
+
+        if last is None:  # else not before the checkpoint was found to fit
+            ranks.on_first(settle)
         said = 0
         log: RunLog | None = None
 
@@ -173,6 +179,7 @@ def train_here(
             if last is not None:
                 checkpoints.load(stage.state(), last)
                 last = None
+                ranks.on_first(settle)
             elif index == 0:
                 checkpoints.save(0, stage.state())  # so that there is one from before anything goes wrong
             for step in range(done + 1, end + 1):
@@ -290,7 +297,7 @@ class Stage:
             self.fake = networks.new_student()
             self.fake_optimizer = adamw(self.fake, settings.fake)
         sample = first_samples(dataset, 1).to(layout.device)
-        self.earlier = expert_of(self.objective, layout, sample, config.told_scale)
+        self.earlier = expert_of(self.objective, layout, sample, scale_told(config, index))
         students = students_of(config, index, networks.student, self.earlier, layout, sample)
         self.sampler = partial(student_sampler, config, index, students)
         self.critic: Critic | None = None
@@ -299,8 +306,7 @@ class Stage:
             assert host is not None, "the settings were checked"
             self.critic = critic_on(host, self.objective.critic, sample)
             self.critic_optimizer = adamw(self.critic, settings.critic)
-        first = (i for i in range(1, settings.steps + 1) if self.objective.fake_updates(i))
-        self.fake_begins = next(first, 1) - 1
+        self.fake_begins = settings.fake_begins
 
     def state(self) -> dict[str, Any]:
         """Everything that a step reads and changes."""

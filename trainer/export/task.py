@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,7 @@ from jvpgraph.trainer.trigflow import HALF_PI, TrigFlow, level
 NETWORK = "transformer"  # the part of a pipeline that is distilled
 SECOND = "transformer_2"  # the network for low noise, where a pipeline has two
 PIPELINES_WITH_R_AT_T = ("AceStepTransformer1DModel",)
+SILENT = ("SanaPipeline", "SanaVideoPipeline")  # which tell a network with guidance_embeds no scale: Sprint's does
 MARGIN = 1e-5  # of rectified-flow time, by which a pipeline changes networks before the time where the second begins
 
 
@@ -220,7 +222,13 @@ class Task:
     @property
     def told_else(self) -> bool:
         """Whether a pipeline would not tell it what it was told in training: its guidance scale, or r = t."""
-        return self.takes_scale or self.told_next
+        return self.takes_scale or self.told_next or self.told_no_scale
+
+    @property
+    def told_no_scale(self) -> bool:
+        """Whether its own pipeline tells it no guidance scale, though its class takes one."""
+        whole = self.pipeline is not None and (self.pipeline / "model_index.json").is_file()
+        return whole and self.index["_class_name"] in SILENT and getattr(self.net.config, "guidance_embeds", False)
 
     @property
     def told_next(self) -> bool:
@@ -292,6 +300,12 @@ class Task:
                 f"no pipeline of diffusers tells a {type(self.net).__name__} the scale of student.embed_scale\n"
                 "Leave --keep-scale out: its scale is fixed then, at that of --guidance."
             )
+        if self.told_no_scale:
+            raise ValueError(
+                f"a {self.index['_class_name']} tells its network no guidance scale, which this one takes "
+                "(guidance_embeds)\nExport the network alone (without --pipeline), and sample it with jvpgraph sample "
+                "RUN."
+            )
         if self.told_next:
             raise ValueError(
                 f"pipelines of a {type(self.net).__name__} do not tell it r = t, as this run did\n"
@@ -329,16 +343,15 @@ class Task:
         arguments: dict[str, Any] = {"num_inference_steps": config.sampling.teacher_steps if many else self.count}
         scale = config.conditions.get("guidance")
         if getattr(self.net.config, "guidance_embeds", False):  # the network is told the scale
-            name = next((name for name in ("distilled_guidance_scale", "guidance_scale") if name in known), None)
-            if isinstance(scale, int | float) and name is not None:
+            if isinstance(scale, int | float) and (name := told_by(known)) is not None:
                 arguments[name] = scale / unit_of(self.net)
         elif "guidance_scale" in known and "true_cfg_scale" not in known:
             arguments["guidance_scale"] = self.unguided
         if "true_cfg_scale" in known:
             arguments["true_cfg_scale"] = 1.0
         arguments |= config.sampling.call  # as `prepare` wrote it down, for the guidance in the data's card
-        if not self.has_scale and (told := told_instead(config)) is not None and "guidance_scale" in known:
-            arguments["guidance_scale"] = told
+        if not self.has_scale and (told := told_instead(config)) is not None and (name := told_by(known)) is not None:
+            arguments[name] = told
         return arguments
 
     @property
@@ -361,6 +374,11 @@ class Task:
             shutil.copy(file, folder / file.name)
             return [file.stem, name]
         return ["diffusers", name]
+
+
+def told_by(arguments: Collection[str]) -> str | None:
+    """The argument of a pipeline's call by which a network is told its guidance scale."""
+    return next((name for name in ("distilled_guidance_scale", "guidance_scale") if name in arguments), None)
 
 
 def told_instead(config: RunConfig) -> float | None:

@@ -9,7 +9,7 @@ is zero: until they are trained the network is its teacher bit for bit, whatever
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 INTERVAL = "interval"  # the name of d in the network; not within e, which may be a Sequential
 EMBEDDED = "guidance_scale"  # of g
 NAMES = (INTERVAL, EMBEDDED)
+SETTINGS = {INTERVAL: "student.second_time", EMBEDDED: "student.embed_scale"}
 
 
 @dataclass(frozen=True)
@@ -116,19 +117,17 @@ class Addition(nn.Module):
         return waves.to(next(self.embedder.parameters()).dtype)
 
 
-def add(
-    net: nn.Module, name: str, where: TimeInput, setting: str, *, times: float = 1.0, absent: float | None = None
-) -> None:
+def add(net: nn.Module, name: str, where: TimeInput, *, times: float = 1.0, absent: float | None = None) -> None:
     """Gives a network an addition.
 
     Args:
-        setting: that asks for it, for errors.
         times: the network's own time for the number 1.
         absent: as Addition has it.
 
     Raises:
         ValueError: there is no place for it.
     """
+    setting = SETTINGS[name]
     place = found(net, where, setting)
     if hasattr(net, name):
         raise ValueError(f"{setting}: {type(net).__name__} has a `{name}` of its own\nRename that.")
@@ -165,6 +164,32 @@ def check_nothing(addition: Addition, setting: str) -> None:
         )
 
 
+def check_reached(net: nn.Module, call: Callable[[], Tensor], *, plainly: bool) -> None:
+    """Raises ValueError if a call of the network passes by what it was given, or its backward loses the number.
+
+    Args:
+        call: of the network, with all numbers.
+        plainly: whether it is trained by calls like this one, and not by graphs alone.
+    """
+    given, asked = added(net), set[str]()
+    handles = [part.register_forward_hook(lambda *_, name=name: asked.add(name)) for name, part in given.items()]
+    try:
+        with torch.compiler.set_stance("force_eager"), torch.enable_grad():
+            answer = call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in sorted(given.keys() - asked):
+        raise ValueError(
+            f"{SETTINGS[name]}: {given[name].place.embedder} is not called as a module in {type(net).__name__}, so "
+            "that what is added to its embedding is passed by\nCall it as a whole (not layer by layer, nor by another "
+            "method than forward); or name the module that is called."
+        )
+    if plainly:
+        answer.square().sum().backward()
+        net.zero_grad()
+
+
 def in_backward() -> bool:
     """Whether a checkpointed module is run again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -196,7 +221,9 @@ def found(net: nn.Module, where: TimeInput, setting: str) -> TimeInput:
     names = dict(net.named_modules())
     if where.embedder is None:
         classes = [cls.__name__ for cls in type(net).__mro__]  # FSDP makes a subclass
-        where = next((KNOWN[name] for name in classes if name in KNOWN), getattr(net, "time_input", where))
+        own = getattr(net, "time_input", None)
+        own = own if isinstance(own, TimeInput) else where
+        where = next((KNOWN[name] for name in classes if name in KNOWN), own)
         if f"{where.embedder}" not in names and where.embedder is not None:  # Sana's, PixArt's
             parent, _, last = where.embedder.rpartition(".")
             where = below(f"{parent}.emb", where.scale) if f"{parent}.emb.{last}" in names else where
@@ -207,9 +234,20 @@ def found(net: nn.Module, where: TimeInput, setting: str) -> TimeInput:
     for name in (where.embedder, where.sinusoids):
         if name is not None and name not in names:
             raise ValueError(f"{setting}: {type(net).__name__} has no module {name}\n{do}")
+    if any(isinstance(names.get(name), torch._dynamo.OptimizedModule) for name in parents_of(where.embedder)):
+        raise ValueError(
+            f"{setting}: {where.embedder} of {type(net).__name__} is compiled by torch.compile(module), whose copies "
+            "would run without what is added\nCompile it in place, by module.compile(), or leave that to the trainer."
+        )
     if last_linear(names[where.embedder]) is None:
         raise ValueError(f"{setting}: {where.embedder} has no linear layer, so it embeds no time\n{do}")
     return where
+
+
+def parents_of(name: str) -> list[str]:
+    """The dotted name, and those of the modules that it is in."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def last_linear(module: nn.Module) -> Any:
@@ -222,8 +260,8 @@ def added(net: nn.Module) -> dict[str, Addition]:
 
 
 def of_addition(parameter: str, names: Iterable[str] = NAMES) -> bool:
-    """Whether a parameter, by its dotted name, belongs to what was added."""
-    return not set(names).isdisjoint(parameter.split("."))
+    """Whether a parameter, by its dotted name in a network or in the TrigFlow around it, belongs to what was added."""
+    return parameter.removeprefix("net.").partition(".")[0] in names
 
 
 @torch.no_grad()
@@ -245,10 +283,11 @@ def fold(net: nn.Module, name: str, value: float) -> None:
         told = told.to(last.weight.dtype)
     whole = embedder.forward(told)  # without the hook that adds
     handle.remove()
-    if last.bias is None or not (last is embedder or torch.equal(whole, ends[-1])):
+    alone = last.bias is not None and sum(p is last.bias for _, p in net.named_parameters(remove_duplicate=False)) == 1
+    if not alone or not (last is embedder or (len(ends) == 1 and torch.equal(whole, ends[0]))):
         raise ValueError(
-            f"{addition.place.embedder} of {type(net).__name__} does not end with a linear layer that has a bias, "
-            "which could hold what a number adds"
+            f"{addition.place.embedder} of {type(net).__name__} does not end with a linear layer that has a bias of "
+            "its own and is called once, which could hold what a number adds"
         )
     total = last.bias.double() + addition.of(number)[0].double()
     last.bias = nn.Parameter(total.to(last.bias.dtype), requires_grad=last.bias.requires_grad)

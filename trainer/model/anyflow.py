@@ -25,10 +25,12 @@ SAME = {"qk_norm": "rms_norm_across_heads", "image_dim": None, "added_kv_proj_di
 
 
 def fits_anyflow(net: nn.Module) -> bool:
-    """Whether it is a Wan with a second time alone, from text to video: AnyFlow has no other attention to pictures."""
+    """Whether it is a Wan with a second time alone, from text to video: AnyFlow has no other attention to pictures, and
+    embeds t - r as it embeds t."""
     config: Any = getattr(net, "config", {})
     known = any(cls.__name__ == "WanTransformer3DModel" for cls in type(net).__mro__)
-    return known and [*added(net)] == [INTERVAL] and all(config.get(name) == value for name, value in SAME.items())
+    alone = {name: part.place for name, part in added(net).items()} == {INTERVAL: WAN}
+    return known and alone and all(config.get(name) == value for name, value in SAME.items())
 
 
 def as_anyflow(net: Any) -> Any:

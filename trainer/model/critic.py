@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jvpgraph.trainer.batch import Batch, Condition
+from jvpgraph.trainer.model.experts import Experts
 from jvpgraph.trainer.model.student import repeated_blocks
 from jvpgraph.trainer.objectives import Adversarial
 from jvpgraph.trainer.objectives.judge import Features
@@ -94,6 +95,11 @@ def critic_on(network: nn.Module, settings: Adversarial, sample: Batch, blocks: 
         raise ValueError(
             f"adversarial.features: the {settings.features} is a {type(network).__name__}, and not one network with "
             "blocks to look into"
+        )
+    if isinstance(net, Experts):
+        raise ValueError(
+            f"adversarial.features: the {settings.features.replace('_', ' ')} is two networks, of which one sees a "
+            "sample: heads would see some only. Take the other one"
         )
     name, count = type(net).__name__, len(list(repeated_blocks(net)))
     if not count:

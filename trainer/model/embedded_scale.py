@@ -46,7 +46,7 @@ def embed_scale(model: TrigFlow, where: TimeInput | None = None) -> TrigFlow:
         ValueError: it is not known where, or there is no such module, or none with a linear layer.
     """
     if EMBEDDED not in added(model.net):
-        add(model.net, EMBEDDED, where or TimeInput(), "student.embed_scale", times=0.1 * model.time_scale)
+        add(model.net, EMBEDDED, where or TimeInput(), times=0.1 * model.time_scale)
         model.call = WithGuidance(model.call)
     return model
 

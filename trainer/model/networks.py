@@ -20,6 +20,7 @@ from jvpgraph.trainer.config import GuidanceConfig, NetworkKey, RunConfig, Stage
 from jvpgraph.trainer.data.sample import Dataset, commonest, first_samples, shorten
 from jvpgraph.trainer.evaluation.phases import check_steps
 from jvpgraph.trainer.model.adamw_8bit import check_float32
+from jvpgraph.trainer.model.additions import added, check_reached
 from jvpgraph.trainer.model.critic import critic_on
 from jvpgraph.trainer.model.experts import Experts
 from jvpgraph.trainer.model.parts import gathered, in_bytes, local
@@ -177,6 +178,8 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
     if config.told_scale is not None:
         check_told(config, student, guided, sample)
     try_network("the student cannot run with a sample of the data", student, sample.x0, sample.cond)
+    if added(student.net):
+        check_additions(config, student, sample)
     tried = commonest(dataset)
     shapes = [shape for shape in getattr(dataset, "buckets", []) if shape is not tried]
     others = [first_samples(dataset, 1, shape).to(device) for shape in shapes]
@@ -208,6 +211,14 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
         if (critic := stage.objective.critic) is not None:
             of_teacher = critic.features == "teacher" or config.fake_score.network == "teacher"
             critic_on(guided.model if of_teacher else student, critic, sample)
+
+
+def check_additions(config: RunConfig, student: TrigFlow, sample: Batch) -> None:
+    """Raises ValueError if the network passes by what it was given, or loses it in a backward."""
+    t = torch.full((len(sample),), 0.5, dtype=torch.float64, device=sample.x0.device)
+    second = (t / 2,) if takes_r(student) else ()
+    plainly = any(stage.objective.trains_plainly for stage in config.stages)
+    check_reached(student.net, lambda: student(sample.x0, t, sample.cond, *second), plainly=plainly)
 
 
 def check_teacher(config: RunConfig, guided: Guided, sample: Batch) -> None:
@@ -278,9 +289,9 @@ def check_conditions(config: RunConfig, sample: Batch) -> None:
 @torch.no_grad()
 def try_network(what: str, model: nn.Module, x0: Tensor, cond: Condition) -> None:
     given = ", ".join(f"{name} {list(x.shape)} {str(x.dtype)[6:]}" for name, x in {"x0": x0, **cond}.items())
-    t = torch.full((1,), 0.5, dtype=torch.float64, device=x0.device)
+    times = (0.01, 1.56) if isinstance(getattr(model, "net", None), Experts) else (0.5,)  # of both
     try:
-        F = model(x0, t, cond)
+        F, *_ = [model(x0, torch.full((1,), t, dtype=torch.float64, device=x0.device), cond) for t in times]
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:

@@ -46,7 +46,7 @@ def add_second_time(model: TrigFlow, where: TimeInput | None = None) -> TrigFlow
     if own is not None:
         model.call = around(model.call, own())
     elif not takes_r(model):
-        add(model.net, INTERVAL, where or TimeInput(), "student.second_time", absent=0.0)
+        add(model.net, INTERVAL, where or TimeInput(), absent=0.0)
         model.call = WithSecondTime(model.call)
     return model
 

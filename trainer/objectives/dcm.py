@@ -51,6 +51,11 @@ class DCM(Objective):
     def sampler(self) -> str:  # type: ignore[override]
         return "flow" if self.segments > 1 else "consistency"
 
+    @property
+    def asked(self) -> tuple[float, float]:
+        lowest = float(equal_steps(self.teacher_steps, self.shift)[1]) / self.substeps
+        return 0.0 if self.jitter else lowest, 1.0
+
     def check_sampling(self, steps: Collection[int], shift: float) -> None:
         if self.segments > 1 and (set(steps) != {self.segments} or shift != self.shift):
             raise ValueError(

@@ -55,8 +55,17 @@ class FlowMap(TwoTimes):
             raise ValueError("velocity: own is learned from the data where r = t: set instant_share above 0")
 
     @property
+    def asked(self) -> tuple[float, float]:
+        low, high = super().asked
+        return 0.0 if self.clean_share and self.method != "eulerian" else low, high
+
+    @property
     def asks_teacher(self) -> bool:
         return self.velocity == "teacher"
+
+    @property
+    def trains_plainly(self) -> bool:
+        return False
 
     @property
     def waits(self) -> dict[str, int]:

@@ -26,7 +26,7 @@ from jvpgraph.trainer.objectives.objective import Objective, Terms, listed, obje
 from jvpgraph.trainer.objectives.scm import moved
 from jvpgraph.trainer.ranges import positive
 from jvpgraph.trainer.times import ShiftedUniform, Times
-from jvpgraph.trainer.trigflow import HALF_PI
+from jvpgraph.trainer.trigflow import HALF_PI, level
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,17 @@ class FreeFlow(Objective):
         positive(self, "tangent_floor")
 
     @property
+    def trains_plainly(self) -> bool:
+        return False
+
+    @property
     def span(self) -> tuple[float, float]:
         return HALF_PI, super().span[1]
+
+    @property
+    def asked(self) -> tuple[float, float]:
+        start, end = super().span  # of the ends of its jumps
+        return level(end), level(start)
 
     def check_sampling(self, steps: Collection[int], shift: float) -> None:
         if set(steps) != {1}:

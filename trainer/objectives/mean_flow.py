@@ -100,6 +100,10 @@ class MeanFlow(TwoTimes):
         return self.velocity == "teacher"
 
     @property
+    def trains_plainly(self) -> bool:
+        return self.discrete is not None
+
+    @property
     def waits(self) -> dict[str, int]:
         return {} if self.discrete is None else {"its derivative takes the place of differences": self.discrete.end}
 

@@ -56,6 +56,11 @@ class Objective(Variants):
         return True
 
     @property
+    def trains_plainly(self) -> bool:
+        """Whether there is a backward through calls of the student without tangents."""
+        return True
+
+    @property
     def waits(self) -> dict[str, int]:
         """What comes only after some student updates of the stage, and after how many."""
         return {}
@@ -82,11 +87,6 @@ class Objective(Variants):
     def simulated(self) -> Any:
         """Settings (Simulation) of the samples that dmd or a critic looks at, or None."""
         return self.simulation if self.fake_score is None else self.fake_score.simulation
-
-    @property
-    def phase(self) -> tuple[float, float] | None:
-        """Where those samples start and end, in radians; None: there are none."""
-        return None if self.simulated is None else (self.simulated.start, self.simulated.end)
 
     @property
     def span(self) -> tuple[float, float]:

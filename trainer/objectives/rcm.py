@@ -49,6 +49,10 @@ class RCM(Objective):
         return covering(part.asked for part in asking)
 
     @property
+    def trains_plainly(self) -> bool:
+        return bool(self.weight)
+
+    @property
     def waits(self) -> dict[str, int]:
         return {**self.scm.waits, **({"dmd begins": self.scm.tangent_warmup} if self.weight else {})}
 

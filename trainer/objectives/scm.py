@@ -65,6 +65,10 @@ class SCM(Objective):
         return self.velocity == "teacher"
 
     @property
+    def trains_plainly(self) -> bool:
+        return False
+
+    @property
     def waits(self) -> dict[str, int]:
         return {"its tangent counts in full": self.tangent_warmup}
 

@@ -112,8 +112,8 @@ class WeightedTerms(Objective):
 
     @property
     def span(self) -> tuple[float, float]:
-        start, end = self.leading[0].span
-        return start if self.fake_score is None else max(start, self.fake_score.start), end
+        starts, ends = zip(*(part.span for part in self.leading))
+        return max(starts), min(ends)
 
     @property
     def asked(self) -> tuple[float, float]:
@@ -130,6 +130,10 @@ class WeightedTerms(Objective):
     @property
     def asks_teacher(self) -> bool:
         return any(part.asks_teacher for part in self.objectives)
+
+    @property
+    def trains_plainly(self) -> bool:
+        return any(term.weight and term.objective.trains_plainly for term in self.terms)
 
     @property
     def waits(self) -> dict[str, int]:

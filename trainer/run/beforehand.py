@@ -15,7 +15,7 @@ from torch import Tensor
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import Dataset, Sample, collate, read_sample, shorten
-from jvpgraph.trainer.evaluation.phases import note_of, parts_of
+from jvpgraph.trainer.evaluation.phases import note_of, parts_of, settings_of
 from jvpgraph.trainer.pictures import mp4_writer
 from jvpgraph.trainer.plug import Plug, PlugError
 
@@ -111,7 +111,10 @@ def warn_of_settings(config: RunConfig) -> None:
         trained = {"student": stage.student}
         trained |= {} if stage.objective.fake_score is None else {"fake": stage.fake}
         trained |= {} if stage.objective.critic is None else {"critic": stage.critic}
-        waits = {f"{name}.lr is reached": settings.warmup for name, settings in trained.items()}
+        waits = {
+            f"{name}.lr is reached": settings.warmup and settings.warmup + (name != "student") * stage.fake_begins
+            for name, settings in trained.items()
+        }
         for what, updates in {**stage.objective.waits, **waits}.items():
             if updates >= stage.steps:
                 log.warning(
@@ -124,6 +127,14 @@ def warn_of_settings(config: RunConfig) -> None:
                 index,
                 stage.objective.name,
             )
+        samples = stage.objective.simulated
+        if config.told_scale is not None and samples is not None and samples.earlier is not None:
+            before = settings_of(samples.earlier)
+            if before.told_scale is None:
+                log.warning(
+                    "stages.%d: whatever scale samples are told, they begin with those of %s, which learnt one scale",
+                    *(index, samples.earlier),
+                )
         if config.looked_at and (note := note_of(parts_of(config, index))):
             log.warning("stages.%d: %s", index, note)
 

@@ -30,7 +30,7 @@ from jvpgraph.trainer.model.quantize import put_on_bytes, quantize
 from jvpgraph.trainer.objectives import Objective
 from jvpgraph.trainer.run.origin import Digests, digest_of
 from jvpgraph.trainer.run.parallel import Layout
-from jvpgraph.trainer.run.start import start_from
+from jvpgraph.trainer.run.start import check_start, start_from
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
 
 
@@ -80,6 +80,8 @@ def build_networks(config: RunConfig, layout: Layout, start: Path | None = None)
     own = config.teacher.model is not None  # a teacher that is another network than the student
     base = build_network(config, workshop, "model")
     of_base = of_teacher = digest_of(base) if layout.first else ""
+    if start is not None:
+        layout.ranks.on_first(lambda: check_start(config.student, of_base, start))
     student = student_of(base, config.student, start)  # a copy before the teacher, if it is that, is taken apart
     teacher = base
     del base

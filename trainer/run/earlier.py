@@ -56,20 +56,27 @@ class Expert:
             )
 
 
-def check_earlier(objective: Objective, scales: tuple[float, float] | None = None, *, has_latents: bool) -> None:
-    """Raises FileNotFoundError or ValueError if the run of the phase before is none, or ends where none begins.
+def check_earlier(config: RunConfig, *, has_latents: bool) -> None:
+    """Raises FileNotFoundError or ValueError if the run of a phase before is none, or ends where none begins.
 
     Args:
-        scales: of guidance, from the lowest to the highest that samples are told; None: they are told none.
         has_latents: whether the data has some, with whose noise a phase may start.
     """
+    for index, stage in enumerate(config.stages):
+        check_before(stage.objective, scales_asked(config, index), has_latents)
+
+
+def check_before(objective: Objective, scales: tuple[float, float], has_latents: bool) -> None:
+    """`check_earlier` for an objective, whose samples are made for guidance scales between two."""
     samples = objective.simulated
     if samples is None or samples.earlier is None:
         return
     run = settings_of(samples.earlier, "dmd.earlier")
     before, learnt = run.stages[-1].objective, run.scales_in(len(run.stages) - 1)
-    if before.phase is None or not meet(before.phase[1], samples.start):
-        where = "has no phase of dmd" if before.phase is None else f"ends its phase at {before.phase[1]:.6g} radians"
+    if before.simulated is None or not meet(before.simulated.end, samples.start):
+        where = "has no phase of dmd"
+        if before.simulated is not None:
+            where = f"ends its phase at {before.simulated.end:.6g} radians"
         raise ValueError(
             f"dmd.earlier: {samples.earlier} {where}, and this one starts at {samples.start:.6g}, so that nobody "
             "learns the times between. Make them one"
@@ -79,12 +86,12 @@ def check_earlier(objective: Objective, scales: tuple[float, float] | None = Non
             f"dmd.earlier: the last stage of {samples.earlier} starts from real latents, and the data set holds "
             "prompts only: name a run that starts from noise, or has an `earlier` itself"
         )
-    if scales is not None and learnt is not None and not learnt[0] <= scales[0] <= scales[1] <= learnt[1]:
+    if learnt is not None and not learnt[0] <= scales[0] <= scales[1] <= learnt[1]:
         raise ValueError(
             f"dmd.earlier: the student of {samples.earlier} learnt guidance scales from {learnt[0]:g} to {learnt[1]:g} "
             f"in its last stage, and is asked for {scales[0]:g} to {scales[1]:g} here: give guidance.scale within these"
         )
-    check_earlier(before, scales, has_latents=has_latents)
+    check_before(before, scales, has_latents)
 
 
 def expert_of(objective: Objective, layout: Layout, sample: Batch, guidance: float | None) -> Expert | None:
@@ -114,21 +121,32 @@ def students_of(
     """
     found = [student, *([] if expert is None else expert.students)]
     rest = folders_held(config, stage)[len(found) - 1 :]
-    return [*found, *(earlier_student(folder, layout, sample, config.told_scale)[0] for folder in rest)]
+    return [*found, *(earlier_student(folder, layout, sample, scale_told(config, stage))[0] for folder in rest)]
 
 
-def try_later(config: RunConfig, layout: Layout, networks: Networks, sample: Batch) -> None:
-    """Builds what stages after the first begin with and drops it again, so that no run fails for it after hours.
+def try_stages(config: RunConfig, first: int, layout: Layout, networks: Networks, sample: Batch) -> None:
+    """Builds what the stages from one on begin with and drops it again: before a folder is made, and not after hours.
 
     Raises:
         FileNotFoundError, ValueError: one of them could not begin.
     """
-    scored = [stage.objective.fake_score is not None for stage in config.stages]
-    if any(scored) and not scored[0]:
+    ahead = [*enumerate(config.stages)][first:]
+    if any(stage.objective.fake_score is not None for _, stage in ahead):
         networks.new_student()
-    for index, stage in enumerate(config.stages[1:], 1):
-        expert = expert_of(stage.objective, layout, sample, config.told_scale)
+    for index, stage in ahead:
+        expert = expert_of(stage.objective, layout, sample, scale_told(config, index))
         students_of(config, index, networks.student, expert, layout, sample)
+
+
+def scales_asked(config: RunConfig, stage: int) -> tuple[float, float]:
+    """The lowest and the highest guidance scale that samples of a stage are made for."""
+    scale = config.guidance_in(stage).scale
+    return scale if isinstance(scale, tuple) else (scale, scale)
+
+
+def scale_told(config: RunConfig, stage: int) -> float:
+    """The one that a student of another run is told in samples of a stage, if it is told any."""
+    return scales_asked(config, stage)[0] if config.told_scale is None else config.told_scale
 
 
 def earlier_student(path: Path, layout: Layout, sample: Batch, guidance: float | None) -> tuple[TrigFlow, str]:

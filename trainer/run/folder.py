@@ -41,7 +41,7 @@ def check_folder(config: RunConfig, change: Sequence[str] = ()) -> list[str]:
 
 @contextmanager
 def claimed(config: RunConfig, *, fresh: bool) -> Iterator[Path]:
-    """The run's folder, made and locked, with its config.yaml; with `fresh`, an earlier run is moved aside first.
+    """The run's folder, made and locked; with `fresh`, an earlier run is moved aside first.
 
     Raises:
         ValueError: another process is training in it. Nothing was touched then.
@@ -52,7 +52,6 @@ def claimed(config: RunConfig, *, fresh: bool) -> Iterator[Path]:
             folder.rename(unused(folder))
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        settings.save(config, folder / "config.yaml")
         yield folder
 
 

@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 from jvpgraph.trainer import settings
+from jvpgraph.trainer.batch import Condition
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.sample import BadShard, Dataset, Sample, shorten
 from jvpgraph.trainer.files import write_whole
 from jvpgraph.trainer.plug import Plug
+from jvpgraph.trainer.run.beforehand import paths_of
 from jvpgraph.trainer.run.changes import covered, record_changes
 from jvpgraph.trainer.run.ranks import Ranks
 
@@ -226,6 +228,30 @@ def code_of(config: RunConfig) -> dict[str, str]:
     files |= {"guidance.negative_file": config.guidance.negative_file}
     files |= {f"imports.{i}": Plug(f"{name}:").file for i, name in enumerate(config.imports)}
     return digests_of(files)
+
+
+def what_teaches(config: RunConfig, teacher: str, negative: Condition) -> dict[str, Any]:
+    """Everything that a guided teacher's answers follow from, by the names that the user knows.
+
+    Args:
+        teacher: digest of its values.
+        negative: the negative condition.
+    """
+    key = config.teacher_key
+    plug, plain = config.network(key), settings.to_dict(config)
+    moved = dict(paths_of(plug))  # whose content is in the values
+    code = {name: digest for name, digest in code_of(config).items() if name == key or name.startswith("imports")}
+    return {
+        "teacher": teacher,
+        f"{key}.load": plug.load,
+        f"{key}.options": {name: value for name, value in plug.options.items() if name not in moved},
+        "files": code,
+        "teacher.quantization": plain["teacher"]["quantization"],
+        "conditions": config.conditions_of(key),
+        "guidance": plain["guidance"],
+        "guidance.negative": digest_of_values(negative),
+        "sampling.guidance": config.told_scale,
+    }
 
 
 def digests_of(files: Mapping[str, Path | None]) -> dict[str, str]:

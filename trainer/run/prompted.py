@@ -21,6 +21,7 @@ from jvpgraph.trainer.data.sample import Dataset, first_samples
 from jvpgraph.trainer.files import draft_of
 from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.prepare.checkpoint import Encoder, pipeline_of, read_checkpoint
+from jvpgraph.trainer.run.origin import digest_of_values
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,7 @@ def prompted_of(config: RunConfig, dataset: Dataset, device: torch.device) -> Pr
         )
     sample = first_samples(dataset, 1)
     length = getattr(dataset, "card", {}).get("settings", {}).get("text_length")
-    shapes = {name: [list(x.shape), str(x.dtype)] for name, x in sample.cond.items()}
-    named = json.dumps([texts, str(Path(pipeline).resolve()), length, shapes], sort_keys=True)
+    named = json.dumps([texts, str(Path(pipeline).resolve()), length, digest_of_values(sample.cond)], sort_keys=True)
     key = hashlib.sha256(named.encode()).hexdigest()[:16]
     decode = config.sampling.decode or Plug(DECODER, {"checkpoint": str(pipeline)})
     cond = saved(config.out / FILE, key)

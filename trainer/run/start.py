@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jvpgraph.trainer import settings
-from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.config import RunConfig, StudentConfig
 from jvpgraph.trainer.data.sample import shorten
 from jvpgraph.trainer.files import read_json
-from jvpgraph.trainer.model.additions import NAMES, of_addition
+from jvpgraph.trainer.model.additions import EMBEDDED, INTERVAL, NAMES, SETTINGS, added, found, of_addition
 from jvpgraph.trainer.model.anyflow import NAME, OURS, from_anyflow
 from jvpgraph.trainer.model.ema import PowerEMA
 from jvpgraph.trainer.model.networks import moving, set_weights, trainable
 from jvpgraph.trainer.run.checkpoint import Checkpoints
+from jvpgraph.trainer.run.origin import read_origin
 from jvpgraph.trainer.trigflow import TrigFlow
 
 
@@ -30,14 +31,60 @@ def start_from(student: TrigFlow, source: Path) -> None:
     Raises:
         ValueError: there is neither in the folder, or the weights are those of another network.
     """
-    if (source / "config.yaml").is_file():
+    if is_run(source):
         take_run(student, source)
     else:
         take_tensors(student, in_names_of(student, source), source)
 
 
+def is_run(source: Path) -> bool:
+    """The export of a network of one's own has a config.yaml too."""
+    return (source / "config.yaml").is_file() and not (source / "model.safetensors").is_file()
+
+
+def check_start(config: StudentConfig, base: str, source: Path) -> None:
+    """Raises ValueError if a student with the weights of a run would not be that run's student.
+
+    Args:
+        config: of the new student.
+        base: digest of the network that it is made from.
+    """
+    if not is_run(source):
+        return
+    run = settings.load(RunConfig, source / "config.yaml")
+    before, origin = run.student, read_origin(source)
+    for name, then, now in (
+        ("second_time", before.added_time, config.added_time),
+        ("embed_scale", before.added_scale, config.added_scale),
+    ):
+        if then is not None and now is None:
+            raise ValueError(
+                f"--from {source}: its student.{name} is set, and what that has learnt would be lost\n"
+                f"Set student.{name} as there."
+            )
+    if before.lora is None or config.lora is None:
+        return
+    if before.lora.rank == config.lora.rank and before.lora.alpha != config.lora.alpha:
+        raise ValueError(
+            f"--from {source}: its adapters act with alpha {before.lora.alpha:g}, and student.lora.alpha is "
+            f"{config.lora.alpha:g}: the same weights would be another network\nSet student.lora.alpha as there."
+        )
+    if origin is not None and (origin.base or origin.teacher) != base:
+        raise ValueError(
+            f"--from {source}: its adapters were trained on other weights than those of `model`\n"
+            "Name the same network; or export the run, and name that as `model`."
+        )
+
+
 def take_run(student: TrigFlow, source: Path) -> None:
     config = settings.load(RunConfig, source / "config.yaml")
+    for name, where in ((INTERVAL, config.student.added_time), (EMBEDDED, config.student.added_scale)):
+        own = added(student.net).get(name)
+        if own is not None and where is not None and found(student.net, where, SETTINGS[name]) != own.place:
+            raise ValueError(
+                f"--from {source}: there it is {SETTINGS[name]}={where}, and here {own.place}: the same weights would "
+                "be another network\nGive the same."
+            )
     sigma = config.ema.sigma_rel[0]
     average = PowerEMA(trainable(student), sigma)
     state = {"student": moving(student), "ema": {f"{sigma:g}": average}}

@@ -42,7 +42,7 @@ from jvpgraph.trainer.prepare.write import (
     wait_for_records,
 )
 from jvpgraph.trainer.run.beforehand import data_of
-from jvpgraph.trainer.run.origin import digest_of
+from jvpgraph.trainer.run.origin import digest_of, what_teaches
 from jvpgraph.trainer.trigflow import Guided
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def synthesize(config: RunConfig, out: Path, options: Options) -> dict[str, Any]
     device = device_of(config, int(os.environ.get("LOCAL_RANK", "0")) if ranks > 1 else None)
     guided, digest = teacher_of(config, device)
     check_teacher(config, guided, first_samples(dataset, 1).to(device))
-    made_by = asked(config, options, digest, dataset)
+    made_by = asked(config, options, what_teaches(config, digest, guided.negative), dataset)
     parts = parts_of(dataset, made_by)
     begin(out, made_by) if rank == 0 else wait_for_plan(out, made_by)
     steps = options.steps or config.sampling.teacher_steps
@@ -120,15 +120,10 @@ def teacher_of(config: RunConfig, device: torch.device) -> tuple[Guided, str]:
     return build_guided(teacher, config.guidance, device, scale=config.told_scale), digest
 
 
-def asked(config: RunConfig, options: Options, teacher: str, dataset: Dataset) -> dict[str, Any]:
+def asked(config: RunConfig, options: Options, teacher: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
     """Everything that the latents follow from, by the names that the user knows."""
-    plain = settings.to_dict(config)
     return {
-        "teacher": teacher,
-        "teacher.quantization": plain["teacher"]["quantization"],
-        "conditions": config.conditions_of(config.teacher_key),
-        "guidance": plain["guidance"],
-        "sampling.guidance": config.told_scale,
+        **teacher,
         "sampling.shift": config.sampling.shift,
         "sampling.batch": config.sampling.batch,
         "data.source": [len(dataset), getattr(dataset, "fingerprint", ""), getattr(dataset, "meaning", "")],
@@ -224,6 +219,11 @@ def write_part(out: Path, part: Part, dataset: Dataset, sample: Sampler, size: i
     write_whole(record_of(out, part), json.dumps(record, indent=1) + "\n")
 
 
+def constants_of(dataset: Any) -> dict[str, Any]:
+    """Conditions that are the same for all samples of prepared data, as the teacher was told them."""
+    return {name: value.tolist() for name, value in dataset.constants.items()}
+
+
 def fields_of(dataset: Any) -> list[str]:
     """Conditions that are a sample's own, where the data's card has the others: constants and sizes. Empty: all."""
     return list(getattr(dataset, "card", {}).get("conditions", {}))
@@ -258,7 +258,7 @@ def finish(
         "buckets": buckets,
         "latents": {"field": LATENTS, "shift": 0.0, "scale": 1.0},  # as they are trained on
         "conditions": conditions,
-        "constants": dict(old["constants"]) if old else {},
+        "constants": constants_of(dataset) if old else {},  # as they were told
         "guidance_scale": old["guidance_scale"] if old else 1.0,
         "fps": old["fps"] if old else None,
         "negative": {"file": str(config.guidance.negative_file), "prompt": old["negative"]["prompt"] if old else ""},

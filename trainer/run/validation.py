@@ -29,7 +29,7 @@ from jvpgraph.trainer.files import draft_of
 from jvpgraph.trainer.model.networks import averaged
 from jvpgraph.trainer.plug import PlugFailed, described, speaks_for_itself
 from jvpgraph.trainer.run.kept import unseen
-from jvpgraph.trainer.run.origin import digest_of_values, digests_of
+from jvpgraph.trainer.run.origin import digest_of_values, digests_of, what_teaches
 from jvpgraph.trainer.run.preview import decoder_of
 from jvpgraph.trainer.run.ranks import Ranks
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
@@ -138,15 +138,9 @@ class Validation:
         """
         config, path = self.config, self.config.out / FILE
         plain = settings.to_dict(config)
-        means = [
-            self.digest,
-            plain["teacher"]["quantization"],
-            plain["guidance"],
-            config.conditions_of(config.teacher_key),
-        ]
+        means: list[Any] = [what_teaches(config, self.digest, guided.negative)]
         means += [plain["sampling"], plain["data"]["source"], config.validation.count, config.validation.seed]
         means += [self.batch.keys, digest_of_values({"x0": self.batch.x0, **self.batch.cond})]
-        means += [digest_of_values(guided.negative)]
         measures, decode = config.validation.measures, config.sampling.decode
         code = digests_of({name: plug.file for name, plug in [*measures.items(), ("", decode)] if plug is not None})
         samples, figures = digest(means), digest([means, plain["validation"]["measures"], code])
