@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from jvpgraph.trainer.evaluation.phases import parts_of, times_of
 from jvpgraph.trainer.export.task import Task
 from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.run.beforehand import warn_of_settings
-from jvpgraph.trainer.run.finished import Run, evaluate_run
+from jvpgraph.trainer.run.finished import Run, evaluate_run, load_run
 from jvpgraph.trainer.settings import SettingsError
 from jvpgraph.trainer.train import train
 from tests.recipes import CRITIC, SEGMENTS, alone, of_terms
@@ -109,6 +110,31 @@ def test_terms_that_want_different_students(tmp_path: Path, objective: Any, said
             {"stages": [stage(SCM_LOW, 1, guidance={"interval": [0.6, 1.0]})], "guidance": ONE_SCALE},
             "asked between 0 and 0.5, where there is none",
         ),
+        (
+            {
+                **alone({"name": "free_flow", "times": SCM_LOW["times"]}, sampling={"steps": [1]}),
+                "guidance": {**ONE_SCALE, "interval": [0.6, 1.0]},
+            },
+            "asked between 0 and 0.5, where there is none",
+        ),
+        (
+            {**alone({**DMD, "end": 1.4289}), "guidance": {**ONE_SCALE, "scale": 1.0, "below": [0.5, 3.0]}},
+            "guidance is on between 0 and 0.5 .*asked between 0.875 and 1",
+        ),
+        (
+            {
+                **alone({"name": "dcm", "teacher_steps": 48, "shift": 5.0}),
+                "guidance": {**ONE_SCALE, "interval": [0, 0.09]},
+            },
+            "guidance is on between 0 and 0.09 .*asked between 0.09615 and 1",
+        ),
+        (
+            {
+                "stages": [stage("dcm", 1), stage("dcm", 1, guidance={"below": [0.5, 2.0]})],
+                "guidance": SEVERAL,
+            },
+            "stages.1.guidance: below goes with one scale, not with two",
+        ),
     ],
 )
 def test_settings_that_cannot_be(tmp_path: Path, more: dict[str, Any], said: str) -> None:
@@ -160,6 +186,10 @@ def test_samples_are_not_compared_with_prompts(tmp_path: Path) -> None:
         ),
         ([stage({"name": "mean_flow", "discrete": {"end": 9}}, 2)], ["takes the place of differences after 9"]),
         ([stage(DMD, 2, fake={"lr": 1e-3, "warmup": 5})], ["fake.lr is reached after 5"]),
+        (
+            [stage({"name": "rcm", "scm": {"tangent_warmup": 3}}, 5, fake={"lr": 1e-3, "warmup": 4})],
+            ["fake.lr is reached after 7 updates, and the stage has 5 steps"],
+        ),
         ([stage({"name": "mean_flow", "velocity": "data", "guidance": 1.5}, 2)], ["condition_dropout 0 never trains"]),
         ([stage({"name": "rcm", "scm": {"tangent_warmup": 1}}, 2)], []),
     ],
@@ -170,16 +200,35 @@ def test_what_stages_end_before_is_said(tmp_path: Path, caplog: Any, stages: Any
     assert all(each in message for each, message in zip(said, caplog.messages, strict=True))
 
 
+def without_checkpoint(folder: Path, objective: Any) -> str:
+    """The folder of a run that has begun nothing yet."""
+    config = config_of(folder, **alone(objective), **SILENT)
+    config.out.mkdir()
+    settings.save(config, config.out / "config.yaml")
+    return str(config.out)
+
+
+def test_what_stages_begin_with_is_tried_before_an_older_run_is_moved_aside(tmp_path: Path) -> None:
+    """And where a run goes on with a new stage."""
+    phase = {**DMD, "start": 1.2, "earlier": without_checkpoint(tmp_path / "high", {**DMD, "end": 1.2})}
+    out, more = tmp_path / "run", {"sampling": {"steps": [2]}, **SILENT}
+    train(config_of(out, [stage("dcm", 1)], **more))
+    with pytest.raises(FileNotFoundError, match="high/checkpoints holds no complete checkpoint"):
+        train(config_of(out, [stage(phase, 1)], **more), fresh=True)
+    with pytest.raises(FileNotFoundError, match="high/checkpoints holds no complete checkpoint"):
+        train(config_of(out, [stage("dcm", 3), stage(phase, 1)], **more))
+    assert {path.name for path in tmp_path.iterdir()} == {"high", "run"}
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000000", "step-00000001"]
+
+
 def test_later_stages_are_tried_before_the_first_step(tmp_path: Path) -> None:
     """A fake score whose network is another each time; an expert that has no checkpoint."""
     wild = {"load": f"{__name__}:wild"}
     stages = [stage("dcm", 1), stage(DMD, 1)]
     with pytest.raises(ValueError, match=r"model: .*wild builds another network each time"):
         train(config_of(tmp_path / "run", stages, model=wild, teacher={"model": SMALL["model"]}))
-    high = config_of(tmp_path / "high", **alone({**DMD, "end": 1.2}), **SILENT)
-    high.out.mkdir()
-    settings.save(high, high.out / "config.yaml")
-    stages = [stage("dcm", 1), stage({**DMD, "start": 1.2, "earlier": str(high.out)}, 1)]
+    high = without_checkpoint(tmp_path / "high", {**DMD, "end": 1.2})
+    stages = [stage("dcm", 1), stage({**DMD, "start": 1.2, "earlier": high}, 1)]
     with pytest.raises(FileNotFoundError, match="high/checkpoints holds no complete checkpoint"):
         train(config_of(tmp_path / "run", stages, sampling={"steps": [2]}, **SILENT))
     assert not (tmp_path / "run").exists()
@@ -199,6 +248,63 @@ def test_labels_are_tried_on_the_student_too(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- taken
+
+
+def test_stages_whose_terms_know_all_times_leave_no_gap(tmp_path: Path) -> None:
+    phase, low = {**DMD, "end": 1.2}, {**DMD, "start": 0.9}
+    for first in (beside(phase, {"name": "scm"}), beside({"name": "scm"}, phase), {"name": "rcm", "dmd": phase}):
+        config_of(tmp_path, [stage(first, 1), stage(low, 1)])
+    lagrangian = {"name": "flow_map", "method": "lagrangian", "times": {"name": "shifted_uniform", "between": [0.5, 1]}}
+    config_of(tmp_path, **alone(lagrangian), guidance={**ONE_SCALE, "interval": [0.0, 0.3]}, **TWO_TIMES)
+    with pytest.raises(SettingsError, match="nobody learns the times between"):
+        config_of(tmp_path, [stage(phase, 1), stage(low, 1)])
+
+
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [
+        (9.0, "learnt guidance scales from 2 to 6 in its last stage, and is asked for 9 to 9 here"),
+        (3.0, None),
+    ],
+)
+@pytest.mark.slow
+@pytest.mark.sampled(1)
+def test_an_expert_is_told_the_one_scale_of_the_next(tmp_path: Path, scale: float, said: str | None) -> None:
+    told = {"student": {"backend": "eager", "embed_scale": True}, "guidance": SEVERAL}
+    two = {"sampling": {"steps": [2]}, **SILENT}
+    high = train(config_of(tmp_path / "high", **alone({**DMD, "end": 1.2}), **told, **two))
+    low = alone(
+        {**DMD, "start": 1.2, "earlier": str(high)}, guidance={**SEVERAL, "scale": scale}, sampling={"steps": [2]}
+    )
+    with nullcontext() if said is None else pytest.raises(ValueError, match=said):
+        run = load_run(train(config_of(tmp_path / "low", **low, **SILENT)))
+        assert [student.call.usual for student in run.students[1:]] == [scale]
+
+
+def test_one_scale_of_an_expert_is_said(tmp_path: Path, caplog: Any) -> None:
+    high = without_checkpoint(tmp_path / "high", {**DMD, "end": 1.2})
+    told = {"student": {"backend": "eager", "embed_scale": True}, "guidance": SEVERAL}
+    warn_of_settings(config_of(tmp_path / "low", **alone({**DMD, "start": 1.2, "earlier": high}), **told, **SILENT))
+    assert "they begin with those of" in caplog.text
+
+
+def test_scales_are_told_by_the_argument_that_the_pipeline_has(tmp_path: Path) -> None:
+    """HunyuanImage's own is another; Sana's pipelines have none, though the network takes one."""
+    pipe = tmp_path / "pipe"
+    pipe.mkdir()
+    several = {"guidance": {**SEVERAL, "negative": {"labels": 10}}, "conditions": {"guidance": 1000.0}}
+    for name, cls, argument in (
+        ("HunyuanImageTransformer2DModel", "HunyuanImagePipeline", "distilled_guidance_scale"),
+        ("SanaVideoTransformer3DModel", "SanaVideoPipeline", None),
+    ):
+        (pipe / "model_index.json").write_text(json.dumps({"_class_name": cls, "transformer": ["diffusers", name]}))
+        task = Task(asked_for(config_of(tmp_path, **alone("dcm"), **several), name), tmp_path, pipe)
+        if argument is not None:
+            assert task.arguments()[argument] == 4.0
+            continue
+        assert not task.goes_into_pipelines
+        with pytest.raises(ValueError, match="a SanaVideoPipeline tells its network no guidance scale"):
+            task.check_pipeline()
 
 
 def test_a_teacher_that_is_named_may_follow_flow_matching(tmp_path: Path) -> None:

@@ -77,6 +77,36 @@ def test_a_pipeline_of_two_networks_is_a_teacher_and_no_student(tmp_path: Path) 
         experts(tmp_path / "transformer")
 
 
+def test_both_networks_are_tried_and_no_critic_looks_into_them(tmp_path: Path) -> None:
+    teacher = {"load": "jvpgraph.trainer.adapters:experts", "options": BOTH}
+    wrong = {**BOTH, "high": {**BOTH["high"], "config": {**OPTIONS["config"], "text_dim": 9}}}
+    for options, objective, said in (
+        (wrong, "dcm", r"teacher\.model: the teacher cannot run with a sample of the data"),
+        (
+            BOTH,
+            {"name": "adversarial", "features": "teacher"},
+            "the teacher is two networks, of which one sees a sample",
+        ),
+        (BOTH, {"name": "adversarial", "features": "teacher", "blocks": [1]}, "the teacher is two networks"),
+    ):
+        config = digits(
+            tmp_path / "run",
+            [{"objective": objective, "steps": 1, "batch": 2}],
+            model={"load": "jvpgraph.trainer.adapters:diffusers_model", "options": OPTIONS},
+            teacher={"model": {**teacher, "options": options}},
+            data={
+                "source": {
+                    "load": "tests.test_export:Noise",
+                    "options": {"latents": [*LATENT], "conditions": {"encoder_hidden_states": [*TEXT]}},
+                }
+            },
+            guidance={},
+        )
+        with pytest.raises(ValueError, match=said):
+            train(config)
+        assert not (tmp_path / "run").exists()
+
+
 def test_another_scale_below_a_time() -> None:
     """As Wan 2.2's pipelines have for the network of low noise."""
 

@@ -293,6 +293,24 @@ def test_a_measure_that_raises_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_figures_of_a_teacher_that_is_asked_for_another_scale_are_measured_again(tmp_path: Path) -> None:
+    """By a stage that was added, whose scales are others: nobody needs --change for that."""
+
+    def config(out: str, *scales: list[float]) -> RunConfig:
+        plain = settings.to_dict(validated(tmp_path / out, 2, measures={"own": {"load": f"{__name__}:spread"}}))
+        stages = [stage("dcm", 2, guidance={"scale": scale}) for scale in scales]
+        student = {"backend": "eager", "embed_scale": True}
+        guidance = {"scale": [2.0, 6.0], "negative": {"labels": 10}}
+        return settings.from_dict(RunConfig, plain | {"stages": stages, "student": student, "guidance": guidance})
+
+    train(config("longer", [2.0, 3.0]))
+    first, second = spreads(train(config("longer", [2.0, 3.0], [5.0, 6.0])))
+    whole = spreads(train(config("whole", [2.0, 3.0], [5.0, 6.0])))
+    assert second == whole[-1]
+    assert first != second
+
+
+@pytest.mark.slow
 def test_figures_of_a_teacher_that_is_guided_otherwise_are_measured_again(tmp_path: Path) -> None:
     """As it is by another file of the same name, or told by weights of a byte."""
     file = tmp_path / "negative.safetensors"

@@ -118,10 +118,40 @@ def test_what_was_made_otherwise_is_not_gone_on_with(tiny_folder: Path) -> None:
         ValueError, match=r"(?s)made otherwise:\n  guidance: .*'scale': 2.0.*then.*another folder by --out"
     ):
         synthesize(other, Path("made"), Options(shard_size=2))
+    model = json.loads(Path("tiny.yaml").read_text())["model"]
+    faster = configuration(model={**model, "options": {**model["options"], "max_frequency": 50.0}})
+    with pytest.raises(ValueError, match=r"model\.options: .*max_frequency"):
+        synthesize(faster, Path("made"), Options(shard_size=2))
     with pytest.raises(ValueError, match="--seed: 0 then, 1 now"):
         synthesize(configuration(), Path("made"), Options(shard_size=2, seed=1))
     with pytest.raises(ValueError, match="is not empty, and not one of `jvpgraph synthesize`"):
         synthesize(configuration(), Path("."), Options())
+
+
+@pytest.mark.slow
+def test_another_prompt_in_the_same_file_makes_other_latents(tiny_folder: Path) -> None:
+    file = Path("negative.safetensors")
+    guidance = {"scale": 2.0, "negative_file": str(file)}
+    save_file({"labels": torch.tensor(10)}, file)
+    synthesize(configuration(guidance=guidance), Path("made"), Options(shard_size=2))
+    save_file({"labels": torch.tensor(3)}, file)
+    with pytest.raises(ValueError, match=r"made otherwise:\n  guidance\.negative: "):
+        synthesize(configuration(guidance=guidance), Path("made"), Options(shard_size=2))
+
+
+@pytest.mark.slow
+def test_the_card_has_the_guidance_that_the_teacher_was_told(tiny_folder: Path) -> None:
+    """Where the settings give another than the card that it was made from."""
+    synthesize(configuration(), Path("first"), Options())
+    card = json.loads(Path("first/card.json").read_text())
+    Path("first/card.json").write_text(json.dumps({**card, "constants": {"guidance": 3.5}}))
+    listening = {"load": "tests.test_embedded_scale:listening"}
+    source = {"load": "jvpgraph.trainer.prepare:prepared", "options": {"path": "first", "guidance": 5.0}}
+    guidance = {**MORE["guidance"], "shared": ["guidance"]}
+    config = configuration(data={"source": source}, model=listening, guidance=guidance)
+    synthesize(config, Path("made"), Options())
+    assert json.loads(Path("made/card.json").read_text())["constants"] == {"guidance": 5.0}
+    assert prepared("made")[0].cond["guidance"] == 5.0
 
 
 class OneBad:

@@ -358,12 +358,22 @@ class RunConfig:
         """The teacher's guidance in a stage."""
         return self.guidance.in_stage(self.stages[stage].guidance)
 
-    def scales_in(self, stage: int) -> tuple[float, float] | None:
-        """The lowest and the highest guidance scale that the student is told in a stage; None: it is told none."""
-        if self.told_scale is None:
-            return None
+    def scales_asked(self, stage: int) -> tuple[float, float]:
+        """The lowest and the highest guidance scale of a stage."""
         scale = self.guidance_in(stage).scale
         return scale if isinstance(scale, tuple) else (scale, scale)
+
+    def scales_in(self, stage: int) -> tuple[float, float] | None:
+        """The lowest and the highest guidance scale that the student is told in a stage; None: it is told none."""
+        return None if self.told_scale is None else self.scales_asked(stage)
+
+    def scale_of_samples(self, stage: int) -> float | None:
+        """Of guidance: what students of other runs are told in samples of a stage; None: there is none, and they are
+        told their own."""
+        if self.told_scale is not None:
+            return self.told_scale
+        scale = self.scales_asked(stage)[0]
+        return None if scale == 1 else scale
 
     @property
     def told_scale(self) -> float | None:

@@ -40,7 +40,7 @@ from jvpgraph.trainer.run.changes import covered
 from jvpgraph.trainer.run.checkpoint import CheckpointError, Checkpoints, OnePiece
 from jvpgraph.trainer.run.decay import Watch
 from jvpgraph.trainer.run.diagnosis import Probe
-from jvpgraph.trainer.run.earlier import check_earlier, expert_of, scale_told, students_of, try_stages
+from jvpgraph.trainer.run.earlier import check_earlier, expert_of, students_of, try_stages
 from jvpgraph.trainer.run.folder import check_folder, check_free, checkpoint_step, claimed, newest_step
 from jvpgraph.trainer.run.kept import Means, RandomState
 from jvpgraph.trainer.run.log import RunLog, read_lines
@@ -297,7 +297,7 @@ class Stage:
             self.fake = networks.new_student()
             self.fake_optimizer = adamw(self.fake, settings.fake)
         sample = first_samples(dataset, 1).to(layout.device)
-        self.earlier = expert_of(self.objective, layout, sample, scale_told(config, index))
+        self.earlier = expert_of(self.objective, layout, sample, config.scale_of_samples(index))
         students = students_of(config, index, networks.student, self.earlier, layout, sample)
         self.sampler = partial(student_sampler, config, index, students)
         self.critic: Critic | None = None

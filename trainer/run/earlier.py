@@ -63,7 +63,7 @@ def check_earlier(config: RunConfig, *, has_latents: bool) -> None:
         has_latents: whether the data has some, with whose noise a phase may start.
     """
     for index, stage in enumerate(config.stages):
-        check_before(stage.objective, scales_asked(config, index), has_latents)
+        check_before(stage.objective, config.scales_asked(index), has_latents)
 
 
 def check_before(objective: Objective, scales: tuple[float, float], has_latents: bool) -> None:
@@ -121,7 +121,7 @@ def students_of(
     """
     found = [student, *([] if expert is None else expert.students)]
     rest = folders_held(config, stage)[len(found) - 1 :]
-    return [*found, *(earlier_student(folder, layout, sample, scale_told(config, stage))[0] for folder in rest)]
+    return [*found, *(earlier_student(folder, layout, sample, config.scale_of_samples(stage))[0] for folder in rest)]
 
 
 def try_stages(config: RunConfig, first: int, layout: Layout, networks: Networks, sample: Batch) -> None:
@@ -134,19 +134,8 @@ def try_stages(config: RunConfig, first: int, layout: Layout, networks: Networks
     if any(stage.objective.fake_score is not None for _, stage in ahead):
         networks.new_student()
     for index, stage in ahead:
-        expert = expert_of(stage.objective, layout, sample, scale_told(config, index))
+        expert = expert_of(stage.objective, layout, sample, config.scale_of_samples(index))
         students_of(config, index, networks.student, expert, layout, sample)
-
-
-def scales_asked(config: RunConfig, stage: int) -> tuple[float, float]:
-    """The lowest and the highest guidance scale that samples of a stage are made for."""
-    scale = config.guidance_in(stage).scale
-    return scale if isinstance(scale, tuple) else (scale, scale)
-
-
-def scale_told(config: RunConfig, stage: int) -> float:
-    """The one that a student of another run is told in samples of a stage, if it is told any."""
-    return scales_asked(config, stage)[0] if config.told_scale is None else config.told_scale
 
 
 def earlier_student(path: Path, layout: Layout, sample: Batch, guidance: float | None) -> tuple[TrigFlow, str]:

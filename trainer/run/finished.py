@@ -85,7 +85,7 @@ class Run:
         found = [self.student]
         for folder in folders_of(self.parts):
             device = next(self.student.parameters()).device
-            found.append(load_earlier(folder, device, guidance=self.config.told_scale).student)
+            found.append(load_earlier(folder, device, guidance=self.config.scale_of_samples(self.stage)).student)
             if len(found) == 2 and self.made_from not in (None, digest_of(found[1])):
                 raise ValueError(
                     f"earlier: the student in {folder} has other weights than when this run began with its samples\n"
