@@ -108,14 +108,16 @@ def look(config: RunConfig, dataset: Dataset) -> list[Batch]:
 def warn_of_settings(config: RunConfig) -> None:
     """What stages end before, what a student may unlearn, and what is not to be expected of samples."""
     for index, stage in enumerate(config.stages):
-        trained = {"student": stage.student}
-        trained |= {} if stage.objective.fake_score is None else {"fake": stage.fake}
-        trained |= {} if stage.objective.critic is None else {"critic": stage.critic}
-        waits = {
-            f"{name}.lr is reached": settings.warmup and settings.warmup + (name != "student") * stage.fake_begins
-            for name, settings in trained.items()
-        }
-        for what, updates in {**stage.objective.waits, **waits}.items():
+        waits = dict(stage.objective.waits)
+        if stage.student.warmup:
+            waits["student.lr is reached"] = stage.student.warmup
+        for name, settings, there in (
+            ("fake", stage.fake, stage.objective.fake_score),
+            ("critic", stage.critic, stage.objective.critic),
+        ):
+            if there is not None and settings.warmup:
+                waits[f"{name}.lr is reached"] = stage.fake_begins + settings.warmup
+        for what, updates in waits.items():
             if updates >= stage.steps:
                 log.warning(
                     "stages.%d: %s after %d updates, and the stage has %d steps", index, what, updates, stage.steps
