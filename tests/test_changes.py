@@ -320,6 +320,7 @@ SEVERAL = "guidance={scale: [2, 6], negative: {labels: 10}}"
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("then", "now", "said"),
     [
@@ -328,7 +329,7 @@ SEVERAL = "guidance={scale: [2, 6], negative: {labels: 10}}"
             [LORA.replace("alpha: 2", "alpha: 64")],
             "its adapters act with alpha 2, and student.lora.alpha is 64",
         ),
-        ([LORA], [LORA, "seed=5"], "its adapters were trained on other weights than those of `model`"),
+        ([LORA], [LORA, "model.options.seed=5"], "its adapters were trained on other weights than those of `model`"),
         (["student.second_time=true"], [], "its student.second_time is set, and what that has learnt would be lost"),
         ([SEVERAL, "student.embed_scale=true"], [], "its student.embed_scale is set"),
         (

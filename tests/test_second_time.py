@@ -30,6 +30,7 @@ from jvpgraph.trainer.model.additions import KNOWN, TimeInput, of_addition
 from jvpgraph.trainer.model.anyflow import as_anyflow, fits_anyflow, from_anyflow
 from jvpgraph.trainer.model.embedded_scale import embed_scale
 from jvpgraph.trainer.model.networks import build_student, check_stage
+from jvpgraph.trainer.model.saved_additions import saved_with
 from jvpgraph.trainer.model.second_time import add_second_time, takes_r
 from jvpgraph.trainer.model.student import LoRA, make_student
 from jvpgraph.trainer.model.told import WithConditions
@@ -614,10 +615,18 @@ def asked_velocity(model: TrigFlow, name: str) -> Tensor:
     return asked(add_second_time(copy.deepcopy(model)), name)[1]
 
 
-def test_an_interval_of_another_unit_is_no_anyflow() -> None:
+def test_an_interval_of_another_unit_is_no_anyflow(tmp_path: Path) -> None:
+    """Nor do its weights mean the same elsewhere."""
     place = TimeInput("condition_embedder.time_embedder", "condition_embedder.timesteps_proj", 0.1)
-    assert fits_anyflow(add_second_time(diffusers_model(**WAN)).net)
-    assert not fits_anyflow(add_second_time(diffusers_model(**WAN), place).net)
+    usual, slow = add_second_time(diffusers_model(**WAN)), add_second_time(diffusers_model(**WAN), place)
+    assert fits_anyflow(usual.net)
+    assert not fits_anyflow(slow.net)
+    for name, net in (("slow", saved_with(slow.net)), ("usual", saved_with(usual.net)), ("any", as_anyflow(usual.net))):
+        net.save_pretrained(tmp_path / name)
+        of_place, other = (slow, usual) if name == "slow" else (usual, slow)
+        start_from(of_place, tmp_path / name)
+        with pytest.raises(ValueError, match="the same weights would be another network\nGive the same"):
+            start_from(other, tmp_path / name)
 
 
 @pytest.mark.parametrize(("gate", "kind"), [(0.5, "t-r"), (0.25, "t-r"), (0.25, "r")])

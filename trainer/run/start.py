@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,10 +15,21 @@ from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig, StudentConfig
 from jvpgraph.trainer.data.sample import shorten
 from jvpgraph.trainer.files import read_json
-from jvpgraph.trainer.model.additions import EMBEDDED, INTERVAL, NAMES, SETTINGS, added, found, of_addition
+from jvpgraph.trainer.model.additions import (
+    EMBEDDED,
+    INTERVAL,
+    NAMES,
+    SETTINGS,
+    WAN,
+    TimeInput,
+    added,
+    found,
+    of_addition,
+)
 from jvpgraph.trainer.model.anyflow import NAME, OURS, from_anyflow
 from jvpgraph.trainer.model.ema import PowerEMA
 from jvpgraph.trainer.model.networks import moving, set_weights, trainable
+from jvpgraph.trainer.model.saved_additions import SAVED
 from jvpgraph.trainer.run.checkpoint import Checkpoints
 from jvpgraph.trainer.run.origin import read_origin
 from jvpgraph.trainer.trigflow import TrigFlow
@@ -31,6 +43,7 @@ def start_from(student: TrigFlow, source: Path) -> None:
     Raises:
         ValueError: there is neither in the folder, or the weights are those of another network.
     """
+    check_places(student, source)
     if is_run(source):
         take_run(student, source)
     else:
@@ -76,15 +89,27 @@ def check_start(config: StudentConfig, base: str, source: Path) -> None:
         )
 
 
-def take_run(student: TrigFlow, source: Path) -> None:
-    config = settings.load(RunConfig, source / "config.yaml")
-    for name, where in ((INTERVAL, config.student.added_time), (EMBEDDED, config.student.added_scale)):
-        own = added(student.net).get(name)
-        if own is not None and where is not None and found(student.net, where, SETTINGS[name]) != own.place:
+def check_places(student: TrigFlow, source: Path) -> None:
+    """Raises ValueError if the network in a folder was given its second time or scale in another place, or unit."""
+    then: dict[str, TimeInput | None] = {}
+    if (source / "config.yaml").is_file():
+        before = settings.load(RunConfig, source / "config.yaml").student
+        then = {INTERVAL: before.added_time, EMBEDDED: before.added_scale}
+    elif (config := config_in(source)).get("_class_name") == NAME:
+        then = {INTERVAL: WAN}
+    else:
+        then = {name: TimeInput(**config[key]) for name, key in SAVED.items() if config.get(key) is not None}
+    for name, own in added(student.net).items():
+        where = then.get(name)
+        if where is not None and found(student.net, where, SETTINGS[name]) != own.place:
             raise ValueError(
                 f"--from {source}: there it is {SETTINGS[name]}={where}, and here {own.place}: the same weights would "
                 "be another network\nGive the same."
             )
+
+
+def take_run(student: TrigFlow, source: Path) -> None:
+    config = settings.load(RunConfig, source / "config.yaml")
     sigma = config.ema.sigma_rel[0]
     average = PowerEMA(trainable(student), sigma)
     state = {"student": moving(student), "ema": {f"{sigma:g}": average}}
@@ -125,15 +150,19 @@ def values_in(source: Path) -> dict[str, Tensor]:
 
 def in_names_of(student: TrigFlow, source: Path) -> dict[str, Tensor]:
     """The tensors in a folder; those of an AnyFlow network for the Wan with a second time that it was exported from."""
-    values = values_in(source)
-    file = next((file for file in (source / "config.json", source / "transformer/config.json") if file.is_file()), None)
-    config = {} if file is None else read_json(file)
+    values, config = values_in(source), config_in(source)
     if config.get("_class_name") != NAME or not any(name.startswith(OURS) for name in student.net.state_dict()):
         return values
     try:
         return from_anyflow(values, config)
     except ValueError as error:
         raise ValueError(f"--from {source}: {error}") from error
+
+
+def config_in(source: Path) -> dict[str, Any]:
+    """The config.json of a network of diffusers, or of a pipeline's; empty: there is none."""
+    file = next((file for file in (source / "config.json", source / "transformer/config.json") if file.is_file()), None)
+    return {} if file is None else read_json(file)
 
 
 @torch.no_grad()
