@@ -392,7 +392,7 @@ def test_adapters_share_their_base(tmp_path: Path, dtype: str, monkeypatch: pyte
     }
     shared = train(config_of(tmp_path / "shared", [stage(RCM, 3)], **more))
     with monkeypatch.context() as patch:
-        patch.setattr("jvpgraph.trainer.model.student.shared", lambda module: {})
+        patch.setattr("jvpgraph.trainer.model.student.shared", lambda module, but=(): {})
         patch.setattr("jvpgraph.trainer.run.build.share_frozen", lambda student, teacher: None)
         separate = train(config_of(tmp_path / "separate", [stage(RCM, 3)], **more))
     assert_same_run(shared, separate, tmp_path)
