@@ -92,6 +92,10 @@ def test_terms_that_want_different_students(tmp_path: Path, objective: Any, said
             "stages.1 learns from `model` as it is loaded, not from what flow_matching makes of it in stages.0",
         ),
         (
+            {**alone("dcm"), "guidance": {**ONE_SCALE, "scale": 1.0, "interval": [0.1, 0.6]}},
+            "guidance.interval is for guidance, and guidance.scale is 1 in all stages",
+        ),
+        (
             {**alone({**DMD, "end": 1.2}), "guidance": {**ONE_SCALE, "interval": [0.1, 0.6]}},
             "stages.0: guidance is on between 0.1 and 0.6 .*asked between 0.72.. and 1, where there is none",
         ),

@@ -323,6 +323,9 @@ def test_what_does_not_begin_as_nothing_is_refused(tail: str, give: Any) -> None
         ValueError, match=r"(?s)embed makes no embedding \[1, C\] of a time \[1\], float32, but.*sinusoids"
     ):
         give(model, TimeInput("embed"))
+    model.net.embed = nn.Sequential(nn.Linear(1, 64), nn.SiLU(), nn.Linear(64, 64))
+    with pytest.raises(ValueError, match=r"makes no embedding \[1, C\] of a time \[1\], float32, but \[64\]"):
+        give(model, TimeInput("embed"))
 
 
 @pytest.mark.parametrize("r", [None, 0.3])

@@ -444,6 +444,8 @@ class RunConfig:
                     f"{lowest:.6g}, so that nobody learns the times between. Make them one"
                 )
             lowest = min(lowest, end)
+        if self.guidance.interval != (0.0, 1.0) and not any(self.guidance_in(i).on for i in range(len(self.stages))):
+            yield "guidance.interval is for guidance, and guidance.scale is 1 in all stages: set one of them"
         if self.teacher.model is None:
             for key, needless in (
                 ("teacher.conditions", self.teacher.conditions is not None),

@@ -152,6 +152,8 @@ def check_nothing(addition: Addition, setting: str) -> None:
         part = addition.of(torch.ones(1, device=device))
     except (AttributeError, RuntimeError, TypeError) as error:
         why = f", but fails: {error}"
+    if isinstance(part, Tensor) and (part.dim() < 2 or len(part) != 1):
+        why, part = f", but {list(part.shape)}", None
     if not isinstance(part, Tensor):
         raise ValueError(
             f"{setting}: {name} makes no embedding [1, C] of a time [1], float32{why}\nName the module that does, and "
