@@ -20,7 +20,7 @@ from jvpgraph.trainer.objectives import RCM, FlowMatching, Objective
 from jvpgraph.trainer.pictures import Film
 from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.ranges import not_negative, positive
-from jvpgraph.trainer.trigflow import level
+from jvpgraph.trainer.trigflow import meet
 
 NetworkKey = Literal["model", "teacher.model"]
 
@@ -437,8 +437,7 @@ class RunConfig:
         lowest = self.stages[0].objective.span[1]
         for index, stage in enumerate(self.stages[1:], 1):
             (start, end), samples = stage.objective.span, stage.objective.simulated
-            apart = level(lowest) - level(start) > 1e-4  # more than settings round to
-            if apart and (samples is None or samples.earlier is None):
+            if start < lowest and not meet(start, lowest) and (samples is None or samples.earlier is None):
                 yield (
                     f"stages.{index}.objective starts at {start:.6g} radians, and the stages before it end at "
                     f"{lowest:.6g}, so that nobody learns the times between. Make them one"

@@ -350,6 +350,14 @@ def level(t: float) -> float:
     return math.sin(t) / (math.sin(t) + math.cos(t))
 
 
+ROUNDING = 1e-4  # of rectified-flow time, within which two places are one
+
+
+def meet(a: float, b: float) -> bool:
+    """Whether two times in radians are one, but for the digits that settings give."""
+    return abs(level(a) - level(b)) <= ROUNDING
+
+
 class Guided(nn.Module):
     """Classifier-free guidance: F_negative + scale (F - F_negative); a scale of 1 costs one pass only.
 

@@ -23,9 +23,8 @@ from jvpgraph.trainer.noise import noise_like
 from jvpgraph.trainer.objectives.dcm import euler_step
 from jvpgraph.trainer.objectives.simulation import Simulation
 from jvpgraph.trainer.times import flow_time, from_flow_time
-from jvpgraph.trainer.trigflow import HALF_PI, add_noise, clean_image, level
+from jvpgraph.trainer.trigflow import HALF_PI, add_noise, clean_image, level, meet
 
-ROUNDING = 1e-4  # of rectified-flow time, within which two places are one
 RUNS = 8  # that may follow one another
 
 
@@ -175,11 +174,6 @@ def check_from_noise(parts: Sequence[Part]) -> None:
                 f"{named(one)} ends, and {other.start:.6g} ({said(other.start)}), where {named(other)} begins\n"
                 "Make them one."
             )
-
-
-def meet(a: float, b: float) -> bool:
-    """Whether two times in radians are one, but for the digits that settings give."""
-    return abs(level(a) - level(b)) <= ROUNDING
 
 
 def said(t: float) -> str:

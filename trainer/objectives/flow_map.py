@@ -39,6 +39,7 @@ class FlowMap(TwoTimes):
     """Jumps from any time to any lower one; needs a network that takes a second time."""
 
     name: ClassVar[str] = "flow_map"
+    trains_plainly: ClassVar[bool] = False
     times: Times = field(default_factory=lambda: ShiftedUniform(shift=1.0))  # of both ends; jumps begin at pure noise
     method: Literal["eulerian", "lagrangian", "terminal"] = "eulerian"  # terminal trains through the tangent
     velocity: Literal["teacher", "own"] = "teacher"  # own: no teacher, F at r = t and the data's there; Boffi 2025
@@ -62,14 +63,6 @@ class FlowMap(TwoTimes):
     @property
     def asks_teacher(self) -> bool:
         return self.velocity == "teacher"
-
-    @property
-    def trains_plainly(self) -> bool:
-        return False
-
-    @property
-    def waits(self) -> dict[str, int]:
-        return {"its tangent counts in full": self.tangent_warmup}
 
     @property
     def through_tangent(self) -> bool:  # type: ignore[override]

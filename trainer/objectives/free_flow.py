@@ -34,6 +34,7 @@ class FreeFlow(Objective):
     """Jumps from noise to any time; needs a network that takes a second time, and no data."""
 
     name: ClassVar[str] = "free_flow"
+    trains_plainly: ClassVar[bool] = False
     sampler: ClassVar[str] = "mean_flow"
     second_time: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
@@ -43,10 +44,6 @@ class FreeFlow(Objective):
 
     def __post_init__(self) -> None:
         positive(self, "tangent_floor")
-
-    @property
-    def trains_plainly(self) -> bool:
-        return False
 
     @property
     def span(self) -> tuple[float, float]:

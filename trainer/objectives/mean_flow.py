@@ -100,7 +100,7 @@ class MeanFlow(TwoTimes):
         return self.velocity == "teacher"
 
     @property
-    def trains_plainly(self) -> bool:
+    def trains_plainly(self) -> bool:  # type: ignore[override]
         return self.discrete is not None
 
     @property

@@ -43,6 +43,7 @@ class Objective(Variants):
     needs_data: ClassVar[bool] = True  # whether it reads the latents: prompts alone will not do
     needs_negative: ClassVar[bool] = False  # whether it asks for a negative condition beside the teacher's guidance
     only_simulated: ClassVar[bool] = False  # whether it asks the student at the times of a simulation alone
+    trains_plainly: ClassVar[bool] = True  # whether there is a backward through calls of the student without tangents
     through_tangent: ClassVar[bool] = False  # whether its loss has a gradient through the tangent: needs one graph
 
     @property
@@ -56,14 +57,9 @@ class Objective(Variants):
         return True
 
     @property
-    def trains_plainly(self) -> bool:
-        """Whether there is a backward through calls of the student without tangents."""
-        return True
-
-    @property
     def waits(self) -> dict[str, int]:
         """What comes only after some student updates of the stage, and after how many."""
-        return {}
+        return {"its tangent counts in full": getattr(self, "tangent_warmup", 0)}
 
     def check_sampling(self, steps: Collection[int], shift: float) -> None:
         """Raises ValueError where samples in so many steps, on a grid of this shift, would be wrong."""

@@ -49,7 +49,7 @@ class RCM(Objective):
         return covering(part.asked for part in asking)
 
     @property
-    def trains_plainly(self) -> bool:
+    def trains_plainly(self) -> bool:  # type: ignore[override]
         return bool(self.weight)
 
     @property

@@ -37,6 +37,7 @@ class SCM(Objective):
     """Continuous-time consistency."""
 
     name: ClassVar[str] = "scm"
+    trains_plainly: ClassVar[bool] = False
     times: Times = field(default_factory=LogNormal)  # p_G
     tangent_warmup: int = 0  # student updates until r = 1; 0: none, which the rCM paper finds enough
     tangent_floor: float = 0.1  # c in g / (||g|| + c); sCM
@@ -63,14 +64,6 @@ class SCM(Objective):
     @property
     def asks_teacher(self) -> bool:
         return self.velocity == "teacher"
-
-    @property
-    def trains_plainly(self) -> bool:
-        return False
-
-    @property
-    def waits(self) -> dict[str, int]:
-        return {"its tangent counts in full": self.tangent_warmup}
 
     @property
     def asked(self) -> tuple[float, float]:

@@ -132,7 +132,7 @@ class WeightedTerms(Objective):
         return any(part.asks_teacher for part in self.objectives)
 
     @property
-    def trains_plainly(self) -> bool:
+    def trains_plainly(self) -> bool:  # type: ignore[override]
         return any(term.weight and term.objective.trains_plainly for term in self.terms)
 
     @property

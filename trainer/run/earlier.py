@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.evaluation.phases import folders_held, meet, settings_of
+from jvpgraph.trainer.evaluation.phases import folders_held, settings_of
 from jvpgraph.trainer.model.networks import try_network
 from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives import Objective
@@ -20,7 +20,7 @@ from jvpgraph.trainer.run.build import Networks
 from jvpgraph.trainer.run.finished import load_earlier
 from jvpgraph.trainer.run.origin import digest_of
 from jvpgraph.trainer.run.parallel import Layout
-from jvpgraph.trainer.trigflow import TrigFlow
+from jvpgraph.trainer.trigflow import TrigFlow, meet
 
 
 class Expert:
