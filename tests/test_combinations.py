@@ -15,7 +15,7 @@ import torch
 
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.evaluation.phases import parts_of, times_of
+from jvpgraph.trainer.evaluation.phases import check_steps, parts_of, times_of
 from jvpgraph.trainer.export.task import Task
 from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.run.beforehand import warn_of_settings
@@ -411,20 +411,39 @@ def asked_for(config: RunConfig, name: str) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("objective", "steps", "said"),
+    ("objective", "steps", "gamma", "said"),
     [
-        ({"name": "flow_map", "longest": 0.25, "clean_share": 0.0}, [1, 4], "samples in 1 steps jump 1 of"),
-        ({"name": "flow_map", "longest": 0.25, "clean_share": 0.0}, [4], None),
-        ({"name": "mean_flow", "instant_share": 0.5, "clean_share": 0.5}, [1, 2], "those to r = 0 alone are trained"),
-        ({"name": "mean_flow", "instant_share": 0.5, "clean_share": 0.5}, [1], None),
-        ({"name": "mean_flow", "instant_share": 1.0}, [1], "of all jumps none are trained"),
+        ({"name": "flow_map", "longest": 0.25, "clean_share": 0.0}, [1, 4], 0, "samples in 1 steps jump 1 of"),
+        ({"name": "flow_map", "longest": 0.25, "clean_share": 0.0}, [4], 0, None),
+        ({"name": "flow_map", "longest": 0.25, "clean_share": 0.0}, [4], 0.8, "in 4 steps jump 0.375 of"),
+        ({"name": "mean_flow", "instant_share": 0.5, "clean_share": 0.5}, [1, 2], 0, "those to r = 0 alone are"),
+        ({"name": "mean_flow", "instant_share": 0.5, "clean_share": 0.5}, [2], 0.9, "those to r = 0 alone are"),
+        ({"name": "mean_flow", "instant_share": 0.5, "clean_share": 0.5}, [1, 2], 1, None),
+        ({"name": "mean_flow", "instant_share": 0.5, "clean_share": 0.5}, [1], 0, None),
+        ({"name": "mean_flow", "instant_share": 1.0}, [1], 1, "of all jumps none are trained"),
     ],
 )
-def test_jumps_that_nobody_trained(objective: Any, steps: list[int], said: str | None) -> None:
-    more = {"sampling": {"steps": steps}, **TWO_TIMES}
+def test_jumps_that_nobody_trained(objective: Any, steps: list[int], gamma: float, said: str | None) -> None:
+    more = {"sampling": {"steps": steps, "gamma": gamma}, **TWO_TIMES}
     [each] = settings.from_dict(RunConfig, {**SMALL, "out": "x", **alone(objective), **more}).stages
     with nullcontext() if said is None else pytest.raises(ValueError, match=said):
-        each.objective.check_sampling(steps, 1.0)
+        each.objective.check_sampling(steps, 1.0, gamma)
+
+
+def test_new_noise_between_jumps_is_for_students_that_know_all_of_them(tmp_path: Path) -> None:
+    gamma = {"sampling": {"gamma": 0.5}}
+    with pytest.raises(SettingsError, match=r"sampling\.gamma is for the jumps .* samples are of consistency"):
+        config_of(tmp_path, **alone("scm"), **gamma)
+    with pytest.raises(SettingsError, match=r"gamma is 1\.5 and must be in \[0, 1\]"):
+        config_of(tmp_path, **alone("mean_flow"), **TWO_TIMES, sampling={"gamma": 1.5})
+    jumps = {**DMD, "rollout": "jumps", "fixed_times": [1.3, 1.0, 0.6]}
+    with pytest.raises(ValueError, match=r"trained for few times .*: set it to 0"):
+        check_steps(config_of(tmp_path, **alone(jumps), **TWO_TIMES, **gamma), 0, [2])
+    after = {"stages": [stage("flow_map", 1), stage(jumps, 1)]}
+    check_steps(config_of(tmp_path, **after, **TWO_TIMES, **gamma), 1, [2])
+    short = alone({"name": "flow_map", "longest": 0.25, "clean_share": 0.0})
+    with pytest.raises(ValueError, match=r"in 4 steps jump 0\.3\d+ of rectified-flow time"):
+        train(config_of(tmp_path, **short, **TWO_TIMES, sampling={"steps": [4], "gamma": 0.8}))
 
 
 @pytest.mark.parametrize(

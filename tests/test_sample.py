@@ -32,7 +32,15 @@ from jvpgraph.trainer.model.dit import DiT, DiTConfig, call_dit, dit
 from jvpgraph.trainer.noise import noise_like
 from jvpgraph.trainer.times import flow_time
 from jvpgraph.trainer.trigflow import TrigFlow
-from tests.gaussian import STD, GaussianAverage, GaussianConsistency, GaussianFlow, gaussian_batch, seeded
+from tests.gaussian import (
+    STD,
+    GaussianAverage,
+    GaussianConsistency,
+    GaussianFlow,
+    gaussian_batch,
+    seeded,
+    variance,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,6 +72,29 @@ def test_mean_flow_sampling_is_exact_for_the_exact_average_velocity(steps: int) 
     x0 = sample_mean_flow(GaussianAverage(), batch, euler_grid(steps), seeded(25))
     noise = torch.randn(batch.x0.shape, generator=seeded(25), dtype=torch.float64)
     torch.testing.assert_close(x0, STD * noise)
+
+
+@pytest.mark.parametrize("start", [math.pi / 2, math.atan(80.0)])
+@pytest.mark.parametrize("gamma", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("steps", [2, 4])
+def test_gamma_sampling_keeps_the_deviation_and_the_noise_that_is_asked_for(
+    steps: int, gamma: float, start: float
+) -> None:
+    """Of x_r, whose variance is V(r), the signal and 1 - gamma^2 of the noise's variance come from before."""
+    batch, grid = gaussian_batch(4096, seeded(1)), euler_grid(steps, 3.0, start)
+    x0 = sample_mean_flow(GaussianAverage(), batch, grid, seeded(25), gamma)
+    assert x0.std().item() == pytest.approx(STD, rel=0.02)
+    r = grid[1:-1]
+    kept = (1 - gamma**2 * r.sin() ** 2 / variance(r)).sqrt().prod().item()
+    noise = torch.randn(batch.x0.shape, generator=seeded(25), dtype=torch.float64)
+    assert (x0 * noise).mean().item() / STD == pytest.approx(kept, abs=0.02)
+
+
+def test_gamma_1_samples_clean_images_and_noise_in_turn() -> None:
+    batch, grid = gaussian_batch(16, seeded(1)), euler_grid(4, start=math.atan(80.0))
+    x0 = sample_mean_flow(GaussianAverage(), batch, grid, seeded(25), 1.0)
+    wanted = sample_consistency(GaussianConsistency(), batch, grid[:-1].tolist(), seeded(25))
+    torch.testing.assert_close(x0, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_euler_sampling_converges_to_the_data() -> None:

@@ -40,7 +40,7 @@ from jvpgraph.trainer.run.finished import load_run
 from jvpgraph.trainer.run.start import start_from
 from jvpgraph.trainer.times import ShiftedUniform
 from jvpgraph.trainer.train import train
-from jvpgraph.trainer.trigflow import TrigFlow
+from jvpgraph.trainer.trigflow import TrigFlow, level
 from tests.distributed.test_train import WAN, assert_same_log, config_of, lines, stage, train_many
 from tests.gaussian import STD, ExactDual, GaussianAverage, GaussianFlow, gaussian_batch, seeded
 from tests.test_adapters import TABLE, build, latents, normal, times
@@ -520,9 +520,12 @@ def asked(model: TrigFlow, name: str) -> list[Tensor]:
     return [model(x, t, cond, t / 4), model(x, t, cond)]
 
 
+GAMMA = ("sampling.gamma=0.8", "sampling.sigma_max=80")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
-@pytest.mark.parametrize("more", [(), (LORA,)], ids=["whole", "LoRA"])
+@pytest.mark.parametrize("more", [(), (LORA,), GAMMA], ids=["whole", "LoRA", "gamma"])
 def test_a_wan_student_is_sampled_by_the_pipeline_of_anyflow(
     dtype: str, tolerance: float, more: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -533,20 +536,28 @@ def test_a_wan_student_is_sampled_by_the_pipeline_of_anyflow(
     assert learnt
     assert all(p.any() for p in learnt)
     out = export_run(folder, tmp_path / "out")
-    pipe = loaded(out, torch_dtype=getattr(torch, dtype))
+    noises = [torch.randn(1, *LATENTS["wan"], generator=seeded(seed)).double() for seed in range(3)]
+    between = (noise.transpose(1, 2) for noise in noises[1:])  # the pipeline has frames first
+    monkeypatch.setattr("diffusers.utils.torch_utils.randn_tensor", lambda *how: next(between).to(how[3]))
+    trust = {"trust_remote_code": True} if more is GAMMA else {}
+    pipe = loaded(out, torch_dtype=getattr(torch, dtype), **trust)
     assert type(pipe) is diffusers.AnyFlowPipeline
     assert type(pipe.transformer) is diffusers.AnyFlowTransformer3DModel
-    assert type(pipe.scheduler) is diffusers.FlowMapEulerDiscreteScheduler
+    scheduler = "GammaScheduler" if more is GAMMA else "FlowMapEulerDiscreteScheduler"
+    assert type(pipe.scheduler).__name__ == scheduler
     for found, wanted in zip(asked(diffusers_model(out, dtype=dtype), "wan"), asked(run.student, "wan")):
         assert relative(found, wanted) < tolerance
 
-    noise = torch.randn(1, *LATENTS["wan"], generator=seeded(7))
-    found = pipe("a cat", latents=noise.clone(), num_inference_steps=3, output_type="latent", **ARGUMENTS["wan"])[0]
+    start = level(run.config.sampling.start("mean_flow")) * noises[0].float()
+    found = pipe("a cat", latents=start, num_inference_steps=3, output_type="latent", **ARGUMENTS["wan"])[0]
     text = pipe.encode_prompt("a cat", do_classifier_free_guidance=False, max_sequence_length=16)[0]
-    monkeypatch.setattr(samplers, "noise_like", lambda x, rng: noise.double())
+    own = iter(noises)
+    monkeypatch.setattr(samplers, "noise_like", lambda x, rng: next(own))
     sample = samplers.sampler_of(run.sampler, run.student, 3, run.config.sampling)
-    own = sample(Batch(noise, {"encoder_hidden_states": text.float()}), seeded())
-    assert relative(found, own) < tolerance
+    wanted = sample(Batch(noises[0], {"encoder_hidden_states": text.float()}), seeded())
+    assert relative(found, wanted) < tolerance
+    assert (next(own, None) is None) == (more is GAMMA)
+    assert ("trust_remote_code" in (out / "README.md").read_text()) == (more is GAMMA)
 
 
 @pytest.mark.long

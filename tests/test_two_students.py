@@ -106,6 +106,12 @@ def test_students_that_were_trained_apart_meet_where_the_times_of_the_lower_end(
     assert [(leg.owner, leg.kind) for leg in found] == [(1, "mean_flow"), (0, "mean_flow")]
     grid = [round(level(t), 6) for leg in found for t in (*leg.times, leg.end)]
     assert grid == [1.0, 0.8, 0.8, 0.5, 0.25, 0.0]
+    begun = settings_in(tmp_path, flow, "begun", sampling={**below["sampling"], "sigma_max": 80}, **second)
+    assert legs(begun, 4)[0].times == (FIRST,)
+    assert legs(begun, 2)[1].end == 0.0
+    renewed = settings_in(tmp_path, flow, "renewed", sampling={**below["sampling"], "gamma": 0.5}, **second)
+    with pytest.raises(ValueError, match="trained for few times or for a part of them: set it to 0"):
+        legs(renewed, 4)
     gap = settings_in(tmp_path, {**flow, "times": times(0.0, 0.7)}, "gap", **below, **second)
     with pytest.raises(ValueError, match=r"time 0\.8\), where the student of .*high ends, and .* \(0\.7\)"):
         legs(gap, 4)

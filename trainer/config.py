@@ -20,7 +20,7 @@ from jvpgraph.trainer.objectives import RCM, FlowMatching, Objective
 from jvpgraph.trainer.pictures import Film
 from jvpgraph.trainer.plug import Plug
 from jvpgraph.trainer.ranges import not_negative, positive
-from jvpgraph.trainer.trigflow import meet
+from jvpgraph.trainer.trigflow import HALF_PI, meet
 
 NetworkKey = Literal["model", "teacher.model"]
 
@@ -237,9 +237,10 @@ class LogConfig:
 class SamplingConfig:
     """How students and teachers are sampled; times in TrigFlow radians."""
 
-    sigma_max: float = 80.0  # the first time is atan(sigma_max); rCM, for its scores of Wan 1600
+    sigma_max: float | None = None  # samples begin at atan(sigma_max); null: 80 (rCM), and jumps at pure noise
     middle_times: tuple[float, ...] = (1.3, 1.0, 0.6)  # n steps use the first n - 1; rCM; its code: 1.5, 1.4, 1.0
     steps: tuple[int, ...] = (1, 2, 4)  # what `jvpgraph evaluate` looks at
+    gamma: float = 0.0  # of jumps: how much of the noise between them is new; 0: along the flow, 1: all of it (CTM)
     teacher_steps: int = 50  # Euler steps of the teacher
     shift: float = 1.0  # of the Euler steps in rectified-flow time; 5 for Wan at 720p, 3 at 480p
     guidance: float | None = None  # where guidance.scale is two: of samples; null: the middle
@@ -252,12 +253,20 @@ class SamplingConfig:
         positive(self, "sigma_max", "teacher_steps", "shift", "guidance", "batch")
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps is {self.steps}: one or more numbers from 1")
-        times = [math.atan(self.sigma_max), *self.middle_times, 0.0]
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma is {self.gamma} and must be in [0, 1]")
+        times = [self.start("consistency"), *self.middle_times, 0.0]
         if not all(earlier > later for earlier, later in pairwise(times)):
             raise ValueError(
                 f"middle_times are {list(self.middle_times)}: radians that fall, below atan(sigma_max) = "
                 f"{times[0]:.4g} and above 0"
             )
+
+    def start(self, kind: str) -> float:
+        """Radians where samples of a kind begin, which see pure noise there; `kind` as in RunConfig.sampler."""
+        if kind == "flow" or (kind == "mean_flow" and self.sigma_max is None):
+            return HALF_PI
+        return math.atan(self.sigma_max or 80.0)
 
 
 @dataclass(frozen=True)
@@ -463,6 +472,11 @@ class RunConfig:
             yield (
                 "sampling.guidance is for a student that is told its guidance scale, and guidance.scale is one number: "
                 "give two, between which it is drawn in training, or leave sampling.guidance out"
+            )
+        if self.sampling.gamma and (kind := self.sampler(len(self.stages) - 1)) != "mean_flow":
+            yield (
+                f"sampling.gamma is for the jumps of students with two times, and this one's samples are of {kind}: "
+                "set it to 0"
             )
         learnt = self.scales_in(len(self.stages) - 1)
         if self.sampling.guidance is not None and learnt is not None:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import RunConfig
-from jvpgraph.trainer.evaluation.samplers import Sampler, euler_grid, few_step_times, sampler_of
+from jvpgraph.trainer.evaluation.samplers import Sampler, few_step_times, sampler_of
 from jvpgraph.trainer.noise import noise_like
 from jvpgraph.trainer.objectives.dcm import euler_step
 from jvpgraph.trainer.objectives.simulation import Simulation
-from jvpgraph.trainer.times import flow_time, from_flow_time
+from jvpgraph.trainer.times import equal_steps, from_flow_time
 from jvpgraph.trainer.trigflow import HALF_PI, add_noise, clean_image, level, meet
 
 RUNS = 8  # that may follow one another
@@ -72,8 +72,7 @@ class Part:
     def times(self) -> list[float]:
         """Radians at which it may be asked, falling; the first one always, and no more than in its simulation."""
         sampling, simulation = self.config.sampling, self.simulation
-        from_noise = self.start == HALF_PI and self.kind == "consistency"
-        first = math.atan(sampling.sigma_max) if from_noise else self.start
+        first = sampling.start(self.kind) if self.start == HALF_PI else self.start
         fixed = () if simulation is None else simulation.fixed_times
         between = [t for t in fixed or sampling.middle_times if self.end < t < first]
         return [first, *(between if simulation is None else between[: simulation.steps - 1])]
@@ -101,9 +100,10 @@ def parts_of(config: RunConfig, stage: int, folders: tuple[Path, ...] = ()) -> l
     named = None if objective.simulated is None else objective.simulated.earlier
     if named is not None:
         start = objective.simulated.start
+    noisiest = sampling.start("consistency")
     # what samples begin with is noise enough, and the noise that is left of them data
-    start = HALF_PI if named is None and start >= math.atan(sampling.sigma_max) else start
-    end = 0.0 if end <= math.atan(1 / sampling.sigma_max) else end
+    start = HALF_PI if named is None and start >= noisiest else start
+    end = 0.0 if end <= HALF_PI - noisiest else end
     before: list[Part] = []
     if named is None and stage > 0:
         before = parts_of(config, stage - 1, folders)
@@ -193,6 +193,11 @@ def legs_of(parts: Sequence[Part], steps: int) -> list[Leg]:
     """
     check_from_noise(parts)
     kinds = {part.kind for part in parts}
+    if parts[-1].config.sampling.gamma and "mean_flow" in kinds:
+        raise ValueError(
+            f"sampling.gamma is {parts[-1].config.sampling.gamma:g}, by which jumps go beyond where they end, and this "
+            "student was trained for few times or for a part of them: set it to 0"
+        )
     if len(kinds) == 1 and kinds != {"consistency"} and not any(part.has_fixed_times for part in parts):
         return legs_on_grid(parts, steps)
     times = [part.times for part in parts]
@@ -219,8 +224,9 @@ def legs_on_grid(parts: Sequence[Part], steps: int) -> list[Leg]:
         raise ValueError(
             f"{steps} steps are fewer than the {len(parts)} students that take part: change sampling.steps"
         )
-    low = level(parts[-1].end)
-    grid = from_flow_time(low + (1 - low) * flow_time(euler_grid(steps, parts[-1].config.sampling.shift))).tolist()
+    sampling = parts[-1].config.sampling
+    low, high = level(parts[-1].end), level(sampling.start(parts[0].kind))
+    grid = from_flow_time(low + (high - low) * equal_steps(steps, sampling.shift).flip(0)).tolist()
     if parts[0].kind == "mean_flow":
         free = list(range(1, steps))
         for part in parts[1:]:
@@ -291,9 +297,7 @@ def student_sampler(config: RunConfig, stage: int, students: Sequence[nn.Module]
 @torch.no_grad()
 def sample_in_legs(students: Sequence[nn.Module], legs: Sequence[Leg], batch: Batch, rng: torch.Generator) -> Tensor:
     """As `sample_consistency`, `sample_mean_flow` and `sample_euler` do, each leg by its own student; float64."""
-    x = noise_like(batch.x0, rng)
-    if legs[0].kind == "consistency":
-        x = math.sin(legs[0].times[0]) * x
+    x = math.sin(legs[0].times[0]) * noise_like(batch.x0, rng)
     for leg in legs:
         student = students[leg.owner]
         for start, end in pairwise((*leg.times, leg.end)):

@@ -13,9 +13,8 @@ from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.config import SamplingConfig
 from jvpgraph.trainer.noise import noise_like
 from jvpgraph.trainer.objectives.dcm import euler_step
-from jvpgraph.trainer.objectives.mean_flow import to_flow
-from jvpgraph.trainer.times import equal_steps, from_flow_time
-from jvpgraph.trainer.trigflow import add_noise, clean_image, expand_like
+from jvpgraph.trainer.times import equal_steps, flow_time, from_flow_time, shifted
+from jvpgraph.trainer.trigflow import HALF_PI, add_noise, clean_image, expand_like, level
 
 Sampler = Callable[[Batch, torch.Generator], Tensor]
 """(batch, rng) -> latents of the shape of batch.x0, made for its conditions; its latents are not looked at."""
@@ -27,9 +26,9 @@ def sampler_of(kind: str, model: nn.Module, steps: int, config: SamplingConfig) 
     def sample(batch: Batch, rng: torch.Generator) -> Tensor:
         if kind == "consistency":
             return sample_consistency(model, batch, few_step_times(steps, config), rng)
-        grid = euler_grid(steps, config.shift)
+        grid = euler_grid(steps, config.shift, config.start(kind))
         if kind == "mean_flow":
-            return sample_mean_flow(model, batch, grid, rng)
+            return sample_mean_flow(model, batch, grid, rng, config.gamma)
         return sample_euler(model, batch, grid, rng)
 
     return sample
@@ -42,18 +41,18 @@ def draw(sample: Sampler, batch: Batch, size: int, seed: int) -> Tensor:
 
 
 def few_step_times(steps: int, config: SamplingConfig) -> list[float]:
-    """Radians, falling: atan(sigma_max), then the first `steps - 1` middle times."""
+    """Radians, falling: where samples begin, then the first `steps - 1` middle times."""
     if not 1 <= steps <= 1 + len(config.middle_times):
         raise ValueError(
             f"{steps} steps need {steps - 1} middle times, and sampling.middle_times has {len(config.middle_times)}: "
             f"{config.middle_times}. Add some, or sample in 1 to {1 + len(config.middle_times)} steps."
         )
-    return [math.atan(config.sigma_max), *config.middle_times[: steps - 1]]
+    return [config.start("consistency"), *config.middle_times[: steps - 1]]
 
 
-def euler_grid(steps: int, shift: float = 1.0) -> Tensor:
-    """t [steps + 1] radians, falling from pi/2 to 0: equal steps of rectified-flow time, shifted."""
-    return from_flow_time(equal_steps(steps, shift).flip(0))
+def euler_grid(steps: int, shift: float = 1.0, start: float = HALF_PI) -> Tensor:
+    """t [steps + 1] radians, falling from `start` to 0: equal steps of rectified-flow time, shifted."""
+    return from_flow_time(level(start) * equal_steps(steps, shift).flip(0))
 
 
 @torch.no_grad()
@@ -77,12 +76,28 @@ def sample_consistency(student: nn.Module, batch: Batch, times: Sequence[float],
 
 
 @torch.no_grad()
-def sample_mean_flow(student: nn.Module, batch: Batch, grid: Tensor, rng: torch.Generator) -> Tensor:
-    """z_r = z_s - (s - r) u(z_s, r, s) over the intervals of `grid`, in rectified-flow coordinates."""
-    z = noise_like(batch.x0, rng)
-    for t, r in pairwise(grid.to(z.device)[:, None].expand(-1, len(batch))):
-        k, k_r = (expand_like(angle.cos() + angle.sin(), z) for angle in (t, r))
-        _, u = to_flow(k * z, student(k * z, t, batch.cond, r), t)
-        s, s_r = expand_like(t.sin(), z) / k, expand_like(r.sin(), z) / k_r
-        z = z - (s - s_r) * u
-    return z
+def sample_mean_flow(
+    student: nn.Module, batch: Batch, grid: Tensor, rng: torch.Generator, gamma: float = 0.0
+) -> Tensor:
+    """Jumps over the intervals of `grid`, from noise."""
+    x = grid[0].sin().item() * noise_like(batch.x0, rng)
+    for t, r in pairwise(grid.to(x.device)[:, None].expand(-1, len(batch))):
+        x = jump(student, batch, x, t, r, rng, gamma)
+    return x
+
+
+def jump(
+    student: nn.Module, batch: Batch, x: Tensor, t: Tensor, r: Tensor, rng: torch.Generator, gamma: float
+) -> Tensor:
+    """x_t -> x_r [B, ...], by an average velocity alone or, with gamma > 0, by gamma-sampling.
+
+    That goes farther, to the noise-to-signal ratio sqrt(1 - gamma^2) tan(r), and adds what noise is wanting there: none
+    of it is new with gamma = 0, and with 1 all of it, as `sample_consistency` has it (CTM, arXiv 2310.02279, algorithm
+    3).
+    """
+    if not gamma or not r.any():
+        return euler_step(student(x, t, batch.cond, r), x, t, r)
+    end = from_flow_time(shifted(flow_time(r), math.sqrt(1 - gamma**2)))
+    x = euler_step(student(x, t, batch.cond, end), x, t, end)
+    kept, new = r.cos() / end.cos(), gamma * r.sin()
+    return expand_like(kept, x) * x + expand_like(new, x) * noise_like(x, rng)

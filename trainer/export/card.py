@@ -61,7 +61,7 @@ def use_pipeline(task: Task) -> str:
         "torch.manual_seed(0)  # schedulers that add noise take it from here",
         f'output = pipe(prompt="a prompt", {first_frame(task)}{call_of(task.arguments())})[0]',
     ]
-    return python(code) + ("\n\n" + OWN_CLASS if needs_trust else "")
+    return python(code) + (f"\n\n{NEW_NOISE if task.by_jumps else OWN_TIMES} {OWN_CLASS}" if needs_trust else "")
 
 
 def use_network(task: Task) -> str:
@@ -70,7 +70,7 @@ def use_network(task: Task) -> str:
         return f"`{cls}` reads this folder as its `save_pretrained` wrote it."
     code = [f"from diffusers import {cls}", "", f'net = {cls}.from_pretrained(".")']
     if task.by_jumps:
-        return python(code) + f"\n\n{JUMPS}"
+        return python(code) + f"\n\n{JUMPS} with the `{type(task.scheduler).__name__}` in `scheduler/`."
     if given := added(task.net):
         code = [
             "from jvpgraph.trainer.adapters import diffusers_model",
@@ -149,16 +149,22 @@ USES = {
     "comfyui": use_comfyui,
 }
 
+OWN_TIMES = (
+    "The times of this student are not among those that diffusers' own schedulers can be told to use. Exported without "
+    "`--times run` it needs no other."
+)
+NEW_NOISE = (
+    "diffusers' own scheduler jumps from pure noise and along the flow, and this run's samples have "
+    "`sampling.gamma` or `sampling.sigma_max`."
+)
 OWN_CLASS = (
-    "The times of this student are not among those that diffusers' own schedulers can be told to use. The scheduler is "
-    "the class in `scheduler/`, 40 lines, which diffusers runs with `trust_remote_code=True` only. Exported without "
-    "`--times run` it needs none."
+    "The scheduler is the class in `scheduler/`, a few lines, which diffusers runs with `trust_remote_code=True` only."
 )
 
 
 JUMPS = (
     "It takes two times, and `AnyFlowPipeline` samples it by jumps from one to the next, in as many steps as it is "
-    "asked for, with the `FlowMapEulerDiscreteScheduler` in `scheduler/`."
+    "asked for,"
 )
 UNKNOWN = "It takes what diffusers' own class does not know: loaded by that it would give something else."
 F = "x0 = cos(t) x_t - sin(t) F, with t in radians of TrigFlow."

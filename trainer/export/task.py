@@ -28,7 +28,7 @@ from jvpgraph.trainer.model.anyflow import as_anyflow, fits_anyflow
 from jvpgraph.trainer.model.embedded_scale import fix
 from jvpgraph.trainer.model.pipelines import check_one_network, class_name
 from jvpgraph.trainer.model.saved_additions import saved_with
-from jvpgraph.trainer.model.schedulers import even_times, fits_pipelines, own_file, scheduler_for
+from jvpgraph.trainer.model.schedulers import even_times, fits_pipelines, jump_scheduler, own_file, scheduler_for
 from jvpgraph.trainer.model.second_time import takes_r
 from jvpgraph.trainer.model.student import merged
 from jvpgraph.trainer.model.told import WithScale, unit_of
@@ -254,7 +254,7 @@ class Task:
     @cached_property
     def scheduler(self) -> Any:
         if self.by_jumps:
-            return diffusers().FlowMapEulerDiscreteScheduler(shift=self.run.config.sampling.shift)
+            return jump_scheduler(self.run.config.sampling)
         return scheduler_for(self.run.student, self.times).scheduler
 
     @property

@@ -199,7 +199,8 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
         last = i == len(config.stages) - 1
         if last or config.looked_at:
             try:
-                stage.objective.check_sampling({*config.sampling.steps, *looks}, config.sampling.shift)
+                sampling = config.sampling
+                stage.objective.check_sampling({*sampling.steps, *looks}, sampling.shift, sampling.gamma)
                 check_steps(config, i, {*config.sampling.steps, *looks})
             except ValueError as error:
                 if last:

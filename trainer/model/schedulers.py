@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from jvpgraph.trainer.config import SamplingConfig
 from jvpgraph.trainer.model.adapters import diffusers
 from jvpgraph.trainer.times import from_flow_time
-from jvpgraph.trainer.trigflow import RECTIFIED_FLOW, TrigFlow
+from jvpgraph.trainer.trigflow import HALF_PI, RECTIFIED_FLOW, TrigFlow, level
 
 # Mochi's pipeline turns noise levels upside down, Cosmos 2's works on x0 + sigma eps
 OWN_NOISE_LEVELS = ("MochiTransformer3DModel", "CosmosTransformer3DModel")
@@ -100,6 +101,15 @@ def flow_scheduler(levels: Sequence[float]) -> Any:
 
 def few_step_scheduler(levels: Sequence[float]) -> Any:
     return importlib.import_module("jvpgraph.trainer.model.few_step_scheduler").FewStepScheduler(tuple(levels))
+
+
+def jump_scheduler(sampling: SamplingConfig) -> Any:
+    """Of AnyFlow's pipeline, for jumps as sample_mean_flow makes them; diffusers' own knows no new noise."""
+    start = sampling.start("mean_flow")
+    if not sampling.gamma and start == HALF_PI:
+        return diffusers().FlowMapEulerDiscreteScheduler(shift=sampling.shift)
+    module = importlib.import_module("jvpgraph.trainer.model.gamma_scheduler")
+    return module.GammaScheduler(gamma=sampling.gamma, start=level(start), shift=sampling.shift)
 
 
 def own_file(scheduler: Any) -> Path | None:

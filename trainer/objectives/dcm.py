@@ -56,7 +56,7 @@ class DCM(Objective):
         lowest = float(equal_steps(self.teacher_steps, self.shift)[1]) / self.substeps
         return 0.0 if self.jitter else lowest, 1.0
 
-    def check_sampling(self, steps: Collection[int], shift: float) -> None:
+    def check_sampling(self, steps: Collection[int], shift: float, gamma: float = 0.0) -> None:
         if self.segments > 1 and (set(steps) != {self.segments} or shift != self.shift):
             raise ValueError(
                 f"dcm with {self.segments} segments is sampled in {self.segments} steps, from end to end, with shift "

@@ -54,7 +54,7 @@ class FreeFlow(Objective):
         start, end = super().span  # of the ends of its jumps
         return level(end), level(start)
 
-    def check_sampling(self, steps: Collection[int], shift: float) -> None:
+    def check_sampling(self, steps: Collection[int], shift: float, gamma: float = 0.0) -> None:
         if set(steps) != {1}:
             raise ValueError(
                 f"free_flow trains jumps from noise alone, which samples are one of; not {listed(steps)}: set "

@@ -61,8 +61,8 @@ class Objective(Variants):
         """What comes only after some student updates of the stage, and after how many."""
         return {"its tangent counts in full": getattr(self, "tangent_warmup", 0)}
 
-    def check_sampling(self, steps: Collection[int], shift: float) -> None:
-        """Raises ValueError where samples in so many steps, on a grid of this shift, would be wrong."""
+    def check_sampling(self, steps: Collection[int], shift: float, gamma: float = 0.0) -> None:
+        """Raises ValueError where samples in so many steps, of sampling.shift and .gamma, would be wrong."""
 
     @property
     def fake_score(self) -> Any:

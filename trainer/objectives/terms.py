@@ -150,9 +150,9 @@ class WeightedTerms(Objective):
     def through_tangent(self) -> bool:  # type: ignore[override]
         return any(part.through_tangent for part in self.objectives)
 
-    def check_sampling(self, steps: Collection[int], shift: float) -> None:
+    def check_sampling(self, steps: Collection[int], shift: float, gamma: float = 0.0) -> None:
         for part in self.objectives:
-            part.check_sampling(steps, shift)
+            part.check_sampling(steps, shift, gamma)
 
     @property
     def needs_data(self) -> bool:  # type: ignore[override]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -12,7 +13,7 @@ from torch import Tensor
 from jvpgraph.trainer.noise import Random, uniform
 from jvpgraph.trainer.objectives.objective import Objective, listed
 from jvpgraph.trainer.ranges import not_negative
-from jvpgraph.trainer.times import LogitNormal, Times, equal_steps, flow_time, from_flow_time
+from jvpgraph.trainer.times import LogitNormal, Times, equal_steps, flow_time, from_flow_time, shifted
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,16 @@ class TwoTimes(Objective):
                 "set clean_share to 0, or longest to 1"
             )
 
-    def check_sampling(self, steps: Collection[int], shift: float) -> None:
+    def check_sampling(self, steps: Collection[int], shift: float, gamma: float = 0.0) -> None:
         trained = "none" if self.instant_share == 1 else "those to r = 0 alone"
-        if self.instant_share + self.clean_share == 1 and (set(steps) != {1} or not self.clean_share):
+        whole = set(steps) == {1} or gamma == 1  # all jumps are to r = 0
+        if self.instant_share + self.clean_share == 1 and not (whole and self.clean_share):
             raise ValueError(
                 f"instant_share is {self.instant_share:g} and clean_share {self.clean_share:g}, so that of all jumps "
                 f"{trained} are trained, and samples in {listed(steps)} steps make others: leave a share for these"
             )
-        lengths = [float(equal_steps(count, shift).diff().max()) for count in steps]
+        grids = {count: equal_steps(count, shift) for count in steps}
+        lengths = [float((s[1:] - shifted(s[:-1], math.sqrt(1 - gamma**2))).max()) for s in grids.values()]
         short = [count for count, length in zip(steps, lengths) if length > self.longest + 1e-6]
         if short:
             raise ValueError(

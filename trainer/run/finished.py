@@ -101,7 +101,8 @@ class Run:
 
     def check_sampling(self, *steps: int) -> None:
         """Raises ValueError for steps in which samples of the student would be wrong."""
-        self.config.stages[self.stage].objective.check_sampling(steps, self.config.sampling.shift)
+        sampling = self.config.sampling
+        self.config.stages[self.stage].objective.check_sampling(steps, sampling.shift, sampling.gamma)
 
 
 def load_earlier(folder: Path, device: torch.device, *, guidance: float | None = None) -> Run:
