@@ -314,8 +314,8 @@ class Task:
             )
         if self.has_second_time and not self.goes_into_pipelines:
             raise ValueError(
-                f"no pipeline of diffusers tells a {type(self.net).__name__} a second time; AnyFlow's does, for Wan "
-                "from text to video\n"
+                f"a {type(self.net).__name__} takes two times, and the one pipeline for jumps between them that export "
+                "knows is AnyFlow's, of Wan from text to video\n"
                 "Export the network alone (without --pipeline), and sample it with jvpgraph sample RUN."
             )
         if not self.goes_into_pipelines:
