@@ -315,6 +315,58 @@ def test_a_student_starts_from_a_run_or_an_export(refused: Any) -> None:
     assert not Path("four").exists()
 
 
+TIED = """
+import torch
+from torch import nn
+from jvpgraph.trainer.trigflow import TrigFlow
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.b.weight = self.a.weight
+        self.again = self.c
+
+    def forward(self, x, s, labels):
+        return self.again(self.b(self.a(x.flatten(1) * (1 + s[:, None])).sin())).view_as(x)
+
+def teacher():
+    torch.manual_seed(0)
+    return TrigFlow(Net())
+"""
+
+
+def test_weights_under_two_names_are_saved_once_and_found_again() -> None:
+    Path("tied.py").write_text(TIED)
+    own = ["model={load: tied.py:teacher}", "guidance={}", "stages.0.steps=1"]
+    assert trained(*own) == 0
+    assert cli.main(["export", "run", "--out", "net"]) == 0
+    assert trained(*own, "out=two", "--from", "net") == 0
+    start = load_run(Path("two"), step=0).student.net
+    assert start.b.weight is start.a.weight
+    for name, value in load_file("net/model.safetensors").items():
+        assert torch.equal(start.state_dict()[name], value)
+
+
+@pytest.mark.long
+def test_a_run_of_one_time_and_no_scale_starts_one_with_both(refused: Any) -> None:
+    """As its export does: what is new begins as nothing."""
+    assert trained("stages.0.steps=1", "stages.0.objective=dcm") == 0
+    now = [
+        "stages.0.steps=1",
+        "stages.0.objective=mean_flow",
+        SEVERAL,
+        "student={second_time: true, embed_scale: true}",
+    ]
+    assert trained(*now, "out=two", "--from", "run") == 0
+    before, start = load_run(Path("run")).student, load_run(Path("two"), step=0).student
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1.2, 0.7])
+    cond = {"labels": torch.tensor([3, 4])}
+    wanted = before(x, t, cond)
+    for scale in (2.0, 6.0):
+        assert torch.equal(start(x, t, {**cond, "guidance_scale": torch.full((2,), scale)}, t), wanted)
+
+
 LORA = "student.lora={rank: 2, alpha: 2, targets: [qkv]}"
 SEVERAL = "guidance={scale: [2, 6], negative: {labels: 10}}"
 

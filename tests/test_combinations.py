@@ -12,6 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from jvpgraph.trainer import settings
 from jvpgraph.trainer.config import RunConfig
@@ -22,6 +23,7 @@ from jvpgraph.trainer.run.beforehand import warn_of_settings
 from jvpgraph.trainer.run.finished import Run, evaluate_run, load_run
 from jvpgraph.trainer.settings import SettingsError
 from jvpgraph.trainer.train import train
+from jvpgraph.trainer.trigflow import TrigFlow
 from tests.recipes import CRITIC, SEGMENTS, alone, of_terms
 from tests.test_adapters import build
 from tests.test_train import SMALL, config_of, stage
@@ -360,6 +362,47 @@ def test_places_that_are_rounded_meet(tmp_path: Path) -> None:
     ):
         earlier = {} if "earlier" in str(low) else {"earlier": str(high.out)}
         assert train(config_of(tmp_path / str(len(earlier)), **low, sampling={"steps": [2], **earlier})).is_dir()
+
+
+# ---------------------------------------------------------------- networks that round their time
+
+
+class Clock(nn.Module):
+    """A network that is told its time in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layer, self.table = how, nn.Linear(64, 64), nn.Embedding(1001, 64)
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        match self.how:
+            case "table":
+                e = self.table((1000 * time).long())
+            case "round":
+                e = (1000 * time).round()[:, None].sin()
+            case "cast":  # half precision has a derivative
+                e = (8 * time.to(self.layer.weight.dtype)[:, None]).sin()
+            case _:
+                e = torch.full_like(time, 0.5)[:, None]
+        return self.layer(x.flatten(1) * (1 + e).to(x.dtype)).view_as(x)
+
+
+def clock(how: str, dtype: str) -> TrigFlow:
+    torch.manual_seed(0)
+    return TrigFlow(Clock(how).to(getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("how", ["table", "round", "cast", "no time"])
+def test_a_network_that_rounds_its_time_is_named(
+    tmp_path: Path, how: str, dtype: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its derivative by time is 0, which trains something else."""
+    model = {"load": "tests.test_combinations:clock", "options": {"how": how, "dtype": dtype}}
+    for objective in ("dcm", "scm"):
+        train(config_of(tmp_path / objective, **alone(objective), model=model))
+        said = [r for r in caplog.records if "it rounds its time" in r.getMessage()]
+        assert len(said) == (objective == "scm" and how in ("table", "round"))
 
 
 # ---------------------------------------------------------------- where students are asked

@@ -17,7 +17,7 @@ import torch
 import webdataset
 from safetensors.torch import save_file
 
-from jvpgraph.trainer import settings
+from jvpgraph.trainer import cli, settings
 from jvpgraph.trainer.config import RunConfig
 from jvpgraph.trainer.data.prepared import prepared
 from jvpgraph.trainer.data.prompts import listed, prompts
@@ -218,3 +218,15 @@ def test_killed_and_on_two_processes_the_bytes_are_the_same(tiny_folder: Path) -
     for path in Path("whole").rglob("*"):
         if path.is_file() and path.name != "settings.yaml":  # which names the folder
             assert path.read_bytes() == (Path("killed") / path.relative_to("whole")).read_bytes(), path
+
+
+@pytest.mark.slow
+def test_latents_of_a_network_of_ones_own_are_checked_without_pictures(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    synthesize(configuration(), Path("made"), Options(count=3))
+    assert cli.main(["inspect", "made", "--check"]) == 0
+    said = capsys.readouterr().out
+    assert "all shards are as the index says" in said
+    assert "no pictures: " in said
+    assert cli.main(["inspect", "made", "--checkpoint", "elsewhere"]) == 1

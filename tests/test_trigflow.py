@@ -243,6 +243,37 @@ def test_the_consistency_function_is_the_identity_at_time_zero(known: Schedule) 
     assert torch.equal(clean_image(F, x, t), x)
 
 
+class Layered(nn.Module):
+    """A layer, and a parameter of the network itself, which comes first among its parameters."""
+
+    def __init__(self, own: Tensor | None = None) -> None:
+        super().__init__()
+        if own is not None:
+            self.own = nn.Parameter(own, requires_grad=False)
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.layer((x * (1 + time[:, None, None, None])).flatten(1)).view_as(x)
+
+
+@pytest.mark.parametrize("own", [torch.arange(4), torch.ones(4).bfloat16(), torch.ones(4, 4).bfloat16()])
+def test_latents_have_the_dtype_of_the_layers(own: Tensor) -> None:
+    """Not that of the first parameter: a table of integers cut them off, and bfloat16 rounded them."""
+    net, wide = Layered(own), Layered().double()
+    net.layer.load_state_dict(wide.layer.state_dict())
+    x, t = images(2, seeded(1)), torch.tensor([1.2, 0.4], dtype=torch.float64)
+    torch.testing.assert_close(TrigFlow(net)(x, t, {}), TrigFlow(wide)(x, t, {}), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    class Pair(Layered):
+        def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+            return (super().forward(x, time),)
+
+    with pytest.raises(TypeError, match=r"Pair gives a tuple, not a tensor: .*call=lambda"):
+        TrigFlow(Pair())(images(2, seeded(1)), torch.tensor([1.2, 0.4]), {})
+
+
 def test_time_stays_in_float32_for_a_narrow_network() -> None:
     net = Small(torch.bfloat16)
     F = TrigFlow(net, schedule=VP_LINEAR)(images(2, seeded(5)), torch.ones(2), {"hint": torch.ones(2, 1)})

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 
 import sympy
 import torch
@@ -280,6 +281,13 @@ def to_network(c: Tensor, dtype: torch.dtype) -> Tensor:
     return c.to(dtype) if c.is_floating_point() and c.dim() > 1 else c
 
 
+def dtype_of_layers(net: nn.Module) -> torch.dtype:
+    """That of the first weight in a layer; tables, masks and positions of the network itself may have another."""
+    layers = (p for child in net.children() for p in child.parameters())
+    weights = (p.dtype for p in chain(layers, net.parameters()) if p.dtype.is_floating_point and p.dim() > 1)
+    return next(weights, None) or next(net.parameters()).dtype
+
+
 SCALE = "guidance_scale"
 """Condition of a batch: the guidance scale [B] that was drawn for each sample."""
 
@@ -333,7 +341,12 @@ class TrigFlow(nn.Module):
         x, t = x.double(), t.double()
         x_s = expand_like(self.c_in(t), x) * x
         second = {} if r is None else {"time_r": self.network_time(r.double())}
-        u = self.call(self.net, x_s.to(next(self.net.parameters()).dtype), self.network_time(t), cond, **second)
+        u = self.call(self.net, x_s.to(dtype_of_layers(self.net)), self.network_time(t), cond, **second)
+        if not isinstance(u, Tensor):
+            raise TypeError(
+                f"{type(self.net).__name__} gives a {type(u).__name__}, not a tensor: take what it predicts out of it "
+                "in a function of your own: TrigFlow(net, call=lambda net, x, time, cond: net(x, time, **cond)[0])"
+            )
         return expand_like(self.f_skip(t), x) * x + expand_like(self.f_out(t), x) * u.double()
 
     def network_time(self, t: Tensor) -> Tensor:

@@ -28,10 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    print(look.describe(prepared.read_card(args.folder)))
+    card = prepared.read_card(args.folder)
+    print(look.describe(card))
     if args.check:
         look.check(args.folder)
         print("all shards are as the index says")
+    if args.checkpoint is None and look.of_own_network(card):
+        print(
+            f"no pictures: {card['checkpoint']['path']} has no VAE; if its latents are of one, name it by --checkpoint"
+        )
     out = args.out or args.folder / "inspect"
     device = device_named(args.device)
     for path, caption in look.decode_some(args.folder, out, args.count, checkpoint=args.checkpoint, device=device):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ from jvpgraph.trainer.model.second_time import takes_r
 from jvpgraph.trainer.model.student import make_student
 from jvpgraph.trainer.model.told import WithConditions, WithScale, watched
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
+
+log = logging.getLogger(__name__)
 
 
 def device_of(config: RunConfig, local_rank: int | None = None) -> torch.device:
@@ -180,6 +183,8 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
     try_network("the student cannot run with a sample of the data", student, sample.x0, sample.cond)
     if added(student.net):
         check_additions(config, student, sample)
+    if any(stage.objective.takes_tangent for stage in config.stages):
+        check_time(student, sample)
     tried = commonest(dataset)
     shapes = [shape for shape in getattr(dataset, "buckets", []) if shape is not tried]
     others = [first_samples(dataset, 1, shape).to(device) for shape in shapes]
@@ -212,6 +217,42 @@ def check_run(config: RunConfig, student: TrigFlow, guided: Guided, dataset: Dat
         if (critic := stage.objective.critic) is not None:
             of_teacher = critic.features == "teacher" or config.fake_score.network == "teacher"
             critic_on(guided.model if of_teacher else student, critic, sample)
+
+
+NEAR, FAR = (10.05, 10.45), 500.0  # of 1000: of the near ones round, floor and ceil make one
+
+
+@torch.no_grad()
+def check_time(student: TrigFlow, sample: Batch) -> None:
+    """Warns of a network that rounds its time, whose derivative by it is 0: a table of a thousand times, or .long().
+
+    It is asked at two times that rounding makes one, and at another one. Only times that go up to 1, or to 1000, are
+    looked at: in logarithms of sigma integers mean nothing.
+    """
+    t = torch.full((1,), torch.pi / 2, dtype=torch.float64, device=sample.x0.device)
+    last = student.network_time(t).item()
+    if not 0.99 <= last <= 1.01 and not 990 <= last <= 1010:
+        return
+
+    def at(thousandths: float) -> Tensor:
+        time = thousandths / 1000 if last < 2 else thousandths
+        vars(student)["network_time"] = lambda t: torch.full_like(t, time).float()
+        try:
+            F: Tensor = student(sample.x0, t, sample.cond)
+            return F
+        finally:
+            del vars(student)["network_time"]
+
+    one, two, far = map(at, (*NEAR, FAR))
+    if torch.equal(one, two) and not torch.equal(one, far):
+        log.warning(
+            "%s gives the same at the times %g and %g of 1000, to the bit, and something else at %g: it rounds its "
+            "time, so that its derivative by it is 0, and the targets of this run lack that part. Let it take its time "
+            "as it is: sinusoids of a float, in the place of a table or of .long(), .round() and the like.",
+            type(student.net).__name__,
+            *NEAR,
+            FAR,
+        )
 
 
 def check_additions(config: RunConfig, student: TrigFlow, sample: Batch) -> None:

@@ -30,6 +30,7 @@ class Adversarial(Objective):
     """Passing for real; beside dmd or scm in `terms`."""
 
     name: ClassVar[str] = "adversarial"
+    takes_tangent: ClassVar[bool] = False
     features: Features = "teacher"  # whose blocks the heads are on; SANA-Sprint: teacher
     blocks: tuple[int, ...] = ()  # which, from 0; empty: four, evenly spread
     width: int = 256  # of the heads' layers

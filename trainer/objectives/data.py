@@ -19,6 +19,7 @@ class Data(Objective):
     """The clean image of noisy real latents; beside others in `terms`."""
 
     name: ClassVar[str] = "data"
+    takes_tangent: ClassVar[bool] = False
     times: Times = field(default_factory=lambda: LogNormal(mean=-2.0, std=1.0))  # low: far from the data, a mean blurs
 
     @property

@@ -28,6 +28,7 @@ class DCM(Objective):
     """Discrete-time consistency."""
 
     name: ClassVar[str] = "dcm"
+    takes_tangent: ClassVar[bool] = False
     teacher_steps: int = 48  # steps from noise to data; rCM's code
     shift: float = 1.0  # of the grid in rectified-flow time, k s / (1 + (k - 1) s); 5 for Wan
     substeps: int = 1  # Euler steps of the teacher in each; SCott: 3

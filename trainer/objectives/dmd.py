@@ -53,6 +53,7 @@ class DMD(Objective):
     """Distribution matching; also the settings of rCM's regulariser and its fake score."""
 
     name: ClassVar[str] = "dmd"
+    takes_tangent: ClassVar[bool] = False
     only_simulated: ClassVar[bool] = True
     times: Times = field(default_factory=ShiftedUniform)  # p_D, also of the fake score and the simulation
     fake_updates_per_step: int = 4  # after each student update; rCM: 4 at 1.3B, 9 at 14B

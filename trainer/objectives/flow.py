@@ -19,6 +19,7 @@ class FlowMatching(Objective):
     """The velocity of the data, without a teacher."""
 
     name: ClassVar[str] = "flow_matching"
+    takes_tangent: ClassVar[bool] = False
     sampler: ClassVar[str] = "flow"
     times: Times = field(default_factory=LogitNormal)  # SD3
 

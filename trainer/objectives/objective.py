@@ -44,6 +44,7 @@ class Objective(Variants):
     needs_negative: ClassVar[bool] = False  # whether it asks for a negative condition beside the teacher's guidance
     only_simulated: ClassVar[bool] = False  # whether it asks the student at the times of a simulation alone
     trains_plainly: ClassVar[bool] = True  # whether there is a backward through calls of the student without tangents
+    takes_tangent: ClassVar[bool] = True  # whether it may look at the student's derivative by time
     through_tangent: ClassVar[bool] = False  # whether its loss has a gradient through the tangent: needs one graph
 
     @property

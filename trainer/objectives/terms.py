@@ -136,6 +136,10 @@ class WeightedTerms(Objective):
         return any(term.weight and term.objective.trains_plainly for term in self.terms)
 
     @property
+    def takes_tangent(self) -> bool:  # type: ignore[override]
+        return any(part.takes_tangent for part in self.objectives)
+
+    @property
     def waits(self) -> dict[str, int]:
         begins = {f"{name} begins": term.after for name, term in self.named()}
         return begins | {

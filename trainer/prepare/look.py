@@ -73,7 +73,7 @@ def decode_some(
     data = prepared(folder)
     captions = data.captions()
     turns = [index for turn in zip_longest_ranges(data.buckets) for index in turn][:count]
-    if not data.has_latents:
+    if not data.has_latents or (checkpoint is None and of_own_network(card)):
         for index in turns:
             yield folder, captions.get(data[index].key, "")
         return
@@ -83,6 +83,12 @@ def decode_some(
         sample = data[index]
         pixels = decode(vae, sample.x0[None].to(device))[0].cpu()
         yield save_pixels(pixels, out / sample.key, card["fps"] or 1.0), captions.get(sample.key, "")
+
+
+def of_own_network(card: dict[str, Any]) -> bool:
+    """Whether its latents were made by a teacher of no pipeline, so that nothing is known that decodes them."""
+    made_by = card["checkpoint"]
+    return ":" in made_by["pipeline"] and not (Path(made_by["path"]) / "vae/config.json").is_file()
 
 
 def zip_longest_ranges(ranges: list[range]) -> Iterator[list[int]]:

@@ -110,9 +110,12 @@ def check_places(student: TrigFlow, source: Path) -> None:
 
 def take_run(student: TrigFlow, source: Path) -> None:
     config = settings.load(RunConfig, source / "config.yaml")
-    sigma = config.ema.sigma_rel[0]
-    average = PowerEMA(trainable(student), sigma)
-    state = {"student": moving(student), "ema": {f"{sigma:g}": average}}
+    sigma, before = config.ema.sigma_rel[0], config.student
+    had = {INTERVAL: before.added_time, EMBEDDED: before.added_scale}
+    new = [name for name, then in had.items() if then is None]  # begin as additions do
+    average = PowerEMA({name: p for name, p in trainable(student).items() if not of_addition(name, new)}, sigma)
+    own = {name: value for name, value in moving(student).items() if not of_addition(name, new)}
+    state = {"student": own, "ema": {f"{sigma:g}": average}}
     try:
         step = Checkpoints(source / "checkpoints").load_newest(state, partial=True)  # the run may be going on
     except ValueError as error:
@@ -169,6 +172,15 @@ def config_in(source: Path) -> dict[str, Any]:
 def take_tensors(student: TrigFlow, values: Mapping[str, Tensor], source: Path) -> None:
     own = student.net.state_dict()
     new = [each for each in NAMES if not any(of_addition(name, [each]) for name in values)]  # begin as additions do
+    names = {(value.data_ptr(), value.shape, value.stride()): name for name, value in own.items() if name in values}
+    values = {  # weights that are shared are saved once
+        **values,
+        **{
+            name: values[names[place]]
+            for name, value in own.items()
+            if name not in values and (place := (value.data_ptr(), value.shape, value.stride())) in names
+        },
+    }
     wrong = [f"{name} is missing" for name in own if name not in values and not of_addition(name, new)]
     wrong += [f"{name} is of no use" for name in values if name not in own]
     wrong += [
