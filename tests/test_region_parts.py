@@ -183,6 +183,10 @@ class TestCheckpoints:
             assert Call(False, None, apart).run(Twice(), x, alone=True) is x
 
 
+def replace_data(x: Tensor, y: Tensor) -> None:
+    y.data = x * 2
+
+
 class TestWrites:
     @pytest.fixture(autouse=True)
     def _forget(self) -> None:
@@ -195,6 +199,20 @@ class TestWrites:
 
         with own_errors(), torch.no_grad():
             return torch.compile(fn, backend=backend, fullgraph=True)(*args)
+
+    @pytest.mark.parametrize("write", [lambda x, y: y.data.mul_(2), lambda x, y: y.data[0].zero_(), replace_data])
+    def test_what_is_written_by_data_is_refused_too(self, x, write):
+        """It counts no version: the tangent of a buffer that code outside reads was lost."""
+
+        def fn(x: Tensor, y: Tensor) -> Tensor:
+            write(x, y)
+            return x * 2
+
+        with pytest.raises(CaptureError, match=r"\.data, which the code around it may see"):
+            self.captured(fn, x, x.clone())
+
+    def test_what_is_read_by_data_is_not(self, x):
+        assert_close(self.captured(lambda x, y: x * y.data, x, x.clone()), x * x)
 
     @pytest.mark.parametrize(
         "write", [lambda x, y: y.mul_(2), lambda x, y: y[0].zero_(), lambda x, y: y.view(2, 2).t().add_(x.view(2, 2))]

@@ -17,6 +17,12 @@ __all__ = ["is_number", "refuse_writes"]
 
 def refuse_writes(gm: fx.GraphModule) -> None:
     """A graph's writes to what it is given do not reach the tangents of the caller's tensor."""
+    autograd: Any = torch._C._autograd
+    for node in gm.graph.find_nodes(op="call_function", target=autograd._get_data_attr):
+        if _version(node.meta.get("example_value")):  # of its own: that of the tensor does not count what .data does
+            raise CaptureError(f"it writes to {node.args[0]}.data, which the code around it may see")
+    for node in gm.graph.find_nodes(op="call_function", target=Tensor.set_):
+        raise CaptureError(f"it gives {node.args[0]} another .data, which the code around it may see")
     placeholders = gm.graph.find_nodes(op="placeholder")
     markers = gm.graph.find_nodes(op="call_function", target=MAKE_DUAL)
     if not any(_version(n.meta.get("example_value")) for n in placeholders + markers):
