@@ -727,3 +727,50 @@ def test_views_of_arguments_have_the_tangents_of_these(backend, dtype, grad):
             (g,) = torch.autograd.grad(sum(y.sum() for y in outs), given)
             assert_close(g, torch.full_like(g, 4.0), **EXACT)
     assert graphs(dual) == [("HandsViewsThrough", 1, 1)]
+
+
+class Averaging(nn.Module):
+    """A block that keeps a running mean, which the code around it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x).sin()
+        self.mean.data.mul_(0.9).add_(y.mean(0), alpha=0.1)
+        return y
+
+
+class Averages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Averaging() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x * sum(block.mean for block in self.blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:a region cannot be captured")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_what_a_block_writes_by_data_has_its_tangent_outside(dtype: torch.dtype, tolerance: float) -> None:
+    """On the default backend, at two sizes, with gradients: the buffer brought none along."""
+    for size in (2, 3):
+        torch.manual_seed(size)
+        model = Averages().to(dtype)
+        wide = copy.deepcopy(model).double()
+        x, x_dot = torch.randn(size, 4, dtype=dtype, requires_grad=True), torch.randn(size, 4, dtype=dtype)
+        y, y_dot = jvpgraph.transform(model, regions=Averaging)(x, tangents={"x": x_dot})
+        y.sum().backward()
+        at, along = x.detach().double().requires_grad_(), 1e-6 * x_dot.double()
+        with torch.no_grad():
+            difference = copy.deepcopy(wide)(at + along) - copy.deepcopy(wide)(at - along)
+        wide(at).sum().backward()
+        found = [y_dot, x.grad, *(p.grad for p in model.parameters())]
+        wanted = [difference / 2e-6, at.grad, *(p.grad for p in wide.parameters())]
+        for one, other in zip(found, wanted, strict=True):
+            assert (one.double() - other).norm() < tolerance * other.norm()

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from jvpgraph.errors import CaptureError
+from jvpgraph.graph.torch_level import GET_DATA
 from jvpgraph.markers import MAKE_DUAL
 from jvpgraph.rules.apply import has_tangent
 
@@ -17,8 +18,7 @@ __all__ = ["is_number", "refuse_writes"]
 
 def refuse_writes(gm: fx.GraphModule) -> None:
     """A graph's writes to what it is given do not reach the tangents of the caller's tensor."""
-    autograd: Any = torch._C._autograd
-    for node in gm.graph.find_nodes(op="call_function", target=autograd._get_data_attr):
+    for node in gm.graph.find_nodes(op="call_function", target=GET_DATA):
         if _version(node.meta.get("example_value")):  # of its own: that of the tensor does not count what .data does
             raise CaptureError(f"it writes to {node.args[0]}.data, which the code around it may see")
     for node in gm.graph.find_nodes(op="call_function", target=Tensor.set_):

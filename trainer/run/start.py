@@ -172,15 +172,9 @@ def config_in(source: Path) -> dict[str, Any]:
 def take_tensors(student: TrigFlow, values: Mapping[str, Tensor], source: Path) -> None:
     own = student.net.state_dict()
     new = [each for each in NAMES if not any(of_addition(name, [each]) for name in values)]  # begin as additions do
-    names = {(value.data_ptr(), value.shape, value.stride()): name for name, value in own.items() if name in values}
-    values = {  # weights that are shared are saved once
-        **values,
-        **{
-            name: values[names[place]]
-            for name, value in own.items()
-            if name not in values and (place := (value.data_ptr(), value.shape, value.stride())) in names
-        },
-    }
+    places = {name: (value.data_ptr(), value.shape, value.stride()) for name, value in own.items()}
+    saved = {places[name]: value for name, value in values.items() if name in own}  # those that are shared once
+    values = {**values, **{name: saved[place] for name, place in places.items() if place in saved}}
     wrong = [f"{name} is missing" for name in own if name not in values and not of_addition(name, new)]
     wrong += [f"{name} is of no use" for name in values if name not in own]
     wrong += [
