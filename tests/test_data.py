@@ -7,9 +7,11 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
+import multiprocessing.util
+import os
 import pickle
 import re
+import signal
 import tarfile
 import time
 from collections import Counter
@@ -745,6 +747,27 @@ def test_workers_end_with_their_iterator_and_with_an_error():
     with pytest.raises(BadShard, match=r"hole\.tar"):
         take(loader(Holes(9, {3}, "stop"), 2, 0, workers=2), 5)
     assert set(multiprocessing.active_children()) == others
+
+
+class Dying(Numbers):
+    """Its worker dies of a signal in leaving, as one does whose thread is still in C++ when the interpreter ends."""
+
+    def __getitem__(self, index: int) -> Sample:
+        multiprocessing.util.Finalize(None, os.kill, args=(os.getpid(), signal.SIGKILL), exitpriority=-100)
+        return super().__getitem__(index)
+
+
+def test_workers_that_die_in_leaving_take_nothing_with_them(caplog):
+    others = set(multiprocessing.active_children())
+    stream = iter(loader(Dying(9), 2, 0, workers=2))
+    assert [next(stream).x0.numel() for _ in range(4)] == [2] * 4
+    stream.close()
+    assert set(multiprocessing.active_children()) == others
+    assert "killed by signal: Killed" in caplog.text
+    stream = iter(loader(Dying(9), 2, 0, workers=2))
+    next(stream)
+    with pytest.raises(KeyError, match="the error that ends the run"):
+        stream.throw(KeyError("the error that ends the run"))
 
 
 # Where the worker is killed while it sends, torchdata opens temporary files to find the cause, and the signal that says

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from jvpgraph.trainer import cli, settings
 from jvpgraph.trainer.config import RunConfig
@@ -113,6 +114,26 @@ def test_the_limit_leaves_time_for_a_step_and_a_save() -> None:
     assert not stop.agreed(ranks, reserve=10)  # 800 + 1.5 (100 + 10) + 10
     assert stop.agreed(ranks, reserve=30)
     assert stop.code == TIME_LIMIT
+
+
+def test_a_signal_while_the_processes_agree_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reduce = dist.all_reduce
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        reduce(*args, **kwargs)
+
+    try:
+        ranks = Ranks()
+        with Stop() as stop:
+            with monkeypatch.context() as patch:
+                patch.setattr(dist, "all_reduce", interrupted)
+                assert not stop.agreed(ranks)  # what this process had to say was on its way already
+            assert stop.agreed(ranks)
+    finally:
+        dist.destroy_process_group()
+    assert str(stop.stopped(3)) == "stopped by SIGTERM and saved after step 3"
 
 
 def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,13 +251,14 @@ def test_the_slurm_script_queues_a_run_again_until_it_is_done(tmp_path: Path, ta
 @pytest.mark.long
 @pytest.mark.ranks
 def test_torchrun_passes_a_signal_on_and_all_processes_agree(tmp_path: Path) -> None:
-    config = config_of(tmp_path / "run", [stage("scm", 60)], parallel={"dp_shard": 2}, checkpoint={"every": 100_000})
+    steps = 100_000  # no machine is through with them before the signal has gone from torchrun to its processes
+    config = config_of(tmp_path / "run", [stage("scm", steps)], parallel={"dp_shard": 2}, checkpoint={"every": steps})
     job = run_script("torchrun.sh", config, tmp_path, PROCESSES="2")
     await_step(job, config, 3)
     os.kill(job.pid, signal.SIGTERM)
     said = job.communicate(timeout=120)[0]
     step = int(last_checkpoint(config.out).name[5:])
-    assert 3 <= step < 60
+    assert 3 <= step < steps
     assert said.count(f"stopped by SIGTERM and saved after step {step}") == 2
     assert {str(json.loads(line)["step"]) for line in (config.out / "log.jsonl").read_text().splitlines()} == {
         str(i) for i in range(1, step + 1)

@@ -206,7 +206,7 @@ class _Loader(StatefulDataLoader):
         finally:
             # Left to the garbage collector, which an error's traceback delays, workers end late or in a later fork.
             if self.num_workers:
-                source._shutdown_workers()  # type: ignore[attr-defined]
+                _let_go(source)
 
     def _report(self, bad: dict[int, str]) -> None:
         for index, problem in bad.items():
@@ -238,6 +238,24 @@ class _Loader(StatefulDataLoader):
                 "the order of a data set of several shapes depends on it. Go on with the same batch."
             )
         self._positions.start = state["position"]
+
+
+def _let_go(source: Any) -> None:
+    """Ends the workers of an iterator whose batches nobody waits for any more.
+
+    PyTorch raises wherever Python is once a worker dies. One that dies in leaving, as where a thread of it is still in
+    C++ when the interpreter ends, takes nothing with it: neither the run nor the error that ends it may be lost to it.
+    """
+    try:
+        source._shutdown_workers()
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        log.warning("%s It was leaving; no batch is lost.", str(error).strip())
+        for worker, queue in zip(source._workers, source._index_queues, strict=True):
+            source._clean_up_worker(worker)
+            queue.cancel_join_thread()
+            queue.close()
 
 
 def deaf_to_signals(worker: int) -> None:

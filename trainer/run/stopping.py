@@ -95,11 +95,13 @@ class Stop:
         needed = 1.5 * (self.longest + reserve) + 0.01 * (self.limit or 0)
         if not self.code and self.limit is not None and now - self.begun + needed >= self.limit:
             self.code = TIME_LIMIT
-        if ranks.group is not None:
-            code = torch.tensor(self.code)
-            dist.all_reduce(code, dist.ReduceOp.MAX, group=ranks.group)
+        if ranks.group is None:
+            return self.code != 0
+        code = torch.tensor(self.code)
+        dist.all_reduce(code, dist.ReduceOp.MAX, group=ranks.group)
+        if code:  # else a signal that came meanwhile stays, for the next call: the other processes do not know of it
             self.code = int(code)
-        return self.code != 0
+        return bool(code)
 
     def stopped(self, step: int) -> Stopped:
         return Stopped(self.code, step)
