@@ -12,7 +12,7 @@ from torch import Tensor
 from jvpgraph.markers import ALL_OF, ONE_OF, make_dual, tangent_of
 from jvpgraph.precision import Policy, Precision, carried, widened
 from jvpgraph.rules.apply import has_tangent
-from jvpgraph.tree import leaves, map_leaves
+from jvpgraph.tree import hand_back, leaves, made_anew, map_leaves
 
 __all__ = ["another", "dual_forward", "is_dual_forward"]
 
@@ -39,8 +39,10 @@ def dual_forward(
                 return leaf
             return make_dual(leaf, ONE_OF(dots[path]) if batched else dots[path], differentiable)
 
-        args, kwargs = map_leaves(args, mark, "args", dots), map_leaves(kwargs, mark, "kwargs", dots)
-        out = call(*args, **kwargs)
+        marked = map_leaves(args, mark, "args", dots), map_leaves(kwargs, mark, "kwargs", dots)
+        copies = made_anew(args, marked[0], "args", dots) + made_anew(kwargs, marked[1], "kwargs", dots)
+        out = call(*marked[0], **marked[1])
+        hand_back(copies)
         differentiated = out[0] if has_aux else out
         active = [leaf for _path, leaf in leaves(differentiated) if has_tangent(leaf)]
         dtypes = [None if carried(precision) == "model" else widened(leaf.dtype) for leaf in active]

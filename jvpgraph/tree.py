@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["leaves", "map_leaves", "refuse_hidden"]
+__all__ = ["hand_back", "leaves", "made_anew", "map_leaves", "refuse_hidden"]
 
 LEAVES = (Tensor, type(None), bool, int, float, complex, str, nn.Module)
 
@@ -30,7 +30,7 @@ def map_leaves(tree: Any, fn: Callable[[str, Any], Any], path: str = "", only: C
     Args:
         only: the paths of the leaves to replace. What has none of them inside is handed through as it is.
     """
-    if only is not None and path not in only and not any(known.startswith(_join(path, "")) for known in only):
+    if only is not None and not _leads_to(path, only):
         return tree
     if isinstance(tree, LEAVES):
         return fn(path, tree)
@@ -42,6 +42,63 @@ def map_leaves(tree: Any, fn: Callable[[str, Any], Any], path: str = "", only: C
         names = _field_names(tree, computed=not torch.compiler.is_compiling())
         return _dataclass_like(tree, {n: map_leaves(getattr(tree, n), fn, _join(path, n), only) for n in names})
     return fn(path, tree)
+
+
+def made_anew(tree: Any, copy: Any, path: str, only: Collection[str]) -> list[tuple[Any, Any, dict[Any, Any]]]:
+    """(original, copy, what that holds) of each leaf and container that ``map_leaves(tree, ..., path, only)`` made
+    anew in ``copy``."""
+    if not _leads_to(path, only):
+        return []
+    held = _held(copy)
+    found = [(tree, copy, held)]
+    for key, original in _held(tree).items():
+        found += made_anew(original, held[key], _join(path, key), only)
+    return found
+
+
+def hand_back(copies: list[tuple[Any, Any, dict[Any, Any]]]) -> None:
+    """What was done to the copies of containers since :func:`made_anew` is done to their originals: a callee that
+    appends to a list, or sets an item as of a cache, means those of its caller."""
+    for original, copied, before in copies:
+        now = _held(copied)
+        if len(now) == len(before) and all(key in before and _same(now[key], before[key]) for key in now):
+            continue
+        held = _held(original)
+        for key, value in now.items():
+            if key in before and _same(value, before[key]):
+                now[key] = held[key]
+            elif isinstance(value, (Tensor, list, dict)):  # Dynamo does not say of all others which is which
+                for other, known, _ in copies:
+                    if value is known:
+                        now[key] = other
+        if isinstance(original, Mapping):
+            original.clear()  # type: ignore[attr-defined]
+            original.update(now)  # type: ignore[attr-defined]
+        elif isinstance(original, (list, deque)):
+            original.clear()
+            original.extend(now.values())
+        else:
+            for name, value in now.items():
+                setattr(original, name, value)
+
+
+def _held(tree: Any) -> dict[Any, Any]:
+    """What a container holds, by what it is found at; nothing of leaves."""
+    if isinstance(tree, LEAVES):
+        return {}
+    if isinstance(tree, Mapping):
+        return dict(tree.items())
+    if isinstance(tree, (list, tuple, deque)):
+        return dict(enumerate(tree))
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return {name: getattr(tree, name) for name in _field_names(tree)}
+    return {}
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other))
+    return one == other if isinstance(one, (bool, int, float, complex, str)) else one is other
 
 
 def leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -72,6 +129,10 @@ def _collect(tree: Any, path: str, found: list[tuple[str, Any]]) -> None:
 def _field_names(tree: Any, computed: bool = True) -> list[str]:
     """The fields of a dataclass, without those that its constructor computes or with them."""
     return [f.name for f in dataclasses.fields(tree) if (f.init or computed) and hasattr(tree, f.name)]
+
+
+def _leads_to(path: str, paths: Collection[str]) -> bool:
+    return path in paths or any(known.startswith(_join(path, "")) for known in paths)
 
 
 def _join(path: str, key: Any) -> str:

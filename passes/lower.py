@@ -46,6 +46,18 @@ NORMS = (
     *(aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training),
     *(aten._native_batch_norm_legit_functional, aten._batch_norm_with_update_functional, aten.cudnn_batch_norm),
 )
+BACKWARDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "autograd.Function",
+        lambda target: target is autograd_function_apply,
+        "a gradient of the tangent differentiates the forward, not the backward that an autograd.Function brings",
+    ),
+    (
+        "Tensor.register_hook",
+        lambda target: str(target) == "register_hook",  # a higher-order op that older versions do not have
+        "a gradient of the tangent is made of the forward, which the hook is no part of: take the hook off",
+    ),
+)
 INPUT_META = ("_dynamo_source", "tensor_dict")  # what AOTAutograd asks Dynamo's placeholders for
 
 
@@ -53,19 +65,15 @@ def lower(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     """The forward of gm as one functional ATen graph with the same inputs.
 
     Raises:
-        UnsupportedOp: the model has an autograd.Function, whose own backward would be lost, or writes to a tensor in
-            place where gradients are off.
+        UnsupportedOp: the model has an autograd.Function or a hook of a tensor, whose part of the backward would be
+            lost, or writes to a tensor in place where gradients are off.
     """
     refused = [
-        UnsupportedNode(
-            "autograd.Function",
-            node.name,
-            (),
-            source_line(node),
-            "a gradient of the tangent differentiates the forward, not the backward that an autograd.Function brings",
-        )
+        UnsupportedNode(what, node.name, (), source_line(node), reason)
         for body in graphs_in(gm)
-        for node in body.graph.find_nodes(op="call_function", target=autograd_function_apply)
+        for node in body.graph.nodes
+        for what, is_one, reason in BACKWARDS
+        if node.op == "call_function" and is_one(node.target)
     ]
     for body in graphs_in(gm):
         refused += _detach_instead_of_no_grad(body)

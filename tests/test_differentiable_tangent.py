@@ -8,6 +8,7 @@ differentiates the tangent of nn.LayerNorm wrongly, which is a test here too.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -208,6 +209,24 @@ def test_refusals():
         jvpgraph.transform(nn.Linear(4, 4), backend="op_by_op", differentiable_tangent=True)
     with pytest.raises(jvpgraph.UnsupportedOp, match=r"autograd\.Function"):
         jvpgraph.jvp(Custom.apply, (x,), (x.detach(),), backend="eager", differentiable_tangent=True)
+
+
+@pytest.mark.skipif(
+    find_spec("torch._higher_order_ops.register_hook") is None,
+    reason="in older torch, hooks of tensors are in no graph",
+)
+def test_hooks_of_tensors_are_refused() -> None:
+    class Hooked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.sin()
+            h.register_hook(lambda grad: 2 * grad)
+            return h.cos()
+
+    x, x_dot = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+    y, _ = jvpgraph.transform(Hooked(), backend="eager")(x, tangents={"x": x_dot})
+    assert_close(torch.autograd.grad(y.sum(), x)[0], -2 * x.cos() * x.sin().sin())
+    with pytest.raises(jvpgraph.UnsupportedOp, match=r"register_hook.*test_differentiable_tangent\.py"):
+        jvpgraph.transform(Hooked(), backend="eager", differentiable_tangent=True)(x, tangents={"x": x_dot})
 
 
 class Fourier(nn.Module):

@@ -45,11 +45,12 @@ from jvpgraph.open_checkpoints import open_checkpoints
 from jvpgraph.precision import Policy
 from jvpgraph.regions.checkpoints import Call, hooks_taken_off, policy
 from jvpgraph.regions.find import Choice, find_regions, fingerprint, parts_of
+from jvpgraph.regions.kept import Kept, with_answers
 from jvpgraph.regions.small import SmallGraphs
 from jvpgraph.regions.writes import is_number, refuse_writes
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.storages import is_dtensor, is_to_come, key_of, plain
-from jvpgraph.tree import leaves, map_leaves, refuse_hidden
+from jvpgraph.tree import hand_back, leaves, made_anew, map_leaves, refuse_hidden
 from jvpgraph.unguarded import unguarded
 
 __all__ = ["Group", "Regions", "brief"]
@@ -118,6 +119,7 @@ class Regions:
         self._patches = ExitStack()
         self._calls_of: WeakKeyDictionary[Any, list[tuple[nn.Module, bool]]] = WeakKeyDictionary()
         self._given = WeakTensorKeyDictionary()  # active arguments of the regions that ran
+        self._kept: Kept = []  # by the region that has just run
 
     def __str__(self) -> str:
         if self.whole:
@@ -209,6 +211,7 @@ class Regions:
         try:
             with own, mode.left(), hooks_taken_off(len(frames)):
                 given = map_leaves(passed, lambda path, leaf: self._as_argument(leaf), only=dots)
+                copies = made_anew(passed, given, "", dots)
                 out, out_dots = self._compiled(region, key, given["args"], given["kwargs"], dots)
                 refuse_hidden(out, CaptureError)
         except MarkerExecuted:  # by a stance of torch.compile's, for now
@@ -218,14 +221,12 @@ class Regions:
             return self._plainly(region, frames, args, kwargs)
         region.group.calls += 1
         self._remember(frames, module, True)
+        hand_back(copies)
         with mode.left():
             outs = [leaf for _, leaf in leaves(out) if has_tangent(leaf)]
-            handed_through = list(map(mode.shadowed, outs))
-            for leaf, dot, known in zip(outs, out_dots, handed_through):
-                if known and not plain(dot).any():
-                    mode.stop(leaf)  # a detached argument that is handed through
-            _set_tangents(mode, [x for x in zip(outs, out_dots, handed_through) if not x[2]])
+            _give_tangents(mode, [*zip(outs, out_dots), *self._kept])
             mode.sweep()
+        self._kept = []
         return out
 
     def _as_argument(self, x: Tensor) -> Tensor:
@@ -274,14 +275,15 @@ class Regions:
 
         def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
             refuse_writes(gm)
+            apart = with_answers(gm, self._backend.config.tangent_precision)
             compiled = of_group(gm, example_inputs)
             group.graphs += 1
-            return self._checking(gm, compiled)
+            return self._checking(gm, compiled, apart)
 
         function = dual_forward(call.run, precision=self._backend.config.tangent_precision)
         return torch.compile(function, backend=backend, fullgraph=True, dynamic=self._dynamic)
 
-    def _checking(self, gm: fx.GraphModule, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def _checking(self, gm: fx.GraphModule, compiled: Callable[..., Any], apart: Callable[..., Any]) -> Any:
         """``compiled``, unless something that is not an argument brings a tangent along, which would be lost."""
         placeholders = gm.graph.find_nodes(op="placeholder")
         known = {n for marker in gm.graph.find_nodes(op="call_function", target=MAKE_DUAL) for n in marker.args}
@@ -295,7 +297,8 @@ class Regions:
                     and self._mode.tangent(inputs[i]) is not None
                 ):
                     raise CaptureError(f"it reads {placeholders[i].name}, which has a tangent and is not an argument")
-            return compiled(*inputs)
+            outs, self._kept = apart(compiled(*inputs))
+            return outs
 
         return checked
 
@@ -350,6 +353,17 @@ def brief(error: CaptureError) -> str:
         frames = [line for line in lines[lines.index("from user code:") :] if line.startswith("File ")]
         caused = frames[-1] if frames else ""
     return " ".join(part for part in (lines[0], caused) if part)
+
+
+def _give_tangents(mode: OpByOp, made: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    """To what a region has made, or has handed through."""
+    active = [(leaf, dot, mode.shadowed(leaf)) for leaf, dot in made if dot is not None]
+    for leaf, dot, known in active:
+        if known and not plain(dot).any():
+            mode.stop(leaf)  # a detached argument that is handed through
+    _set_tangents(mode, [x for x in active if not x[2]])
+    for leaf in (leaf for leaf, dot in made if dot is None):
+        mode.adopt(leaf, None)
 
 
 def _set_tangents(mode: OpByOp, outs: Sequence[tuple[Tensor, Tensor, bool]]) -> None:

@@ -1,0 +1,281 @@
+"""What a callee leaves behind besides its output: features in attributes, items of its caller's lists and caches."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import jvpgraph
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # Dynamo looks
+]
+
+
+SIZES = (2, 2, 5)  # the first call, the second one, and another size
+
+
+@dataclass
+class State:
+    k: Tensor
+    steps: int = 0
+
+
+class Store:
+    """No container that is walked through."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+
+
+class Caches:
+    """One of each kind, anew for each call: half of them hold something with a tangent already."""
+
+    def __init__(self, x: Tensor):
+        z = x.cos()
+        self.empty: list[Tensor] = []
+        self.items = [z, x]
+        self.nested = ([0, [z]], 1)
+        self.queue = deque([z, x])
+        self.state = State(z)
+        self.by_block: dict[Any, Any] = {"k": z}
+        self.lists = defaultdict(list, {7: [z]})
+        self.store = Store()
+        self.pair: dict[str, Any] = {"t": (z,)}
+
+    def tensors(self) -> list[Tensor]:
+        return [
+            *self.empty,
+            *self.items,
+            *self.nested[0][1],  # type: ignore[misc]
+            *self.queue,
+            self.state.k * self.state.steps,
+            *self.by_block.values(),
+            *(x for xs in self.lists.values() for x in xs),
+            *self.store.values,
+            *self.pair["t"],
+        ]
+
+
+def attribute(block: Block, u: Tensor, _: Any) -> Any:
+    block.kept = u.square().mean()  # a loss of the block's own
+
+
+def detached(block: Block, u: Tensor, _: Any) -> Any:
+    block.kept = u.detach()  # the memory is the output's, the tangent is not
+
+
+def part(block: Block, u: Tensor, _: Any) -> Any:
+    block.kept = u[:1]
+
+
+def table(block: Block, u: Tensor, _: Any) -> Any:
+    block.kept = torch.arange(4.0, dtype=u.dtype, device=u.device)
+
+
+def append(_: Block, u: Tensor, empty: Any) -> Any:
+    empty.append(u * 2)
+
+
+def move(_: Block, u: Tensor, items: Any) -> Any:
+    items[0], items[1] = items[1], u
+    return items[0]
+
+
+def append_inside(_: Block, u: Tensor, nested: Any) -> Any:
+    nested[0][1].append(u)
+    nested[0][0] += 1
+    return nested[0][1][0] * nested[0][0]
+
+
+def through(_: Block, u: Tensor, queue: Any) -> Any:
+    queue.append(u)
+    return queue.popleft()
+
+
+def field(_: Block, u: Tensor, state: Any) -> Any:
+    state.k = state.k + u
+    state.steps += 1
+    return state.k
+
+
+def grow(_: Block, u: Tensor, by_block: Any) -> Any:
+    by_block["k"] = torch.cat([by_block["k"], u])
+    by_block[len(by_block)] = by_block.pop("last", u)
+    by_block["last"] = u * 3
+    return by_block["k"].mean()
+
+
+def default(block: Block, u: Tensor, lists: Any) -> Any:
+    lists[block.number].append(u)
+
+
+def into_object(_: Block, u: Tensor, store: Any) -> Any:
+    store.values.append(u)
+
+
+def in_a_tuple(_: Block, u: Tensor, pair: Any) -> Any:
+    pair["t"] = (*pair["t"], u)
+
+
+KEEPS: dict[Callable[..., Any], str] = {
+    attribute: "",
+    detached: "",
+    part: "",
+    table: "",
+    append: "empty",
+    move: "items",
+    append_inside: "nested",
+    through: "queue",
+    field: "state",
+    grow: "by_block",
+    default: "lists",
+    into_object: "store",
+    in_a_tuple: "pair",
+}
+
+
+class Block(nn.Module):
+    kept: Tensor
+
+    def __init__(self, keep: Callable[..., Any], number: int):
+        super().__init__()
+        self.inner, self.keep, self.number = nn.Linear(4, 4), keep, number
+
+    def forward(self, x: Tensor, cache: Any) -> Tensor:
+        u = self.inner(x).sin()
+        more = self.keep(self, u, cache)
+        return u if more is None else u + x * more
+
+
+class Net(nn.Module):
+    """Blocks that keep something, which the network reads when they are through."""
+
+    def __init__(self, keep: Callable[..., Any], depth: int = 2):
+        super().__init__()
+        self.name = KEEPS[keep]
+        self.blocks = nn.ModuleList(Block(keep, i) for i in range(depth))
+
+    def forward(self, x: Tensor, checkpointed: bool = False) -> Tensor:
+        caches = Caches(x)
+        cache = getattr(caches, self.name, None)
+        for block in self.blocks:
+            x = checkpoint(block, x, cache, use_reentrant=False) if checkpointed else block(x, cache)
+        kept = caches.tensors() if self.name else [block.kept for block in self.blocks]
+        return x + sum((i + 1) * value.sum() for i, value in enumerate(kept))
+
+
+def assert_right(model: nn.Module, dual: nn.Module, sizes: tuple[int, ...], tolerance: float, *more: Any) -> None:
+    """Value, tangent and gradients against the model in float64, by forward AD and plain autograd."""
+    wide = copy.deepcopy(model).double()
+    dtype = next(model.parameters()).dtype
+    for size in sizes:
+        x, x_dot = torch.randn(size, 4, dtype=dtype, requires_grad=True), torch.randn(size, 4, dtype=dtype)
+        y, y_dot = dual(x, *more, tangents={"x": x_dot})
+        got = torch.autograd.grad(y.square().sum(), [x, *model.parameters()])
+        at = x.detach().double().requires_grad_()
+        wanted = torch.func.jvp(lambda x: wide(x), (at.detach(),), (x_dot.double(),))
+        gradients = torch.autograd.grad(wide(at).square().sum(), [at, *wide.parameters()])
+        for one, other in zip((y, y_dot, *got), (*wanted, *gradients), strict=True):
+            assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+class TestInRegions:
+    @pytest.mark.slow
+    @pytest.mark.parametrize("keep", KEEPS)
+    def test_tangents_reach_the_code_around(self, keep: Callable[..., Any]) -> None:
+        model = Net(keep).double()
+        dual = jvpgraph.transform(model, regions=Block, backend="eager")
+        assert_right(model, dual, SIZES, 1e-12)
+        (group,) = dual.regions.groups
+        assert not group.cause
+        assert group.calls == 2 * len(SIZES)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("keep", "dtype", "tolerance"),
+        [
+            (attribute, torch.float32, 1e-5),
+            (detached, torch.bfloat16, 4e-2),
+            (grow, torch.bfloat16, 4e-2),
+            (grow, torch.float32, 1e-5),
+        ],
+    )
+    def test_on_the_default_backend(self, keep: Callable[..., Any], dtype: torch.dtype, tolerance: float) -> None:
+        model = Net(keep).to(dtype)
+        dual = jvpgraph.transform(model, regions=Block)
+        assert_right(model, dual, SIZES, tolerance)
+        assert not dual.regions.groups[0].cause
+
+    @pytest.mark.parametrize("keep", [attribute, append, field])
+    def test_of_checkpoints(self, keep: Callable[..., Any]) -> None:
+        model = Net(keep).double()
+        dual = jvpgraph.transform(model, regions=Block, backend="eager")
+        assert_right(model, dual, (2, 3), 1e-12, True)
+        assert not dual.regions.groups[0].cause
+
+    @pytest.mark.filterwarnings("ignore:a region cannot be captured")
+    def test_what_the_next_one_reads_without_being_given_it(self) -> None:
+        """It is no argument there, and so the next one is no graph; the first one's is not lost."""
+
+        def read(_: Block, u: Tensor, store: Any) -> Any:
+            store.values.append(u)
+            return store.values[0]
+
+        KEEPS[read] = "store"
+        try:
+            model = Net(read).double()
+        finally:
+            del KEEPS[read]
+        dual = jvpgraph.transform(model, regions=Block, backend="eager")
+        assert_right(model, dual, (2, 3), 1e-12)
+        assert "has a tangent and is not an argument" in dual.regions.groups[0].cause
+
+
+class TestOfTheCaller:
+    """Of whoever calls a transformed model: what it gave a tangent to is copied on the way in."""
+
+    @pytest.mark.parametrize("backend", ["eager", "op_by_op"])
+    def test_its_list_and_dict_are_changed_as_the_model_would(self, backend: str) -> None:
+        class Model(nn.Module):
+            def forward(self, x: Tensor, features: list[Tensor], cache: dict[str, Any]) -> Tensor:
+                features.append(x.sin())
+                cache["k"] = cache["k"] * x
+                cache["calls"] += 1
+                cache["more"].insert(0, x.cos())
+                return x * features[0] + cache["more"].pop()
+
+        x, first, k, more = torch.randn(4, 3)
+        features, cache = [first], {"k": k, "calls": 1, "more": [more]}
+        dots = {name: torch.randn(3) for name in ("x", "features.0", "cache.k", "cache.more.0")}
+        y, y_dot = jvpgraph.transform(Model(), backend=backend)(x, features, cache, tangents=dots)
+        assert_close(y, x * first + more)
+        assert_close(y_dot, dots["x"] * first + x * dots["features.0"] + dots["cache.more.0"])
+        assert features[0] is first
+        assert len(features) == 2
+        assert cache["calls"] == 2
+        assert_close([features[1], cache["k"], cache["more"]], [x.sin(), k * x, [x.cos()]])
+
+    def test_containers_that_stay_as_they_are_keep_what_they_hold(self) -> None:
+        class Model(nn.Module):
+            def forward(self, x: Tensor, given: dict[str, Any]) -> Tensor:
+                return x * given["a"][0] * given["b"][0]
+
+        x, a, b = torch.randn(3, 2)
+        inner = [a]
+        given = {"a": inner, "b": (b,), "flag": True, "nothing": None, "kind": torch.float32}
+        dots = {"given.a.0": torch.ones(2), "given.b.0": torch.ones(2)}
+        jvpgraph.transform(Model(), backend="eager")(x, given, tangents=dots)
+        assert given["a"] is inner
+        assert inner[0] is a
+        assert given["b"][0] is b
