@@ -44,28 +44,31 @@ def map_leaves(tree: Any, fn: Callable[[str, Any], Any], path: str = "", only: C
     return fn(path, tree)
 
 
-def made_anew(tree: Any, copy: Any, path: str, only: Collection[str]) -> list[tuple[Any, Any, dict[Any, Any]]]:
+Copies = list[tuple[Any, Any, dict[Any, Any]]]
+
+
+def made_anew(tree: Any, copied: Any, path: str, only: Collection[str]) -> Copies:
     """(original, copy, what that holds) of each leaf and container that ``map_leaves(tree, ..., path, only)`` made
-    anew in ``copy``."""
+    anew in ``copied``."""
     if not _leads_to(path, only):
         return []
-    held = _held(copy)
-    found = [(tree, copy, held)]
-    for key, original in _held(tree).items():
+    held = _held(copied) or {}
+    found = [(tree, copied, held)]
+    for key, original in (_held(tree) or {}).items():
         found += made_anew(original, held[key], _join(path, key), only)
     return found
 
 
-def hand_back(copies: list[tuple[Any, Any, dict[Any, Any]]]) -> None:
+def hand_back(copies: Copies) -> None:
     """What was done to the copies of containers since :func:`made_anew` is done to their originals: a callee that
     appends to a list, or sets an item as of a cache, means those of its caller."""
     for original, copied, before in copies:
         now = _held(copied)
-        if len(now) == len(before) and all(key in before and _same(now[key], before[key]) for key in now):
+        if now is None or (len(now) == len(before) and all(_unchanged(key, now, before) for key in now)):
             continue
-        held = _held(original)
+        held = _held(original) or {}
         for key, value in now.items():
-            if key in before and _same(value, before[key]):
+            if _unchanged(key, now, before):
                 now[key] = held[key]
             elif isinstance(value, (Tensor, list, dict)):  # Dynamo does not say of all others which is which
                 for other, known, _ in copies:
@@ -82,17 +85,21 @@ def hand_back(copies: list[tuple[Any, Any, dict[Any, Any]]]) -> None:
                 setattr(original, name, value)
 
 
-def _held(tree: Any) -> dict[Any, Any]:
-    """What a container holds, by what it is found at; nothing of leaves."""
+def _unchanged(key: Any, now: dict[Any, Any], before: dict[Any, Any]) -> bool:
+    return key in before and _same(now[key], before[key])
+
+
+def _held(tree: Any) -> dict[Any, Any] | None:
+    """What a container holds, by what it is found at; None: ``tree`` is a leaf."""
     if isinstance(tree, LEAVES):
-        return {}
+        return None
     if isinstance(tree, Mapping):
         return dict(tree.items())
     if isinstance(tree, (list, tuple, deque)):
         return dict(enumerate(tree))
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return {name: getattr(tree, name) for name in _field_names(tree)}
-    return {}
+    return None
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -109,17 +116,10 @@ def leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _collect(tree: Any, path: str, found: list[tuple[str, Any]]) -> None:
-    if isinstance(tree, LEAVES):
-        found.append((path, tree))
-    elif isinstance(tree, Mapping):
-        for k, v in tree.items():
-            _collect(v, _join(path, k), found)
-    elif isinstance(tree, (list, tuple, deque)):
-        for i, v in enumerate(tree):
-            _collect(v, _join(path, i), found)
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for name in _field_names(tree):
-            _collect(getattr(tree, name), _join(path, name), found)
+    held = _held(tree)
+    if held is not None:
+        for key, value in held.items():
+            _collect(value, _join(path, key), found)
     elif isinstance(tree, frozenset) and torch.compiler.is_compiling():
         raise ValueError(f"Dynamo cannot return a frozenset, as the output at {path!r} is: return a list")
     else:

@@ -128,7 +128,7 @@ def in_a_tuple(_: Block, u: Tensor, pair: Any) -> Any:
     pair["t"] = (*pair["t"], u)
 
 
-KEEPS: dict[Callable[..., Any], str] = {
+KEEPS: dict[Callable[..., Any], str] = {  # and the cache that it is given; "": it has an attribute
     attribute: "",
     detached: "",
     part: "",
@@ -161,17 +161,17 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Blocks that keep something, which the network reads when they are through."""
 
-    def __init__(self, keep: Callable[..., Any], depth: int = 2):
+    def __init__(self, keep: Callable[..., Any], cache: str):
         super().__init__()
-        self.name = KEEPS[keep]
-        self.blocks = nn.ModuleList(Block(keep, i) for i in range(depth))
+        self.cache = cache
+        self.blocks = nn.ModuleList(Block(keep, i) for i in range(2))
 
     def forward(self, x: Tensor, checkpointed: bool = False) -> Tensor:
         caches = Caches(x)
-        cache = getattr(caches, self.name, None)
+        cache = getattr(caches, self.cache, None)
         for block in self.blocks:
             x = checkpoint(block, x, cache, use_reentrant=False) if checkpointed else block(x, cache)
-        kept = caches.tensors() if self.name else [block.kept for block in self.blocks]
+        kept = caches.tensors() if self.cache else [block.kept for block in self.blocks]
         return x + sum((i + 1) * value.sum() for i, value in enumerate(kept))
 
 
@@ -194,7 +194,7 @@ class TestInRegions:
     @pytest.mark.slow
     @pytest.mark.parametrize("keep", KEEPS)
     def test_tangents_reach_the_code_around(self, keep: Callable[..., Any]) -> None:
-        model = Net(keep).double()
+        model = Net(keep, KEEPS[keep]).double()
         dual = jvpgraph.transform(model, regions=Block, backend="eager")
         assert_right(model, dual, SIZES, 1e-12)
         (group,) = dual.regions.groups
@@ -212,14 +212,14 @@ class TestInRegions:
         ],
     )
     def test_on_the_default_backend(self, keep: Callable[..., Any], dtype: torch.dtype, tolerance: float) -> None:
-        model = Net(keep).to(dtype)
+        model = Net(keep, KEEPS[keep]).to(dtype)
         dual = jvpgraph.transform(model, regions=Block)
         assert_right(model, dual, SIZES, tolerance)
         assert not dual.regions.groups[0].cause
 
     @pytest.mark.parametrize("keep", [attribute, append, field])
     def test_of_checkpoints(self, keep: Callable[..., Any]) -> None:
-        model = Net(keep).double()
+        model = Net(keep, KEEPS[keep]).double()
         dual = jvpgraph.transform(model, regions=Block, backend="eager")
         assert_right(model, dual, (2, 3), 1e-12, True)
         assert not dual.regions.groups[0].cause
@@ -232,14 +232,31 @@ class TestInRegions:
             store.values.append(u)
             return store.values[0]
 
-        KEEPS[read] = "store"
-        try:
-            model = Net(read).double()
-        finally:
-            del KEEPS[read]
+        model = Net(read, "store").double()
         dual = jvpgraph.transform(model, regions=Block, backend="eager")
         assert_right(model, dual, (2, 3), 1e-12)
         assert "has a tangent and is not an argument" in dual.regions.groups[0].cause
+
+    @pytest.mark.filterwarnings("ignore:a region cannot be captured")
+    def test_a_list_that_it_is_given_twice(self) -> None:
+        """It would be two lists in the graph."""
+
+        def twice(_: Block, u: Tensor, nested: Any) -> Any:
+            here, there = nested
+            here.append(u)
+            return there.pop()
+
+        class Twice(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                both = [x.cos(), x]
+                for block in self.blocks:
+                    x = block(x, (both, both))
+                return x + both[0]
+
+        model = Twice(twice, "").double()
+        dual = jvpgraph.transform(model, regions=Block, backend="eager")
+        assert_right(model, dual, (2, 3), 1e-12)
+        assert "the same list twice" in dual.regions.groups[0].cause
 
 
 class TestOfTheCaller:

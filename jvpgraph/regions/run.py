@@ -212,6 +212,7 @@ class Regions:
             with own, mode.left(), hooks_taken_off(len(frames)):
                 given = map_leaves(passed, lambda path, leaf: self._as_argument(leaf), only=dots)
                 copies = made_anew(passed, given, "", dots)
+                _refuse_twice([original for original, _, held in copies if held])
                 out, out_dots = self._compiled(region, key, given["args"], given["kwargs"], dots)
                 refuse_hidden(out, CaptureError)
         except MarkerExecuted:  # by a stance of torch.compile's, for now
@@ -353,6 +354,14 @@ def brief(error: CaptureError) -> str:
         frames = [line for line in lines[lines.index("from user code:") :] if line.startswith("File ")]
         caused = frames[-1] if frames else ""
     return " ".join(part for part in (lines[0], caused) if part)
+
+
+def _refuse_twice(containers: Sequence[Any]) -> None:
+    """What is done to one copy of a list would not be seen in the other."""
+    times = Counter(id(container) for container in containers if not isinstance(container, tuple))
+    for container in containers:
+        if times[id(container)] > 1:
+            raise CaptureError(f"it is given the same {type(container).__name__} twice")
 
 
 def _give_tangents(mode: OpByOp, made: Sequence[tuple[Tensor, Tensor | None]]) -> None:
