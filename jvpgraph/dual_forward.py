@@ -12,7 +12,7 @@ from torch import Tensor
 from jvpgraph.markers import ALL_OF, ONE_OF, make_dual, tangent_of
 from jvpgraph.precision import Policy, Precision, carried, widened
 from jvpgraph.rules.apply import has_tangent
-from jvpgraph.tree import hand_back, leaves, made_anew, map_leaves
+from jvpgraph.tree import Exchanged, exchange, leading_to, leaves, put_back
 
 __all__ = ["another", "dual_forward", "is_dual_forward"]
 
@@ -39,14 +39,18 @@ def dual_forward(
                 return leaf
             return make_dual(leaf, ONE_OF(dots[path]) if batched else dots[path], differentiable)
 
-        marked = map_leaves(args, mark, "args", dots), map_leaves(kwargs, mark, "kwargs", dots)
-        copies = made_anew(args, marked[0], "args", dots) + made_anew(kwargs, marked[1], "kwargs", dots)
-        out = call(*marked[0], **marked[1])
-        hand_back(copies)
-        differentiated = out[0] if has_aux else out
-        active = [leaf for _path, leaf in leaves(differentiated) if has_tangent(leaf)]
-        dtypes = [None if carried(precision) == "model" else widened(leaf.dtype) for leaf in active]
-        answers = [tangent_of(leaf, differentiable, dtype) for leaf, dtype in zip(active, dtypes)]
+        marked = leading_to(dots)
+        exchanged: Exchanged = []
+        try:
+            args = exchange(args, mark, "args", marked, exchanged)
+            kwargs = exchange(kwargs, mark, "kwargs", marked, exchanged)
+            out = call(*args, **kwargs)
+            differentiated = out[0] if has_aux else out
+            active = [leaf for _path, leaf in leaves(differentiated) if has_tangent(leaf)]
+            dtypes = [None if carried(precision) == "model" else widened(leaf.dtype) for leaf in active]
+            answers = [tangent_of(leaf, differentiable, dtype) for leaf, dtype in zip(active, dtypes)]
+        finally:
+            put_back(exchanged)
         if batched:
             count = next(iter(dots.values())).shape[0]
             answers = [ALL_OF(answer, count) for answer in answers]

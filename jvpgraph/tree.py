@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["hand_back", "leaves", "made_anew", "map_leaves", "refuse_hidden"]
+__all__ = [
+    "Exchanged",
+    "exchange",
+    "first_copied",
+    "leading_to",
+    "leaves",
+    "map_leaves",
+    "put_back",
+    "refuse_hidden",
+    "refuse_objects",
+]
 
 LEAVES = (Tensor, type(None), bool, int, float, complex, str, nn.Module)
 
@@ -28,65 +38,82 @@ def map_leaves(tree: Any, fn: Callable[[str, Any], Any], path: str = "", only: C
     deques, dataclasses.
 
     Args:
-        only: the paths of the leaves to replace. What has none of them inside is handed through as it is.
+        only: the paths of the leaves to replace, and those :func:`leading_to` them. What has none of them inside is
+            handed through as it is.
     """
-    if only is not None and not _leads_to(path, only):
+    if only is not None and path not in only:
+        return tree
+    held = _held(tree)
+    if held is None:
+        return fn(path, tree)
+    return _like(tree, {key: map_leaves(value, fn, _join(path, key), only) for key, value in held.items()})
+
+
+Exchanged = list[tuple[Any, Any, Any, Any]]
+
+
+def exchange(tree: Any, fn: Callable[[str, Any], Any], path: str, only: Collection[str], done: Exchanged) -> Any:
+    """:func:`map_leaves` for the time of a call: lists, dicts and dataclasses stay the ones that they are.
+
+    Whoever else holds one, or gets hold of it during the call, means the same one: a cache that a callee writes to, a
+    list that is an attribute as well. Put into ``done`` is what :func:`put_back` needs when the call is over.
+    """
+    if path not in only:
         return tree
     if isinstance(tree, LEAVES):
         return fn(path, tree)
-    if isinstance(tree, Mapping):
-        return _mapping_like(tree, {k: map_leaves(v, fn, _join(path, k), only) for k, v in tree.items()})
-    if isinstance(tree, (list, tuple, deque)):
-        return _sequence_like(tree, [map_leaves(v, fn, _join(path, i), only) for i, v in enumerate(tree)])
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        names = _field_names(tree, computed=not torch.compiler.is_compiling())
-        return _dataclass_like(tree, {n: map_leaves(getattr(tree, n), fn, _join(path, n), only) for n in names})
-    return fn(path, tree)
+    now = {key: exchange(value, fn, _join(path, key), only, done) for key, value in (_held(tree) or {}).items()}
+    if not _is_exchanged_in_place(tree):
+        return _like(tree, now)
+    for key, before in (_held(tree) or {}).items():
+        if _join(path, key) in only and not _is_exchanged_in_place(before):
+            _put(tree, key, now[key])
+            done.append((tree, key, before, now[key]))
+    return tree
 
 
-Copies = list[tuple[Any, Any, dict[Any, Any]]]
+def put_back(done: Exchanged) -> None:
+    """What :func:`exchange` has put into containers goes, and what was there comes back; all else stays."""
+    for container, key, before, now in reversed(done):
+        held = _held(container) or {}
+        if key in held and _same(held[key], now):
+            _put(container, key, before)
+        elif isinstance(now, Tensor):
+            for other, value in held.items():
+                if value is now:
+                    _put(container, other, before)
 
 
-def made_anew(tree: Any, copied: Any, path: str, only: Collection[str]) -> Copies:
-    """(original, copy, what that holds) of each leaf and container that ``map_leaves(tree, ..., path, only)`` made
-    anew in ``copied``."""
-    if not _leads_to(path, only):
-        return []
-    held = _held(copied) or {}
-    found = [(tree, copied, held)]
-    for key, original in (_held(tree) or {}).items():
-        found += made_anew(original, held[key], _join(path, key), only)
-    return found
+def first_copied(tree: Any, path: str, only: Collection[str]) -> Any:
+    """A container that :func:`exchange` copies though it could be changed, or None."""
+    if isinstance(tree, LEAVES) or path not in only:
+        return None
+    fixed = isinstance(tree, (tuple, types.MappingProxyType)) or _is_frozen(type(tree))
+    if not fixed and not _is_exchanged_in_place(tree):
+        return tree
+    parts = (first_copied(value, _join(path, key), only) for key, value in (_held(tree) or {}).items())
+    return next((part for part in parts if part is not None), None)
 
 
-def hand_back(copies: Copies) -> None:
-    """What was done to the copies of containers since :func:`made_anew` is done to their originals: a callee that
-    appends to a list, or sets an item as of a cache, means those of its caller."""
-    for original, copied, before in copies:
-        now = _held(copied)
-        if now is None or (len(now) == len(before) and all(_unchanged(key, now, before) for key in now)):
-            continue
-        held = _held(original) or {}
-        for key, value in now.items():
-            if _unchanged(key, now, before):
-                now[key] = held[key]
-            elif isinstance(value, (Tensor, list, dict)):  # Dynamo does not say of all others which is which
-                for other, known, _ in copies:
-                    if value is known:
-                        now[key] = other
-        if isinstance(original, Mapping):
-            original.clear()  # type: ignore[attr-defined]
-            original.update(now)  # type: ignore[attr-defined]
-        elif isinstance(original, (list, deque)):
-            original.clear()
-            original.extend(now.values())
-        else:
-            for name, value in now.items():
-                setattr(original, name, value)
+def _is_exchanged_in_place(tree: Any) -> bool:
+    """Not for a subclass, whose own methods might do more."""
+    if type(tree) in (list, dict, OrderedDict, defaultdict, deque):
+        return True
+    if not dataclasses.is_dataclass(tree) or isinstance(tree, (type, Mapping)):
+        return False
+    return not _is_frozen(type(tree)) and type(tree).__setattr__ is object.__setattr__
 
 
-def _unchanged(key: Any, now: dict[Any, Any], before: dict[Any, Any]) -> bool:
-    return key in before and _same(now[key], before[key])
+def _is_frozen(kind: Any) -> Any:
+    params = getattr(kind, "__dataclass_params__", None)
+    return params is not None and params.frozen
+
+
+def _put(container: Any, key: Any, value: Any) -> None:
+    if isinstance(container, (Mapping, list, deque)):
+        container[key] = value  # type: ignore[index]
+    else:
+        setattr(container, key, value)
 
 
 def _held(tree: Any) -> dict[Any, Any] | None:
@@ -131,12 +158,27 @@ def _field_names(tree: Any, computed: bool = True) -> list[str]:
     return [f.name for f in dataclasses.fields(tree) if (f.init or computed) and hasattr(tree, f.name)]
 
 
-def _leads_to(path: str, paths: Collection[str]) -> bool:
-    return path in paths or any(known.startswith(_join(path, "")) for known in paths)
+def leading_to(paths: Iterable[str]) -> set[str]:
+    """These paths, and those of the containers around them."""
+    found = {""}
+    for path in paths:
+        while path not in found:
+            found.add(path)
+            path = path.rpartition(".")[0]
+    return found
 
 
 def _join(path: str, key: Any) -> str:
     return f"{path}.{key}" if path else f"{key}"
+
+
+def _like(tree: Any, items: dict[Any, Any]) -> Any:
+    """A container of the kind of ``tree`` that holds ``items``, by what they are found at."""
+    if isinstance(tree, Mapping):
+        return _mapping_like(tree, items)
+    if isinstance(tree, (list, tuple, deque)):
+        return _sequence_like(tree, list(items.values()))
+    return _dataclass_like(tree, items)
 
 
 def _mapping_like(tree: Any, items: dict[Any, Any]) -> Any:
@@ -185,11 +227,19 @@ def _sequence_like(tree: Any, items: list[Any]) -> Any:
 
 def _dataclass_like(tree: Any, fields: dict[str, Any]) -> Any:
     if torch.compiler.is_compiling():  # Dynamo knows no copy, and what the constructor computes has its tangent
-        return dataclasses.replace(tree, **fields)
+        return dataclasses.replace(tree, **{name: fields[name] for name in _field_names(tree, computed=False)})
     new = copy.copy(tree)
     for name, value in fields.items():
         object.__setattr__(new, name, value)
     return new
+
+
+def refuse_objects(out: Any, error: type[Exception]) -> None:
+    """Raise ``error`` where an output holds something that is not walked through, which :func:`refuse_hidden` would
+    have to look into: for Dynamo, which cannot."""
+    for path, leaf in leaves(out):
+        if not isinstance(leaf, (*LEAVES, torch.dtype, torch.device)):
+            raise error(f"the output{f' at {path!r}' if path else ''} is {_a(type(leaf).__name__)}, not a tensor")
 
 
 def refuse_hidden(out: Any, error: type[Exception] = ValueError) -> None:

@@ -43,7 +43,7 @@ class Caches:
 
     def __init__(self, x: Tensor):
         z = x.cos()
-        self.empty: list[Tensor] = []
+        self.empty: list[Any] = []
         self.items = [z, x]
         self.nested = ([0, [z]], 1)
         self.queue = deque([z, x])
@@ -52,10 +52,13 @@ class Caches:
         self.lists = defaultdict(list, {7: [z]})
         self.store = Store()
         self.pair: dict[str, Any] = {"t": (z,)}
+        self.states = {"a": State(z), "b": State(x, 2)}
+        self.two = self.empty, self.items
+        self.same = self.items, self.items
 
     def tensors(self) -> list[Tensor]:
         return [
-            *self.empty,
+            *(x for x in self.empty if isinstance(x, Tensor)),
             *self.items,
             *self.nested[0][1],  # type: ignore[misc]
             *self.queue,
@@ -64,6 +67,8 @@ class Caches:
             *(x for xs in self.lists.values() for x in xs),
             *self.store.values,
             *self.pair["t"],
+            *(state.k * state.steps for state in self.states.values()),
+            *(x for held in self.empty if isinstance(held, list) for x in held[0]),
         ]
 
 
@@ -128,6 +133,36 @@ def in_a_tuple(_: Block, u: Tensor, pair: Any) -> Any:
     pair["t"] = (*pair["t"], u)
 
 
+def reorder(_: Block, u: Tensor, by_block: Any) -> Any:
+    by_block["k"] = by_block.pop("k")
+    by_block.setdefault("last", u)
+    return next(iter(by_block.values()))
+
+
+def exchange_states(_: Block, u: Tensor, states: Any) -> Any:
+    states["a"], states["b"] = states["b"], states["a"]
+    states["a"].k = states["a"].k + u
+    states["b"].steps += 1
+
+
+def hold(block: Block, u: Tensor, items: Any) -> Any:
+    block.items = items  # the next ones append to what this one has
+    block.items.append(u)
+    block.kept = u
+
+
+def put_into_another(_: Block, u: Tensor, two: Any) -> Any:
+    empty, items = two
+    empty.append([items])
+    items.append(u)
+
+
+def twice(_: Block, u: Tensor, same: Any) -> Any:
+    here, there = same
+    here.append(u)
+    return there.pop(0)
+
+
 KEEPS: dict[Callable[..., Any], str] = {  # and the cache that it is given; "": it has an attribute
     attribute: "",
     detached: "",
@@ -142,6 +177,11 @@ KEEPS: dict[Callable[..., Any], str] = {  # and the cache that it is given; "": 
     default: "lists",
     into_object: "store",
     in_a_tuple: "pair",
+    reorder: "by_block",
+    exchange_states: "states",
+    hold: "items",
+    put_into_another: "two",
+    twice: "same",
 }
 
 
@@ -237,26 +277,74 @@ class TestInRegions:
         assert_right(model, dual, (2, 3), 1e-12)
         assert "has a tangent and is not an argument" in dual.regions.groups[0].cause
 
-    @pytest.mark.filterwarnings("ignore:a region cannot be captured")
-    def test_a_list_that_it_is_given_twice(self) -> None:
-        """It would be two lists in the graph."""
+    def test_a_list_that_comes_back_is_the_same(self) -> None:
+        class Returning(Block):
+            def forward(self, x: Tensor, cache: Any) -> Any:
+                cache.append(self.inner(x).sin())
+                return cache
 
-        def twice(_: Block, u: Tensor, nested: Any) -> Any:
-            here, there = nested
-            here.append(u)
-            return there.pop()
-
-        class Twice(Net):
+        class Outer(Net):
             def forward(self, x: Tensor) -> Tensor:
-                both = [x.cos(), x]
+                given = [x.cos()]
                 for block in self.blocks:
-                    x = block(x, (both, both))
-                return x + both[0]
+                    block(x, given).append(x)
+                return x + sum((i + 1) * value for i, value in enumerate(given))
 
-        model = Twice(twice, "").double()
+        model = Outer(append, "")
+        model.blocks = nn.ModuleList(Returning(append, i) for i in range(2))
+        dual = jvpgraph.transform(model.double(), regions=Returning, backend="eager")
+        assert_right(model, dual, SIZES, 1e-12)
+        assert not dual.regions.groups[0].cause
+
+    @pytest.mark.filterwarnings("ignore:a region cannot be captured")
+    def test_what_cannot_be_a_graph_happens_once(self) -> None:
+        """A block is given up before anything that it does has been done: it counts its calls."""
+
+        class Counting(Block):
+            calls = 0
+
+            def forward(self, x: Tensor, cache: Any) -> Any:
+                self.calls += 1
+                box = Store()
+                box.values.append(self.inner(x) * self.calls)
+                return box
+
+        class Outer(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                return x + sum(block(x, None).values[0] for block in self.blocks)
+
+        model = Outer(append, "")
+        model.blocks = nn.ModuleList(Counting(append, i) for i in range(2))
+        dual = jvpgraph.transform(model.double(), regions=Counting, backend="eager")
+        x, x_dot = torch.randn(2, 2, 4, dtype=torch.float64).unbind()
+        for calls in (1, 2):
+            y, y_dot = dual(x, tangents={"x": x_dot})
+            assert_close(y, x + calls * sum(block.inner(x) for block in model.blocks))
+            assert_close(y_dot, x_dot + calls * sum(x_dot @ block.inner.weight.T for block in model.blocks))
+        assert "the output is a Store" in dual.regions.groups[0].cause
+
+    @pytest.mark.filterwarnings("ignore:a region cannot be captured")
+    def test_a_dict_of_a_class_of_its_own(self) -> None:
+        """It would be copied, and its class may do more when something is put into it."""
+
+        class Counted(dict):  # type: ignore[type-arg]
+            steps = 0
+
+        def step(_: Block, u: Tensor, cache: Any) -> Any:
+            cache.steps += 1
+            return cache["k"] * cache.steps
+
+        class Outer(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                cache = Counted(k=x)
+                for block in self.blocks:
+                    x = block(x, cache)
+                return x * cache.steps
+
+        model = Outer(step, "").double()
         dual = jvpgraph.transform(model, regions=Block, backend="eager")
-        assert_right(model, dual, (2, 3), 1e-12)
-        assert "the same list twice" in dual.regions.groups[0].cause
+        assert_right(model, dual, SIZES, 1e-12)
+        assert "it is given a Counted" in dual.regions.groups[0].cause
 
 
 class TestOfTheCaller:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachingTorchDispatchMode, checkpoint, create_selective_checkpoint_contexts
 
-from jvpgraph.tree import map_leaves
+from jvpgraph.errors import CaptureError
+from jvpgraph.tree import map_leaves, refuse_objects
 
 __all__ = ["Call", "hooks_taken_off", "policy"]
 
@@ -34,6 +35,7 @@ class Call:
         else:
             contexts = functools.partial(create_selective_checkpoint_contexts, self.policy)
             out = checkpoint(lambda: module.forward(*args, **kwargs), use_reentrant=False, context_fn=contexts)
+        refuse_objects(out, CaptureError)  # here, where nothing that the region does has been done yet
         if not self.apart or isinstance(out, Tensor):
             return out
         return map_leaves(out, lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)

@@ -50,7 +50,7 @@ from jvpgraph.regions.small import SmallGraphs
 from jvpgraph.regions.writes import is_number, refuse_writes
 from jvpgraph.rules.apply import has_tangent
 from jvpgraph.storages import is_dtensor, is_to_come, key_of, plain
-from jvpgraph.tree import hand_back, leaves, made_anew, map_leaves, refuse_hidden
+from jvpgraph.tree import Exchanged, exchange, first_copied, leading_to, leaves, put_back
 from jvpgraph.unguarded import unguarded
 
 __all__ = ["Group", "Regions", "brief"]
@@ -210,11 +210,7 @@ class Regions:
         key = (tuple(dots), call)
         try:
             with own, mode.left(), hooks_taken_off(len(frames)):
-                given = map_leaves(passed, lambda path, leaf: self._as_argument(leaf), only=dots)
-                copies = made_anew(passed, given, "", dots)
-                _refuse_twice([original for original, _, held in copies if held])
-                out, out_dots = self._compiled(region, key, given["args"], given["kwargs"], dots)
-                refuse_hidden(out, CaptureError)
+                out, out_dots = self._exchanged(region, key, passed, dots)
         except MarkerExecuted:  # by a stance of torch.compile's, for now
             return self._plainly(region, frames, args, kwargs)
         except CaptureError as error:
@@ -222,13 +218,24 @@ class Regions:
             return self._plainly(region, frames, args, kwargs)
         region.group.calls += 1
         self._remember(frames, module, True)
-        hand_back(copies)
         with mode.left():
             outs = [leaf for _, leaf in leaves(out) if has_tangent(leaf)]
             _give_tangents(mode, [*zip(outs, out_dots), *self._kept])
             mode.sweep()
         self._kept = []
         return out
+
+    def _exchanged(self, region: _Region, key: Any, passed: dict[str, Any], dots: dict[str, Tensor]) -> Any:
+        """The compiled function with other tensor objects in the places of those that have tangents."""
+        active = leading_to(dots)
+        if (copied := first_copied(passed, "", active)) is not None:
+            raise CaptureError(f"it is given a {type(copied).__name__}, which it might change: pass a dict or a list")
+        exchanged: Exchanged = []
+        try:
+            given = exchange(passed, lambda _, leaf: self._as_argument(leaf), "", active, exchanged)
+            return self._compiled(region, key, given["args"], given["kwargs"], dots)
+        finally:
+            put_back(exchanged)
 
     def _as_argument(self, x: Tensor) -> Tensor:
         """``x`` as another tensor object, which cannot be mistaken for one that the region reads besides.
@@ -354,14 +361,6 @@ def brief(error: CaptureError) -> str:
         frames = [line for line in lines[lines.index("from user code:") :] if line.startswith("File ")]
         caused = frames[-1] if frames else ""
     return " ".join(part for part in (lines[0], caused) if part)
-
-
-def _refuse_twice(containers: Sequence[Any]) -> None:
-    """What is done to one copy of a list would not be seen in the other."""
-    times = Counter(id(container) for container in containers if not isinstance(container, tuple))
-    for container in containers:
-        if times[id(container)] > 1:
-            raise CaptureError(f"it is given the same {type(container).__name__} twice")
 
 
 def _give_tangents(mode: OpByOp, made: Sequence[tuple[Tensor, Tensor | None]]) -> None:
