@@ -24,7 +24,7 @@ from jvpgraph.trainer.data.prompts import listed, prompts
 from jvpgraph.trainer.data.sample import BadShard, collate
 from jvpgraph.trainer.evaluation.samplers import sampler_of
 from jvpgraph.trainer.model.networks import build_guided, build_teacher
-from jvpgraph.trainer.run.synthesis import Options, Part, synthesize
+from jvpgraph.trainer.run.synthesis import Options, Part, parts_of, synthesize
 from jvpgraph.trainer.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -218,6 +218,21 @@ def test_killed_and_on_two_processes_the_bytes_are_the_same(tiny_folder: Path) -
     for path in Path("whole").rglob("*"):
         if path.is_file() and path.name != "settings.yaml":  # which names the folder
             assert path.read_bytes() == (Path("killed") / path.relative_to("whole")).read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted"),
+    [(4, [[0, 3, 6], [9]]), (12, [[*range(9)], [9, 10, 11]]), (14, [[*range(9), 12, 18], [9, 10, 11]])],
+)
+def test_fewer_than_all_are_of_every_shape(count: int, wanted: list[list[int]]) -> None:
+    class Shapes:
+        buckets = (range(9), range(9, 12))
+
+        def __len__(self) -> int:
+            return 12
+
+    made_by = {"--count": count, "--shard-size": 100, "--seed": 0}
+    assert [list(part.numbers) for part in parts_of(Shapes(), made_by)] == wanted  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -40,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("overrides", nargs="*", metavar="key=value", help="settings that replace those, as for `jvpgraph train`")
     add("--out", type=Path, required=True, metavar="DATA", help="folder of the shards")
-    add("--count", type=positive, metavar="N", help="samples (default: one for each of the data's conditions)")
+    add(
+        "--count",
+        type=positive,
+        metavar="N",
+        help="samples (default: one for each of the data's conditions; fewer: spread over them)",
+    )
     add("--steps", type=positive, metavar="N", help="Euler steps of the teacher (default: sampling.teacher_steps)")
     add("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
     add("--shard-size", type=positive, default=128, metavar="N", help="samples in a shard (default: 128)")

@@ -138,10 +138,12 @@ def parts_of(dataset: Dataset, made_by: dict[str, Any]) -> list[Part]:
     count, size = made_by["--count"], made_by["--shard-size"]
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     buckets: Sequence[Sequence[int]] = getattr(dataset, "buckets", [range(len(dataset))])
+    turns, rest = divmod(count, len(dataset))
+    last = {i * len(dataset) // rest for i in range(rest)}  # as the samples are sorted by shape: some of each
     parts: list[Part] = []
     for bucket, members in zip(names_of(dataset), buckets, strict=True):
-        again = range(0, count, len(dataset))
-        numbers = [turn + index for turn in again for index in members if turn + index < count]
+        numbers = [turn * len(dataset) + index for turn in range(turns) for index in members]
+        numbers += [turns * len(dataset) + index for index in members if index in last]
         parts += [
             Part(f"{bucket}-{i // size:06d}.tar", bucket, tuple(numbers[i : i + size]), digest, made_by["--seed"])
             for i in range(0, len(numbers), size)
