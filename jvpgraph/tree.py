@@ -49,7 +49,7 @@ def map_leaves(tree: Any, fn: Callable[[str, Any], Any], path: str = "", only: C
     return _like(tree, {key: map_leaves(value, fn, _join(path, key), only) for key, value in held.items()})
 
 
-Exchanged = list[tuple[Any, Any, Any, Any]]
+Exchanged = list[tuple[Any, Any, Any, Any]]  # (container, place in it, what was there, what is there now)
 
 
 def exchange(tree: Any, fn: Callable[[str, Any], Any], path: str, only: Collection[str], done: Exchanged) -> Any:
@@ -60,12 +60,13 @@ def exchange(tree: Any, fn: Callable[[str, Any], Any], path: str, only: Collecti
     """
     if path not in only:
         return tree
-    if isinstance(tree, LEAVES):
+    held = _held(tree)
+    if held is None:
         return fn(path, tree)
-    now = {key: exchange(value, fn, _join(path, key), only, done) for key, value in (_held(tree) or {}).items()}
+    now = {key: exchange(value, fn, _join(path, key), only, done) for key, value in held.items()}
     if not _is_exchanged_in_place(tree):
         return _like(tree, now)
-    for key, before in (_held(tree) or {}).items():
+    for key, before in held.items():
         if _join(path, key) in only and not _is_exchanged_in_place(before):
             _put(tree, key, now[key])
             done.append((tree, key, before, now[key]))
@@ -86,12 +87,13 @@ def put_back(done: Exchanged) -> None:
 
 def first_copied(tree: Any, path: str, only: Collection[str]) -> Any:
     """A container that :func:`exchange` copies though it could be changed, or None."""
-    if isinstance(tree, LEAVES) or path not in only:
+    held = _held(tree)
+    if held is None or path not in only:
         return None
     fixed = isinstance(tree, (tuple, types.MappingProxyType)) or _is_frozen(type(tree))
     if not fixed and not _is_exchanged_in_place(tree):
         return tree
-    parts = (first_copied(value, _join(path, key), only) for key, value in (_held(tree) or {}).items())
+    parts = (first_copied(value, _join(path, key), only) for key, value in held.items())
     return next((part for part in parts if part is not None), None)
 
 

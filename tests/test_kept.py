@@ -277,6 +277,21 @@ class TestInRegions:
         assert_right(model, dual, (2, 3), 1e-12)
         assert "has a tangent and is not an argument" in dual.regions.groups[0].cause
 
+    def test_names_with_dots_are_told_from_paths(self) -> None:
+        def dotted(_: Block, u: Tensor, cache: Any) -> Any:
+            return cache["k.v"] * cache["k"]
+
+        class Outer(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                cache = {"k.v": x.cos(), "k": 3}
+                for block in self.blocks:
+                    x = block(x, cache)
+                return x
+
+        dual = jvpgraph.transform(Outer(dotted, "").double(), regions=Block, backend="eager")
+        assert_right(dual.model, dual, SIZES, 1e-12)
+        assert not dual.regions.groups[0].cause
+
     def test_a_list_that_comes_back_is_the_same(self) -> None:
         class Returning(Block):
             def forward(self, x: Tensor, cache: Any) -> Any:

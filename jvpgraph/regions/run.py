@@ -232,7 +232,9 @@ class Regions:
             raise CaptureError(f"it is given a {type(copied).__name__}, which it might change: pass a dict or a list")
         exchanged: Exchanged = []
         try:
-            given = exchange(passed, lambda _, leaf: self._as_argument(leaf), "", active, exchanged)
+            given = exchange(
+                passed, lambda path, leaf: self._as_argument(leaf) if path in dots else leaf, "", active, exchanged
+            )
             return self._compiled(region, key, given["args"], given["kwargs"], dots)
         finally:
             put_back(exchanged)
