@@ -38,36 +38,43 @@ def map_leaves(tree: Any, fn: Callable[[str, Any], Any], path: str = "", only: C
     deques, dataclasses.
 
     Args:
-        only: the paths of the leaves to replace, and those :func:`leading_to` them. What has none of them inside is
-            handed through as it is.
+        only: the paths of the leaves to replace. What has none of them inside is handed through as it is.
     """
-    if only is not None and path not in only:
+    return _mapped(tree, fn, path, None if only is None else leading_to(only))
+
+
+def _mapped(tree: Any, fn: Callable[[str, Any], Any], path: str, leading: Collection[str] | None) -> Any:
+    if leading is not None and path not in leading:
         return tree
     held = _held(tree)
     if held is None:
         return fn(path, tree)
-    return _like(tree, {key: map_leaves(value, fn, _join(path, key), only) for key, value in held.items()})
+    return _like(tree, {key: _mapped(value, fn, _join(path, key), leading) for key, value in held.items()})
 
 
 Exchanged = list[tuple[Any, Any, Any, Any]]  # (container, place in it, what was there, what is there now)
 
 
-def exchange(tree: Any, fn: Callable[[str, Any], Any], path: str, only: Collection[str], done: Exchanged) -> Any:
+def exchange(tree: Any, fn: Callable[[str, Any], Any], path: str, leading: Collection[str], done: Exchanged) -> Any:
     """:func:`map_leaves` for the time of a call: lists, dicts and dataclasses stay the ones that they are.
 
     Whoever else holds one, or gets hold of it during the call, means the same one: a cache that a callee writes to, a
-    list that is an attribute as well. Put into ``done`` is what :func:`put_back` needs when the call is over.
+    list that is an attribute as well.
+
+    Args:
+        leading: :func:`leading_to` the leaves to replace.
+        done: is given what :func:`put_back` needs when the call is over.
     """
-    if path not in only:
+    if path not in leading:
         return tree
     held = _held(tree)
     if held is None:
         return fn(path, tree)
-    now = {key: exchange(value, fn, _join(path, key), only, done) for key, value in held.items()}
+    now = {key: exchange(value, fn, _join(path, key), leading, done) for key, value in held.items()}
     if not _is_exchanged_in_place(tree):
         return _like(tree, now)
     for key, before in held.items():
-        if _join(path, key) in only and not _is_exchanged_in_place(before):
+        if _join(path, key) in leading and not _is_exchanged_in_place(before):
             _put(tree, key, now[key])
             done.append((tree, key, before, now[key]))
     return tree
@@ -85,15 +92,15 @@ def put_back(done: Exchanged) -> None:
                     _put(container, other, before)
 
 
-def first_copied(tree: Any, path: str, only: Collection[str]) -> Any:
+def first_copied(tree: Any, path: str, leading: Collection[str]) -> Any:
     """A container that :func:`exchange` copies though it could be changed, or None."""
     held = _held(tree)
-    if held is None or path not in only:
+    if held is None or path not in leading:
         return None
     fixed = isinstance(tree, (tuple, types.MappingProxyType)) or _is_frozen(type(tree))
     if not fixed and not _is_exchanged_in_place(tree):
         return tree
-    parts = (first_copied(value, _join(path, key), only) for key, value in held.items())
+    parts = (first_copied(value, _join(path, key), leading) for key, value in held.items())
     return next((part for part in parts if part is not None), None)
 
 
@@ -162,7 +169,7 @@ def _field_names(tree: Any, computed: bool = True) -> list[str]:
 
 def leading_to(paths: Iterable[str]) -> set[str]:
     """These paths, and those of the containers around them."""
-    found = {""}
+    found: set[str] = set()
     for path in paths:
         while path not in found:
             found.add(path)

@@ -757,13 +757,12 @@ class Dying(Numbers):
         return super().__getitem__(index)
 
 
-def test_workers_that_die_in_leaving_take_nothing_with_them(caplog):
+def test_workers_that_die_in_leaving_take_nothing_with_them():
     others = set(multiprocessing.active_children())
     stream = iter(loader(Dying(9), 2, 0, workers=2))
     assert [next(stream).x0.numel() for _ in range(4)] == [2] * 4
     stream.close()
     assert set(multiprocessing.active_children()) == others
-    assert "killed by signal: Killed" in caplog.text
     stream = iter(loader(Dying(9), 2, 0, workers=2))
     next(stream)
     with pytest.raises(KeyError, match="the error that ends the run"):

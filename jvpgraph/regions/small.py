@@ -15,7 +15,7 @@ from jvpgraph.errors import CaptureError, UnsupportedNode, UnsupportedOp
 from jvpgraph.functions import Kept, identity
 from jvpgraph.op_by_op import OpByOp, module_path, user_line
 from jvpgraph.precision import Policy
-from jvpgraph.tree import leading_to, leaves, map_leaves
+from jvpgraph.tree import leaves, map_leaves
 from jvpgraph.unguarded import held_by
 
 __all__ = ["SmallGraphs"]
@@ -60,7 +60,7 @@ class SmallGraphs:
         key = policy.choices(path) if isinstance(policy, Policy) else None, *map(identity, functions)
         try:
             with mode.left(), own_errors(self._backend.compiler), in_one_piece(), backward_at_once():
-                given = map_leaves(passed, lambda _, x: x.view_as(x), only=leading_to(dots))
+                given = map_leaves(passed, lambda _, x: x.view_as(x), only=dots)
                 out, (out_dot,) = self._function(key, op, path)(given["args"], given["kwargs"], dots)
                 unused = out.new_empty(out.shape[:-1])
         except CaptureError as error:
