@@ -363,7 +363,7 @@ class TestInRegions:
 
 
 class TestOfTheCaller:
-    """Of whoever calls a transformed model: what it gave a tangent to is copied on the way in."""
+    """Of whoever calls a transformed model: what it gave a tangent to is exchanged for the time of the call."""
 
     @pytest.mark.parametrize("backend", ["eager", "op_by_op"])
     def test_its_list_and_dict_are_changed_as_the_model_would(self, backend: str) -> None:
@@ -385,6 +385,42 @@ class TestOfTheCaller:
         assert len(features) == 2
         assert cache["calls"] == 2
         assert_close([features[1], cache["k"], cache["more"]], [x.sin(), k * x, [x.cos()]])
+
+    @pytest.mark.slow
+    @pytest.mark.sampled(1)
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+    def test_so_they_are_on_the_default_backend(self, dtype: torch.dtype, tolerance: float) -> None:
+        """With gradients of the parameters, of the input and of what the list held, at two sizes."""
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = nn.Linear(3, 3)
+
+            def forward(self, x: Tensor, features: list[Tensor]) -> Tensor:
+                features.append(self.inner(x).sin() * features[0])
+                return x * features[1]
+
+        model = Model().to(dtype)
+        wide = copy.deepcopy(model).double()
+        dual = jvpgraph.transform(model)
+        for size in (2, 5):
+            x, first = (torch.randn(size, 3, dtype=dtype, requires_grad=True) for _ in range(2))
+            dots = {"x": torch.randn(size, 3, dtype=dtype), "features.0": torch.randn(size, 3, dtype=dtype)}
+            features = [first]
+            y, y_dot = dual(x, features, tangents=dots)
+            assert features[0] is first
+            got = [y, y_dot, features[1]]
+            got += torch.autograd.grad(y.square().sum() + features[1].sum(), [x, first, *model.parameters()])
+            at = [z.detach().double().requires_grad_() for z in (x, first)]
+            held = [at[1]]
+            value = wide(at[0], held)
+            along = tuple(dot.double() for dot in dots.values())
+            plain = tuple(z.detach() for z in at)
+            wanted = [value, torch.func.jvp(lambda x, z: wide(x, [z]), plain, along)[1], held[1]]
+            wanted += torch.autograd.grad(value.square().sum() + held[1].sum(), [*at, *wide.parameters()])
+            for one, other in zip(got, wanted, strict=True):
+                assert (one.double() - other).norm() <= tolerance * other.norm()
 
     def test_containers_that_stay_as_they_are_keep_what_they_hold(self) -> None:
         class Model(nn.Module):

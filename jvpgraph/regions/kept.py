@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from jvpgraph.graph.torch_level import active_nodes, emit
 from jvpgraph.markers import TANGENT_OF
-from jvpgraph.precision import Policy, Precision, carried, widened
+from jvpgraph.precision import Policy, Precision, widened
 from jvpgraph.rules.apply import has_tangent
 
 __all__ = ["Kept", "with_answers"]
@@ -41,7 +41,7 @@ def with_answers(gm: fx.GraphModule, precision: Precision | Policy) -> Callable[
     with gm.graph.inserting_before(output):
         for node in (outs[i] for i in kept):
             if node in active:
-                dtype = None if carried(precision) == "model" else widened(node.meta["example_value"].dtype)
+                dtype = widened(node.meta["example_value"].dtype, precision)
                 answers.append(emit(node, "detach", emit(node, TANGENT_OF, node, False, dtype)))
     output.args = ((*outs, *answers),)
     gm.recompile()
