@@ -16,7 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from jvpgraph.trainer import cli
 from jvpgraph.trainer.config import RunConfig
+from jvpgraph.trainer.dit import dit
+from jvpgraph.trainer.model.ema import PowerEMA
 from jvpgraph.trainer.run.changes import ASKED, FREE, NEVER, RULES, check_changes, rule, table
+from jvpgraph.trainer.run.checkpoint import Checkpoints
 from jvpgraph.trainer.run.finished import load_run
 from jvpgraph.trainer.settings import from_dict, load
 from jvpgraph.trainer.train import RandomState
@@ -313,6 +316,52 @@ def test_a_student_starts_from_a_run_or_an_export(refused: Any) -> None:
     Path("net/model.safetensors").write_bytes(Path("net/model.safetensors").read_bytes()[:-2])
     assert "net/model.safetensors is damaged" in refused("out=four", "--from", "net")[0]
     assert not Path("four").exists()
+
+
+@pytest.mark.slow
+def test_the_run_of_a_deeper_network_is_another_network(refused: Any) -> None:
+    """Whose first blocks would fit."""
+    assert trained("stages.0.steps=1", "model.options={width: 16, depth: 3, heads: 2}") == 0
+    said, _ = refused("stages.0.steps=1", "model.options={width: 16, depth: 1, heads: 2}", "out=two", "--from", "run")
+    assert "unexpected in the checkpoint: ema.0.1.parameters.net.blocks.1." in said
+    assert "export it, and start from the exported folder" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("then", "now"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_student_starts_from_a_run_of_another_dtype(then: str, now: str) -> None:
+    """Its averages are float32, whatever its parameters are."""
+    assert trained("stages.0.steps=2", f"student.dtype={then}") == 0
+    assert trained("stages.0.steps=1", f"student.dtype={now}", "out=two", "--from", "run") == 0
+    before = load_run(Path("run")).student
+    after = load_run(Path("two"), step=0).student
+    average = Checkpoints(Path("run/checkpoints"))
+    kept = PowerEMA(dict(before.named_parameters()), 0.1)
+    average.load({"ema": {"0.1": kept}}, partial=True)
+    dtype = getattr(torch, now)
+    assert {p.dtype for p in after.parameters()} == {dtype}
+    for name, p in after.named_parameters():
+        assert torch.equal(p, kept.parameters[name].to(dtype))
+
+
+@pytest.mark.slow
+def test_adapters_on_another_network_than_they_were_trained_on_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    """Samples and exports would be those of a network that nobody trained."""
+    shape = {"width": 16, "depth": 1, "heads": 2}
+    dit(**shape).net.save_pretrained("net")
+    own = ["model.options={path: net}", "student.lora={rank: 2, targets: [qkv]}"]
+    assert trained("stages.0.steps=1", *own) == 0
+    assert cli.main(["sample", "run", "--steps", "1", "--out", "x"]) == 0
+    assert trained("stages.0.steps=1", "model.options={path: net}", "out=full") == 0
+    dit(**shape, seed=1).net.save_pretrained("net")
+    for command in (["sample", "run", "--steps", "1", "--out", "x"], ["export", "run", "--out", "y"]):
+        capfd.readouterr()
+        assert cli.main(command) == 1
+        said = capfd.readouterr().err
+        assert "others than those that the adapters in run were trained on" in said
+        assert "Traceback" not in said
+    assert not Path("y").exists()
+    assert cli.main(["sample", "full", "--steps", "1", "--out", "x"]) == 0  # whose weights are all its own
 
 
 TIED = """

@@ -37,7 +37,7 @@ from jvpgraph.trainer.model.networks import (
 from jvpgraph.trainer.model.quantize import put_on_bytes
 from jvpgraph.trainer.run.checkpoint import Checkpoints, OnePiece
 from jvpgraph.trainer.run.log import grid
-from jvpgraph.trainer.run.origin import digest_of
+from jvpgraph.trainer.run.origin import digest_of, read_origin
 from jvpgraph.trainer.run.preview import decoder_of, picture_of
 from jvpgraph.trainer.trigflow import Guided, TrigFlow
 
@@ -137,7 +137,8 @@ def load_run(
 
     Raises:
         FileNotFoundError: the folder holds no run, or neither checkpoint nor snapshots of that step.
-        ValueError: there are no snapshots that could give this width; or the student is told no scale, or not this one.
+        ValueError: there are no snapshots that could give this width; or the student is told no scale, or not this one;
+            or the network below its adapters is another one than when the run began.
     """
     file = folder / "config.yaml"
     if not file.is_file():
@@ -154,6 +155,8 @@ def load_run(
 
     base = build_network(config, device, "model")
     student = build_student(base, config.student, config.told_scale)
+    if config.student.lora is not None:
+        check_base(folder, base)
     put_on_bytes(student, base, config.bytes_below_adapters)
     ema = config.ema.sigma_rel[0] if ema is None else ema
     weights: Mapping[str, Tensor]
@@ -166,7 +169,11 @@ def load_run(
         average = PowerEMA(trainable(student), ema)
         state["ema"] = {f"{ema:g}": average}
     # The run may be going on, and delete a checkpoint while it is read.
-    step = checkpoints.load_newest(state, partial=True) if path is None else checkpoints.load(state, path, partial=True)
+    whole = ["student"]
+    if path is None:
+        step = checkpoints.load_newest(state, partial=True, whole=whole)
+    else:
+        step = checkpoints.load(state, path, partial=True, whole=whole)
     if step is None:
         raise FileNotFoundError(f"{folder / 'checkpoints'} holds no complete checkpoint: wait until the run has one")
     stage = stage_of(config, step)
@@ -179,6 +186,16 @@ def load_run(
     if samples is not None and samples.earlier is not None and checkpoints.has(step):
         checkpoints.load({"earlier": OnePiece(noted)}, checkpoints.at(step), partial=True)
     return Run(config, step, stage, base, with_weights(student, weights), noted.digest)
+
+
+def check_base(folder: Path, base: TrigFlow) -> None:
+    """Raises ValueError if a network has other weights than the one that a run's adapters were trained on."""
+    origin = read_origin(folder)
+    if origin is not None and digest_of(base) != (origin.base or origin.teacher):
+        raise ValueError(
+            f"model: its weights are others than those that the adapters in {folder} were trained on\n"
+            "Put the old ones back, or name where they are in the config.yaml there."
+        )
 
 
 class Noted:

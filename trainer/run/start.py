@@ -113,11 +113,17 @@ def take_run(student: TrigFlow, source: Path) -> None:
     sigma, before = config.ema.sigma_rel[0], config.student
     had = {INTERVAL: before.added_time, EMBEDDED: before.added_scale}
     new = [name for name, then in had.items() if then is None]  # begin as additions do
-    average = PowerEMA({name: p for name, p in trainable(student).items() if not of_addition(name, new)}, sigma)
-    own = {name: value for name, value in moving(student).items() if not of_addition(name, new)}
-    state = {"student": own, "ema": {f"{sigma:g}": average}}
+    key, parameters = f"{sigma:g}", trainable(student)
+    average = PowerEMA(parameters, sigma)  # float32, whatever the parameters are, here and there
+    buffers = {name: value for name, value in moving(student).items() if name not in parameters}
+    optional = {f"student.{name}" for name in buffers if of_addition(name, new)}
+    optional |= {f"ema.{key}.parameters.{name}" for name in parameters if of_addition(name, new)}
+    state = {"student": buffers, "ema": {key: average}}
     try:
-        step = Checkpoints(source / "checkpoints").load_newest(state, partial=True)  # the run may be going on
+        # the run may be going on
+        step = Checkpoints(source / "checkpoints").load_newest(
+            state, partial=True, whole=[f"ema.{key}"], optional=optional
+        )
     except ValueError as error:
         raise ValueError(
             f"--from {source}: {error}\nIts student is another network, or has other adapters (student.lora): "

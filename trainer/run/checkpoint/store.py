@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -140,12 +140,22 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.folder} has no checkpoint of step {step}, only of {steps or 'none'}")
         return self.folder / f"step-{step:08d}"
 
-    def load(self, state: State, path: Path | None = None, *, partial: bool = False) -> int | None:
+    def load(
+        self,
+        state: State,
+        path: Path | None = None,
+        *,
+        partial: bool = False,
+        whole: Collection[str] = (),
+        optional: Collection[str] = (),
+    ) -> int | None:
         """Restores `state` in place from `path`, by default from the newest checkpoint that is whole.
 
         Args:
             state: as it was saved, from any number of ranks.
-            partial: `state` may ask for less than was saved.
+            partial: `state` may ask for less than was saved,
+            whole: but below these dotted names for all of it.
+            optional: dotted names in `state` that keep what they hold if nothing was saved for them.
 
         Returns:
             The step, or None if there is no checkpoint yet.
@@ -164,11 +174,11 @@ class Checkpoints:
             fault = self._fault(path)
             if fault is not None:
                 raise CheckpointError(f"the checkpoint {path} cannot be read: {fault}")
-        self._read(state, path, partial)
+        self._read(state, path, whole if partial else [""], optional)
         return int(self.ranks.agree(lambda: read_manifest(path)["step"]))
 
-    def load_newest(self, state: State, *, partial: bool = False) -> int | None:
-        """`load` of a folder that another process may be writing to, and deletes old checkpoints from.
+    def load_newest(self, state: State, **how: Any) -> int | None:
+        """`load`, with its options, of a folder that another process writes to, and deletes old checkpoints from.
 
         Where one disappears while it is read, the next complete one is.
 
@@ -178,7 +188,7 @@ class Checkpoints:
         while True:
             before = self._candidates()
             try:
-                return self.load(state, partial=partial)
+                return self.load(state, **how)
             except OSError:  # CheckpointError is one
                 if self._candidates() == before:
                     raise
@@ -277,7 +287,7 @@ class Checkpoints:
             self._verified[path] = (key, next((f for f in faults if f), None))
         return self._verified[path][1]
 
-    def _read(self, state: State, path: Path, partial: bool) -> None:
+    def _read(self, state: State, path: Path, whole: Collection[str], optional: Collection[str]) -> None:
         reader = Reader(path)
         metadata = reader.read_metadata()
         reader.set_up_storage_reader(metadata, self.ranks.first)
@@ -295,11 +305,12 @@ class Checkpoints:
                     log.warning("%s has no %s of rank %d, which keeps its own", path, name, self.ranks.rank)
         anyone = {name.rpartition(RANK)[0] for name in metadata.state_dict_metadata if RANK in name}
         saved = {n: m for n, m in metadata.state_dict_metadata.items() if RANK not in n}
-        wrong = _differences(wanted, saved, partial)
+        wanted = {name: leaf for name, leaf in wanted.items() if name in saved or name not in optional}
+        wrong = _differences(wanted, saved, whole)
         for name, leaf in leaves.items():
             if isinstance(leaf.value, PerRank) and name not in anyone:
                 wrong.append(f"missing in the checkpoint: {name}")
-        if not partial:
+        if "" in whole:
             mine = {name for name, leaf in leaves.items() if isinstance(leaf.value, PerRank)}
             wrong += [f"unexpected in the checkpoint: {name}" for name in sorted(anyone - mine)]
         problems = self.ranks.gather(lambda: wrong)
@@ -321,10 +332,12 @@ class Checkpoints:
             thing.load_state_dict(own_state)
 
 
-def _differences(wanted: Mapping[str, Leaf], saved: Mapping[str, Any], partial: bool) -> list[str]:
+def _differences(wanted: Mapping[str, Leaf], saved: Mapping[str, Any], whole: Collection[str]) -> list[str]:
+    below = tuple(f"{name}." if name else "" for name in whole)
     wrong = [f"missing in the checkpoint: {name}" for name in wanted if name not in saved]
-    if not partial:
-        wrong += [f"unexpected in the checkpoint: {name}" for name in saved if name not in wanted]
+    wrong += [
+        f"unexpected in the checkpoint: {name}" for name in saved if name not in wanted and name.startswith(below)
+    ]
     for name in wanted.keys() & saved.keys():
         there, here = _kind(saved[name]), _kind(wanted[name].value)
         if there != here:
