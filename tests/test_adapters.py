@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jvpgraph
+from jvpgraph.trainer.export.keys import to_original
 from jvpgraph.trainer.model import adapters
 from jvpgraph.trainer.model.adapters import ADAPTERS, adapter_of, diffusers_model, qwen_image
 from jvpgraph.trainer.model.schedulers import scheduler_for
@@ -410,6 +412,59 @@ def test_a_saved_network_is_loaded_with_its_class(tmp_path) -> None:
         assert torch.equal(loaded(x, t, cond), model(x, t, cond))
 
 
+@pytest.mark.parametrize("blocks", [-1, 1], ids=["fewer", "more"])
+def test_a_folder_whose_weights_are_of_other_blocks_is_refused(tmp_path, blocks: int) -> None:
+    """diffusers would leave those it has no weights for on the meta device, and weights without a block out."""
+    model = build("WanTransformer3DModel", "float32")
+    model.net.save_pretrained(tmp_path)
+    count = model.net.config.num_layers
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_layers": count + blocks}))
+    which, what = (count, "is missing") if blocks > 0 else (count - 1, "is of no use")
+    with pytest.raises(ValueError, match=rf"not those of the WanTrans.*blocks\.{which}\.attn1\.norm_k\.weight {what}"):
+        diffusers_model(tmp_path)
+
+
+def test_what_an_older_version_has_saved_besides_is_left_out(tmp_path) -> None:
+    model = build("WanTransformer3DModel", "float32")
+    model.net.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    save_file({**load_file(file), "rope.freqs": torch.zeros(3)}, file, {"format": "pt"})
+    again = diffusers_model(tmp_path).net.state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.net.state_dict().items())
+
+
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
+def test_quantised_weights_without_their_scales_are_refused(tmp_path, scale: str) -> None:
+    """As ComfyUI's files have them, in float8; diffusers would read the numbers and not what they are to be times."""
+    model = build("WanTransformer3DModel", "float32")
+    model.net.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    name = "blocks.0.ffn.net.2.weight"
+    weights = load_file(file)
+    factor = weights[name].abs().max() / 448
+    weights[name] = (weights[name] / factor).to(torch.float8_e4m3fn)
+    save_file({**weights, f"{name.removesuffix('weight')}{scale}": factor.reshape(1)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"blocks\.0\.ffn\.net\.2\.{scale} is of no use"):
+        diffusers_model(tmp_path)
+    with pytest.raises(ValueError, match=rf"is quantised, and .* blocks\.0\.ffn\.net\.2\.{scale}"):
+        diffusers_model(file)
+
+
+def test_a_single_file_that_is_not_whole_is_refused(tmp_path) -> None:
+    model = build("WanTransformer3DModel", "float32")
+    model.net.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    weights = to_original(load_file(file), "WanTransformer3DModel", model.net.config)
+    del weights["blocks.0.ffn.2.weight"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="it has not all weights of the WanTransformer3DModel"):
+        diffusers_model(file)
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(ValueError, match="is damaged"):
+        diffusers_model(file)
+
+
 def test_what_diffusers_keeps_in_float32_stays_there(tmp_path) -> None:
     name = "WanTransformer3DModel"
     new = build(name, "bfloat16")
@@ -420,6 +475,18 @@ def test_what_diffusers_keeps_in_float32_stays_there(tmp_path) -> None:
             dtypes["scale_shift_table"] == dtypes["condition_embedder.time_embedder.linear_1.weight"] == torch.float32
         )
         assert dtypes["blocks.0.ffn.net.2.weight"] == dtypes["patch_embedding.weight"] == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_a_network_is_of_the_same_dtypes_wherever_it_is_from(tmp_path, dtype: str) -> None:
+    """Tables that are not saved, such as rotary ones, included."""
+    name = "WanTransformer3DModel"
+    build(name, "float32").net.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    nets = [build(name, dtype).net, diffusers_model(tmp_path, dtype=dtype).net, diffusers_model(file, dtype=dtype).net]
+    of_all = [{key: x.dtype for key, x in (*net.named_parameters(), *net.named_buffers())} for net in nets]
+    assert of_all[0] == of_all[1] == of_all[2]
+    assert torch.float32 in of_all[0].values() or dtype == "float64"
 
 
 def test_the_seed_decides_the_weights() -> None:

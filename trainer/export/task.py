@@ -21,11 +21,11 @@ from jvpgraph.trainer.evaluation.phases import (
     times_of,
 )
 from jvpgraph.trainer.files import read_json
-from jvpgraph.trainer.model.adapters import diffusers
 from jvpgraph.trainer.model.additions import EMBEDDED, INTERVAL, added
 from jvpgraph.trainer.model.anyflow import NAME as ANYFLOW
 from jvpgraph.trainer.model.anyflow import as_anyflow, fits_anyflow
 from jvpgraph.trainer.model.embedded_scale import fix
+from jvpgraph.trainer.model.loading import diffusers
 from jvpgraph.trainer.model.pipelines import check_one_network, class_name
 from jvpgraph.trainer.model.saved_additions import saved_with
 from jvpgraph.trainer.model.schedulers import even_times, fits_pipelines, jump_scheduler, own_file, scheduler_for

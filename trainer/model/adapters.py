@@ -13,12 +13,10 @@ of 4 of 1000, which leaves the tangent along t to chance. See keep_time_exact.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,12 +24,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from jvpgraph.trainer.batch import Condition
-from jvpgraph.trainer.files import read_json
+from jvpgraph.trainer.model.loading import diffusers, folder_of, initialise, load
 from jvpgraph.trainer.model.one_call import keep_time_exact, told
 from jvpgraph.trainer.model.packing import pack, positions, unpack
 from jvpgraph.trainer.model.padded_text import HidesText, at_full_length, take_padded
-from jvpgraph.trainer.model.pipelines import check_one_network, class_name
-from jvpgraph.trainer.model.saved_additions import load_additions, without_complaint
+from jvpgraph.trainer.model.saved_additions import load_additions
 from jvpgraph.trainer.model.student import kept_in_float32
 from jvpgraph.trainer.model.two_times import ace_step, anyflow, anyflow_far, hunyuan, with_exact_times, with_two_times
 from jvpgraph.trainer.trigflow import (
@@ -396,11 +393,11 @@ def diffusers_model(
     if path is not None:
         if isinstance(config, dict):
             raise ValueError("config is that of a new network; with a path it is the folder of a single file's config")
-        net = load(Path(path), config, number)
+        net = load(Path(path), config, number, network_class)
     else:
         if isinstance(config, str):
             raise ValueError("config is a folder, which says what network a single file is; a new one takes a mapping")
-        net = initialise(str(name), config or {}, number, seed)
+        net = initialise(network_class(str(name)), config or {}, number, seed)
     for module in net.modules():
         if type(module).__name__ == "LabelEmbedding":
             vars(module)["dropout_prob"] = (
@@ -416,76 +413,7 @@ def diffusers_model(
     return model
 
 
-def load(path: Path, config: str | None, dtype: torch.dtype) -> nn.Module:
-    if path.suffix == ".safetensors":
-        return load_single_file(path, path.parent if config is None else Path(config), dtype)
-    folder = folder_of(path)
-    if not (folder / "config.json").exists():
-        if not path.exists():
-            raise ValueError(
-                f"{path} is no folder here; what is on the Hub has to be downloaded first: "
-                f"hf download {path} --local-dir FOLDER, and then path: FOLDER"
-            )
-        raise ValueError(f"{path} holds no config.json of a diffusers network, neither does {folder}")
-    if folder != path and (path / "model_index.json").is_file():
-        check_one_network(path, read_json(path / "model_index.json"))
-    name = class_name(read_json(folder / "config.json"))
-    cls = network_class(name)
-    if torch.get_default_device().type == "meta":  # jvpgraph plan asks for shapes: no weights are read
-        return in_dtype(cls.from_config(cls.load_config(folder)), dtype)
-    net = without_complaint(cls).from_pretrained(folder, torch_dtype=dtype)
-    net.__class__ = cls
-    return net.double() if dtype == torch.float64 else net
-
-
-def folder_of(path: Path) -> Path:
-    """That of a network, which may be a pipeline's."""
-    return path if (path / "config.json").exists() else path / "transformer"
-
-
-def load_single_file(path: Path, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A file with the names of the network's own repository, as ComfyUI has them; `folder` says what it is."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist\nGive a folder of diffusers, or a .safetensors file.")
-    folder = folder if (folder / "config.json").exists() else folder / "transformer"
-    if not (folder / "config.json").exists():
-        raise ValueError(
-            f"{path} is a single file, and there is no config.json of a diffusers network for it in {folder.parent}\n"
-            "Name a folder that has one by the option config: that of the same model in diffusers' format."
-        )
-    name = class_name(read_json(folder / "config.json"))
-    cls = network_class(name)
-    if not hasattr(cls, "from_single_file"):
-        raise ValueError(f"diffusers reads no single files of {name}\nGive a folder in diffusers' format.")
-    net = cls.from_single_file(str(path), config=str(folder), torch_dtype=dtype, local_files_only=True)
-    return net.double() if dtype == torch.float64 else net
-
-
-def initialise(name: str, config: dict[str, Any], dtype: torch.dtype, seed: int) -> nn.Module:
-    cls = network_class(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return in_dtype(cls(**config), dtype)
-
-
-def in_dtype(net: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The network with parameters of this dtype, but for those that diffusers keeps in float32."""
-    net = nn.Module.to(net, dtype)  # diffusers' own warns
-    if dtype.itemsize < 4:
-        for parameter, p in net.named_parameters():
-            if kept_in_float32(net, parameter):
-                p.data = p.data.float()
-    return net
-
-
 def network_class(name: str) -> Any:
     if name not in ADAPTERS:
         raise unknown_class(name)
     return getattr(diffusers(), name)
-
-
-def diffusers() -> ModuleType:
-    try:
-        return importlib.import_module("diffusers")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the networks of diffusers need it: pip install diffusers") from error

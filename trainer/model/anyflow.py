@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jvpgraph.trainer.model.adapters import diffusers
 from jvpgraph.trainer.model.additions import INTERVAL, WAN, added
+from jvpgraph.trainer.model.loading import diffusers
 
 NAME = "AnyFlowTransformer3DModel"
 GATE = 0.5

@@ -29,7 +29,9 @@ def saved_with(net: Any) -> Any:
 
 def without_complaint(cls: Any) -> Any:
     """A class of diffusers that loads what `saved_with` saved, and leaves what was added to `load_additions`."""
-    return type(cls.__name__, (cls,), {"_keys_to_ignore_on_load_unexpected": [rf"^{name}\." for name in NAMES]})
+    known = cls._keys_to_ignore_on_load_unexpected or []
+    ours = [rf"^{name}\." for name in NAMES]
+    return type(cls.__name__, (cls,), {"_keys_to_ignore_on_load_unexpected": [*known, *ours]})
 
 
 @torch.no_grad()

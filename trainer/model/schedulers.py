@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from jvpgraph.trainer.config import SamplingConfig
-from jvpgraph.trainer.model.adapters import diffusers
+from jvpgraph.trainer.model.loading import diffusers
 from jvpgraph.trainer.times import from_flow_time
 from jvpgraph.trainer.trigflow import HALF_PI, RECTIFIED_FLOW, TrigFlow, level
 

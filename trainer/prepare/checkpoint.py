@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from jvpgraph.trainer.data.shards import PerChannel
-from jvpgraph.trainer.model.adapters import FRAMED, diffusers
+from jvpgraph.trainer.model.adapters import FRAMED
+from jvpgraph.trainer.model.loading import diffusers
 from jvpgraph.trainer.model.pipelines import boundary_of, class_name, load_pipeline
 from jvpgraph.trainer.prepare.families import Family, encode_text, family_of, text_length
 from jvpgraph.trainer.prepare.latents import encode, load_vae, normalisation

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jvpgraph.trainer.data.shards import PerChannel, per_channel
 from jvpgraph.trainer.files import read_json
-from jvpgraph.trainer.model.adapters import diffusers
+from jvpgraph.trainer.model.loading import check_complete, diffusers
 
 
 def load_vae(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -30,7 +30,9 @@ def load_vae(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Any:
     cls = getattr(diffusers(), name, None)
     if cls is None:
         raise ValueError(f"{file}: diffusers has no {name}. Install the version that the checkpoint was saved with.")
-    return cls.from_pretrained(checkpoint / "vae", torch_dtype=dtype).requires_grad_(False).eval()
+    vae, found = cls.from_pretrained(checkpoint / "vae", torch_dtype=dtype, output_loading_info=True)
+    check_complete(checkpoint / "vae", vae, found["unexpected_keys"])
+    return vae.requires_grad_(False).eval()
 
 
 def normalisation(vae: Any) -> tuple[PerChannel, PerChannel]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jvpgraph.trainer.model.adapters import diffusers
+from jvpgraph.trainer.model.loading import diffusers
 from jvpgraph.trainer.model.padded_text import MULTIPLE
 
 
