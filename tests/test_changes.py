@@ -328,6 +328,23 @@ def test_the_run_of_a_deeper_network_is_another_network(refused: Any) -> None:
 
 
 @pytest.mark.slow
+def test_averages_of_a_deeper_network_are_another_network(capfd: pytest.CaptureFixture[str]) -> None:
+    """Also where the checkpoint that they belong to is gone, and snapshots are all that there is."""
+    shape = {"width": 16, "heads": 2}
+    dit(**shape, depth=1).net.save_pretrained("net")
+    assert trained("stages.0.steps=4", "model.options={path: net}", "checkpoint.keep=1", "ema.snapshot_every=1") == 0
+    assert cli.main(["sample", "run", "--steps", "1", "--out", "x"]) == 0
+    assert load_run(Path("run"), step=2).step == 2
+    for depth in (2, 0):
+        shutil.rmtree("net")
+        dit(**shape, depth=depth).net.save_pretrained("net")
+        with pytest.raises(ValueError, match=r"in the checkpoint.*net\.blocks\."):
+            load_run(Path("run"))
+        with pytest.raises(ValueError, match=r"weights are those of another network: net\.blocks\."):
+            load_run(Path("run"), step=2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("then", "now"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_a_student_starts_from_a_run_of_another_dtype(then: str, now: str) -> None:
     """Its averages are float32, whatever its parameters are."""

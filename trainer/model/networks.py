@@ -458,7 +458,13 @@ def with_weights(model: TrigFlow, weights: Mapping[str, Tensor]) -> TrigFlow:
 
 @torch.no_grad()
 def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Values for some of the parameters, by name."""
-    parameters = dict(model.named_parameters())
+    """Values for all that is trained, by name. Raises ValueError if they are those of another network."""
+    parameters = trainable(model)
+    shapes, given = ({name: list(x.shape) for name, x in of.items()} for of in (parameters, weights))
+    if wrong := [name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)]:
+        raise ValueError(
+            f"the weights are those of another network: {shorten(sorted(wrong))} are missing on one side, or of "
+            "another shape\nGive the network that they were averaged of."
+        )
     for name, value in weights.items():
         parameters[name].copy_(value)
