@@ -20,8 +20,9 @@ import jvpgraph
 from jvpgraph.trainer.export.keys import to_original
 from jvpgraph.trainer.model import adapters
 from jvpgraph.trainer.model.adapters import ADAPTERS, adapter_of, diffusers_model, qwen_image
+from jvpgraph.trainer.model.saved_additions import saved_with
 from jvpgraph.trainer.model.schedulers import scheduler_for
-from jvpgraph.trainer.model.second_time import takes_r
+from jvpgraph.trainer.model.second_time import add_second_time, takes_r
 from jvpgraph.trainer.model.told import unit_of
 from jvpgraph.trainer.trigflow import EDM_NETWORK, RECTIFIED_FLOW, TrigFlow, add_noise, clean_image, expand_like
 from tests.zoo.base import QUIET, padding, randomise
@@ -422,6 +423,18 @@ def test_a_folder_whose_weights_are_of_other_blocks_is_refused(tmp_path, blocks:
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_layers": count + blocks}))
     which, what = (count, "is missing") if blocks > 0 else (count - 1, "is of no use")
     with pytest.raises(ValueError, match=rf"not those of the WanTrans.*blocks\.{which}\.attn1\.norm_k\.weight {what}"):
+        diffusers_model(tmp_path)
+
+
+def test_a_second_time_that_the_config_says_nothing_of_is_refused(tmp_path) -> None:
+    """What it has learnt would be lost."""
+    model = add_second_time(build("WanTransformer3DModel", "float32"))
+    saved_with(model.net).save_pretrained(tmp_path)
+    assert takes_r(diffusers_model(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["_second_time"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"interval\.embedder\.linear_1\.bias is of no use"):
         diffusers_model(tmp_path)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from jvpgraph.trainer.data.sample import shorten
 from jvpgraph.trainer.files import read_json
+from jvpgraph.trainer.model.additions import of_addition
 from jvpgraph.trainer.model.pipelines import check_one_network, class_name
 from jvpgraph.trainer.model.saved_additions import without_complaint
 from jvpgraph.trainer.model.student import kept_in_float32
@@ -42,11 +43,13 @@ def load(path: Path, config: str | None, dtype: torch.dtype, class_of: Callable[
         raise ValueError(f"{path} holds no config.json of a diffusers network, neither does {folder}")
     if folder != path and (path / "model_index.json").is_file():
         check_one_network(path, read_json(path / "model_index.json"))
-    cls = class_of(class_name(read_json(folder / "config.json")))
+    description = read_json(folder / "config.json")
+    cls = class_of(class_name(description))
     if torch.get_default_device().type == "meta":  # jvpgraph plan asks for shapes: no weights are read
         return in_dtype(cls.from_config(cls.load_config(folder)), dtype)
-    net, found = without_complaint(cls).from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)
-    check_complete(folder, net, found["unexpected_keys"])
+    known = without_complaint(cls, description)
+    net, found = known.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)
+    check_complete(folder, net, **found)
     net.__class__ = cls
     return net.double() if dtype == torch.float64 else net
 
@@ -90,16 +93,21 @@ def load_single_file(path: Path, folder: Path, dtype: torch.dtype, class_of: Cal
     return in_dtype(net, dtype)
 
 
-def check_complete(source: Path, net: nn.Module, unused: Iterable[str]) -> None:
-    """Raises ValueError if a network got less than it has, or if there was more of what it has: blocks, or scales.
+def check_complete(
+    source: Path, net: nn.Module, missing_keys: Iterable[str], unexpected_keys: Iterable[str], **_found: Any
+) -> None:
+    """Raises ValueError if a network got less than it has, or if there was more of what it has, or had.
 
-    diffusers leaves what is missing on the meta device, and warns of what it has no use for, which may be nothing: a
-    buffer of an older version.
+    diffusers warns of both, and goes on: with values at random, or without any. What it has no use for may be nothing,
+    such as a buffer of an older version; but not blocks, scales of quantised weights, or what was added.
     """
-    own = net.state_dict()
-    kinds = {kind_of(name) for name in own}
-    wrong = [f"{name} is missing" for name, value in own.items() if value.is_meta]
-    wrong += [f"{name} is of no use" for name in unused if kind_of(name) in kinds or is_scale(name)]
+    kinds = {kind_of(name) for name in net.state_dict()}
+    wrong = [f"{name} is missing" for name in missing_keys]
+    wrong += [
+        f"{name} is of no use"
+        for name in unexpected_keys
+        if kind_of(name) in kinds or is_scale(name) or of_addition(name)
+    ]
     if wrong:
         raise ValueError(
             f"{source}: its weights are not those of the {type(net).__name__} in config.json: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ def saved_with(net: Any) -> Any:
     return net
 
 
-def without_complaint(cls: Any) -> Any:
+def without_complaint(cls: Any, config: Mapping[str, Any]) -> Any:
     """A class of diffusers that loads what `saved_with` saved, and leaves what was added to `load_additions`."""
     known = cls._keys_to_ignore_on_load_unexpected or []
-    ours = [rf"^{name}\." for name in NAMES]
+    ours = [rf"^{name}\." for name in NAMES if config.get(SAVED[name]) is not None]
     return type(cls.__name__, (cls,), {"_keys_to_ignore_on_load_unexpected": [*known, *ours]})
 
 

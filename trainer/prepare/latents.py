@@ -31,7 +31,7 @@ def load_vae(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Any:
     if cls is None:
         raise ValueError(f"{file}: diffusers has no {name}. Install the version that the checkpoint was saved with.")
     vae, found = cls.from_pretrained(checkpoint / "vae", torch_dtype=dtype, output_loading_info=True)
-    check_complete(checkpoint / "vae", vae, found["unexpected_keys"])
+    check_complete(checkpoint / "vae", vae, **found)
     return vae.requires_grad_(False).eval()
 
 
