@@ -362,14 +362,17 @@ def test_a_student_starts_from_a_run_of_another_dtype(then: str, now: str) -> No
 
 
 @pytest.mark.slow
-def test_adapters_on_another_network_than_they_were_trained_on_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
+def test_adapters_on_another_network_than_they_were_trained_on_are_refused(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """Samples and exports would be those of a network that nobody trained."""
     shape = {"width": 16, "depth": 1, "heads": 2}
     dit(**shape).net.save_pretrained("net")
     own = ["model.options={path: net}", "student.lora={rank: 2, targets: [qkv]}"]
     assert trained("stages.0.steps=1", *own) == 0
     assert cli.main(["sample", "run", "--steps", "1", "--out", "x"]) == 0
-    assert trained("stages.0.steps=1", "model.options={path: net}", "out=full") == 0
+    few = ["evaluation={features: {load: jvpgraph.trainer.features:pixels}, count: 32}", "sampling.teacher_steps=2"]
+    assert trained("stages.0.steps=1", "model.options={path: net}", "out=full", *few) == 0
     dit(**shape, seed=1).net.save_pretrained("net")
     for command in (["sample", "run", "--steps", "1", "--out", "x"], ["export", "run", "--out", "y"]):
         capfd.readouterr()
@@ -379,6 +382,8 @@ def test_adapters_on_another_network_than_they_were_trained_on_are_refused(capfd
         assert "Traceback" not in said
     assert not Path("y").exists()
     assert cli.main(["sample", "full", "--steps", "1", "--out", "x"]) == 0  # whose weights are all its own
+    assert cli.main(["evaluate", "full", "--steps", "1", "--seeds", "0"]) == 0
+    assert "the teacher has other weights than when the run in full began" in caplog.text
 
 
 TIED = """

@@ -264,7 +264,9 @@ def evaluate_run(
         ValueError: the run has no feature space.
     """
     run = load_run(folder, ema=ema)
-    config = run.config
+    config, origin = run.config, read_origin(folder)
+    if origin is not None and digest_of(run.teacher) != origin.teacher:
+        log.warning("the teacher has other weights than when the run in %s began: its figures are of another", folder)
     steps, seeds = tuple(steps) or config.sampling.steps, tuple(seeds) or config.evaluation.seeds
     report = compare(run, samplers_of(run, steps), seeds)
     figures = {name: [asdict(quality) for quality in qualities] for name, qualities in report.rows.items()}
