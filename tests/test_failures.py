@@ -40,7 +40,7 @@ def failure(capfd: pytest.CaptureFixture[str]) -> Any:
 CHECKPOINTS = {
     "cut config": (lambda p: os.truncate(p / "config.json", 40), "net/config.json is damaged, or no JSON"),
     "no config": (lambda p: (p / "config.json").unlink(), "net holds no config.json of a diffusers network"),
-    "lacks tensors": (lambda p: without(p, "blocks.0.attn1.to_q.weight"), "lack 1 tensors of WanTransformer3DModel: "),
+    "lacks tensors": (lambda p: without(p, "blocks.0.attn1.to_q.weight"), "blocks.0.attn1.to_q.weight is missing"),
     "cut weights": (lambda p: os.truncate(weights(p), 4000), "net) raised "),
     "gone": (lambda p: shutil.rmtree(p), "model.options.path: net does not exist"),
 }
