@@ -132,7 +132,21 @@ def test_terms_that_want_different_students(tmp_path: Path, objective: Any, said
                 **alone({"name": "dcm", "teacher_steps": 48, "shift": 5.0}),
                 "guidance": {**ONE_SCALE, "interval": [0, 0.09]},
             },
-            "guidance is on between 0 and 0.09 .*asked between 0.09615 and 1",
+            "guidance is on between 0 and 0.09 .*asked at 48 times from 0.09615 to 1",
+        ),
+        (
+            {
+                **alone({"name": "dcm", "teacher_steps": 4, "substeps": 2}),  # at multiples of an eighth
+                "guidance": {**ONE_SCALE, "interval": [0.76, 0.86]},
+            },
+            "guidance is on between 0.76 and 0.86 .*asked at 8 times from 0.125 to 1",
+        ),
+        (
+            {
+                **alone({"name": "terms", "terms": [{"objective": SCM_LOW}, {"objective": {**DMD, "end": 1.2}}]}),
+                "guidance": {**ONE_SCALE, "interval": [0.55, 0.7]},
+            },
+            "guidance is on between 0.55 and 0.7 .*asked between 0 and 0.5 and between 0.72.* and 1",
         ),
         (
             {

@@ -433,7 +433,7 @@ class RunConfig:
                 )
             if objective.guided_apart and not self.guidance_in(index).on:
                 yield f"{key}: dmd.guidance_times are for guidance, and guidance.scale is 1: set one of them"
-            if objective.asks_teacher and (idle := self.guidance_in(index).idle(*objective.asked)) is not None:
+            if objective.asks_teacher and (idle := self.guidance_in(index).idle(objective.asked)) is not None:
                 yield f"stages.{index}: {idle} (rectified-flow times, 1 is noise). Change one of them"
         teachers = [i for i, stage in enumerate(self.stages) if isinstance(stage.objective, FlowMatching)]
         learning = [i for i, stage in enumerate(self.stages) if stage.objective.asks_teacher]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from jvpgraph.trainer.times import Ranges
+
 
 @dataclass(frozen=True)
 class GuidanceConfig:
@@ -39,8 +41,8 @@ class GuidanceConfig:
             interval=self.interval if other.interval is None else other.interval,
         )
 
-    def idle(self, low: float, high: float) -> str | None:
-        """What of it would do nothing for a teacher that is asked between two rectified-flow times; None: all acts."""
+    def idle(self, asked: Ranges) -> str | None:
+        """What of it would do nothing for a teacher that is asked at these rectified-flow times; None: all acts."""
         first, last = self.interval
         if not self.on:
             return None
@@ -50,11 +52,11 @@ class GuidanceConfig:
         if self.below is not None:
             parts = [(first, self.below[0], self.below[1]), (self.below[0], last, self.scale)]
         acting = [(start, end) for start, end, scale in parts if scale != 1]
-        if not any((start < high and end > low) or start == low or end == high for start, end in acting):
+        if not any(meet(part, times) for part in acting for times in asked):
             where = " and ".join(f"{start:g} and {end:g}" for start, end in acting)
             return (
-                f"guidance is on between {where} (guidance.interval, .below), and the teacher is asked between "
-                f"{low:.4g} and {high:.4g}, where there is none"
+                f"guidance is on between {where} (guidance.interval, .below), and the teacher is asked {said(asked)}, "
+                "where there is none"
             )
         return None
 
@@ -71,6 +73,20 @@ class StageGuidance:
         check_scale(self.scale)
         check_below(self.scale, self.below)
         check_interval(self.interval)
+
+
+def meet(part: tuple[float, float], times: tuple[float, float]) -> bool:
+    """Whether two ranges of times have more in common than an end; the second may be one time."""
+    (start, end), (low, high) = part, times
+    return max(start, low) < min(end, high) or start <= low == high <= end
+
+
+def said(asked: Ranges) -> str:
+    """Ranges of times for errors."""
+    if all(low == high for low, high in asked):
+        (first, _), *_, (last, _) = sorted(asked)
+        return f"at {len(asked)} times from {first:.4g} to {last:.4g}"
+    return "between " + " and between ".join(f"{low:.4g} and {high:.4g}" for low, high in asked)
 
 
 def check_below(scale: float | tuple[float, float] | None, below: tuple[float, float] | None) -> None:

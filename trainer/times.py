@@ -13,6 +13,9 @@ from jvpgraph.trainer.noise import Random, normal, uniform
 from jvpgraph.trainer.ranges import finite, positive
 from jvpgraph.trainer.settings import Variants
 
+Ranges = tuple[tuple[float, float], ...]
+"""Rectified-flow times: from each to each, which may be the same."""
+
 
 class Times(Variants):
     """Where on the noise axis an objective trains."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -19,7 +20,7 @@ from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.noise import Random, integers, noise_like, uniform
 from jvpgraph.trainer.objectives.objective import Objective, Terms, listed, objective
 from jvpgraph.trainer.ranges import not_negative, positive
-from jvpgraph.trainer.times import equal_steps, flow_time, from_flow_time, shifted
+from jvpgraph.trainer.times import Ranges, equal_steps, flow_time, from_flow_time, shifted
 from jvpgraph.trainer.trigflow import add_noise, clean_image, expand_like
 
 
@@ -53,9 +54,12 @@ class DCM(Objective):
         return "flow" if self.segments > 1 else "consistency"
 
     @property
-    def asked(self) -> tuple[float, float]:
-        lowest = float(equal_steps(self.teacher_steps, self.shift)[1]) / self.substeps
-        return 0.0 if self.jitter else lowest, 1.0
+    def asked(self) -> Ranges:
+        if self.jitter:
+            return ((0.0, 1.0),)
+        grid = equal_steps(self.teacher_steps, self.shift).tolist()
+        parts = [index / self.substeps for index in range(self.substeps)]
+        return tuple((t + (below - t) * part,) * 2 for below, t in pairwise(grid) for part in parts)
 
     def check_sampling(self, steps: Collection[int], shift: float, gamma: float = 0.0) -> None:
         if self.segments > 1 and (set(steps) != {self.segments} or shift != self.shift):

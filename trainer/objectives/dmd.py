@@ -30,7 +30,7 @@ from jvpgraph.trainer.objectives.simulation import (
     samples_of,
 )
 from jvpgraph.trainer.ranges import positive
-from jvpgraph.trainer.times import ShiftedUniform, Times
+from jvpgraph.trainer.times import Ranges, ShiftedUniform, Times
 from jvpgraph.trainer.trigflow import HALF_PI, add_noise, clean_image, expand_like, level, velocity_of
 
 Divergence = Literal["reverse_kl", "softened_reverse_kl", "jensen_shannon", "hellinger", "jeffreys", "forward_kl"]
@@ -96,10 +96,10 @@ class DMD(Objective):
         return self.start, self.end
 
     @property
-    def asked(self) -> tuple[float, float]:
+    def asked(self) -> Ranges:
         times, high = (self.times, 1.0) if self.guidance_times is None else (self.guidance_times, level(self.start))
         low, (first, last) = level(self.end), getattr(times, "between", (0.0, 1.0))
-        return low if self.guided_apart else low + first * (high - low), low + last * (high - low)
+        return ((low if self.guided_apart else low + first * (high - low), low + last * (high - low)),)
 
     @property
     def fake_score(self) -> DMD:

@@ -30,7 +30,7 @@ from jvpgraph.trainer.objectives.objective import Terms, objective
 from jvpgraph.trainer.objectives.scm import moved, tangent_target, warmed
 from jvpgraph.trainer.objectives.two_times import TwoTimes, ordered_times
 from jvpgraph.trainer.ranges import not_negative, positive
-from jvpgraph.trainer.times import ShiftedUniform, Times
+from jvpgraph.trainer.times import Ranges, ShiftedUniform, Times
 from jvpgraph.trainer.trigflow import add_noise, along_trajectory, expand_like, velocity_of
 
 
@@ -56,9 +56,9 @@ class FlowMap(TwoTimes):
             raise ValueError("velocity: own is learned from the data where r = t: set instant_share above 0")
 
     @property
-    def asked(self) -> tuple[float, float]:
-        low, high = super().asked
-        return 0.0 if self.clean_share and self.method != "eulerian" else low, high
+    def asked(self) -> Ranges:
+        ((low, high),) = super().asked
+        return ((0.0 if self.clean_share and self.method != "eulerian" else low, high),)
 
     @property
     def asks_teacher(self) -> bool:

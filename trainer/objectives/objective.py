@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from torch import Tensor
 
 from jvpgraph.trainer.settings import Variants
+from jvpgraph.trainer.times import Ranges
 from jvpgraph.trainer.trigflow import level, radians
 
 CUT = 0.05  # of rectified-flow time
@@ -95,10 +96,10 @@ class Objective(Variants):
         return radians(high if high < 1 - CUT else 1.0), radians(low if low > CUT else 0.0)
 
     @property
-    def asked(self) -> tuple[float, float]:
-        """Rectified-flow times between which it asks the teacher with its guidance."""
+    def asked(self) -> Ranges:
+        """Rectified-flow times at which it asks the teacher with its guidance."""
         start, end = self.span
-        return level(end), level(start)
+        return ((level(end), level(start)),)
 
     @property
     def guided_apart(self) -> bool:
@@ -118,12 +119,6 @@ class Objective(Variants):
 def listed(steps: Collection[int]) -> str:
     """Numbers of steps, for errors."""
     return ", ".join(map(str, sorted(steps)))
-
-
-def covering(ranges: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """The range from the lowest to the highest of several."""
-    lows, highs = zip(*ranges)
-    return min(lows), max(highs)
 
 
 LOSSES: dict[type[Objective], Loss] = {}

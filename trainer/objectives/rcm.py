@@ -11,10 +11,11 @@ from jvpgraph.trainer.batch import Batch
 from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives.dmd import DMD, dmd_loss
 from jvpgraph.trainer.objectives.judge import Judge
-from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, covering, objective
+from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, objective
 from jvpgraph.trainer.objectives.scm import SCM, scm_loss
 from jvpgraph.trainer.objectives.simulation import Earlier, Simulation
 from jvpgraph.trainer.ranges import not_negative
+from jvpgraph.trainer.times import Ranges
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,8 @@ class RCM(Objective):
         return bool(self.weight) or self.scm.asks_teacher
 
     @property
-    def asked(self) -> tuple[float, float]:
-        asking = [*([self.scm] if self.scm.asks_teacher else []), *([self.dmd] if self.weight else [])]
-        return covering(part.asked for part in asking)
+    def asked(self) -> Ranges:
+        return (self.scm.asked if self.scm.asks_teacher else ()) + (self.dmd.asked if self.weight else ())
 
     @property
     def trains_plainly(self) -> bool:  # type: ignore[override]

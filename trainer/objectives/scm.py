@@ -28,7 +28,7 @@ from jvpgraph.trainer.objectives.mean_flow import to_flow
 from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, objective
 from jvpgraph.trainer.objectives.simulation import Samples, Simulation
 from jvpgraph.trainer.ranges import not_negative, positive
-from jvpgraph.trainer.times import LogNormal, Times
+from jvpgraph.trainer.times import LogNormal, Ranges, Times
 from jvpgraph.trainer.trigflow import HALF_PI, add_noise, clean_image, expand_like, velocity_of
 
 
@@ -66,9 +66,9 @@ class SCM(Objective):
         return self.velocity == "teacher"
 
     @property
-    def asked(self) -> tuple[float, float]:
-        low, high = super().asked
-        return low, high if self.points == "data" else 1.0
+    def asked(self) -> Ranges:
+        ((low, high),) = super().asked
+        return ((low, high if self.points == "data" else 1.0),)
 
     @property
     def simulation(self) -> Simulation:

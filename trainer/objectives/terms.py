@@ -13,8 +13,9 @@ from jvpgraph.trainer.noise import Random
 from jvpgraph.trainer.objectives.adversarial import Adversarial
 from jvpgraph.trainer.objectives.data import Data
 from jvpgraph.trainer.objectives.flow import FlowMatching
-from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, covering, loss_of, objective
+from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, loss_of, objective
 from jvpgraph.trainer.ranges import not_negative
+from jvpgraph.trainer.times import Ranges
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ class WeightedTerms(Objective):
         return max(starts), min(ends)
 
     @property
-    def asked(self) -> tuple[float, float]:
-        return covering(part.asked for part in self.objectives if part.asks_teacher)
+    def asked(self) -> Ranges:
+        return tuple(times for part in self.objectives if part.asks_teacher for times in part.asked)
 
     @property
     def second_time(self) -> bool:  # type: ignore[override]
