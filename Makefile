@@ -50,7 +50,7 @@ test: lint  ## in a quarter of an hour: those of make check, kernels in the inte
 	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) --durations=5 -m "kernels and not matrix" $(KERNELS)
 	$(PYTEST) -m timing tests/test_regions.py tests/test_data.py tests/test_checkpoint.py
 
-test-long: $(READY)  ## what takes more than five seconds of a core each: whole runs, kills, whole networks; .ci/run has it too
+test-long: $(READY)  ## what takes more than three seconds of a core each: whole runs, kills, whole networks; .ci/run has it too
 	$(PYTEST) $(PARALLEL) --durations=15 -m "long and not matrix" tests
 
 test-all: test test-long  ## those of both, then every case of which they run one in several: before a release

@@ -83,7 +83,7 @@ LONG = (
 SLOW_CASES = 2
 
 # Seconds of a core from which a test should have a marker: three times those of docs/testing.md, as machines differ.
-SECONDS = {"slow": 3.0, "long": 15.0}
+SECONDS = {"slow": 3.0, "long": 9.0}
 
 
 def pytest_collection_finish() -> None:

@@ -339,6 +339,7 @@ def test_a_phase_starts_from_what_the_expert_before_it_makes(tmp_path: Path) -> 
         train(run_of(tmp_path / "second", after, steps=3, **more))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", [SUM, OF_TEACHER])
 def test_plan_counts_the_critic(objective: dict[str, Any]) -> None:

@@ -111,6 +111,7 @@ def test_imports_go_one_way_and_stand_at_the_top(module):
         assert layer_of(target) >= layer_of(module), f"{module} imports {target}, which is above it"
 
 
+@pytest.mark.long
 def test_no_import_cycles():
     """Of modules, imports inside functions included; and tests may import benchmarks, not the other way round."""
     edges = {module: {t for t, _ in own_imports(path) if t != module} for module, path in EVERYTHING.items()}
@@ -134,6 +135,7 @@ def test_no_import_cycles():
         visit(module, ())
 
 
+@pytest.mark.long
 def test_top_level_folders_are_not_imported_by_their_own_names():
     """``kernels`` is a package of Hugging Face's that diffusers looks for."""
     for path in [*SOURCES.values(), *(ROOT / "tests").rglob("*.py")]:

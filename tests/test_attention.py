@@ -985,6 +985,7 @@ FAKE_TRITONS = {
 LESSER_TRITONS = {"too old": "import sys; sys.modules['triton.tools.tensor_descriptor'] = None"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("triton", [*FAKE_TRITONS, *LESSER_TRITONS])
 def test_the_package_imports_without_a_triton_that_works(triton, tmp_path):

@@ -229,6 +229,7 @@ def test_blocks_of_every_head_dim_and_number_of_tangents():
         assert gluon_blocks(72, streamed)[0] == gluon_blocks(128, streamed)[0] == 128
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @compiles
 @pytest.mark.parametrize(

@@ -600,6 +600,7 @@ def test_blocks_of_the_next_larger_head_dim():
                     choose_blocks(capability, (dim, dim), bf16, kind, by_descriptor)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="pretends a GPU to Triton's compiler")

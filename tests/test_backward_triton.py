@@ -213,6 +213,7 @@ def test_joint_attention_costs_no_precision(text_first, shift):
     assert max(error(got[name], want[name]) for name in NAMES[:6]) < ERROR
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="pretends a GPU to Triton's compiler")
 def test_a_new_length_compiles_nothing(monkeypatch, tmp_path):

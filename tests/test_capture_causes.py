@@ -595,6 +595,7 @@ def test_bfloat16_at_several_sizes_on_the_default_backend(cause):
     check(ONE_GRAPH[cause](), sizes=(5, 7), dtype=torch.bfloat16, rtol=4e-2, backend="inductor", dynamic=True)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_repeated_bodies_have_gradients_of_tangents_and_take_several():
     """As they are where they are written out."""

@@ -127,6 +127,7 @@ def test_what_a_checkpoint_holds_neither_comes_nor_goes(old: Any, new: Any) -> N
         check_changes(config("scm", "dcm"), config("scm", old), [], 2)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_stage_that_has_not_begun_may_be_another() -> None:
     def stages(last: str) -> str:
@@ -141,6 +142,7 @@ def test_a_stage_that_has_not_begun_may_be_another() -> None:
     assert line.startswith("stages.1.objective: {name: dcm")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_lower_learning_rate_and_what_cannot_change(refused: Any) -> None:
     assert trained("stages.0.steps=2") == 0
@@ -281,6 +283,7 @@ def test_a_run_on_another_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> Non
 # ---- --from
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_student_starts_from_a_run_or_an_export(refused: Any) -> None:
     few = ["stages.0.steps=1", "out=two"]
@@ -442,6 +445,7 @@ LORA = "student.lora={rank: 2, alpha: 2, targets: [qkv]}"
 SEVERAL = "guidance={scale: [2, 6], negative: {labels: 10}}"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(

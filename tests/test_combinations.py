@@ -280,6 +280,7 @@ def test_stages_whose_terms_know_all_times_leave_no_gap(tmp_path: Path) -> None:
         config_of(tmp_path, [stage(phase, 1), stage(low, 1)])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("scale", "said"),
     [
@@ -363,6 +364,7 @@ def test_a_regulariser_may_come_first() -> None:
     assert parsed({**DMD, "times": low}).span == (math.pi / 2, 0)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_places_that_are_rounded_meet(tmp_path: Path) -> None:
     """1.4289 radians are rectified-flow time 0.875 to four digits."""

@@ -41,6 +41,7 @@ def folder(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
+@pytest.mark.long
 def test_it_writes_beside_the_curves(folder, capsys):
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert cli.main(["diagnose", "run", "--times", "0.1", "1.5"]) == 0
@@ -98,6 +99,7 @@ def test_a_run_without_checkpoints(folder, capsys):
     assert "holds no complete checkpoint: wait until the run has one" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("known", ["diagnosis", "damaged"])
 def test_a_tangent_that_is_not_finite(folder, capsys, monkeypatch, known):
     """The run stops, names the module, and shows the last diagnosis if there is one."""

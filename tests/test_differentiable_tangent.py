@@ -132,6 +132,7 @@ def test_activation_checkpointing(backend):
     check_module(Checkpointed(depth=depth).double(), (x, t), (x_dot, t_dot), ("x", "t"), backend)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_dynamic_shapes_compile_once():
     model = TinyDiT().double()
@@ -320,6 +321,7 @@ class Resized(nn.Module):
         return torch.cat([*parts, torch.fft.rfft(x, n=2 * n).abs()[:, :n]]).sin()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_formulas_at_symbolic_sizes():
     dual = jvpgraph.transform(Resized(), backend="eager", dynamic=True, differentiable_tangent=True)

@@ -53,6 +53,7 @@ def as_shown(shown: str, printed: str) -> bool:
     return doctest.OutputChecker().check_output(shown, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_readme_runs(capsys, monkeypatch):
     printed = "".join(out for _, out in run(ROOT / "README.md", capsys, monkeypatch))

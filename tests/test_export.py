@@ -446,6 +446,7 @@ def teacher(width):
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_network_of_ones_own_comes_back_by_the_code_of_its_card(tmp_path: Path) -> None:
     (tmp_path / "my_model.py").write_text(OWN)

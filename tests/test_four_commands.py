@@ -128,6 +128,7 @@ def fill(folder: Path, kind: str) -> str:
     return "mine"
 
 
+@pytest.mark.long
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("walk", [*WALKS, *(pytest.param(w, marks=pytest.mark.matrix) for w in SWEEP)], ids=str)
 def test_four_commands_give_a_pipeline_and_a_lora_file(

@@ -148,6 +148,7 @@ def test_no_figure_for_a_wrong_result(part, two_cases, monkeypatch):
     assert part.data["problems"] == []
 
 
+@pytest.mark.long
 def test_a_wrong_result_of_ours_fails_the_stage(part, two_cases, monkeypatch):
     def unwritten(case, x):
         return lambda: (x.q.new_full(x.q.shape, float("nan")), None)

@@ -241,6 +241,7 @@ class TestInRegions:
         assert not group.cause
         assert group.calls == 2 * len(SIZES)
 
+    @pytest.mark.long
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("keep", "dtype", "tolerance"),

@@ -107,6 +107,7 @@ FIT = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("arch", "way", "head_dim", "mask", "is_causal"), FIT, ids=str)
 def test_what_the_host_launches_fits(arch, way, head_dim, mask, is_causal):
@@ -116,6 +117,7 @@ def test_what_the_host_launches_fits(arch, way, head_dim, mask, is_causal):
     assert 16384 < max(sizes[arch].values()) <= SHARED_MEMORY[arch]
 
 
+@pytest.mark.long
 def test_memory_is_that_of_the_compiled_kernel():
     for call, arch in ((Case("d tangent", 64, "bool rows"), 89), (Case("value", 64, "fp32 padding"), 100)):
         launch = call.launches(arch)[-1]
@@ -204,6 +206,7 @@ def test_what_the_gate_must_catch_in_gluon():
     assert any("shared memory" in what for what in large.violations)
 
 
+@pytest.mark.long
 def test_what_the_gate_must_catch_in_the_backward():
     spilling = gate_checks.check_backward(BackwardEntry(90, 128, True), "keys", BackwardBlocks(64, 64, 4, 2))
     assert any("spills in the loop" in what for what in spilling.violations)
@@ -298,6 +301,7 @@ def launches_of(entry):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize("entry", SEVERAL_PARTS, ids=str)
 def test_the_backward_fits_in_head_dims_of_several_parts(entry):

@@ -52,6 +52,7 @@ def test_examples_of_the_help_can_be_typed():
         assert cli.parse([name, *command.example.split()]).command == name
 
 
+@pytest.mark.long
 def test_the_help_says_what_the_code_says():
     """What it cannot ask, as that imports torch. In a process of its own: tests have objectives of their own."""
     told = python("from jvpgraph.trainer.commands import train; print(train.TABLE.read_text('utf-8') == train.table())")

@@ -56,6 +56,7 @@ def assert_same_run(found: Path, expected: Path, scratch: Path) -> None:
 # ---------------------------------------------------------------- on the CPU
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("blocks", [True, False], ids=["checkpointed blocks", "plain"])
 def test_a_run_whose_networks_rest_is_the_same(tmp_path: Path, blocks: bool) -> None:
@@ -291,6 +292,7 @@ def test_a_run_with_all_of_it_goes_on_with_the_same_bits(tmp_path: Path) -> None
     assert all(torch.equal(student[n], kept[f".ema.0.05.parameters.{n}"]) for n in ("net.patch_in.weight",))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("blocks", [False, True], ids=["plain", "checkpointed blocks"])
 def test_the_price_is_shown_and_planned(tmp_path: Path, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +311,7 @@ def test_the_price_is_shown_and_planned(tmp_path: Path, blocks: bool, monkeypatc
     assert "GiB per update between CPU and GPU" in told
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("each", [False, True], ids=["all of it", "each by itself"])
 def test_what_the_plan_advises_helps(tmp_path: Path, each: bool) -> None:
@@ -382,6 +385,7 @@ def test_what_bfloat16_on_inductor_goes_on_with(tmp_path: Path, more: dict[str, 
         assert_same_run(train(config_of(tmp_path / "here", stages[1], **common)), one, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_adapters_share_their_base(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,6 +280,7 @@ class SharedModulation(nn.Module):
         return torch.sin(x * (1 + d) + e) * f
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_sum_with_two_outputs_in_half_precision():
     """With a batch of any size Inductor's own code, for the plain model too, does not compile."""

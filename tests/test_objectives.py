@@ -137,6 +137,7 @@ class Mlp(nn.Module):
         return self.layers(torch.cat([x, t.sin()[:, None], t.cos()[:, None]], dim=1))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_student_trained_on_a_gaussian_becomes_the_exact_consistency_function(record_property) -> None:
     """RMS distance of f to STD x_t / sqrt(V(t)) on the trajectories, beside the data's STD of 0.5."""

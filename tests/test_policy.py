@@ -67,6 +67,7 @@ def coarse(model: Beside, policy: Policy, rows: int = 3, **how) -> list[bool]:
     return [torch.equal(dot, dot.bfloat16().float()) for dot in dots]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("checkpoints", [False, True], ids=["", "checkpoints"])
 @pytest.mark.parametrize("how", [pytest.param(how, id=name) for name, how in WAYS.items()])
 def test_modules_and_ops(how, checkpoints):
@@ -112,6 +113,7 @@ def test_graphs_within_what_is_op_by_op_have_their_place():
     assert coarse(model, policy, 4, backend="eager") == [False, True]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_inductor_and_its_cache_know_them():
     """The graphs of both models are the same; what is cached for one is not for the other."""
@@ -138,6 +140,7 @@ def test_inductor_and_its_cache_know_them():
             assert counts["model"] == counts["float32"] > 0, "the passes ran on it"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [WAYS["graph"], WAYS["op by op"], {"backend": "eager", "regions": Block}])
 def test_values_and_their_gradients_stay(how):
@@ -213,6 +216,7 @@ def spent(diagnosis: jvpgraph.Diagnosis, setting: Policy | str) -> float:
     return sum(op.bytes_in[p] for op, p in zip(active, own)) / sum(op.bytes_in["model"] for op in active)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_cheapest_policy_reaches_the_error(judged):
     diagnosis, off = judged

@@ -83,6 +83,7 @@ def test_it_is_nearer_to_the_truth_and_values_stay(dtype, kind, how):
             torch.testing.assert_close([y_wide, grads_wide], [y, grads], rtol=0, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "precision"), [(torch.float32, "float32"), (torch.float64, "float32_matmul")], ids=str
 )

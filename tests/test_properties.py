@@ -258,6 +258,7 @@ def forget_some() -> None:
         torch._dynamo.reset()
 
 
+@pytest.mark.long
 @examples(in_ci=5, in_fuzz=400)
 @given(case=dit_like_modules())
 def test_transformer_as_graph(case: DiTCase):
@@ -279,6 +280,7 @@ def test_transformer_compiled(case: DiTCase):
     check_module(case, "inductor")
 
 
+@pytest.mark.long
 @examples(in_ci=2, in_fuzz=100)
 @given(case=dit_like_modules(), regions=st.sampled_from((Block, "auto")))
 def test_transformer_in_regions(case: DiTCase, regions: Any):
@@ -286,6 +288,7 @@ def test_transformer_in_regions(case: DiTCase, regions: Any):
     check_module(case, "eager", regions=regions)
 
 
+@pytest.mark.long
 @examples(in_ci=2, in_fuzz=100)
 @given(case=dit_like_modules())
 def test_transformer_with_other_layouts(case: DiTCase):
@@ -300,6 +303,7 @@ def test_program_op_by_op(graph: Graph, with_grad: bool):
     check_graph(graph, ["op_by_op"], with_grad)
 
 
+@pytest.mark.long
 @examples(in_ci=30, in_fuzz=6000)
 @given(graph=op_graphs(), with_grad=st.booleans(), perturb=st.booleans())
 def test_program_on_three_backends(graph: Graph, with_grad: bool, perturb: bool):
@@ -307,6 +311,7 @@ def test_program_on_three_backends(graph: Graph, with_grad: bool, perturb: bool)
     check_graph(graph, ["op_by_op", "eager", "regions"], with_grad, perturb)
 
 
+@pytest.mark.long
 @examples(in_ci=10, in_fuzz=1700)
 @given(graph=op_graphs(max_steps=4, numbers=True), with_grad=st.booleans())
 def test_program_that_reads_numbers(graph: Graph, with_grad: bool):
@@ -314,6 +319,7 @@ def test_program_that_reads_numbers(graph: Graph, with_grad: bool):
     check_graph(graph, ["op_by_op", "eager", "regions"], with_grad)
 
 
+@pytest.mark.long
 @examples(in_ci=3, in_fuzz=300)
 @given(graph=op_graphs(), with_grad=st.booleans(), perturb=st.booleans())
 def test_program_compiled(graph: Graph, with_grad: bool, perturb: bool):

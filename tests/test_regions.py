@@ -137,6 +137,7 @@ class TestSharing:
         dual = assert_right(model, regions=Scaled)
         assert graphs(dual) == [("Scaled", 4, 2)]
 
+    @pytest.mark.long
     @pytest.mark.slow
     @torch._dynamo.config.patch(recompile_limit=3)
     def test_more_variants_than_dynamo_keeps(self):
@@ -156,6 +157,7 @@ class TestSharing:
         dual.eval()(x, t, tangents={"x": x_dot, "t": t_dot})
         assert graphs(dual)[1] == ("Narrow", 1, 2), "the dropout of training"
 
+    @pytest.mark.long
     @pytest.mark.slow
     def test_sizes_vary(self):
         model = TinyDiT(depth=3).double()

@@ -35,6 +35,7 @@ def cost(*axes: int) -> Any:
         return scaling.measure(SMALL, Layout(*axes))
 
 
+@pytest.mark.long
 def test_flops_of_one_rank() -> None:
     """Linear layers of x and of the text, self- and cross-attention."""
     x, text = 2 * N * D * (6 * D + 2 * HIDDEN), 2 * L * D * 2 * D
@@ -65,6 +66,7 @@ def test_context_parallel_divides_all_but_the_text() -> None:
     assert split.backward_flops * RANKS == one.backward_flops + (RANKS - 1) * 2 * text
 
 
+@pytest.mark.long
 def test_what_tensor_parallel_sends() -> None:
     """After each of three output layers [N, D], and a mean square per token for each norm of q and k."""
     split, factor = cost(1, 1, 8), 2 * (RANKS - 1) / RANKS

@@ -224,6 +224,7 @@ def test_what_passes_the_addition_by_is_refused_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_checkpointed_embedder_trains_where_graphs_alone_do(tmp_path: Path) -> None:
     lines_of = [
         lines(train(of_parts(tmp_path / how, how, [stage("flow_map", 2)], {"second_time": PLACE})))

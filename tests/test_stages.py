@@ -173,6 +173,7 @@ def test_a_run_with_a_teacher_of_its_own_keeps_to_both_networks(tmp_path: Path) 
     assert list(differences(origin, replace(origin, teacher="another"))) == ["teacher.model"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_plan_counts_both_networks(tmp_path: Path) -> None:
     """The deeper teacher's blocks are no part of student and fake score."""

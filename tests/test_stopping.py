@@ -87,6 +87,7 @@ def test_signals_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     assert_same_end(config.out, whole, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_stops_itself_in_time(tmp_path: Path) -> None:
     begun = time.monotonic()

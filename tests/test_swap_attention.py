@@ -496,6 +496,7 @@ def test_what_nan_to_num_makes_of_rows_that_see_no_key_has_no_tangent(form, back
         torch.testing.assert_close(have[:, :, 1:], should[:, :, 1:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_eager_llama_with_left_padding():
     """transformers masks by the most negative number, added; rows of padding see nothing else."""

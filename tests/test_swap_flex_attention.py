@@ -51,6 +51,7 @@ def check(model: Flex, mask: Tensor | None, scale: float = 16**-0.5, kv_heads: i
     assert_close((y, y_dot), want, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("settings", [{}, {"dynamic": True}, {"backend": "inductor"}], ids=str)
@@ -165,6 +166,7 @@ def up_to(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return (q >= k) & (h != q)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("mask_mod", [None, up_to], ids=["all", "masked"])
@@ -304,6 +306,7 @@ def test_gradients_in_bfloat16_on_the_default_backend():
     check_layers(Layers(), frames, (150, 100), dtype=torch.bfloat16, dynamic=True)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.usefixtures("gradients_on_a_cpu")

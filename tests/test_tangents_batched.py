@@ -77,6 +77,7 @@ def test_a_network_on_the_default_backend(dtype, dynamic):
     check(model, dual, 12, T, dtype)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("dynamic", [None, True])

@@ -144,6 +144,7 @@ def test_fails():
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_failure_is_read_on_one_screen(tmp_path: Path):
     """Neither torch's structured trace nor what triton's bindings say at exit stands below it."""

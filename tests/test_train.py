@@ -150,6 +150,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     assert len((config.out / "log.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", [stage("dcm", 1)])
@@ -168,6 +169,7 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     assert settings.load(RunConfig, tmp_path / "run-1" / "config.yaml") == config
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_can_be_made_longer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "jvpgraph.trainer")
@@ -274,6 +276,7 @@ def test_a_network_that_branches_on_data_is_captured_in_regions(
         torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_how_the_student_runs_may_change_between_a_stop_and_going_on(tmp_path: Path) -> None:
     """Other processes may want another backend, and have less room."""
@@ -310,6 +313,7 @@ def test_compiled_networks_give_the_same_run(tmp_path: Path, monkeypatch: pytest
         torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_stages_go_on_with_the_weights_of_the_one_before(tmp_path: Path) -> None:
     first = train(config_of(tmp_path / "first", [stage("dcm", 2)], checkpoint={"every": 1, "keep": 9}))
@@ -325,6 +329,7 @@ def test_stages_go_on_with_the_weights_of_the_one_before(tmp_path: Path) -> None
     assert 0 < moved < 2e-3  # one AdamW step with lr 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_without_its_weight_rcm_trains_like_scm_to_the_bit(tmp_path: Path) -> None:
     scm = train(config_of(tmp_path / "scm", [stage("scm", 3)]))
@@ -474,6 +479,7 @@ def one_time() -> TrigFlow:
 # ---------------------------------------------------------------- every objective, LoRA, bf16; what comes after
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["scm", "dmd", RCM, "dcm", "mean_flow", "flow_matching"], ids=str)
 def test_every_objective_trains_and_is_sampled(tmp_path: Path, objective: Any) -> None:
@@ -495,6 +501,7 @@ def test_every_objective_trains_and_is_sampled(tmp_path: Path, objective: Any) -
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_lora_student_in_bf16_trains_its_adapters_alone_and_is_exported_merged(tmp_path: Path) -> None:
     lora = {"rank": 2, "alpha": 2.0, "targets": ["qkv", "out"]}

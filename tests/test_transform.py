@@ -752,6 +752,7 @@ class TestJvp:
 
 
 class TestExplain:
+    @pytest.mark.long
     @pytest.mark.slow
     def test_counts(self):
         model = TinyDiT(depth=2)
@@ -773,6 +774,7 @@ class TestExplain:
         assert "2 swapped, 2 fused" in str(found)
         assert "2 by blocks of torch ops" in str(found)
 
+    @pytest.mark.long
     @pytest.mark.slow
     def test_what_computes_attention(self, monkeypatch):
         """A backward that ATen's kernels do not take is said, with the reason."""

@@ -222,6 +222,7 @@ def same_samples(run: Path, out: Path, steps: int, monkeypatch: pytest.MonkeyPat
     return pipe
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 4])
 def test_two_students_in_one_pipeline(

@@ -105,6 +105,7 @@ def test_distil_a_model_of_your_own(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert Path("out/mine/samples-4.png").is_file()
 
 
+@pytest.mark.long
 def test_only_the_tangent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     named = walk("tangent", {}, monkeypatch)
     assert named["losses"][-1] < named["losses"][0]

@@ -161,6 +161,7 @@ class TestSweep:
         assert once.startswith("# The zoo\n\ntext\n\n## What")
 
 
+@pytest.mark.long
 def test_attention_written_by_hand_is_fused():
     """T5FilmDecoder spells softmax(q k') v out."""
     case = sweep.shallow(CASES["T5FilmDecoder"], 1)
@@ -173,6 +174,7 @@ def test_attention_written_by_hand_is_fused():
     assert not found.left
 
 
+@pytest.mark.long
 def test_data_dependent_models_are_right_with_regions():
     result = examine(CASES["OmniGenTransformer2DModel"], variants=(0,))
     assert result.capture == "regions"

@@ -122,6 +122,7 @@ def errors_of_tangents(names: list[str], backend: str) -> dict[str, float]:
     return {name: error_of_tangent(name, backend) for name in names}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", RANKS)
 def test_tangents_of_collectives(ranks: int):
     for found in run(ranks, errors_of_tangents, list(COLLECTIVES), "eager"):
@@ -301,6 +302,7 @@ def explained() -> tuple[str, int]:
     return str(found), found.paired
 
 
+@pytest.mark.long
 def test_explain_counts_them():
     text, count = run(2, explained)[0]
     assert count == 1

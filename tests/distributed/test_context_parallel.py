@@ -186,6 +186,7 @@ def test_diffusers_interface_with_the_kernels_left_as_they_are():
     assert set(fused) == {0}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("layout", "ring", "ulysses"), LAYOUTS)
 def test_own_interface(layout, ring, ulysses):
     check(layout, "dit", run(ring * ulysses, on_own, ring, ulysses))
@@ -197,6 +198,7 @@ def test_own_interface_with_other_backends(compiler):
     check(f"Ulysses x ring, {compiler}", "dit", run(4, on_own, 2, 2, compiler))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compiler", ["eager", "op_by_op"])
 @pytest.mark.parametrize(("ring", "ulysses", "tokens"), [(1, 2, 15), pytest.param(2, 2, 13, marks=pytest.mark.matrix)])
 def test_own_interface_with_uneven_lengths(ring, ulysses, tokens, compiler):
@@ -297,6 +299,7 @@ def inside_of_torchs(compiler: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compiler", ["eager", "op_by_op"])
 def test_torchs_own_is_refused(compiler):
     assert all("ContextParallel" in said for said in run(2, inside_of_torchs, compiler))

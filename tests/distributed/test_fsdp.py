@@ -148,6 +148,7 @@ def recomputes_no_tangent(dual: nn.Module, name: str, compiler: str) -> None:
 RANKS = [2, pytest.param(4, marks=pytest.mark.matrix)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("name", ["dit", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("wan", "flux"))])
 def test_fsdp(name: str, ranks: int):
@@ -203,6 +204,7 @@ def with_ddp(name: str, when: str, compiler: str = "eager") -> Errors:
     return measure(dual, name, steps=2, call=DistributedDataParallel(dual))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("name", ["dit", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("wan", "flux"))])
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -252,6 +254,7 @@ def accumulated() -> tuple[float, float]:
     return errors(got, reference("dit")).gradient, reduced[0]
 
 
+@pytest.mark.long
 def test_gradient_accumulation():
     for error, reduced in run(2, accumulated):
         assert error < 1e-9

@@ -24,6 +24,7 @@ from tests.distributed.models import (
 pytestmark = [pytest.mark.usefixtures("one_thread"), *map(pytest.mark.filterwarnings, QUIET)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_one_process_agrees_with_forward_ad(name: str):
     net, want = MODELS[name], reference(name)

@@ -70,11 +70,13 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("layout", "name", "ranks"), CASES)
 def test_equals_one_process(layout: str, name: str, ranks: int):
     check(layout, name, run(ranks, compare, layout, name))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.matrix)])
 def test_attention_on_dtensors_split_over_heads(ranks: int):
     layout = "TP, attention on DTensors"
@@ -101,6 +103,7 @@ def on_dtensor_inputs() -> tuple[Errors, list[str]]:
     return errors(got, reference("dit")), [str(out.placements) for out in (y, y_dot) if isinstance(out, DTensor)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.matrix)])
 def test_inputs_and_tangents_are_dtensors(ranks: int):
     found, placements = zip(*run(ranks, on_dtensor_inputs))
@@ -251,6 +254,7 @@ def between_regions(boundary: str) -> tuple[Errors, str, bool]:
     return found, str(dual.regions), all(group.graphs for group in dual.regions.groups)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_tensors_of_torchs_own_keep_their_tangents_between_regions(boundary: str):
     found, reports, in_graphs = zip(*run(2, between_regions, boundary))
@@ -295,6 +299,7 @@ def split_unevenly(heads: int, width: int) -> str:
     return "it ran"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("ranks", "heads", "width"), [(4, 6, 48), (3, 4, 32)])
 def test_heads_that_do_not_divide_are_named(ranks: int, heads: int, width: int):
     """6 heads of 8 over 4 ranks split within a head; 4 over 3 do not even split evenly."""

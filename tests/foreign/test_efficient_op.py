@@ -90,6 +90,7 @@ WAYS = [("eager", efficient, name) for name in CASES] + [("op_by_op", efficient,
 WAYS += [("eager", efficient.default, "window")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backend", "op", "name"), WAYS, ids=str)
 def test_batches(backend, op, name):
     (kind, *with_lse), named, last, with_bias = CASES[name]
@@ -105,6 +106,7 @@ def test_batches(backend, op, name):
     check(call, reference, backend=backend, last=last)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backend", "op", "name"), WAYS, ids=str)
 def test_sequences(backend, op, name):
     """Of several lengths; all but the first have more keys than queries."""
@@ -126,6 +128,7 @@ def test_sequences(backend, op, name):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_in_bfloat16(backend):
     def call(q, k, v):

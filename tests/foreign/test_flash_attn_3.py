@@ -109,6 +109,7 @@ FORMS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 def test_functions(of_flash_attn_interface, form):
     flash = of_flash_attn_interface("flash_attn_interface")

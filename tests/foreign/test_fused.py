@@ -131,6 +131,7 @@ def test_rotary_embeddings(fused, interleaved, inplace):
     check(call, lambda q, k, v: plain(rotated(q, interleaved), rotated(k, interleaved, 2), v))
 
 
+@pytest.mark.long
 def test_rotary_embedding_of_packed_operands(fused):
     rotary = fused("flash_attn.layers.rotary")
 
@@ -141,6 +142,7 @@ def test_rotary_embedding_of_packed_operands(fused):
     check(call, lambda q, k, v: plain(rotated(q, False), rotated(k, False), v))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotary_embedding_of_packed_keys(fused, interleaved, dtype):
@@ -193,6 +195,7 @@ def test_norms(fused):
     check(call, reference, dtype=torch.bfloat16)
 
 
+@pytest.mark.long
 def test_autograd_function_of_norms(fused):
     norm = fused("flash_attn.ops.triton.layer_norm").LayerNormFn
     w, b = torch.linspace(0.5, 2, D), torch.linspace(-1, 1, D)

@@ -112,6 +112,7 @@ def compare(mix, theirs, backend="eager", differentiable=False):
     return found.pop()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mix", [*LEFT, *SWAPPED])
 def test_what_no_tangent_reaches_is_left_alone(packages, mix):
     ours, theirs = compare(mix, packages("flash_attn").flash_attn_func)
@@ -125,6 +126,7 @@ def test_flash_attn_3(packages, mix):
     assert (ours, theirs) == (1, 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mix", [alone, written_later, by_a_query])
 def test_gradients_of_tangents(packages, mix):
     """Then all calls are ours."""

@@ -154,6 +154,7 @@ def causal_with_bias(q, k, v, **_):
     return plain(q, k, v, band(q.shape[1], k.shape[1], right=0, from_the_end=False), bias_of(q, k.shape[1]))
 
 
+@pytest.mark.long
 @both_ways
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("how", ["add_bias", "class", "rank 5"])
@@ -173,6 +174,7 @@ def test_a_bias_under_a_causal_mask(of_xformers, masks, how, backend):
     check(call, causal_with_bias, backend=backend)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("last", [None, 5])
 def test_a_causal_mask_of_the_module(of_xformers, masks, last):
     """Made once, outside of the graph, with a bias that the model makes, and without."""

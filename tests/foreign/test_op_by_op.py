@@ -196,6 +196,7 @@ class Outside(nn.Module):
         return x + self.attention(q, k, v).flatten(2)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks
 @pytest.mark.parametrize("name", CALLS)
 def test_between_regions(packages, name):
@@ -263,6 +264,7 @@ def test_views(packages, name, layout):
     torch.testing.assert_close(alone, tuple(a.detach() for a in got), rtol=0, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", CALLS)
 def test_views_in_graphs(packages, name, dynamic):

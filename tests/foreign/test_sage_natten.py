@@ -59,6 +59,7 @@ def test_kernels_of_sage_attention(of_sage, name, backend):
     check(call_with_lse, lambda q, k, v: with_lse(q, k, v, 0.3), last=5, backend=backend)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sage_attention_3(of_sage, dtype):
     sage = of_sage("sageattn3")
@@ -148,6 +149,7 @@ def test_attention_of_natten(of_natten, form, backend):
     check(call, reference, backend=backend, **how)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("space", "options", "dtype"),
     [

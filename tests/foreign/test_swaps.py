@@ -190,6 +190,7 @@ PACKED_FUNCTIONS = {  # by what comes before those arguments
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PACKED_FUNCTIONS)
 def test_autograd_functions_of_packed_operands(of_flash_attn, monkeypatch, name):
     flash = of_flash_attn("flash_attn.flash_attn_interface")
@@ -211,6 +212,7 @@ def of_sequences(q, k, v, cu_q, cu_k):
     return plain(q, k, v, blocks(cu_q.diff().tolist(), cu_k.diff().tolist(), lambda n, m: band(n, m, right=0)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FLASH)
 def test_flash_attn(of_flash_attn, form):
     flash = of_flash_attn("flash_attn")
@@ -355,6 +357,7 @@ def test_masks_of_xformers(of_xformers, form, backend):
     )
 
 
+@pytest.mark.long
 def test_layouts_of_xformers(of_xformers):
     ops = of_xformers("xformers.ops")
 
@@ -371,6 +374,7 @@ def test_layouts_of_xformers(of_xformers):
     check(grouped, plain, kv_heads=2)
 
 
+@pytest.mark.long
 def test_biases_of_xformers(of_xformers):
     """A mask made by the model, and an additive one, which has a tangent and gradients."""
     ops = of_xformers("xformers.ops")
@@ -459,6 +463,7 @@ NATTEN = [
 ]
 
 
+@pytest.mark.long
 @both_ways
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(("space", "options"), NATTEN, ids=str)
@@ -475,6 +480,7 @@ def test_neighbourhoods(of_natten, space, options, backend):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (2, 0)])
 def test_varlen_attention_of_torch(window):
     varlen = importlib.import_module("torch.nn.attention.varlen")
