@@ -620,6 +620,8 @@ def test_compiled_torch_func_jvp_is_refused(backend):
 # --------------------------------------------------------------------- fakes, tracing, compilation, autocast
 
 
+@pytest.mark.long
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("bias", ["none", "bool_padding", "per_head"])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(bias, requires_grad):
@@ -638,6 +640,7 @@ def test_opcheck(bias, requires_grad):
     torch.library.opcheck(ops.attention_backward.default, args)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_opcheck_of_windows_packing_and_the_second_backward():
     (q, k, v), dots, bias, bias_dot = make(b=1, n_q=9, n_k=9, kv_heads=2, bias="per_head")

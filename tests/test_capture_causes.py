@@ -533,7 +533,7 @@ HIGHER_ORDER = ("cond", "scan", "map", "while_loop", "nested_compile_region")
 SIZED = (*HIGHER_ORDER, "a shape through tolist", "numbers of a tensor of sizes", "constants of numpy", *KEEP)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("cause", ONE_GRAPH)
 def test_is_one_graph(cause):
@@ -610,6 +610,7 @@ def test_repeated_bodies_have_gradients_of_tangents_and_take_several():
         assert_close(a.grad, b.grad)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_repeated_bodies_stay_bodies_where_no_gradients_are_needed(backend):
     """And attention in them is one kernel with its tangent."""
@@ -782,6 +783,7 @@ FLEX_WAYS = [{"backend": "op_by_op"}, {"regions": "auto"}, {"regions": nn.Sequen
 flex = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.sampled(1)
 @flex

@@ -238,6 +238,8 @@ def check(fn, kind: str, backend: str, meaning=None, **settings) -> None:
     assert_close(model.gain.grad, plain.gain.grad, **EXACT)
 
 
+@pytest.mark.long
+@pytest.mark.sampled(1)
 @pytest.mark.filterwarnings("ignore:To copy construct")
 @pytest.mark.parametrize("backend", ["op_by_op", "eager"])
 @pytest.mark.parametrize("kind", CHECKPOINTING)

@@ -310,6 +310,7 @@ SHARDS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_truncated_shard_is_named_before_a_step_is_taken(failure, caplog):
     for i in range(2):

@@ -271,6 +271,7 @@ class Products(nn.Module):
         return torch.cat([x.cumprod(0), x.cumprod(1), x.prod(1, keepdim=True).expand(4, 4)])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [Fourier, Complex, Solving, Eigenvectors, Products])
 def test_formulas_that_derive(model):

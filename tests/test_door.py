@@ -321,6 +321,8 @@ def disagreement(dual: Any, x: Tensor, x_dot: Tensor) -> None:
     assert_close(list(mine), list(own), **CLOSE)
 
 
+@pytest.mark.long
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("regions", [None, Part], ids=["one graph", "regions"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_after_the_first_call_is_noticed(change, regions, monkeypatch):

@@ -72,7 +72,7 @@ STRATEGIES: dict[str, tuple[dict[str, Any], bool]] = {  # what is asked for, and
 MODES = {"no_grad": torch.no_grad, "gradients": nullcontext}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "mode"),  # Inductor is no other with regions: once is a minute less

@@ -264,6 +264,7 @@ def test_a_lora_file_is_taken_by_the_pipeline(name: str, runs: Callable[..., Pat
     assert (latents(pipe, name) - expected).abs().max() > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_lora_of_whole_weights_says_what_it_misses(
     runs: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -255,7 +255,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in FAULTS])
 def test_advice_is_followed_and_succeeds(whole: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:

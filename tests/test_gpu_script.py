@@ -22,6 +22,7 @@ def results(out: Path) -> dict:
     return json.loads(found.read_text())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_dry_run_of_the_first_stage(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path), "--stages", "environment"]

@@ -231,6 +231,7 @@ def assert_right(model: nn.Module, dual: nn.Module, sizes: tuple[int, ...], tole
 
 
 class TestInRegions:
+    @pytest.mark.long
     @pytest.mark.slow
     @pytest.mark.parametrize("keep", KEEPS)
     def test_tangents_reach_the_code_around(self, keep: Callable[..., Any]) -> None:
@@ -293,6 +294,7 @@ class TestInRegions:
         assert_right(dual.model, dual, SIZES, 1e-12)
         assert not dual.regions.groups[0].cause
 
+    @pytest.mark.long
     def test_a_list_that_comes_back_is_the_same(self) -> None:
         class Returning(Block):
             def forward(self, x: Tensor, cache: Any) -> Any:

@@ -279,6 +279,7 @@ def test_other_variants_fit(variant):
     check_memory(variant_launch(*variant))
 
 
+@pytest.mark.long
 @pytest.mark.sampled(13)  # the first is of Hopper, whose operands an assembler may lose
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_other_variants_are_assembled(variant):

@@ -179,6 +179,7 @@ def test_whole_gradients_wait_for_a_second_pass():
     assert at_work["rcm"] - at_work["scm"] == pytest.approx(whole, rel=0.3)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_flops_are_those_of_the_report():
     student = build_student(dit(width=64, depth=1, heads=2).to("meta"), StudentConfig())
@@ -277,6 +278,7 @@ def test_conditions_that_the_network_does_not_take(tmp_path, capsys, more, said)
     assert "--condition NAME=LxD[:KIND]" in told
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_labels_before_the_data_is_there(tmp_path, capsys):
     """A network of the user's with labels, sized in MiB; the labels' numbers do not matter."""

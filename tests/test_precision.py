@@ -276,6 +276,8 @@ def test_they_pass_the_check(how):
     assert check_jvp(dual, (given["x"], given["t"]), tangents=tangents).passed
 
 
+@pytest.mark.long
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("precision", PRECISIONS[1:])
 def test_several_tangents_are_calls_of_their_own(precision):
     model, given = deep(), drawn(torch.bfloat16)

@@ -297,6 +297,7 @@ def test_transformer_with_other_layouts(case: DiTCase):
         check_module(case, "eager")
 
 
+@pytest.mark.long
 @examples(in_ci=100, in_fuzz=2000)
 @given(graph=op_graphs(), with_grad=st.booleans())
 def test_program_op_by_op(graph: Graph, with_grad: bool):

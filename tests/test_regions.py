@@ -172,6 +172,7 @@ class TestSharing:
         dual(x, t, tangents={"x": x_dot, "t": t_dot})
         assert graphs(dual) == found
 
+    @pytest.mark.long
     @pytest.mark.slow
     def test_sets_of_active_arguments(self):
         model = TinyDiT(depth=2).double()

@@ -312,7 +312,7 @@ def check_symbolic(case: Case, primals: Values, dots: Values) -> None:
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("case", ON_ONE_PROCESS)
 def test_rule_traces_with_symbolic_sizes(case: Case):

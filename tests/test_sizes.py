@@ -249,6 +249,7 @@ def broken(monkeypatch):
 
 
 class TestNotCompiled:
+    @pytest.mark.long
     @pytest.mark.slow
     @pytest.mark.parametrize("op", [torch.ops.aten.asinh.default, torch.ops.aten.convolution_backward.default], ids=str)
     def test_regions_fall_back(self, broken, op, caplog):

@@ -231,6 +231,7 @@ def test_guidance_in_an_interval_and_of_a_scale_for_each_sample() -> None:
     assert torch.equal(found, (1 + scale).double()[:, None].expand_as(x))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_guidance_of_a_stage_takes_the_place_of_the_runs(tiny_folder: Path) -> None:
     Path("net.py").write_text(NET)

@@ -338,6 +338,7 @@ def test_a_checkpoint_with_inductor():
     check_layers(Checkpointed(), frames, (150,), dynamic=True)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("gradients_on_a_cpu")
 def test_layers_share_the_bytes(monkeypatch):

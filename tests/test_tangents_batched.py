@@ -88,6 +88,7 @@ def test_a_network_in_a_graph(dynamic):
     check(model, dual, 8, T, torch.float64)
 
 
+@pytest.mark.long
 def test_any_number_of_tangents():
     model = Block().double()
     dual = jvpgraph.transform(model, backend="eager", tangents_batched=True)
@@ -220,6 +221,7 @@ def test_gradients_of_several_tangents():
     close(found.grad, wanted.grad)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("how", [{}, {"backend": "eager", "differentiable_tangent": True}])

@@ -65,6 +65,7 @@ def mismatch(model: nn.Module, inputs: Any, tangents: Any, backend: str = "eager
 # ----------------------------------------------------------------------------------------- what is right
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["eager", "op_by_op"])

@@ -396,6 +396,7 @@ def fragile(how: str) -> TrigFlow:
     return TrigFlow(Fragile(how), call_dit)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
@@ -521,6 +522,7 @@ def test_a_lora_student_in_bf16_trains_its_adapters_alone_and_is_exported_merged
     assert changed == {"blocks.0.attention.qkv.weight", "blocks.0.attention.out.weight"}
 
 
+@pytest.mark.long
 def test_precisions_of_tangents_go_by_module(tmp_path: Path) -> None:
     model = {**SMALL["model"], "options": {**SMALL["model"]["options"], "dtype": "bfloat16"}}
     how = {"model": model, "student": {"backend": "op_by_op"}}

@@ -267,6 +267,7 @@ def test_two_students_by_inductor(dtype: str, tmp_path: Path, monkeypatch: pytes
 # ---------------------------------------------------------------- what is said of one alone
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_commands_sample_with_both(
     pair: tuple[Path, Path],
@@ -310,6 +311,7 @@ def test_the_commands_sample_with_both(
     assert "from few_step_scheduler import FewStepScheduler" in card  # four times that diffusers' own cannot be told
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_lower_one_alone_makes_no_samples(
     pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -145,6 +145,7 @@ def largest(x: Tensor) -> Tensor:
     return funcol.all_reduce(x, "max", world())
 
 
+@pytest.mark.long
 def test_ranks_that_tie_share_equally_and_nan_stays():
     for value, tangent in run(2, ties):
         assert value[:2] == [1.0, 1.0]
@@ -164,6 +165,7 @@ def refused() -> str:
     return "it ran"
 
 
+@pytest.mark.long
 def test_product_over_ranks_is_refused():
     for message in run(2, refused):
         assert "it reduces by product" in message
@@ -222,6 +224,7 @@ def calls_of_lists() -> int:
     return compiler.reports[-1].collectives.total()
 
 
+@pytest.mark.long
 def test_tangents_of_a_list_join_the_list():
     assert run(2, calls_of_lists) == [1, 1]
 

@@ -168,6 +168,7 @@ def checkpointed() -> tuple[list[float], int]:
     return difference, compiler.reports[-1].paired
 
 
+@pytest.mark.long
 def test_checkpointing_around_a_collective():
     for difference, paired in run(2, checkpointed):
         assert max(difference) < 1e-14

@@ -273,6 +273,8 @@ def test_causal_backends_of_diffusers(backend):
     )
 
 
+@pytest.mark.long
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("backend", ["flash_varlen", "sage_varlen", "native"])
 def test_masks_of_diffusers(backend):
     """How many keys each row shows is data, by which the packed backends cut: no graph could."""

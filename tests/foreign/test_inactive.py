@@ -120,6 +120,7 @@ def test_what_no_tangent_reaches_is_left_alone(packages, mix):
     assert theirs == LEFT.get(mix, 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mix", [alone, in_a_checkpoint])
 def test_flash_attn_3(packages, mix):
     ours, theirs = compare(mix, packages("flash_attn_interface").flash_attn_func)
@@ -153,6 +154,7 @@ def test_the_logsumexp_of_what_is_left_alone(packages):
     assert all(grad.any() for grad in torch.autograd.grad(y.sum(), constants))
 
 
+@pytest.mark.long
 def test_a_tensor_that_is_passed_twice(packages):
     """Which Dynamo refuses of an autograd.Function. Both calls are inactive; only active ones are counted as ours."""
 

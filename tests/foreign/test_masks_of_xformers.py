@@ -104,6 +104,7 @@ MASKS = {
 }
 
 
+@pytest.mark.long
 @both_ways
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MASKS)
@@ -203,6 +204,7 @@ def numbers(n):
     return torch.linspace(-2, 2, H * n * n, dtype=torch.float64).reshape(1, H, n, n).cos()
 
 
+@pytest.mark.long
 def test_in_mslk(monkeypatch):
     """To where xformers' attention moved."""
     members = stand_ins.MASKS | {"_AddDenseBias": stand_ins._AddDenseBias}

@@ -135,6 +135,7 @@ ATTENTION = {
 }
 
 
+@pytest.mark.long
 @both_ways
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("form", ATTENTION)
@@ -185,6 +186,7 @@ def test_additional_keys_of_natten(of_natten, space, options, dtype):
     check(call, reference, sizes=((2, n + 3), (3, n + 3)), kv_heads=2, dtype=dtype)
 
 
+@pytest.mark.long
 def test_neighbourhoods_of_any_rank(of_natten):
     attention = of_natten("natten").neighborhood_attention_generic
     check(

@@ -426,6 +426,7 @@ def test_masks_that_are_unknown_are_refused(of_xformers, bias, reason):
 # --------------------------------------------------------------------------------------------- sage, NATTEN, torch
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
 def test_sage_attention_is_exact_here(of_sage, layout):
     """Behind torch.compiler.disable, as theirs."""
@@ -442,6 +443,7 @@ def test_sage_attention_is_exact_here(of_sage, layout):
         dual(torch.ones(1, 6, C), torch.rand(1), tangents={"x": torch.ones(1, 6, C)})
 
 
+@pytest.mark.long
 def test_packed_sage_attention(of_sage):
     sage = of_sage("sageattention")
     check(
