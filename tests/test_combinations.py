@@ -142,8 +142,19 @@ def test_terms_that_want_different_students(tmp_path: Path, objective: Any, said
             "guidance is on between 0.76 and 0.86 .*asked at 8 times from 0.125 to 1",
         ),
         (
+            {**alone({"name": "dcm", "teacher_steps": 1}), "guidance": {**ONE_SCALE, "interval": [0.1, 0.6]}},
+            "guidance is on between 0.1 and 0.6 .*asked at 1, where there is none",
+        ),
+        (
             {
-                **alone({"name": "terms", "terms": [{"objective": SCM_LOW}, {"objective": {**DMD, "end": 1.2}}]}),
+                **alone(of_terms({"objective": SCM_LOW}, {"objective": {"name": "dcm", "teacher_steps": 1}})),
+                "guidance": {**ONE_SCALE, "interval": [0.55, 0.7]},
+            },
+            "asked between 0 and 0.5 and at 1, where there is none",
+        ),
+        (
+            {
+                **alone(of_terms({"objective": SCM_LOW}, {"objective": {**DMD, "end": 1.2}})),
                 "guidance": {**ONE_SCALE, "interval": [0.55, 0.7]},
             },
             "guidance is on between 0.55 and 0.7 .*asked between 0 and 0.5 and between 0.72.* and 1",

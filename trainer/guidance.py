@@ -52,10 +52,10 @@ class GuidanceConfig:
         if self.below is not None:
             parts = [(first, self.below[0], self.below[1]), (self.below[0], last, self.scale)]
         acting = [(start, end) for start, end, scale in parts if scale != 1]
-        if not any(meet(part, times) for part in acting for times in asked):
+        if not any(overlap(part, times) for part in acting for times in asked):
             where = " and ".join(f"{start:g} and {end:g}" for start, end in acting)
             return (
-                f"guidance is on between {where} (guidance.interval, .below), and the teacher is asked {said(asked)}, "
+                f"guidance is on between {where} (guidance.interval, .below), and the teacher is asked {shown(asked)}, "
                 "where there is none"
             )
         return None
@@ -75,18 +75,20 @@ class StageGuidance:
         check_interval(self.interval)
 
 
-def meet(part: tuple[float, float], times: tuple[float, float]) -> bool:
+def overlap(part: tuple[float, float], times: tuple[float, float]) -> bool:
     """Whether two ranges of times have more in common than an end; the second may be one time."""
     (start, end), (low, high) = part, times
     return max(start, low) < min(end, high) or start <= low == high <= end
 
 
-def said(asked: Ranges) -> str:
+def shown(asked: Ranges) -> str:
     """Ranges of times for errors."""
-    if all(low == high for low, high in asked):
-        (first, _), *_, (last, _) = sorted(asked)
-        return f"at {len(asked)} times from {first:.4g} to {last:.4g}"
-    return "between " + " and between ".join(f"{low:.4g} and {high:.4g}" for low, high in asked)
+    points = sorted({low for low, high in asked if low == high})
+    words = [f"between {low:.4g} and {high:.4g}" for low, high in dict.fromkeys(asked) if low < high]
+    if points:
+        spread = "" if len(points) == 1 else f"{len(points)} times from {points[0]:.4g} to "
+        words.append(f"at {spread}{points[-1]:.4g}")
+    return " and ".join(words)
 
 
 def check_below(scale: float | tuple[float, float] | None, below: tuple[float, float] | None) -> None:
