@@ -340,7 +340,6 @@ def test_a_phase_starts_from_what_the_expert_before_it_makes(tmp_path: Path) -> 
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("objective", [SUM, OF_TEACHER])
 def test_plan_counts_the_critic(objective: dict[str, Any]) -> None:
     options = {"width": 16, "depth": 1, "heads": 2}

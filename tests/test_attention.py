@@ -641,7 +641,6 @@ def test_opcheck(bias, requires_grad):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_opcheck_of_windows_packing_and_the_second_backward():
     (q, k, v), dots, bias, bias_dot = make(b=1, n_q=9, n_k=9, kv_heads=2, bias="per_head")
     packed = [torch.tensor(ends, dtype=torch.int32) for ends in ([0, 4, 9], [0, 6, 8])]
@@ -989,7 +988,6 @@ LESSER_TRITONS = {"too old": "import sys; sys.modules['triton.tools.tensor_descr
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("triton", [*FAKE_TRITONS, *LESSER_TRITONS])
 def test_the_package_imports_without_a_triton_that_works(triton, tmp_path):
     if triton in FAKE_TRITONS:

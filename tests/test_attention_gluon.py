@@ -230,7 +230,6 @@ def test_blocks_of_every_head_dim_and_number_of_tangents():
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize(
     "active", [pytest.param(x, marks=[pytest.mark.matrix] * (x not in (0, 3, 4, 6))) for x in range(8)]

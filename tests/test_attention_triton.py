@@ -601,7 +601,6 @@ def test_blocks_of_the_next_larger_head_dim():
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="pretends a GPU to Triton's compiler")
 @pytest.mark.parametrize(

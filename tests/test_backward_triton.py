@@ -214,7 +214,6 @@ def test_joint_attention_costs_no_precision(text_first, shift):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="pretends a GPU to Triton's compiler")
 def test_a_new_length_compiles_nothing(monkeypatch, tmp_path):
     """What the host function launches is what the gate compiles, once for all lengths: on a GPU that is pretended."""

@@ -596,7 +596,6 @@ def test_bfloat16_at_several_sizes_on_the_default_backend(cause):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_repeated_bodies_have_gradients_of_tangents_and_take_several():
     """As they are where they are written out."""
     model, twin = Repeated().double(), Repeated().double()
@@ -784,7 +783,6 @@ flex = pytest.mark.filterwarnings("ignore:flex_attention called without torch.co
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.sampled(1)
 @flex
 @pytest.mark.parametrize(

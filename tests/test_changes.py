@@ -128,7 +128,6 @@ def test_what_a_checkpoint_holds_neither_comes_nor_goes(old: Any, new: Any) -> N
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_stage_that_has_not_begun_may_be_another() -> None:
     def stages(last: str) -> str:
         return f"stages=[{{objective: scm, steps: 2, batch: 4}}, {{objective: {last}, steps: 2, batch: 4}}]"
@@ -143,7 +142,6 @@ def test_a_stage_that_has_not_begun_may_be_another() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_lower_learning_rate_and_what_cannot_change(refused: Any) -> None:
     assert trained("stages.0.steps=2") == 0
     more = ["stages.0.student.lr=5e-4", "student.backend=op_by_op", "log.every=2"]
@@ -284,7 +282,6 @@ def test_a_run_on_another_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_student_starts_from_a_run_or_an_export(refused: Any) -> None:
     few = ["stages.0.steps=1", "out=two"]
     assert trained("stages.0.steps=2") == 0
@@ -446,7 +443,6 @@ SEVERAL = "guidance={scale: [2, 6], negative: {labels: 10}}"
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("then", "now", "said"),

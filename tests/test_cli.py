@@ -311,7 +311,6 @@ SHARDS = [
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_truncated_shard_is_named_before_a_step_is_taken(failure, caplog):
     for i in range(2):
         write_shard(Path(f"data-{i}.tar"), 8)

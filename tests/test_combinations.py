@@ -118,6 +118,13 @@ def test_terms_that_want_different_students(tmp_path: Path, objective: Any, said
         ),
         (
             {
+                **alone({"name": "scm", "times": {"name": "log_normal", "between": [0.0, 0.98]}}),
+                "guidance": {**ONE_SCALE, "interval": [0.99, 1.0]},
+            },
+            "asked between 0 and 0.98, where there is none",
+        ),
+        (
+            {
                 **alone({"name": "free_flow", "times": SCM_LOW["times"]}, sampling={"steps": [1]}),
                 "guidance": {**ONE_SCALE, "interval": [0.6, 1.0]},
             },
@@ -299,7 +306,6 @@ def test_stages_whose_terms_know_all_times_leave_no_gap(tmp_path: Path) -> None:
         (3.0, None),
     ],
 )
-@pytest.mark.slow
 @pytest.mark.sampled(1)
 def test_an_expert_is_told_the_one_scale_of_the_next(tmp_path: Path, scale: float, said: str | None) -> None:
     told = {"student": {"backend": "eager", "embed_scale": True}, "guidance": SEVERAL}
@@ -376,7 +382,6 @@ def test_a_regulariser_may_come_first() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_places_that_are_rounded_meet(tmp_path: Path) -> None:
     """1.4289 radians are rectified-flow time 0.875 to four digits."""
     first = {**DMD, "end": 1.4289, "simulation_steps": 1}

@@ -133,7 +133,6 @@ def test_activation_checkpointing(backend):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_dynamic_shapes_compile_once():
     model = TinyDiT().double()
     dual = jvpgraph.transform(model, backend="eager", dynamic=True, differentiable_tangent=True)
@@ -272,7 +271,6 @@ class Products(nn.Module):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("model", [Fourier, Complex, Solving, Eigenvectors, Products])
 def test_formulas_that_derive(model):
     x, x_dot = torch.randn(4, 4).double(), torch.randn(4, 4).double()
@@ -323,7 +321,6 @@ class Resized(nn.Module):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_formulas_at_symbolic_sizes():
     dual = jvpgraph.transform(Resized(), backend="eager", dynamic=True, differentiable_tangent=True)
     for n in (4, 6):

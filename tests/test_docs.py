@@ -54,7 +54,6 @@ def as_shown(shown: str, printed: str) -> bool:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_the_readme_runs(capsys, monkeypatch):
     printed = "".join(out for _, out in run(ROOT / "README.md", capsys, monkeypatch))
     assert "inductor, against forward AD in float64: right" in printed

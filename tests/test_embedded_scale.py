@@ -286,7 +286,6 @@ def test_refused_before_the_first_step(tiny_folder: Path, more: dict[str, Any], 
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_the_digits_are_told_their_scale_and_the_fake_score_is_too(tmp_path: Path) -> None:
     """A run that stops goes on to the bit; samples, exports and networks that are loaded know the scale."""
     student = {"backend": "eager", "embed_scale": True}

@@ -96,7 +96,6 @@ def test_the_explanation_is_what_ran(name: str, mode: str):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_attention_is_found_by_all_that_capture():
     x = torch.randn(2, 3, 8, requires_grad=True)  # as what the second block is given
     for asked, branches in STRATEGIES.values():

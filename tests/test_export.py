@@ -265,7 +265,6 @@ def test_a_lora_file_is_taken_by_the_pipeline(name: str, runs: Callable[..., Pat
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_lora_of_whole_weights_says_what_it_misses(
     runs: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -448,7 +447,6 @@ def teacher(width):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_network_of_ones_own_comes_back_by_the_code_of_its_card(tmp_path: Path) -> None:
     (tmp_path / "my_model.py").write_text(OWN)
     config = {

@@ -23,7 +23,6 @@ def results(out: Path) -> dict:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_dry_run_of_the_first_stage(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path), "--stages", "environment"]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True)

@@ -232,7 +232,6 @@ def assert_right(model: nn.Module, dual: nn.Module, sizes: tuple[int, ...], tole
 
 class TestInRegions:
     @pytest.mark.long
-    @pytest.mark.slow
     @pytest.mark.parametrize("keep", KEEPS)
     def test_tangents_reach_the_code_around(self, keep: Callable[..., Any]) -> None:
         model = Net(keep, KEEPS[keep]).double()
@@ -243,7 +242,6 @@ class TestInRegions:
         assert group.calls == 2 * len(SIZES)
 
     @pytest.mark.long
-    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("keep", "dtype", "tolerance"),
         [

@@ -57,7 +57,6 @@ def assert_same_run(found: Path, expected: Path, scratch: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [True, False], ids=["checkpointed blocks", "plain"])
 def test_a_run_whose_networks_rest_is_the_same(tmp_path: Path, blocks: bool) -> None:
     stages = [stage(RCM, 3)]
@@ -293,7 +292,6 @@ def test_a_run_with_all_of_it_goes_on_with_the_same_bits(tmp_path: Path) -> None
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [False, True], ids=["plain", "checkpointed blocks"])
 def test_the_price_is_shown_and_planned(tmp_path: Path, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = {"name": "rcm", "dmd": {"fake_updates_per_step": 2, "simulation_steps": 1}}
@@ -312,7 +310,6 @@ def test_the_price_is_shown_and_planned(tmp_path: Path, blocks: bool, monkeypatc
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("each", [False, True], ids=["all of it", "each by itself"])
 def test_what_the_plan_advises_helps(tmp_path: Path, each: bool) -> None:
     objective = {"name": "rcm", "dmd": {"fake_updates_per_step": 1, "simulation_steps": 1}}
@@ -386,7 +383,6 @@ def test_what_bfloat16_on_inductor_goes_on_with(tmp_path: Path, more: dict[str, 
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_adapters_share_their_base(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run is that of separate networks, to the bit; and checkpoints hold adapters alone."""

@@ -281,7 +281,6 @@ class SharedModulation(nn.Module):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_sum_with_two_outputs_in_half_precision():
     """With a batch of any size Inductor's own code, for the plain model too, does not compile."""
     net = SharedModulation().bfloat16()

@@ -138,7 +138,6 @@ class Mlp(nn.Module):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_student_trained_on_a_gaussian_becomes_the_exact_consistency_function(record_property) -> None:
     """RMS distance of f to STD x_t / sqrt(V(t)) on the trajectories, beside the data's STD of 0.5."""
     student, rng, steps = Mlp(), seeded(11), 1500

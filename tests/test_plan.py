@@ -180,7 +180,6 @@ def test_whole_gradients_wait_for_a_second_pass():
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_flops_are_those_of_the_report():
     student = build_student(dit(width=64, depth=1, heads=2).to("meta"), StudentConfig())
     dual = jvpgraph.transform(student, backend="eager", dynamic=False)
@@ -279,7 +278,6 @@ def test_conditions_that_the_network_does_not_take(tmp_path, capsys, more, said)
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_labels_before_the_data_is_there(tmp_path, capsys):
     """A network of the user's with labels, sized in MiB; the labels' numbers do not matter."""
     (tmp_path / "tiny.yaml").write_text(json.dumps({**TINY, "stages": [{"steps": 4, "batch": 4, "objective": "dcm"}]}))

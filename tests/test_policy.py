@@ -114,7 +114,6 @@ def test_graphs_within_what_is_op_by_op_have_their_place():
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_inductor_and_its_cache_know_them():
     """The graphs of both models are the same; what is cached for one is not for the other."""
     policy = Policy({"parts.a": "model"})
@@ -141,7 +140,6 @@ def test_inductor_and_its_cache_know_them():
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [WAYS["graph"], WAYS["op by op"], {"backend": "eager", "regions": Block}])
 def test_values_and_their_gradients_stay(how):
     torch.manual_seed(0)
@@ -217,7 +215,6 @@ def spent(diagnosis: jvpgraph.Diagnosis, setting: Policy | str) -> float:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_the_cheapest_policy_reaches_the_error(judged):
     diagnosis, off = judged
     plain, wide = off("model"), off("float32")

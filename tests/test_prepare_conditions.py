@@ -138,7 +138,6 @@ def test_a_network_that_sees_no_embedding_gets_none_and_clips_may_have_two_shape
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_pictures_alone_are_first_frames_of_what_needs_no_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

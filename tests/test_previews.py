@@ -80,7 +80,6 @@ def test_videos_are_written_as_mp4_too(clips: Path, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_prompts_become_videos_and_are_encoded_once(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +200,6 @@ PIXELS = {"load": "jvpgraph.trainer.features:pixels", "options": {"pool": 2}}
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_figures_beside_the_teacher_are_the_same_after_a_stop(tmp_path: Path) -> None:
     Spread.asked = 0
     whole = train(validated(tmp_path / "whole", 4))
@@ -295,7 +293,6 @@ def test_a_measure_that_raises_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_figures_of_a_teacher_that_is_asked_for_another_scale_are_measured_again(tmp_path: Path) -> None:
     """By a stage that was added, whose scales are others: nobody needs --change for that."""
 
@@ -314,7 +311,6 @@ def test_figures_of_a_teacher_that_is_asked_for_another_scale_are_measured_again
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_figures_of_a_teacher_that_is_guided_otherwise_are_measured_again(tmp_path: Path) -> None:
     """As it is by another file of the same name, or told by weights of a byte."""
     file = tmp_path / "negative.safetensors"

@@ -138,7 +138,6 @@ class TestSharing:
         assert graphs(dual) == [("Scaled", 4, 2)]
 
     @pytest.mark.long
-    @pytest.mark.slow
     @torch._dynamo.config.patch(recompile_limit=3)
     def test_more_variants_than_dynamo_keeps(self):
         model = TinyDiT(depth=0).double()
@@ -158,7 +157,6 @@ class TestSharing:
         assert graphs(dual)[1] == ("Narrow", 1, 2), "the dropout of training"
 
     @pytest.mark.long
-    @pytest.mark.slow
     def test_sizes_vary(self):
         model = TinyDiT(depth=3).double()
         dual = jvpgraph.transform(model, regions=Block, backend="eager")
@@ -173,7 +171,6 @@ class TestSharing:
         assert graphs(dual) == found
 
     @pytest.mark.long
-    @pytest.mark.slow
     def test_sets_of_active_arguments(self):
         model = TinyDiT(depth=2).double()
         dual = jvpgraph.transform(model, regions=Block, backend="eager")

@@ -250,7 +250,6 @@ def broken(monkeypatch):
 
 class TestNotCompiled:
     @pytest.mark.long
-    @pytest.mark.slow
     @pytest.mark.parametrize("op", [torch.ops.aten.asinh.default, torch.ops.aten.convolution_backward.default], ids=str)
     def test_regions_fall_back(self, broken, op, caplog):
         """One graph, then blocks, then op by op; the backward is compiled at once, so that it can be told."""

@@ -174,7 +174,6 @@ def test_a_run_with_a_teacher_of_its_own_keeps_to_both_networks(tmp_path: Path) 
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_the_plan_counts_both_networks(tmp_path: Path) -> None:
     """The deeper teacher's blocks are no part of student and fake score."""
     stages = [stage("dmd")]
@@ -232,7 +231,6 @@ def test_guidance_in_an_interval_and_of_a_scale_for_each_sample() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_the_guidance_of_a_stage_takes_the_place_of_the_runs(tiny_folder: Path) -> None:
     Path("net.py").write_text(NET)
     more: dict[str, Any] = {"model": {"load": "net.py:model"}, "teacher": {}}

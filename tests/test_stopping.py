@@ -88,7 +88,6 @@ def test_signals_at_random_moments_lose_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_run_stops_itself_in_time(tmp_path: Path) -> None:
     begun = time.monotonic()
     train(config_of(tmp_path / "short", [stage("scm", 2)]))

@@ -497,7 +497,6 @@ def test_what_nan_to_num_makes_of_rows_that_see_no_key_has_no_tangent(form, back
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_eager_llama_with_left_padding():
     """transformers masks by the most negative number, added; rows of padding see nothing else."""
     transformers = pytest.importorskip("transformers")

@@ -52,7 +52,6 @@ def check(model: Flex, mask: Tensor | None, scale: float = 16**-0.5, kv_heads: i
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("settings", [{}, {"dynamic": True}, {"backend": "inductor"}], ids=str)
 def test_a_mask_of_the_models_own(settings):
@@ -167,7 +166,6 @@ def up_to(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("mask_mod", [None, up_to], ids=["all", "masked"])
 @pytest.mark.parametrize("kind", ["relative", "ALiBi", "hidden", "softcap", "warm"])
@@ -307,7 +305,6 @@ def test_gradients_in_bfloat16_on_the_default_backend():
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.usefixtures("gradients_on_a_cpu")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's, of inputs of a region
@@ -339,7 +336,6 @@ def test_a_checkpoint_with_inductor():
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.usefixtures("gradients_on_a_cpu")
 def test_layers_share_the_bytes(monkeypatch):
     """Of the tiles that the lists name, and of no others."""

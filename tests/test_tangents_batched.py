@@ -78,7 +78,6 @@ def test_a_network_on_the_default_backend(dtype, dynamic):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_network_in_a_graph(dynamic):
@@ -222,7 +221,6 @@ def test_gradients_of_several_tangents():
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("how", [{}, {"backend": "eager", "differentiable_tangent": True}])
 def test_vmap_over_tangents_is_one_call(how):

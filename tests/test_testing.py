@@ -66,7 +66,6 @@ def mismatch(model: nn.Module, inputs: Any, tangents: Any, backend: str = "eager
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["eager", "op_by_op"])
 def test_right_model_passes(backend: str, dtype: torch.dtype):
@@ -146,7 +145,6 @@ def test_fails():
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_failure_is_read_on_one_screen(tmp_path: Path):
     """Neither torch's structured trace nor what triton's bindings say at exit stands below it."""
     (tmp_path / "test_failing.py").write_text(FAILING)

@@ -151,7 +151,6 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", [stage("dcm", 1)])
     train(config)
@@ -170,7 +169,6 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_run_can_be_made_longer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "jvpgraph.trainer")
     whole = train(config_of(tmp_path / "whole", [stage("dcm", 3), stage("scm", 2)]))
@@ -277,7 +275,6 @@ def test_a_network_that_branches_on_data_is_captured_in_regions(
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_how_the_student_runs_may_change_between_a_stop_and_going_on(tmp_path: Path) -> None:
     """Other processes may want another backend, and have less room."""
     one = train(config_of(tmp_path / "one", [stage("scm", 4)]))
@@ -314,7 +311,6 @@ def test_compiled_networks_give_the_same_run(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_stages_go_on_with_the_weights_of_the_one_before(tmp_path: Path) -> None:
     first = train(config_of(tmp_path / "first", [stage("dcm", 2)], checkpoint={"every": 1, "keep": 9}))
     both = train(config_of(tmp_path / "both", [stage("dcm", 2), stage("scm", 1)], checkpoint={"every": 1, "keep": 9}))
@@ -330,7 +326,6 @@ def test_stages_go_on_with_the_weights_of_the_one_before(tmp_path: Path) -> None
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_without_its_weight_rcm_trains_like_scm_to_the_bit(tmp_path: Path) -> None:
     scm = train(config_of(tmp_path / "scm", [stage("scm", 3)]))
     rcm = train(config_of(tmp_path / "rcm", [stage({"name": "rcm", "weight": 0.0}, 3)]))
@@ -397,7 +392,6 @@ def fragile(how: str) -> TrigFlow:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(
@@ -481,7 +475,6 @@ def one_time() -> TrigFlow:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["scm", "dmd", RCM, "dcm", "mean_flow", "flow_matching"], ids=str)
 def test_every_objective_trains_and_is_sampled(tmp_path: Path, objective: Any) -> None:
     config = config_of(
@@ -503,7 +496,6 @@ def test_every_objective_trains_and_is_sampled(tmp_path: Path, objective: Any) -
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_lora_student_in_bf16_trains_its_adapters_alone_and_is_exported_merged(tmp_path: Path) -> None:
     lora = {"rank": 2, "alpha": 2.0, "targets": ["qkv", "out"]}
     model = {**SMALL["model"], "options": {**SMALL["model"]["options"], "dtype": "bfloat16"}}

@@ -753,7 +753,6 @@ class TestJvp:
 
 class TestExplain:
     @pytest.mark.long
-    @pytest.mark.slow
     def test_counts(self):
         model = TinyDiT(depth=2)
         x, t, x_dot, t_dot = inputs(dtype=torch.float32)
@@ -775,7 +774,6 @@ class TestExplain:
         assert "2 by blocks of torch ops" in str(found)
 
     @pytest.mark.long
-    @pytest.mark.slow
     def test_what_computes_attention(self, monkeypatch):
         """A backward that ATen's kernels do not take is said, with the reason."""
         pytest.importorskip("triton")

@@ -223,7 +223,6 @@ def same_samples(run: Path, out: Path, steps: int, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 4])
 def test_two_students_in_one_pipeline(
     pair: tuple[Path, Path], steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -268,7 +267,6 @@ def test_two_students_by_inductor(dtype: str, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_the_commands_sample_with_both(
     pair: tuple[Path, Path],
     tmp_path: Path,
@@ -312,7 +310,6 @@ def test_the_commands_sample_with_both(
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_the_lower_one_alone_makes_no_samples(
     pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

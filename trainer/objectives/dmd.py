@@ -19,7 +19,7 @@ from jvpgraph.trainer.batch import Batch, Condition
 from jvpgraph.trainer.noise import Random, noise_like
 from jvpgraph.trainer.objectives.dcm import euler_step
 from jvpgraph.trainer.objectives.judge import Judge, host_of, without_guidance
-from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, objective
+from jvpgraph.trainer.objectives.objective import Objective, Shared, Terms, between, objective
 from jvpgraph.trainer.objectives.simulation import (
     Earlier,
     Samples,
@@ -98,7 +98,7 @@ class DMD(Objective):
     @property
     def asked(self) -> Ranges:
         times, high = (self.times, 1.0) if self.guidance_times is None else (self.guidance_times, level(self.start))
-        low, (first, last) = level(self.end), getattr(times, "between", (0.0, 1.0))
+        low, (first, last) = level(self.end), between(times)
         return ((low if self.guided_apart else low + first * (high - low), low + last * (high - low)),)
 
     @property

@@ -25,8 +25,8 @@ from jvpgraph.trainer.objectives.flow_map import along_end
 from jvpgraph.trainer.objectives.objective import Objective, Terms, listed, objective
 from jvpgraph.trainer.objectives.scm import moved
 from jvpgraph.trainer.ranges import positive
-from jvpgraph.trainer.times import Ranges, ShiftedUniform, Times
-from jvpgraph.trainer.trigflow import HALF_PI, level
+from jvpgraph.trainer.times import ShiftedUniform, Times
+from jvpgraph.trainer.trigflow import HALF_PI
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,6 @@ class FreeFlow(Objective):
     @property
     def span(self) -> tuple[float, float]:
         return HALF_PI, super().span[1]
-
-    @property
-    def asked(self) -> Ranges:
-        start, end = super().span  # of the ends of its jumps
-        return ((level(end), level(start)),)
 
     def check_sampling(self, steps: Collection[int], shift: float, gamma: float = 0.0) -> None:
         if set(steps) != {1}:

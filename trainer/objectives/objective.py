@@ -21,7 +21,7 @@ from torch import Tensor
 
 from jvpgraph.trainer.settings import Variants
 from jvpgraph.trainer.times import Ranges
-from jvpgraph.trainer.trigflow import level, radians
+from jvpgraph.trainer.trigflow import radians
 
 CUT = 0.05  # of rectified-flow time
 
@@ -92,14 +92,13 @@ class Objective(Variants):
 
         Times that are cut a little short of noise and data, as DMD's often are to 0.98 and 0.02, reach them.
         """
-        low, high = getattr(getattr(self, "times", None), "between", (0.0, 1.0))
+        low, high = between(getattr(self, "times", None))
         return radians(high if high < 1 - CUT else 1.0), radians(low if low > CUT else 0.0)
 
     @property
     def asked(self) -> Ranges:
         """Rectified-flow times at which it asks the teacher with its guidance."""
-        start, end = self.span
-        return ((level(end), level(start)),)
+        return (between(getattr(self, "times", None)),)
 
     @property
     def guided_apart(self) -> bool:
@@ -114,6 +113,11 @@ class Objective(Variants):
     def fake_updates(self, iteration: int) -> int:
         """Updates of fake score and critic that follow student update `iteration`, counted from 1."""
         return 0
+
+
+def between(times: Any) -> tuple[float, float]:
+    """Rectified-flow times that a distribution is cut to."""
+    return getattr(times, "between", (0.0, 1.0))
 
 
 def listed(steps: Collection[int]) -> str:
