@@ -20,7 +20,7 @@ def of_terms(*terms: dict[str, Any]) -> dict[str, Any]:
 DMD = {"name": "dmd", "fake_updates_per_step": 2}
 CRITIC = {"name": "adversarial", "features": "fake_score", "width": 8, "blocks": [0]}
 JUDGED = {"objective": CRITIC, "weight": 0.01}
-SEGMENTS = {"name": "dcm", "teacher_steps": 8, "segments": 2}
+SEGMENTS = {"name": "dcm", "teacher_steps": 8, "substeps": 2, "segments": 2}
 LCM = {"name": "dcm", "jitter": True, "substeps": 2, "noise": 0.5, "target": "ema", "huber": 0.01}
 
 RECIPES: dict[str, dict[str, Any]] = {

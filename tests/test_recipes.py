@@ -1,4 +1,4 @@
-"""Every recipe: a run that was killed goes on to the same bits, whole or as adapters, in float32 or bfloat16."""
+"""Every recipe: a run that was killed goes on to the same bits, and a teacher is asked when its objective says."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from jvpgraph.trainer.batch import Condition
 from jvpgraph.trainer.model.networks import trainable
 from jvpgraph.trainer.run.build import build_networks
 from jvpgraph.trainer.run.checkpoint import Checkpoints
@@ -19,7 +20,8 @@ from jvpgraph.trainer.run.finished import load_run, sample_run
 from jvpgraph.trainer.run.log import computed
 from jvpgraph.trainer.run.parallel import Layout
 from jvpgraph.trainer.run.ranks import Ranks
-from jvpgraph.trainer.train import train
+from jvpgraph.trainer.train import Stage, train
+from jvpgraph.trainer.trigflow import Guided, level
 from tests.recipes import RECIPES, STEPS
 from tests.test_train import SMALL, config_of, content, last_checkpoint, run_until
 
@@ -86,6 +88,35 @@ def test_whoever_is_trained_is_trained_alone(tmp_path: Path, name: str, taught_b
     frozen = {id(p) for p in networks.student.parameters()} - own
     shared = frozen & {id(p) for p in fake.parameters()}
     assert len(shared) > 0.8 * len(frozen)  # and the rest is there once
+
+
+@pytest.mark.long
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_teacher_is_asked_when_its_objective_says(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Objective.asked`, by which guidance that would never act is refused: no time is left out of it."""
+    found: list[float] = []
+    asked: list[bool] = []
+    forward, step = Guided.forward, Stage.step
+
+    def looking(self: Guided, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        found.extend(map(level, t.tolist()))
+        return forward(self, x, t, cond)
+
+    def one(self: Stage, number: int) -> Any:
+        found.clear()  # of what was tried before
+        means = step(self, number)
+        allowed = self.objective.asked if self.objective.asks_teacher else ()
+        assert [s for s in found if not any(low - 1e-6 <= s <= high + 1e-6 for low, high in allowed)] == []
+        asked.append(bool(found))
+        return means
+
+    monkeypatch.setattr(Guided, "forward", looking)
+    monkeypatch.setattr(Stage, "step", one)
+    config = config_of(tmp_path / "run", **settings_of(name, "float32"))
+    train(config)
+    assert len(asked) == STEPS
+    assert any(asked) == any(stage.objective.asks_teacher for stage in config.stages)
 
 
 @pytest.mark.long
